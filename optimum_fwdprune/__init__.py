@@ -1,0 +1,60 @@
+"""Structured pruning of large language models with forward passes only.
+
+Importing this package imports neither torch nor transformers; its names are loaded on first use, and its model classes
+join transformers' Auto classes when those are loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from ._auto_registration import register_when_transformers_loads
+from .version import __version__
+
+
+if TYPE_CHECKING:
+    from .architectures import Architecture as Architecture
+    from .architectures import AttentionLayout as AttentionLayout
+    from .architectures import MLPLayout as MLPLayout
+    from .architectures import find_sites as find_sites
+    from .architectures import register_architecture as register_architecture
+    from .calibration import Calibration as Calibration
+    from .methods import PruningConfig as PruningConfig
+    from .methods import ScoringInputs as ScoringInputs
+    from .methods import register_method as register_method
+    from .plan import PruningPlan as PruningPlan
+    from .pruner import FwdPruner as FwdPruner
+    from .report import PruningReport as PruningReport
+    from .scores import Scores as Scores
+
+_HOME = {
+    "Architecture": "architectures",
+    "AttentionLayout": "architectures",
+    "Calibration": "calibration",
+    "FwdPruner": "pruner",
+    "MLPLayout": "architectures",
+    "PruningConfig": "methods",
+    "PruningPlan": "plan",
+    "PruningReport": "report",
+    "Scores": "scores",
+    "ScoringInputs": "methods",
+    "find_sites": "architectures",
+    "register_architecture": "architectures",
+    "register_method": "methods",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+register_when_transformers_loads()

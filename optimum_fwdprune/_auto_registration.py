@@ -1,0 +1,55 @@
+"""Registers the pruned classes with transformers' Auto classes, without importing transformers to do so.
+
+`import optimum_fwdprune` must be cheap, and `AutoModelForCausalLM.from_pretrained` must know pruned checkpoints after
+it. So registration waits for transformers: it happens when the outermost import of a `transformers` module that
+brought the Auto classes in has finished. Earlier, in the middle of that import, modelling files may be half loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import sys
+
+
+_AUTO_MODULE = "transformers.models.auto.configuration_auto"
+
+
+class _AfterTransformers:
+    """A meta path finder that finds nothing itself; it wraps the loading of `transformers` modules."""
+
+    def __init__(self):
+        self.depth = 0
+
+    def find_spec(self, name, path, target=None):
+        if not name.startswith("transformers."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = self._then_register(spec.loader.exec_module)
+        return spec
+
+    def _then_register(self, exec_module):
+        def wrapped(module):
+            self.depth += 1
+            try:
+                exec_module(module)
+            finally:
+                self.depth -= 1
+            if self.depth == 0 and _AUTO_MODULE in sys.modules and self in sys.meta_path:
+                sys.meta_path.remove(self)
+                _register()
+
+        return wrapped
+
+
+def _register() -> None:
+    importlib.import_module("optimum_fwdprune.architectures")
+
+
+def register_when_transformers_loads() -> None:
+    """Register now if transformers' Auto classes are loaded, else as soon as they are."""
+    if _AUTO_MODULE in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _AfterTransformers())

@@ -1,0 +1,159 @@
+"""The registry of model families, keyed by `config.model_type`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from .layout import ATTENTION_UNITS, KV_GROUP, AttentionLayout, MLPLayout
+from .site import ATTENTION, KINDS, Site
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything the package knows about one model family.
+
+    Args:
+        model_type (`str`): `config.model_type` of the stock family.
+        attention (`AttentionLayout`): where a decoder layer keeps its heads.
+        mlp (`MLPLayout`): where a decoder layer keeps its channels.
+        model_classes (`tuple[type, ...]`): the pruned classes, one per task, each a `PerLayerMixin` in front of its
+            stock class.
+    """
+
+    model_type: str
+    attention: AttentionLayout
+    mlp: MLPLayout
+    model_classes: tuple[type[PreTrainedModel], ...]
+
+    @classmethod
+    def from_module(cls, model_type: str, attention: AttentionLayout, mlp: MLPLayout, module: ModuleType):
+        """Build an architecture whose pruned classes are all those that `module` defines."""
+        classes = tuple(
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__
+        )
+        return cls(model_type, attention, mlp, classes)
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        """The pruned config class."""
+        return self.model_classes[0].config_class
+
+    def pruned_class(self, model: PreTrainedModel) -> type[PreTrainedModel]:
+        """Return the pruned class for the task of `model`, which may be pruned already."""
+        for candidate in self.model_classes:
+            if isinstance(model, candidate) or type(model) is candidate.__bases__[-1]:
+                return candidate
+        supported = ", ".join(sorted(candidate.__bases__[-1].__name__ for candidate in self.model_classes))
+        raise ValueError(
+            f"{type(model).__name__} has no pruned counterpart. Load the checkpoint as one of {supported}, or "
+            f"register an architecture for {self.model_type!r} whose model_classes include it."
+        )
+
+    def layers(self, model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+        """Return the decoder layers of `model`, each with its name inside the model."""
+        container = model.base_model.get_submodule(self.model_classes[0].layers_path)
+        name = next(name for name, module in model.named_modules() if module is container)
+        return [(f"{name}.{index}", layer) for index, layer in enumerate(container)]
+
+    def sites(self, model: PreTrainedModel, attention_unit: str = KV_GROUP) -> list[Site]:
+        """Return every site of `model`, layer by layer, attention before MLP."""
+        if attention_unit not in ATTENTION_UNITS:
+            raise ValueError(f"attention_unit must be one of {', '.join(ATTENTION_UNITS)}; got {attention_unit!r}.")
+        found = []
+        for index, (path, layer) in enumerate(self.layers(model)):
+            found += [self.attention.site(index, path, layer, attention_unit), self.mlp.site(index, path, layer)]
+        for site in found:
+            if not isinstance(site.projection, nn.Linear) or not site.projection.weight.is_floating_point():
+                raise ValueError(
+                    f"{site.projection_name} is a {type(site.projection).__name__} with "
+                    f"{site.projection.weight.dtype} weights, which cannot be cut. Load the model unquantized."
+                )
+        return found
+
+    def layer_sizes(self, model: PreTrainedModel, sites: list[Site], kept: dict) -> dict[int, dict]:
+        """Return `per_layer_config` of the model that keeps the units `kept` (site key -> unit indices)."""
+        layers = self.layers(model)
+        sizes: dict[int, dict] = {index: {} for index in range(len(layers))}
+        for site in sites:
+            units = kept[site.key]
+            entry = (
+                self.attention.sizes(layers[site.layer][1], site, units)
+                if site.kind == ATTENTION
+                else self.mlp.sizes(units)
+            )
+            sizes[site.layer].update(entry)
+        return sizes
+
+
+_ARCHITECTURES: dict[str, Architecture] = {}
+
+
+def register_architecture(architecture: Architecture) -> None:
+    """Make a model family known: to the pruner, and its pruned classes to transformers' Auto classes.
+
+    Args:
+        architecture (`Architecture`): the family; one with the same `model_type` is replaced.
+
+    Raises:
+        ValueError: where a class lacks what loading a pruned checkpoint needs.
+    """
+    for model_class in architecture.model_classes:
+        missing = [name for name in ("resize", "layers_path", "_auto_class") if not hasattr(model_class, name)]
+        if missing:
+            raise ValueError(
+                f"{model_class.__name__} lacks {', '.join(missing)}; put "
+                f"optimum_fwdprune.models.per_layer.PerLayerMixin in front of its stock class."
+            )
+    _ARCHITECTURES[architecture.model_type] = architecture
+    _ARCHITECTURES[architecture.config_class.model_type] = architecture
+    AutoConfig.register(architecture.config_class.model_type, architecture.config_class, exist_ok=True)
+    for model_class in architecture.model_classes:
+        auto_class = getattr(transformers, model_class._auto_class)
+        auto_class.register(architecture.config_class, model_class, exist_ok=True)
+
+
+def supported_architectures() -> list[str]:
+    """Return the registered `model_type`s, pruned ones left out."""
+    return sorted({architecture.model_type for architecture in _ARCHITECTURES.values()})
+
+
+def get_architecture(config: PreTrainedConfig) -> Architecture:
+    """Return the architecture of `config`.
+
+    Raises:
+        ValueError: where `config.model_type` is not registered.
+    """
+    architecture = _ARCHITECTURES.get(config.model_type)
+    if architecture is None:
+        raise ValueError(
+            f"model_type {config.model_type!r} is not supported. Supported: {', '.join(supported_architectures())}. "
+            f"Another family takes one call to optimum_fwdprune.register_architecture; see "
+            f"docs/add_an_architecture.md."
+        )
+    if config.is_heterogeneous and not isinstance(config, architecture.config_class):
+        raise ValueError(
+            f"This {config.model_type!r} config has per-layer sizes of another tool in per_layer_config, which "
+            f"transformers' {config.model_type} classes ignore, so the weights are not what the config says. Load the "
+            f"checkpoint with the tool that wrote it, or remove per_layer_config where every layer has the same size."
+        )
+    return architecture
+
+
+def find_sites(model: PreTrainedModel, attention_unit: str = KV_GROUP, kinds: tuple[str, ...] = KINDS) -> list[Site]:
+    """Return the sites of `model` of the given kinds, layer by layer.
+
+    Args:
+        model (`PreTrainedModel`): a supported model, dense or pruned.
+        attention_unit (`str`, defaults to `"kv_group"`): `"kv_group"` or `"query_head"`; the same where every head has
+            its own keys and values.
+        kinds (`tuple[str, ...]`, defaults to both): of `"attention"` and `"mlp"`.
+    """
+    sites = get_architecture(model.config).sites(model, attention_unit)
+    return [site for site in sites if site.kind in kinds]

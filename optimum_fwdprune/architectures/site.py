@@ -1,0 +1,134 @@
+"""The vocabulary that every method speaks: sites, their units, and the tensors that a unit owns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+ATTENTION, MLP = "attention", "mlp"
+KINDS = (ATTENTION, MLP)
+
+SiteKey = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of blocks along one axis of a linear.
+
+    Args:
+        width (`int`): rows (or columns) of one block; an owned segment holds one block per unit.
+        owned (`bool`, defaults to `True`): `False` for rows that no unit owns and that always stay, `width` of them
+            in all, such as the K/V rows of a fused projection when single query heads are the units.
+    """
+
+    width: int
+    owned: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """The part of one linear that the units of a site own: unit `u` owns block `u` of every owned segment.
+
+    Args:
+        name (`str`): name of the linear inside the model.
+        linear (`nn.Linear`): the linear itself.
+        axis (`int`): 0 for output rows (weight and bias), 1 for input columns (weight only).
+        segments (`tuple[Segment, ...]`): how the axis is laid out, first to last.
+    """
+
+    name: str
+    linear: nn.Linear
+    axis: int
+    segments: tuple[Segment, ...]
+
+    def kept_index(self, num_units: int, kept: Sequence[int]) -> torch.Tensor:
+        """Return the positions along the axis that stay, as an int64 tensor, when the units `kept` stay."""
+        units = torch.as_tensor(kept, dtype=torch.int64)
+        pieces, start = [], 0
+        for segment in self.segments:
+            if segment.owned:
+                blocks = start + units[:, None] * segment.width + torch.arange(segment.width)
+                pieces.append(blocks.flatten())
+                start += num_units * segment.width
+            else:
+                pieces.append(torch.arange(start, start + segment.width))
+                start += segment.width
+        return torch.cat(pieces)
+
+    def parameters(self) -> list[tuple[str, torch.Tensor]]:
+        """The parameters that carry the axis: the weight, and for output rows the bias where there is one."""
+        if self.axis == 0 and self.linear.bias is not None:
+            return [("weight", self.linear.weight), ("bias", self.linear.bias)]
+        return [("weight", self.linear.weight)]
+
+    def owned_width(self) -> int:
+        """Positions along the axis that one unit owns."""
+        return sum(segment.width for segment in self.segments if segment.owned)
+
+    def sum_per_unit(self, num_units: int, values: torch.Tensor) -> torch.Tensor:
+        """Sum `values`, a tensor with one entry per position of the axis, over the positions each unit owns."""
+        total = values.new_zeros(num_units)
+        start = 0
+        for segment in self.segments:
+            length = segment.width * (num_units if segment.owned else 1)
+            if segment.owned:
+                total += values[start : start + length].view(num_units, segment.width).sum(1)
+            start += length
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One (layer, kind): the projection that writes to the residual stream, and the units that can be cut before it.
+
+    Args:
+        layer (`int`): index of the decoder layer.
+        kind (`str`): `"attention"` or `"mlp"`.
+        projection_name (`str`): name of the output projection inside the model.
+        projection (`nn.Linear`): the output projection; unit `u` is block `u` of its input features.
+        num_units (`int`): units of the site.
+        couplings (`tuple[Coupling, ...]`): every tensor that the units own a part of, the projection included.
+        num_groups (`int`, defaults to 1): units form this many equal runs, and each run must keep the same number
+            (query heads that share keys and values).
+    """
+
+    layer: int
+    kind: str
+    projection_name: str
+    projection: nn.Linear
+    num_units: int
+    couplings: tuple[Coupling, ...]
+    num_groups: int = 1
+
+    @property
+    def key(self) -> SiteKey:
+        return (self.layer, self.kind)
+
+    @property
+    def unit_width(self) -> int:
+        """Input features of the projection per unit."""
+        return self.projection.in_features // self.num_units
+
+    @property
+    def unit_parameters(self) -> int:
+        """Parameters that one unit owns, biases included."""
+        return sum(
+            coupling.owned_width() * (parameter.numel() // parameter.shape[coupling.axis])
+            for coupling in self.couplings
+            for _, parameter in coupling.parameters()
+        )
+
+    def feature_mask(self, unit_mask: torch.Tensor) -> torch.Tensor:
+        """Spread a mask over units, `[..., num_units]`, over the projection's input features."""
+        return unit_mask.repeat_interleave(self.unit_width, dim=-1)
+
+    def sum_features(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum `values` over the input features of each unit: `[in_features]` -> `[num_units]`."""
+        return values.view(self.num_units, self.unit_width).sum(1)
+
+    def __str__(self) -> str:
+        return f"{self.kind} of layer {self.layer}"

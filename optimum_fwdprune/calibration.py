@@ -1,0 +1,265 @@
+"""Calibration tokens: fixed-length windows from a dataset, a file, strings, or the model itself."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import logging
+
+from .utils import progress
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .configuration import PruningConfig
+
+
+logger = logging.get_logger(__name__)
+
+PRESETS = {
+    "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
+    "c4": {"path": "allenai/c4", "name": "en", "split": "train"},
+}
+SELF, BUILTIN = "self", "builtin"
+FILE_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+# Windows are drawn from this many times as many tokens as asked for, so that a stream is never read to its end.
+POOL_FACTOR = 8
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token windows, and where they came from.
+
+    Args:
+        input_ids (`Tensor[n_samples, seq_len]`, int64): the tokens.
+        attention_mask (`Tensor[n_samples, seq_len]`, *optional*): 0 where a token is padding.
+        source (`str`): where they came from, for the record.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    source: str = "tokens"
+
+    def __post_init__(self):
+        if self.input_ids.dim() != 2 or self.input_ids.numel() == 0:
+            raise ValueError(
+                f"Calibration tokens must be [n_samples, seq_len] and not empty; got {tuple(self.input_ids.shape)}."
+            )
+        if self.attention_mask is not None and self.attention_mask.shape != self.input_ids.shape:
+            raise ValueError("attention_mask must have the shape of input_ids.")
+
+    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Yield `(input_ids, attention_mask)` of at most `batch_size` windows each."""
+        masks = [None] * len(self.input_ids) if self.attention_mask is None else self.attention_mask.split(batch_size)
+        return zip(self.input_ids.split(batch_size), masks)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokens, shortened."""
+        return hashlib.sha256(self.input_ids.to(torch.int64).cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def load_calibration(
+    config: PruningConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dataset: Any = None
+) -> Calibration:
+    """Turn whatever the user names into token windows.
+
+    Args:
+        config (`PruningConfig`): `calibration` names the source where `dataset` is not given; `n_samples`, `seq_len`,
+            `seed` and the `dataset_*` fields say what to take.
+        model (`PreTrainedModel`): the dense model; it writes the text itself for `"self"`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for every source but tokens and `"self"`.
+        dataset (*optional*): `str` (as `config.calibration`), list of strings, `datasets.Dataset`, int64 tensor
+            `[n_samples, seq_len]`, or a mapping with `input_ids` and optionally `attention_mask` (a padded batch).
+
+    Raises:
+        ValueError: on an empty or too short source, or one that is not understood.
+    """
+    if isinstance(dataset, Calibration):
+        return dataset
+    if isinstance(dataset, torch.Tensor):
+        return Calibration(dataset)
+    if isinstance(dataset, Mapping) and "input_ids" in dataset:
+        return Calibration(dataset["input_ids"], dataset.get("attention_mask"))
+    source = config.calibration if dataset is None else dataset
+    if source is None:
+        source = _default_source()
+    if source == SELF:
+        return Calibration(_sample_from_model(model, tokenizer, config), source=SELF)
+    if tokenizer is None:
+        raise ValueError(
+            f"Calibrating on {source!r} needs a tokenizer: FwdPruner(model, tokenizer). {SELF!r} does not."
+        )
+
+    name, texts = _open_texts(source, config)
+    return Calibration(_windows(texts, tokenizer, config, name), source=name)
+
+
+def _default_source() -> str:
+    """WikiText-2 where the Hub or its cache answers, else the model's own text."""
+    try:
+        next(iter(_load_dataset(**PRESETS["wikitext2"])))
+        return "wikitext2"
+    except Exception as error:
+        logger.warning(
+            "WikiText-2 is not at hand (%s), so calibration uses text sampled from the model itself. Name a source "
+            "with `calibration` to choose.",
+            type(error).__name__,
+        )
+        return SELF
+
+
+def _load_dataset(path: str, name: str | None = None, split: str = "train") -> Iterable[dict]:
+    from datasets import load_dataset
+
+    return load_dataset(path, name, split=split, streaming=True)
+
+
+def _open_texts(source: Any, config: PruningConfig) -> tuple[str, Iterator[str]]:
+    """Return a name for `source` and its texts, each ending where the next may be joined to it."""
+    if isinstance(source, str):
+        if source == BUILTIN:
+            return BUILTIN, _builtin_texts()
+        if source in PRESETS:
+            return source, _column_texts(_shuffled(_load_dataset(**PRESETS[source]), config.seed), "text", source)
+        path = Path(source)
+        if path.suffix in FILE_LOADERS or path.exists():
+            return path.name, _file_texts(path, config)
+        rows = _load_dataset(source, config.dataset_config, config.dataset_split)
+        return source, _column_texts(_shuffled(rows, config.seed), config.dataset_column, source)
+    if isinstance(source, Sequence) and all(isinstance(text, str) for text in source):
+        return "strings", (text + "\n\n" for text in source)
+    if hasattr(source, "column_names") or hasattr(source, "features"):
+        return "dataset", _column_texts(source, config.dataset_column, "the dataset")
+    raise ValueError(
+        f"Cannot calibrate on a {type(source).__name__}. Give a name, a file, a list of strings, a datasets.Dataset, or "
+        f"a tensor of token ids [n_samples, seq_len]."
+    )
+
+
+def _file_texts(path: Path, config: PruningConfig) -> Iterator[str]:
+    from datasets import load_dataset
+
+    if path.suffix not in FILE_LOADERS:
+        raise ValueError(f"{path} must end in one of {', '.join(FILE_LOADERS)}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no calibration file {path}.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; calibration needs text.")
+    loader = FILE_LOADERS[path.suffix]
+    rows = load_dataset(loader, data_files=str(path), split="train", streaming=True)
+    separator = "\n" if loader == "text" else "\n\n"
+    return _column_texts(rows, config.dataset_column, str(path), separator)
+
+
+def _shuffled(rows: Any, seed: int) -> Any:
+    return rows.shuffle(seed=seed, buffer_size=1000)
+
+
+def _column_texts(rows: Iterable[dict], column: str | None, source: str, separator: str = "\n\n") -> Iterator[str]:
+    for row in rows:
+        if column is None:
+            strings = [name for name, value in row.items() if isinstance(value, str)]
+            column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
+        if column is None or column not in row:
+            raise ValueError(f"{source} has the columns {', '.join(row)}; name one of text as dataset_column.")
+        yield row[column] + separator
+
+
+def _builtin_texts() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    return (topics[name] + "\n\n" for name in sorted(topics))
+
+
+def detokenize(text: str) -> str:
+    """Undo the marks of tokenised WikiText (`<unk>`, ` @-@ `), which no model met in its own training text."""
+    return re.sub(r" ?<unk>", "", re.sub(r" @([-,.])@ ", r"\1", text))
+
+
+def _windows(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, config: PruningConfig, source: str
+) -> torch.Tensor:
+    """Draw `n_samples` different windows of `seq_len` tokens, at random by the seed."""
+    wanted = config.n_samples * config.seq_len
+    pool: list[int] = []
+    pending, pending_length = [], 0
+    for text in texts:
+        pending.append(text)
+        pending_length += len(text)
+        # Tokenised in large pieces: a call per line would cost more than the forward passes.
+        if pending_length > 1_000_000:
+            pool += _tokenize(pending, tokenizer)
+            pending, pending_length = [], 0
+            if len(pool) >= POOL_FACTOR * wanted:
+                break
+    if pending:
+        pool += _tokenize(pending, tokenizer)
+    available = len(pool) // config.seq_len
+    if available < config.n_samples:
+        raise ValueError(
+            f"{source} is too short: it has {available} windows of {config.seq_len} tokens and n_samples is "
+            f"{config.n_samples}. Lower n_samples or seq_len, or calibrate on more text."
+        )
+    windows = torch.tensor(pool[: available * config.seq_len]).view(available, config.seq_len)
+    windows = windows[: max(config.n_samples, min(available, POOL_FACTOR * config.n_samples))]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(config.seed))
+    return windows[order[: config.n_samples]]
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # verbose=False: a text longer than the model's context is what we want here, not a reason to warn.
+    return tokenizer(detokenize("".join(texts)), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+@torch.no_grad()
+def _sample_from_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: PruningConfig
+) -> torch.Tensor:
+    """Let the model write `n_samples` windows of `seq_len` tokens, from its BOS token at temperature 1."""
+    if not model.can_generate():
+        raise ValueError(f"{type(model).__name__} cannot write text for calibration={SELF!r}; name another source.")
+    start = None
+    for holder in (tokenizer, model.generation_config, model.config):
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(holder, name, None)
+            if start is None and value is not None:
+                start = value[0] if isinstance(value, list) else value
+    if start is None:
+        raise ValueError(f"The model has no BOS or EOS token to start from; calibration={SELF!r} needs one.")
+
+    devices = [model.device] if model.device.type == "cuda" else []
+    windows = []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(config.seed)
+        # Wider batches than in scoring: a decoding step costs about the same for 8 sequences as for 32.
+        for size in progress(
+            _split(config.n_samples, 4 * config.batch_size), "Sampling calibration text", unit="batch"
+        ):
+            windows.append(
+                model.generate(
+                    torch.full((size, 1), start, device=model.device),
+                    attention_mask=torch.ones((size, 1), dtype=torch.int64, device=model.device),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    # Equal lengths: without an EOS every sequence runs to the end of its window.
+                    min_new_tokens=config.seq_len,
+                    max_new_tokens=config.seq_len,
+                    pad_token_id=start,
+                )[:, 1:].cpu()
+            )
+    return torch.cat(windows)
+
+
+def _split(total: int, size: int) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)]

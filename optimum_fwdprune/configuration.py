@@ -1,0 +1,234 @@
+"""The request: `PruningConfig`, and the registry of methods that its subclasses belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .utils import write_text_atomically
+from .version import __version__
+
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "fwdprune_config.json"
+DEFAULT_METHOD = "wanda_sp"
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """Declare a config field with its default, its help text and, where it has them, its allowed values."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class PruningConfig:
+    """What to remove, how to choose it, and on which text.
+
+    `PruningConfig(method="flap", ...)` returns the method's own subclass, with its own fields. The help of every field
+    stands in its metadata and in `optimum-cli fwdprune prune --help`.
+
+    Raises:
+        ValueError: on a value out of range, naming the value and the way out.
+    """
+
+    method: str = option(DEFAULT_METHOD, "How units are scored.")
+    sparsity: float = option(0.2, "Fraction of the prunable parameters (all that heads and channels own) to remove.")
+    target_parameters: int | None = option(None, "Instead of sparsity: parameters of the whole pruned model, at most.")
+    target_bytes: int | None = option(None, "Instead of sparsity: bytes of the pruned weights on disk, at most.")
+    attention_sparsity: float | None = option(None, "A budget of their own for the attention units.")
+    mlp_sparsity: float | None = option(None, "A budget of their own for the MLP channels.")
+    scope: str = option(
+        "layer", "Whether every layer gives the same share, or layers compete for one budget.", ("layer", "global")
+    )
+    budget: str = option(
+        "separate",
+        "Whether attention and MLP each give their share, or compete for one budget.",
+        ("separate", "joint"),
+    )
+    kinds: list[str] = option(["attention", "mlp"], "Which kinds of units to prune.", ("attention", "mlp"))
+    attention_unit: str = option(
+        "kv_group",
+        "Under grouped-query attention: a KV group with all its query heads, or query heads, as many in every group.",
+        ("kv_group", "query_head"),
+    )
+    multiple_of: int = option(1, "Round every pruned MLP width to a multiple of this, for fast kernels.")
+    skip_layers: list[int] = option([], "Layers to leave alone; negative numbers count from the last.")
+    min_units_per_site: int = option(1, "Heads and channels that every layer keeps at least.")
+    reconstruction: str | None = option(
+        None,
+        "What the kept weights do about the removed ones. Default: the method's own.",
+        ("none", "bias", "least_squares"),
+    )
+    calibration: str | None = option(
+        None,
+        "Calibration text: wikitext2, c4, self (sampled from the model), builtin (Python's documentation, for smoke "
+        "runs), a .txt, .jsonl or .parquet file, or a dataset of the Hub. Default: wikitext2 where the Hub or its "
+        "cache answers, else self.",
+    )
+    dataset_config: str | None = option(None, "Configuration name of a Hub dataset.")
+    dataset_split: str = option("train", "Split of a Hub dataset.")
+    dataset_column: str | None = option(None, "Text column of a dataset. Default: text, or the only string column.")
+    n_samples: int = option(64, "Calibration windows.")
+    seq_len: int = option(256, "Tokens per calibration window.")
+    batch_size: int = option(8, "Windows per forward pass.")
+    seed: int = option(0, "Seed of everything random.")
+
+    def __new__(cls, method: str | None = None, *args, **kwargs):
+        if cls is PruningConfig:
+            cls = get_method(DEFAULT_METHOD if method is None else method).config_class
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        own = type(self).method
+        if self.method != own:
+            raise ValueError(f"{type(self).__name__} is the config of {own!r}; for {self.method!r} use PruningConfig.")
+        for name in ("sparsity", "attention_sparsity", "mlp_sparsity"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(
+                    f"{name} must be in [0, 1); got {value}. It is the fraction of the prunable parameters to remove."
+                )
+        for name in ("n_samples", "seq_len", "batch_size", "multiple_of", "min_units_per_site"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        for name in ("target_parameters", "target_bytes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        if self.target_parameters is not None and self.target_bytes is not None:
+            raise ValueError("target_parameters and target_bytes are two budgets; give one of them.")
+        if not self.kinds:
+            raise ValueError("kinds must name attention, mlp or both; got none.")
+        for declared in dataclasses.fields(self):
+            choices, value = declared.metadata.get("choices"), getattr(self, declared.name)
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if choices is not None and item is not None and item not in choices:
+                    raise ValueError(f"{declared.name} must be one of {', '.join(choices)}; got {item!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field, and the version that wrote it, as JSON values."""
+        return {**dataclasses.asdict(self), "fwdprune_version": __version__}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PruningConfig:
+        """Build the config of `values["method"]`; keys that this version does not know are dropped with a warning."""
+        values = dict(values)
+        written_by = values.pop("fwdprune_version", "an unknown version")
+        config_class = get_method(values.get("method", DEFAULT_METHOD)).config_class if cls is PruningConfig else cls
+        known = {declared.name for declared in dataclasses.fields(config_class)}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            logger.warning(
+                "Ignoring the unknown keys %s of a config written by optimum-fwdprune %s; this is %s.",
+                ", ".join(unknown),
+                written_by,
+                __version__,
+            )
+        return config_class(**{key: value for key, value in values.items() if key in known})
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `fwdprune_config.json` into a folder."""
+        write_text_atomically(Path(save_directory) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **hub_kwargs) -> PruningConfig:
+        """Read the config of a pruned checkpoint: a folder, or a repository of the Hub.
+
+        Args:
+            name_or_path (`str` or `Path`): folder or repository id.
+            hub_kwargs: `revision`, `token`, `cache_dir` and the like, for `huggingface_hub.hf_hub_download`.
+        """
+        path = Path(name_or_path) / CONFIG_NAME
+        if not Path(name_or_path).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(str(name_or_path), CONFIG_NAME, **hub_kwargs))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold a JSON object; it holds a {type(values).__name__}.")
+        return cls.from_dict(values)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **commit_kwargs):
+        """Write `fwdprune_config.json` to a repository of the Hub, creating it where it is missing.
+
+        Args:
+            repo_id (`str`): repository id.
+            private (`bool`, *optional*): visibility of a new repository.
+            token (`str`, *optional*): access token; by default the one that is logged in.
+            commit_kwargs: `revision`, `commit_message`, `create_pr` and the like, for `HfApi.upload_file`.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        content = json.dumps(self.to_dict(), indent=2).encode()
+        return api.upload_file(path_or_fileobj=content, path_in_repo=CONFIG_NAME, repo_id=repo_id, **commit_kwargs)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered criterion.
+
+    Args:
+        config_class (`type[PruningConfig]`): its config; the class attribute `method` is its name.
+        score (`Callable[[ScoringInputs], dict[SiteKey, Tensor]]`): higher scores are kept; one float tensor
+            `[num_units]` per site.
+        statistics (`tuple[str, ...]`): what it needs measured on the calibration tokens, of
+            `optimum_fwdprune.statistics.KINDS_OF_STATISTICS`.
+        calibrated (`bool`): it needs the calibration tokens themselves; statistics imply them.
+        additive (`bool`): scores of different units add up to the score of their removal, so that units of unequal
+            size compete by score per parameter; otherwise by score alone.
+        reconstruction (`str`): what follows the method unless the config says otherwise.
+    """
+
+    config_class: type[PruningConfig]
+    score: Callable[..., dict]
+    statistics: tuple[str, ...] = ()
+    calibrated: bool = False
+    additive: bool = True
+    reconstruction: str = "none"
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register_method(
+    config_class: type[PruningConfig],
+    score: Callable[..., dict],
+    *,
+    statistics: tuple[str, ...] = (),
+    calibrated: bool = False,
+    additive: bool = True,
+    reconstruction: str = "none",
+) -> None:
+    """Make a criterion known under `config_class.method`; the arguments are those of [`Method`]."""
+    name = config_class.method
+    if config_class is PruningConfig or not issubclass(config_class, PruningConfig) or not isinstance(name, str):
+        raise ValueError("config_class must be a dataclass that extends PruningConfig and sets the field `method`.")
+    _METHODS[name] = Method(config_class, score, tuple(statistics), calibrated, additive, reconstruction)
+
+
+def get_method(name: str) -> Method:
+    """Return the method registered as `name`.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    if name not in _METHODS:
+        raise ValueError(f"method must be one of {', '.join(registered_methods())}; got {name!r}.")
+    return _METHODS[name]
+
+
+def registered_methods() -> list[str]:
+    """Return the names of the registered methods."""
+    return sorted(_METHODS)

@@ -1,0 +1,108 @@
+"""Masks over units, applied on the fly. The weights are never touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from .architectures import Site, SiteKey
+
+
+@contextmanager
+def gated(sites: Iterable[Site], masks: Mapping[SiteKey, torch.Tensor]) -> Iterator[None]:
+    """Multiply the input of each site's projection by its units' gates while the context is open.
+
+    Args:
+        sites (iterable of `Site`): the sites of the model.
+        masks (mapping of site key to `Tensor`): gates in any float dtype, `[num_units]` for all sequences alike, or
+            `[batch_size, num_units]` for one mask per sequence. Sites that are not named stay open.
+
+    Raises:
+        ValueError: where a mask does not fit its site, or a batch.
+        RuntimeError: on a clean exit, where a forward pass ran but bypassed a gated projection.
+    """
+    handles, calls = [], {}
+    try:
+        for site in sites:
+            if site.key in masks:
+                calls[site.key] = 0
+                handles.append(site.projection.register_forward_pre_hook(_gate(site, masks[site.key], calls)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if any(calls.values()) and not all(calls.values()):
+        bypassed = next(key for key, count in calls.items() if count == 0)
+        raise RuntimeError(f"The forward pass bypassed the projection of site {bypassed}, so its gates had no effect.")
+
+
+def _gate(site: Site, mask: torch.Tensor, calls: dict[SiteKey, int]):
+    if mask.shape[-1] != site.num_units or mask.dim() > 2:
+        raise ValueError(
+            f"The mask of the {site} has shape {tuple(mask.shape)}; it must be [{site.num_units}] or "
+            f"[batch_size, {site.num_units}]."
+        )
+    # Spread over features once, outside the forward pass.
+    features = site.feature_mask(mask).to(device=site.projection.weight.device, dtype=site.projection.weight.dtype)
+
+    def hook(_module, args):
+        inputs = args[0]
+        calls[site.key] += 1
+        if features.dim() == 1:
+            return (inputs * features,)
+        batch_size = len(features)
+        if inputs.shape[0] % batch_size or (inputs.dim() > 2 and inputs.shape[0] != batch_size):
+            raise ValueError(
+                f"{batch_size} masks do not fit a batch of {inputs.shape[0]}: give one mask per sequence."
+            )
+        # OPT hands its second MLP linear `[batch * tokens, features]`; the view serves both layouts.
+        per_sequence = inputs.reshape(batch_size, -1, inputs.shape[-1]) * features[:, None, :]
+        return (per_sequence.view_as(inputs),)
+
+    return hook
+
+
+@dataclass(frozen=True)
+class Projection:
+    """New parameters of one output projection.
+
+    Args:
+        kept (`list[int]`): kept units.
+        weight (`Tensor[out_features, kept features]`): in the projection's dtype.
+        bias (`Tensor[out_features]`, *optional*): `None` where the projection has none and needs none.
+    """
+
+    kept: list[int]
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@contextmanager
+def replaced_projections(sites: Iterable[Site], replacements: Mapping[SiteKey, Projection]) -> Iterator[None]:
+    """Let projections compute with other weights on their kept features, as if they had been reconstructed already.
+
+    Args:
+        sites (iterable of `Site`): the sites of the model.
+        replacements (mapping of site key to `Projection`): sites that are not named stay as they are.
+    """
+    handles = []
+    try:
+        for site in sites:
+            if site.key in replacements:
+                new = replacements[site.key]
+                mask = torch.zeros(site.num_units, dtype=torch.bool)
+                mask[new.kept] = True
+                columns = site.feature_mask(mask).nonzero().flatten().to(new.weight.device)
+
+                def hook(_module, args, _output, new=new, columns=columns):
+                    return F.linear(args[0].index_select(-1, columns), new.weight, new.bias)
+
+                handles.append(site.projection.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

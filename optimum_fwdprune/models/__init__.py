@@ -1,0 +1,5 @@
+"""Pruned model classes, one file per family.
+
+These files are copied beside the weights, so that a checkpoint also loads with `trust_remote_code=True` where this
+package is not installed. They therefore import nothing but torch, transformers, huggingface_hub and each other.
+"""

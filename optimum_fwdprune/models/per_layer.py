@@ -1,0 +1,121 @@
+"""What turns a stock transformers class into one whose layers differ in size."""
+
+import sys
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+# Keys of a pruned config that its stock config does not have or must not inherit.
+_NOT_STOCK = (
+    "architectures",
+    "attention_output_bias",
+    "auto_map",
+    "mlp_output_bias",
+    "model_type",
+    "per_layer_config",
+    "quantization_config",
+)
+
+
+def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the stock config of the dense model that a pruned `config` was cut from."""
+    stock_class = type(config).__bases__[0]
+    values = {key: value for key, value in config.to_dict().items() if key not in _NOT_STOCK}
+    stock = stock_class.from_dict(values)
+    stock._attn_implementation = config._attn_implementation
+    return stock
+
+
+class PerLayerMixin:
+    """First base of a pruned model class, in front of the stock class that it shrinks.
+
+    The stock class is built at its dense sizes (free on the meta device, which `from_pretrained` uses), then every
+    decoder layer is resized to its entry in `config.per_layer_config`. A family sets three class attributes:
+
+    - `config_class`: the pruned config, whose first base is the stock config;
+    - `layers_path` (`str`): where the base model keeps its decoder layers;
+    - `resize` (`staticmethod(layer, layer_config)`): replaces the linears of one layer by empty ones of its sizes.
+    """
+
+    layers_path: str = "layers"
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, PreTrainedModel):
+            # "PrunedLlamaForCausalLM" -> "AutoModelForCausalLM"; makes every save copy this file and write `auto_map`.
+            _, is_task, task = cls.__name__.partition("For")
+            cls._auto_class = f"AutoModel{is_task}{task}"
+            cls.config_class._auto_class = "AutoConfig"
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        stock = stock_config(config)
+        super().__init__(stock, *args, **kwargs)
+        config._attn_implementation_internal = stock._attn_implementation_internal
+        config.auto_map = self._auto_map()
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config = config
+        for layer, layer_config in zip(self.decoder_layers, config.per_layer_config, strict=True):
+            # Attention reads its implementation from the one config that `set_attn_implementation` changes.
+            for module in layer.modules():
+                if hasattr(module, "config"):
+                    module.config = config
+            self.resize(layer, layer_config)
+            layer.apply(self._init_weights)
+
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        return self.base_model.get_submodule(self.layers_path)
+
+    @classmethod
+    def _auto_map(cls) -> dict[str, str]:
+        """`auto_map` of every task class in this family's file, so that each of them loads as remote code."""
+        file = cls.__module__.rpartition(".")[2]
+        classes = [
+            value
+            for value in vars(sys.modules[cls.__module__]).values()
+            if isinstance(value, type) and issubclass(value, PerLayerMixin) and issubclass(value, PreTrainedModel)
+        ]
+        config_file = cls.config_class.__module__.rpartition(".")[2]
+        return {
+            "AutoConfig": f"{config_file}.{cls.config_class.__name__}",
+            **{value._auto_class: f"{file}.{value.__name__}" for value in classes},
+        }
+
+
+def resize_linear(
+    parent: nn.Module,
+    name: str,
+    *,
+    in_features: int | None = None,
+    out_features: int | None = None,
+    add_bias: bool = False,
+) -> None:
+    """Replace the linear `parent.name` by an empty one of the given sizes on the same device and in the same dtype."""
+    old = getattr(parent, name)
+    new = nn.Linear(
+        old.in_features if in_features is None else in_features,
+        old.out_features if out_features is None else out_features,
+        bias=old.bias is not None or add_bias,
+        device=old.weight.device,
+        dtype=old.weight.dtype,
+    )
+    setattr(parent, name, new)
+
+
+def resize_llama_layer(layer: nn.Module, config: PreTrainedConfig) -> None:
+    """Resize a decoder layer with LLaMA's module names (LLaMA, Mistral, Qwen2, Qwen3)."""
+    attention, mlp = layer.self_attn, layer.mlp
+    query_features = config.num_attention_heads * attention.head_dim
+    key_features = config.num_key_value_heads * attention.head_dim
+    resize_linear(attention, "q_proj", out_features=query_features)
+    resize_linear(attention, "k_proj", out_features=key_features)
+    resize_linear(attention, "v_proj", out_features=key_features)
+    resize_linear(attention, "o_proj", in_features=query_features, add_bias=config.attention_output_bias)
+    attention.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+
+    resize_linear(mlp, "gate_proj", out_features=config.intermediate_size)
+    resize_linear(mlp, "up_proj", out_features=config.intermediate_size)
+    resize_linear(mlp, "down_proj", in_features=config.intermediate_size, add_bias=config.mlp_output_bias)
+    mlp.intermediate_size = config.intermediate_size

@@ -1,0 +1,46 @@
+"""Mistral with per-layer sizes."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.mistral.modeling_mistral import (
+    MistralForCausalLM,
+    MistralForQuestionAnswering,
+    MistralForSequenceClassification,
+    MistralForTokenClassification,
+    MistralModel,
+)
+
+from .per_layer import PerLayerMixin, resize_llama_layer
+
+
+@strict
+class PrunedMistralConfig(MistralConfig):
+    model_type = "pruned_mistral"
+
+    attention_output_bias: bool = False
+    mlp_output_bias: bool = False
+
+
+class PrunedMistralMixin(PerLayerMixin):
+    config_class = PrunedMistralConfig
+    resize = staticmethod(resize_llama_layer)
+
+
+class PrunedMistralModel(PrunedMistralMixin, MistralModel):
+    pass
+
+
+class PrunedMistralForCausalLM(PrunedMistralMixin, MistralForCausalLM):
+    pass
+
+
+class PrunedMistralForSequenceClassification(PrunedMistralMixin, MistralForSequenceClassification):
+    pass
+
+
+class PrunedMistralForTokenClassification(PrunedMistralMixin, MistralForTokenClassification):
+    pass
+
+
+class PrunedMistralForQuestionAnswering(PrunedMistralMixin, MistralForQuestionAnswering):
+    pass

@@ -1,0 +1,46 @@
+"""Qwen3 with per-layer sizes."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3ForCausalLM,
+    Qwen3ForQuestionAnswering,
+    Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
+    Qwen3Model,
+)
+
+from .per_layer import PerLayerMixin, resize_llama_layer
+
+
+@strict
+class PrunedQwen3Config(Qwen3Config):
+    model_type = "pruned_qwen3"
+
+    attention_output_bias: bool = False
+    mlp_output_bias: bool = False
+
+
+class PrunedQwen3Mixin(PerLayerMixin):
+    config_class = PrunedQwen3Config
+    resize = staticmethod(resize_llama_layer)
+
+
+class PrunedQwen3Model(PrunedQwen3Mixin, Qwen3Model):
+    pass
+
+
+class PrunedQwen3ForCausalLM(PrunedQwen3Mixin, Qwen3ForCausalLM):
+    pass
+
+
+class PrunedQwen3ForSequenceClassification(PrunedQwen3Mixin, Qwen3ForSequenceClassification):
+    pass
+
+
+class PrunedQwen3ForTokenClassification(PrunedQwen3Mixin, Qwen3ForTokenClassification):
+    pass
+
+
+class PrunedQwen3ForQuestionAnswering(PrunedQwen3Mixin, Qwen3ForQuestionAnswering):
+    pass

@@ -1,0 +1,134 @@
+"""What a pruned model keeps: the one thing, beside the dense weights, that surgery needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .architectures.site import KINDS, Site, SiteKey
+from .utils import write_text_atomically
+
+
+PLAN_NAME = "fwdprune_plan.json"
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which units every site keeps.
+
+    A plan can be inspected, edited (`dataclasses.replace`), saved as JSON, and replayed on the same dense model.
+
+    Args:
+        kept (`dict[tuple[int, str], list[int]]`): site, as `(layer, "attention")` or `(layer, "mlp")`, to the sorted
+            indices of the units that stay.
+        num_units (`dict[tuple[int, str], int]`): units of every site before pruning.
+        model_type (`str`): `config.model_type` of the model the plan was made for.
+        attention_unit (`str`): what an attention unit is, `"kv_group"` or `"query_head"`.
+        metadata (`dict`, *optional*): how the plan came about; JSON values only, never read by surgery.
+
+    Raises:
+        ValueError: where units are unsorted, repeated or out of range.
+    """
+
+    kept: dict[SiteKey, list[int]]
+    num_units: dict[SiteKey, int]
+    model_type: str
+    attention_unit: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.kept.keys() != self.num_units.keys():
+            raise ValueError("kept and num_units must name the same sites.")
+        for (layer, kind), units in self.kept.items():
+            total = self.num_units[(layer, kind)]
+            if list(units) != sorted(set(units)) or not all(0 <= unit < total for unit in units):
+                raise ValueError(
+                    f"Layer {layer} {kind}: kept units must be sorted, different and in [0, {total}); got {units}."
+                )
+
+    def removed(self, key: SiteKey) -> list[int]:
+        """Return the units of a site that go, sorted."""
+        return sorted(set(range(self.num_units[key])) - set(self.kept[key]))
+
+    def check_matches(self, sites: Iterable[Site], model_type: str) -> None:
+        """Raise `ValueError` where the plan was made for a model with other sites."""
+        sites = list(sites)
+        if model_type != self.model_type:
+            raise ValueError(f"The plan is for a {self.model_type!r} model, this one is {model_type!r}.")
+        if {site.key for site in sites} != self.kept.keys():
+            raise ValueError(
+                f"The plan names {len(self.kept)} sites and the model has {len(sites)}: it was made for another model."
+            )
+        for site in sites:
+            kept, planned = self.kept[site.key], self.num_units[site.key]
+            if planned != site.num_units:
+                raise ValueError(
+                    f"The plan was made for another model: it knows {planned} units in the {site}, the model has "
+                    f"{site.num_units}. Replay a plan on the model it was made from."
+                )
+            if not kept:
+                raise ValueError(f"The plan leaves the {site} without a unit; keep at least one.")
+            per_group = site.num_units // site.num_groups
+            counts = [0] * site.num_groups
+            for unit in kept:
+                counts[unit // per_group] += 1
+            if len(set(counts)) > 1:
+                raise ValueError(
+                    f"The plan keeps {counts} query heads per KV group in the {site}; every group of a layer must "
+                    f"keep the same number."
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON to the file `path`, or into it where it is a folder."""
+        path = _plan_file(path)
+        document = {
+            "format": 1,
+            "model_type": self.model_type,
+            "attention_unit": self.attention_unit,
+            "num_units": _nest(self.num_units),
+            "kept": _nest(self.kept),
+            "metadata": self.metadata,
+        }
+        write_text_atomically(path, json.dumps(document, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Read a plan from the file `path`, or from the checkpoint folder `path`.
+
+        Raises:
+            ValueError: where the file is no plan.
+        """
+        path = _plan_file(path)
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                kept=_flatten(document["kept"]),
+                num_units=_flatten(document["num_units"]),
+                model_type=document["model_type"],
+                attention_unit=document["attention_unit"],
+                metadata=document.get("metadata", {}),
+            )
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no pruning plan: {type(error).__name__}: {error}.") from error
+
+
+def _plan_file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / PLAN_NAME if path.is_dir() else path
+
+
+def _nest(values: Mapping[SiteKey, Any]) -> dict[str, dict[str, Any]]:
+    nested: dict[str, dict[str, Any]] = {}
+    for (layer, kind), value in values.items():
+        nested.setdefault(str(layer), {})[kind] = value
+    return nested
+
+
+def _flatten(nested: Mapping[str, Mapping[str, Any]]) -> dict[SiteKey, Any]:
+    unknown = {kind for entry in nested.values() for kind in entry} - set(KINDS)
+    if unknown:
+        raise KeyError(f"unknown kinds {sorted(unknown)}")
+    return {(int(layer), kind): value for layer, entry in nested.items() for kind, value in entry.items()}

@@ -1,0 +1,378 @@
+"""`FwdPruner`: from a dense model to a checkpoint, with no algorithm of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import __version__ as transformers_version
+from transformers.utils import logging
+
+from .allocation import allocate, removal_budget
+from .architectures import Site, SiteKey, find_sites, get_architecture
+from .calibration import Calibration, load_calibration
+from .configuration import get_method
+from .gates import Projection, gated, replaced_projections
+from .methods import PruningConfig, ScoringInputs
+from .plan import PLAN_NAME, PruningPlan
+from .reconstruction import STATISTICS_OF, added_parameters, reconstruct
+from .report import PruningReport
+from .scores import SCORES_NAME, Scores
+from .statistics import collect_statistics
+from .surgery import prune_model
+from .utils import folder_moved_into_place
+from .version import __version__
+
+
+logger = logging.get_logger(__name__)
+
+# Largest difference between masked and sliced logits, as a fraction of their scale: rounding, and nothing else.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+# What a safetensors header spends on a tensor, generously, so that a target in bytes holds for the file.
+HEADER_BYTES_PER_TENSOR = 192
+
+
+class FwdPruner:
+    """Prunes a causal language model, or any other task head of a supported family, with forward passes only.
+
+    ```python
+    pruner = FwdPruner.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+    model = pruner.prune(PruningConfig(method="wanda_sp", sparsity=0.3))
+    pruner.save_pretrained("smollm2-pruned")
+    ```
+
+    Args:
+        model (`PreTrainedModel`): a model of a supported family, dense or pruned before.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed to calibrate on text, and saved beside the model.
+
+    Attributes:
+        model (`PreTrainedModel`): the dense model, and the pruned one after `prune`.
+        plan (`PruningPlan`, *optional*): what `prune` kept.
+        report (`PruningReport`, *optional*): what it did.
+        scores (`Scores`, *optional*): the last scores, for another budget or to save.
+        config (`PruningConfig`, *optional*): the last request.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
+        get_architecture(model.config).pruned_class(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.plan: PruningPlan | None = None
+        self.report: PruningReport | None = None
+        self.scores: Scores | None = None
+        self.config: PruningConfig | None = None
+
+    @classmethod
+    def from_pretrained(cls, model_id: str | Path, **kwargs) -> FwdPruner:
+        """Load a causal language model and its tokenizer.
+
+        Args:
+            model_id (`str` or `Path`): repository of the Hub, or folder.
+            kwargs: for `AutoModelForCausalLM.from_pretrained`: `dtype` (the checkpoint's by default), `device_map`,
+                `attn_implementation`, `gguf_file`, `revision`, `token`, `trust_remote_code`, ...
+        """
+        kwargs.setdefault("dtype", "auto")
+        # Fails on a family that is not supported before gigabytes are read.
+        model = AutoModelForCausalLM.from_pretrained(model_id, **kwargs)
+        shared = ("gguf_file", "revision", "token", "trust_remote_code", "cache_dir", "subfolder", "local_files_only")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_id, **{k: kwargs[k] for k in shared if k in kwargs})
+        except (OSError, ValueError) as error:
+            logger.warning(
+                "%s has no tokenizer that loads (%s); calibration can use its own text only.", model_id, error
+            )
+            tokenizer = None
+        return cls(model, tokenizer)
+
+    def score(self, config: PruningConfig | None = None, dataset: Any = None) -> Scores:
+        """Score every unit, and gather what the request's reconstruction will need, without changing the model.
+
+        Args:
+            config (`PruningConfig`, *optional*): method and calibration.
+            dataset (*optional*): calibration text or tokens instead of `config.calibration`; see
+                [`~optimum_fwdprune.calibration.load_calibration`].
+
+        Returns:
+            `Scores`: to inspect, to save, or to hand to `prune` with other budgets.
+
+        Raises:
+            ValueError: on NaN in weights, activations or scores, naming where.
+        """
+        config = PruningConfig() if config is None else config
+        method = get_method(config.method)
+        sites = find_sites(self.model, config.attention_unit)
+        _check_finite(self.model)
+        needed = {*method.statistics, *STATISTICS_OF[_reconstruction(config)]}
+        with _evaluating(self.model):
+            calibration = None
+            if needed or method.calibrated:
+                calibration = load_calibration(config, self.model, self.tokenizer, dataset)
+            statistics = {}
+            if needed:
+                statistics = collect_statistics(self.model, sites, calibration, config.batch_size, needed)
+            values = method.score(ScoringInputs(self.model, sites, statistics, calibration, config))
+        values = {key: value.detach().float().cpu() for key, value in values.items()}
+        for site in sites:
+            if site.key not in values or values[site.key].shape != (site.num_units,):
+                raise ValueError(f"Method {config.method!r} must score {site.num_units} units for the {site}.")
+            if not values[site.key].isfinite().all():
+                raise ValueError(f"Method {config.method!r} scored NaN or infinity in the {site}.")
+        self.scores = Scores(config, values, statistics, calibration)
+        return self.scores
+
+    def prune(
+        self,
+        config: PruningConfig | None = None,
+        dataset: Any = None,
+        *,
+        plan: PruningPlan | None = None,
+        scores: Scores | None = None,
+        inplace: bool = True,
+    ) -> PreTrainedModel:
+        """Prune the model.
+
+        Args:
+            config (`PruningConfig`, *optional*): the request. Without one, 20 % of the prunable parameters go.
+            dataset (*optional*): calibration text or tokens instead of `config.calibration`.
+            plan (`PruningPlan`, *optional*): replay this plan instead of scoring and allocating.
+            scores (`Scores`, *optional*): allocate by these instead of scoring again.
+            inplace (`bool`, defaults to `True`): consume the dense model. `False` leaves it whole, and needs memory
+                for both.
+
+        Returns:
+            `PreTrainedModel`: the pruned model, which is `self.model` from then on.
+
+        Raises:
+            ValueError: where the request cannot be met, naming the constraint.
+            RuntimeError: where the pruned model does not compute what the masked dense model computes.
+        """
+        config = PruningConfig() if config is None else config
+        seconds: dict[str, float] = {}
+        sites = find_sites(self.model, plan.attention_unit if plan else config.attention_unit)
+        kind = _reconstruction(config)
+        if plan is not None:
+            plan.check_matches(sites, self.model.config.model_type)
+            # A replay scores nothing: it reconstructs only where the request says so in words.
+            kind = config.reconstruction or "none"
+
+        with _timed(seconds, "score"):
+            if scores is not None:
+                scores.check_matches(sites, config)
+                _check_statistics(scores, kind)
+                self.scores = scores
+            elif plan is None or STATISTICS_OF[kind]:
+                scores = self.score(config if plan is None else _for_plan(config, plan, kind), dataset)
+
+        dense = _Sizes.of(self.model)
+        with _timed(seconds, "allocate"):
+            if plan is None:
+                plan = self._plan(sites, scores, config, kind, dense)
+        with _timed(seconds, "reconstruct"):
+            projections = reconstruct(sites, plan.kept, scores.statistics if scores else {}, kind)
+        with _timed(seconds, "verify"):
+            probe = _probe_batch(self.model, scores.calibration if scores else None)
+            expected = self._masked_logits(sites, plan, projections, probe)
+        prunable = sum(site.num_units * site.unit_parameters for site in sites)
+        removed = sum(len(plan.removed(site.key)) * site.unit_parameters for site in sites)
+        with _timed(seconds, "surgery"):
+            pruned = prune_model(self.model, sites, plan, projections, inplace)
+        with _timed(seconds, "verify"):
+            difference = _compare(expected, _logits(pruned, probe))
+
+        after = _Sizes.of(pruned)
+        self.model, self.plan, self.config = pruned, plan, config
+        self.report = PruningReport(
+            parameters_before=dense.parameters,
+            parameters_after=after.parameters,
+            bytes_before=dense.bytes,
+            bytes_after=after.bytes,
+            prunable_parameters=prunable,
+            removed_parameters=removed,
+            requested_sparsity=plan.metadata.get("requested_sparsity"),
+            masked_difference=difference,
+            seconds=seconds,
+            calibration=scores.calibration.source if scores and scores.calibration else None,
+        )
+        return pruned
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False, max_shard_size: str = "5GB") -> None:
+        """Save the pruned model with its tokenizer, plan, request and scores.
+
+        The folder appears whole or not at all: everything is written to a temporary sibling first.
+
+        Args:
+            folder (`str` or `Path`): where to; it must be new or empty.
+            overwrite (`bool`, defaults to `False`): replace a folder that is not empty.
+            max_shard_size (`str`, defaults to `"5GB"`): largest weight file.
+
+        Raises:
+            FileExistsError: where the folder is not empty.
+            OSError: where it cannot be written.
+            ValueError: before `prune`.
+        """
+        if self.plan is None:
+            raise ValueError("There is nothing to save yet; call prune() first.")
+        with folder_moved_into_place(folder, overwrite) as temporary:
+            self.model.save_pretrained(temporary, max_shard_size=max_shard_size)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(temporary)
+            self.config.save_pretrained(temporary)
+            self.plan.save(temporary / PLAN_NAME)
+            if self.scores is not None:
+                self.scores.save(temporary / SCORES_NAME, with_gram=False)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **commit_kwargs):
+        """Upload what `save_pretrained` writes to a repository of the Hub, creating it where it is missing.
+
+        Args:
+            repo_id (`str`): repository id.
+            private (`bool`, *optional*): visibility of a new repository.
+            token (`str`, *optional*): access token; by default the one that is logged in.
+            commit_kwargs: `revision`, `commit_message`, `create_pr` and the like, for `HfApi.upload_folder`.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "checkpoint")
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return api.upload_folder(folder_path=Path(folder) / "checkpoint", repo_id=repo_id, **commit_kwargs)
+
+    def _plan(self, sites: list[Site], scores: Scores, config: PruningConfig, kind: str, dense: _Sizes) -> PruningPlan:
+        budget = removal_budget(config, sites, dense.parameters, dense.file_bytes, added_parameters(sites, kind))
+        kept = allocate(sites, scores.values, config, budget, get_method(config.method).additive)
+        prunable = sum(site.num_units * site.unit_parameters for site in sites)
+        return PruningPlan(
+            kept=kept,
+            num_units={site.key: site.num_units for site in sites},
+            model_type=self.model.config.model_type,
+            attention_unit=config.attention_unit,
+            metadata={
+                "source": self.model.config._name_or_path,
+                "method": config.method,
+                "reconstruction": kind,
+                "requested_sparsity": budget.parameters / prunable,
+                "scores": {
+                    f"{layer}.{site_kind}": {
+                        "lowest": float(value.min()),
+                        "mean": float(value.mean()),
+                        "highest": float(value.max()),
+                    }
+                    for (layer, site_kind), value in scores.values.items()
+                },
+                "calibration": scores.calibration
+                and {"source": scores.calibration.source, "fingerprint": scores.calibration.fingerprint},
+                "seed": config.seed,
+                "versions": {
+                    "optimum_fwdprune": __version__,
+                    "transformers": transformers_version,
+                    "torch": torch.__version__,
+                },
+            },
+        )
+
+    def _masked_logits(
+        self, sites: list[Site], plan: PruningPlan, projections: dict[SiteKey, Projection], probe: torch.Tensor
+    ) -> torch.Tensor:
+        """The probe's logits from the dense model with gates, and with reconstructed projections where there are any."""
+        masks = {}
+        for site in sites:
+            masks[site.key] = torch.zeros(site.num_units)
+            masks[site.key][plan.kept[site.key]] = 1.0
+        with gated(sites, masks), replaced_projections(sites, projections):
+            return _logits(self.model, probe)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    parameters: int
+    bytes: int
+    file_bytes: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Sizes:
+        parameters = list(model.parameters())
+        total = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        return cls(
+            parameters=sum(parameter.numel() for parameter in parameters),
+            bytes=total,
+            file_bytes=total + HEADER_BYTES_PER_TENSOR * len(parameters),
+        )
+
+
+def _reconstruction(config: PruningConfig) -> str:
+    return config.reconstruction or get_method(config.method).reconstruction
+
+
+def _for_plan(config: PruningConfig, plan: PruningPlan, kind: str) -> PruningConfig:
+    return dataclasses.replace(config, attention_unit=plan.attention_unit, reconstruction=kind)
+
+
+def _check_statistics(scores: Scores, kind: str) -> None:
+    missing = set(STATISTICS_OF[kind]) and (
+        not scores.statistics or (kind == "least_squares" and next(iter(scores.statistics.values())).gram is None)
+    )
+    if missing:
+        raise ValueError(
+            f"These scores hold no statistics for reconstruction={kind!r}. Score again with it in the config."
+        )
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        # amax lets NaN and infinity through and, unlike a sum, cannot overflow.
+        if not parameter.is_meta and not parameter.detach().abs().amax().isfinite():
+            raise ValueError(f"{name} contains NaN or infinity; the checkpoint is damaged or overflowed in its dtype.")
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, probe: torch.Tensor) -> torch.Tensor:
+    with _evaluating(model):
+        return model(input_ids=probe.to(model.device), use_cache=False)[0]
+
+
+def _probe_batch(model: PreTrainedModel, calibration: Calibration | None) -> torch.Tensor:
+    if calibration is not None and calibration.attention_mask is None:
+        return calibration.input_ids[:2, :32]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.get_text_config().vocab_size, (2, 32), generator=generator)
+
+
+def _compare(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    scale = float(expected.float().abs().max().clamp_min(1e-30))
+    difference = float((expected.float() - actual.float()).abs().max()) / scale
+    tolerance = TOLERANCE.get(expected.dtype, 1e-4)
+    # Written so that NaN fails too.
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"The pruned model does not compute what the masked dense model computes: logits differ by {difference:.2g} "
+            f"of their scale, more than the {tolerance:g} that {expected.dtype} rounding explains. The architecture's "
+            f"layout and its pruned class disagree; please report it."
+        )
+    return difference
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -1,0 +1,113 @@
+"""Scores with all that went into them, so that another budget costs no second calibration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .architectures import Site, SiteKey
+from .calibration import Calibration
+from .configuration import PruningConfig
+from .statistics import SiteStatistics
+
+
+SCORES_NAME = "fwdprune_scores.safetensors"
+
+
+@dataclass
+class Scores:
+    """Scores of every unit, and the statistics and tokens behind them.
+
+    Args:
+        config (`PruningConfig`): the request they were made for; its method and attention unit bind them.
+        values (`dict[tuple[int, str], Tensor[num_units]]`): higher is kept.
+        statistics (`dict[tuple[int, str], SiteStatistics]`): empty where neither method nor reconstruction needs any.
+        calibration (`Calibration`, *optional*): the tokens.
+    """
+
+    config: PruningConfig
+    values: dict[SiteKey, torch.Tensor]
+    statistics: dict[SiteKey, SiteStatistics]
+    calibration: Calibration | None
+
+    def check_matches(self, sites: Iterable[Site], config: PruningConfig) -> None:
+        """Raise `ValueError` where the scores belong to another method, attention unit or model."""
+        for name in ("method", "attention_unit"):
+            made_for, asked = getattr(self.config, name), getattr(config, name)
+            if made_for != asked:
+                raise ValueError(f"These scores were made with {name}={made_for!r}, the request says {asked!r}.")
+        for site in sites:
+            if site.key not in self.values or len(self.values[site.key]) != site.num_units:
+                raise ValueError(f"These scores were made for another model: they do not fit the {site}.")
+
+    def save(self, path: str | Path, with_gram: bool = True) -> None:
+        """Write everything to one safetensors file.
+
+        Args:
+            path (`str` or `Path`): the file.
+            with_gram (`bool`, defaults to `True`): include Gram matrices, the one large part.
+        """
+        tensors = {}
+        for (layer, kind), value in self.values.items():
+            tensors[f"scores.{layer}.{kind}"] = value
+        for (layer, kind), statistics in self.statistics.items():
+            for name in ("mean", "variance", "gram"):
+                value = getattr(statistics, name)
+                if value is not None and (with_gram or name != "gram"):
+                    tensors[f"{name}.{layer}.{kind}"] = value
+        metadata = {"config": json.dumps(self.config.to_dict())}
+        if self.statistics:
+            metadata["count"] = str(next(iter(self.statistics.values())).count)
+        if self.calibration is not None:
+            tensors["input_ids"] = self.calibration.input_ids
+            if self.calibration.attention_mask is not None:
+                tensors["attention_mask"] = self.calibration.attention_mask
+            metadata["source"] = self.calibration.source
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read scores from a file, or from the checkpoint folder that holds them.
+
+        Raises:
+            ValueError: where the file holds no scores.
+        """
+        path = Path(path)
+        path = path / SCORES_NAME if path.is_dir() else path
+        groups: dict[str, dict[SiteKey, torch.Tensor]] = {"scores": {}, "mean": {}, "variance": {}, "gram": {}}
+        tokens = {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                for name in file.keys():  # noqa: SIM118  safe_open is no dict
+                    group, _, site = name.partition(".")
+                    if group in groups:
+                        layer, _, kind = site.partition(".")
+                        groups[group][(int(layer), kind)] = file.get_tensor(name)
+                    else:
+                        tokens[name] = file.get_tensor(name)
+            config = PruningConfig.from_dict(json.loads(metadata["config"]))
+        except (KeyError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{path} holds no scores: {type(error).__name__}: {error}.") from error
+        statistics = {
+            key: SiteStatistics(int(metadata["count"]), mean, groups["variance"][key], groups["gram"].get(key))
+            for key, mean in groups["mean"].items()
+        }
+        calibration = (
+            Calibration(tokens["input_ids"], tokens.get("attention_mask"), metadata["source"])
+            if "input_ids" in tokens
+            else None
+        )
+        return cls(config, groups["scores"], statistics, calibration)

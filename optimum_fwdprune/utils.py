@@ -1,0 +1,85 @@
+"""Files that are whole or absent, and progress bars that know when to be silent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` through a temporary sibling, so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
+    """Return `folder` as a path that a checkpoint can be moved to.
+
+    Raises:
+        FileExistsError: where it is a file, or holds files and `overwrite` is not set.
+        OSError: where nothing can be written beside it.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; name a folder to write the checkpoint to.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(f"{folder} is not empty. Name another folder, or pass overwrite to replace it.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise type(error)(f"Cannot write beside {folder}: {error.strerror or error}.") from error
+    return folder
+
+
+@contextmanager
+def folder_moved_into_place(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `folder` that becomes it when the block succeeds and vanishes when it does not."""
+    folder = check_output_folder(folder, overwrite)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+            os.replace(folder, old / folder.name)
+            try:
+                os.replace(temporary, folder)
+            except BaseException:
+                os.replace(old / folder.name, folder)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def progress(iterable, description: str, total: int | None = None, unit: str = "it"):
+    """Wrap `iterable` in a progress bar; silent off a terminal and where transformers' progress bars are off."""
+    from tqdm.auto import tqdm
+    from transformers.utils import logging
+
+    silent = not (sys.stderr.isatty() and logging.is_progress_bar_enabled())
+    return tqdm(iterable, desc=description, total=total, unit=unit, disable=silent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
