@@ -140,8 +140,8 @@ def _open_texts(source: Any, config: PruningConfig) -> tuple[str, Iterator[str]]
     if hasattr(source, "column_names") or hasattr(source, "features"):
         return "dataset", _column_texts(source, config.dataset_column, "the dataset")
     raise ValueError(
-        f"Cannot calibrate on a {type(source).__name__}. Give a name, a file, a list of strings, a datasets.Dataset, or "
-        f"a tensor of token ids [n_samples, seq_len]."
+        f"Cannot calibrate on a {type(source).__name__}. Give a name, a file, a list of strings, a datasets.Dataset, "
+        f"or a tensor of token ids [n_samples, seq_len]."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,9 @@ class PruningPlan:
             "kept": _nest(self.kept),
             "metadata": self.metadata,
         }
-        write_text_atomically(path, json.dumps(document, indent=1) + "\n")
+        # A site a line: a number a line would make the file long and no clearer.
+        text = re.sub(r"\[[\d,\s]*\]", lambda match: " ".join(match[0].split()), json.dumps(document, indent=1))
+        write_text_atomically(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:

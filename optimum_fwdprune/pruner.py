@@ -257,7 +257,7 @@ class FwdPruner:
             model_type=self.model.config.model_type,
             attention_unit=config.attention_unit,
             metadata={
-                "source": self.model.config._name_or_path,
+                "source": _public_name(self.model.config._name_or_path),
                 "method": config.method,
                 "reconstruction": kind,
                 "requested_sparsity": budget.parameters / prunable,
@@ -283,7 +283,7 @@ class FwdPruner:
     def _masked_logits(
         self, sites: list[Site], plan: PruningPlan, projections: dict[SiteKey, Projection], probe: torch.Tensor
     ) -> torch.Tensor:
-        """The probe's logits from the dense model with gates, and with reconstructed projections where there are any."""
+        """The probe's logits from the dense model with gates and reconstructed projections."""
         masks = {}
         for site in sites:
             masks[site.key] = torch.zeros(site.num_units)
@@ -307,6 +307,11 @@ class _Sizes:
             bytes=total,
             file_bytes=total + HEADER_BYTES_PER_TENSOR * len(parameters),
         )
+
+
+def _public_name(name_or_path: str) -> str:
+    """A Hub repository as it is, a folder by its last part: checkpoints get shared, home directories do not."""
+    return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path
 
 
 def _reconstruction(config: PruningConfig) -> str:
@@ -354,9 +359,9 @@ def _compare(expected: torch.Tensor, actual: torch.Tensor) -> float:
     # Written so that NaN fails too.
     if not difference <= tolerance:
         raise RuntimeError(
-            f"The pruned model does not compute what the masked dense model computes: logits differ by {difference:.2g} "
-            f"of their scale, more than the {tolerance:g} that {expected.dtype} rounding explains. The architecture's "
-            f"layout and its pruned class disagree; please report it."
+            f"The pruned model does not compute what the masked dense model computes: logits differ by "
+            f"{difference:.2g} of their scale, more than the {tolerance:g} that {expected.dtype} rounding explains. "
+            f"The architecture's layout and its pruned class disagree; please report it."
         )
     return difference
 

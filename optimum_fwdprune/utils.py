@@ -18,6 +18,7 @@ def write_text_atomically(path: Path, text: str) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -53,6 +54,9 @@ def folder_moved_into_place(folder: str | Path, overwrite: bool = False) -> Iter
     try:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
+        for file in temporary.rglob("*"):
+            # Some writers make files that nobody else may read.
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
             os.replace(folder, old / folder.name)

@@ -68,6 +68,13 @@ class PerLayerMixin:
     def decoder_layers(self) -> nn.ModuleList:
         return self.base_model.get_submodule(self.layers_path)
 
+    def set_attn_implementation(self, *args, **kwargs):
+        super().set_attn_implementation(*args, **kwargs)
+        # A family whose attention reads sizes from its config binds it to the layer's own, which is a copy.
+        for module in self.decoder_layers.modules():
+            if hasattr(module, "config"):
+                module.config._attn_implementation_internal = self.config._attn_implementation_internal
+
     @classmethod
     def _auto_map(cls) -> dict[str, str]:
         """`auto_map` of every task class in this family's file, so that each of them loads as remote code."""

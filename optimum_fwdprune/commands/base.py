@@ -1,0 +1,73 @@
+"""What the commands share: readable errors, and options made from config fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
+from types import UnionType
+
+from optimum.commands.base import BaseOptimumCLICommand
+
+
+class Command(BaseOptimumCLICommand):
+    """A command whose errors are one readable line, and a traceback only with `--debug`."""
+
+    @staticmethod
+    def add_common_options(parser: ArgumentParser) -> None:
+        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+
+    def run(self):
+        try:
+            self.execute()
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception as error:
+            if self.args.debug:
+                raise
+            message = " ".join(str(error).split()) or "no message"
+            # Our own and the Hub's errors speak for themselves; anything else says what it is.
+            label = "error" if isinstance(error, (ValueError, OSError)) else f"error: {type(error).__name__}"
+            print(f"{label}: {message} (--debug shows the traceback)", file=sys.stderr)
+            sys.exit(1)
+
+    def execute(self) -> None:
+        """Do the work; raise on failure."""
+        raise NotImplementedError
+
+
+def add_config_options(parser: ArgumentParser, config_class: type, known: set[str] = frozenset()) -> set[str]:
+    """Add an option for every field of a config dataclass that is not `known` yet, and return the names added.
+
+    Options that are not given are absent from the namespace, so that the config's own defaults hold.
+    """
+    hints = typing.get_type_hints(config_class)
+    added = set()
+    for field in dataclasses.fields(config_class):
+        if field.name in known:
+            continue
+        has_factory = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if has_factory else field.default
+        text = field.metadata.get("help", "")
+        if default not in (None, []):
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            text += f" (default: {shown})"
+        kind, many = _element_type(hints[field.name])
+        if kind is bool:
+            options = {"action": BooleanOptionalAction}
+        else:
+            options = {"type": kind, "choices": field.metadata.get("choices"), "nargs": "+" if many else None}
+            options["metavar"] = None if options["choices"] else kind.__name__.upper()
+        parser.add_argument(f"--{field.name}", default=SUPPRESS, help=text.replace("%", "%%"), **options)
+        added.add(field.name)
+    return added
+
+
+def _element_type(hint) -> tuple[type, bool]:
+    """Reduce `int | None` to `int` and `list[int]` to `int`, and say whether it was a list."""
+    if isinstance(hint, UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True
+    return hint, False

@@ -1,0 +1,18 @@
+"""The command group `optimum-cli fwdprune`."""
+
+from __future__ import annotations
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from .inspect import InspectCommand
+from .prune import PruneCommand
+
+
+class FwdPruneCommand(BaseOptimumCLICommand):
+    COMMAND = CommandInfo(name="fwdprune", help="Structured pruning of language models with forward passes only.")
+    SUBCOMMANDS = (
+        CommandInfo(name="prune", help="Prune a model and save it as a checkpoint.", subcommand_class=PruneCommand),
+        CommandInfo(
+            name="inspect", help="Show what each layer of a pruned checkpoint kept.", subcommand_class=InspectCommand
+        ),
+    )

@@ -1,0 +1,69 @@
+"""`optimum-cli fwdprune prune`: from a dense checkpoint to a pruned one."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+
+from .base import Command, add_config_options
+
+
+LOADING_OPTIONS = ("gguf_file", "dtype", "device_map", "attn_implementation", "revision", "token")
+
+
+class PruneCommand(Command):
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        from optimum_fwdprune.methods import PruningConfig, get_method, registered_methods
+
+        Command.add_common_options(parser)
+        parser.description = "Prune a model and save it as a checkpoint that from_pretrained loads."
+        parser.add_argument("-m", "--model", required=True, help="Hub repository or folder of the model to prune.")
+        parser.add_argument("output", help="Folder for the pruned checkpoint; new or empty.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace an output folder that is not empty.")
+        parser.add_argument("--plan", help="Replay this plan (a JSON file or a pruned checkpoint) instead of scoring.")
+
+        loading = parser.add_argument_group("loading")
+        loading.add_argument("--gguf_file", help="GGUF file inside MODEL to load.")
+        loading.add_argument("--dtype", help="Weights' dtype, such as bfloat16; the checkpoint's own by default.")
+        loading.add_argument("--device_map", help="Where the layers go, such as auto or cuda:0.")
+        loading.add_argument("--attn_implementation", help="eager, sdpa, flash_attention_2, ...")
+        loading.add_argument("--revision", help="Branch, tag or commit of a Hub repository.")
+        loading.add_argument("--token", help="Access token of the Hub; by default the one that is logged in.")
+        loading.add_argument("--trust_remote_code", action="store_true", help="Run modelling code of the repository.")
+
+        request = parser.add_argument_group("pruning")
+        methods = registered_methods()
+        request.add_argument(
+            "--method",
+            choices=methods,
+            default=PruningConfig.method,
+            help="How units are scored (default: %(default)s).",
+        )
+        known = {"method"} | add_config_options(request, PruningConfig, known={"method"})
+        for name in methods:
+            own = parser.add_argument_group(f"options of {name}")
+            known |= add_config_options(own, get_method(name).config_class, known)
+
+    def execute(self) -> None:
+        import dataclasses
+
+        from optimum_fwdprune.methods import PruningConfig, get_method
+        from optimum_fwdprune.plan import PruningPlan
+        from optimum_fwdprune.utils import check_output_folder
+
+        given = vars(self.args)
+        config_class = get_method(self.args.method).config_class
+        fields = {field.name for field in dataclasses.fields(config_class)}
+        # Whatever is wrong with the request shows before a model is loaded.
+        config = PruningConfig(**{name: value for name, value in given.items() if name in fields})
+        check_output_folder(self.args.output, self.args.overwrite)
+        plan = PruningPlan.load(self.args.plan) if self.args.plan else None
+
+        from optimum_fwdprune.pruner import FwdPruner
+
+        loading = {name: given[name] for name in LOADING_OPTIONS if given[name] is not None}
+        pruner = FwdPruner.from_pretrained(self.args.model, trust_remote_code=self.args.trust_remote_code, **loading)
+        pruner.prune(config, plan=plan)
+        pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
+        print(pruner.report)
+        print(f"Saved to {self.args.output}. `optimum-cli fwdprune inspect {self.args.output}` shows every layer.")

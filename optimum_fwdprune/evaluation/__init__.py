@@ -1,0 +1,7 @@
+"""How good and how fast a model is, dense or pruned."""
+
+from .latency import Speed, measure_speed
+from .perplexity import perplexity
+
+
+__all__ = ["Speed", "measure_speed", "perplexity"]

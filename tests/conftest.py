@@ -1,0 +1,35 @@
+"""Shared fixtures: tiny random models, a tiny tokenizer, and no network."""
+
+import os
+
+
+# Before anything imports huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import tiny
+import torch
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE tokenizer with 300 entries, without a padding token."""
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture
+def tokens():
+    """Calibration tokens: 16 windows of 24."""
+    return torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=tiny.CONFIGS)
+def architecture_name(request):
+    """Every tiny architecture in turn."""
+    return request.param
+
+
+@pytest.fixture
+def dense(architecture_name):
+    """A dense tiny causal language model of every architecture in turn, in eval mode."""
+    return tiny.make_model(architecture_name)

@@ -1,0 +1,79 @@
+"""Tiny models of every architecture, built from configs, and a tiny tokenizer."""
+
+import torch
+import transformers
+from third_party_phi3 import register_phi3
+from tokenizers import ByteLevelBPETokenizer
+
+
+register_phi3()
+
+VOCAB = 300
+_LLAMA_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 128,
+}
+_OPT_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "ffn_dim": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 128,
+    "dropout": 0.0,
+}
+
+# Multi-head, grouped and multi-query attention; biases; tied embeddings; head widths of their own.
+CONFIGS = {
+    "llama_mha_tied": (
+        transformers.LlamaConfig,
+        {**_LLAMA_SIZES, "num_key_value_heads": 6, "tie_word_embeddings": True},
+    ),
+    "llama_gqa_biases": (transformers.LlamaConfig, {**_LLAMA_SIZES, "attention_bias": True, "mlp_bias": True}),
+    "llama_mqa": (transformers.LlamaConfig, {**_LLAMA_SIZES, "num_key_value_heads": 1}),
+    "llama_head_dim": (transformers.LlamaConfig, {**_LLAMA_SIZES, "head_dim": 10}),
+    "mistral_sliding_window": (transformers.MistralConfig, {**_LLAMA_SIZES, "sliding_window": 8}),
+    "opt_pre_norm": (transformers.OPTConfig, _OPT_SIZES),
+    "opt_post_norm_projected": (
+        transformers.OPTConfig,
+        {**_OPT_SIZES, "do_layer_norm_before": False, "word_embed_proj_dim": 24},
+    ),
+    "opt_no_biases": (transformers.OPTConfig, {**_OPT_SIZES, "enable_bias": False}),
+    "bloom": (transformers.BloomConfig, {"vocab_size": VOCAB, "hidden_size": 48, "n_head": 6, "n_layer": 3}),
+    "qwen2": (transformers.Qwen2Config, _LLAMA_SIZES),
+    "qwen3": (transformers.Qwen3Config, {**_LLAMA_SIZES, "head_dim": 16}),
+    "phi3_third_party": (transformers.Phi3Config, {**_LLAMA_SIZES, "pad_token_id": 0}),
+}
+
+
+def make_config(name, **changes):
+    """Build the config of a tiny architecture."""
+    config_class, values = CONFIGS[name]
+    return config_class(**{**values, **changes})
+
+
+def make_model(name, auto_class=transformers.AutoModelForCausalLM, seed=0, **changes):
+    """Build a dense tiny model with random weights, biases and norms included, in eval mode."""
+    torch.manual_seed(seed)
+    model = auto_class.from_config(make_config(name, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Initial biases are zero and norms one, which would hide a bias or a norm that is cut wrongly.
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(5)
+    return model.eval()
+
+
+def make_tokenizer():
+    """Train a byte-level BPE tokenizer on a few words."""
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(["the quick brown fox jumps over the lazy dog"], vocab_size=VOCAB - 2, min_frequency=1)
+    trained.add_special_tokens(["<s>", "</s>"])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>")
