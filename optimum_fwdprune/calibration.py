@@ -104,14 +104,19 @@ def load_calibration(
 
 
 def _default_source() -> str:
-    """WikiText-2 where the Hub or its cache answers, else the model's own text."""
+    """WikiText-2 where the Hub answers, or offline its cache, else the model's own text."""
+    from huggingface_hub import HfApi, is_offline_mode
+
     try:
+        if not is_offline_mode():
+            # One short question: loading a dataset would retry for half a minute where there is no network.
+            HfApi().dataset_info(PRESETS["wikitext2"]["path"], timeout=5)
         next(iter(_load_dataset(**PRESETS["wikitext2"])))
         return "wikitext2"
-    except Exception as error:
+    except Exception as error:  # Whatever fails on the way to the Hub, the answer is the same.
         logger.warning(
             "WikiText-2 is not at hand (%s), so calibration uses text sampled from the model itself. Name a source "
-            "with `calibration` to choose.",
+            "with `calibration` to choose; HF_HUB_OFFLINE=1 uses a cached WikiText-2.",
             type(error).__name__,
         )
         return SELF
@@ -119,8 +124,10 @@ def _default_source() -> str:
 
 def _load_dataset(path: str, name: str | None = None, split: str = "train") -> Iterable[dict]:
     from datasets import load_dataset
+    from huggingface_hub import is_offline_mode
 
-    return load_dataset(path, name, split=split, streaming=True)
+    # Streamed, never downloaded whole; offline there is nothing to stream from but a cached copy to read.
+    return load_dataset(path, name, split=split, streaming=not is_offline_mode())
 
 
 def _open_texts(source: Any, config: PruningConfig) -> tuple[str, Iterator[str]]:
@@ -161,7 +168,10 @@ def _file_texts(path: Path, config: PruningConfig) -> Iterator[str]:
 
 
 def _shuffled(rows: Any, seed: int) -> Any:
-    return rows.shuffle(seed=seed, buffer_size=1000)
+    from datasets import Dataset
+
+    # A stream shuffles within a buffer, a dataset on disk as a whole.
+    return rows.shuffle(seed=seed) if isinstance(rows, Dataset) else rows.shuffle(seed=seed, buffer_size=1000)
 
 
 def _column_texts(rows: Iterable[dict], column: str | None, source: str, separator: str = "\n\n") -> Iterator[str]:

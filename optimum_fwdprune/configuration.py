@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "fwdprune_config.json"
 DEFAULT_METHOD = "wanda_sp"
+DEFAULT_RECONSTRUCTION = "least_squares"
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -55,8 +56,8 @@ class PruningConfig:
     )
     kinds: list[str] = option(["attention", "mlp"], "Which kinds of units to prune.", ("attention", "mlp"))
     attention_unit: str = option(
-        "kv_group",
-        "Under grouped-query attention: a KV group with all its query heads, or query heads, as many in every group.",
+        "query_head",
+        "Under grouped-query attention: query heads, as many in every group, or a KV group with all its query heads.",
         ("kv_group", "query_head"),
     )
     multiple_of: int = option(1, "Round every pruned MLP width to a multiple of this, for fast kernels.")
@@ -173,6 +174,15 @@ class PruningConfig:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         content = json.dumps(self.to_dict(), indent=2).encode()
         return api.upload_file(path_or_fileobj=content, path_in_repo=CONFIG_NAME, repo_id=repo_id, **commit_kwargs)
+
+
+def default_config(**fields: Any) -> PruningConfig:
+    """Return the request of a user who names no method: Wanda-sp followed by least squares.
+
+    Args:
+        fields: fields of the config; where they name a `method`, its own reconstruction holds.
+    """
+    return PruningConfig(**fields if "method" in fields else {"reconstruction": DEFAULT_RECONSTRUCTION, **fields})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .allocation import allocate, removal_budget
 from .architectures import Site, SiteKey, find_sites, get_architecture
 from .calibration import Calibration, load_calibration
-from .configuration import get_method
+from .configuration import default_config, get_method
 from .gates import Projection, gated, replaced_projections
 from .methods import PruningConfig, ScoringInputs
 from .plan import PLAN_NAME, PruningPlan
@@ -105,7 +105,7 @@ class FwdPruner:
         Raises:
             ValueError: on NaN in weights, activations or scores, naming where.
         """
-        config = PruningConfig() if config is None else config
+        config = default_config() if config is None else config
         method = get_method(config.method)
         sites = find_sites(self.model, config.attention_unit)
         _check_finite(self.model)
@@ -139,9 +139,11 @@ class FwdPruner:
         """Prune the model.
 
         Args:
-            config (`PruningConfig`, *optional*): the request. Without one, 20 % of the prunable parameters go.
+            config (`PruningConfig`, *optional*): the request. Without one, 20 % of the prunable parameters go, by
+                Wanda-sp with least-squares reconstruction.
             dataset (*optional*): calibration text or tokens instead of `config.calibration`.
-            plan (`PruningPlan`, *optional*): replay this plan instead of scoring and allocating.
+            plan (`PruningPlan`, *optional*): replay this plan instead of scoring and allocating; reconstruction
+                follows only where the config names it.
             scores (`Scores`, *optional*): allocate by these instead of scoring again.
             inplace (`bool`, defaults to `True`): consume the dense model. `False` leaves it whole, and needs memory
                 for both.
@@ -153,31 +155,36 @@ class FwdPruner:
             ValueError: where the request cannot be met, naming the constraint.
             RuntimeError: where the pruned model does not compute what the masked dense model computes.
         """
-        config = PruningConfig() if config is None else config
-        seconds: dict[str, float] = {}
-        sites = find_sites(self.model, plan.attention_unit if plan else config.attention_unit)
-        kind = _reconstruction(config)
-        if plan is not None:
-            plan.check_matches(sites, self.model.config.model_type)
-            # A replay scores nothing: it reconstructs only where the request says so in words.
-            kind = config.reconstruction or "none"
-
-        with _timed(seconds, "score"):
-            if scores is not None:
-                scores.check_matches(sites, config)
-                _check_statistics(scores, kind)
-                self.scores = scores
-            elif plan is None or STATISTICS_OF[kind]:
-                scores = self.score(config if plan is None else _for_plan(config, plan, kind), dataset)
-
+        if plan is not None and scores is not None:
+            raise ValueError("Give a plan to replay or scores to allocate by, not both.")
+        replayed = plan is not None
+        if config is None:
+            config = PruningConfig() if replayed else default_config()
+        kind = (config.reconstruction or "none") if replayed else _reconstruction(config)
+        if replayed:
+            config = dataclasses.replace(config, attention_unit=plan.attention_unit)
+        sites = find_sites(self.model, config.attention_unit)
         dense = _Sizes.of(self.model)
-        with _timed(seconds, "allocate"):
-            if plan is None:
+        seconds: dict[str, float] = {}
+        self.scores = scores
+        calibration = None
+
+        if replayed:
+            plan.check_matches(sites, self.model.config.model_type)
+        else:
+            with _timed(seconds, "score"):
+                if scores is None:
+                    scores = self.score(config, dataset)
+                scores.check_matches(sites, config)
+            calibration = scores.calibration
+            with _timed(seconds, "allocate"):
                 plan = self._plan(sites, scores, config, kind, dense)
         with _timed(seconds, "reconstruct"):
-            projections = reconstruct(sites, plan.kept, scores.statistics if scores else {}, kind)
+            if kind != "none" and calibration is None:
+                calibration = load_calibration(config, self.model, self.tokenizer, dataset)
+            projections = self._reconstruct(sites, plan, config, kind, calibration)
         with _timed(seconds, "verify"):
-            probe = _probe_batch(self.model, scores.calibration if scores else None)
+            probe = _probe_batch(self.model, calibration)
             expected = self._masked_logits(sites, plan, projections, probe)
         prunable = sum(site.num_units * site.unit_parameters for site in sites)
         removed = sum(len(plan.removed(site.key)) * site.unit_parameters for site in sites)
@@ -198,7 +205,7 @@ class FwdPruner:
             requested_sparsity=plan.metadata.get("requested_sparsity"),
             masked_difference=difference,
             seconds=seconds,
-            calibration=scores.calibration.source if scores and scores.calibration else None,
+            calibration=calibration and calibration.source,
         )
         return pruned
 
@@ -226,7 +233,7 @@ class FwdPruner:
             self.config.save_pretrained(temporary)
             self.plan.save(temporary / PLAN_NAME)
             if self.scores is not None:
-                self.scores.save(temporary / SCORES_NAME, with_gram=False)
+                self.scores.save(temporary / SCORES_NAME)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **commit_kwargs):
         """Upload what `save_pretrained` writes to a repository of the Hub, creating it where it is missing.
@@ -246,6 +253,15 @@ class FwdPruner:
             self.save_pretrained(Path(folder) / "checkpoint")
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return api.upload_folder(folder_path=Path(folder) / "checkpoint", repo_id=repo_id, **commit_kwargs)
+
+    def _reconstruct(
+        self, sites: list[Site], plan: PruningPlan, config: PruningConfig, kind: str, calibration: Calibration | None
+    ) -> dict[SiteKey, Projection]:
+        statistics = self.scores.statistics if self.scores else {}
+        with _evaluating(self.model):
+            if STATISTICS_OF[kind] and not statistics:
+                statistics = collect_statistics(self.model, sites, calibration, config.batch_size, STATISTICS_OF[kind])
+            return reconstruct(self.model, sites, plan.kept, kind, statistics, calibration, config.batch_size)
 
     def _plan(self, sites: list[Site], scores: Scores, config: PruningConfig, kind: str, dense: _Sizes) -> PruningPlan:
         budget = removal_budget(config, sites, dense.parameters, dense.file_bytes, added_parameters(sites, kind))
@@ -316,20 +332,6 @@ def _public_name(name_or_path: str) -> str:
 
 def _reconstruction(config: PruningConfig) -> str:
     return config.reconstruction or get_method(config.method).reconstruction
-
-
-def _for_plan(config: PruningConfig, plan: PruningPlan, kind: str) -> PruningConfig:
-    return dataclasses.replace(config, attention_unit=plan.attention_unit, reconstruction=kind)
-
-
-def _check_statistics(scores: Scores, kind: str) -> None:
-    missing = set(STATISTICS_OF[kind]) and (
-        not scores.statistics or (kind == "least_squares" and next(iter(scores.statistics.values())).gram is None)
-    )
-    if missing:
-        raise ValueError(
-            f"These scores hold no statistics for reconstruction={kind!r}. Score again with it in the config."
-        )
 
 
 def _check_finite(model: PreTrainedModel) -> None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey
+from .calibration import Calibration
 from .gates import Projection
-from .statistics import GRAM, MOMENTS, SiteStatistics
+from .statistics import GRAM, MOMENTS, SiteStatistics, collect_statistics
 
 
 NONE, BIAS, LEAST_SQUARES = "none", "bias", "least_squares"
 
-# What each kind of reconstruction needs measured, on top of what the method needs.
-STATISTICS_OF: dict[str, tuple[str, ...]] = {NONE: (), BIAS: (MOMENTS,), LEAST_SQUARES: (GRAM,)}
+# Statistics that scoring gathers along the way where this kind of reconstruction will follow.
+STATISTICS_OF: dict[str, tuple[str, ...]] = {NONE: (), BIAS: (MOMENTS,), LEAST_SQUARES: ()}
 
 # Share of the mean diagonal of the Gram matrix that is added to its diagonal before solving.
 RIDGE = 1e-2
+
+# Gram matrices held at the same time. What does not fit waits for another pass over the calibration tokens.
+GRAM_BYTES = 2 * 2**30
 
 
 def added_parameters(sites: Iterable[Site], kind: str) -> int:
@@ -29,52 +34,79 @@ def added_parameters(sites: Iterable[Site], kind: str) -> int:
 
 @torch.no_grad()
 def reconstruct(
+    model: PreTrainedModel,
     sites: Iterable[Site],
     kept: Mapping[SiteKey, list[int]],
-    statistics: Mapping[SiteKey, SiteStatistics],
     kind: str,
+    statistics: Mapping[SiteKey, SiteStatistics],
+    calibration: Calibration | None,
+    batch_size: int,
 ) -> dict[SiteKey, Projection]:
-    """Return new projection parameters for every site that loses units.
+    """Return new projection parameters for the sites, measured on the dense model.
 
     `"bias"` adds the mean output of the removed features, `b + W_r E[x_r]` (FLAP, arXiv 2312.11983, eq. 5).
     `"least_squares"` refits the kept columns to the dense output over the calibration tokens,
     `W_k + W_r H_rk (H_kk + λI)⁻¹` with `H = Σ x xᵀ` and `λ = RIDGE · mean(diag H)`.
 
     Args:
-        sites (iterable of `Site`): the sites of the dense model.
+        model (`PreTrainedModel`): the dense model; it is not changed.
+        sites (iterable of `Site`): its sites.
         kept (mapping of site key to `list[int]`): units that stay.
-        statistics (mapping of site key to `SiteStatistics`): of the dense model.
         kind (`str`): `"none"`, `"bias"` or `"least_squares"`.
+        statistics (mapping of site key to `SiteStatistics`): read by `"bias"`.
+        calibration (`Calibration`, *optional*): read by `"least_squares"`, which passes over the tokens again, once
+            where its Gram matrices fit into `GRAM_BYTES`.
+        batch_size (`int`): windows per forward pass.
     """
+    sites = [site for site in sites if kept[site.key] and len(kept[site.key]) < site.num_units]
     if kind == NONE:
         return {}
-    rebuild = {BIAS: _compensate_bias, LEAST_SQUARES: _least_squares}[kind]
+    if kind == BIAS:
+        return {site.key: _compensate_bias(site, kept[site.key], statistics[site.key]) for site in sites}
     projections = {}
-    for site in sites:
-        units = kept[site.key]
-        mask = torch.zeros(site.num_units, dtype=torch.bool)
-        mask[units] = True
-        features = site.feature_mask(mask).to(site.projection.weight.device)
-        weight, bias = rebuild(site, features, statistics[site.key])
-        dtype = site.projection.weight.dtype
-        projections[site.key] = Projection(units, weight.to(dtype), None if bias is None else bias.to(dtype))
+    for portion in _portions(sites):
+        grams = collect_statistics(model, portion, calibration, batch_size, (GRAM,))
+        for site in portion:
+            projections[site.key] = _least_squares(site, kept[site.key], grams.pop(site.key).gram)
     return projections
 
 
-def _compensate_bias(site: Site, kept: torch.Tensor, statistics: SiteStatistics):
-    weight, bias = site.projection.weight, site.projection.bias
-    lost = weight[:, ~kept].float() @ statistics.mean[~kept]
-    return weight[:, kept], lost if bias is None else bias.float() + lost
+def _portions(sites: list[Site]) -> Iterator[list[Site]]:
+    """Split sites into runs whose Gram matrices fit into `GRAM_BYTES`, one site at least."""
+    portion, size = [], 0
+    for site in sites:
+        needed = 4 * site.projection.in_features**2
+        if portion and size + needed > GRAM_BYTES:
+            yield portion
+            portion, size = [], 0
+        portion.append(site)
+        size += needed
+    if portion:
+        yield portion
 
 
-def _least_squares(site: Site, kept: torch.Tensor, statistics: SiteStatistics):
+def _kept_features(site: Site, kept: list[int]) -> torch.Tensor:
+    mask = torch.zeros(site.num_units, dtype=torch.bool)
+    mask[kept] = True
+    return site.feature_mask(mask).to(site.projection.weight.device)
+
+
+def _compensate_bias(site: Site, kept: list[int], statistics: SiteStatistics) -> Projection:
     weight, bias = site.projection.weight, site.projection.bias
-    if kept.all():
-        return weight, bias
-    gram = statistics.gram
-    within = gram[kept][:, kept].double()
+    features = _kept_features(site, kept)
+    lost = weight[:, ~features].float() @ statistics.mean.to(weight.device)[~features]
+    total = lost if bias is None else bias.float() + lost
+    return Projection(kept, weight[:, features], total.to(weight.dtype))
+
+
+def _least_squares(site: Site, kept: list[int], gram: torch.Tensor) -> Projection:
+    weight, bias = site.projection.weight, site.projection.bias
+    features = _kept_features(site, kept)
+    within = gram[features][:, features].double()
+    # The smallest normal number keeps a site whose inputs are all zero solvable.
     within.diagonal().add_(RIDGE * float(gram.diagonal().double().mean()) + torch.finfo(torch.float32).tiny)
-    across = gram[kept][:, ~kept].double()
+    across = gram[features][:, ~features].double()
     # [kept, removed]: how the kept features predict each removed one.
-    prediction = torch.linalg.solve(within, across)
-    return weight[:, kept].float() + weight[:, ~kept].float() @ prediction.T.float(), bias
+    prediction = torch.linalg.solve(within, across).to(torch.float32)
+    refitted = weight[:, features].float() + weight[:, ~features].float() @ prediction.T
+    return Projection(kept, refitted.to(weight.dtype), bias)

@@ -46,21 +46,14 @@ class Scores:
             if site.key not in self.values or len(self.values[site.key]) != site.num_units:
                 raise ValueError(f"These scores were made for another model: they do not fit the {site}.")
 
-    def save(self, path: str | Path, with_gram: bool = True) -> None:
-        """Write everything to one safetensors file.
-
-        Args:
-            path (`str` or `Path`): the file.
-            with_gram (`bool`, defaults to `True`): include Gram matrices, the one large part.
-        """
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file."""
         tensors = {}
         for (layer, kind), value in self.values.items():
             tensors[f"scores.{layer}.{kind}"] = value
         for (layer, kind), statistics in self.statistics.items():
-            for name in ("mean", "variance", "gram"):
-                value = getattr(statistics, name)
-                if value is not None and (with_gram or name != "gram"):
-                    tensors[f"{name}.{layer}.{kind}"] = value
+            tensors[f"mean.{layer}.{kind}"] = statistics.mean
+            tensors[f"variance.{layer}.{kind}"] = statistics.variance
         metadata = {"config": json.dumps(self.config.to_dict())}
         if self.statistics:
             metadata["count"] = str(next(iter(self.statistics.values())).count)
@@ -86,7 +79,7 @@ class Scores:
         """
         path = Path(path)
         path = path / SCORES_NAME if path.is_dir() else path
-        groups: dict[str, dict[SiteKey, torch.Tensor]] = {"scores": {}, "mean": {}, "variance": {}, "gram": {}}
+        groups: dict[str, dict[SiteKey, torch.Tensor]] = {"scores": {}, "mean": {}, "variance": {}}
         tokens = {}
         try:
             with safe_open(path, framework="pt") as file:
@@ -102,7 +95,7 @@ class Scores:
         except (KeyError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} holds no scores: {type(error).__name__}: {error}.") from error
         statistics = {
-            key: SiteStatistics(int(metadata["count"]), mean, groups["variance"][key], groups["gram"].get(key))
+            key: SiteStatistics(int(metadata["count"]), mean, groups["variance"][key])
             for key, mean in groups["mean"].items()
         }
         calibration = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 
 from .base import Command, add_config_options
 
@@ -13,6 +13,7 @@ LOADING_OPTIONS = ("gguf_file", "dtype", "device_map", "attn_implementation", "r
 class PruneCommand(Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
+        from optimum_fwdprune.configuration import DEFAULT_METHOD, DEFAULT_RECONSTRUCTION
         from optimum_fwdprune.methods import PruningConfig, get_method, registered_methods
 
         Command.add_common_options(parser)
@@ -36,8 +37,8 @@ class PruneCommand(Command):
         request.add_argument(
             "--method",
             choices=methods,
-            default=PruningConfig.method,
-            help="How units are scored (default: %(default)s).",
+            default=SUPPRESS,
+            help=f"How units are scored. Default: {DEFAULT_METHOD}, with --reconstruction {DEFAULT_RECONSTRUCTION}.",
         )
         known = {"method"} | add_config_options(request, PruningConfig, known={"method"})
         for name in methods:
@@ -47,15 +48,17 @@ class PruneCommand(Command):
     def execute(self) -> None:
         import dataclasses
 
+        from optimum_fwdprune.configuration import DEFAULT_METHOD, default_config
         from optimum_fwdprune.methods import PruningConfig, get_method
         from optimum_fwdprune.plan import PruningPlan
         from optimum_fwdprune.utils import check_output_folder
 
         given = vars(self.args)
-        config_class = get_method(self.args.method).config_class
+        config_class = get_method(given.get("method", DEFAULT_METHOD)).config_class
         fields = {field.name for field in dataclasses.fields(config_class)}
         # Whatever is wrong with the request shows before a model is loaded.
-        config = PruningConfig(**{name: value for name, value in given.items() if name in fields})
+        make_config = PruningConfig if self.args.plan else default_config
+        config = make_config(**{name: value for name, value in given.items() if name in fields})
         check_output_folder(self.args.output, self.args.overwrite)
         plan = PruningPlan.load(self.args.plan) if self.args.plan else None
 
