@@ -24,6 +24,7 @@ test: $(VENV)/installed
 quality: $(VENV)/quality
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 style: $(VENV)/quality
 	$(BIN)/ruff check --fix .

@@ -255,7 +255,7 @@ def _sample_from_model(
             _split(config.n_samples, 4 * config.batch_size), "Sampling calibration text", unit="batch"
         ):
             windows.append(
-                model.generate(
+                model.generate(  # type: ignore[operator]
                     torch.full((size, 1), start, device=model.device),
                     attention_mask=torch.ones((size, 1), dtype=torch.int64, device=model.device),
                     do_sample=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
@@ -25,7 +25,7 @@ from .reconstruction import STATISTICS_OF, added_parameters, reconstruct
 from .report import PruningReport
 from .scores import SCORES_NAME, Scores
 from .statistics import collect_statistics
-from .surgery import prune_model
+from .surgery import check_resident, prune_model
 from .utils import folder_moved_into_place
 from .version import __version__
 
@@ -79,11 +79,20 @@ class FwdPruner:
                 `attn_implementation`, `gguf_file`, `revision`, `token`, `trust_remote_code`, ...
         """
         kwargs.setdefault("dtype", "auto")
-        # Fails on a family that is not supported before gigabytes are read.
+        shared = {
+            name: kwargs[name]
+            for name in ("revision", "token", "trust_remote_code", "cache_dir", "subfolder", "local_files_only")
+            if name in kwargs
+        }
+        if "gguf_file" in kwargs:
+            # Reading the config of a GGUF file costs as much as reading all of it.
+            shared["gguf_file"] = kwargs["gguf_file"]
+        else:
+            # A family that is not supported fails before gigabytes are read.
+            get_architecture(AutoConfig.from_pretrained(model_id, **shared))
         model = AutoModelForCausalLM.from_pretrained(model_id, **kwargs)
-        shared = ("gguf_file", "revision", "token", "trust_remote_code", "cache_dir", "subfolder", "local_files_only")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model_id, **{k: kwargs[k] for k in shared if k in kwargs})
+            tokenizer = AutoTokenizer.from_pretrained(model_id, **shared)
         except (OSError, ValueError) as error:
             logger.warning(
                 "%s has no tokenizer that loads (%s); calibration can use its own text only.", model_id, error
@@ -115,7 +124,7 @@ class FwdPruner:
             if needed or method.calibrated:
                 calibration = load_calibration(config, self.model, self.tokenizer, dataset)
             statistics = {}
-            if needed:
+            if needed and calibration is not None:
                 statistics = collect_statistics(self.model, sites, calibration, config.batch_size, needed)
             values = method.score(ScoringInputs(self.model, sites, statistics, calibration, config))
         values = {key: value.detach().float().cpu() for key, value in values.items()}
@@ -157,32 +166,35 @@ class FwdPruner:
         """
         if plan is not None and scores is not None:
             raise ValueError("Give a plan to replay or scores to allocate by, not both.")
-        replayed = plan is not None
-        if config is None:
-            config = PruningConfig() if replayed else default_config()
-        kind = (config.reconstruction or "none") if replayed else _reconstruction(config)
-        if replayed:
+        if plan is None:
+            config = default_config() if config is None else config
+            kind = _reconstruction(config)
+        else:
+            config = PruningConfig() if config is None else config
             config = dataclasses.replace(config, attention_unit=plan.attention_unit)
+            kind = config.reconstruction or "none"
+        check_resident(self.model)
         sites = find_sites(self.model, config.attention_unit)
         dense = _Sizes.of(self.model)
         seconds: dict[str, float] = {}
-        self.scores = scores
-        calibration = None
 
-        if replayed:
-            plan.check_matches(sites, self.model.config.model_type)
-        else:
+        if plan is None:
             with _timed(seconds, "score"):
-                if scores is None:
-                    scores = self.score(config, dataset)
+                scores = self.score(config, dataset) if scores is None else scores
                 scores.check_matches(sites, config)
-            calibration = scores.calibration
             with _timed(seconds, "allocate"):
                 plan = self._plan(sites, scores, config, kind, dense)
+        else:
+            plan.check_matches(sites, self.model.config.model_type)
+        calibration = scores.calibration if scores else None
         with _timed(seconds, "reconstruct"):
             if kind != "none" and calibration is None:
                 calibration = load_calibration(config, self.model, self.tokenizer, dataset)
-            projections = self._reconstruct(sites, plan, config, kind, calibration)
+            statistics = scores.statistics if scores else {}
+            with _evaluating(self.model):
+                projections = reconstruct(
+                    self.model, sites, plan.kept, kind, statistics, calibration, config.batch_size
+                )
         with _timed(seconds, "verify"):
             probe = _probe_batch(self.model, calibration)
             expected = self._masked_logits(sites, plan, projections, probe)
@@ -194,7 +206,7 @@ class FwdPruner:
             difference = _compare(expected, _logits(pruned, probe))
 
         after = _Sizes.of(pruned)
-        self.model, self.plan, self.config = pruned, plan, config
+        self.model, self.plan, self.config, self.scores = pruned, plan, config, scores
         self.report = PruningReport(
             parameters_before=dense.parameters,
             parameters_after=after.parameters,
@@ -205,7 +217,7 @@ class FwdPruner:
             requested_sparsity=plan.metadata.get("requested_sparsity"),
             masked_difference=difference,
             seconds=seconds,
-            calibration=calibration and calibration.source,
+            calibration=calibration.source if calibration else None,
         )
         return pruned
 
@@ -224,7 +236,7 @@ class FwdPruner:
             OSError: where it cannot be written.
             ValueError: before `prune`.
         """
-        if self.plan is None:
+        if self.plan is None or self.config is None:
             raise ValueError("There is nothing to save yet; call prune() first.")
         with folder_moved_into_place(folder, overwrite) as temporary:
             self.model.save_pretrained(temporary, max_shard_size=max_shard_size)
@@ -253,15 +265,6 @@ class FwdPruner:
             self.save_pretrained(Path(folder) / "checkpoint")
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return api.upload_folder(folder_path=Path(folder) / "checkpoint", repo_id=repo_id, **commit_kwargs)
-
-    def _reconstruct(
-        self, sites: list[Site], plan: PruningPlan, config: PruningConfig, kind: str, calibration: Calibration | None
-    ) -> dict[SiteKey, Projection]:
-        statistics = self.scores.statistics if self.scores else {}
-        with _evaluating(self.model):
-            if STATISTICS_OF[kind] and not statistics:
-                statistics = collect_statistics(self.model, sites, calibration, config.batch_size, STATISTICS_OF[kind])
-            return reconstruct(self.model, sites, plan.kept, kind, statistics, calibration, config.batch_size)
 
     def _plan(self, sites: list[Site], scores: Scores, config: PruningConfig, kind: str, dense: _Sizes) -> PruningPlan:
         budget = removal_budget(config, sites, dense.parameters, dense.file_bytes, added_parameters(sites, kind))

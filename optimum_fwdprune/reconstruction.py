@@ -53,27 +53,32 @@ def reconstruct(
         sites (iterable of `Site`): its sites.
         kept (mapping of site key to `list[int]`): units that stay.
         kind (`str`): `"none"`, `"bias"` or `"least_squares"`.
-        statistics (mapping of site key to `SiteStatistics`): read by `"bias"`.
-        calibration (`Calibration`, *optional*): read by `"least_squares"`, which passes over the tokens again, once
-            where its Gram matrices fit into `GRAM_BYTES`.
+        statistics (mapping of site key to `SiteStatistics`): moments for `"bias"`, which gathers them where empty.
+        calibration (`Calibration`, *optional*): the tokens. `"least_squares"` passes over them again, once where its
+            Gram matrices fit into `GRAM_BYTES`.
         batch_size (`int`): windows per forward pass.
     """
     sites = [site for site in sites if kept[site.key] and len(kept[site.key]) < site.num_units]
     if kind == NONE:
         return {}
+    if calibration is None:
+        raise ValueError(f"reconstruction={kind!r} needs calibration tokens.")
     if kind == BIAS:
+        # Scores that were made for another reconstruction may lack the means.
+        statistics = statistics or collect_statistics(model, sites, calibration, batch_size, STATISTICS_OF[kind])
         return {site.key: _compensate_bias(site, kept[site.key], statistics[site.key]) for site in sites}
     projections = {}
     for portion in _portions(sites):
         grams = collect_statistics(model, portion, calibration, batch_size, (GRAM,))
         for site in portion:
-            projections[site.key] = _least_squares(site, kept[site.key], grams.pop(site.key).gram)
+            projections[site.key] = _least_squares(site, kept[site.key], grams.pop(site.key))
     return projections
 
 
 def _portions(sites: list[Site]) -> Iterator[list[Site]]:
     """Split sites into runs whose Gram matrices fit into `GRAM_BYTES`, one site at least."""
-    portion, size = [], 0
+    portion: list[Site] = []
+    size = 0
     for site in sites:
         needed = 4 * site.projection.in_features**2
         if portion and size + needed > GRAM_BYTES:
@@ -99,8 +104,9 @@ def _compensate_bias(site: Site, kept: list[int], statistics: SiteStatistics) ->
     return Projection(kept, weight[:, features], total.to(weight.dtype))
 
 
-def _least_squares(site: Site, kept: list[int], gram: torch.Tensor) -> Projection:
-    weight, bias = site.projection.weight, site.projection.bias
+def _least_squares(site: Site, kept: list[int], statistics: SiteStatistics) -> Projection:
+    weight, bias, gram = site.projection.weight, site.projection.bias, statistics.gram
+    assert gram is not None
     features = _kept_features(site, kept)
     within = gram[features][:, features].double()
     # The smallest normal number keeps a site whose inputs are all zero solvable.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .plan import PruningPlan
@@ -85,7 +86,7 @@ def plan_table(plan: PruningPlan) -> str:
     return render_table(("layer", unit, "", "MLP channels", ""), rows)
 
 
-def render_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def render_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Return rows of text as a table."""
     from rich import box
     from rich.console import Console

@@ -46,6 +46,7 @@ class _Accumulator:
     def __init__(self, with_gram: bool):
         self.with_gram = with_gram
         self.count = 0
+        self.gram: torch.Tensor | None = None
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add `inputs`, `[tokens, in_features]` in any float dtype."""
@@ -56,8 +57,9 @@ class _Accumulator:
             # Batches are summed in float32 and added up in float64: a vector per site, which costs nothing.
             self.sum = torch.zeros_like(self.shift, dtype=torch.float64)
             self.squares = torch.zeros_like(self.sum)
-            self.gram = values.new_zeros(values.shape[1], values.shape[1]) if self.with_gram else None
-        if self.with_gram:
+            if self.with_gram:
+                self.gram = values.new_zeros(values.shape[1], values.shape[1])
+        if self.gram is not None:
             self.gram.addmm_(values.T, values)
         deviations = values - self.shift
         self.sum += ones @ deviations

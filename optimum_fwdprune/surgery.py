@@ -63,6 +63,15 @@ def pruned_config(model: PreTrainedModel, sites: list[Site], plan: PruningPlan, 
     return config
 
 
+def check_resident(model: PreTrainedModel) -> None:
+    """Raise `ValueError` where a parameter of `model` is offloaded, so that there is nothing in memory to cut."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is offloaded. Load the model without disk or CPU offload, for example with device_map=None."
+            )
+
+
 @torch.no_grad()
 def prune_model(
     model: PreTrainedModel,
@@ -85,16 +94,10 @@ def prune_model(
         inplace (`bool`, defaults to `True`): `False` leaves the dense model whole and copies what both need.
 
     Raises:
-        ValueError: where a parameter is offloaded, or the plan does not fit the model.
+        ValueError: where the plan does not fit the model.
     """
     projections = projections or {}
     plan.check_matches(sites, model.config.model_type)
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"{name} is offloaded. Load the model without disk or CPU offload, for example with device_map=None."
-            )
-
     architecture = get_architecture(model.config)
     by_key = {site.key: site for site in sites}
     with_bias = {
@@ -127,7 +130,7 @@ def prune_model(
     for name, buffer in model.named_buffers():
         parent, _, leaf = name.rpartition(".")
         setattr(pruned.get_submodule(parent), leaf, buffer if inplace else buffer.clone())
-    pruned.tie_weights()
+    pruned.tie_weights()  # type: ignore[operator]
     left = [name for name, parameter in pruned.named_parameters() if parameter.is_meta]
     if left:
         raise ValueError(f"{type(pruned).__name__} has the parameters {', '.join(left)}, which the dense model lacks.")

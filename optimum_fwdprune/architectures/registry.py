@@ -115,7 +115,7 @@ def register_architecture(architecture: Architecture) -> None:
     _ARCHITECTURES[architecture.config_class.model_type] = architecture
     AutoConfig.register(architecture.config_class.model_type, architecture.config_class, exist_ok=True)
     for model_class in architecture.model_classes:
-        auto_class = getattr(transformers, model_class._auto_class)
+        auto_class = getattr(transformers, str(model_class._auto_class))
         auto_class.register(architecture.config_class, model_class, exist_ok=True)
 
 

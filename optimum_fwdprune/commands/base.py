@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import typing
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, _ArgumentGroup
 from types import UnionType
 
 from optimum.commands.base import BaseOptimumCLICommand
@@ -37,7 +37,9 @@ class Command(BaseOptimumCLICommand):
         raise NotImplementedError
 
 
-def add_config_options(parser: ArgumentParser, config_class: type, known: set[str] = frozenset()) -> set[str]:
+def add_config_options(
+    parser: ArgumentParser | _ArgumentGroup, config_class: type, known: set[str] = frozenset()
+) -> set[str]:
     """Add an option for every field of a config dataclass that is not `known` yet, and return the names added.
 
     Options that are not given are absent from the namespace, so that the config's own defaults hold.
