@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -138,10 +139,11 @@ def prune_model(
     pruned.train(model.training)
     if model.can_generate():
         pruned.generation_config = model.generation_config
-    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
+    device_map: Any = getattr(model, "hf_device_map", None)
+    if device_map and len(set(device_map.values())) > 1:
         from accelerate import dispatch_model
 
-        pruned = dispatch_model(pruned, device_map=model.hf_device_map)
+        pruned = dispatch_model(pruned, device_map=device_map)
     return pruned
 
 

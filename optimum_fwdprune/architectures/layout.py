@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -21,8 +22,8 @@ class AttentionLayout:
     Args:
         module (`str`): name of the attention module inside the decoder layer; it has a `head_dim` attribute.
         output (`str`): name of the output projection inside it.
-        query, key, value (`str`, *optional*): names of separate projections.
-        fused (`str`, *optional*): name of one linear that makes all three, instead of separate ones.
+        query, key, value (`str`): names of separate projections.
+        fused (`str`): instead of them, the name of one linear that makes all three.
         interleaved (`bool`, defaults to `False`): the fused rows are `[head, 3, head_dim]` (BLOOM) rather than all
             query rows, then all key rows, then all value rows (Phi-3).
         heads_key, kv_heads_key (`str`): config keys; `kv_heads_key=None` where every head has its own keys and values.
@@ -32,10 +33,10 @@ class AttentionLayout:
 
     module: str
     output: str
-    query: str | None = None
-    key: str | None = None
-    value: str | None = None
-    fused: str | None = None
+    query: str = ""
+    key: str = ""
+    value: str = ""
+    fused: str = ""
     interleaved: bool = False
     heads_key: str = "num_attention_heads"
     kv_heads_key: str | None = "num_key_value_heads"
@@ -43,7 +44,7 @@ class AttentionLayout:
 
     def site(self, layer_index: int, path: str, layer: nn.Module, unit: str) -> Site:
         """Describe the attention site of `layer`, whose name inside the model is `path`."""
-        module = layer.get_submodule(self.module)
+        module: Any = layer.get_submodule(self.module)
         heads, kv_heads = self._head_counts(module)
         head_dim, per_group = module.head_dim, heads // kv_heads
         single_heads = unit == QUERY_HEAD and per_group > 1
@@ -55,10 +56,9 @@ class AttentionLayout:
         def coupling(name: str, axis: int, *segments: Segment) -> Coupling:
             return Coupling(f"{path}.{self.module}.{name}", module.get_submodule(name), axis, segments)
 
-        if self.fused is None:
-            sources = [coupling(self.query, 0, query)]
-            if not single_heads:
-                sources += [coupling(self.key, 0, shared), coupling(self.value, 0, shared)]
+        if not self.fused:
+            names = (self.query,) if single_heads else (self.query, self.key, self.value)
+            sources = [coupling(name, 0, query if name == self.query else shared) for name in names]
         elif self.interleaved:
             sources = [coupling(self.fused, 0, Segment(3 * head_dim))]
         else:
@@ -76,10 +76,10 @@ class AttentionLayout:
 
     def sizes(self, layer: nn.Module, site: Site, kept: Sequence[int]) -> dict:
         """Return the config entries of the layer once only the units `kept` of `site` are left."""
-        module = layer.get_submodule(self.module)
+        module: Any = layer.get_submodule(self.module)
         heads, kv_heads = self._head_counts(module)
         heads_per_unit = heads // site.num_units
-        sizes = {self.heads_key: len(kept) * heads_per_unit}
+        sizes: dict[str, Any] = {self.heads_key: len(kept) * heads_per_unit}
         if self.kv_heads_key is not None:
             sizes[self.kv_heads_key] = len(kept) if site.num_units == kv_heads else kv_heads
         if self.kept_heads_key is not None:
@@ -87,10 +87,10 @@ class AttentionLayout:
             sizes[self.kept_heads_key] = [ids[head] for head in kept]
         return sizes
 
-    def _head_counts(self, module: nn.Module) -> tuple[int, int]:
+    def _head_counts(self, module: Any) -> tuple[int, int]:
         """Query heads and key/value heads, read off the linears so that pruned layers are described as they are."""
         heads = module.get_submodule(self.output).in_features // module.head_dim
-        if self.fused is None:
+        if not self.fused:
             return heads, module.get_submodule(self.key).out_features // module.head_dim
         fused_heads = module.get_submodule(self.fused).out_features // module.head_dim
         return heads, (fused_heads - heads) // 2
@@ -112,7 +112,7 @@ class MLPLayout:
     segments: int = 1
     width_key: str = "intermediate_size"
 
-    def site(self, layer_index: int, path: str, layer: nn.Module) -> Site:
+    def site(self, layer_index: int, path: str, layer: Any) -> Site:
         """Describe the MLP site of `layer`, whose name inside the model is `path`."""
         channel = Segment(1)
         output = Coupling(f"{path}.{self.output}", layer.get_submodule(self.output), 1, (channel,))

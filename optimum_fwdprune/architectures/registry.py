@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import transformers
 from torch import nn
@@ -28,7 +29,7 @@ class Architecture:
     model_type: str
     attention: AttentionLayout
     mlp: MLPLayout
-    model_classes: tuple[type[PreTrainedModel], ...]
+    model_classes: tuple[Any, ...]
 
     @classmethod
     def from_module(cls, model_type: str, attention: AttentionLayout, mlp: MLPLayout, module: ModuleType):
@@ -58,7 +59,7 @@ class Architecture:
 
     def layers(self, model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         """Return the decoder layers of `model`, each with its name inside the model."""
-        container = model.base_model.get_submodule(self.model_classes[0].layers_path)
+        container: Any = model.base_model.get_submodule(self.model_classes[0].layers_path)
         name = next(name for name, module in model.named_modules() if module is container)
         return [(f"{name}.{index}", layer) for index, layer in enumerate(container)]
 

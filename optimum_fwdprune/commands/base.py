@@ -7,6 +7,7 @@ import sys
 import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, _ArgumentGroup
 from types import UnionType
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
@@ -49,15 +50,15 @@ def add_config_options(
     for field in dataclasses.fields(config_class):
         if field.name in known:
             continue
-        has_factory = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if has_factory else field.default
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
         text = field.metadata.get("help", "")
         if default not in (None, []):
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             text += f" (default: {shown})"
         kind, many = _element_type(hints[field.name])
         if kind is bool:
-            options = {"action": BooleanOptionalAction}
+            options: dict[str, Any] = {"action": BooleanOptionalAction}
         else:
             options = {"type": kind, "choices": field.metadata.get("choices"), "nargs": "+" if many else None}
             options["metavar"] = None if options["choices"] else kind.__name__.upper()
