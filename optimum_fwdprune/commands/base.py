@@ -38,9 +38,7 @@ class Command(BaseOptimumCLICommand):
         raise NotImplementedError
 
 
-def add_config_options(
-    parser: ArgumentParser | _ArgumentGroup, config_class: type, known: set[str] = frozenset()
-) -> set[str]:
+def add_config_options(parser: ArgumentParser | _ArgumentGroup, config_class: type, known: set[str]) -> set[str]:
     """Add an option for every field of a config dataclass that is not `known` yet, and return the names added.
 
     Options that are not given are absent from the namespace, so that the config's own defaults hold.
