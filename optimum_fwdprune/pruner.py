@@ -267,7 +267,8 @@ class FwdPruner:
             return api.upload_folder(folder_path=Path(folder) / "checkpoint", repo_id=repo_id, **commit_kwargs)
 
     def _plan(self, sites: list[Site], scores: Scores, config: PruningConfig, kind: str, dense: _Sizes) -> PruningPlan:
-        budget = removal_budget(config, sites, dense.parameters, dense.file_bytes, added_parameters(sites, kind))
+        added = added_parameters((site for site in sites if site.kind in config.kinds), kind)
+        budget = removal_budget(config, sites, dense.parameters, dense.file_bytes, added)
         kept = allocate(sites, scores.values, config, budget, get_method(config.method).additive)
         prunable = sum(site.num_units * site.unit_parameters for site in sites)
         return PruningPlan(

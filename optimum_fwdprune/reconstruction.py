@@ -58,7 +58,8 @@ def reconstruct(
             Gram matrices fit into `GRAM_BYTES`.
         batch_size (`int`): windows per forward pass.
     """
-    sites = [site for site in sites if kept[site.key] and len(kept[site.key]) < site.num_units]
+    sites = list(sites)
+    losing = [site for site in sites if len(kept[site.key]) < site.num_units]
     if kind == NONE:
         return {}
     if calibration is None:
@@ -66,9 +67,15 @@ def reconstruct(
     if kind == BIAS:
         # Scores that were made for another reconstruction may lack the means.
         statistics = statistics or collect_statistics(model, sites, calibration, batch_size, STATISTICS_OF[kind])
-        return {site.key: _compensate_bias(site, kept[site.key], statistics[site.key]) for site in sites}
+        # A checkpoint has projection biases in all layers of a kind or in none.
+        kinds = {site.kind for site in losing}
+        return {
+            site.key: _compensate_bias(site, kept[site.key], statistics[site.key])
+            for site in sites
+            if site.kind in kinds
+        }
     projections = {}
-    for portion in _portions(sites):
+    for portion in _portions(losing):
         grams = collect_statistics(model, portion, calibration, batch_size, (GRAM,))
         for site in portion:
             projections[site.key] = _least_squares(site, kept[site.key], grams.pop(site.key))

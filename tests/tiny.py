@@ -57,10 +57,11 @@ def make_config(name, **changes):
     return config_class(**{**values, **changes})
 
 
-def make_model(name, auto_class=transformers.AutoModelForCausalLM, seed=0, **changes):
+def make_model(name, auto_class=transformers.AutoModelForCausalLM, seed=0, dtype=torch.float32, **changes):
     """Build a dense tiny model with random weights, biases and norms included, in eval mode."""
     torch.manual_seed(seed)
-    model = auto_class.from_config(make_config(name, **changes))
+    # Not `.to(dtype)`, which rounds the rotary frequencies that from_pretrained keeps in float32.
+    model = auto_class.from_config(make_config(name, **changes), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             # Initial biases are zero and norms one, which would hide a bias or a norm that is cut wrongly.

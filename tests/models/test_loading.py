@@ -1,0 +1,188 @@
+"""Invariant 2, sliced = reloaded: in a fresh process, bit for bit, with the plugin and without it."""
+
+import filecmp
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import optimum_fwdprune.models
+from optimum_fwdprune import FwdPruner, PruningConfig
+
+
+RELOAD = Path(__file__).parents[1] / "scripts" / "reload.py"
+TASKS = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)
+# Uniform and per-layer sizes, both units of grouped-query attention, added biases, and half precision.
+REQUESTS = {
+    "uniform": PruningConfig(method="wanda_sp", sparsity=0.4, scope="layer"),
+    "per_layer": PruningConfig(method="wanda_sp", sparsity=0.4, scope="global", attention_unit="kv_group"),
+    "biases_bfloat16": PruningConfig(method="flap", sparsity=0.4, scope="global", budget="joint"),
+}
+
+
+def attention_implementations(model):
+    return ["eager", "sdpa"] if model._supports_sdpa else ["eager"]
+
+
+def has_task(config, task):
+    return type(config) in getattr(transformers, task)._model_mapping
+
+
+@torch.no_grad()
+def save_checkpoint(folder, model, tokens, auto_class):
+    """Save a pruned model with what it computes, for the other process to compare."""
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder)
+    expected = {}
+    for implementation in attention_implementations(model):
+        model.set_attn_implementation(implementation)
+        expected[f"first.{implementation}"] = model(tokens)[0].contiguous()
+        if model.can_generate():
+            mask = torch.ones_like(tokens[:, :6])
+            generated = model.generate(
+                tokens[:, :6], attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0
+            )
+            expected[f"dynamic.{implementation}"] = expected[f"static.{implementation}"] = generated
+    request = {"auto_class": auto_class, "attention": attention_implementations(model)}
+    (folder / "request.json").write_text(json.dumps(request))
+    save_file({"tokens": tokens}, folder / "inputs.safetensors")
+    return expected
+
+
+def reload_in_fresh_process(folder, route, tmp_path):
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, RELOAD, folder, route], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return {path.parent.name: load_file(path) for path in folder.glob("*/outputs.safetensors")}
+
+
+def assert_equal_bit_for_bit(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, outputs in expected.items():
+        assert actual[name].keys() == outputs.keys(), name
+        for key, value in outputs.items():
+            assert torch.equal(actual[name][key], value), f"{name}: {key}"
+
+
+def test_sliced_equals_reloaded_in_a_fresh_process(tmp_path, tokens):
+    expected = {}
+    for name in tiny.CONFIGS:
+        for request, config in REQUESTS.items():
+            dtype = torch.bfloat16 if request.endswith("bfloat16") else torch.float32
+            model = tiny.make_model(name, dtype=dtype)
+            pruned = FwdPruner(model).prune(config, tokens)
+            case = f"{name}.{request}"
+            expected[case] = save_checkpoint(tmp_path / "saved" / case, pruned, tokens[:2], "AutoModelForCausalLM")
+
+    actual = reload_in_fresh_process(tmp_path / "saved", "plugin", tmp_path)
+
+    assert len(actual) == len(tiny.CONFIGS) * len(REQUESTS)
+    assert_equal_bit_for_bit(actual, expected)
+
+
+def test_every_task_class_loads_as_remote_code_without_the_plugin(tmp_path, tokens):
+    """Each family's own head count of tasks; the plugin cannot be imported in the other process."""
+    expected = {}
+    families = ["llama_gqa_biases", "mistral_sliding_window", "opt_pre_norm", "bloom", "qwen2", "qwen3"]
+    for name in families:
+        for task in TASKS:
+            if not has_task(tiny.make_config(name), task):
+                assert (name, task) == ("opt_pre_norm", "AutoModelForTokenClassification")
+                continue
+            model = tiny.make_model(name, getattr(transformers, task), pad_token_id=0)
+            pruned = FwdPruner(model).prune(REQUESTS["per_layer"], tokens)
+            case = f"{name}.{task}"
+            expected[case] = save_checkpoint(tmp_path / "saved" / case, pruned, tokens[:2], task)
+
+    actual = reload_in_fresh_process(tmp_path / "saved", "remote", tmp_path)
+
+    assert len(actual) == len(families) * len(TASKS) - 1
+    assert_equal_bit_for_bit(actual, expected)
+
+
+def test_the_copied_files_are_the_packages_own(tmp_path, tokens):
+    sources = Path(optimum_fwdprune.models.__file__).parent
+    pruned = FwdPruner(tiny.make_model("bloom")).prune(REQUESTS["per_layer"], tokens)
+    pruned.save_pretrained(tmp_path)
+    copied = sorted(path.name for path in tmp_path.glob("*.py"))
+
+    assert copied == ["per_layer.py", "pruned_bloom.py"]
+    assert all(filecmp.cmp(tmp_path / name, sources / name, shallow=False) for name in copied)
+
+
+@pytest.mark.parametrize("name", ["llama_mha_tied", "bloom", "opt_post_norm_projected"])
+def test_sharded_checkpoints_and_tied_weights_reload(tmp_path, tokens, name):
+    pruned = FwdPruner(tiny.make_model(name)).prune(REQUESTS["per_layer"], tokens)
+    pruned.save_pretrained(tmp_path, max_shard_size="30KB")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert torch.equal(loaded(tokens).logits, pruned(tokens).logits)
+
+
+def test_loading_options_reach_every_layer(tmp_path, tokens):
+    FwdPruner(tiny.make_model("llama_gqa_biases")).prune(REQUESTS["per_layer"], tokens).save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map="auto", dtype=torch.bfloat16, attn_implementation="eager"
+    )
+
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert {layer.self_attn.config._attn_implementation for layer in loaded.model.layers} == {"eager"}
+    assert loaded(tokens, output_attentions=True).attentions[0] is not None
+    # A dispatched model is pruned again like any other.
+    assert FwdPruner(loaded).prune(REQUESTS["uniform"], tokens)(tokens).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_left_padded_generation_equals_unpadded_generation(tokens, architecture_name):
+    pruned = FwdPruner(tiny.make_model(architecture_name)).prune(REQUESTS["per_layer"], tokens)
+    prompts = [tokens[0, :9], tokens[1, :5]]
+    batch = torch.zeros(2, 9, dtype=torch.int64)
+    mask = torch.zeros_like(batch)
+    for row, prompt in enumerate(prompts):
+        batch[row, -len(prompt) :] = prompt
+        mask[row, -len(prompt) :] = 1
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    together = pruned.generate(batch, attention_mask=mask, **options)
+
+    for row, prompt in enumerate(prompts):
+        alone = pruned.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), **options)
+        assert torch.equal(together[row, -6:], alone[0, -6:])
+
+
+@torch.no_grad()
+def test_beam_search_equals_that_of_the_masked_dense_model(tokens, architecture_name):
+    from optimum_fwdprune.architectures import find_sites
+    from optimum_fwdprune.gates import gated
+
+    dense = tiny.make_model(architecture_name)
+    pruner = FwdPruner(dense)
+    config = PruningConfig(sparsity=0.3, scope="global", reconstruction="none")
+    pruned = pruner.prune(config, tokens, inplace=False)
+    sites = find_sites(dense, config.attention_unit)
+    masks = {
+        site.key: torch.isin(torch.arange(site.num_units), torch.tensor(pruner.plan.kept[site.key])).float()
+        for site in sites
+    }
+    prompt = {"input_ids": tokens[:1, :6], "attention_mask": torch.ones_like(tokens[:1, :6])}
+    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with gated(sites, masks):
+        expected = dense.generate(**prompt, **options)
+
+    assert torch.equal(pruned.generate(**prompt, **options), expected)

@@ -1,0 +1,78 @@
+"""Load every checkpoint of a folder in this process and write what they compute beside them.
+
+    python reload.py FOLDER plugin|remote
+
+`plugin` imports optimum_fwdprune; `remote` makes sure that it cannot be imported and trusts the checkpoints' own code.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+folder, route = Path(sys.argv[1]), sys.argv[2]
+
+if route == "remote":
+
+    class Blocked:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "optimum_fwdprune":
+                raise ImportError("optimum_fwdprune is not installed here")
+
+    sys.meta_path.insert(0, Blocked())
+    try:
+        import optimum_fwdprune
+    except ImportError:
+        pass
+    else:
+        raise AssertionError("the plugin must not be importable")
+else:
+    import optimum_fwdprune  # noqa: F401
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from third_party_phi3 import register_phi3
+
+    register_phi3()
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@torch.no_grad()
+def compute(checkpoint):
+    request = json.loads((checkpoint / "request.json").read_text())
+    auto_class = getattr(transformers, request["auto_class"])
+    tokens = load_file(checkpoint / "inputs.safetensors")["tokens"]
+    outputs = {}
+    for implementation in request["attention"]:
+        model = auto_class.from_pretrained(
+            checkpoint,
+            dtype="auto",
+            attn_implementation=implementation,
+            trust_remote_code=route == "remote",
+        ).eval()
+        assert type(model).__name__.startswith("Pruned"), type(model)
+        assert ("transformers_modules" in type(model).__module__) == (route == "remote")
+        outputs[f"first.{implementation}"] = model(tokens)[0].contiguous()
+        if model.can_generate():
+            for cache in ("dynamic", "static"):
+                generated = model.generate(
+                    tokens[:, :6],
+                    attention_mask=torch.ones_like(tokens[:, :6]),
+                    max_new_tokens=6,
+                    do_sample=False,
+                    cache_implementation=None if cache == "dynamic" else cache,
+                    pad_token_id=0,
+                )
+                outputs[f"{cache}.{implementation}"] = generated
+    save_file(outputs, checkpoint / "outputs.safetensors")
+
+
+for checkpoint in sorted(folder.iterdir()):
+    if (checkpoint / "request.json").is_file():
+        compute(checkpoint)
