@@ -51,11 +51,17 @@ def save_checkpoint(folder, model, tokens, auto_class):
         model.set_attn_implementation(implementation)
         expected[f"first.{implementation}"] = model(tokens)[0].contiguous()
         if model.can_generate():
-            mask = torch.ones_like(tokens[:, :6])
-            generated = model.generate(
-                tokens[:, :6], attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0
-            )
-            expected[f"dynamic.{implementation}"] = expected[f"static.{implementation}"] = generated
+            for cache in ("dynamic", "static"):
+                expected[f"{cache}.{implementation}"] = model.generate(
+                    tokens[:, :6],
+                    attention_mask=torch.ones_like(tokens[:, :6]),
+                    max_new_tokens=6,
+                    do_sample=False,
+                    cache_implementation=None if cache == "dynamic" else cache,
+                    pad_token_id=0,
+                )
+            if model.dtype == torch.float32:
+                assert torch.equal(expected[f"static.{implementation}"], expected[f"dynamic.{implementation}"])
     request = {"auto_class": auto_class, "attention": attention_implementations(model)}
     (folder / "request.json").write_text(json.dumps(request))
     save_file({"tokens": tokens}, folder / "inputs.safetensors")

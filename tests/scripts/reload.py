@@ -34,9 +34,10 @@ else:
 
     register_phi3()
 
-import torch
-import transformers
-from safetensors.torch import load_file, save_file
+# After the lines above have decided who may be imported.
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 transformers.logging.set_verbosity_error()
