@@ -1,0 +1,164 @@
+"""Pruned classes behave like the stock classes they stand for."""
+
+import pytest
+import tiny
+import torch
+import transformers
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune.gates import gated
+
+
+HETEROGENEOUS = PruningConfig(sparsity=0.4, scope="global", attention_unit="kv_group", reconstruction="none")
+TASKS = (
+    "AutoModel",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)
+
+
+def masks_of(plan, num_units=None):
+    """Gates of a plan: 1 for kept units."""
+    return {
+        key: torch.isin(torch.arange(plan.num_units[key]), torch.tensor(kept)).float()
+        for key, kept in plan.kept.items()
+    }
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "name", ["llama_gqa_biases", "mistral_sliding_window", "opt_pre_norm", "bloom", "qwen2", "qwen3"]
+)
+@torch.no_grad()
+def test_every_task_head_is_pruned_saved_and_reloaded(name, task, tokens, tmp_path):
+    auto_class = getattr(transformers, task)
+    if type(tiny.make_config(name)) not in auto_class._model_mapping:
+        assert (name, task) == ("opt_pre_norm", "AutoModelForTokenClassification")
+        return
+    dense = tiny.make_model(name, auto_class, pad_token_id=0)
+    pruned = FwdPruner(dense).prune(HETEROGENEOUS, tokens)
+    pruned.save_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path)
+
+    assert type(loaded) is type(pruned)
+    assert type(pruned).__name__ == f"Pruned{type(dense).__name__}"
+    for expected, actual in zip(pruned(tokens).to_tuple(), loaded(tokens).to_tuple()):
+        if isinstance(expected, torch.Tensor):
+            assert torch.equal(expected, actual)
+
+
+@torch.no_grad()
+def test_pruning_a_pruned_model_composes(dense, tokens):
+    """Two prunings compute what the dense model computes under both plans' masks."""
+    first, second = FwdPruner(dense), None
+    once = first.prune(HETEROGENEOUS, tokens, inplace=False)
+    second = FwdPruner(once)
+    twice = second.prune(HETEROGENEOUS, tokens, inplace=False)
+    masks = masks_of(first.plan)
+    for key, kept in second.plan.kept.items():
+        survivors = torch.tensor(first.plan.kept[key])[kept]
+        masks[key] = torch.isin(torch.arange(first.plan.num_units[key]), survivors).float()
+    with gated(find_sites(dense, "kv_group"), masks):
+        expected = dense(tokens).logits
+
+    assert second.report.sparsity > 0.3
+    assert (twice(tokens).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_pruning_again_reaches_the_disk_and_back(dense, tokens, tmp_path):
+    pruner = FwdPruner(FwdPruner(dense).prune(HETEROGENEOUS, tokens))
+    pruned = pruner.prune(PruningConfig(method="flap", sparsity=0.3), tokens)
+    pruner.save_pretrained(tmp_path / "twice")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+
+    assert torch.equal(loaded(tokens).logits, pruned(tokens).logits)
+
+
+def test_bloom_heads_keep_the_alibi_slopes_of_the_dense_model(tokens):
+    """Slopes recomputed for fewer heads are other slopes; after two prunings ids are still those of the dense model."""
+    pruner = FwdPruner(tiny.make_model("bloom"))
+    pruner.prune(HETEROGENEOUS, tokens)
+    first = pruner.plan
+    pruned = pruner.prune(HETEROGENEOUS, tokens)
+    layer = 0
+    ids = [first.kept[(layer, "attention")][head] for head in pruner.plan.kept[(layer, "attention")]]
+
+    assert pruned.transformer.h[layer].self_attention.kept_heads == ids
+    assert len(ids) < 6
+    slopes = build_alibi_tensor(torch.ones(1, 8), 6, torch.float32)
+    assert not torch.allclose(slopes[ids], build_alibi_tensor(torch.ones(1, 8), len(ids), torch.float32))
+
+
+def test_gradient_checkpointing_changes_no_gradient(architecture_name, tokens):
+    pruned = FwdPruner(tiny.make_model(architecture_name)).prune(HETEROGENEOUS, tokens).train()
+
+    def gradients():
+        pruned.zero_grad()
+        pruned(tokens[:4], labels=tokens[:4]).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in pruned.named_parameters()}
+
+    plain = gradients()
+    pruned.gradient_checkpointing_enable()
+    checkpointed = gradients()
+
+    assert all(value.isfinite().all() for value in plain.values())
+    assert any(value.abs().max() > 0 for value in plain.values())
+    for name, value in plain.items():
+        torch.testing.assert_close(checkpointed[name], value)
+
+
+@torch.no_grad()
+def test_the_forward_compiles_into_one_graph(architecture_name, tokens):
+    pruned = FwdPruner(tiny.make_model(architecture_name)).prune(HETEROGENEOUS, tokens)
+    torch.compiler.reset()
+    compiled = torch.compile(pruned.forward, backend="eager", fullgraph=True)
+
+    torch.testing.assert_close(compiled(tokens[:2]).logits, pruned(tokens[:2]).logits)
+
+
+@torch.no_grad()
+def test_the_attention_implementation_is_switched_in_every_layer(architecture_name, tokens):
+    pruned = FwdPruner(tiny.make_model(architecture_name)).prune(HETEROGENEOUS, tokens)
+    before = pruned(tokens).logits
+    pruned.set_attn_implementation("eager")
+    configs = [module.config for module in pruned.decoder_layers.modules() if hasattr(module, "config")]
+
+    assert {config._attn_implementation for config in configs} <= {"eager"}
+    torch.testing.assert_close(pruned(tokens).logits, before, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_dense_model_that_is_not_consumed_stays_whole_and_independent(dense, tokens):
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    logits = dense(tokens).logits
+    pruned = FwdPruner(dense).prune(HETEROGENEOUS, tokens, inplace=False)
+    for parameter in pruned.parameters():
+        parameter.add_(1.0)
+    for buffer in pruned.buffers():
+        buffer.add_(1.0)
+
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    assert torch.equal(dense(tokens).logits, logits)
+
+
+def test_embeddings_are_resized_like_those_of_any_model(tokens, tmp_path):
+    pruned = FwdPruner(tiny.make_model("llama_mha_tied")).prune(HETEROGENEOUS, tokens)
+    pruned.resize_token_embeddings(tiny.VOCAB + 4)
+    pruned.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert loaded(tokens).logits.shape[-1] == tiny.VOCAB + 4
+    assert torch.equal(loaded(tokens).logits, pruned(tokens).logits)
+
+
+def test_a_model_from_a_pruned_config_has_initialised_weights(tokens):
+    """Training from scratch in pruned shapes: no weight is left as the allocator gave it."""
+    config = FwdPruner(tiny.make_model("llama_gqa_biases")).prune(HETEROGENEOUS, tokens).config
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    weight = model.model.layers[0].mlp.down_proj.weight
+
+    assert weight.std().item() == pytest.approx(config.initializer_range, rel=0.2)
+    assert model.model.layers[0].mlp.down_proj.bias.abs().max() == 0

@@ -1,0 +1,108 @@
+"""Importing is cheap, pruned checkpoints are known whatever is imported first, and other families can join."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import transformers
+
+from optimum_fwdprune import Architecture, AttentionLayout, FwdPruner, MLPLayout, PruningConfig, register_architecture
+from optimum_fwdprune.architectures import supported_architectures
+
+
+# What a user may import first; each must end with the Auto classes knowing pruned checkpoints.
+ORDERS = {
+    "plugin_then_auto_model": "import optimum_fwdprune; from transformers import AutoModelForCausalLM",
+    "auto_model_then_plugin": "from transformers import AutoModelForCausalLM; import optimum_fwdprune",
+    "plugin_then_config_only": "import optimum_fwdprune; from transformers import AutoConfig",
+    "plugin_then_tokenizer": "import optimum_fwdprune; from transformers import AutoTokenizer",
+    "plugin_then_a_modelling_file": "import optimum_fwdprune; from transformers import LlamaForCausalLM",
+    "plugin_then_auto_factory": "import optimum_fwdprune; import transformers.models.auto.auto_factory",
+    "plugin_then_generation": "import optimum_fwdprune; from transformers.generation import GenerationMixin",
+    "plugin_then_peft": "import optimum_fwdprune; import peft",
+    "transformers_then_plugin": "import transformers; import optimum_fwdprune",
+}
+LOAD = """
+from transformers import AutoConfig, AutoModelForCausalLM
+assert type(AutoConfig.from_pretrained({path!r})).__module__.startswith("optimum_fwdprune.")
+assert type(AutoModelForCausalLM.from_pretrained({path!r})).__name__ == "PrunedLlamaForCausalLM"
+"""
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+def test_importing_the_package_imports_neither_torch_nor_transformers():
+    code = "import sys, optimum_fwdprune; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
+
+    assert run(code).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_pruned_checkpoints_load_in_every_import_order(order, tokens, tmp_path):
+    FwdPruner(tiny.make_model("llama_gqa_biases")).prune(None, tokens).save_pretrained(tmp_path)
+    result = run(ORDERS[order] + LOAD.format(path=str(tmp_path)))
+
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_an_unsupported_model_type_lists_the_supported_ones_and_how_to_register():
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=9))
+    with pytest.raises(ValueError) as error:
+        FwdPruner(model)
+
+    message = str(error.value)
+    assert "'gpt2'" in message and "register_architecture" in message
+    assert all(name in message for name in ("bloom", "llama", "mistral", "opt", "qwen2", "qwen3"))
+    assert "phi3" in supported_architectures()
+
+
+def test_an_unsupported_model_type_fails_before_its_weights_are_read(tmp_path):
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'gpt2' is not supported"):
+        FwdPruner.from_pretrained(tmp_path)
+
+
+def test_an_architecture_without_the_mixin_is_refused():
+    architecture = Architecture(
+        "gemma", AttentionLayout(module="self_attn", output="o_proj"), MLPLayout((), ""), (transformers.GemmaModel,)
+    )
+    with pytest.raises(ValueError, match=r"GemmaModel lacks resize.*PerLayerMixin"):
+        register_architecture(architecture)
+    assert "gemma" not in supported_architectures()
+
+
+def test_per_layer_sizes_of_another_tool_are_refused():
+    model = tiny.make_model("llama_gqa_biases")
+    model.config.per_layer_config = {1: {"intermediate_size": 32}}
+    with pytest.raises(ValueError, match="per-layer sizes of another tool"):
+        FwdPruner(model)
+
+
+def test_a_task_class_without_a_pruned_counterpart_is_refused():
+    class OtherHead(transformers.LlamaForCausalLM):
+        pass
+
+    with pytest.raises(ValueError, match="OtherHead has no pruned counterpart.*LlamaForCausalLM"):
+        FwdPruner(OtherHead(tiny.make_config("llama_gqa_biases")))
+
+
+def test_a_layout_that_names_the_wrong_module_fails_readably(monkeypatch, tokens):
+    from optimum_fwdprune.architectures import registry
+
+    llama = registry._ARCHITECTURES["llama"]
+    wrong = Architecture("llama", llama.attention, MLPLayout(("mlp.up_proj",), "mlp.down_proj"), llama.model_classes)
+    monkeypatch.setitem(registry._ARCHITECTURES, "llama", wrong)
+    with pytest.raises(ValueError, match=r"gate_proj.*after the cut"):
+        FwdPruner(tiny.make_model("llama_gqa_biases")).prune(PruningConfig(reconstruction="none"), tokens)
+
+
+def test_the_auto_map_names_every_task_class(tokens, tmp_path):
+    FwdPruner(tiny.make_model("qwen2")).prune(None, tokens).save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+
+    assert auto_map["AutoConfig"] == "pruned_qwen2.PrunedQwen2Config"
+    assert len(auto_map) == 6
