@@ -20,9 +20,6 @@ ORDERS = {
     "plugin_then_tokenizer": "import optimum_fwdprune; from transformers import AutoTokenizer",
     "plugin_then_a_modelling_file": "import optimum_fwdprune; from transformers import LlamaForCausalLM",
     "plugin_then_auto_factory": "import optimum_fwdprune; import transformers.models.auto.auto_factory",
-    "plugin_then_generation": "import optimum_fwdprune; from transformers.generation import GenerationMixin",
-    "plugin_then_peft": "import optimum_fwdprune; import peft",
-    "transformers_then_plugin": "import transformers; import optimum_fwdprune",
 }
 LOAD = """
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -86,7 +83,7 @@ def test_a_task_class_without_a_pruned_counterpart_is_refused():
     class OtherHead(transformers.LlamaForCausalLM):
         pass
 
-    with pytest.raises(ValueError, match="OtherHead has no pruned counterpart.*LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"OtherHead has no pruned counterpart.*LlamaForCausalLM"):
         FwdPruner(OtherHead(tiny.make_config("llama_gqa_biases")))
 
 

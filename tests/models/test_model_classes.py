@@ -1,5 +1,7 @@
 """Pruned classes behave like the stock classes they stand for."""
 
+import dataclasses
+
 import pytest
 import tiny
 import torch
@@ -11,15 +13,18 @@ from optimum_fwdprune.gates import gated
 
 
 HETEROGENEOUS = PruningConfig(sparsity=0.4, scope="global", attention_unit="kv_group", reconstruction="none")
+FAMILIES = ("llama_gqa_biases", "mistral_sliding_window", "opt_pre_norm", "bloom", "qwen2", "qwen3")
 TASKS = (
     "AutoModel",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",
 )
+# Stock OPT has no token classification.
+HEADS = [(name, task) for name in FAMILIES for task in TASKS if (name, task) != ("opt_pre_norm", TASKS[2])]
 
 
-def masks_of(plan, num_units=None):
+def masks_of(plan):
     """Gates of a plan: 1 for kept units."""
     return {
         key: torch.isin(torch.arange(plan.num_units[key]), torch.tensor(kept)).float()
@@ -27,16 +32,10 @@ def masks_of(plan, num_units=None):
     }
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize(
-    "name", ["llama_gqa_biases", "mistral_sliding_window", "opt_pre_norm", "bloom", "qwen2", "qwen3"]
-)
+@pytest.mark.parametrize(("name", "task"), HEADS)
 @torch.no_grad()
 def test_every_task_head_is_pruned_saved_and_reloaded(name, task, tokens, tmp_path):
     auto_class = getattr(transformers, task)
-    if type(tiny.make_config(name)) not in auto_class._model_mapping:
-        assert (name, task) == ("opt_pre_norm", "AutoModelForTokenClassification")
-        return
     dense = tiny.make_model(name, auto_class, pad_token_id=0)
     pruned = FwdPruner(dense).prune(HETEROGENEOUS, tokens)
     pruned.save_pretrained(tmp_path)
@@ -52,10 +51,11 @@ def test_every_task_head_is_pruned_saved_and_reloaded(name, task, tokens, tmp_pa
 @torch.no_grad()
 def test_pruning_a_pruned_model_composes(dense, tokens):
     """Two prunings compute what the dense model computes under both plans' masks."""
-    first, second = FwdPruner(dense), None
-    once = first.prune(HETEROGENEOUS, tokens, inplace=False)
-    second = FwdPruner(once)
-    twice = second.prune(HETEROGENEOUS, tokens, inplace=False)
+    # As much, twice, as multi-query attention can give: its one KV group stays.
+    config = dataclasses.replace(HETEROGENEOUS, sparsity=0.3)
+    first = FwdPruner(dense)
+    second = FwdPruner(first.prune(config, tokens, inplace=False))
+    twice = second.prune(config, tokens, inplace=False)
     masks = masks_of(first.plan)
     for key, kept in second.plan.kept.items():
         survivors = torch.tensor(first.plan.kept[key])[kept]
@@ -63,7 +63,7 @@ def test_pruning_a_pruned_model_composes(dense, tokens):
     with gated(find_sites(dense, "kv_group"), masks):
         expected = dense(tokens).logits
 
-    assert second.report.sparsity > 0.3
+    assert second.report.sparsity > 0.25
     assert (twice(tokens).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
@@ -77,7 +77,7 @@ def test_pruning_again_reaches_the_disk_and_back(dense, tokens, tmp_path):
 
 
 def test_bloom_heads_keep_the_alibi_slopes_of_the_dense_model(tokens):
-    """Slopes recomputed for fewer heads are other slopes; after two prunings ids are still those of the dense model."""
+    """Also after two prunings: slopes recomputed for fewer heads would be others."""
     pruner = FwdPruner(tiny.make_model("bloom"))
     pruner.prune(HETEROGENEOUS, tokens)
     first = pruner.plan
@@ -100,7 +100,7 @@ def test_gradient_checkpointing_changes_no_gradient(architecture_name, tokens):
         return {name: parameter.grad.clone() for name, parameter in pruned.named_parameters()}
 
     plain = gradients()
-    pruned.gradient_checkpointing_enable()
+    pruned.activation_checkpointing_enable()
     checkpointed = gradients()
 
     assert all(value.isfinite().all() for value in plain.values())
