@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class _Steps:
         floor = -(-max(floor, 1) // multiple) * multiple
         # Kept units per group after each step: the largest multiple below the present width, and down to the floor.
         largest = (per_group - 1) // multiple * multiple
-        kept = torch.arange(largest, floor - 1, -multiple)
+        kept = torch.tensor(range(largest, floor - 1, -multiple), dtype=torch.int64)
         self.ends = (per_group - kept) * site.num_groups
         sizes = self.ends.diff(prepend=self.ends.new_zeros(1))
         self.costs = sizes * site.unit_parameters
@@ -141,8 +142,9 @@ def allocate(
 
     taken = dict.fromkeys(steps, 0)
     for keys, part in parts:
-        for pool, target in _pools(keys, steps, part, config.scope):
-            _check_reachable(pool, target, part, steps, prunable, config)
+        pools = _pools([steps[key] for key in keys], part, config.scope)
+        _check_reachable(pools, part, prunable, config)
+        for pool, target in pools:
             _fill(pool, target, taken, config.budget)
     return {
         site.key: steps[site.key].kept(taken[site.key]) if site.key in steps else list(range(site.num_units))
@@ -150,48 +152,50 @@ def allocate(
     }
 
 
-def _pools(keys: list[SiteKey], steps: dict[SiteKey, _Steps], budget: Budget, scope: str):
+# Sites that compete, and what they give up together.
+_Pool = tuple[list[_Steps], Budget]
+
+
+def _pools(steps: list[_Steps], budget: Budget, scope: str) -> list[_Pool]:
     """Split the budget over groups of sites that compete: one per layer, or one for all."""
-    if scope == "global":
-        return [([steps[key] for key in keys], budget)]
     by_layer: dict[int, list[_Steps]] = {}
-    for key in keys:
-        by_layer.setdefault(key[0], []).append(steps[key])
-    sizes = {
-        layer: sum(step.site.num_units * step.site.unit_parameters for step in pool)
-        for layer, pool in by_layer.items()
-    }
-    total = sum(sizes.values())
+    for step in steps:
+        by_layer.setdefault(step.site.layer if scope == "layer" else 0, []).append(step)
+    total = sum(_prunable(pool) for pool in by_layer.values())
+    rounded = math.ceil if budget.at_least else round
     return [
-        (pool, Budget(round(budget.parameters * sizes[layer] / total), budget.at_least))
-        for layer, pool in by_layer.items()
+        (pool, Budget(rounded(budget.parameters * _prunable(pool) / total), budget.at_least))
+        for pool in by_layer.values()
     ]
 
 
-def _check_reachable(
-    pool: list[_Steps],
-    target: Budget,
-    part: Budget,
-    steps: dict[SiteKey, _Steps],
-    prunable: int,
-    config: PruningConfig,
-) -> None:
-    removable = sum(step.removable() for step in pool)
-    smallest = min((int(step.costs.min()) for step in pool if len(step.costs)), default=0)
-    slack = 0 if target.at_least else smallest // 2
-    if target.parameters <= removable + slack:
+def _prunable(pool: list[_Steps]) -> int:
+    return sum(step.site.num_units * step.site.unit_parameters for step in pool)
+
+
+def _check_reachable(pools: list[_Pool], part: Budget, prunable: int, config: PruningConfig) -> None:
+    """Raise `ValueError` where a pool cannot give its share of `part`, naming the largest share that all can give."""
+    shares = []
+    for pool, target in pools:
+        removable = sum(step.removable() for step in pool)
+        smallest = min((int(step.costs.min()) for step in pool if len(step.costs)), default=0)
+        slack = 0 if target.at_least else smallest // 2
+        if target.parameters > removable + slack:
+            shares.append((removable / target.parameters, pool[0].site.layer))
+    if not shares and (pools or part.parameters == 0):
         return
-    where = f"layer {pool[0].site.layer}" if config.scope == "layer" else "the model"
-    # Every pool gives the same share of the part, so the tightest one scales it down.
-    possible = part.parameters * removable / target.parameters / prunable
+    # Every pool gives the same share, so the tightest one limits them all.
+    share, layer = min(shares, default=(0.0, 0))
+    possible = int(share * part.parameters / prunable * 1e4) / 1e4
+    where = f"layer {layer}" if config.scope == "layer" and shares else "the model"
     constraints = [f"min_units_per_site={config.min_units_per_site}"]
     constraints += [f"multiple_of={config.multiple_of}"] * (config.multiple_of > 1)
     constraints += [f"skip_layers={config.skip_layers}"] * bool(config.skip_layers)
     constraints += [f"kinds={config.kinds}"] * (len(config.kinds) == 1)
     raise ValueError(
         f"Removing {part.parameters / prunable:.4g} of the prunable parameters is more than {where} can give under "
-        f"{', '.join(constraints)}: the largest possible sparsity is {int(possible * 1e4) / 1e4:g}. Ask for less, or "
-        f"relax the constraint."
+        f"{', '.join(constraints)}: the largest possible sparsity is {possible:g}. Ask for less, or relax the "
+        f"constraint."
     )
 
 
@@ -201,10 +205,9 @@ def _fill(pool: list[_Steps], target: Budget, taken: dict[SiteKey, int], mode: s
     if mode == "joint" or len(kinds) == 1:
         _spend(pool, target.parameters, taken, target.at_least)
         return
-    total = sum(step.site.num_units * step.site.unit_parameters for step in pool)
     attention = [step for step in pool if step.site.kind == ATTENTION]
     mlp = [step for step in pool if step.site.kind == MLP]
-    share = sum(step.site.num_units * step.site.unit_parameters for step in attention) / total
+    share = _prunable(attention) / _prunable(pool)
     removed = _spend(attention, min(round(target.parameters * share), target.parameters), taken)
     removed += _spend(mlp, target.parameters - removed, taken, target.at_least)
     if removed < target.parameters:

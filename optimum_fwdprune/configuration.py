@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import numbers
+import types
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "fwdprune_config.json"
 DEFAULT_METHOD = "wanda_sp"
-DEFAULT_RECONSTRUCTION = "least_squares"
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -27,6 +29,20 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def field_type(hint: Any) -> tuple[Any, bool, bool]:
+    """Reduce a field's annotation to its element type, whether it is a list, and whether it may be `None`."""
+    is_optional = isinstance(hint, types.UnionType) and types.NoneType in typing.get_args(hint)
+    if is_optional:
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True, is_optional
+    return hint, False, is_optional
+
+
+# What is accepted as a value of an annotated type; numbers of numpy and the like are.
+_ACCEPTED = {str: str, bool: bool, int: numbers.Integral, float: numbers.Real}
 
 
 @dataclass
@@ -65,7 +81,7 @@ class PruningConfig:
     min_units_per_site: int = option(1, "Heads and channels that every layer keeps at least.")
     reconstruction: str | None = option(
         None,
-        "What the kept weights do about the removed ones. Default: the method's own.",
+        "What the kept weights do about the removed ones. Default: the method's own, least_squares for wanda_sp.",
         ("none", "bias", "least_squares"),
     )
     calibration: str | None = option(
@@ -88,6 +104,7 @@ class PruningConfig:
         return super().__new__(cls)
 
     def __post_init__(self):
+        self._check_types()
         own = type(self).method
         if self.method != own:
             raise ValueError(f"{type(self).__name__} is the config of {own!r}; for {self.method!r} use PruningConfig.")
@@ -112,6 +129,21 @@ class PruningConfig:
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if choices is not None and item is not None and item not in choices:
                     raise ValueError(f"{declared.name} must be one of {', '.join(choices)}; got {item!r}.")
+
+    def _check_types(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            kind, is_list, is_optional = field_type(hint)
+            value = getattr(self, name)
+            if kind not in _ACCEPTED or (is_optional and value is None):
+                continue
+            items = value if is_list else [value]
+            if not isinstance(items, (list, tuple)) or not all(
+                isinstance(item, _ACCEPTED[kind]) and (kind is bool or not isinstance(item, bool)) for item in items
+            ):
+                wanted = f"a list of {kind.__name__}" if is_list else f"a{'n' * (kind is int)} {kind.__name__}"
+                raise ValueError(f"{name} must be {wanted}; got {value!r}.")
+            items = [kind(item) for item in items]
+            setattr(self, name, items if is_list else items[0])
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field, and the version that wrote it, as JSON values."""
@@ -176,15 +208,6 @@ class PruningConfig:
         return api.upload_file(path_or_fileobj=content, path_in_repo=CONFIG_NAME, repo_id=repo_id, **commit_kwargs)
 
 
-def default_config(**fields: Any) -> PruningConfig:
-    """Return the request of a user who names no method: Wanda-sp followed by least squares.
-
-    Args:
-        fields: fields of the config; where they name a `method`, its own reconstruction holds.
-    """
-    return PruningConfig(**fields if "method" in fields else {"reconstruction": DEFAULT_RECONSTRUCTION, **fields})
-
-
 @dataclass(frozen=True)
 class Method:
     """A registered criterion.
@@ -222,10 +245,9 @@ def register_method(
     reconstruction: str = "none",
 ) -> None:
     """Make a criterion known under `config_class.method`; the arguments are those of [`Method`]."""
-    name = config_class.method
-    if config_class is PruningConfig or not issubclass(config_class, PruningConfig) or not isinstance(name, str):
+    if config_class is PruningConfig or not issubclass(config_class, PruningConfig):
         raise ValueError("config_class must be a dataclass that extends PruningConfig and sets the field `method`.")
-    _METHODS[name] = Method(config_class, score, tuple(statistics), calibrated, additive, reconstruction)
+    _METHODS[config_class.method] = Method(config_class, score, tuple(statistics), calibrated, additive, reconstruction)
 
 
 def get_method(name: str) -> Method:

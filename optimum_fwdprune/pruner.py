@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .allocation import allocate, removal_budget
 from .architectures import Site, SiteKey, find_sites, get_architecture
 from .calibration import Calibration, load_calibration
-from .configuration import default_config, get_method
+from .configuration import get_method
 from .gates import Projection, gated, replaced_projections
 from .methods import PruningConfig, ScoringInputs
 from .plan import PLAN_NAME, PruningPlan
@@ -114,7 +114,7 @@ class FwdPruner:
         Raises:
             ValueError: on NaN in weights, activations or scores, naming where.
         """
-        config = default_config() if config is None else config
+        config = PruningConfig() if config is None else config
         method = get_method(config.method)
         sites = find_sites(self.model, config.attention_unit)
         _check_finite(self.model)
@@ -166,11 +166,10 @@ class FwdPruner:
         """
         if plan is not None and scores is not None:
             raise ValueError("Give a plan to replay or scores to allocate by, not both.")
+        config = PruningConfig() if config is None else config
         if plan is None:
-            config = default_config() if config is None else config
             kind = _reconstruction(config)
         else:
-            config = PruningConfig() if config is None else config
             config = dataclasses.replace(config, attention_unit=plan.attention_unit)
             kind = config.reconstruction or "none"
         check_resident(self.model)

@@ -6,10 +6,11 @@ import dataclasses
 import sys
 import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, _ArgumentGroup
-from types import UnionType
 from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand
+
+from optimum_fwdprune.configuration import field_type
 
 
 class Command(BaseOptimumCLICommand):
@@ -54,21 +55,12 @@ def add_config_options(parser: ArgumentParser | _ArgumentGroup, config_class: ty
         if default not in (None, []):
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             text += f" (default: {shown})"
-        kind, many = _element_type(hints[field.name])
+        kind, is_list, _ = field_type(hints[field.name])
         if kind is bool:
             options: dict[str, Any] = {"action": BooleanOptionalAction}
         else:
-            options = {"type": kind, "choices": field.metadata.get("choices"), "nargs": "+" if many else None}
+            options = {"type": kind, "choices": field.metadata.get("choices"), "nargs": "+" if is_list else None}
             options["metavar"] = None if options["choices"] else kind.__name__.upper()
         parser.add_argument(f"--{field.name}", default=SUPPRESS, help=text.replace("%", "%%"), **options)
         added.add(field.name)
     return added
-
-
-def _element_type(hint) -> tuple[type, bool]:
-    """Reduce `int | None` to `int` and `list[int]` to `int`, and say whether it was a list."""
-    if isinstance(hint, UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    if typing.get_origin(hint) is list:
-        return typing.get_args(hint)[0], True
-    return hint, False

@@ -13,7 +13,7 @@ LOADING_OPTIONS = ("gguf_file", "dtype", "device_map", "attn_implementation", "r
 class PruneCommand(Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        from optimum_fwdprune.configuration import DEFAULT_METHOD, DEFAULT_RECONSTRUCTION
+        from optimum_fwdprune.configuration import DEFAULT_METHOD
         from optimum_fwdprune.methods import PruningConfig, get_method, registered_methods
 
         Command.add_common_options(parser)
@@ -38,7 +38,7 @@ class PruneCommand(Command):
             "--method",
             choices=methods,
             default=SUPPRESS,
-            help=f"How units are scored. Default: {DEFAULT_METHOD}, with --reconstruction {DEFAULT_RECONSTRUCTION}.",
+            help=f"How units are scored (default: {DEFAULT_METHOD}).",
         )
         known = {"method"} | add_config_options(request, PruningConfig, known={"method"})
         for name in methods:
@@ -48,7 +48,7 @@ class PruneCommand(Command):
     def execute(self) -> None:
         import dataclasses
 
-        from optimum_fwdprune.configuration import DEFAULT_METHOD, default_config
+        from optimum_fwdprune.configuration import DEFAULT_METHOD
         from optimum_fwdprune.methods import PruningConfig, get_method
         from optimum_fwdprune.plan import PruningPlan
         from optimum_fwdprune.utils import check_output_folder
@@ -57,8 +57,7 @@ class PruneCommand(Command):
         config_class = get_method(given.get("method", DEFAULT_METHOD)).config_class
         fields = {field.name for field in dataclasses.fields(config_class)}
         # Whatever is wrong with the request shows before a model is loaded.
-        make_config = PruningConfig if self.args.plan else default_config
-        config = make_config(**{name: value for name, value in given.items() if name in fields})
+        config = PruningConfig(**{name: value for name, value in given.items() if name in fields})
         check_output_folder(self.args.output, self.args.overwrite)
         plan = PruningPlan.load(self.args.plan) if self.args.plan else None
 

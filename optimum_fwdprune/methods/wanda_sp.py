@@ -10,7 +10,10 @@ from .scoring import ScoringInputs
 
 @dataclass
 class WandaSpConfig(PruningConfig):
-    """Score of a unit: the sum over its projection columns j of Σ_i |W[i, j]| · ‖X_j‖₂."""
+    """Score of a unit: the sum over its projection columns j of Σ_i |W[i, j]| · ‖X_j‖₂.
+
+    Unless `reconstruction` says otherwise, least squares refits the kept columns; `"none"` is the published method.
+    """
 
     method: str = "wanda_sp"
 
@@ -23,4 +26,4 @@ def score(inputs: ScoringInputs) -> dict:
     return scores
 
 
-register_method(WandaSpConfig, score, statistics=("moments",))
+register_method(WandaSpConfig, score, statistics=("moments",), reconstruction="least_squares")

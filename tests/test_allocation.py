@@ -1,0 +1,168 @@
+"""Budgets and constraints, on sites of random shapes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimum_fwdprune import PruningConfig
+from optimum_fwdprune.allocation import Budget, allocate, removal_budget
+from optimum_fwdprune.architectures import ATTENTION, MLP
+
+
+HEAD_COST, CHANNEL_COST = 40, 9
+
+
+def make_site(layer, kind, num_units, num_groups=1):
+    """What allocation reads of a site."""
+    cost = HEAD_COST if kind == ATTENTION else CHANNEL_COST
+    linear = torch.nn.Linear(num_units, 1, bias=False)
+    site = SimpleNamespace(layer=layer, kind=kind, num_units=num_units, unit_parameters=cost, num_groups=num_groups)
+    return SimpleNamespace(**vars(site), key=(layer, kind), projection=linear)
+
+
+@st.composite
+def problems(draw):
+    """Sites of 1 to 4 layers with scores that may tie, and the constraints of a request."""
+    groups = draw(st.sampled_from([1, 2, 3]))
+    sites = []
+    for layer in range(draw(st.integers(1, 4))):
+        sites.append(make_site(layer, ATTENTION, groups * draw(st.integers(1, 4)), groups))
+        sites.append(make_site(layer, MLP, draw(st.integers(1, 40))))
+    seed = draw(st.integers(0, 99))
+    generator = torch.Generator().manual_seed(seed)
+    levels = draw(st.sampled_from([1, 3, 10**6]))
+    scores = {site.key: torch.randint(levels, (site.num_units,), generator=generator).float() for site in sites}
+    config = {
+        "scope": draw(st.sampled_from(["layer", "global"])),
+        "budget": draw(st.sampled_from(["separate", "joint"])),
+        "multiple_of": draw(st.sampled_from([1, 1, 4])),
+        "min_units_per_site": draw(st.sampled_from([1, 1, 2, 5])),
+        "kinds": draw(st.sampled_from([[ATTENTION, MLP], [MLP], [ATTENTION]])),
+        "skip_layers": draw(st.sampled_from([[], [0], [-1]])),
+        "sparsity": draw(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9])),
+    }
+    return sites, scores, PruningConfig(**config)
+
+
+def prunable(sites):
+    return sum(site.num_units * site.unit_parameters for site in sites)
+
+
+def removed(sites, kept):
+    return sum((site.num_units - len(kept[site.key])) * site.unit_parameters for site in sites)
+
+
+@settings(max_examples=400, deadline=None)
+@given(problems(), st.booleans(), st.booleans())
+def test_the_budget_is_met_or_refused_and_constraints_hold(problem, additive, at_least):
+    sites, scores, config = problem
+    budget = Budget(round(config.sparsity * prunable(sites)), at_least)
+    try:
+        kept = allocate(sites, scores, config, budget, additive)
+    except ValueError as error:
+        # The refusal names a sparsity that is within reach, and the constraint in the way.
+        possible = float(str(error).partition("largest possible sparsity is ")[2].partition(". Ask")[0])
+        assert possible < config.sparsity and "min_units_per_site=" in str(error)
+        allocate(sites, scores, config, Budget(int(possible * prunable(sites)), at_least=False), additive)
+        return
+
+    layers = 1 + max(site.layer for site in sites)
+    skipped = {layer % layers for layer in config.skip_layers}
+    for site in sites:
+        units = kept[site.key]
+        assert units == sorted(set(units)) and all(0 <= unit < site.num_units for unit in units)
+        if site.kind not in config.kinds or site.layer in skipped:
+            assert len(units) == site.num_units
+        elif len(units) < site.num_units:
+            assert len(units) >= config.min_units_per_site
+            assert site.kind == ATTENTION or len(units) % config.multiple_of == 0
+            per_group = torch.tensor(units).div(site.num_units // site.num_groups, rounding_mode="floor")
+            counts = per_group.bincount(minlength=site.num_groups)
+            assert (counts == counts[0]).all()
+            for group in range(site.num_groups):
+                members = torch.arange(site.num_units).view(site.num_groups, -1)[group]
+                stays = torch.isin(members, torch.tensor(units))
+                values = scores[site.key][members]
+                # Lowest first.
+                assert stays.all() or values[stays].min() >= values[~stays].max()
+    pools = [sites]
+    if config.scope == "layer":
+        pools = [[site for site in sites if site.layer == layer] for layer in set(range(layers)) - skipped]
+    for pool in pools:
+        open_sites = [site for site in pool if site.kind in config.kinds and site.layer not in skipped]
+        if not open_sites:
+            continue
+        share = prunable(open_sites) / prunable([s for s in sites if s.kind in config.kinds and s.layer not in skipped])
+        target = budget.parameters * share
+        # The largest of the smallest steps that are left bounds the rounding.
+        steps = [
+            site.unit_parameters * (config.multiple_of if site.kind == MLP else site.num_groups) for site in open_sites
+        ]
+        first = [site.num_units % config.multiple_of * CHANNEL_COST for site in open_sites if site.kind == MLP]
+        slack = max([*steps, *first]) + 1
+        assert abs(removed(pool, kept) - target) <= slack
+    if at_least:
+        assert removed(sites, kept) >= budget.parameters
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 4), st.sampled_from(["layer", "global"]), st.floats(0.05, 0.6))
+def test_with_channels_to_spare_the_budget_is_met_within_half_a_channel(layers, scope, sparsity):
+    """Whole heads first, then channels for what they leave over."""
+    sites = [make_site(layer, kind, units) for layer in range(layers) for kind, units in ((ATTENTION, 4), (MLP, 60))]
+    scores = {site.key: torch.rand(site.num_units) for site in sites}
+    budget = round(sparsity * prunable(sites))
+    kept = allocate(sites, scores, PruningConfig(scope=scope, sparsity=sparsity), Budget(budget))
+    pools = [sites] if scope == "global" else [sites[2 * layer : 2 * layer + 2] for layer in range(layers)]
+
+    for pool in pools:
+        assert abs(removed(pool, kept) - budget * len(pool) / len(sites)) <= CHANNEL_COST / 2 + 1
+
+
+def test_a_global_scope_takes_the_lowest_scores_wherever_they_are():
+    sites = [make_site(0, MLP, 10), make_site(1, MLP, 10)]
+    scores = {(0, MLP): torch.arange(10.0), (1, MLP): torch.arange(10.0) + 100}
+    kept = allocate(sites, scores, PruningConfig(scope="global"), Budget(5 * CHANNEL_COST))
+
+    assert kept == {(0, MLP): [5, 6, 7, 8, 9], (1, MLP): list(range(10))}
+
+
+@pytest.mark.parametrize(("additive", "heads_left"), [(True, 3), (False, 4)])
+def test_units_of_unequal_size_compete_by_score_per_parameter_where_scores_add_up(additive, heads_left):
+    sites = [make_site(0, ATTENTION, 4), make_site(0, MLP, 20)]
+    # A head scores more than a channel, but less per parameter.
+    scores = {(0, ATTENTION): torch.full((4,), 2.0), (0, MLP): torch.full((20,), 1.0)}
+    kept = allocate(sites, scores, PruningConfig(scope="global", budget="joint"), Budget(HEAD_COST), additive)
+
+    assert len(kept[(0, ATTENTION)]) == heads_left
+
+
+def test_two_budgets_of_their_own():
+    sites = [make_site(layer, kind, 20) for layer in range(2) for kind in (ATTENTION, MLP)]
+    scores = {site.key: torch.rand(20) for site in sites}
+    config = PruningConfig(attention_sparsity=0.1, mlp_sparsity=0.5)
+    kept = allocate(sites, scores, config, Budget(0))
+
+    assert [len(kept[site.key]) for site in sites] == [18, 10, 18, 10]
+
+
+def test_a_layer_that_does_not_exist_cannot_be_skipped():
+    sites = [make_site(0, MLP, 4)]
+    for layer in (1, -2):
+        with pytest.raises(ValueError, match=f"skip_layers names layer {layer}; the model has layers 0 to 0"):
+            allocate(sites, {(0, MLP): torch.rand(4)}, PruningConfig(skip_layers=[layer]), Budget(0))
+
+
+def test_a_target_is_a_ceiling_and_biases_that_reconstruction_adds_count():
+    sites = [make_site(0, MLP, 20)]
+    config = PruningConfig(target_parameters=100)
+
+    assert removal_budget(config, sites, 400, 1600) == Budget(300, at_least=True)
+    assert removal_budget(config, sites, 400, 1600, added_parameters=7) == Budget(307, at_least=True)
+    # 4 bytes per float32 parameter, rounded up.
+    assert removal_budget(PruningConfig(target_bytes=1597), sites, 400, 1600) == Budget(1, at_least=True)
+    with pytest.raises(ValueError, match="target_parameters is 500 and the model has only 400 parameters"):
+        removal_budget(PruningConfig(target_parameters=500), sites, 400, 1600)

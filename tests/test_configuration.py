@@ -1,0 +1,117 @@
+"""The request: defaults, dispatch, files, and values that make no sense."""
+
+import dataclasses
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from optimum_fwdprune import PruningConfig, register_method
+from optimum_fwdprune.configuration import CONFIG_NAME, get_method, registered_methods
+from optimum_fwdprune.methods import FlapConfig, RandomConfig
+
+
+@pytest.mark.parametrize("name", registered_methods())
+def test_the_method_picks_the_subclass_and_survives_the_disk(name, tmp_path):
+    config = PruningConfig(method=name, sparsity=0.3, skip_layers=[0, -1], kinds=["mlp"], seed=7)
+    config.save_pretrained(tmp_path)
+
+    assert type(config) is get_method(name).config_class
+    assert PruningConfig.from_pretrained(tmp_path) == config
+    assert type(PruningConfig.from_pretrained(tmp_path)) is type(config)
+
+
+def test_defaults():
+    config = PruningConfig()
+
+    assert (config.method, config.sparsity, config.scope) == ("wanda_sp", 0.2, "layer")
+    assert get_method(config.method).reconstruction == "least_squares"
+    assert get_method("flap").reconstruction == "bias"
+    assert get_method("random").reconstruction == get_method("magnitude").reconstruction == "none"
+
+
+def test_every_field_has_a_help_text():
+    for declared in dataclasses.fields(PruningConfig):
+        assert declared.metadata["help"].endswith("."), declared.name
+
+
+def test_lists_are_not_shared_between_configs():
+    PruningConfig().skip_layers.append(3)
+
+    assert PruningConfig().skip_layers == []
+
+
+def test_numbers_of_other_libraries_and_tuples_become_plain_values(tmp_path):
+    config = PruningConfig(sparsity=np.float32(0.5), n_samples=np.int64(3), kinds=("mlp",))
+    config.save_pretrained(tmp_path)
+
+    assert PruningConfig.from_pretrained(tmp_path) == config
+    assert (type(config.n_samples), config.kinds) == (int, ["mlp"])
+
+
+def test_unknown_keys_warn_with_the_version_that_wrote_them(tmp_path, caplog):
+    values = {**PruningConfig().to_dict(), "from_the_future": 1, "fwdprune_version": "9.9"}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(values))
+    with caplog.at_level(logging.WARNING):
+        config = PruningConfig.from_pretrained(tmp_path)
+
+    assert config == PruningConfig()
+    assert "from_the_future" in caplog.text and "9.9" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\); got 1.0"),
+        ({"sparsity": -0.1}, r"sparsity must be in \[0, 1\); got -0.1"),
+        ({"sparsity": float("nan")}, r"sparsity must be in \[0, 1\); got nan"),
+        ({"mlp_sparsity": 20}, r"mlp_sparsity must be in \[0, 1\); got 20"),
+        ({"attention_sparsity": 2}, r"attention_sparsity must be in \[0, 1\); got 2"),
+        ({"n_samples": 0}, "n_samples must be at least 1; got 0"),
+        ({"multiple_of": 0}, "multiple_of must be at least 1; got 0"),
+        ({"min_units_per_site": 0}, "min_units_per_site must be at least 1; got 0"),
+        ({"target_parameters": -5}, "target_parameters must be positive; got -5"),
+        ({"target_parameters": 5, "target_bytes": 5}, "give one of them"),
+        ({"kinds": []}, "must name attention, mlp or both"),
+        ({"kinds": ["heads"]}, "kinds must be one of attention, mlp; got 'heads'"),
+        ({"scope": "local"}, "scope must be one of layer, global; got 'local'"),
+        ({"reconstruction": "magic"}, "reconstruction must be one of none, bias, least_squares; got 'magic'"),
+        ({"method": "psychic"}, "method must be one of flap, .*; got 'psychic'"),
+        ({"sparsity": "0.2"}, "sparsity must be a float; got '0.2'"),
+        ({"n_samples": 2.5}, "n_samples must be an int; got 2.5"),
+        ({"skip_layers": [0.5]}, r"skip_layers must be a list of int; got \[0.5\]"),
+        ({"seed": None}, "seed must be an int; got None"),
+    ],
+)
+def test_bad_values_are_named_with_the_way_out(values, message):
+    with pytest.raises(ValueError, match=message):
+        PruningConfig(**values)
+
+
+def test_a_subclass_refuses_another_method():
+    with pytest.raises(ValueError, match=r"RandomConfig is the config of 'random'; for 'flap' use PruningConfig"):
+        RandomConfig(method="flap")
+    with pytest.raises(ValueError, match="config of 'flap'"):
+        FlapConfig.from_dict(RandomConfig().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ("[]", "must hold a JSON object"), ('{"method": 3}', "got 3")]
+)
+def test_damaged_files_are_named(text, message, tmp_path):
+    (tmp_path / CONFIG_NAME).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        PruningConfig.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_a_config_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        PruningConfig.from_pretrained(tmp_path)
+
+
+def test_a_method_must_bring_its_own_config_class():
+    with pytest.raises(ValueError, match="extends PruningConfig"):
+        register_method(PruningConfig, lambda inputs: {})
+    with pytest.raises(ValueError, match="extends PruningConfig"):
+        register_method(dict, lambda inputs: {})

@@ -1,0 +1,112 @@
+"""Gates: one mask for all, one mask per sequence, and nothing left behind."""
+
+import pytest
+import tiny
+import torch
+
+from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune.configuration import registered_methods
+from optimum_fwdprune.gates import gated
+
+
+def random_masks(sites, rows=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = () if rows is None else (rows,)
+    return {site.key: (torch.rand(*shape, site.num_units, generator=generator) > 0.4).float() for site in sites}
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "query_head"])
+@torch.no_grad()
+def test_every_sequence_computes_under_its_own_mask(dense, tokens, unit):
+    sites = find_sites(dense, unit)
+    masks = random_masks(sites, rows=4)
+    with gated(sites, masks):
+        together = dense(tokens[:4]).logits
+    for row in range(4):
+        with gated(sites, {key: mask[row] for key, mask in masks.items()}):
+            alone = dense(tokens[row : row + 1]).logits
+
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+    assert not torch.allclose(together, dense(tokens[:4]).logits, rtol=1e-2)
+
+
+@torch.no_grad()
+def test_open_gates_change_nothing_and_leave_nothing(dense, tokens):
+    sites = find_sites(dense)
+    expected = dense(tokens).logits
+    with gated(sites, {site.key: torch.ones(site.num_units) for site in sites}):
+        assert torch.equal(dense(tokens).logits, expected)
+    with gated(sites, {site.key: torch.zeros(site.num_units) for site in sites}):
+        assert not torch.equal(dense(tokens).logits, expected)
+
+    assert torch.equal(dense(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("method", registered_methods())
+def test_scoring_leaves_every_dense_weight_bit_identical(dense, tokens, method):
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    FwdPruner(dense.train()).score(PruningConfig(method=method), tokens)
+
+    assert dense.training
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in dense.modules())
+
+
+@pytest.mark.parametrize("reconstruction", ["none", "bias", "least_squares"])
+def test_pruning_not_in_place_leaves_every_dense_weight_bit_identical(dense, tokens, reconstruction):
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    config = PruningConfig(sparsity=0.4, reconstruction=reconstruction)
+    FwdPruner(dense).prune(config, tokens, inplace=False)
+
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
+def test_masks_that_do_not_fit_are_refused(tokens):
+    model = tiny.make_model("llama_gqa_biases")
+    sites = find_sites(model)
+    for shape in ((5,), (2, 2, 64)):
+        with pytest.raises(ValueError, match=r"must be \[64\] or \[batch_size, 64\]"), gated(
+            sites, {(0, "mlp"): torch.ones(shape)}
+        ):
+            pass
+    with pytest.raises(ValueError, match="3 masks do not fit a batch of 4"), gated(
+        sites, {(0, "mlp"): torch.ones(3, 64)}
+    ):
+        model(tokens[:4])
+
+    assert not any(site.projection._forward_pre_hooks for site in sites)
+
+
+def test_a_gate_that_has_no_effect_is_an_error(tokens, monkeypatch):
+    model = tiny.make_model("llama_gqa_biases")
+    sites = find_sites(model)
+    monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda hidden: hidden)
+    with pytest.raises(RuntimeError, match=r"bypassed the projection of site \(1, 'mlp'\)"), gated(
+        sites, random_masks(sites)
+    ):
+        model(tokens)
+
+
+def test_blooms_slow_but_exact_path_is_refused_before_anything_changes(tokens):
+    """With tensor parallel pretraining it slices the projection's weight and never calls the projection."""
+    model = tiny.make_model("bloom", pretraining_tp=2, slow_but_exact=True)
+    before = model(tokens).logits
+    with pytest.raises(ValueError, match="never called"):
+        FwdPruner(model).prune(None, tokens)
+
+    assert torch.equal(model(tokens).logits, before)
+
+
+def test_a_pruned_model_that_disagrees_with_the_masked_one_is_an_error(tokens, monkeypatch):
+    from optimum_fwdprune import pruner as module
+
+    surgery = module.prune_model
+
+    def damaged(*args, **kwargs):
+        pruned = surgery(*args, **kwargs)
+        pruned.model.layers[1].mlp.down_proj.weight.data.mul_(1.01)
+        return pruned
+
+    monkeypatch.setattr(module, "prune_model", damaged)
+    with pytest.raises(RuntimeError, match="does not compute what the masked dense model computes"):
+        FwdPruner(tiny.make_model("llama_gqa_biases")).prune(None, tokens)

@@ -1,0 +1,120 @@
+"""Plans on disk, and plans that fit no model."""
+
+import json
+
+import pytest
+import tiny
+
+from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, find_sites
+
+
+@pytest.fixture
+def plan():
+    kept = {(0, "attention"): [0, 2], (0, "mlp"): [1, 2, 3], (1, "attention"): [0], (1, "mlp"): [0, 4]}
+    totals = {(0, "attention"): 3, (0, "mlp"): 5, (1, "attention"): 3, (1, "mlp"): 5}
+    return PruningPlan(kept, totals, "llama", "kv_group", {"method": "by hand"})
+
+
+def test_a_plan_survives_the_disk(plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    plan.save(tmp_path)
+
+    assert PruningPlan.load(tmp_path / "plan.json") == plan
+    assert PruningPlan.load(tmp_path) == plan
+
+
+def test_removed_units(plan):
+    assert plan.removed((0, "attention")) == [1]
+    assert plan.removed((1, "mlp")) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("units", [[2, 0], [0, 0], [0, 3], [-1]])
+def test_units_must_be_sorted_different_and_in_range(units):
+    with pytest.raises(ValueError, match=r"Layer 0 attention: kept units .* in \[0, 3\); got"):
+        PruningPlan({(0, "attention"): units}, {(0, "attention"): 3}, "llama", "kv_group")
+
+
+def test_kept_and_totals_name_the_same_sites():
+    with pytest.raises(ValueError, match="same sites"):
+        PruningPlan({(0, "attention"): [0]}, {(0, "mlp"): 3}, "llama", "kv_group")
+
+
+@pytest.mark.parametrize(
+    "document",
+    ["", "{}", "[]", "\x00\x01", '{"kept": {"0": {"heads": [0]}}, "num_units": {}, "model_type": "llama"}', '"text"'],
+)
+def test_files_that_hold_no_plan_are_named(document, tmp_path):
+    (tmp_path / "plan.json").write_text(document)
+    with pytest.raises(ValueError, match=r"plan\.json is no pruning plan"):
+        PruningPlan.load(tmp_path / "plan.json")
+
+
+def plan_of(name, tokens, **config):
+    pruner = FwdPruner(tiny.make_model(name))
+    pruner.prune(PruningConfig(sparsity=0.3, **config), tokens)
+    return pruner.plan
+
+
+@pytest.mark.parametrize(
+    ("other", "changes", "message"),
+    [
+        ("opt_pre_norm", {}, "for a 'llama' model, this one is 'opt'"),
+        ("llama_gqa_biases", {"num_hidden_layers": 2}, "names 6 sites and the model has 4"),
+        ("llama_gqa_biases", {"intermediate_size": 60}, "knows 64 units in the mlp of layer 0, the model has 60"),
+        ("llama_mha_tied", {}, "knows 3 units in the attention of layer 0, the model has 6"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused_before_anything_changes(other, changes, message, tokens):
+    plan = plan_of("llama_gqa_biases", tokens, attention_unit="kv_group")
+    model = tiny.make_model(other, **changes)
+    before = model(tokens).logits
+    with pytest.raises(ValueError, match=message):
+        FwdPruner(model).prune(plan=plan)
+
+    assert (model(tokens).logits == before).all()
+
+
+def test_a_plan_that_empties_a_site_or_unbalances_groups_is_refused(tokens):
+    plan = plan_of("llama_gqa_biases", tokens, attention_unit="query_head")
+    for heads, message in (([], "keep at least one"), ([0, 1, 2], r"keeps \[2, 1, 0\] query heads per KV group")):
+        bad = PruningPlan({**plan.kept, (1, "attention"): heads}, plan.num_units, "llama", "query_head")
+        with pytest.raises(ValueError, match=message):
+            FwdPruner(tiny.make_model("llama_gqa_biases")).prune(plan=bad)
+
+
+def test_replaying_a_plan_gives_the_same_model(dense, tokens):
+    pruner = FwdPruner(dense)
+    config = PruningConfig(sparsity=0.3, scope="global", reconstruction="none")
+    expected = pruner.prune(config, tokens, inplace=False)
+    replayed = FwdPruner(dense).prune(plan=pruner.plan)
+
+    assert replayed(tokens).logits.equal(expected(tokens).logits)
+
+
+def test_replaying_a_plan_reconstructs_where_the_request_says_so(tokens):
+    model = tiny.make_model("llama_gqa_biases")
+    pruner = FwdPruner(model)
+    expected = pruner.prune(PruningConfig(sparsity=0.3, reconstruction="least_squares"), tokens, inplace=False)
+    replayed = FwdPruner(model).prune(PruningConfig(reconstruction="least_squares"), tokens, plan=pruner.plan)
+
+    assert replayed(tokens).logits.equal(expected(tokens).logits)
+
+
+def test_a_plan_records_how_it_came_about(tokens):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(PruningConfig(method="flap", sparsity=0.25, seed=5), tokens)
+    metadata = json.loads(json.dumps(pruner.plan.metadata))
+
+    assert (metadata["method"], metadata["reconstruction"], metadata["seed"]) == ("flap", "bias", 5)
+    assert metadata["requested_sparsity"] == pytest.approx(0.25, abs=0.001)
+    assert metadata["calibration"] == {"source": "tokens", "fingerprint": pruner.scores.calibration.fingerprint}
+    assert set(metadata["scores"]) == {f"{site.layer}.{site.kind}" for site in find_sites(pruner.model)}
+    assert {"optimum_fwdprune", "transformers", "torch"} == set(metadata["versions"])
+
+
+def test_plan_and_scores_together_are_refused(tokens):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    scores = pruner.score(None, tokens)
+    plan = plan_of("llama_gqa_biases", tokens)
+    with pytest.raises(ValueError, match="not both"):
+        pruner.prune(plan=plan, scores=scores)

@@ -1,0 +1,83 @@
+"""Statistics against plain numpy, whatever the batch size and wherever the padding is."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from optimum_fwdprune import Calibration, find_sites
+from optimum_fwdprune.statistics import GRAM, MOMENTS, collect_statistics
+
+
+@torch.no_grad()
+def inputs_of(model, site, tokens, mask=None):
+    """What reaches a site's projection, `[tokens, in_features]` in float64."""
+    seen = []
+    handle = site.projection.register_forward_pre_hook(lambda _module, args: seen.append(args[0].flatten(0, -2)))
+    model(tokens, attention_mask=mask)
+    handle.remove()
+    return (seen[0] if mask is None else seen[0][mask.bool().flatten()]).double().numpy()
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 16])
+def test_statistics_are_those_of_numpy(dense, tokens, batch_size):
+    sites = find_sites(dense)
+    statistics = collect_statistics(dense, sites, Calibration(tokens), batch_size, (MOMENTS, GRAM))
+    for site in sites:
+        values, found = inputs_of(dense, site, tokens), statistics[site.key]
+
+        assert found.count == len(values) == tokens.numel()
+        np.testing.assert_allclose(found.mean, values.mean(0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.variance, values.var(0), rtol=1e-4, atol=1e-9)
+        np.testing.assert_allclose(found.norm, np.linalg.norm(values, axis=0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.gram, values.T @ values, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_left_out(architecture_name, tokens, side):
+    model = tiny.make_model(architecture_name)
+    mask = torch.ones_like(tokens)
+    for row, length in enumerate(torch.randint(1, 12, (len(tokens),), generator=torch.Generator().manual_seed(0))):
+        mask[row, : int(length)] = 0
+    mask = mask if side == "left" else mask.flip(1)
+    sites = find_sites(model)
+    found = collect_statistics(model, sites, Calibration(tokens, mask), batch_size=16)
+    # What stands under the padding makes no difference.
+    other = collect_statistics(model, sites, Calibration(tokens.where(mask.bool(), torch.tensor(7)), mask), 5)
+    for site in sites:
+        values = inputs_of(model, site, tokens, mask)
+
+        assert found[site.key].count == int(mask.sum())
+        np.testing.assert_allclose(found[site.key].mean, values.mean(0), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(found[site.key].variance, values.var(0), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(other[site.key].mean, found[site.key].mean, rtol=1e-3, atol=1e-5)
+
+
+def test_a_small_variance_far_from_zero_does_not_cancel():
+    """Squares of values around 1000 summed in float32 would drown a variance of 1e-4."""
+    from optimum_fwdprune.statistics import _Accumulator
+
+    generator = torch.Generator().manual_seed(0)
+    values = 1000 + 0.01 * torch.randn(20_000, 4, generator=generator, dtype=torch.float64)
+    accumulator = _Accumulator(with_gram=False)
+    for batch in values.float().split(999):
+        accumulator.add(batch)
+
+    np.testing.assert_allclose(accumulator.result().variance, values.float().double().var(0, correction=0), rtol=1e-3)
+
+
+def test_hooks_are_gone_after_an_error(tokens):
+    model = tiny.make_model("llama_gqa_biases")
+    sites = find_sites(model)
+    with pytest.raises(IndexError):
+        collect_statistics(model, sites, Calibration(tokens + 10_000), 4)
+
+    assert not any(site.projection._forward_pre_hooks for site in sites)
+
+
+def test_a_projection_that_is_bypassed_is_named(tokens, monkeypatch):
+    model = tiny.make_model("llama_gqa_biases")
+    layer = model.model.layers[1]
+    monkeypatch.setattr(layer.mlp, "forward", lambda hidden: hidden)
+    with pytest.raises(ValueError, match=r"never called model\.layers\.1\.mlp\.down_proj, so the mlp of layer 1"):
+        collect_statistics(model, find_sites(model), Calibration(tokens), 4)
