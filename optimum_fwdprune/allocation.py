@@ -130,12 +130,12 @@ def allocate(
     }
     prunable = sum(site.num_units * site.unit_parameters for site in sites)
 
-    if config.attention_sparsity is not None or config.mlp_sparsity is not None:
+    if config.has_budget_per_kind:
         own = {ATTENTION: config.attention_sparsity, MLP: config.mlp_sparsity}
         parts = []
-        for kind, sparsity in own.items():
+        for kind in config.kinds:
+            sparsity = config.sparsity if own[kind] is None else own[kind]
             of_kind = sum(site.num_units * site.unit_parameters for site in sites if site.kind == kind)
-            sparsity = config.sparsity if sparsity is None else sparsity
             parts.append(([key for key in steps if key[1] == kind], Budget(round(sparsity * of_kind))))
     else:
         parts = [(list(steps), budget)]

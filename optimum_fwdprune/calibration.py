@@ -53,6 +53,8 @@ class Calibration:
             raise ValueError(
                 f"Calibration tokens must be [n_samples, seq_len] and not empty; got {tuple(self.input_ids.shape)}."
             )
+        if self.input_ids.is_floating_point():
+            raise ValueError(f"Calibration tokens must be int64 token ids; got {self.input_ids.dtype}.")
         if self.attention_mask is not None and self.attention_mask.shape != self.input_ids.shape:
             raise ValueError("attention_mask must have the shape of input_ids.")
 
@@ -83,12 +85,18 @@ def load_calibration(
     Raises:
         ValueError: on an empty or too short source, or one that is not understood.
     """
-    if isinstance(dataset, Calibration):
-        return dataset
     if isinstance(dataset, torch.Tensor):
-        return Calibration(dataset)
-    if isinstance(dataset, Mapping) and "input_ids" in dataset:
-        return Calibration(dataset["input_ids"], dataset.get("attention_mask"))
+        dataset = Calibration(dataset)
+    elif isinstance(dataset, Mapping) and "input_ids" in dataset:
+        dataset = Calibration(dataset["input_ids"], dataset.get("attention_mask"))
+    if isinstance(dataset, Calibration):
+        largest, vocab_size = int(dataset.input_ids.max()), model.config.get_text_config().vocab_size
+        if largest >= vocab_size:
+            raise ValueError(
+                f"The calibration tokens hold token {largest}, beyond the model's vocabulary of {vocab_size}; were "
+                f"they made by another tokenizer?"
+            )
+        return dataset
     source = config.calibration if dataset is None else dataset
     if source is None:
         source = _default_source()
@@ -179,7 +187,7 @@ def _column_texts(rows: Iterable[dict], column: str | None, source: str, separat
         if column is None:
             strings = [name for name, value in row.items() if isinstance(value, str)]
             column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-        if column is None or column not in row:
+        if column is None or not isinstance(row.get(column), str):
             raise ValueError(f"{source} has the columns {', '.join(row)}; name one of text as dataset_column.")
         yield row[column] + separator
 

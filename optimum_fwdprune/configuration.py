@@ -124,11 +124,21 @@ class PruningConfig:
             raise ValueError("target_parameters and target_bytes are two budgets; give one of them.")
         if not self.kinds:
             raise ValueError("kinds must name attention, mlp or both; got none.")
+        for kind in ("attention", "mlp"):
+            if getattr(self, f"{kind}_sparsity") is not None and kind not in self.kinds:
+                raise ValueError(f"{kind}_sparsity is a budget for {kind}, which kinds={self.kinds} leaves alone.")
+        if self.has_budget_per_kind and not (self.target_parameters is None and self.target_bytes is None):
+            raise ValueError("A target for the whole model and a sparsity per kind are two budgets; give one of them.")
         for declared in dataclasses.fields(self):
             choices, value = declared.metadata.get("choices"), getattr(self, declared.name)
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if choices is not None and item is not None and item not in choices:
                     raise ValueError(f"{declared.name} must be one of {', '.join(choices)}; got {item!r}.")
+
+    @property
+    def has_budget_per_kind(self) -> bool:
+        """Whether attention and MLP have sparsities of their own; one that is not given is `sparsity`."""
+        return self.attention_sparsity is not None or self.mlp_sparsity is not None
 
     def _check_types(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():

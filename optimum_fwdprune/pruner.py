@@ -279,7 +279,7 @@ class FwdPruner:
                 "source": _public_name(self.model.config._name_or_path),
                 "method": config.method,
                 "reconstruction": kind,
-                "requested_sparsity": budget.parameters / prunable,
+                "requested_sparsity": None if config.has_budget_per_kind else budget.parameters / prunable,
                 "scores": {
                     f"{layer}.{site_kind}": {
                         "lowest": float(value.min()),

@@ -19,7 +19,8 @@ class PruningReport:
         bytes_before, bytes_after (`int`): of its weights.
         prunable_parameters (`int`): owned by units before pruning.
         removed_parameters (`int`): of those, removed.
-        requested_sparsity (`float`, *optional*): the fraction asked for; `None` where a plan was replayed.
+        requested_sparsity (`float`, *optional*): the fraction asked for; `None` where attention and MLP had
+            budgets of their own.
         masked_difference (`float`): largest difference between the logits of the masked dense model and of the pruned
             model, as a fraction of the logits' scale.
         seconds (`dict[str, float]`): time spent, by stage.

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,7 @@ from .statistics import SiteStatistics
 
 
 SCORES_NAME = "fwdprune_scores.safetensors"
+METADATA_KEY = "fwdprune"
 
 
 @dataclass
@@ -54,9 +56,9 @@ class Scores:
         for (layer, kind), statistics in self.statistics.items():
             tensors[f"mean.{layer}.{kind}"] = statistics.mean
             tensors[f"variance.{layer}.{kind}"] = statistics.variance
-        metadata = {"config": json.dumps(self.config.to_dict())}
+        metadata: dict[str, Any] = {"config": self.config.to_dict()}
         if self.statistics:
-            metadata["count"] = str(next(iter(self.statistics.values())).count)
+            metadata["count"] = next(iter(self.statistics.values())).count
         if self.calibration is not None:
             tensors["input_ids"] = self.calibration.input_ids
             if self.calibration.attention_mask is not None:
@@ -65,7 +67,9 @@ class Scores:
         path = Path(path)
         partial = path.with_name(f".{path.name}.partial")
         try:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+            # One entry: safetensors writes several in random order, and equal scores should be equal files.
+            entry = {METADATA_KEY: json.dumps(metadata)}
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, entry)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -83,7 +87,7 @@ class Scores:
         tokens = {}
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
+                metadata = json.loads((file.metadata() or {})[METADATA_KEY])
                 for name in file.keys():  # noqa: SIM118  safe_open is no dict
                     group, _, site = name.partition(".")
                     if group in groups:
@@ -91,11 +95,11 @@ class Scores:
                         groups[group][(int(layer), kind)] = file.get_tensor(name)
                     else:
                         tokens[name] = file.get_tensor(name)
-            config = PruningConfig.from_dict(json.loads(metadata["config"]))
+            config = PruningConfig.from_dict(metadata["config"])
         except (KeyError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} holds no scores: {type(error).__name__}: {error}.") from error
         statistics = {
-            key: SiteStatistics(int(metadata["count"]), mean, groups["variance"][key])
+            key: SiteStatistics(metadata["count"], mean, groups["variance"][key])
             for key, mean in groups["mean"].items()
         }
         calibration = (

@@ -70,6 +70,7 @@ def test_hooks_are_gone_after_an_error(tokens):
     model = tiny.make_model("llama_gqa_biases")
     sites = find_sites(model)
     with pytest.raises(IndexError):
+        # Tokens beyond the vocabulary, which only load_calibration checks.
         collect_statistics(model, sites, Calibration(tokens + 10_000), 4)
 
     assert not any(site.projection._forward_pre_hooks for site in sites)

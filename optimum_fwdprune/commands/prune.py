@@ -64,7 +64,13 @@ class PruneCommand(Command):
         from optimum_fwdprune.pruner import FwdPruner
 
         loading = {name: given[name] for name in LOADING_OPTIONS if given[name] is not None}
-        pruner = FwdPruner.from_pretrained(self.args.model, trust_remote_code=self.args.trust_remote_code, **loading)
+        try:
+            pruner = FwdPruner.from_pretrained(
+                self.args.model, trust_remote_code=self.args.trust_remote_code, **loading
+            )
+        except OSError as error:
+            # Some of transformers' messages leave out what could not be loaded.
+            raise OSError(f"Cannot load {self.args.model}: {error}") from error
         pruner.prune(config, plan=plan)
         pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
         print(pruner.report)

@@ -1,0 +1,211 @@
+"""`optimum-cli fwdprune ...`, as a user runs it."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from optimum.commands.optimum_cli import main
+
+from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, PruningPlan
+from optimum_fwdprune.configuration import get_method, registered_methods
+
+
+SMALL = ["--calibration", "builtin", "--n_samples", "4", "--seq_len", "32"]
+
+
+@pytest.fixture
+def source(tmp_path, tokenizer):
+    """A dense checkpoint with a tokenizer, in bfloat16."""
+    tiny.make_model("llama_gqa_biases", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    return str(tmp_path / "dense")
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run a command in this process; returns `(exit code, stdout, stderr)`."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["optimum-cli", "fwdprune", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def test_the_installed_command_prunes_and_inspects(source, tmp_path):
+    """The one test through the console script; the others run in this process."""
+    command = shutil.which("optimum-cli", path=str(Path(sys.executable).parent))
+    assert command, "optimum-cli is not beside the interpreter that runs the tests"
+    output = tmp_path / "out"
+
+    def run(*arguments):
+        return subprocess.run([command, "fwdprune", *arguments], capture_output=True, text=True)
+
+    pruned = run("prune", "-m", source, str(output), "--sparsity", "0.3", "--scope", "global", *SMALL)
+    inspected = run("inspect", str(output))
+
+    assert pruned.returncode == 0, pruned.stderr
+    assert "Parameters" in pruned.stdout and re.search(r"prunable.*-(29|30)\.\d%", pruned.stdout)
+    assert inspected.returncode == 0 and "MLP channels" in inspected.stdout
+    assert inspected.stdout.count("/ 64") == 3
+    assert "llama pruned by wanda_sp, from dense" in inspected.stdout
+    model = transformers.AutoModelForCausalLM.from_pretrained(output, dtype="auto")
+    assert type(model).__name__ == "PrunedLlamaForCausalLM" and model.dtype == torch.bfloat16
+
+
+def test_every_field_of_every_method_is_an_option_with_help(cli):
+    code, out, _ = cli("prune", "--help")
+
+    assert code == 0
+    for name in registered_methods():
+        for field in dataclasses.fields(get_method(name).config_class):
+            assert f"--{field.name}" in out, field.name
+
+
+def test_options_reach_the_request(cli, source, tmp_path):
+    code, _, err = cli(
+        *("prune", "-m", source, tmp_path / "out", "--method", "flap", "--sparsity", "0.4", "--scope", "global"),
+        *("--budget", "joint", "--kinds", "mlp", "--multiple_of", "4", "--skip_layers", "0", "-1", "--seed", "3"),
+        *("--reconstruction", "least_squares", "--attention_unit", "kv_group", *SMALL, "--mlp_sparsity", "0.1"),
+    )
+    config = PruningConfig.from_pretrained(tmp_path / "out")
+
+    assert code == 0, err
+    assert config == PruningConfig(
+        method="flap",
+        sparsity=0.4,
+        scope="global",
+        budget="joint",
+        kinds=["mlp"],
+        multiple_of=4,
+        skip_layers=[0, -1],
+        seed=3,
+        reconstruction="least_squares",
+        attention_unit="kv_group",
+        mlp_sparsity=0.1,
+        calibration="builtin",
+        n_samples=4,
+        seq_len=32,
+    )
+
+
+def test_without_options_the_command_does_what_prune_without_arguments_does(cli, source, tmp_path, monkeypatch):
+    # What the defaults would sample is cut short, for both alike.
+    tokens = Calibration(torch.arange(96).view(4, 24))
+    monkeypatch.setattr("optimum_fwdprune.pruner.load_calibration", lambda *_: tokens)
+    assert cli("prune", "-m", source, tmp_path / "out")[0] == 0
+    pruner = FwdPruner.from_pretrained(source)
+    pruner.prune()
+
+    assert PruningPlan.load(tmp_path / "out").kept == pruner.plan.kept
+    assert PruningConfig.from_pretrained(tmp_path / "out") == pruner.config
+
+
+def test_a_plan_is_replayed(cli, source, tmp_path):
+    cli("prune", "-m", source, tmp_path / "one", "--method", "random", "--sparsity", "0.4")
+    code, _, err = cli("prune", "-m", source, tmp_path / "two", "--plan", tmp_path / "one")
+
+    assert code == 0, err
+    assert PruningPlan.load(tmp_path / "two").kept == PruningPlan.load(tmp_path / "one").kept
+    assert (tmp_path / "two/model.safetensors").read_bytes() == (tmp_path / "one/model.safetensors").read_bytes()
+
+
+def test_dtype_is_the_sources_unless_given(cli, source, tmp_path):
+    assert cli("prune", "-m", source, tmp_path / "out", "--method", "random", "--dtype", "float32")[0] == 0
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsity", "1.5"], "error: sparsity must be in [0, 1); got 1.5."),
+        (["--sparsity", "0.98", *SMALL], "the largest possible sparsity is 0."),
+        (["--calibration", "nowhere.txt"], "error: There is no calibration file nowhere.txt."),
+        (["--calibration", "builtin", "--n_samples", "9999999"], "error: builtin is too short"),
+        (["--plan", "nowhere.json"], "nowhere.json"),
+        (["--dtype", "float77"], "float77"),
+        (["--attn_implementation", "telepathy"], "telepathy"),
+        (["--gguf_file", "nowhere.gguf"], "nowhere.gguf"),
+    ],
+)
+def test_a_users_error_is_one_readable_line(cli, source, tmp_path, arguments, message):
+    code, _, err = cli("prune", "-m", source, tmp_path / "out", *arguments)
+    lines = [line for line in err.splitlines() if line.startswith("error")]
+
+    assert code == 1 and len(lines) == 1
+    assert message in lines[0] and "--debug" in lines[0]
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_debug_shows_the_traceback(cli, source, tmp_path):
+    with pytest.raises(ValueError, match="sparsity must be in"):
+        cli("prune", "-m", source, tmp_path / "out", "--sparsity", "1.5", "--debug")
+
+
+@pytest.mark.parametrize("arguments", [["--method", "psychic"], ["--scope", "planet"], ["--nonsense", "1"]])
+def test_an_unknown_value_or_option_shows_the_usage(cli, source, tmp_path, arguments):
+    code, _, err = cli("prune", "-m", source, tmp_path / "out", *arguments)
+
+    assert code == 2 and "usage" in err
+
+
+def test_a_missing_or_unsupported_model_is_named(cli, tmp_path):
+    transformers.GPT2Config().save_pretrained(tmp_path / "gpt2")
+    for model, message in ((tmp_path / "gpt2", "'gpt2' is not supported"), ("nobody/nothing", "nobody/nothing")):
+        code, _, err = cli("prune", "-m", model, tmp_path / "out")
+
+        assert code == 1 and message in err and "Traceback" not in err
+
+
+def test_an_output_folder_in_use_fails_before_the_model_is_loaded(cli, source, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(FwdPruner, "from_pretrained", lambda *_, **__: pytest.fail("loaded the model"))
+        code, _, err = cli("prune", "-m", source, tmp_path / "out")
+    assert code == 1 and "is not empty. Name another folder, or pass overwrite" in err
+
+    assert cli("prune", "-m", source, tmp_path / "out", "--overwrite", "--method", "random")[0] == 0
+    assert not (tmp_path / "out/mine").exists()
+
+
+def test_inspecting_what_was_not_pruned_is_an_error(cli, source, tmp_path):
+    code, _, err = cli("inspect", source)
+    assert code == 1 and "no checkpoint that this package pruned" in err
+
+    code, _, err = cli("inspect", tmp_path / "nothing")
+    assert code == 1 and "Traceback" not in err
+
+
+def test_damaged_checkpoints_end_in_one_readable_line(cli, source, tmp_path):
+    """Whoever raises the error: truncated weights, a config that is no JSON, a tokenizer that is none."""
+    for name, damage in (
+        ("model.safetensors", lambda content: content[: len(content) // 2]),
+        ("model.safetensors", lambda content: b"\xff" * 64),
+        ("config.json", lambda content: content[:40]),
+        ("config.json", lambda content: b"[]"),
+        ("config.json", lambda content: content.replace(b'"hidden_size": 48', b'"hidden_size": "x"')),
+    ):
+        broken = tmp_path / "broken"
+        shutil.copytree(source, broken)
+        (broken / name).write_bytes(damage((broken / name).read_bytes()))
+        code, _, err = cli("prune", "-m", broken, tmp_path / "out", "--method", "random")
+
+        assert code == 1 and "Traceback" not in err, (name, err)
+        assert not (tmp_path / "out").exists()
+        shutil.rmtree(broken)

@@ -1,0 +1,236 @@
+"""Where calibration tokens come from, and what happens where they do not."""
+
+import json
+import logging
+
+import datasets
+import pytest
+import tiny
+import torch
+import transformers
+
+from optimum_fwdprune import Calibration, FwdPruner, PruningConfig
+from optimum_fwdprune import calibration as module
+from optimum_fwdprune.calibration import detokenize, load_calibration
+
+
+TEXTS = [f"the quick brown fox number {number} jumps over the lazy dog" for number in range(60)]
+REQUEST = {"n_samples": 6, "seq_len": 16}
+
+
+@pytest.fixture
+def model():
+    return tiny.make_model("llama_gqa_biases")
+
+
+def windows(model, tokenizer, dataset=None, **request):
+    return load_calibration(PruningConfig(**{**REQUEST, **request}), model, tokenizer, dataset)
+
+
+def write(folder, name, texts=TEXTS, column="text"):
+    path = folder / name
+    if path.suffix == ".txt":
+        path.write_text("\n".join(texts))
+    elif path.suffix == ".parquet":
+        datasets.Dataset.from_dict({column: texts}).to_parquet(path)
+    else:
+        path.write_text("\n".join(json.dumps({column: text, "id": 3}) for text in texts))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["text.txt", "rows.jsonl", "rows.parquet"])
+def test_local_files(name, model, tokenizer, tmp_path):
+    found = windows(model, tokenizer, calibration=write(tmp_path, name))
+
+    assert found.input_ids.shape == (6, 16) and found.input_ids.dtype == torch.int64
+    assert found.source == name
+    assert "quick brown" in tokenizer.decode(found.input_ids.flatten())
+
+
+def test_strings_datasets_and_streams_of_the_same_text_give_the_same_windows(model, tokenizer, tmp_path):
+    dataset = datasets.Dataset.from_dict({"text": TEXTS})
+    found = [
+        windows(model, tokenizer, source).input_ids
+        for source in (TEXTS, dataset, dataset.to_iterable_dataset(), write(tmp_path, "rows.jsonl"))
+    ]
+
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_windows_are_seeded_different_and_in_the_text(model, tokenizer):
+    first, again, other = (windows(model, tokenizer, TEXTS, seed=seed).input_ids for seed in (1, 1, 2))
+    text = tokenizer("".join(text + "\n\n" for text in TEXTS), add_special_tokens=False)["input_ids"]
+
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert len({tuple(row) for row in first.tolist()}) == 6
+    for row in first.tolist():
+        assert any(text[start : start + 16] == row for start in range(0, len(text), 16))
+
+
+def test_tokens_are_taken_as_they_are(model, tokens):
+    assert windows(model, None, tokens).input_ids is tokens
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    assert windows(model, None, batch).attention_mask is batch["attention_mask"]
+    calibration = Calibration(tokens, source="mine")
+    assert windows(model, None, calibration) is calibration
+
+
+def test_a_batch_of_the_tokenizer_is_taken_with_its_padding(model, tokenizer):
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, pad_token="</s>")
+    batch = tokenizer(TEXTS[:4] + ["the lazy dog"], padding=True, return_tensors="pt")
+    found = windows(model, tokenizer, batch)
+
+    assert found.attention_mask.sum(1).unique().numel() > 1
+
+
+def test_a_tokenizer_without_a_padding_token_prunes_and_saves(model, tokenizer, tmp_path):
+    assert tokenizer.pad_token is None
+    pruner = FwdPruner(model, tokenizer)
+    for source in (TEXTS, "self"):
+        pruner.prune(PruningConfig(sparsity=0.1, **REQUEST), source)
+    pruner.save_pretrained(tmp_path / "out")
+
+    assert tokenizer.pad_token is None
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").pad_token is None
+
+
+def test_a_named_column_is_taken(model, tokenizer, tmp_path):
+    path = write(tmp_path, "rows.jsonl", column="story")
+    assert windows(model, tokenizer, calibration=path).input_ids.shape == (6, 16)
+
+    both = tmp_path / "both.jsonl"
+    both.write_text("\n".join(json.dumps({"question": text, "answer": "none"}) for text in TEXTS))
+    with pytest.raises(ValueError, match=r"has the columns question, answer; name one of text as dataset_column"):
+        windows(model, tokenizer, calibration=str(both))
+    found = windows(model, tokenizer, calibration=str(both), dataset_column="question")
+    assert "quick brown" in tokenizer.decode(found.input_ids.flatten())
+
+
+@pytest.mark.parametrize("column", ["nothing", "id"])
+def test_a_column_that_is_missing_or_no_text_is_refused(column, model, tokenizer, tmp_path):
+    path = write(tmp_path, "rows.jsonl")
+    with pytest.raises(ValueError, match=r"has the columns text, id; name one of text as dataset_column"):
+        windows(model, tokenizer, calibration=path, dataset_column=column)
+
+
+def test_self_is_seeded_equally_long_and_needs_no_text(model):
+    first, again, other = (
+        load_calibration(PruningConfig(calibration="self", seed=seed, **REQUEST), model, None) for seed in (1, 1, 2)
+    )
+
+    assert first.input_ids.shape == (6, 16) and first.source == "self"
+    assert torch.equal(first.input_ids, again.input_ids)
+    assert not torch.equal(first.input_ids, other.input_ids)
+
+
+def test_self_leaves_the_random_state_alone(model):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    windows(model, None, calibration="self")
+
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_self_draws_from_the_models_distribution():
+    """A model that always says the same two tokens, seven times in eight the first, writes them so."""
+    model = tiny.make_model("llama_gqa_biases")
+    head = torch.nn.Linear(48, tiny.VOCAB)
+    head.weight.data.zero_(), head.bias.data.fill_(-100)
+    head.bias.data[[11, 12]] = torch.tensor([7.0, 1.0]).log()
+    model.lm_head = head
+    ids = windows(model, None, calibration="self", n_samples=64, seq_len=32).input_ids
+
+    assert set(ids.unique().tolist()) == {11, 12}
+    assert (ids == 11).float().mean().item() == pytest.approx(7 / 8, abs=0.03)
+
+
+def test_self_needs_a_model_that_writes(tokens):
+    model = tiny.make_model("llama_gqa_biases", transformers.AutoModel)
+    with pytest.raises(ValueError, match="LlamaModel cannot write text"):
+        windows(model, None, calibration="self")
+
+
+def test_without_the_hub_the_default_is_self_and_says_so(model, tokenizer, monkeypatch):
+    logged = []
+    monkeypatch.setattr(module.logger, "warning", lambda message, *args: logged.append(message % args))
+
+    assert windows(model, tokenizer).source == "self"
+    assert len(logged) == 1 and "WikiText-2 is not at hand" in logged[0] and "`calibration`" in logged[0]
+
+
+def test_with_the_hub_the_default_is_wikitext2(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "_load_dataset", lambda **_: datasets.Dataset.from_dict({"text": TEXTS}))
+
+    found = windows(model, tokenizer)
+    assert found.source == "wikitext2"
+    assert "quick brown" in tokenizer.decode(found.input_ids.flatten())
+
+
+@pytest.mark.parametrize("preset", ["wikitext2", "c4", "someone/something"])
+def test_hub_datasets_are_streamed_and_read_no_further_than_needed(preset, model, tokenizer, monkeypatch):
+    """Neither preset may be downloaded whole: C4 alone would fill a disk."""
+    asked, rows = [], []
+
+    def endless():
+        while True:
+            rows.append(len(rows))
+            yield {"text": " ".join(TEXTS)}
+
+    def load_dataset(path, name=None, split=None, streaming=False):
+        asked.append((path, streaming))
+        return datasets.IterableDataset.from_generator(endless)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    found = windows(model, tokenizer, calibration=preset)
+
+    path = {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4"}.get(preset, preset)
+    assert asked == [(path, True)] and found.source == preset
+    assert len(rows) < 3000
+
+
+def test_builtin(model, tokenizer):
+    assert "Python" in tokenizer.decode(
+        windows(model, tokenizer, calibration="builtin", n_samples=64, seq_len=512).input_ids.flatten()
+    )
+
+
+def test_wikitexts_marks_are_undone():
+    assert detokenize("the <unk> of 1 @,@ 234 @.@ 5 well @-@ known") == "the of 1,234.5 well-known"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (["too short"], r"strings is too short: it has \d windows of 16 tokens and n_samples is 6"),
+        ([], "strings is too short: it has 0 windows"),
+        ("nothing.txt", "There is no calibration file nothing.txt"),
+        ({"a": 1}, "Cannot calibrate on a dict"),
+        (3.5, "Cannot calibrate on a float"),
+        (torch.zeros(0, 4, dtype=torch.int64), r"must be \[n_samples, seq_len\] and not empty; got \(0, 4\)"),
+        (torch.zeros(4, dtype=torch.int64), r"must be \[n_samples, seq_len\] and not empty; got \(4,\)"),
+        (torch.zeros(2, 4), "must be int64 token ids; got torch.float32"),
+        (torch.full((2, 4), 300), r"token 300.*vocabulary of 300"),
+    ],
+)
+def test_bad_sources_are_named(source, message, model, tokenizer):
+    with pytest.raises((ValueError, OSError), match=message):
+        windows(model, tokenizer, source)
+
+
+def test_empty_datasets_and_files_are_refused(model, tokenizer, tmp_path):
+    for name in ("empty.txt", "empty.jsonl"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f"{name} is empty; calibration needs text"):
+            windows(model, tokenizer, calibration=str(tmp_path / name))
+    with pytest.raises(ValueError, match="dataset is too short: it has 0 windows"):
+        windows(model, tokenizer, datasets.Dataset.from_dict({"text": []}))
+    (tmp_path / "data.csv").write_text("text\n")
+    with pytest.raises(ValueError, match=r"must end in one of \.txt, \.jsonl"):
+        windows(model, tokenizer, calibration=str(tmp_path / "data.csv"))
+
+
+def test_a_mask_of_another_shape_is_refused(model, tokens):
+    with pytest.raises(ValueError, match="attention_mask must have the shape"):
+        windows(model, None, {"input_ids": tokens, "attention_mask": torch.ones(2, 2)})

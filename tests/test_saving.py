@@ -1,0 +1,244 @@
+"""Checkpoints are whole or absent, and never overwrite what they should not."""
+
+import errno
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import tiny
+import transformers
+
+from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, Scores
+from optimum_fwdprune.utils import folder_moved_into_place, write_text_atomically
+
+
+@pytest.fixture
+def pruner(tokens, tokenizer):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"), tokenizer)
+    pruner.prune(PruningConfig(method="flap", sparsity=0.3), tokens)
+    return pruner
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_holds_all_that_is_promised(pruner, tmp_path):
+    pruner.save_pretrained(tmp_path / "out")
+    folder = tmp_path / "out"
+    config = json.loads((folder / "config.json").read_text())
+
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "pruned_llama.py",
+        "per_layer.py",
+        "fwdprune_config.json",
+        "fwdprune_plan.json",
+        "fwdprune_scores.safetensors",
+    }
+    assert config["model_type"] == "pruned_llama" and len(config["per_layer_config"]) == 3
+    assert PruningPlan.load(folder).kept == pruner.plan.kept
+    assert PruningConfig.from_pretrained(folder) == pruner.config
+    assert type(transformers.AutoTokenizer.from_pretrained(folder)).__name__ == type(pruner.tokenizer).__name__
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_copied_model_files_are_the_packages_own(pruner, tmp_path):
+    import optimum_fwdprune.models as models
+
+    pruner.save_pretrained(tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.py"):
+        assert path.read_bytes() == (Path(models.__file__).parent / path.name).read_bytes()
+
+
+def test_no_path_of_this_machine_gets_into_a_checkpoint(tokens, tokenizer, tmp_path):
+    source = tmp_path / "secret_home" / "model"
+    tiny.make_model("llama_gqa_biases").save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    pruner = FwdPruner.from_pretrained(source)
+    pruner.prune(None, tokens)
+    pruner.save_pretrained(tmp_path / "out")
+
+    assert pruner.plan.metadata["source"] == "model"
+    assert not [name for name, content in contents(tmp_path / "out").items() if b"secret_home" in content]
+
+
+def test_saved_scores_serve_another_budget_without_calibrating_again(pruner, tokens, tmp_path, monkeypatch):
+    pruner.save_pretrained(tmp_path / "out")
+    scores = Scores.load(tmp_path / "out")
+    monkeypatch.setattr("optimum_fwdprune.pruner.load_calibration", lambda *_: pytest.fail("calibrated again"))
+    config = PruningConfig(method="flap", sparsity=0.5)
+    reused = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    reused_model = reused.prune(config, scores=scores)
+    monkeypatch.undo()
+    fresh = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    fresh_model = fresh.prune(config, tokens)
+
+    assert reused.plan.kept == fresh.plan.kept
+    assert reused_model(tokens).logits.equal(fresh_model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("llama_gqa_biases", {"method": "wanda_sp"}, "made with method='flap', the request says 'wanda_sp'"),
+        ("llama_gqa_biases", {"method": "flap", "attention_unit": "kv_group"}, "attention_unit='query_head'"),
+        ("opt_pre_norm", {"method": "flap"}, None),
+        ("llama_head_dim", {"method": "flap"}, None),
+    ],
+)
+def test_scores_for_something_else_are_refused(name, config, message, pruner):
+    config = PruningConfig(**config)
+    if message is None:
+        model = tiny.make_model(name, num_hidden_layers=4)
+        message = "made for another model: they do not fit the attention of layer 3"
+    else:
+        model = tiny.make_model(name)
+    with pytest.raises(ValueError, match=message):
+        FwdPruner(model).prune(config, scores=pruner.scores)
+
+
+def test_a_file_that_holds_no_scores_is_named(tmp_path):
+    (tmp_path / "scores.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"scores\.safetensors holds no scores"):
+        Scores.load(tmp_path / "scores.safetensors")
+
+
+def test_saving_before_pruning_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"call prune\(\) first"):
+        FwdPruner(tiny.make_model("llama_gqa_biases")).save_pretrained(tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_files_is_kept_unless_told_otherwise(pruner, tmp_path):
+    (tmp_path / "out").mkdir()
+    pruner.save_pretrained(tmp_path / "out")
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty. Name another folder, or pass overwrite"):
+        pruner.save_pretrained(tmp_path / "out")
+    assert contents(tmp_path / "out") == {**before, Path("notes.txt"): b"mine"}
+
+    pruner.save_pretrained(tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_in_the_way_is_named(pruner, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(FileExistsError, match="is a file; name a folder"):
+        pruner.save_pretrained(tmp_path / "out", overwrite=True)
+
+
+def test_a_place_where_nothing_can_be_written_is_named(pruner, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"Cannot write beside .*out: "):
+        pruner.save_pretrained(tmp_path / "file" / "out")
+
+
+def test_a_read_only_folder_is_named(pruner, tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    if os.geteuid() == 0:
+        # Root may write anywhere; this is what the others meet.
+        def refused(**_):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    with pytest.raises(PermissionError, match=r"Cannot write beside .*out: Permission denied"):
+        pruner.save_pretrained(tmp_path / "locked" / "out")
+
+    assert not list((tmp_path / "locked").iterdir())
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_interrupted_save_leaves_nothing_and_takes_nothing(pruner, tmp_path, monkeypatch, exists):
+    if exists:
+        pruner.save_pretrained(tmp_path / "out")
+    before = contents(tmp_path)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PruningPlan, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.save_pretrained(tmp_path / "out", overwrite=True)
+
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] * exists
+
+
+def test_a_killed_save_leaves_no_half_checkpoint(tmp_path):
+    """SIGKILL in the middle of writing: the folder is not there, rather than there and short of files."""
+    code = f"""
+import tempfile
+from optimum_fwdprune.utils import folder_moved_into_place
+with folder_moved_into_place({str(tmp_path / "out")!r}) as folder:
+    (folder / "config.json").write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    assert not (tmp_path / "out").exists()
+    # What is left is hidden and says what it is; the next save does not mind it.
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.") and left.suffix == ".partial"
+    with folder_moved_into_place(tmp_path / "out") as folder:
+        (folder / "config.json").write_text("whole")
+    assert (tmp_path / "out" / "config.json").read_text() == "whole"
+
+
+def test_a_replacement_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    replace = os.replace
+
+    def failing(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="disk full"), folder_moved_into_place(tmp_path / "out", overwrite=True):
+        pass
+
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
+def test_files_have_the_permissions_that_the_user_asked_for(pruner, tmp_path):
+    old = os.umask(0o027)
+    try:
+        pruner.save_pretrained(tmp_path / "out")
+    finally:
+        os.umask(old)
+
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
+def test_a_text_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    write_text_atomically(path, "old")
+
+    def failing(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="disk full"):
+        write_text_atomically(path, "new")
+
+    assert path.read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
