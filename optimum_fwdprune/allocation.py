@@ -131,12 +131,10 @@ def allocate(
     prunable = sum(site.num_units * site.unit_parameters for site in sites)
 
     if config.has_budget_per_kind:
-        own = {ATTENTION: config.attention_sparsity, MLP: config.mlp_sparsity}
         parts = []
         for kind in config.kinds:
-            sparsity = config.sparsity if own[kind] is None else own[kind]
             of_kind = sum(site.num_units * site.unit_parameters for site in sites if site.kind == kind)
-            parts.append(([key for key in steps if key[1] == kind], Budget(round(sparsity * of_kind))))
+            parts.append(([key for key in steps if key[1] == kind], Budget(round(config.sparsity_of(kind) * of_kind))))
     else:
         parts = [(list(steps), budget)]
 

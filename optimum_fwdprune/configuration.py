@@ -137,8 +137,13 @@ class PruningConfig:
 
     @property
     def has_budget_per_kind(self) -> bool:
-        """Whether attention and MLP have sparsities of their own; one that is not given is `sparsity`."""
+        """Whether attention and MLP have budgets of their own."""
         return self.attention_sparsity is not None or self.mlp_sparsity is not None
+
+    def sparsity_of(self, kind: str) -> float:
+        """Return the sparsity asked for `"attention"` or `"mlp"`."""
+        own: float | None = getattr(self, f"{kind}_sparsity")
+        return self.sparsity if own is None else own
 
     def _check_types(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
@@ -257,7 +262,9 @@ def register_method(
     """Make a criterion known under `config_class.method`; the arguments are those of [`Method`]."""
     if config_class is PruningConfig or not issubclass(config_class, PruningConfig):
         raise ValueError("config_class must be a dataclass that extends PruningConfig and sets the field `method`.")
-    _METHODS[config_class.method] = Method(config_class, score, tuple(statistics), calibrated, additive, reconstruction)
+    _METHODS[config_class.method] = Method(
+        config_class, score, tuple(statistics), calibrated, additive, reconstruction
+    )
 
 
 def get_method(name: str) -> Method:

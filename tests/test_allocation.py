@@ -95,7 +95,9 @@ def test_the_budget_is_met_or_refused_and_constraints_hold(problem, additive, at
         open_sites = [site for site in pool if site.kind in config.kinds and site.layer not in skipped]
         if not open_sites:
             continue
-        share = prunable(open_sites) / prunable([s for s in sites if s.kind in config.kinds and s.layer not in skipped])
+        share = prunable(open_sites) / prunable(
+            [s for s in sites if s.kind in config.kinds and s.layer not in skipped]
+        )
         target = budget.parameters * share
         # The largest of the smallest steps that are left bounds the rounding.
         steps = [

@@ -1,7 +1,6 @@
 """Where calibration tokens come from, and what happens where they do not."""
 
 import json
-import logging
 
 import datasets
 import pytest
@@ -77,7 +76,7 @@ def test_tokens_are_taken_as_they_are(model, tokens):
 
 def test_a_batch_of_the_tokenizer_is_taken_with_its_padding(model, tokenizer):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, pad_token="</s>")
-    batch = tokenizer(TEXTS[:4] + ["the lazy dog"], padding=True, return_tensors="pt")
+    batch = tokenizer([*TEXTS[:4], "the lazy dog"], padding=True, return_tensors="pt")
     found = windows(model, tokenizer, batch)
 
     assert found.attention_mask.sum(1).unique().numel() > 1

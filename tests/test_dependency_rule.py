@@ -46,9 +46,8 @@ def imports_of(path, at_run_time_only=False):
     """Absolute names of what a file imports, those in functions included; annotations' imports are not."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            node.body = []
-        elif at_run_time_only and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if for_types or (at_run_time_only and isinstance(node, ast.FunctionDef)):
             node.body = []
     package = ["optimum_fwdprune", *module_of(path)]
     if path.name != "__init__.py":
@@ -115,7 +114,7 @@ def test_the_order_is_the_one_in_the_documentation():
     names = ["commands", *(line.split()[0].removesuffix("/").removesuffix(".py") for line in listing.splitlines()[1:])]
 
     assert [name for name in ORDER if name != "version"] == names
-    assert {name for name in ORDER} == {(module_of(path) or ["__init__"])[0] for path in FILES} - {
+    assert set(ORDER) == {(module_of(path) or ["__init__"])[0] for path in FILES} - {
         "__init__",
         "_auto_registration",
     }

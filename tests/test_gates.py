@@ -65,12 +65,14 @@ def test_masks_that_do_not_fit_are_refused(tokens):
     model = tiny.make_model("llama_gqa_biases")
     sites = find_sites(model)
     for shape in ((5,), (2, 2, 64)):
-        with pytest.raises(ValueError, match=r"must be \[64\] or \[batch_size, 64\]"), gated(
-            sites, {(0, "mlp"): torch.ones(shape)}
+        with (
+            pytest.raises(ValueError, match=r"must be \[64\] or \[batch_size, 64\]"),
+            gated(sites, {(0, "mlp"): torch.ones(shape)}),
         ):
             pass
-    with pytest.raises(ValueError, match="3 masks do not fit a batch of 4"), gated(
-        sites, {(0, "mlp"): torch.ones(3, 64)}
+    with (
+        pytest.raises(ValueError, match="3 masks do not fit a batch of 4"),
+        gated(sites, {(0, "mlp"): torch.ones(3, 64)}),
     ):
         model(tokens[:4])
 
@@ -81,8 +83,9 @@ def test_a_gate_that_has_no_effect_is_an_error(tokens, monkeypatch):
     model = tiny.make_model("llama_gqa_biases")
     sites = find_sites(model)
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda hidden: hidden)
-    with pytest.raises(RuntimeError, match=r"bypassed the projection of site \(1, 'mlp'\)"), gated(
-        sites, random_masks(sites)
+    with (
+        pytest.raises(RuntimeError, match=r"bypassed the projection of site \(1, 'mlp'\)"),
+        gated(sites, random_masks(sites)),
     ):
         model(tokens)
 

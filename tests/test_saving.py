@@ -126,7 +126,7 @@ def test_a_folder_with_files_is_kept_unless_told_otherwise(pruner, tmp_path):
     pruner.save_pretrained(tmp_path / "out")
     before = contents(tmp_path / "out")
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is not empty. Name another folder, or pass overwrite"):
+    with pytest.raises(FileExistsError, match=r"is not empty\. Name another folder, or pass overwrite"):
         pruner.save_pretrained(tmp_path / "out")
     assert contents(tmp_path / "out") == {**before, Path("notes.txt"): b"mine"}
 

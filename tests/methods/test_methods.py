@@ -67,7 +67,9 @@ def test_magnitude_is_the_norm_of_what_surgery_would_remove(dense, unit):
                 stays = coupling.kept_index(site.num_units, others)
                 for _, parameter in coupling.parameters():
                     parameter = parameter.double()
-                    squares += float(parameter.square().sum() - parameter.index_select(coupling.axis, stays).square().sum())
+                    squares += float(
+                        parameter.square().sum() - parameter.index_select(coupling.axis, stays).square().sum()
+                    )
             assert float(scores[site.key][index]) == pytest.approx(squares**0.5, rel=1e-3)
 
 
