@@ -64,10 +64,10 @@ def scoring_ratios(model, repeats, windows=8, seq_len=256):
 
 def surgery_peak(model):
     """Return the peak of surgery above the dense model, in layers, or `None` where the system does not tell."""
-    sites = find_sites(model)
     pruner = FwdPruner(model)
     pruner.prune(PruningConfig(method="random", sparsity=0.4), inplace=False)
     plan = pruner.plan
+    sites = find_sites(model, plan.attention_unit)
     del pruner
     layer = model.model.layers[0]
     layer_bytes = sum(parameter.numel() * parameter.element_size() for parameter in layer.parameters())

@@ -181,7 +181,7 @@ def test_an_interrupted_save_leaves_nothing_and_takes_nothing(pruner, tmp_path, 
 def test_a_killed_save_leaves_no_half_checkpoint(tmp_path):
     """SIGKILL in the middle of writing: the folder is not there, rather than there and short of files."""
     code = f"""
-import tempfile
+import time
 from optimum_fwdprune.utils import folder_moved_into_place
 with folder_moved_into_place({str(tmp_path / "out")!r}) as folder:
     (folder / "config.json").write_text("half")

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .layout import ATTENTION_UNITS, KV_GROUP, AttentionLayout, MLPLayout
+from .layout import ATTENTION_UNITS, QUERY_HEAD, AttentionLayout, MLPLayout
 from .site import ATTENTION, KINDS, Site
 
 
@@ -63,7 +63,7 @@ class Architecture:
         name = next(name for name, module in model.named_modules() if module is container)
         return [(f"{name}.{index}", layer) for index, layer in enumerate(container)]
 
-    def sites(self, model: PreTrainedModel, attention_unit: str = KV_GROUP) -> list[Site]:
+    def sites(self, model: PreTrainedModel, attention_unit: str = QUERY_HEAD) -> list[Site]:
         """Return every site of `model`, layer by layer, attention before MLP."""
         if attention_unit not in ATTENTION_UNITS:
             raise ValueError(f"attention_unit must be one of {', '.join(ATTENTION_UNITS)}; got {attention_unit!r}.")
@@ -147,12 +147,12 @@ def get_architecture(config: PreTrainedConfig) -> Architecture:
     return architecture
 
 
-def find_sites(model: PreTrainedModel, attention_unit: str = KV_GROUP, kinds: tuple[str, ...] = KINDS) -> list[Site]:
+def find_sites(model: PreTrainedModel, attention_unit: str = QUERY_HEAD, kinds: tuple[str, ...] = KINDS) -> list[Site]:
     """Return the sites of `model` of the given kinds, layer by layer.
 
     Args:
         model (`PreTrainedModel`): a supported model, dense or pruned.
-        attention_unit (`str`, defaults to `"kv_group"`): `"kv_group"` or `"query_head"`; the same where every head has
+        attention_unit (`str`, defaults to `"query_head"`): `"query_head"` or `"kv_group"`; the same where every head has
             its own keys and values.
         kinds (`tuple[str, ...]`, defaults to both): of `"attention"` and `"mlp"`.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,49 +26,54 @@ class Speed:
 
 @torch.no_grad()
 def measure_speed(
-    model: PreTrainedModel, prompt_tokens: int = 256, new_tokens: int = 16, repeats: int = 3, batch_size: int = 4
-) -> Speed:
+    models: Sequence[PreTrainedModel],
+    prompt_tokens: int = 256,
+    new_tokens: int = 16,
+    repeats: int = 3,
+    batch_size: int = 4,
+) -> list[Speed]:
     """Time prefill of `batch_size` prompts, and greedy decoding of one, after a warm-up.
 
+    The models take turns, so that whatever else the machine does slows them all: compare the results of one call.
+
     Args:
-        model (`PreTrainedModel`): a causal language model in eval mode.
+        models (sequence of `PreTrainedModel`): causal language models in eval mode, of one vocabulary.
         prompt_tokens, new_tokens (`int`): lengths.
         repeats (`int`, defaults to 3): the median of this many runs is returned.
         batch_size (`int`, defaults to 4): prompts in the prefill.
     """
-    vocab_size = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(vocab_size, (batch_size, prompt_tokens), generator=generator).to(model.device)
+    vocab_size = models[0].config.get_text_config().vocab_size
+    prompts = torch.randint(vocab_size, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(0))
 
-    def prefill():
-        model(input_ids=prompts, use_cache=False, logits_to_keep=1)
+    def prefill(model):
+        model(input_ids=prompts.to(model.device), use_cache=False, logits_to_keep=1)
 
-    def decode():
+    def decode(model):
+        prompt = prompts[:1, :8].to(model.device)
         model.generate(
-            prompts[:1, :8],
-            attention_mask=torch.ones_like(prompts[:1, :8]),
+            prompt,
+            attention_mask=torch.ones_like(prompt),
             do_sample=False,
             min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,
             pad_token_id=0,
         )
 
-    return Speed(
-        prefill=prompts.numel() / _median_seconds(prefill, repeats, model.device),
-        decode=new_tokens / _median_seconds(decode, repeats, model.device),
-    )
+    seconds = zip(_median_seconds(prefill, models, repeats), _median_seconds(decode, models, repeats))
+    return [Speed(prompts.numel() / prefilling, new_tokens / decoding) for prefilling, decoding in seconds]
 
 
-def _median_seconds(run, repeats: int, device: torch.device) -> float:
-    seconds = []
+def _median_seconds(run: Callable, models: Sequence[PreTrainedModel], repeats: int) -> list[float]:
+    seconds: list[list[float]] = [[] for _ in models]
     for _ in range(repeats + 1):
-        _synchronize(device)
-        start = time.perf_counter()
-        run()
-        _synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        for model, taken in zip(models, seconds):
+            _synchronize(model.device)
+            start = time.perf_counter()
+            run(model)
+            _synchronize(model.device)
+            taken.append(time.perf_counter() - start)
     # The first run pays for kernels and caches.
-    return statistics.median(seconds[1:])
+    return [statistics.median(taken[1:]) for taken in seconds]
 
 
 def _synchronize(device: torch.device) -> None:

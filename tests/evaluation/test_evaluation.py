@@ -29,9 +29,8 @@ def test_windows_too_short_to_predict_anything_are_refused(shape):
 
 
 def test_a_model_of_many_times_the_work_is_slower():
-    small, large = (
-        measure_speed(tiny.make_model("llama_mha_tied", num_hidden_layers=layers), 32, 4, 3, 2) for layers in (1, 24)
-    )
+    models = [tiny.make_model("llama_mha_tied", num_hidden_layers=layers) for layers in (1, 24)]
+    small, large = measure_speed(models, prompt_tokens=32, new_tokens=4)
 
     assert small.prefill > 2 * large.prefill > 0
     assert small.decode > 2 * large.decode > 0
