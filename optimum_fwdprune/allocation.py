@@ -39,7 +39,6 @@ class _Steps:
 
         multiple = config.multiple_of if site.kind == MLP else 1
         floor = -(-config.min_units_per_site // site.num_groups)
-        floor = -(-max(floor, 1) // multiple) * multiple
         # Kept units per group after each step: the largest multiple below the present width, and down to the floor.
         largest = (per_group - 1) // multiple * multiple
         kept = torch.tensor(range(largest, floor - 1, -multiple), dtype=torch.int64)

@@ -124,6 +124,15 @@ def test_with_channels_to_spare_the_budget_is_met_within_half_a_channel(layers, 
         assert abs(removed(pool, kept) - budget * len(pool) / len(sites)) <= CHANNEL_COST / 2 + 1
 
 
+def test_a_ceiling_holds_where_the_shares_of_layers_round_down():
+    """A third of 28 is 9.33: rounded to one channel of 9 per layer, the model would be a parameter too large."""
+    sites = [make_site(layer, MLP, 10) for layer in range(3)]
+    scores = {site.key: torch.rand(10) for site in sites}
+    kept = allocate(sites, scores, PruningConfig(), Budget(28, at_least=True))
+
+    assert removed(sites, kept) >= 28
+
+
 def test_a_global_scope_takes_the_lowest_scores_wherever_they_are():
     sites = [make_site(0, MLP, 10), make_site(1, MLP, 10)]
     scores = {(0, MLP): torch.arange(10.0), (1, MLP): torch.arange(10.0) + 100}

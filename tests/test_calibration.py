@@ -132,11 +132,11 @@ def test_self_leaves_the_random_state_alone(model):
 
 
 def test_self_draws_from_the_models_distribution():
-    """A model that always says the same two tokens, seven times in eight the first, writes them so."""
+    """A model that says two tokens, one seven times as often, writes them so; where it would stop, it goes on."""
     model = tiny.make_model("llama_gqa_biases")
     head = torch.nn.Linear(48, tiny.VOCAB)
     head.weight.data.zero_(), head.bias.data.fill_(-100)
-    head.bias.data[[11, 12]] = torch.tensor([7.0, 1.0]).log()
+    head.bias.data[[11, 12, model.config.eos_token_id]] = torch.tensor([7.0, 1.0, 4.0]).log()
     model.lm_head = head
     ids = windows(model, None, calibration="self", n_samples=64, seq_len=32).input_ids
 

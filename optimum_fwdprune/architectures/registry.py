@@ -152,8 +152,8 @@ def find_sites(model: PreTrainedModel, attention_unit: str = QUERY_HEAD, kinds: 
 
     Args:
         model (`PreTrainedModel`): a supported model, dense or pruned.
-        attention_unit (`str`, defaults to `"query_head"`): `"query_head"` or `"kv_group"`; the same where every head has
-            its own keys and values.
+        attention_unit (`str`, defaults to `"query_head"`): `"query_head"` or `"kv_group"`; the same where every
+            head has its own keys and values.
         kinds (`tuple[str, ...]`, defaults to both): of `"attention"` and `"mlp"`.
     """
     sites = get_architecture(model.config).sites(model, attention_unit)

@@ -76,6 +76,16 @@ def test_pruning_again_reaches_the_disk_and_back(dense, tokens, tmp_path):
     assert torch.equal(loaded(tokens).logits, pruned(tokens).logits)
 
 
+@torch.no_grad()
+def test_a_second_pruning_keeps_the_biases_of_the_first(dense, tokens, tmp_path):
+    once = FwdPruner(dense).prune(PruningConfig(method="flap", sparsity=0.3), tokens)
+    twice = FwdPruner(once).prune(PruningConfig(sparsity=0.0, reconstruction="none"), tokens, inplace=False)
+    twice.save_pretrained(tmp_path)
+
+    assert torch.equal(twice(tokens).logits, once(tokens).logits)
+    assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, once(tokens).logits)
+
+
 def test_bloom_heads_keep_the_alibi_slopes_of_the_dense_model(tokens):
     """Also after two prunings: slopes recomputed for fewer heads would be others."""
     pruner = FwdPruner(tiny.make_model("bloom"))
