@@ -15,10 +15,9 @@ from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
 from .allocation import allocate, removal_budget
-from .architectures import Site, SiteKey, find_sites, get_architecture
-from .calibration import Calibration, load_calibration
+from .architectures import Site, find_sites, get_architecture
+from .calibration import load_calibration
 from .configuration import get_method
-from .gates import Projection, gated, replaced_projections
 from .methods import PruningConfig, ScoringInputs
 from .plan import PLAN_NAME, PruningPlan
 from .reconstruction import STATISTICS_OF, added_parameters, reconstruct
@@ -26,14 +25,12 @@ from .report import PruningReport
 from .scores import SCORES_NAME, Scores
 from .statistics import collect_statistics
 from .surgery import check_resident, prune_model
-from .utils import folder_moved_into_place
+from .utils import evaluating, folder_moved_into_place
+from .verification import logits, masked_logits, probe_batch, relative_difference
 from .version import __version__
 
 
 logger = logging.get_logger(__name__)
-
-# Largest difference between masked and sliced logits, as a fraction of their scale: rounding, and nothing else.
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 # What a safetensors header spends on a tensor, generously, so that a target in bytes holds for the file.
 HEADER_BYTES_PER_TENSOR = 192
@@ -119,7 +116,7 @@ class FwdPruner:
         sites = find_sites(self.model, config.attention_unit)
         _check_finite(self.model)
         needed = {*method.statistics, *STATISTICS_OF[_reconstruction(config)]}
-        with _evaluating(self.model):
+        with evaluating(self.model):
             calibration = None
             if needed or method.calibrated:
                 calibration = load_calibration(config, self.model, self.tokenizer, dataset)
@@ -190,19 +187,19 @@ class FwdPruner:
             if kind != "none" and calibration is None:
                 calibration = load_calibration(config, self.model, self.tokenizer, dataset)
             statistics = scores.statistics if scores else {}
-            with _evaluating(self.model):
+            with evaluating(self.model):
                 projections = reconstruct(
                     self.model, sites, plan.kept, kind, statistics, calibration, config.batch_size
                 )
         with _timed(seconds, "verify"):
-            probe = _probe_batch(self.model, calibration)
-            expected = self._masked_logits(sites, plan, projections, probe)
+            probe = probe_batch(self.model, calibration)
+            expected = masked_logits(self.model, sites, plan, projections, probe)
         prunable = sum(site.num_units * site.unit_parameters for site in sites)
         removed = sum(len(plan.removed(site.key)) * site.unit_parameters for site in sites)
         with _timed(seconds, "surgery"):
             pruned = prune_model(self.model, sites, plan, projections, inplace)
         with _timed(seconds, "verify"):
-            difference = _compare(expected, _logits(pruned, probe))
+            difference = relative_difference(expected, logits(pruned, probe))
 
         after = _Sizes.of(pruned)
         self.model, self.plan, self.config, self.scores = pruned, plan, config, scores
@@ -299,17 +296,6 @@ class FwdPruner:
             },
         )
 
-    def _masked_logits(
-        self, sites: list[Site], plan: PruningPlan, projections: dict[SiteKey, Projection], probe: torch.Tensor
-    ) -> torch.Tensor:
-        """The probe's logits from the dense model with gates and reconstructed projections."""
-        masks = {}
-        for site in sites:
-            masks[site.key] = torch.zeros(site.num_units)
-            masks[site.key][plan.kept[site.key]] = 1.0
-        with gated(sites, masks), replaced_projections(sites, projections):
-            return _logits(self.model, probe)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
@@ -342,43 +328,6 @@ def _check_finite(model: PreTrainedModel) -> None:
         # amax lets NaN and infinity through and, unlike a sum, cannot overflow.
         if not parameter.is_meta and not parameter.detach().abs().amax().isfinite():
             raise ValueError(f"{name} contains NaN or infinity; the checkpoint is damaged or overflowed in its dtype.")
-
-
-@torch.no_grad()
-def _logits(model: PreTrainedModel, probe: torch.Tensor) -> torch.Tensor:
-    with _evaluating(model):
-        return model(input_ids=probe.to(model.device), use_cache=False)[0]
-
-
-def _probe_batch(model: PreTrainedModel, calibration: Calibration | None) -> torch.Tensor:
-    if calibration is not None and calibration.attention_mask is None:
-        return calibration.input_ids[:2, :32]
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.get_text_config().vocab_size, (2, 32), generator=generator)
-
-
-def _compare(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    scale = float(expected.float().abs().max().clamp_min(1e-30))
-    difference = float((expected.float() - actual.float()).abs().max()) / scale
-    tolerance = TOLERANCE.get(expected.dtype, 1e-4)
-    # Written so that NaN fails too.
-    if not difference <= tolerance:
-        raise RuntimeError(
-            f"The pruned model does not compute what the masked dense model computes: logits differ by "
-            f"{difference:.2g} of their scale, more than the {tolerance:g} that {expected.dtype} rounding explains. "
-            f"The architecture's layout and its pruned class disagree; please report it."
-        )
-    return difference
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

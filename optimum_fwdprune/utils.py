@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and progress bars that know when to be silent."""
+"""Files that are whole or absent, progress bars that know when to be silent, models in eval mode."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -81,6 +86,17 @@ def progress(iterable, description: str, total: int | None = None, unit: str = "
 
     silent = not (sys.stderr.isatty() and logging.is_progress_bar_enabled())
     return tqdm(iterable, desc=description, total=total, unit=unit, disable=silent)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put `model` into eval mode while the context is open."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _umask() -> int:

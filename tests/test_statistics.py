@@ -9,22 +9,12 @@ from optimum_fwdprune import Calibration, find_sites
 from optimum_fwdprune.statistics import GRAM, MOMENTS, collect_statistics
 
 
-@torch.no_grad()
-def inputs_of(model, site, tokens, mask=None):
-    """What reaches a site's projection, `[tokens, in_features]` in float64."""
-    seen = []
-    handle = site.projection.register_forward_pre_hook(lambda _module, args: seen.append(args[0].flatten(0, -2)))
-    model(tokens, attention_mask=mask)
-    handle.remove()
-    return (seen[0] if mask is None else seen[0][mask.bool().flatten()]).double().numpy()
-
-
 @pytest.mark.parametrize("batch_size", [1, 5, 16])
 def test_statistics_are_those_of_numpy(dense, tokens, batch_size):
     sites = find_sites(dense)
     statistics = collect_statistics(dense, sites, Calibration(tokens), batch_size, (MOMENTS, GRAM))
     for site in sites:
-        values, found = inputs_of(dense, site, tokens), statistics[site.key]
+        values, found = tiny.projection_inputs(dense, site, tokens), statistics[site.key]
 
         assert found.count == len(values) == tokens.numel()
         np.testing.assert_allclose(found.mean, values.mean(0), rtol=1e-4, atol=1e-6)
@@ -45,7 +35,7 @@ def test_padding_is_left_out(architecture_name, tokens, side):
     # What stands under the padding makes no difference.
     other = collect_statistics(model, sites, Calibration(tokens.where(mask.bool(), torch.tensor(7)), mask), 5)
     for site in sites:
-        values = inputs_of(model, site, tokens, mask)
+        values = tiny.projection_inputs(model, site, tokens, mask)
 
         assert found[site.key].count == int(mask.sum())
         np.testing.assert_allclose(found[site.key].mean, values.mean(0), rtol=1e-3, atol=1e-5)

@@ -72,6 +72,16 @@ def make_model(name, auto_class=transformers.AutoModelForCausalLM, seed=0, dtype
     return model.eval()
 
 
+@torch.no_grad()
+def projection_inputs(model, site, tokens, mask=None):
+    """What reaches a site's projection, padding left out: a numpy array `[tokens, in_features]`, float64."""
+    seen = []
+    handle = site.projection.register_forward_pre_hook(lambda _module, args: seen.append(args[0].flatten(0, -2)))
+    model(tokens, attention_mask=mask)
+    handle.remove()
+    return (seen[0] if mask is None else seen[0][mask.bool().flatten()]).double().numpy()
+
+
 def make_tokenizer():
     """Train a byte-level BPE tokenizer on a few words."""
     trained = ByteLevelBPETokenizer()

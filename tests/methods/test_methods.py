@@ -15,16 +15,6 @@ def unit(request):
     return request.param
 
 
-@torch.no_grad()
-def projection_inputs(model, site, tokens):
-    """What reaches a site's projection, `[tokens, in_features]` in float64."""
-    seen = []
-    handle = site.projection.register_forward_pre_hook(lambda _module, args: seen.append(args[0].flatten(0, -2)))
-    model(tokens)
-    handle.remove()
-    return seen[0].double().numpy()
-
-
 def scores_of(model, tokens, unit, method):
     return FwdPruner(model).score(PruningConfig(method=method, attention_unit=unit), tokens).values
 
@@ -37,7 +27,7 @@ def test_wanda_sp(dense, tokens, unit):
     scores = scores_of(dense, tokens, unit, "wanda_sp")
     for site in find_sites(dense, unit):
         weight = site.projection.weight.detach().double().numpy()
-        norms = np.linalg.norm(projection_inputs(dense, site, tokens), axis=0)
+        norms = np.linalg.norm(tiny.projection_inputs(dense, site, tokens), axis=0)
         expected = [
             sum(abs(weight[i, j]) * norms[j] for j in columns_of(site, u) for i in range(len(weight)))
             for u in range(site.num_units)
@@ -49,7 +39,7 @@ def test_flap(dense, tokens, unit):
     scores = scores_of(dense, tokens, unit, "flap")
     for site in find_sites(dense, unit):
         weight = site.projection.weight.detach().double().numpy()
-        variance = projection_inputs(dense, site, tokens).var(0)
+        variance = tiny.projection_inputs(dense, site, tokens).var(0)
         metric = np.array([variance[j] * sum(w**2 for w in weight[:, j]) for j in range(len(variance))])
         metric = (metric - metric.mean()) / metric.std(ddof=1)
         expected = [np.mean([metric[j] for j in columns_of(site, u)]) for u in range(site.num_units)]
@@ -98,7 +88,7 @@ def test_flaps_bias_is_the_mean_output_of_what_was_removed(dense, tokens):
     after = {site.key: site for site in find_sites(pruned)}
     for site in find_sites(dense, pruner.plan.attention_unit):
         weight = site.projection.weight.detach().double().numpy()
-        mean = projection_inputs(dense, site, tokens).mean(0)
+        mean = tiny.projection_inputs(dense, site, tokens).mean(0)
         gone = [j for u in pruner.plan.removed(site.key) for j in columns_of(site, u)]
         bias = site.projection.bias
         expected = weight[:, gone] @ mean[gone] + (0 if bias is None else bias.detach().double().numpy())
@@ -115,7 +105,7 @@ def test_least_squares_solves_its_normal_equations(dense, tokens):
     pruned = pruner.prune(PruningConfig(sparsity=0.4, reconstruction="least_squares"), tokens, inplace=False)
     after = {site.key: site for site in find_sites(pruned)}
     for site in find_sites(dense, pruner.plan.attention_unit):
-        values = projection_inputs(dense, site, tokens)
+        values = tiny.projection_inputs(dense, site, tokens)
         weight = site.projection.weight.detach().double().numpy()
         keep = [j for u in pruner.plan.kept[site.key] for j in columns_of(site, u)]
         gone = [j for u in pruner.plan.removed(site.key) for j in columns_of(site, u)]

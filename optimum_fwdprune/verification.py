@@ -1,0 +1,68 @@
+"""Masked = sliced: the pruned model must compute what the dense model computes under the plan's gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from .architectures import Site, SiteKey
+from .calibration import Calibration
+from .gates import Projection, gated, replaced_projections
+from .plan import PruningPlan
+from .utils import evaluating
+
+
+# Largest difference between masked and sliced logits, as a fraction of their scale: rounding, and nothing else.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+
+def probe_batch(model: PreTrainedModel, calibration: Calibration | None) -> torch.Tensor:
+    """Return a few tokens to compare on, `[2, at most 32]` int64: calibration text where there is some."""
+    if calibration is not None and calibration.attention_mask is None:
+        return calibration.input_ids[:2, :32]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.get_text_config().vocab_size, (2, 32), generator=generator)
+
+
+def masked_logits(
+    model: PreTrainedModel,
+    sites: list[Site],
+    plan: PruningPlan,
+    projections: Mapping[SiteKey, Projection],
+    probe: torch.Tensor,
+) -> torch.Tensor:
+    """Return the probe's logits from the dense model with gates and reconstructed projections."""
+    masks = {}
+    for site in sites:
+        masks[site.key] = torch.zeros(site.num_units)
+        masks[site.key][plan.kept[site.key]] = 1.0
+    with gated(sites, masks), replaced_projections(sites, projections):
+        return logits(model, probe)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, probe: torch.Tensor) -> torch.Tensor:
+    """Return the first output of `model` for the probe: logits, or hidden states of a bare model."""
+    with evaluating(model):
+        return model(input_ids=probe.to(model.device), use_cache=False)[0]
+
+
+def relative_difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """Return the largest difference as a fraction of the largest expected value.
+
+    Raises:
+        RuntimeError: where rounding in the tensors' dtype does not explain it.
+    """
+    scale = float(expected.float().abs().max().clamp_min(1e-30))
+    difference = float((expected.float() - actual.float()).abs().max()) / scale
+    tolerance = TOLERANCE.get(expected.dtype, 1e-4)
+    # Written so that NaN fails too.
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"The pruned model does not compute what the masked dense model computes: logits differ by "
+            f"{difference:.2g} of their scale, more than the {tolerance:g} that {expected.dtype} rounding explains. "
+            f"The architecture's layout and its pruned class disagree; please report it."
+        )
+    return difference
