@@ -94,7 +94,7 @@ def test_saved_scores_serve_another_budget_without_calibrating_again(pruner, tok
         ("llama_gqa_biases", {"method": "wanda_sp"}, "made with method='flap', the request says 'wanda_sp'"),
         ("llama_gqa_biases", {"method": "flap", "attention_unit": "kv_group"}, "attention_unit='query_head'"),
         ("opt_pre_norm", {"method": "flap"}, None),
-        ("llama_head_dim", {"method": "flap"}, None),
+        ("llama3_head_dim", {"method": "flap"}, None),
     ],
 )
 def test_scores_for_something_else_are_refused(name, config, message, pruner):

@@ -28,6 +28,15 @@ _OPT_SIZES = {
     "dropout": 0.0,
 }
 
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
 # Multi-head, grouped and multi-query attention; biases; tied embeddings; head widths of their own.
 CONFIGS = {
     "llama_mha_tied": (
@@ -36,7 +45,7 @@ CONFIGS = {
     ),
     "llama_gqa_biases": (transformers.LlamaConfig, {**_LLAMA_SIZES, "attention_bias": True, "mlp_bias": True}),
     "llama_mqa": (transformers.LlamaConfig, {**_LLAMA_SIZES, "num_key_value_heads": 1}),
-    "llama_head_dim": (transformers.LlamaConfig, {**_LLAMA_SIZES, "head_dim": 10}),
+    "llama3_head_dim": (transformers.LlamaConfig, {**_LLAMA_SIZES, "head_dim": 10, "rope_parameters": _LLAMA3_ROPE}),
     "mistral_sliding_window": (transformers.MistralConfig, {**_LLAMA_SIZES, "sliding_window": 8}),
     "opt_pre_norm": (transformers.OPTConfig, _OPT_SIZES),
     "opt_post_norm_projected": (
