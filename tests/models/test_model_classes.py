@@ -101,6 +101,15 @@ def test_bloom_heads_keep_the_alibi_slopes_of_the_dense_model(tokens):
     assert not torch.allclose(slopes[ids], build_alibi_tensor(torch.ones(1, 8), len(ids), torch.float32))
 
 
+def test_the_config_names_the_width_of_a_head(dense, tokens, tmp_path):
+    """What sizes caches ahead of time must not divide the hidden size by heads that are gone."""
+    site = find_sites(dense, "query_head")[0]
+    head_dim = site.unit_width
+    FwdPruner(dense).prune(HETEROGENEOUS, tokens).save_pretrained(tmp_path)
+
+    assert transformers.AutoConfig.from_pretrained(tmp_path).head_dim == head_dim
+
+
 def test_gradient_checkpointing_changes_no_gradient(architecture_name, tokens):
     pruned = FwdPruner(tiny.make_model(architecture_name)).prune(HETEROGENEOUS, tokens).train()
 
