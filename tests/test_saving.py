@@ -53,14 +53,6 @@ def test_a_checkpoint_holds_all_that_is_promised(pruner, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_copied_model_files_are_the_packages_own(pruner, tmp_path):
-    import optimum_fwdprune.models as models
-
-    pruner.save_pretrained(tmp_path / "out")
-    for path in (tmp_path / "out").glob("*.py"):
-        assert path.read_bytes() == (Path(models.__file__).parent / path.name).read_bytes()
-
-
 def test_no_path_of_this_machine_gets_into_a_checkpoint(tokens, tokenizer, tmp_path):
     source = tmp_path / "secret_home" / "model"
     tiny.make_model("llama_gqa_biases").save_pretrained(source)
