@@ -96,15 +96,15 @@ class Scores:
                     else:
                         tokens[name] = file.get_tensor(name)
             config = PruningConfig.from_dict(metadata["config"])
-        except (KeyError, ValueError, SafetensorError) as error:
+            statistics = {
+                key: SiteStatistics(metadata["count"], mean, groups["variance"][key])
+                for key, mean in groups["mean"].items()
+            }
+            calibration = (
+                Calibration(tokens["input_ids"], tokens.get("attention_mask"), metadata["source"])
+                if "input_ids" in tokens
+                else None
+            )
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} holds no scores: {type(error).__name__}: {error}.") from error
-        statistics = {
-            key: SiteStatistics(metadata["count"], mean, groups["variance"][key])
-            for key, mean in groups["mean"].items()
-        }
-        calibration = (
-            Calibration(tokens["input_ids"], tokens.get("attention_mask"), metadata["source"])
-            if "input_ids" in tokens
-            else None
-        )
         return cls(config, groups["scores"], statistics, calibration)

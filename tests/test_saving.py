@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import transformers
+from safetensors.torch import save_file
 
 from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, Scores
 from optimum_fwdprune.utils import folder_moved_into_place, write_text_atomically
@@ -100,8 +102,13 @@ def test_scores_for_something_else_are_refused(name, config, message, pruner):
         FwdPruner(model).prune(config, scores=pruner.scores)
 
 
-def test_a_file_that_holds_no_scores_is_named(tmp_path):
-    (tmp_path / "scores.safetensors").write_bytes(b"no tensors")
+@pytest.mark.parametrize("metadata", [None, {}, {"fwdprune": "{"}, {"fwdprune": "[]"}, {"fwdprune": '{"config": {}}'}])
+def test_a_file_that_holds_no_scores_is_named(tmp_path, metadata):
+    if metadata is None:
+        (tmp_path / "scores.safetensors").write_bytes(b"no tensors")
+    else:
+        # Means without the number of tokens behind them.
+        save_file({"mean.0.mlp": torch.zeros(3)}, tmp_path / "scores.safetensors", metadata)
     with pytest.raises(ValueError, match=r"scores\.safetensors holds no scores"):
         Scores.load(tmp_path / "scores.safetensors")
 
