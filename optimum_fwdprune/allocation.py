@@ -76,7 +76,7 @@ def removal_budget(
         ValueError: where the target is larger than the model.
     """
     sites = list(sites)
-    prunable = sum(site.num_units * site.unit_parameters for site in sites)
+    prunable = sum(site.num_parameters for site in sites)
     item_size = sites[0].projection.weight.element_size()
     if config.target_parameters is not None:
         target, size, per_parameter, unit = config.target_parameters, model_parameters, 1, "parameters"
@@ -127,12 +127,12 @@ def allocate(
         for site in sites
         if site.kind in config.kinds and site.layer not in skipped
     }
-    prunable = sum(site.num_units * site.unit_parameters for site in sites)
+    prunable = sum(site.num_parameters for site in sites)
 
     if config.has_budget_per_kind:
         parts = []
         for kind in config.kinds:
-            of_kind = sum(site.num_units * site.unit_parameters for site in sites if site.kind == kind)
+            of_kind = sum(site.num_parameters for site in sites if site.kind == kind)
             parts.append(([key for key in steps if key[1] == kind], Budget(round(config.sparsity_of(kind) * of_kind))))
     else:
         parts = [(list(steps), budget)]
@@ -167,7 +167,7 @@ def _pools(steps: list[_Steps], budget: Budget, scope: str) -> list[_Pool]:
 
 
 def _prunable(pool: list[_Steps]) -> int:
-    return sum(step.site.num_units * step.site.unit_parameters for step in pool)
+    return sum(step.site.num_parameters for step in pool)
 
 
 def _check_reachable(pools: list[_Pool], part: Budget, prunable: int, config: PruningConfig) -> None:

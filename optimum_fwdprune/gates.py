@@ -18,7 +18,7 @@ def gated(sites: Iterable[Site], masks: Mapping[SiteKey, torch.Tensor]) -> Itera
 
     Args:
         sites (iterable of `Site`): the sites of the model.
-        masks (mapping of site key to `Tensor`): gates in any float dtype, `[num_units]` for all sequences alike, or
+        masks (mapping of site key to `Tensor`): gates, float or bool, `[num_units]` for all sequences alike, or
             `[batch_size, num_units]` for one mask per sequence. Sites that are not named stay open.
 
     Raises:
@@ -94,9 +94,7 @@ def replaced_projections(sites: Iterable[Site], replacements: Mapping[SiteKey, P
         for site in sites:
             if site.key in replacements:
                 new = replacements[site.key]
-                mask = torch.zeros(site.num_units, dtype=torch.bool)
-                mask[new.kept] = True
-                columns = site.feature_mask(mask).nonzero().flatten().to(new.weight.device)
+                columns = site.feature_mask(site.unit_mask(new.kept)).nonzero().flatten().to(new.weight.device)
 
                 def hook(_module, args, _output, new=new, columns=columns):
                     return F.linear(args[0].index_select(-1, columns), new.weight, new.bias)

@@ -194,7 +194,7 @@ class FwdPruner:
         with _timed(seconds, "verify"):
             probe = probe_batch(self.model, calibration)
             expected = masked_logits(self.model, sites, plan, projections, probe)
-        prunable = sum(site.num_units * site.unit_parameters for site in sites)
+        prunable = sum(site.num_parameters for site in sites)
         removed = sum(len(plan.removed(site.key)) * site.unit_parameters for site in sites)
         with _timed(seconds, "surgery"):
             pruned = prune_model(self.model, sites, plan, projections, inplace)
@@ -266,7 +266,7 @@ class FwdPruner:
         added = added_parameters((site for site in sites if site.kind in config.kinds), kind)
         budget = removal_budget(config, sites, dense.parameters, dense.file_bytes, added)
         kept = allocate(sites, scores.values, config, budget, get_method(config.method).additive)
-        prunable = sum(site.num_units * site.unit_parameters for site in sites)
+        prunable = sum(site.num_parameters for site in sites)
         return PruningPlan(
             kept=kept,
             num_units={site.key: site.num_units for site in sites},

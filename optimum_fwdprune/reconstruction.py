@@ -98,9 +98,7 @@ def _portions(sites: list[Site]) -> Iterator[list[Site]]:
 
 
 def _kept_features(site: Site, kept: list[int]) -> torch.Tensor:
-    mask = torch.zeros(site.num_units, dtype=torch.bool)
-    mask[kept] = True
-    return site.feature_mask(mask).to(site.projection.weight.device)
+    return site.feature_mask(site.unit_mask(kept)).to(site.projection.weight.device)
 
 
 def _compensate_bias(site: Site, kept: list[int], statistics: SiteStatistics) -> Projection:

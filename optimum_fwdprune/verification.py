@@ -34,10 +34,7 @@ def masked_logits(
     probe: torch.Tensor,
 ) -> torch.Tensor:
     """Return the probe's logits from the dense model with gates and reconstructed projections."""
-    masks = {}
-    for site in sites:
-        masks[site.key] = torch.zeros(site.num_units)
-        masks[site.key][plan.kept[site.key]] = 1.0
+    masks = {site.key: site.unit_mask(plan.kept[site.key]) for site in sites}
     with gated(sites, masks), replaced_projections(sites, projections):
         return logits(model, probe)
 

@@ -20,7 +20,7 @@ def make_site(layer, kind, num_units, num_groups=1):
     cost = HEAD_COST if kind == ATTENTION else CHANNEL_COST
     linear = torch.nn.Linear(num_units, 1, bias=False)
     site = SimpleNamespace(layer=layer, kind=kind, num_units=num_units, unit_parameters=cost, num_groups=num_groups)
-    return SimpleNamespace(**vars(site), key=(layer, kind), projection=linear)
+    return SimpleNamespace(**vars(site), num_parameters=num_units * cost, key=(layer, kind), projection=linear)
 
 
 @st.composite

@@ -91,6 +91,14 @@ def projection_inputs(model, site, tokens, mask=None):
     return (seen[0] if mask is None else seen[0][mask.bool().flatten()]).double().numpy()
 
 
+def masks_of(plan):
+    """Gates of a plan: 1 for kept units."""
+    return {
+        key: torch.isin(torch.arange(plan.num_units[key]), torch.tensor(kept)).float()
+        for key, kept in plan.kept.items()
+    }
+
+
 def make_tokenizer():
     """Train a byte-level BPE tokenizer on a few words."""
     trained = ByteLevelBPETokenizer()

@@ -122,6 +122,17 @@ class Site:
             for _, parameter in coupling.parameters()
         )
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters that all units own together, the prunable ones of the site."""
+        return self.num_units * self.unit_parameters
+
+    def unit_mask(self, kept: Sequence[int]) -> torch.Tensor:
+        """Return a bool tensor `[num_units]`, true for the units `kept`."""
+        mask = torch.zeros(self.num_units, dtype=torch.bool)
+        mask[kept] = True
+        return mask
+
     def feature_mask(self, unit_mask: torch.Tensor) -> torch.Tensor:
         """Spread a mask over units, `[..., num_units]`, over the projection's input features."""
         return unit_mask.repeat_interleave(self.unit_width, dim=-1)

@@ -182,13 +182,9 @@ def test_beam_search_equals_that_of_the_masked_dense_model(tokens, architecture_
     config = PruningConfig(sparsity=0.3, scope="global", reconstruction="none")
     pruned = pruner.prune(config, tokens, inplace=False)
     sites = find_sites(dense, config.attention_unit)
-    masks = {
-        site.key: torch.isin(torch.arange(site.num_units), torch.tensor(pruner.plan.kept[site.key])).float()
-        for site in sites
-    }
     prompt = {"input_ids": tokens[:1, :6], "attention_mask": torch.ones_like(tokens[:1, :6])}
     options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    with gated(sites, masks):
+    with gated(sites, tiny.masks_of(pruner.plan)):
         expected = dense.generate(**prompt, **options)
 
     assert torch.equal(pruned.generate(**prompt, **options), expected)

@@ -24,14 +24,6 @@ TASKS = (
 HEADS = [(name, task) for name in FAMILIES for task in TASKS if (name, task) != ("opt_pre_norm", TASKS[2])]
 
 
-def masks_of(plan):
-    """Gates of a plan: 1 for kept units."""
-    return {
-        key: torch.isin(torch.arange(plan.num_units[key]), torch.tensor(kept)).float()
-        for key, kept in plan.kept.items()
-    }
-
-
 @pytest.mark.parametrize(("name", "task"), HEADS)
 @torch.no_grad()
 def test_every_task_head_is_pruned_saved_and_reloaded(name, task, tokens, tmp_path):
@@ -56,7 +48,7 @@ def test_pruning_a_pruned_model_composes(dense, tokens):
     first = FwdPruner(dense)
     second = FwdPruner(first.prune(config, tokens, inplace=False))
     twice = second.prune(config, tokens, inplace=False)
-    masks = masks_of(first.plan)
+    masks = tiny.masks_of(first.plan)
     for key, kept in second.plan.kept.items():
         survivors = torch.tensor(first.plan.kept[key])[kept]
         masks[key] = torch.isin(torch.arange(first.plan.num_units[key]), survivors).float()
