@@ -229,22 +229,27 @@ class Method:
 
     Args:
         config_class (`type[PruningConfig]`): its config; the class attribute `method` is its name.
-        score (`Callable[[ScoringInputs], dict[SiteKey, Tensor]]`): higher scores are kept; one float tensor
-            `[num_units]` per site.
+        score (`Callable[[ScoringInputs], dict[SiteKey, Tensor] | UnitScores]`): higher scores are kept; one float
+            tensor `[num_units]` per site.
         statistics (`tuple[str, ...]`): what it needs measured on the calibration tokens, of
             `optimum_fwdprune.statistics.KINDS_OF_STATISTICS`.
         calibrated (`bool`): it needs the calibration tokens themselves; statistics imply them.
-        additive (`bool`): scores of different units add up to the score of their removal, so that units of unequal
-            size compete by score per parameter; otherwise by score alone.
+        additive (`bool` or `Callable[[PruningConfig], bool]`): scores of different units add up to the score of their
+            removal, so that units of unequal size compete by score per parameter; otherwise by score alone. A
+            function where it depends on the options.
         reconstruction (`str`): what follows the method unless the config says otherwise.
     """
 
     config_class: type[PruningConfig]
-    score: Callable[..., dict]
+    score: Callable[..., Any]
     statistics: tuple[str, ...] = ()
     calibrated: bool = False
-    additive: bool = True
+    additive: bool | Callable[[PruningConfig], bool] = True
     reconstruction: str = "none"
+
+    def is_additive(self, config: PruningConfig) -> bool:
+        """Whether its scores add up under the options of `config`."""
+        return self.additive(config) if callable(self.additive) else self.additive
 
 
 _METHODS: dict[str, Method] = {}
@@ -252,11 +257,11 @@ _METHODS: dict[str, Method] = {}
 
 def register_method(
     config_class: type[PruningConfig],
-    score: Callable[..., dict],
+    score: Callable[..., Any],
     *,
     statistics: tuple[str, ...] = (),
     calibrated: bool = False,
-    additive: bool = True,
+    additive: bool | Callable[[PruningConfig], bool] = True,
     reconstruction: str = "none",
 ) -> None:
     """Make a criterion known under `config_class.method`; the arguments are those of [`Method`]."""

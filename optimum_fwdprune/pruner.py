@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
-from .allocation import allocate, removal_budget
-from .architectures import Site, find_sites, get_architecture
+from .allocation import Budget, allocate, removal_budget
+from .architectures import Site, SiteKey, find_sites, get_architecture
 from .calibration import load_calibration
 from .configuration import get_method
-from .methods import PruningConfig, ScoringInputs
+from .methods import PruningConfig, ScoringInputs, UnitScores
 from .plan import PLAN_NAME, PruningPlan
 from .reconstruction import STATISTICS_OF, added_parameters, reconstruct
 from .report import PruningReport
@@ -123,14 +123,21 @@ class FwdPruner:
             statistics = {}
             if needed and calibration is not None:
                 statistics = collect_statistics(self.model, sites, calibration, config.batch_size, needed)
-            values = method.score(ScoringInputs(self.model, sites, statistics, calibration, config))
-        values = {key: value.detach().float().cpu() for key, value in values.items()}
+            found = method.score(
+                ScoringInputs(
+                    self.model, sites, statistics, calibration, config, lambda values: self._keep(sites, values, config)
+                )
+            )
+        found = found if isinstance(found, UnitScores) else UnitScores(found)
+        values = _on_cpu(found.values)
         for site in sites:
             if site.key not in values or values[site.key].shape != (site.num_units,):
                 raise ValueError(f"Method {config.method!r} must score {site.num_units} units for the {site}.")
             if not values[site.key].isfinite().all():
                 raise ValueError(f"Method {config.method!r} scored NaN or infinity in the {site}.")
-        self.scores = Scores(config, values, statistics, calibration)
+        self.scores = Scores(
+            config, values, statistics, calibration, _on_cpu(found.standard_errors), found.details
+        )
         return self.scores
 
     def prune(
@@ -179,7 +186,7 @@ class FwdPruner:
                 scores = self.score(config, dataset) if scores is None else scores
                 scores.check_matches(sites, config)
             with _timed(seconds, "allocate"):
-                plan = self._plan(sites, scores, config, kind, dense)
+                plan = self._plan(sites, scores, config)
         else:
             plan.check_matches(sites, self.model.config.model_type)
         calibration = scores.calibration if scores else None
@@ -262,20 +269,30 @@ class FwdPruner:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return api.upload_folder(folder_path=Path(folder) / "checkpoint", repo_id=repo_id, **commit_kwargs)
 
-    def _plan(self, sites: list[Site], scores: Scores, config: PruningConfig, kind: str, dense: _Sizes) -> PruningPlan:
-        added = added_parameters((site for site in sites if site.kind in config.kinds), kind)
-        budget = removal_budget(config, sites, dense.parameters, dense.file_bytes, added)
-        kept = allocate(sites, scores.values, config, budget, get_method(config.method).additive)
+    def _budget(self, sites: list[Site], config: PruningConfig) -> Budget:
+        dense = _Sizes.of(self.model)
+        losing = (site for site in sites if site.kind in config.kinds)
+        added = added_parameters(losing, _reconstruction(config))
+        return removal_budget(config, sites, dense.parameters, dense.file_bytes, added)
+
+    def _keep(
+        self, sites: list[Site], values: Mapping[SiteKey, torch.Tensor], config: PruningConfig
+    ) -> dict[SiteKey, list[int]]:
+        is_additive = get_method(config.method).is_additive(config)
+        return allocate(sites, _on_cpu(values), config, self._budget(sites, config), is_additive)
+
+    def _plan(self, sites: list[Site], scores: Scores, config: PruningConfig) -> PruningPlan:
+        budget = self._budget(sites, config)
         prunable = sum(site.num_parameters for site in sites)
         return PruningPlan(
-            kept=kept,
+            kept=self._keep(sites, scores.values, config),
             num_units={site.key: site.num_units for site in sites},
             model_type=self.model.config.model_type,
             attention_unit=config.attention_unit,
             metadata={
                 "source": _public_name(self.model.config._name_or_path),
                 "method": config.method,
-                "reconstruction": kind,
+                "reconstruction": _reconstruction(config),
                 "requested_sparsity": None if config.has_budget_per_kind else budget.parameters / prunable,
                 "scores": {
                     f"{layer}.{site_kind}": {
@@ -285,6 +302,7 @@ class FwdPruner:
                     }
                     for (layer, site_kind), value in scores.values.items()
                 },
+                "scoring": scores.details,
                 "calibration": scores.calibration
                 and {"source": scores.calibration.source, "fingerprint": scores.calibration.fingerprint},
                 "seed": config.seed,
@@ -312,6 +330,10 @@ class _Sizes:
             bytes=total,
             file_bytes=total + HEADER_BYTES_PER_TENSOR * len(parameters),
         )
+
+
+def _on_cpu(values: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, torch.Tensor]:
+    return {key: value.detach().float().cpu() for key, value in values.items()}
 
 
 def _public_name(name_or_path: str) -> str:

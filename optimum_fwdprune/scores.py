@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,16 @@ class Scores:
         values (`dict[tuple[int, str], Tensor[num_units]]`): higher is kept.
         statistics (`dict[tuple[int, str], SiteStatistics]`): empty where neither method nor reconstruction needs any.
         calibration (`Calibration`, *optional*): the tokens.
+        standard_errors (`dict[tuple[int, str], Tensor[num_units]]`): of scores that were estimated; else empty.
+        details (`dict`): how the scores came about, as JSON values.
     """
 
     config: PruningConfig
     values: dict[SiteKey, torch.Tensor]
     statistics: dict[SiteKey, SiteStatistics]
     calibration: Calibration | None
+    standard_errors: dict[SiteKey, torch.Tensor] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def check_matches(self, sites: Iterable[Site], config: PruningConfig) -> None:
         """Raise `ValueError` where the scores belong to another method, attention unit or model."""
@@ -56,7 +60,9 @@ class Scores:
         for (layer, kind), statistics in self.statistics.items():
             tensors[f"mean.{layer}.{kind}"] = statistics.mean
             tensors[f"variance.{layer}.{kind}"] = statistics.variance
-        metadata: dict[str, Any] = {"config": self.config.to_dict()}
+        for (layer, kind), error in self.standard_errors.items():
+            tensors[f"standard_error.{layer}.{kind}"] = error
+        metadata: dict[str, Any] = {"config": self.config.to_dict(), "details": self.details}
         if self.statistics:
             metadata["count"] = next(iter(self.statistics.values())).count
         if self.calibration is not None:
@@ -83,7 +89,7 @@ class Scores:
         """
         path = Path(path)
         path = path / SCORES_NAME if path.is_dir() else path
-        groups: dict[str, dict[SiteKey, torch.Tensor]] = {"scores": {}, "mean": {}, "variance": {}}
+        groups: dict[str, dict[SiteKey, torch.Tensor]] = {name: {} for name in ("scores", "mean", "variance", "standard_error")}
         tokens = {}
         try:
             with safe_open(path, framework="pt") as file:
@@ -107,4 +113,5 @@ class Scores:
             )
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} holds no scores: {type(error).__name__}: {error}.") from error
-        return cls(config, groups["scores"], statistics, calibration)
+        errors, details = groups["standard_error"], metadata.get("details", {})
+        return cls(config, groups["scores"], statistics, calibration, errors, details)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -14,8 +14,8 @@ from .calibration import Calibration
 from .utils import progress
 
 
-MOMENTS, GRAM = "moments", "gram"
-KINDS_OF_STATISTICS = (MOMENTS, GRAM)
+MOMENTS, GRAM, SOURCE_NORMS = "moments", "gram", "source_norms"
+KINDS_OF_STATISTICS = (MOMENTS, GRAM, SOURCE_NORMS)
 
 
 @dataclass
@@ -27,12 +27,15 @@ class SiteStatistics:
         mean (`Tensor[in_features]`, float32): mean of each feature.
         variance (`Tensor[in_features]`, float32): its population variance.
         gram (`Tensor[in_features, in_features]`, float32, *optional*): sum over tokens of x xᵀ.
+        source_norms (`dict[str, Tensor[in_features]]`): ‖X_j‖₂ of what goes into each source linear, by the name of
+            the linear, float32.
     """
 
     count: int
     mean: torch.Tensor
     variance: torch.Tensor
     gram: torch.Tensor | None = None
+    source_norms: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def norm(self) -> torch.Tensor:
@@ -73,6 +76,21 @@ class _Accumulator:
         return SiteStatistics(self.count, mean.float(), variance.float(), self.gram)
 
 
+class _SquareSums:
+    """Sums of squares of each feature."""
+
+    def __init__(self):
+        self.squares: torch.Tensor | float = 0.0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add `inputs`, `[tokens, in_features]` in any float dtype."""
+        values = inputs.float()
+        self.squares = self.squares + torch.linalg.vecdot(values, values, dim=0).double()
+
+    def norm(self) -> torch.Tensor:
+        return torch.as_tensor(self.squares).sqrt().float()
+
+
 @torch.no_grad()
 def collect_statistics(
     model: PreTrainedModel,
@@ -94,20 +112,26 @@ def collect_statistics(
     Raises:
         ValueError: where a projection was bypassed, or saw a NaN or an infinity.
     """
-    sites = list(sites)
-    accumulators = {site.key: _Accumulator(GRAM in set(kinds)) for site in sites}
+    sites, kinds = list(sites), set(kinds)
+    accumulators = {site.key: _Accumulator(GRAM in kinds) for site in sites}
+    sources = {
+        coupling.name: (coupling.linear, _SquareSums())
+        for site in sites
+        for coupling in site.couplings
+        if SOURCE_NORMS in kinds and coupling.axis == 0
+    }
     mask: torch.Tensor | None = None
 
-    def watch(site: Site):
-        accumulator = accumulators[site.key]
-
+    def watch(accumulator: _Accumulator | _SquareSums):
         def hook(_module, args):
             inputs = args[0].flatten(0, -2)
             accumulator.add(inputs if mask is None else inputs[mask.to(inputs.device)])
 
         return hook
 
-    with _pre_hooks((site.projection, watch(site)) for site in sites):
+    watched = [(site.projection, watch(accumulators[site.key])) for site in sites]
+    watched += [(linear, watch(squares)) for linear, squares in sources.values()]
+    with _pre_hooks(watched):
         batches = list(calibration.batches(batch_size))
         for input_ids, attention_mask in progress(batches, "Calibrating", unit="batch"):
             mask = None if attention_mask is None else attention_mask.bool().flatten()
@@ -131,6 +155,8 @@ def collect_statistics(
                 f"The activations before {site.projection_name} ({site}) contain NaN or infinity. Check the weights "
                 f"up to this layer; a float16 model that overflows runs in bfloat16 or float32."
             )
+        names = [coupling.name for coupling in site.couplings if coupling.name in sources]
+        result.source_norms = {name: sources[name][1].norm() for name in names}
         statistics[site.key] = result
     return statistics
 

@@ -70,13 +70,13 @@ class Coupling:
         return sum(segment.width for segment in self.segments if segment.owned)
 
     def sum_per_unit(self, num_units: int, values: torch.Tensor) -> torch.Tensor:
-        """Sum `values`, a tensor with one entry per position of the axis, over the positions each unit owns."""
-        total = values.new_zeros(num_units)
+        """Sum `values`, `[..., positions of the axis]`, over the positions each unit owns: `[..., num_units]`."""
+        total = values.new_zeros(*values.shape[:-1], num_units)
         start = 0
         for segment in self.segments:
             length = segment.width * (num_units if segment.owned else 1)
             if segment.owned:
-                total += values[start : start + length].view(num_units, segment.width).sum(1)
+                total += values[..., start : start + length].unflatten(-1, (num_units, segment.width)).sum(-1)
             start += length
         return total
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..losses import next_token_nll
 from ..utils import progress
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: int = 4) -> float:
-    """Return exp(Σ negative log-likelihood / Σ predicted tokens) over disjoint windows.
+def window_losses(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: int = 4) -> torch.Tensor:
+    """Return the mean negative log-likelihood of each window, in nats: `[windows]`, float64.
+
+    Two models are compared by the differences of these, window by window, which vary far less than the losses do.
 
     Args:
         model (`PreTrainedModel`): a causal language model in eval mode.
@@ -22,9 +24,17 @@ def perplexity(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: int 
     """
     if input_ids.dim() != 2 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids must be [windows, seq_len] with seq_len >= 2; got {tuple(input_ids.shape)}.")
-    total = 0.0
+    losses = []
     for batch in progress(input_ids.split(batch_size), "Perplexity", unit="batch"):
         batch = batch.to(model.device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-        total += float(F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
-    return math.exp(total / (input_ids.shape[0] * (input_ids.shape[1] - 1)))
+        sums, counts = next_token_nll(model(input_ids=batch, use_cache=False).logits, batch)
+        losses.append((sums / counts).cpu())
+    return torch.cat(losses)
+
+
+def perplexity(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: int = 4) -> float:
+    """Return exp(Σ negative log-likelihood / Σ predicted tokens) over disjoint windows.
+
+    The arguments are those of [`window_losses`].
+    """
+    return math.exp(float(window_losses(model, input_ids, batch_size).mean()))

@@ -3,17 +3,22 @@
 from ..configuration import PruningConfig, get_method, register_method, registered_methods
 from .flap import FlapConfig
 from .magnitude import MagnitudeConfig
+from .mini_llm import MiniLlmConfig
 from .random import RandomConfig
-from .scoring import ScoringInputs
+from .scoring import ScoringInputs, UnitScores
+from .taylor import TaylorConfig
 from .wanda_sp import WandaSpConfig
 
 
 __all__ = [
     "FlapConfig",
     "MagnitudeConfig",
+    "MiniLlmConfig",
     "PruningConfig",
     "RandomConfig",
     "ScoringInputs",
+    "TaylorConfig",
+    "UnitScores",
     "WandaSpConfig",
     "get_method",
     "register_method",

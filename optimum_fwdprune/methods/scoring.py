@@ -1,13 +1,14 @@
-"""What a scoring function is given."""
+"""What a scoring function is given, and what it may give back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from ..architectures import Site, SiteKey
@@ -26,6 +27,8 @@ class ScoringInputs:
         statistics (mapping of site key to `SiteStatistics`): what the method declared that it needs; empty otherwise.
         calibration (`Calibration`, *optional*): the tokens; `None` for methods that declared no need for them.
         config (`PruningConfig`): the method's config.
+        keep (`Callable`): scores of every unit in, by site key; out what the request would keep under them, for
+            methods that stop once that is settled.
     """
 
     model: PreTrainedModel
@@ -33,3 +36,19 @@ class ScoringInputs:
     statistics: Mapping[SiteKey, SiteStatistics]
     calibration: Calibration | None
     config: PruningConfig
+    keep: Callable[[Mapping[SiteKey, Tensor]], dict[SiteKey, list[int]]]
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """Scores of a criterion that has more to say than one number per unit; otherwise a plain mapping will do.
+
+    Args:
+        values (`dict[SiteKey, Tensor[num_units]]`): higher is kept.
+        standard_errors (`dict[SiteKey, Tensor[num_units]]`): how far each score may be off, where it was estimated.
+        details (`dict`): how the scores came about, as JSON values, for the plan's record.
+    """
+
+    values: Mapping[SiteKey, Tensor]
+    standard_errors: Mapping[SiteKey, Tensor] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,149 @@
+"""Exact gradients of the calibration loss by back-propagation: the memory-hungry control for forward-only methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architectures import Site, SiteKey
+from .calibration import Calibration
+from .gates import gated
+from .losses import next_token_nll
+from .utils import progress
+
+
+def weight_gradients(
+    model: PreTrainedModel, parameters: Sequence[nn.Parameter], calibration: Calibration, batch_size: int
+) -> list[torch.Tensor]:
+    """Return ∂L/∂W of some parameters, accumulated in float32 (float64 where the model is).
+
+    Args:
+        model (`PreTrainedModel`): a causal language model in eval mode. Its weights, their `requires_grad` flags and
+            their `.grad` are afterwards what they were.
+        parameters (sequence of `nn.Parameter`): of `model`.
+        calibration (`Calibration`): L is its mean next-token negative log-likelihood.
+        batch_size (`int`): windows per backward pass.
+
+    Raises:
+        MemoryError: where gradients and activations do not fit.
+        ValueError: where weights are offloaded, or the gradient is not finite.
+    """
+    _check_fits(model, parameters)
+    totals = [
+        torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32), requires_grad=False)
+        for parameter in parameters
+    ]
+    share = 0.0
+
+    def take(parameter: torch.Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        totals[positions[id(parameter)]].add_(gradient, alpha=share)
+        parameter.grad = None
+
+    positions = {id(parameter): index for index, parameter in enumerate(parameters)}
+    with _differentiable(model, parameters):
+        # Taken as soon as they are there, so that never two sets of gradients are.
+        handles = [parameter.register_post_accumulate_grad_hook(take) for parameter in parameters]
+        try:
+            for loss, share in _batch_losses(model, calibration, batch_size):  # noqa: B007  take() reads share
+                loss.backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+    return [_finite(total) for total in totals]
+
+
+def unit_gradients(
+    model: PreTrainedModel, sites: Sequence[Site], calibration: Calibration, batch_size: int
+) -> dict[SiteKey, torch.Tensor]:
+    """Return ∂L/∂gate of every unit at gates of 1, which is Σ W·∂L/∂W over its projection columns: `[num_units]`.
+
+    The arguments and errors are those of [`weight_gradients`]; only activations are differentiated.
+    """
+    _check_fits(model, ())
+    totals: dict[SiteKey, torch.Tensor] = {}
+    with _differentiable(model, ()):
+        gates = {
+            site.key: torch.ones(
+                site.num_units,
+                dtype=torch.promote_types(site.projection.weight.dtype, torch.float32),
+                device=site.projection.weight.device,
+                requires_grad=True,
+            )
+            for site in sites
+        }
+        with gated(sites, gates):
+            for loss, share in _batch_losses(model, calibration, batch_size):
+                for key, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values()))):
+                    totals[key] = totals.get(key, 0) + share * gradient
+    return {key: _finite(total) for key, total in totals.items()}
+
+
+def _batch_losses(
+    model: PreTrainedModel, calibration: Calibration, batch_size: int
+) -> Iterator[tuple[torch.Tensor, float]]:
+    """Yield each batch's mean loss with its share of all tokens: sums would overflow 16-bit gradients."""
+    mask = calibration.attention_mask
+    windows, length = calibration.input_ids.shape
+    total = windows * (length - 1) if mask is None else int((mask[:, 1:].bool() & mask[:, :-1].bool()).sum())
+    for input_ids, attention_mask in progress(list(calibration.batches(batch_size)), "Back-propagating", unit="batch"):
+        input_ids = input_ids.to(model.device)
+        attention_mask = None if attention_mask is None else attention_mask.to(model.device)
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        sums, counts = next_token_nll(logits, input_ids, attention_mask)
+        yield sums.sum() / counts.sum(), int(counts.sum()) / total
+
+
+@contextmanager
+def _differentiable(model: PreTrainedModel, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let gradients flow to `parameters` and to nothing else of the model."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in before:
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    except RuntimeError as error:
+        # CUDA has a class for it, the CPU's allocator has a sentence.
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError(_way_out("Back-propagation ran out of memory.")) from error
+        raise
+    finally:
+        for parameter, flag, gradient in before:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+
+
+def _check_fits(model: PreTrainedModel, parameters: Sequence[nn.Parameter]) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(_way_out("Back-propagation cannot reach offloaded weights."))
+    # Gradients, one more while it is handed over, and nothing for activations: what does not fit now never will.
+    needed = sum(4 * parameter.numel() for parameter in parameters)
+    free = _free_bytes(model.device)
+    if needed > free:
+        raise MemoryError(
+            _way_out(f"Exact gradients take {needed / 2**30:.1f} GiB and only {free / 2**30:.1f} GiB are free.")
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _finite(gradient: torch.Tensor) -> torch.Tensor:
+    if not gradient.isfinite().all():
+        raise ValueError("The exact gradient holds NaN or infinity; a 16-bit model may need float32 for it.")
+    return gradient
+
+
+def _way_out(problem: str) -> str:
+    return f"{problem} gradient='zeroth_order' needs forward passes only; a smaller batch_size needs less memory."

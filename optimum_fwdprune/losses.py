@@ -1,0 +1,47 @@
+"""The calibration loss: negative log-likelihood of the next token, whatever the dtype of the model."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+
+# Logits that are turned into probabilities at once; a second copy of all of them would double the peak.
+LOGITS_AT_ONCE = 2**23
+
+
+def next_token_nll(
+    logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the negative log-likelihood of every sequence, and the tokens that it was summed over.
+
+    The loss of several sequences is Σ likelihoods / Σ tokens, which no batch size and no padding changes.
+
+    Args:
+        logits (`Tensor[batch_size, seq_len, vocab_size]`): in any float dtype; summed in float64 over float32 terms.
+        input_ids (`Tensor[batch_size, seq_len]`, int64): every token but the first is predicted.
+        attention_mask (`Tensor[batch_size, seq_len]`, *optional*): a token counts where it and the one before are no
+            padding.
+
+    Returns:
+        `Tensor[batch_size]` float64 in nats, and `Tensor[batch_size]` int64.
+    """
+    targets = input_ids[:, 1:].to(logits.device)
+    counted = torch.ones_like(targets, dtype=torch.bool)
+    if attention_mask is not None:
+        mask = attention_mask.bool().to(logits.device)
+        counted = mask[:, 1:] & mask[:, :-1]
+    at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    sums = []
+    for row in range(len(targets)):
+        terms = [
+            F.cross_entropy(_at_least_float32(piece), target, reduction="none")
+            for piece, target in zip(logits[row, :-1].split(at_once), targets[row].split(at_once))
+        ]
+        # Not a product with the mask: what a model says about padding may be NaN.
+        sums.append(torch.cat(terms)[counted[row]].double().sum())
+    return torch.stack(sums), counted.sum(1)
+
+
+def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    return values if values.dtype == torch.float64 else values.float()

@@ -1,0 +1,46 @@
+"""First-order Taylor expansion by back-propagation (LLM-Pruner, arXiv 2305.11627): the control for forward-only methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..configuration import PruningConfig, option, register_method
+from .scoring import ScoringInputs
+
+
+@dataclass
+class TaylorConfig(PruningConfig):
+    """Score of a unit: |Σ W · ∂L/∂W| or Σ |W · ∂L/∂W| over all that it owns. Needs memory for gradients."""
+
+    method: str = "taylor"
+    salience: str = option(
+        "vector",
+        "Whether W · ∂L/∂W is summed over the unit before its absolute value is taken, or element by element.",
+        ("vector", "element"),
+    )
+
+
+def score(inputs: ScoringInputs) -> dict:
+    from ..backprop import weight_gradients
+
+    config = inputs.config
+    owned = [
+        (site, coupling, parameter)
+        for site in inputs.sites
+        for coupling in site.couplings
+        for _, parameter in coupling.parameters()
+    ]
+    parameters = [parameter for _, _, parameter in owned]
+    gradients = weight_gradients(inputs.model, parameters, inputs.calibration, config.batch_size)
+    scores: dict = {}
+    for (site, coupling, parameter), gradient in zip(owned, gradients):
+        salience = gradient.mul_(parameter.detach())
+        if config.salience == "element":
+            salience = salience.abs_()
+        if salience.dim() == 2:
+            salience = salience.sum(1 - coupling.axis)
+        scores[site.key] = scores.get(site.key, 0) + coupling.sum_per_unit(site.num_units, salience)
+    return {key: value.abs() for key, value in scores.items()}
+
+
+register_method(TaylorConfig, score, calibrated=True, reconstruction="least_squares")

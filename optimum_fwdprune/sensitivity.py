@@ -1,0 +1,129 @@
+"""Feature Map Sensitivity: magnitude, gradient and activation in one score (MINI-LLM, arXiv 2407.11681)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from .architectures import Coupling, Site, SiteKey
+from .perturbation import Noise, Perturbation, UnitPerturbation, WeightPerturbation
+from .statistics import SiteStatistics
+from .zeroth_order import Draws
+
+
+SUM, MEAN, L2 = "sum", "mean", "l2"
+
+# Gradient of perturbed tensor `index`, `[estimates, *shape]`: the estimate itself, then those without a part of the draws.
+Gradient = Callable[[int], torch.Tensor]
+
+
+class Sensitivity(Protocol):
+    """A score as a function of a gradient."""
+
+    perturbation: Perturbation
+
+    def of(self, gradient: Gradient) -> dict[SiteKey, torch.Tensor]:
+        """Return the score of every unit, `[estimates, num_units]`, for every estimate of the gradient."""
+
+
+class WeightSensitivity:
+    """S = Σ |W[i, j] · ĝ[i, j]| · ‖X_j‖₂ over all that a unit owns: source rows, biases, projection columns.
+
+    A bias is the weight of a feature that is always 1, so its ‖X‖₂ is the root of the number of tokens.
+
+    Args:
+        sites (`list[Site]`): the sites.
+        statistics (mapping of site key to `SiteStatistics`): moments and source norms.
+        noise (`Noise`): of the perturbation that estimates ĝ.
+        aggregation (`str`): `"sum"`, `"mean"` (over the owned weights) or `"l2"` (root of the sum of squares).
+    """
+
+    def __init__(self, sites: Sequence[Site], statistics: dict[SiteKey, SiteStatistics], noise: Noise, aggregation: str):
+        self.perturbation = WeightPerturbation(sites, noise)
+        self._sites = sites
+        self._statistics = statistics
+        self._aggregation = aggregation
+
+    def of(self, gradient: Gradient) -> dict[SiteKey, torch.Tensor]:
+        scores, index = {}, 0
+        for site in self._sites:
+            total: torch.Tensor | float = 0.0
+            for coupling in site.couplings:
+                for _, parameter in coupling.parameters():
+                    total = total + self._owned(site, coupling, parameter.detach(), gradient(index))
+                    index += 1
+            assert isinstance(total, torch.Tensor)
+            if self._aggregation == L2:
+                total = total.sqrt()
+            elif self._aggregation == MEAN:
+                total = total / site.unit_parameters
+            scores[site.key] = total
+        return scores
+
+    def _owned(
+        self, site: Site, coupling: Coupling, parameter: torch.Tensor, gradients: torch.Tensor
+    ) -> torch.Tensor:
+        statistics = self._statistics[site.key]
+        squared = self._aggregation == L2
+        if parameter.dim() == 1:
+            norms = torch.tensor(float(statistics.count), dtype=gradients.dtype, device=gradients.device).sqrt()
+        else:
+            norms = statistics.norm if coupling.axis == 1 else statistics.source_norms[coupling.name]
+            norms = norms.to(gradients)
+        sensitivity = gradients * parameter.to(gradients) * norms
+        sensitivity = sensitivity.square_() if squared else sensitivity.abs_()
+        if parameter.dim() == 2:
+            sensitivity = sensitivity.sum(2 - coupling.axis)
+        return coupling.sum_per_unit(site.num_units, sensitivity)
+
+
+class UnitSensitivity:
+    """S = |∂L/∂gate| · ‖X‖₂ of a unit, with ‖X‖₂ over all its features.
+
+    The gate's gradient is Σ W·∂L/∂W over the unit's projection columns, so this is the same product at the one place
+    where a unit can be switched off, with 1 number per unit to estimate instead of thousands.
+
+    Args:
+        sites (`list[Site]`): the sites.
+        statistics (mapping of site key to `SiteStatistics`): moments.
+        noise (`Noise`): of the perturbation that estimates the gradient.
+    """
+
+    def __init__(self, sites: Sequence[Site], statistics: dict[SiteKey, SiteStatistics], noise: Noise):
+        self.perturbation = UnitPerturbation(sites, noise)
+        self._norms = torch.cat([site.sum_features(statistics[site.key].norm.square()).sqrt().cpu() for site in sites])
+
+    def of(self, gradient: Gradient) -> dict[SiteKey, torch.Tensor]:
+        return self.perturbation.split(gradient(0).abs() * self._norms)
+
+
+def estimated(perturbation: Perturbation, draws: Draws, groups: int) -> Gradient:
+    """Return the gradient that the draws estimate, and `groups` more, each without a part of the draws."""
+    groups = min(groups, len(draws.indices))
+
+    def gradient(index: int) -> torch.Tensor:
+        sums = draws.gradient_sums(perturbation, index, groups)
+        count = len(draws.indices)
+        if groups < 2:
+            return sums / count
+        # Group g holds the draws g, g + groups, ...
+        sizes = torch.tensor([len(range(group, count, groups)) for group in range(groups)], device=sums.device)
+        total = sums.sum(0, keepdim=True)
+        left_out = (total - sums) / (count - sizes).view(-1, *[1] * (sums.dim() - 1))
+        return torch.cat([total / count, left_out])
+
+    return gradient
+
+
+def jackknife(estimates: torch.Tensor) -> torch.Tensor:
+    """Return the standard error of `estimates[0]`, `[num_units]`, from the estimates that each leave a part out.
+
+    Delete-a-group jackknife (Kott 2001). It sees the scatter of the draws, not the bias of |noise| away from 0.
+    """
+    left_out = estimates[1:]
+    groups = len(left_out)
+    if groups < 2:
+        return torch.full_like(estimates[0], torch.nan)
+    return ((groups - 1) / groups * (left_out - left_out.mean(0)).square().sum(0)).sqrt()
