@@ -46,22 +46,28 @@ def _gate(site: Site, mask: torch.Tensor, calls: dict[SiteKey, int]):
             f"The mask of the {site} has shape {tuple(mask.shape)}; it must be [{site.num_units}] or "
             f"[batch_size, {site.num_units}]."
         )
-    # Spread over features once, outside the forward pass.
-    features = site.feature_mask(mask).to(device=site.projection.weight.device, dtype=site.projection.weight.dtype)
+    # Spread over features once, outside the forward pass, where the projection lives unless it is offloaded.
+    weight = site.projection.weight
+    features = site.feature_mask(mask if weight.is_meta else mask.to(weight.device))
+    rounded = features.to(weight.dtype)
+    # In 16 bit a gate of 1.001 would round to 1; such gates stay as they are, and the product is rounded instead.
+    if torch.equal(rounded.to(features.dtype), features):
+        features = rounded
 
     def hook(_module, args):
         inputs = args[0]
+        gates = features.to(inputs.device)
         calls[site.key] += 1
-        if features.dim() == 1:
-            return (inputs * features,)
-        batch_size = len(features)
+        if gates.dim() == 1:
+            return ((inputs * gates).to(inputs.dtype),)
+        batch_size = len(gates)
         if inputs.shape[0] % batch_size or (inputs.dim() > 2 and inputs.shape[0] != batch_size):
             raise ValueError(
                 f"{batch_size} masks do not fit a batch of {inputs.shape[0]}: give one mask per sequence."
             )
         # OPT hands its second MLP linear `[batch * tokens, features]`; the view serves both layouts.
-        per_sequence = inputs.reshape(batch_size, -1, inputs.shape[-1]) * features[:, None, :]
-        return (per_sequence.view_as(inputs),)
+        per_sequence = inputs.reshape(batch_size, -1, inputs.shape[-1]) * gates[:, None, :]
+        return (per_sequence.to(inputs.dtype).view_as(inputs),)
 
     return hook
 

@@ -53,7 +53,8 @@ def reconstruct(
         sites (iterable of `Site`): its sites.
         kept (mapping of site key to `list[int]`): units that stay.
         kind (`str`): `"none"`, `"bias"` or `"least_squares"`.
-        statistics (mapping of site key to `SiteStatistics`): moments for `"bias"`, which gathers them where empty.
+        statistics (mapping of site key to `SiteStatistics`): moments for `"bias"`, which gathers them where empty, and
+            Gram matrices for `"least_squares"`, which gathers those that are missing.
         calibration (`Calibration`, *optional*): the tokens. `"least_squares"` passes over them again, once where its
             Gram matrices fit into `GRAM_BYTES`.
         batch_size (`int`): windows per forward pass.
@@ -74,8 +75,9 @@ def reconstruct(
             for site in sites
             if site.kind in kinds
         }
-    projections = {}
-    for portion in _portions(losing):
+    measured = [site for site in losing if site.key in statistics and statistics[site.key].gram is not None]
+    projections = {site.key: _least_squares(site, kept[site.key], statistics[site.key]) for site in measured}
+    for portion in _portions([site for site in losing if site.key not in projections]):
         grams = collect_statistics(model, portion, calibration, batch_size, (GRAM,))
         for site in portion:
             projections[site.key] = _least_squares(site, kept[site.key], grams.pop(site.key))

