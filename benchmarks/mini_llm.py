@@ -298,7 +298,7 @@ def main():
     parser.add_argument("--output", default="docs/mini_llm_study.md")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(
-        "--every", type=int, default=4, help="The two smaller tables use every so many windows (default: 4)."
+        "--every", type=int, default=8, help="The two smaller tables use every so many windows (default: 8)."
     )
     arguments = parser.parse_args()
     study = Study(arguments.calibration, arguments.evaluation, arguments.cache, arguments.every)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .gates import gated
-from .losses import next_token_nll
+from .losses import model_nll
 from .utils import progress
 
 
@@ -93,10 +93,7 @@ def _batch_losses(
     windows, length = calibration.input_ids.shape
     total = windows * (length - 1) if mask is None else int((mask[:, 1:].bool() & mask[:, :-1].bool()).sum())
     for input_ids, attention_mask in progress(list(calibration.batches(batch_size)), "Back-propagating", unit="batch"):
-        input_ids = input_ids.to(model.device)
-        attention_mask = None if attention_mask is None else attention_mask.to(model.device)
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        sums, counts = next_token_nll(logits, input_ids, attention_mask)
+        sums, counts = model_nll(model, input_ids, attention_mask)
         yield sums.sum() / counts.sum(), int(counts.sum()) / total
 
 

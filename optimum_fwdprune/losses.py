@@ -4,10 +4,30 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 
 # Logits that are turned into probabilities at once; a second copy of all of them would double the peak.
 LOGITS_AT_ONCE = 2**23
+
+
+def model_nll(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a batch through `model` and return what [`next_token_nll`] makes of its logits.
+
+    Raises:
+        ValueError: where the model predicts no tokens.
+    """
+    if not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} predicts no next token; the loss needs a causal language model. Score its causal "
+            f"counterpart and replay the plan."
+        )
+    input_ids = input_ids.to(model.device)
+    attention_mask = None if attention_mask is None else attention_mask.to(model.device)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    return next_token_nll(logits, input_ids, attention_mask)
 
 
 def next_token_nll(

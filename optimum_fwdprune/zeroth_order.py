@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .calibration import Calibration
-from .losses import next_token_nll
+from .losses import model_nll
 from .perturbation import Perturbation
 from .utils import progress
 
@@ -203,11 +203,10 @@ class _Sampler:
         return float(left_over[left_over.isfinite()].mean().sqrt()) / (2 * epsilon)
 
     def _nll(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        input_ids = self._calibration.input_ids[numbers].to(self._model.device)
         mask = self._calibration.attention_mask
-        mask = None if mask is None else mask[numbers].to(self._model.device)
-        logits = self._model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-        sums, counts = next_token_nll(logits, input_ids, mask)
+        sums, counts = model_nll(
+            self._model, self._calibration.input_ids[numbers], None if mask is None else mask[numbers]
+        )
         return sums.cpu(), counts.double().cpu()
 
 

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from optimum_fwdprune import Calibration, find_sites
-from optimum_fwdprune.statistics import GRAM, MOMENTS, collect_statistics
+from optimum_fwdprune.statistics import GRAM, MOMENTS, SOURCE_NORMS, collect_statistics
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16])
@@ -21,6 +21,29 @@ def test_statistics_are_those_of_numpy(dense, tokens, batch_size):
         np.testing.assert_allclose(found.variance, values.var(0), rtol=1e-4, atol=1e-9)
         np.testing.assert_allclose(found.norm, np.linalg.norm(values, axis=0), rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(found.gram, values.T @ values, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+@torch.no_grad()
+def test_source_norms_are_those_of_what_goes_into_the_source_linears(dense, tokens, batch_size):
+    mask = torch.ones_like(tokens)
+    mask[:3, :5] = 0
+    seen, handles = {}, []
+    sites = find_sites(dense, "kv_group")
+    sources = {c.name: c.linear for site in sites for c in site.couplings if c.axis == 0}
+    for name, linear in sources.items():
+        hook = lambda _module, args, name=name: seen.update({name: args[0].flatten(0, -2)})  # noqa: E731
+        handles.append(linear.register_forward_pre_hook(hook))
+    dense(tokens, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    statistics = collect_statistics(dense, sites, Calibration(tokens, mask), batch_size, (SOURCE_NORMS,))
+
+    found = {name: norm for site in sites for name, norm in statistics[site.key].source_norms.items()}
+    assert found.keys() == sources.keys()
+    for name, norm in found.items():
+        values = seen[name][mask.bool().flatten()].double().numpy()
+        np.testing.assert_allclose(norm, np.linalg.norm(values, axis=0), rtol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -49,7 +49,7 @@ class PruneCommand(Command):
         import dataclasses
 
         from optimum_fwdprune.configuration import DEFAULT_METHOD
-        from optimum_fwdprune.methods import PruningConfig, get_method
+        from optimum_fwdprune.methods import PruningConfig, get_method, registered_methods
         from optimum_fwdprune.plan import PruningPlan
         from optimum_fwdprune.utils import check_output_folder
 
@@ -57,6 +57,12 @@ class PruneCommand(Command):
         config_class = get_method(given.get("method", DEFAULT_METHOD)).config_class
         fields = {field.name for field in dataclasses.fields(config_class)}
         # Whatever is wrong with the request shows before a model is loaded.
+        for name in registered_methods():
+            for field in dataclasses.fields(get_method(name).config_class):
+                if field.name in given and field.name not in fields:
+                    raise ValueError(
+                        f"--{field.name} is an option of method {name}; the method asked for is {config_class.method}."
+                    )
         config = PruningConfig(**{name: value for name, value in given.items() if name in fields})
         check_output_folder(self.args.output, self.args.overwrite)
         plan = PruningPlan.load(self.args.plan) if self.args.plan else None

@@ -7,7 +7,7 @@ import math
 import torch
 from transformers import PreTrainedModel
 
-from ..losses import next_token_nll
+from ..losses import model_nll
 from ..utils import progress
 
 
@@ -26,8 +26,7 @@ def window_losses(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: i
         raise ValueError(f"input_ids must be [windows, seq_len] with seq_len >= 2; got {tuple(input_ids.shape)}.")
     losses = []
     for batch in progress(input_ids.split(batch_size), "Perplexity", unit="batch"):
-        batch = batch.to(model.device)
-        sums, counts = next_token_nll(model(input_ids=batch, use_cache=False).logits, batch)
+        sums, counts = model_nll(model, batch)
         losses.append((sums / counts).cpu())
     return torch.cat(losses)
 

@@ -103,6 +103,20 @@ def test_options_reach_the_request(cli, source, tmp_path):
     )
 
 
+def test_options_of_a_method_reach_its_request(cli, source, tmp_path):
+    code, _, err = cli(
+        *("prune", "-m", source, tmp_path / "out", "--method", "mini_llm", "--draws", "6", "--epsilon", "0.02"),
+        *("--noise", "gaussian", "--perturb", "units", "--windows_per_draw", "2", "--stop_after", "4", *SMALL),
+    )
+    config = PruningConfig.from_pretrained(tmp_path / "out")
+    plan = PruningPlan.load(tmp_path / "out")
+
+    assert code == 0, err
+    assert (config.draws, config.epsilon, config.noise) == (6, 0.02, "gaussian")
+    assert (config.perturb, config.windows_per_draw, config.stop_after) == ("units", 2, 4)
+    assert plan.metadata["scoring"]["draws"] == 6
+
+
 def test_without_options_the_command_does_what_prune_without_arguments_does(cli, source, tmp_path, monkeypatch):
     # What the defaults would sample is cut short, for both alike.
     tokens = Calibration(torch.arange(96).view(4, 24))
@@ -137,6 +151,9 @@ def test_dtype_is_the_sources_unless_given(cli, source, tmp_path):
         (["--calibration", "nowhere.txt"], "error: There is no calibration file nowhere.txt."),
         (["--calibration", "builtin", "--n_samples", "9999999"], "error: builtin is too short"),
         (["--plan", "nowhere.json"], "nowhere.json"),
+        (["--draws", "3"], "error: --draws is an option of method mini_llm; the method asked for is wanda_sp."),
+        (["--method", "mini_llm", "--draws", "0"], "error: draws must be at least 1; got 0."),
+        (["--method", "mini_llm", "--epsilon", "1e-9", *SMALL], "error: epsilon=1e-09 is lost in rounding"),
         (["--dtype", "float77"], "float77"),
         (["--attn_implementation", "telepathy"], "telepathy"),
         (["--gguf_file", "nowhere.gguf"], "nowhere.gguf"),
