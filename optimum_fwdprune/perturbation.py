@@ -107,7 +107,9 @@ class WeightPerturbation:
 
     @contextmanager
     def applied(self, draws: Sequence[int], steps: Sequence[float]) -> Iterator[None]:
-        runs = [_Run.of(list(rows)) for _, rows in groupby(zip(range(len(draws)), draws, steps), key=lambda row: row[1])]
+        runs = [
+            _Run.of(list(rows)) for _, rows in groupby(zip(range(len(draws)), draws, steps), key=lambda row: row[1])
+        ]
         called: set[str] = set()
         undo: list[Callable[[], object]] = []
         try:

@@ -125,7 +125,12 @@ class FwdPruner:
                 statistics = collect_statistics(self.model, sites, calibration, config.batch_size, needed)
             found = method.score(
                 ScoringInputs(
-                    self.model, sites, statistics, calibration, config, lambda values: self._keep(sites, values, config)
+                    self.model,
+                    sites,
+                    statistics,
+                    calibration,
+                    config,
+                    lambda values: self._keep(sites, values, config),
                 )
             )
         found = found if isinstance(found, UnitScores) else UnitScores(found)
@@ -135,9 +140,7 @@ class FwdPruner:
                 raise ValueError(f"Method {config.method!r} must score {site.num_units} units for the {site}.")
             if not values[site.key].isfinite().all():
                 raise ValueError(f"Method {config.method!r} scored NaN or infinity in the {site}.")
-        self.scores = Scores(
-            config, values, statistics, calibration, _on_cpu(found.standard_errors), found.details
-        )
+        self.scores = Scores(config, values, statistics, calibration, _on_cpu(found.standard_errors), found.details)
         return self.scores
 
     def prune(

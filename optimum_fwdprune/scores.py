@@ -89,7 +89,9 @@ class Scores:
         """
         path = Path(path)
         path = path / SCORES_NAME if path.is_dir() else path
-        groups: dict[str, dict[SiteKey, torch.Tensor]] = {name: {} for name in ("scores", "mean", "variance", "standard_error")}
+        groups: dict[str, dict[SiteKey, torch.Tensor]] = {
+            name: {} for name in ("scores", "mean", "variance", "standard_error")
+        }
         tokens = {}
         try:
             with safe_open(path, framework="pt") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ from .zeroth_order import Draws
 
 SUM, MEAN, L2 = "sum", "mean", "l2"
 
-# Gradient of perturbed tensor `index`, `[estimates, *shape]`: the estimate itself, then those without a part of the draws.
+# Gradient of perturbed tensor `index`, `[estimates, *shape]`: the estimate, then those without a part of the draws.
 Gradient = Callable[[int], torch.Tensor]
 
 
@@ -40,7 +40,9 @@ class WeightSensitivity:
         aggregation (`str`): `"sum"`, `"mean"` (over the owned weights) or `"l2"` (root of the sum of squares).
     """
 
-    def __init__(self, sites: Sequence[Site], statistics: dict[SiteKey, SiteStatistics], noise: Noise, aggregation: str):
+    def __init__(
+        self, sites: Sequence[Site], statistics: Mapping[SiteKey, SiteStatistics], noise: Noise, aggregation: str
+    ):
         self.perturbation = WeightPerturbation(sites, noise)
         self._sites = sites
         self._statistics = statistics
@@ -50,10 +52,14 @@ class WeightSensitivity:
         scores, index = {}, 0
         for site in self._sites:
             total: torch.Tensor | float = 0.0
-            for coupling in site.couplings:
-                for _, parameter in coupling.parameters():
-                    total = total + self._owned(site, coupling, parameter.detach(), gradient(index))
-                    index += 1
+            for coupling, parameter in site.owned_parameters():
+                gradients = gradient(index)
+                products = (
+                    gradients * parameter.detach().to(gradients) * self._norms(site, coupling, parameter, gradients)
+                )
+                products = products.square_() if self._aggregation == L2 else products.abs_()
+                total = total + site.sum_owned(coupling, parameter, products)
+                index += 1
             assert isinstance(total, torch.Tensor)
             if self._aggregation == L2:
                 total = total.sqrt()
@@ -62,21 +68,12 @@ class WeightSensitivity:
             scores[site.key] = total
         return scores
 
-    def _owned(
-        self, site: Site, coupling: Coupling, parameter: torch.Tensor, gradients: torch.Tensor
-    ) -> torch.Tensor:
+    def _norms(self, site: Site, coupling: Coupling, parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         statistics = self._statistics[site.key]
-        squared = self._aggregation == L2
         if parameter.dim() == 1:
-            norms = torch.tensor(float(statistics.count), dtype=gradients.dtype, device=gradients.device).sqrt()
-        else:
-            norms = statistics.norm if coupling.axis == 1 else statistics.source_norms[coupling.name]
-            norms = norms.to(gradients)
-        sensitivity = gradients * parameter.to(gradients) * norms
-        sensitivity = sensitivity.square_() if squared else sensitivity.abs_()
-        if parameter.dim() == 2:
-            sensitivity = sensitivity.sum(2 - coupling.axis)
-        return coupling.sum_per_unit(site.num_units, sensitivity)
+            return like.new_tensor(statistics.count).sqrt()
+        norms = statistics.norm if coupling.axis == 1 else statistics.source_norms[coupling.name]
+        return norms.to(like)
 
 
 class UnitSensitivity:
@@ -91,7 +88,7 @@ class UnitSensitivity:
         noise (`Noise`): of the perturbation that estimates the gradient.
     """
 
-    def __init__(self, sites: Sequence[Site], statistics: dict[SiteKey, SiteStatistics], noise: Noise):
+    def __init__(self, sites: Sequence[Site], statistics: Mapping[SiteKey, SiteStatistics], noise: Noise):
         self.perturbation = UnitPerturbation(sites, noise)
         self._norms = torch.cat([site.sum_features(statistics[site.key].norm.square()).sqrt().cpu() for site in sites])
 

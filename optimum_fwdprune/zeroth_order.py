@@ -69,7 +69,7 @@ class Draws:
     def gradient_sums(self, perturbation: Perturbation, index: int, groups: int = 1) -> torch.Tensor:
         """Return Σ c z for one perturbed tensor, over every `groups`-th draw: `[groups, *shape]`, float32.
 
-        The sum over all groups, divided by the number of draws, is the gradient. Memory: `groups` copies of one tensor.
+        The sum over all groups, divided by the number of draws, is the gradient. It takes `groups` copies of a tensor.
         """
         sums: torch.Tensor | None = None
         for position, (draw, slope) in enumerate(zip(self.indices, self.slopes.tolist())):
@@ -178,9 +178,7 @@ class _Sampler:
             # Neighbours share their noise: both signs of a draw, and before that all windows of a sign.
             batch = sorted(rows[start : start + self._batch_size], key=lambda row: (row[0], row[2]))
             places, windows, sides = zip(*batch)
-            numbers = torch.tensor(
-                [(draws[place] * self._windows + window) % available for place, window, _ in batch]
-            )
+            numbers = torch.tensor([(draws[place] * self._windows + window) % available for place, window, _ in batch])
             with self._perturbation.applied(
                 [draws[place] for place in places], [epsilon if side == 0 else -epsilon for side in sides]
             ):

@@ -12,7 +12,7 @@ from optimum_fwdprune.backprop import unit_gradients, weight_gradients
 
 
 def owned(model):
-    return [p for site in find_sites(model) for coupling in site.couplings for _, p in coupling.parameters()]
+    return [parameter for site in find_sites(model) for _, parameter in site.owned_parameters()]
 
 
 def test_weight_gradients_are_autograds(dense, tokens):

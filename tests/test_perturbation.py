@@ -49,12 +49,7 @@ def test_noise_depends_on_seed_draw_and_place_and_on_nothing_else(distribution):
 def written(model, unit, perturbation, draw, step):
     """A copy of the model whose weights hold the perturbation."""
     changed = copy.deepcopy(model)
-    parameters = [
-        parameter
-        for site in find_sites(changed, unit)
-        for coupling in site.couplings
-        for _, parameter in coupling.parameters()
-    ]
+    parameters = [parameter for site in find_sites(changed, unit) for _, parameter in site.owned_parameters()]
     for index, parameter in enumerate(parameters):
         parameter.add_(step * perturbation.noise(draw, index).to(parameter))
     return changed
@@ -73,7 +68,9 @@ def test_every_sequence_computes_with_its_own_weights(dense, tokens, unit, distr
     for row, (draw, step) in enumerate(zip(DRAWS, STEPS)):
         expected = written(dense, unit, perturbation, draw, step)(tokens[row : row + 1]).logits
 
-        torch.testing.assert_close(together[row : row + 1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            together[row : row + 1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+        )
         assert (together[row] - plain[row]).abs().max() > 1e-2 * plain[row].abs().max()
     assert torch.equal(dense(tokens[:5]).logits, plain)
 
@@ -91,7 +88,9 @@ def test_every_sequence_computes_with_its_own_gates(dense, tokens):
             site.projection.weight.mul_(site.feature_mask(gates[site.key]))
         expected = scaled(tokens[row : row + 1]).logits
 
-        torch.testing.assert_close(together[row : row + 1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            together[row : row + 1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+        )
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def test_the_mean_of_many_draws_converges_to_the_gradient(small, windows, pertur
         exact = [torch.cat([gates[site.key] for site in sites])]
     else:
         perturbation = WeightPerturbation(sites, Noise(0, distribution))
-        parameters = [p for site in sites for coupling in site.couplings for _, p in coupling.parameters()]
+        parameters = [parameter for site in sites for _, parameter in site.owned_parameters()]
         exact = weight_gradients(small, parameters, windows, 4)
     draws = measure(small, perturbation, windows, draws=2048)
     errors = relative_errors(perturbation, draws, exact, (32, 128, 512))
@@ -115,7 +115,9 @@ def test_draws_walk_through_all_windows(small, monkeypatch):
     seen = []
     forward = small.forward
     monkeypatch.setattr(small, "forward", lambda **kwargs: seen.append(kwargs["input_ids"][:, 0]) or forward(**kwargs))
-    measure(small, UnitPerturbation(find_sites(small), Noise(0)), calibration, draws=3, windows_per_draw=2, batch_size=4)
+    measure(
+        small, UnitPerturbation(find_sites(small), Noise(0)), calibration, draws=3, windows_per_draw=2, batch_size=4
+    )
     seen.pop(1)  # The first draw is repeated to measure rounding.
 
     assert [rows.tolist() for rows in seen] == [[0, 1, 0, 1], [2, 3, 2, 3], [4, 0, 4, 0]]
@@ -252,9 +254,7 @@ def test_the_stopping_rule_sees_all_draws_so_far(small, windows):
         return len(draws.indices) >= 9
 
     perturbation = UnitPerturbation(find_sites(small), Noise(0))
-    draws = measure(
-        small, perturbation, windows, draws=100, batch_size=16, is_converged=is_converged, check_every=3
-    )
+    draws = measure(small, perturbation, windows, draws=100, batch_size=16, is_converged=is_converged, check_every=3)
 
     assert counts == [4, 8, 12]
     assert draws.converged

@@ -70,7 +70,7 @@ class Coupling:
         return sum(segment.width for segment in self.segments if segment.owned)
 
     def sum_per_unit(self, num_units: int, values: torch.Tensor) -> torch.Tensor:
-        """Sum `values`, `[..., positions of the axis]`, over the positions each unit owns: `[..., num_units]`."""
+        """Sum `values`, `[..., positions along the axis]`, over the positions each unit owns: `[..., num_units]`."""
         total = values.new_zeros(*values.shape[:-1], num_units)
         start = 0
         for segment in self.segments:
@@ -118,14 +118,22 @@ class Site:
         """Parameters that one unit owns, biases included."""
         return sum(
             coupling.owned_width() * (parameter.numel() // parameter.shape[coupling.axis])
-            for coupling in self.couplings
-            for _, parameter in coupling.parameters()
+            for coupling, parameter in self.owned_parameters()
         )
 
     @property
     def num_parameters(self) -> int:
         """Parameters that all units own together, the prunable ones of the site."""
         return self.num_units * self.unit_parameters
+
+    def owned_parameters(self) -> list[tuple[Coupling, torch.Tensor]]:
+        """Every parameter that the units own a part of, each with the coupling that says which part."""
+        return [(coupling, parameter) for coupling in self.couplings for _, parameter in coupling.parameters()]
+
+    def sum_owned(self, coupling: Coupling, parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Sum `values`, `[..., *parameter.shape]`, over the entries each unit owns: `[..., num_units]`."""
+        along_axis = values.sum(-1 if coupling.axis == 0 else -2) if parameter.dim() == 2 else values
+        return coupling.sum_per_unit(self.num_units, along_axis)
 
     def unit_mask(self, kept: Sequence[int]) -> torch.Tensor:
         """Return a bool tensor `[num_units]`, true for the units `kept`."""

@@ -30,7 +30,9 @@ class Command(BaseOptimumCLICommand):
                 raise
             message = " ".join(str(error).split()) or "no message"
             # Our own and the Hub's errors speak for themselves; anything else says what it is.
-            label = "error" if isinstance(error, (ValueError, OSError, MemoryError)) else f"error: {type(error).__name__}"
+            label = (
+                "error" if isinstance(error, (ValueError, OSError, MemoryError)) else f"error: {type(error).__name__}"
+            )
             print(f"{label}: {message} (--debug shows the traceback)", file=sys.stderr)
             sys.exit(1)
 

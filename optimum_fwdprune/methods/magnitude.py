@@ -16,17 +16,12 @@ class MagnitudeConfig(PruningConfig):
 
 
 def score(inputs: ScoringInputs) -> dict:
-    return {site.key: _owned_squares(site).sqrt() for site in inputs.sites}
-
-
-def _owned_squares(site):
-    total = 0
-    for coupling in site.couplings:
-        for _, parameter in coupling.parameters():
+    scores: dict = {}
+    for site in inputs.sites:
+        for coupling, parameter in site.owned_parameters():
             squares = parameter.detach().float().square()
-            along_axis = squares.sum(1 - coupling.axis) if squares.dim() == 2 else squares
-            total = total + coupling.sum_per_unit(site.num_units, along_axis)
-    return total
+            scores[site.key] = scores.get(site.key, 0) + site.sum_owned(coupling, parameter, squares)
+    return {key: squares.sqrt() for key, squares in scores.items()}
 
 
 register_method(MagnitudeConfig, score)

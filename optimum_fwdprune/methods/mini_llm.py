@@ -63,10 +63,11 @@ def score(inputs: ScoringInputs) -> UnitScores:
 
     config = inputs.config
     noise = Noise(config.seed, config.noise)
-    if config.perturb == "units":
-        sensitivity = UnitSensitivity(inputs.sites, inputs.statistics, noise)
-    else:
-        sensitivity = WeightSensitivity(inputs.sites, inputs.statistics, noise, config.aggregation)
+    sensitivity = (
+        UnitSensitivity(inputs.sites, inputs.statistics, noise)
+        if config.perturb == "units"
+        else WeightSensitivity(inputs.sites, inputs.statistics, noise, config.aggregation)
+    )
     if config.gradient == "zeroth_order":
         return _estimate(inputs, sensitivity)
     scores = sensitivity.of(_known_gradient(inputs, sensitivity.perturbation))
@@ -133,20 +134,19 @@ def _known_gradient(inputs: ScoringInputs, perturbation) -> Callable:
         gates = unit_gradients(inputs.model, inputs.sites, inputs.calibration, config.batch_size)
         vector = torch.cat([gates[site.key].cpu() for site in inputs.sites])
         return lambda index: vector[None]
-    parameters = [
-        parameter
-        for site in inputs.sites
-        for coupling in site.couplings
-        for _, parameter in coupling.parameters()
-    ]
+    parameters = [parameter for site in inputs.sites for _, parameter in site.owned_parameters()]
     gradients = weight_gradients(inputs.model, parameters, inputs.calibration, config.batch_size)
     return lambda index: gradients[index][None]
+
+
+def _is_additive(config) -> bool:
+    return config.perturb == "units" or config.aggregation == "sum"
 
 
 register_method(
     MiniLlmConfig,
     score,
     statistics=("moments", "source_norms"),
-    additive=lambda config: config.perturb == "units" or config.aggregation == "sum",
+    additive=_is_additive,
     reconstruction="least_squares",
 )

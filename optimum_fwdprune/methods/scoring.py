@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..architectures import Site, SiteKey
-    from ..calibration import Calibration
-    from ..configuration import PruningConfig
     from ..statistics import SiteStatistics
 
 
@@ -26,7 +24,7 @@ class ScoringInputs:
         sites (`list[Site]`): its sites.
         statistics (mapping of site key to `SiteStatistics`): what the method declared that it needs; empty otherwise.
         calibration (`Calibration`, *optional*): the tokens; `None` for methods that declared no need for them.
-        config (`PruningConfig`): the method's config.
+        config: the method's own config.
         keep (`Callable`): scores of every unit in, by site key; out what the request would keep under them, for
             methods that stop once that is settled.
     """
@@ -34,8 +32,8 @@ class ScoringInputs:
     model: PreTrainedModel
     sites: list[Site]
     statistics: Mapping[SiteKey, SiteStatistics]
-    calibration: Calibration | None
-    config: PruningConfig
+    calibration: Any
+    config: Any
     keep: Callable[[Mapping[SiteKey, Tensor]], dict[SiteKey, list[int]]]
 
 

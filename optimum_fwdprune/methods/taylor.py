@@ -1,4 +1,4 @@
-"""First-order Taylor expansion by back-propagation (LLM-Pruner, arXiv 2305.11627): the control for forward-only methods."""
+"""First-order Taylor expansion by back-propagation (LLM-Pruner, arXiv 2305.11627)."""
 
 from __future__ import annotations
 
@@ -24,22 +24,14 @@ def score(inputs: ScoringInputs) -> dict:
     from ..backprop import weight_gradients
 
     config = inputs.config
-    owned = [
-        (site, coupling, parameter)
-        for site in inputs.sites
-        for coupling in site.couplings
-        for _, parameter in coupling.parameters()
-    ]
+    owned = [(site, coupling, parameter) for site in inputs.sites for coupling, parameter in site.owned_parameters()]
     parameters = [parameter for _, _, parameter in owned]
     gradients = weight_gradients(inputs.model, parameters, inputs.calibration, config.batch_size)
     scores: dict = {}
     for (site, coupling, parameter), gradient in zip(owned, gradients):
         salience = gradient.mul_(parameter.detach())
-        if config.salience == "element":
-            salience = salience.abs_()
-        if salience.dim() == 2:
-            salience = salience.sum(1 - coupling.axis)
-        scores[site.key] = scores.get(site.key, 0) + coupling.sum_per_unit(site.num_units, salience)
+        salience = salience.abs_() if config.salience == "element" else salience
+        scores[site.key] = scores.get(site.key, 0) + site.sum_owned(coupling, parameter, salience)
     return {key: value.abs() for key, value in scores.items()}
 
 

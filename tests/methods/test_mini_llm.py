@@ -98,7 +98,9 @@ def test_taylor(dense, tokens, unit, salience):
         expected = []
         for entries in owned_entries(site):
             products = [
-                np.take(np.multiply(*known[coupling.name][name]), positions, axis=coupling.axis if name == "weight" else 0)
+                np.take(
+                    np.multiply(*known[coupling.name][name]), positions, axis=coupling.axis if name == "weight" else 0
+                )
                 for coupling, name, positions in entries
             ]
             products = products if salience == "vector" else [np.abs(product) for product in products]
