@@ -8,6 +8,7 @@ taking turns. Targets: memory at most 1.15 x, a draw with Rademacher noise at mo
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import importlib.util
@@ -20,9 +21,9 @@ from pathlib import Path
 import torch
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune.losses import model_nll
 from optimum_fwdprune.perturbation import Noise, UnitPerturbation, WeightPerturbation
 from optimum_fwdprune.report import render_table
-from optimum_fwdprune.zeroth_order import _Sampler
 
 
 REQUESTS = {
@@ -40,11 +41,9 @@ def load(dtype):
     pruner = FwdPruner.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=dtype)
     pruner.model.eval()
     gc.collect()
-    try:
+    with contextlib.suppress(OSError):
         # What loading has freed goes back to the system before anything is measured.
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except OSError:
-        pass
     return pruner
 
 
@@ -88,7 +87,14 @@ def memory_rows():
 
 @torch.no_grad()
 def time_rows(repeats):
-    calibration = tokens()
+    half = Calibration(tokens().input_ids[:4])
+    both = half.input_ids.repeat(2, 1)
+    signs = [1e-2] * 4 + [-1e-2] * 4
+
+    def draw(model, form):
+        with form.applied([0] * 8, signs):
+            model_nll(model, both)
+
     for dtype in (torch.float32, torch.bfloat16):
         model = load(dtype).model
         sites = find_sites(model)
@@ -97,16 +103,13 @@ def time_rows(repeats):
             "weights, gaussian": WeightPerturbation(sites, Noise(0, "gaussian")),
             "units, rademacher": UnitPerturbation(sites, Noise(0)),
         }
-        half = Calibration(calibration.input_ids[:4])
-        samplers = {name: _Sampler(model, form, half, 4, 8) for name, form in forms.items()}
         plain(model, half)
         ratios = {name: [] for name in forms}
         for _ in range(repeats + 1):
-            for name, sampler in samplers.items():
+            for name, form in forms.items():
                 # In turns, so that a busy machine slows both.
-                drawn = _seconds(lambda sampler=sampler: sampler.losses([0], 1e-2))
-                twice = _seconds(lambda model=model: (plain(model, half), plain(model, half)))
-                ratios[name].append(drawn / twice)
+                drawn = _seconds(draw, model, form)
+                ratios[name].append(drawn / (_seconds(plain, model, half) + _seconds(plain, model, half)))
         for name, found in ratios.items():
             found = found[1:]
             target = "<= 1.35" if "rademacher" in name and "weights" in name and dtype == torch.float32 else ""
@@ -114,9 +117,9 @@ def time_rows(repeats):
             yield (f"{name}, {str(dtype)[6:]}", f"{statistics.median(found):.2f}", spread, target)
 
 
-def _seconds(run):
+def _seconds(run, *arguments):
     start = time.perf_counter()
-    run()
+    run(*arguments)
     return time.perf_counter() - start
 
 
