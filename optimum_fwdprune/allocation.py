@@ -90,6 +90,21 @@ def removal_budget(
     return Budget(-(-excess // per_parameter), at_least=True)
 
 
+def prunable_sites(sites: Iterable[Site], config: PruningConfig) -> list[Site]:
+    """Return the sites that the request may prune: of its kinds, outside of the layers that it skips.
+
+    Raises:
+        ValueError: where a skipped layer does not exist.
+    """
+    sites = list(sites)
+    num_layers = 1 + max(site.layer for site in sites)
+    for layer in config.skip_layers:
+        if not -num_layers <= layer < num_layers:
+            raise ValueError(f"skip_layers names layer {layer}; the model has layers 0 to {num_layers - 1}.")
+    skipped = {layer % num_layers for layer in config.skip_layers}
+    return [site for site in sites if site.kind in config.kinds and site.layer not in skipped]
+
+
 def allocate(
     sites: list[Site],
     scores: Mapping[SiteKey, torch.Tensor],
@@ -117,16 +132,7 @@ def allocate(
     Raises:
         ValueError: where the constraints do not allow the budget, naming them and the largest sparsity they allow.
     """
-    num_layers = 1 + max(site.layer for site in sites)
-    for layer in config.skip_layers:
-        if not -num_layers <= layer < num_layers:
-            raise ValueError(f"skip_layers names layer {layer}; the model has layers 0 to {num_layers - 1}.")
-    skipped = {layer % num_layers for layer in config.skip_layers}
-    steps = {
-        site.key: _Steps(site, scores[site.key], config, additive)
-        for site in sites
-        if site.kind in config.kinds and site.layer not in skipped
-    }
+    steps = {site.key: _Steps(site, scores[site.key], config, additive) for site in prunable_sites(sites, config)}
     prunable = sum(site.num_parameters for site in sites)
 
     if config.has_budget_per_kind:

@@ -140,7 +140,8 @@ class FwdPruner:
                 raise ValueError(f"Method {config.method!r} must score {site.num_units} units for the {site}.")
             if not values[site.key].isfinite().all():
                 raise ValueError(f"Method {config.method!r} scored NaN or infinity in the {site}.")
-        self.scores = Scores(config, values, statistics, calibration, _on_cpu(found.standard_errors), found.details)
+        errors, history = _on_cpu(found.standard_errors), dict(found.history)
+        self.scores = Scores(config, values, statistics, calibration, errors, found.details, history)
         return self.scores
 
     def prune(

@@ -33,6 +33,7 @@ class Scores:
         calibration (`Calibration`, *optional*): the tokens.
         standard_errors (`dict[tuple[int, str], Tensor[num_units]]`): of scores that were estimated; else empty.
         details (`dict`): how the scores came about, as JSON values.
+        history (`dict[str, Tensor]`): what happened step by step, of methods that learn.
     """
 
     config: PruningConfig
@@ -41,6 +42,7 @@ class Scores:
     calibration: Calibration | None
     standard_errors: dict[SiteKey, torch.Tensor] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    history: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def check_matches(self, sites: Iterable[Site], config: PruningConfig) -> None:
         """Raise `ValueError` where the scores belong to another method, attention unit or model."""
@@ -62,6 +64,7 @@ class Scores:
             tensors[f"variance.{layer}.{kind}"] = statistics.variance
         for (layer, kind), error in self.standard_errors.items():
             tensors[f"standard_error.{layer}.{kind}"] = error
+        tensors |= {f"history.{name}": values for name, values in self.history.items()}
         metadata: dict[str, Any] = {"config": self.config.to_dict(), "details": self.details}
         if self.statistics:
             metadata["count"] = next(iter(self.statistics.values())).count
@@ -92,7 +95,7 @@ class Scores:
         groups: dict[str, dict[SiteKey, torch.Tensor]] = {
             name: {} for name in ("scores", "mean", "variance", "standard_error")
         }
-        tokens = {}
+        tokens, history = {}, {}
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = json.loads((file.metadata() or {})[METADATA_KEY])
@@ -101,6 +104,8 @@ class Scores:
                     if group in groups:
                         layer, _, kind = site.partition(".")
                         groups[group][(int(layer), kind)] = file.get_tensor(name)
+                    elif group == "history":
+                        history[site] = file.get_tensor(name)
                     else:
                         tokens[name] = file.get_tensor(name)
             config = PruningConfig.from_dict(metadata["config"])
@@ -116,4 +121,4 @@ class Scores:
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} holds no scores: {type(error).__name__}: {error}.") from error
         errors, details = groups["standard_error"], metadata.get("details", {})
-        return cls(config, groups["scores"], statistics, calibration, errors, details)
+        return cls(config, groups["scores"], statistics, calibration, errors, details, history)

@@ -22,6 +22,8 @@ ORDER = [
     "allocation",
     "surgery",
     "reconstruction",
+    "mask_learning",
+    "policy_gradient",
     "sensitivity",
     "zeroth_order",
     "backprop",

@@ -4,6 +4,7 @@ from ..configuration import PruningConfig, get_method, register_method, register
 from .flap import FlapConfig
 from .magnitude import MagnitudeConfig
 from .mini_llm import MiniLlmConfig
+from .policy_gradient import PolicyGradientConfig
 from .random import RandomConfig
 from .scoring import ScoringInputs, UnitScores
 from .taylor import TaylorConfig
@@ -14,6 +15,7 @@ __all__ = [
     "FlapConfig",
     "MagnitudeConfig",
     "MiniLlmConfig",
+    "PolicyGradientConfig",
     "PruningConfig",
     "RandomConfig",
     "ScoringInputs",

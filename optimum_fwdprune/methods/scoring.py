@@ -45,8 +45,10 @@ class UnitScores:
         values (`dict[SiteKey, Tensor[num_units]]`): higher is kept.
         standard_errors (`dict[SiteKey, Tensor[num_units]]`): how far each score may be off, where it was estimated.
         details (`dict`): how the scores came about, as JSON values, for the plan's record.
+        history (`dict[str, Tensor]`): what happened step by step, for the scores file.
     """
 
     values: Mapping[SiteKey, Tensor]
     standard_errors: Mapping[SiteKey, Tensor] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    history: Mapping[str, Tensor] = field(default_factory=dict)

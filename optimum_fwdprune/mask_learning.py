@@ -1,0 +1,277 @@
+"""The long run behind policy-gradient pruning: steps, history, checkpoints, and several processes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .architectures import Site
+from .calibration import Calibration
+from .gates import gated
+from .losses import model_nll
+from .policy_gradient import LEAVE_ONE_OUT, Budget, cosine, entropy, policy_gradient, project, sample_masks
+from .utils import progress
+
+
+logger = logging.get_logger(__name__)
+
+# Keep probabilities stay above this while they are learned: at 0 a unit would never be tried again.
+FLOOR = 1e-3
+
+# Steps in a row without a usable loss that end the run.
+MAX_SKIPPED = 10
+
+METADATA_KEY = "fwdprune"
+
+
+@dataclass
+class Progress:
+    """All that a run needs to go on: bit for bit as if it had never stopped.
+
+    Args:
+        step (`int`): steps done.
+        probabilities (`Tensor[n]`, float64): keep probability of every unit, site by site.
+        baseline (`float`): moving average of the loss; NaN before the first step.
+        skipped (`int`): steps without a usable loss.
+        history (`dict[str, Tensor]`): `loss`, `entropy` and `expected_sparsity` `[steps]` in nats per token, bits and
+            as a fraction; `keep_rate` `[steps, sites]`.
+    """
+
+    step: int
+    probabilities: torch.Tensor
+    baseline: float = math.nan
+    skipped: int = 0
+    history: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def save(self, path: Path, identity: dict[str, Any]) -> None:
+        """Write the state beside `path` and rename it, with what it belongs to."""
+        metadata = {"step": self.step, "baseline": self.baseline, "skipped": self.skipped, "identity": identity}
+        tensors = {"probabilities": self.probabilities}
+        tensors |= {f"history.{name}": values[: self.step].contiguous() for name, values in self.history.items()}
+        partial = path.with_name(f".{path.name}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, partial, {METADATA_KEY: json.dumps(metadata)})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path, identity: dict[str, Any]) -> Progress:
+        """Read a state.
+
+        Raises:
+            ValueError: where it belongs to another run, naming the first difference, or is damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is no dict
+            found = metadata["identity"]
+            state = cls(
+                metadata["step"],
+                tensors.pop("probabilities"),
+                metadata["baseline"],
+                metadata["skipped"],
+                {name.removeprefix("history."): values for name, values in tensors.items()},
+            )
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{path} is no checkpoint of a run: {type(error).__name__}: {error}.") from error
+        difference = _first_difference(found, json.loads(json.dumps(identity)))
+        if difference:
+            raise ValueError(
+                f"{path} belongs to another run: {difference}. Name another file, or delete it to start afresh."
+            )
+        return state
+
+
+def _first_difference(found: Any, expected: Any, name: str = "content") -> str | None:
+    if isinstance(found, dict) and isinstance(expected, dict):
+        differences = (_first_difference(found.get(key), expected.get(key), key) for key in {**expected, **found})
+        return next((difference for difference in differences if difference), None)
+    return None if found == expected else f"its {name} is {found!r}, this one's is {expected!r}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to learn; the fields of `PolicyGradientConfig` of the same names."""
+
+    steps: int
+    learning_rate: float
+    estimator: str
+    masks_per_step: int
+    antithetic: bool
+    windows_per_step: int
+    baseline_horizon: float
+    stop_when_flat: int | None
+    batch_size: int
+    seed: int
+
+
+@torch.no_grad()
+def learn_probabilities(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    calibration: Calibration,
+    budgets: Sequence[Budget],
+    state: Progress,
+    schedule: Schedule,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+    identity: dict[str, Any] | None = None,
+) -> Progress:
+    """Minimise the expected loss over masks, step by step, within the budgets.
+
+    With several processes each evaluates its share of a step's masks; all know all losses, so every one of them ends
+    with the probabilities that a single process would have, up to the rounding of its batches.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model in eval mode; it is not changed.
+        sites (sequence of `Site`): whose units are learned, in the order of the probabilities.
+        calibration (`Calibration`): the tokens.
+        budgets (sequence of `Budget`): every unit belongs to one.
+        state (`Progress`): where to start; it is changed and returned.
+        schedule (`Schedule`): how.
+        checkpoint (`Path`, *optional*): where the state is written to, every `checkpoint_every` steps and at the end.
+        identity (`dict`): what the checkpoint belongs to.
+
+    Raises:
+        ValueError: where `MAX_SKIPPED` steps in a row have no usable loss.
+    """
+    from accelerate import PartialState
+
+    processes = PartialState()
+    learner = _Learner(model, sites, calibration, budgets, schedule, processes)
+    _extend_history(state, schedule.steps, len(sites))
+    bar = progress(range(state.step, schedule.steps), "Learning masks", unit="step")
+    skipped_in_a_row = 0
+    for step in bar:
+        loss = learner.step(state, step)
+        skipped_in_a_row = skipped_in_a_row + 1 if math.isnan(loss) else 0
+        state.skipped += math.isnan(loss)
+        if skipped_in_a_row == MAX_SKIPPED:
+            raise ValueError(
+                f"{MAX_SKIPPED} steps in a row gave no finite loss, the last at step {step}. A float16 model that "
+                f"overflows under masks runs in bfloat16 or float32."
+            )
+        state.step = step + 1
+        learner.record(state, step, loss)
+        bar.set_postfix(loss=f"{loss:.3f}", sparsity=f"{float(state.history['expected_sparsity'][step]):.3f}")
+        flat = _is_flat(state, schedule.stop_when_flat)
+        is_due = flat or state.step % checkpoint_every == 0 or state.step == schedule.steps
+        if checkpoint is not None and is_due and processes.is_main_process:
+            state.save(checkpoint, identity or {})
+        if flat:
+            logger.info("The loss was flat, so learning stopped after %d steps.", state.step)
+            break
+    if state.skipped:
+        logger.warning("%d of %d steps were skipped: no finite loss.", state.skipped, state.step)
+    state.history = {name: values[: state.step] for name, values in state.history.items()}
+    return state
+
+
+class _Learner:
+    def __init__(self, model, sites, calibration, budgets, schedule: Schedule, processes):
+        self._model = model
+        self._sites = list(sites)
+        self._sizes = [site.num_units for site in sites]
+        self._unit_parameters = torch.cat(
+            [torch.full((site.num_units,), float(site.unit_parameters), dtype=torch.float64) for site in sites]
+        )
+        self._calibration = calibration
+        self._budgets = budgets
+        self._schedule = schedule
+        self._processes = processes
+
+    def step(self, state: Progress, step: int) -> float:
+        """Take one step and return the mean loss, or NaN where no gradient could be formed."""
+        schedule = self._schedule
+        masks = sample_masks(state.probabilities, schedule.masks_per_step, (schedule.seed, step), schedule.antithetic)
+        losses = self._losses(masks, self._windows(step))
+        usable = losses.isfinite()
+        if schedule.antithetic:
+            usable = usable.view(-1, 2).all(1).repeat_interleave(2)
+        fewest = 4 if schedule.antithetic and schedule.estimator == LEAVE_ONE_OUT else 2
+        if int(usable.sum()) < fewest:
+            return math.nan
+        masks, losses = masks[usable], losses[usable]
+        mean = float(losses.mean())
+        horizon = schedule.baseline_horizon
+        state.baseline = mean if math.isnan(state.baseline) else (1 - 1 / horizon) * state.baseline + mean / horizon
+        gradient = policy_gradient(
+            state.probabilities, masks, losses, schedule.estimator, state.baseline, schedule.antithetic
+        )
+        moved = state.probabilities - schedule.learning_rate * cosine(step, schedule.steps) * gradient
+        for budget in self._budgets:
+            moved[budget.members] = project(moved[budget.members], budget.weights, budget.limit, FLOOR)
+        state.probabilities = moved
+        return mean
+
+    def record(self, state: Progress, step: int, loss: float) -> None:
+        state.history["loss"][step] = loss
+        state.history["entropy"][step] = entropy(state.probabilities)
+        kept = float(self._unit_parameters @ state.probabilities / self._unit_parameters.sum())
+        state.history["expected_sparsity"][step] = 1 - kept
+        for place, values in enumerate(state.probabilities.split(self._sizes)):
+            state.history["keep_rate"][step, place] = values.mean()
+
+    def _windows(self, step: int) -> torch.Tensor:
+        """The step's calibration windows: every epoch takes each once, in an order of its own."""
+        available, wanted = len(self._calibration.input_ids), self._schedule.windows_per_step
+        numbers = []
+        for position in range(step * wanted, (step + 1) * wanted):
+            generator = torch.Generator().manual_seed(self._schedule.seed + position // available)
+            numbers.append(int(torch.randperm(available, generator=generator)[position % available]))
+        return torch.tensor(numbers)
+
+    def _losses(self, masks: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        """Mean negative log-likelihood under each mask, `[N]` float64, every sequence under its own mask."""
+        own = range(self._processes.process_index, len(masks), self._processes.num_processes)
+        rows = [(mask, window) for mask in own for window in windows.tolist()]
+        sums = torch.zeros(len(masks), dtype=torch.float64)
+        counts = torch.zeros(len(masks), dtype=torch.float64)
+        attention_mask = self._calibration.attention_mask
+        for start in range(0, len(rows), self._schedule.batch_size):
+            of_masks, numbers = (torch.tensor(part) for part in zip(*rows[start : start + self._schedule.batch_size]))
+            gates = masks[of_masks].float().split(self._sizes, dim=1)
+            with gated(self._sites, {site.key: gate for site, gate in zip(self._sites, gates)}):
+                nll, tokens = model_nll(
+                    self._model,
+                    self._calibration.input_ids[numbers],
+                    None if attention_mask is None else attention_mask[numbers],
+                )
+            sums.index_add_(0, of_masks, nll.cpu())
+            counts.index_add_(0, of_masks, tokens.double().cpu())
+        if self._processes.num_processes > 1:
+            both = torch.stack([sums, counts]).to(self._processes.device)
+            torch.distributed.all_reduce(both)
+            sums, counts = both.cpu()
+        return sums / counts
+
+
+def _extend_history(state: Progress, steps: int, sites: int) -> None:
+    for name, shape in (("loss", ()), ("entropy", ()), ("expected_sparsity", ()), ("keep_rate", (sites,))):
+        values = torch.full((steps, *shape), math.nan)
+        done = state.history.get(name, values[:0])[:steps]
+        values[: len(done)] = done
+        state.history[name] = values
+
+
+def _is_flat(state: Progress, window: int | None) -> bool:
+    """Whether the mean loss of the last `window` steps is no lower, beyond its noise, than that of those before."""
+    if window is None or state.step < 2 * window:
+        return False
+    before, after = state.history["loss"][state.step - 2 * window : state.step].split(window)
+    before, after = before[before.isfinite()].double(), after[after.isfinite()].double()
+    noise = math.sqrt(float(before.var() / len(before) + after.var() / len(after)))
+    return float(before.mean() - after.mean()) <= noise

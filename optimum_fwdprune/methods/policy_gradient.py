@@ -1,0 +1,218 @@
+"""Policy-gradient pruning: keep probabilities learned by forward passes (arXiv 2406.10576)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..configuration import PruningConfig, get_method, option, register_method
+from .scoring import ScoringInputs, UnitScores
+
+
+@dataclass
+class PolicyGradientConfig(PruningConfig):
+    """Score of a unit: its learned keep probability, which minimises the expected loss over random masks.
+
+    `scope` and `budget` say between which units probability may move: `scope="global", budget="separate"` is the
+    paper's, one budget for all heads and one for all channels; `budget="joint"` weighs units by their parameters.
+    """
+
+    method: str = "policy_gradient"
+    scope: str = option(
+        "global", "Whether every layer keeps its share, or layers compete for one budget.", ("layer", "global")
+    )
+    steps: int = option(500, "Updates of the probabilities; each costs masks_per_step forward passes of its windows.")
+    learning_rate: float = option(0.02, "Step size of plain SGD, falling to 0 along a cosine.")
+    estimator: str = option(
+        "leave_one_out",
+        "Baseline of a mask's loss: the other masks of the step, or the paper's moving average.",
+        ("leave_one_out", "moving_average"),
+    )
+    masks_per_step: int = option(4, "Masks drawn per step, all on the same windows.")
+    antithetic: bool = option(False, "Draw masks in pairs of opposites.")
+    windows_per_step: int = option(2, "Calibration windows per step.")
+    baseline_horizon: float = option(5.0, "Steps that the moving average looks back.")
+    initialization: str = option(
+        "sigmoid",
+        "How the metric's scores become probabilities, or start without a metric.",
+        ("sigmoid", "min_max", "constant", "random"),
+    )
+    metric: str = option("wanda_sp", "Method whose scores the probabilities start from.")
+    stop_when_flat: int | None = option(
+        None, "Stop once the mean loss of so many steps is no lower than that of so many before. Default: never."
+    )
+    checkpoint: str | None = option(None, "File to keep the state in; a run that finds one there goes on from it.")
+    checkpoint_every: int = option(100, "Steps between checkpoints.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (
+            ("steps", 0),
+            ("masks_per_step", 2),
+            ("windows_per_step", 1),
+            ("checkpoint_every", 1),
+            ("stop_when_flat", 2),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                reason = " A mask's baseline is the loss of another one." if name == "masks_per_step" else ""
+                raise ValueError(f"{name} must be at least {least}; got {value}.{reason}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive; got {self.learning_rate}.")
+        if self.baseline_horizon < 1:
+            raise ValueError(f"baseline_horizon must be at least 1 step; got {self.baseline_horizon}.")
+        if self.antithetic and (self.masks_per_step % 2 or self.masks_per_step < 4):
+            raise ValueError(
+                f"antithetic masks come in pairs, and a pair's baseline is another pair: masks_per_step must be 4, 6, "
+                f"...; got {self.masks_per_step}."
+            )
+        if self.metric == self.method or self.metric not in _metrics():
+            raise ValueError(f"metric must be one of {', '.join(_metrics())}; got {self.metric!r}.")
+
+    @classmethod
+    def paper(cls, **fields) -> PolicyGradientConfig:
+        """Return the settings of the paper's released scripts; `fields` override them.
+
+        2 masks per step on 8 x 128 tokens, moving-average baseline over 5 steps, learning rate 2e-3 (LLaMA-2-7B; 6e-3
+        for LLaMA-3-8B), 15,000 steps over 120,000 sequences of C4, probabilities from Wanda-sp through a sigmoid,
+        separate global budgets of KV groups and channels, no reconstruction, seed 42.
+        """
+        return cls(
+            **{
+                "steps": 15_000,
+                "learning_rate": 2e-3,
+                "estimator": "moving_average",
+                "masks_per_step": 2,
+                "windows_per_step": 8,
+                "baseline_horizon": 5.0,
+                "initialization": "sigmoid",
+                "metric": "wanda_sp",
+                "scope": "global",
+                "budget": "separate",
+                "attention_unit": "kv_group",
+                "reconstruction": "none",
+                "calibration": "c4",
+                "n_samples": 120_000,
+                "seq_len": 128,
+                "batch_size": 16,
+                "seed": 42,
+                **fields,
+            }
+        )
+
+
+def _metrics() -> list[str]:
+    from ..configuration import registered_methods
+
+    return [name for name in registered_methods() if name != "policy_gradient"]
+
+
+def score(inputs: ScoringInputs) -> UnitScores:
+    import torch
+
+    from ..allocation import prunable_sites
+    from ..mask_learning import Progress, Schedule, learn_probabilities
+    from ..policy_gradient import initial_probabilities
+
+    config = inputs.config
+    metric = _metric_scores(inputs)
+    kept = inputs.keep(metric)
+    learned = prunable_sites(inputs.sites, config)
+    budgets = _budgets(learned, kept, config)
+    sizes = [site.num_units for site in learned]
+    rates = torch.empty(sum(sizes), dtype=torch.float64)
+    for budget in budgets:
+        rates[budget.members] = budget.limit / float(budget.weights.sum())
+    state = Progress(
+        0,
+        initial_probabilities(
+            [metric[site.key].cpu() for site in learned],
+            [float(part[0]) for part in rates.split(sizes)],
+            config.initialization,
+            config.seed,
+        ),
+    )
+    identity = _identity(inputs)
+    checkpoint = None if config.checkpoint is None else Path(config.checkpoint)
+    if checkpoint is not None and checkpoint.exists():
+        state = Progress.load(checkpoint, identity)
+    schedule = Schedule(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Schedule)})
+    learn_probabilities(
+        inputs.model,
+        learned,
+        inputs.calibration,
+        budgets,
+        state,
+        schedule,
+        checkpoint,
+        config.checkpoint_every,
+        identity,
+    )
+    values = {site.key: part for site, part in zip(learned, state.probabilities.split(sizes))}
+    # What the request leaves alone is kept for certain.
+    values |= {site.key: torch.ones(site.num_units) for site in inputs.sites if site.key not in values}
+    details: dict = {"steps": state.step, "skipped_steps": state.skipped}
+    if state.step:
+        last = state.history["loss"][-max(1, state.step // 10) :]
+        details["expected_loss"] = float(last[last.isfinite()].mean())
+        details["entropy_bits"] = float(state.history["entropy"][-1])
+    return UnitScores(values, details=details, history=state.history)
+
+
+def _metric_scores(inputs: ScoringInputs) -> dict:
+    """The scores that the probabilities start from, by the metric's own config."""
+    method = get_method(inputs.config.metric)
+    shared = {field.name for field in dataclasses.fields(PruningConfig)} - {"method"}
+    config = method.config_class(**{name: getattr(inputs.config, name) for name in shared})
+    found = method.score(dataclasses.replace(inputs, config=config))
+    return dict(found.values if isinstance(found, UnitScores) else found)
+
+
+def _budgets(sites: list, kept: dict, config) -> list:
+    """One budget for all units that may trade probability with each other, of the size of what the request keeps."""
+    import torch
+
+    from ..policy_gradient import Budget
+
+    pools: dict = {}
+    start = 0
+    for site in sites:
+        kind = site.kind if config.budget == "separate" or config.has_budget_per_kind else ""
+        layer = site.layer if config.scope == "layer" else -1
+        pools.setdefault((kind, layer), []).append((site, start))
+        start += site.num_units
+    budgets = []
+    for members in pools.values():
+        # In units of the first site's: counts where all units are of one size, as in the paper.
+        size = members[0][0].unit_parameters
+        places = [torch.arange(first, first + site.num_units) for site, first in members]
+        weights = [
+            torch.full((site.num_units,), site.unit_parameters / size, dtype=torch.float64) for site, _ in members
+        ]
+        limit = sum(len(kept[site.key]) * site.unit_parameters / size for site, _ in members)
+        budgets.append(Budget(torch.cat(places), torch.cat(weights), limit))
+    return budgets
+
+
+def _identity(inputs: ScoringInputs) -> dict:
+    """What a checkpoint belongs to, as JSON values."""
+    request = inputs.config.to_dict()
+    # Where and how often the state is written, and how many sequences run at once, do not change the run.
+    for name in ("checkpoint", "checkpoint_every", "batch_size"):
+        del request[name]
+    return {
+        "model": inputs.model.config._name_or_path or type(inputs.model).__name__,
+        "weights": [f"{float(site.projection.weight.detach().double().abs().sum()):.10g}" for site in inputs.sites],
+        "tokens": inputs.calibration.fingerprint,
+        "request": request,
+    }
+
+
+register_method(
+    PolicyGradientConfig,
+    score,
+    statistics=("moments", "source_norms"),
+    additive=False,
+    reconstruction="least_squares",
+)

@@ -1,0 +1,303 @@
+"""Policy-gradient pruning as a whole: what it learns, that it can be stopped, and what it refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune import mask_learning as module
+from optimum_fwdprune.methods import PolicyGradientConfig
+from optimum_fwdprune.scores import Scores
+
+
+def config(**fields):
+    return PruningConfig(**{"method": "policy_gradient", "steps": 6, "sparsity": 0.4, "seed": 3, **fields})
+
+
+def learn(tokens, model=None, **fields):
+    model = tiny.make_model("llama_gqa_biases") if model is None else model
+    return FwdPruner(model).score(config(**fields), tokens)
+
+
+@torch.no_grad()
+def test_every_mask_is_judged_as_if_it_were_alone(dense, tokens):
+    """Masks that share a batch get the losses that they would get one by one."""
+    sites = find_sites(dense)
+    schedule = module.Schedule(6, 0.1, "leave_one_out", 4, False, 3, 5.0, None, batch_size=7, seed=0)
+    learner = module._Learner(dense, sites, Calibration(tokens), [], schedule, module_processes())
+    masks = (torch.rand(4, sum(site.num_units for site in sites)) > 0.3).double()
+    windows = torch.tensor([5, 0, 9])
+    found = learner._losses(masks, windows)
+    for mask, loss in zip(masks, found):
+        gates = dict(zip((site.key for site in sites), mask.float().split([site.num_units for site in sites])))
+        with module.gated(sites, gates):
+            expected = dense(input_ids=tokens[windows], labels=tokens[windows]).loss
+        assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+
+
+def module_processes():
+    from accelerate import PartialState
+
+    return PartialState()
+
+
+def test_an_epoch_takes_every_window_once(tokens):
+    schedule = module.Schedule(6, 0.1, "leave_one_out", 2, False, 3, 5.0, None, batch_size=7, seed=0)
+    model = tiny.make_model("llama_gqa_biases")
+    learner = module._Learner(model, find_sites(model), Calibration(tokens[:6]), [], schedule, module_processes())
+    first = torch.cat([learner._windows(0), learner._windows(1)])
+    second = torch.cat([learner._windows(2), learner._windows(3)])
+
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(6))
+    assert first.tolist() != second.tolist()
+
+
+@pytest.mark.parametrize("estimator", ["leave_one_out", "moving_average"])
+@pytest.mark.parametrize("budget", ["separate", "joint"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_probabilities_stay_within_their_budgets(dense, tokens, estimator, budget, scope):
+    pruner = FwdPruner(dense)
+    request = config(estimator=estimator, budget=budget, scope=scope, learning_rate=0.5, attention_unit="kv_group")
+    sites = {site.key: site for site in find_sites(dense, "kv_group")}
+    scores = pruner.score(request, tokens).values
+    kept = FwdPruner(dense)
+    kept.prune(request, tokens, scores=pruner.scores, inplace=False)
+
+    assert all(float(value.min()) >= 0 and float(value.max()) <= 1 for value in scores.values())
+    pools = {}
+    for key, site in sites.items():
+        pool = pools.setdefault((key[1] if budget == "separate" else "", key[0] if scope == "layer" else ""), [0.0, 0])
+        pool[0] += float(scores[key].double().sum()) * site.unit_parameters
+        pool[1] += len(kept.plan.kept[key]) * site.unit_parameters
+    largest = max(site.unit_parameters for site in sites.values())
+    for expected, allowed in pools.values():
+        # Which whole units fill a budget best differs by at most one of them.
+        assert expected <= allowed + largest
+    assert any(0.01 < float(value.mean()) < 0.99 for value in scores.values())
+
+
+@pytest.mark.parametrize("estimator", ["leave_one_out", "moving_average"])
+def test_learning_finds_the_units_that_matter(tokens, monkeypatch, estimator):
+    """Every second unit lowers the loss; from equal chances, and under the noise of the batches, these must win."""
+    generator = torch.Generator().manual_seed(0)
+
+    def losses(self, masks, windows):
+        return 5 - 20 * masks[:, 1::2].mean(1) + torch.rand((), generator=generator)
+
+    monkeypatch.setattr(module._Learner, "_losses", losses)
+    options = {"initialization": "constant", "sparsity": 0.5, "steps": 300, "learning_rate": 0.1}
+    scores = learn(tokens, tiny.make_model("llama_mha_tied"), estimator=estimator, **options)
+    learned = torch.cat([scores.values[key] for key in sorted(scores.values)])
+
+    assert learned[1::2].mean() > 0.8 > 0.2 > learned[::2].mean()
+    assert scores.history["entropy"][-1] < 0.7 < 0.9 < scores.history["entropy"][0]
+    assert scores.history["loss"][-20:].mean() < scores.history["loss"][:20].mean() - 5
+
+
+def test_no_steps_return_the_initialization(tokens):
+    start = learn(tokens, steps=0, scope="layer", initialization="sigmoid")
+    metric = FwdPruner(tiny.make_model("llama_gqa_biases")).score(PruningConfig(method="wanda_sp"), tokens).values
+    for key, values in start.values.items():
+        assert (values[metric[key].argsort()].diff() >= 0).all()
+    assert start.details == {"steps": 0, "skipped_steps": 0}
+
+
+@pytest.mark.parametrize("metric", ["flap", "magnitude", "random"])
+def test_any_metric_can_start_it(tokens, metric):
+    start = learn(tokens, steps=0, metric=metric)
+    expected = (
+        FwdPruner(tiny.make_model("llama_gqa_biases")).score(PruningConfig(method=metric, seed=3), tokens).values
+    )
+    for key, values in start.values.items():
+        assert (values[expected[key].argsort()].diff() >= 0).all()
+
+
+def test_batches_of_any_size_learn_the_same(tokens):
+    one, many = (learn(tokens, batch_size=size).values for size in (1, 8))
+    for key in one:
+        torch.testing.assert_close(one[key], many[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stopped_after", [1, 3, 5])
+def test_a_killed_run_goes_on_to_the_same_result_bit_for_bit(tokens, tmp_path, monkeypatch, stopped_after):
+    whole = learn(tokens, antithetic=True)
+    file = tmp_path / "run" / "state.safetensors"
+    step = module._Learner.step
+
+    def killed(self, state, number):
+        if number == stopped_after:
+            raise KeyboardInterrupt
+        return step(self, state, number)
+
+    monkeypatch.setattr(module._Learner, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        learn(tokens, antithetic=True, checkpoint=str(file), checkpoint_every=1)
+    done = []
+    monkeypatch.setattr(
+        module._Learner, "step", lambda self, state, number: done.append(number) or step(self, state, number)
+    )
+    resumed = learn(tokens, antithetic=True, checkpoint=str(file), checkpoint_every=2)
+
+    assert done == list(range(stopped_after, 6))
+    assert all(torch.equal(resumed.values[key], whole.values[key]) for key in whole.values)
+    assert all(torch.equal(resumed.history[name], whole.history[name]) for name in whole.history)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"learning_rate": 0.5}, "its learning_rate is 0.02, this one's is 0.5"),
+        ({"sparsity": 0.3}, "its sparsity is 0.4"),
+        ({"seed": 4}, "its seed is 3"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tokens, tmp_path, change, difference):
+    file = str(tmp_path / "state.safetensors")
+    learn(tokens, checkpoint=file)
+    with pytest.raises(ValueError, match=f"belongs to another run: {difference}"):
+        learn(tokens, checkpoint=file, **change)
+
+
+def test_a_checkpoint_of_another_model_or_text_is_refused(tokens, tmp_path):
+    file = str(tmp_path / "state.safetensors")
+    learn(tokens, checkpoint=file)
+    with pytest.raises(ValueError, match="another run: its weights is"):
+        learn(tokens, tiny.make_model("llama_gqa_biases", seed=1), checkpoint=file)
+    with pytest.raises(ValueError, match="another run: its tokens is"):
+        learn(tokens.flip(0), checkpoint=file)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"half"])
+def test_a_damaged_checkpoint_is_named(tokens, tmp_path, content):
+    file = tmp_path / "state.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="is no checkpoint of a run"):
+        learn(tokens, checkpoint=str(file))
+    assert file.read_bytes() == content
+
+
+def with_losses(monkeypatch, change):
+    losses = module._Learner._losses
+    monkeypatch.setattr(module._Learner, "_losses", lambda self, *arguments: change(losses(self, *arguments)))
+
+
+def test_masks_without_a_finite_loss_do_not_count(tokens, monkeypatch):
+    with_losses(monkeypatch, lambda losses: losses.index_fill(0, torch.tensor([0]), torch.nan))
+    scores = learn(tokens)
+
+    assert scores.details["skipped_steps"] == 0
+    assert all(value.isfinite().all() for value in scores.values.values())
+
+
+def test_steps_without_a_finite_loss_are_skipped_and_counted(tokens, monkeypatch):
+    calls = []
+
+    def change(losses):
+        calls.append(1)
+        return losses * (torch.inf if len(calls) % 2 else 1)
+
+    with_losses(monkeypatch, change)
+    scores = learn(tokens)
+
+    assert scores.details["skipped_steps"] == 3
+    assert scores.history["loss"].isnan().tolist() == [True, False] * 3
+    assert all(value.isfinite().all() for value in scores.values.values())
+
+
+def test_a_run_without_finite_losses_is_an_error(tokens, monkeypatch):
+    with_losses(monkeypatch, lambda losses: losses * torch.nan)
+    with pytest.raises(ValueError, match="10 steps in a row gave no finite loss"):
+        learn(tokens, steps=50)
+
+
+def test_it_stops_once_the_loss_is_flat(tokens, monkeypatch):
+    with_losses(monkeypatch, lambda losses: losses * 0 + 2 + 0.001 * torch.arange(len(losses)))
+    scores = learn(tokens, steps=50, stop_when_flat=4)
+
+    assert scores.details["steps"] == 8
+    assert len(scores.history["loss"]) == 8
+
+
+def test_history_is_kept_with_the_scores(tokens, tmp_path):
+    scores = learn(tokens)
+    scores.save(tmp_path / "scores.safetensors")
+    loaded = Scores.load(tmp_path / "scores.safetensors")
+
+    assert {name: tuple(values.shape) for name, values in loaded.history.items()} == {
+        "loss": (6,),
+        "entropy": (6,),
+        "expected_sparsity": (6,),
+        "keep_rate": (6, 6),
+    }
+    assert all(torch.equal(loaded.history[name], values) for name, values in scores.history.items())
+    assert float(scores.history["expected_sparsity"][-1]) == pytest.approx(0.4, abs=0.05)
+
+
+def test_what_the_request_leaves_alone_is_kept(tokens):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(config(kinds=["mlp"], skip_layers=[-1], sparsity=0.2), tokens)
+
+    assert len(pruner.plan.kept[2, "mlp"]) == 64 and len(pruner.plan.kept[0, "attention"]) == 6
+    assert sum(len(pruner.plan.kept[layer, "mlp"]) for layer in (0, 1)) < 128
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"masks_per_step": 1}, "masks_per_step must be at least 2; got 1. A mask's baseline is the loss of another"),
+        ({"steps": -1}, "steps must be at least 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"antithetic": True, "masks_per_step": 2}, "masks_per_step must be 4, 6, ...; got 2"),
+        ({"antithetic": True, "masks_per_step": 5}, "got 5"),
+        ({"metric": "policy_gradient"}, "metric must be one of"),
+        ({"metric": "astrology"}, "metric must be one of .*; got 'astrology'"),
+        ({"baseline_horizon": 0.5}, "baseline_horizon must be at least 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+def test_the_papers_preset_runs(tokens):
+    preset = PolicyGradientConfig.paper(steps=3, sparsity=0.4)
+    scores = FwdPruner(tiny.make_model("llama_gqa_biases")).score(preset, tokens)
+
+    assert (preset.estimator, preset.masks_per_step, preset.windows_per_step) == ("moving_average", 2, 8)
+    assert (preset.learning_rate, preset.seq_len, preset.seed) == (2e-3, 128, 42)
+    assert scores.details["steps"] == 3
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import tiny, torch
+from accelerate import PartialState
+from optimum_fwdprune import FwdPruner, PruningConfig
+
+state = PartialState(cpu=True)
+torch.manual_seed(state.process_index)
+tokens = torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(1))
+config = PruningConfig(method="policy_gradient", steps=6, sparsity=0.4, seed=3)
+scores = FwdPruner(tiny.make_model("llama_gqa_biases")).score(config, tokens)
+scores.save(f"{sys.argv[2]}/{state.process_index}.safetensors")
+"""
+
+
+def test_two_processes_learn_what_one_does(tokens, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run([*launch, script, Path(tiny.__file__).parent, tmp_path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    first, second = (Scores.load(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    alone = learn(tokens)
+
+    for key in alone.values:
+        assert torch.equal(first.values[key], second.values[key])
+        torch.testing.assert_close(first.values[key], alone.values[key], rtol=1e-4, atol=1e-5)

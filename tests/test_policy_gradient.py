@@ -1,0 +1,177 @@
+"""The parts of policy-gradient pruning against optimisation and enumeration."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimum_fwdprune import policy_gradient as module
+from optimum_fwdprune.policy_gradient import initial_probabilities, policy_gradient, project, sample_masks
+
+
+numbers = st.integers(2, 40).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.floats(-2, 3), min_size=n, max_size=n),
+        st.lists(st.floats(0.05, 5), min_size=n, max_size=n),
+        st.floats(0.0, 1.0),
+        st.sampled_from([0.0, 0.01, 0.2]),
+    )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(numbers, st.booleans())
+def test_the_projection_solves_its_quadratic_program(problem, weighted):
+    """Against scipy's solution, weighted and not."""
+    from scipy.optimize import minimize
+
+    values, weights, share, floor = problem
+    s = torch.tensor(values, dtype=torch.float64)
+    w = torch.tensor(weights, dtype=torch.float64) if weighted else torch.ones_like(s)
+    limit = float(w.sum()) * (floor + share * (1 - floor)) + 1e-9
+    found = project(s, w, limit, floor).numpy()
+    solution = minimize(
+        lambda x: 0.5 * np.square(x - s.numpy()).sum(),
+        np.full(len(s), floor),
+        jac=lambda x: x - s.numpy(),
+        bounds=[(floor, 1)] * len(s),
+        constraints={"type": "ineq", "fun": lambda x: limit - w.numpy() @ x, "jac": lambda x: -w.numpy()},
+        method="SLSQP",
+        options={"ftol": 1e-15, "maxiter": 500},
+    )
+
+    assert floor - 1e-12 <= found.min() and found.max() <= 1 + 1e-12
+    assert w.numpy() @ found <= limit + 1e-9
+    # Nothing that fits is nearer; SLSQP itself is only as exact as its line search.
+    assert np.square(found - s.numpy()).sum() <= np.square(solution.x - s.numpy()).sum() + 1e-9
+    np.testing.assert_allclose(found, solution.x, atol=1e-6)
+
+
+def test_a_limit_below_the_floor_is_refused():
+    with pytest.raises(ValueError, match=r"A floor of 0\.2 .* lower the floor or the sparsity"):
+        project(torch.ones(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64), limit=0.9, floor=0.2)
+
+
+# A loss with interactions, so that no first-order argument makes an estimator look right.
+S = torch.tensor([0.2, 0.55, 0.9], dtype=torch.float64)
+MASKS = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3)), dtype=torch.float64)
+
+
+def loss_of(mask):
+    return 3 - mask[0] + 2 * mask[1] * mask[2] - 0.7 * mask[0] * mask[2] + 5 * mask.prod()
+
+
+def probability_of(mask):
+    return float(torch.where(mask == 1, S, 1 - S).prod())
+
+
+def preconditioned_gradient():
+    """sqrt(s (1 - s)) times the gradient of E[L], by autograd through the sum over all masks."""
+    s = S.clone().requires_grad_(True)
+    expected = sum(torch.where(mask == 1, s, 1 - s).prod() * loss_of(mask) for mask in MASKS)
+    expected.backward()
+    return (S * (1 - S)).sqrt() * s.grad
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_leave_one_out_is_the_preconditioned_gradient(count):
+    """Its expectation over all combinations of masks, exactly."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for combination in itertools.product(MASKS, repeat=count):
+        masks = torch.stack(combination)
+        losses = torch.stack([loss_of(mask) for mask in masks])
+        weight = np.prod([probability_of(mask) for mask in masks])
+        total += weight * policy_gradient(S, masks, losses, "leave_one_out")
+
+    torch.testing.assert_close(total, preconditioned_gradient(), rtol=1e-5, atol=1e-6)
+
+
+def test_leave_one_out_of_two_masks_is_the_difference_of_their_losses():
+    masks = MASKS[[1, 6]]
+    losses = torch.tensor([2.0, 5.0], dtype=torch.float64)
+    expected = (losses[0] - losses[1]) * (masks[0] - masks[1]) / 2 / (S * (1 - S)).sqrt()
+
+    torch.testing.assert_close(policy_gradient(S, masks, losses, "leave_one_out"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_antithetic_pairs_are_unbiased_with_the_other_pairs_as_baseline():
+    pairs = []
+    for mask in MASKS:
+        for partner in MASKS:
+            both, neither = (2 * S - 1).clamp_min(0), (1 - 2 * S).clamp_min(0)
+            either = torch.minimum(S, 1 - S)
+            entries = torch.where(mask == partner, torch.where(mask == 1, both, neither), either)
+            if float(entries.prod()) > 0:
+                pairs.append((float(entries.prod()), torch.stack([mask, partner])))
+    assert sum(weight for weight, _ in pairs) == pytest.approx(1)
+    total = torch.zeros(3, dtype=torch.float64)
+    for (first, one), (second, two) in itertools.product(pairs, repeat=2):
+        masks = torch.cat([one, two])
+        losses = torch.stack([loss_of(mask) for mask in masks])
+        total += first * second * policy_gradient(S, masks, losses, "leave_one_out", antithetic=True)
+
+    torch.testing.assert_close(total, preconditioned_gradient(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "horizon"), [(2, 5.0), (3, 2.0)])
+def test_the_moving_average_scales_the_gradient(count, horizon):
+    """By N (1 - 1 / (T N)) / (N - 1), 1.8 for the paper's N = 2 and T = 5: its baseline contains these very losses."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for combination in itertools.product(MASKS, repeat=count):
+        masks = torch.stack(combination)
+        losses = torch.stack([loss_of(mask) for mask in masks])
+        baseline = (1 - 1 / horizon) * 3.3 + float(losses.mean()) / horizon
+        weight = np.prod([probability_of(mask) for mask in masks])
+        total += weight * policy_gradient(S, masks, losses, "moving_average", baseline)
+    factor = count * (1 - 1 / (horizon * count)) / (count - 1)
+
+    torch.testing.assert_close(total, factor * preconditioned_gradient(), rtol=1e-5, atol=1e-6)
+
+
+def test_decided_units_give_no_nan():
+    s = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64)
+    masks = sample_masks(s, 4, (0,))
+    assert policy_gradient(s, masks, torch.rand(4, dtype=torch.float64), "leave_one_out").isfinite().all()
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_masks_have_the_probabilities_asked_for_and_follow_their_seed(antithetic):
+    s = torch.linspace(0, 1, 11, dtype=torch.float64)
+    masks = torch.cat([sample_masks(s, 4, (0, step), antithetic) for step in range(2000)])
+
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(masks.mean(0), s, rtol=0, atol=0.02)
+    assert torch.equal(sample_masks(s, 4, (3, 5), antithetic), sample_masks(s, 4, (3, 5), antithetic))
+    assert not torch.equal(sample_masks(s, 4, (3, 5), antithetic), sample_masks(s, 4, (3, 6), antithetic))
+    # Partners disagree wherever both of s and 1 - s allow it.
+    agreement = (masks[::2] == masks[1::2]).double().mean(0)
+    expected = (2 * s - 1).abs() if antithetic else s.square() + (1 - s).square()
+    torch.testing.assert_close(agreement, expected, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("how", ["sigmoid", "min_max", "constant", "random"])
+def test_initial_probabilities_have_the_keep_rate_of_every_site(how):
+    scores = [torch.tensor([1.0, 5.0, 2.0, 100.0]), torch.full((6,), 3.0), torch.arange(9.0)]
+    rates = [0.5, 0.7, 0.15]
+    found = initial_probabilities(scores, rates, how, seed=0).split([4, 6, 9])
+    for values, part, rate in zip(scores, found, rates):
+        assert part.min() >= 0 and part.max() <= 1
+        assert float(part.mean()) == pytest.approx(rate, abs=1e-9)
+        if how in ("sigmoid", "min_max"):
+            assert (part[values.argsort()].diff() >= 0).all()
+        if how == "constant":
+            assert float(part.std()) < 1e-9
+
+
+def test_the_schedule_falls_from_one_to_zero():
+    assert module.cosine(0, 10) == 1
+    assert module.cosine(5, 10) == pytest.approx(0.5)
+    assert module.cosine(10, 10) == pytest.approx(0)
+
+
+def test_entropy_is_one_bit_per_coin_and_nothing_for_what_is_decided():
+    assert module.entropy(torch.full((4,), 0.5, dtype=torch.float64)) == pytest.approx(1)
+    assert module.entropy(torch.tensor([0.0, 1.0], dtype=torch.float64)) == pytest.approx(0, abs=1e-9)
