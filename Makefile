@@ -13,7 +13,7 @@ export XDG_CACHE_HOME := $(CACHE)
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test quality style benchmark clean
+.PHONY: quickstart test quality style benchmark study clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -32,6 +32,11 @@ style: $(VENV)/quality
 
 benchmark: $(VENV)/installed
 	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/mini_llm_cost.py
+
+# Hours on two cores: make study CALIBRATION=text.txt EVALUATION=another.txt
+study: $(VENV)/benchmarks
+	$(BIN)/python benchmarks/mini_llm.py $(CALIBRATION) $(EVALUATION)
 
 clean:
 	rm -rf $(VENV) $(CACHE) *.egg-info build dist
@@ -46,4 +51,8 @@ $(VENV)/installed: setup.cfg pyproject.toml .ci/constraints.txt Makefile
 
 $(VENV)/quality: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[quality]"
+	touch $@
+
+$(VENV)/benchmarks: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[benchmarks]"
 	touch $@

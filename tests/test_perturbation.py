@@ -1,6 +1,7 @@
 """Noise from seeds, and models that compute with it while no weight changes."""
 
 import copy
+import dataclasses
 
 import pytest
 import tiny
@@ -107,6 +108,23 @@ def test_sixteen_bit_perturbations_are_not_rounded_away(dense, tokens):
         shifts.append((shifted - model(tokens[:4]).logits.float()).flatten())
 
     assert float(torch.corrcoef(torch.stack(shifts))[0, 1]) > 0.8
+
+
+@torch.no_grad()
+def test_a_step_below_the_resolution_of_the_weights_is_still_taken():
+    """In bfloat16 1 + 0.002 is 1: the noise must not be added to the weight."""
+    site = find_sites(tiny.make_model("qwen2", dtype=torch.bfloat16))[1]
+    site = dataclasses.replace(site, couplings=site.couplings[-1:])
+    site.projection.weight.fill_(1)
+    perturbation = WeightPerturbation([site], Noise(0))
+    half = torch.rand(1, 5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    # What the plain weights make of it cancels to 0, so only the shift is left.
+    inputs = torch.cat([half, -half], dim=-1)
+    with perturbation.applied([0], [0.002]):
+        found = site.projection(inputs).float()
+    expected = 0.002 * inputs.float() @ perturbation.noise(0, 0).float().T
+
+    assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
 @pytest.mark.parametrize("kind", [WeightPerturbation, UnitPerturbation])

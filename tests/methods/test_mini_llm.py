@@ -208,6 +208,48 @@ def test_drawing_stops_once_the_kept_set_is_settled(tokens):
 
 
 @pytest.mark.parametrize("perturb", ["weights", "units"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_interrupted_draw_leaves_every_weight_bit_identical(dense, tokens, dtype, perturb, monkeypatch):
+    dense.to(dtype)
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        # The statistics pass and the first draws go through; the third draw breaks off halfway.
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    middle = find_sites(dense)[3].projection.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        score(dense.train(), tokens, perturb=perturb, draws=9, windows_per_draw=4, epsilon=0.05)
+    middle.remove()
+
+    assert dense.training
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in dense.modules())
+    assert not any("forward" in vars(module) for module in dense.modules())
+
+
+@pytest.mark.parametrize("perturb", ["weights", "units"])
+def test_nothing_is_kept_for_gradients(tokens, perturb, monkeypatch):
+    model = tiny.make_model("llama_gqa_biases")
+    recorded = []
+    forward = model.forward
+
+    def watched(**kwargs):
+        output = forward(**kwargs)
+        recorded.append(output.logits.requires_grad)
+        return output
+
+    monkeypatch.setattr(model, "forward", watched)
+    score(model, tokens, perturb=perturb, draws=4)
+
+    assert recorded and not any(recorded)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("perturb", ["weights", "units"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_are_scored(dense, tokens, dtype, perturb):
     scores = score(dense.to(dtype), tokens, perturb=perturb, draws=4, epsilon=0.05)
