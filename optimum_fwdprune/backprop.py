@@ -37,12 +37,12 @@ def weight_gradients(
         torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32), requires_grad=False)
         for parameter in parameters
     ]
-    share = 0.0
+    share, scale = 0.0, _loss_scale(model)
 
     def take(parameter: torch.Tensor) -> None:
         gradient = parameter.grad
         assert gradient is not None
-        totals[positions[id(parameter)]].add_(gradient, alpha=share)
+        totals[positions[id(parameter)]].add_(gradient, alpha=share / scale)
         parameter.grad = None
 
     positions = {id(parameter): index for index, parameter in enumerate(parameters)}
@@ -51,7 +51,7 @@ def weight_gradients(
         handles = [parameter.register_post_accumulate_grad_hook(take) for parameter in parameters]
         try:
             for loss, share in _batch_losses(model, calibration, batch_size):  # noqa: B007  take() reads share
-                loss.backward()
+                (loss * scale).backward()
         finally:
             for handle in handles:
                 handle.remove()
@@ -67,6 +67,7 @@ def unit_gradients(
     """
     _check_fits(model, ())
     totals: dict[SiteKey, torch.Tensor] = {}
+    scale = _loss_scale(model)
     with _differentiable(model, ()):
         gates = {
             site.key: torch.ones(
@@ -79,8 +80,8 @@ def unit_gradients(
         }
         with gated(sites, gates):
             for loss, share in _batch_losses(model, calibration, batch_size):
-                for key, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values()))):
-                    totals[key] = totals.get(key, 0) + share * gradient
+                for key, gradient in zip(gates, torch.autograd.grad(loss * scale, list(gates.values()))):
+                    totals[key] = totals.get(key, 0) + share / scale * gradient
     return {key: _finite(total) for key, total in totals.items()}
 
 
@@ -118,20 +119,37 @@ def _differentiable(model: PreTrainedModel, parameters: Sequence[torch.Tensor]) 
             original.grad = gradient
 
 
+def _loss_scale(model: PreTrainedModel) -> float:
+    # The gradients of a mean loss are below what float16 resolves; bfloat16 has float32's range.
+    return 2.0**12 if model.dtype == torch.float16 else 1.0
+
+
 def _check_fits(model: PreTrainedModel, parameters: Sequence[torch.Tensor]) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(_way_out("Back-propagation cannot reach offloaded weights."))
-    # Gradients, one more while it is handed over, and nothing for activations: what does not fit now never will.
-    needed = sum(4 * parameter.numel() for parameter in parameters)
-    free = _free_bytes(model.device)
-    if needed > free:
-        raise MemoryError(
-            _way_out(f"Exact gradients take {needed / 2**30:.1f} GiB and only {free / 2**30:.1f} GiB are free.")
-        )
+        raise ValueError("Back-propagation cannot reach offloaded weights; load the model without offloading.")
+    # The sums, and the largest gradient while it is handed over; nothing for activations: what does not fit now never
+    # will.
+    needed: dict[torch.device, int] = {}
+    for device in {parameter.device for parameter in parameters}:
+        sizes = [
+            (parameter.numel() * max(4, parameter.element_size()), parameter.nbytes)
+            for parameter in parameters
+            if parameter.device == device
+        ]
+        needed[device] = sum(total for total, _ in sizes) + max(own for _, own in sizes)
+    for device, size in needed.items():
+        free = _free_bytes(device)
+        if size > free:
+            amounts = f"{size / 2**30:.1f} GiB and only {free / 2**30:.1f} GiB are free on {device}"
+            raise MemoryError(_way_out(f"Exact gradients take {amounts}."))
 
 
 def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    # What torch keeps for itself but does not use is free too.
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def _finite(gradient: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ FILE_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "
 
 # Windows are drawn from this many times as many tokens as asked for, so that a stream is never read to its end.
 POOL_FACTOR = 8
+# ... and never from more than so many tokens beyond those asked for.
+MAX_SURPLUS = 2**24
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,11 @@ class Calibration:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokens, shortened."""
-        return hashlib.sha256(self.input_ids.to(torch.int64).cpu().numpy().tobytes()).hexdigest()[:16]
+        """SHA-256 of the tokens, and of their padding where there is some, shortened."""
+        digest = hashlib.sha256(self.input_ids.to(torch.int64).cpu().numpy().tobytes())
+        if self.attention_mask is not None:
+            digest.update(self.attention_mask.bool().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def load_calibration(
@@ -208,19 +214,20 @@ def _windows(
 ) -> torch.Tensor:
     """Draw `n_samples` different windows of `seq_len` tokens, at random by the seed."""
     wanted = config.n_samples * config.seq_len
-    pool: list[int] = []
+    # Four bytes a token: a list would take nine times as much.
+    pool = array("i")
     pending, pending_length = [], 0
     for text in texts:
         pending.append(text)
         pending_length += len(text)
         # Tokenised in large pieces: a call per line would cost more than the forward passes.
         if pending_length > 1_000_000:
-            pool += _tokenize(pending, tokenizer)
+            pool.extend(_tokenize(pending, tokenizer))
             pending, pending_length = [], 0
-            if len(pool) >= POOL_FACTOR * wanted:
+            if len(pool) >= min(POOL_FACTOR * wanted, wanted + MAX_SURPLUS):
                 break
     if pending:
-        pool += _tokenize(pending, tokenizer)
+        pool.extend(_tokenize(pending, tokenizer))
     available = len(pool) // config.seq_len
     if available < config.n_samples:
         raise ValueError(
@@ -230,7 +237,7 @@ def _windows(
     windows = torch.tensor(pool[: available * config.seq_len]).view(available, config.seq_len)
     windows = windows[: max(config.n_samples, min(available, POOL_FACTOR * config.n_samples))]
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(config.seed))
-    return windows[order[: config.n_samples]]
+    return windows[order[: config.n_samples]].long()
 
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:

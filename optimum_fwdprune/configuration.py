@@ -117,6 +117,8 @@ class PruningConfig:
         for name in ("n_samples", "seq_len", "batch_size", "multiple_of", "min_units_per_site"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0; got {self.seed}.")
         for name in ("target_parameters", "target_bytes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")

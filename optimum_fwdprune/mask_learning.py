@@ -43,6 +43,7 @@ class Progress:
         probabilities (`Tensor[n]`, float64): keep probability of every unit, site by site.
         baseline (`float`): moving average of the loss; NaN before the first step.
         skipped (`int`): steps without a usable loss.
+        rejected (`int`): masks whose loss was not finite.
         history (`dict[str, Tensor]`): `loss`, `entropy` and `expected_sparsity` `[steps]` in nats per token, bits and
             as a fraction; `keep_rate` `[steps, sites]`.
     """
@@ -51,11 +52,13 @@ class Progress:
     probabilities: torch.Tensor
     baseline: float = math.nan
     skipped: int = 0
+    rejected: int = 0
     history: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def save(self, path: Path, identity: dict[str, Any]) -> None:
         """Write the state beside `path` and rename it, with what it belongs to."""
-        metadata = {"step": self.step, "baseline": self.baseline, "skipped": self.skipped, "identity": identity}
+        counts = {"step": self.step, "baseline": self.baseline, "skipped": self.skipped, "rejected": self.rejected}
+        metadata = {**counts, "identity": identity}
         tensors = {"probabilities": self.probabilities}
         tensors |= {f"history.{name}": values[: self.step].contiguous() for name, values in self.history.items()}
         partial = path.with_name(f".{path.name}.partial")
@@ -83,6 +86,7 @@ class Progress:
                 tensors.pop("probabilities"),
                 metadata["baseline"],
                 metadata["skipped"],
+                metadata["rejected"],
                 {name.removeprefix("history."): values for name, values in tensors.items()},
             )
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
@@ -132,8 +136,9 @@ def learn_probabilities(
 ) -> Progress:
     """Minimise the expected loss over masks, step by step, within the budgets.
 
-    With several processes each evaluates its share of a step's masks; all know all losses, so every one of them ends
-    with the probabilities that a single process would have, up to the rounding of its batches.
+    With several processes each evaluates its share of a step's masks; all start where the main one does and know all
+    losses, so every one of them ends with the probabilities that a single process would have, up to the rounding of
+    its batches.
 
     Args:
         model (`PreTrainedModel`): a causal language model in eval mode; it is not changed.
@@ -153,9 +158,18 @@ def learn_probabilities(
     processes = PartialState()
     learner = _Learner(model, sites, calibration, budgets, schedule, processes)
     _extend_history(state, schedule.steps, len(sites))
+    _start_alike(state, processes)
+
+    def save() -> None:
+        if checkpoint is not None and processes.is_main_process:
+            state.save(checkpoint, identity or {})
+
     bar = progress(range(state.step, schedule.steps), "Learning masks", unit="step")
     skipped_in_a_row = 0
     for step in bar:
+        if _is_flat(state, schedule.stop_when_flat):
+            logger.info("The loss was flat, so learning stopped after %d steps.", state.step)
+            break
         loss = learner.step(state, step)
         skipped_in_a_row = skipped_in_a_row + 1 if math.isnan(loss) else 0
         state.skipped += math.isnan(loss)
@@ -167,15 +181,16 @@ def learn_probabilities(
         state.step = step + 1
         learner.record(state, step, loss)
         bar.set_postfix(loss=f"{loss:.3f}", sparsity=f"{float(state.history['expected_sparsity'][step]):.3f}")
-        flat = _is_flat(state, schedule.stop_when_flat)
-        is_due = flat or state.step % checkpoint_every == 0 or state.step == schedule.steps
-        if checkpoint is not None and is_due and processes.is_main_process:
-            state.save(checkpoint, identity or {})
-        if flat:
-            logger.info("The loss was flat, so learning stopped after %d steps.", state.step)
-            break
-    if state.skipped:
-        logger.warning("%d of %d steps were skipped: no finite loss.", state.skipped, state.step)
+        if state.step % checkpoint_every == 0:
+            save()
+    save()
+    if state.rejected:
+        logger.warning(
+            "%d masks had no finite loss and %d of %d steps were skipped for it.",
+            state.rejected,
+            state.skipped,
+            state.step,
+        )
     state.history = {name: values[: state.step] for name, values in state.history.items()}
     return state
 
@@ -202,6 +217,7 @@ class _Learner:
         if schedule.antithetic:
             usable = usable.view(-1, 2).all(1).repeat_interleave(2)
         fewest = 4 if schedule.antithetic and schedule.estimator == LEAVE_ONE_OUT else 2
+        state.rejected += int((~usable).sum())
         if int(usable.sum()) < fewest:
             return math.nan
         masks, losses = masks[usable], losses[usable]
@@ -257,6 +273,19 @@ class _Learner:
             torch.distributed.all_reduce(both)
             sums, counts = both.cpu()
         return sums / counts
+
+
+def _start_alike(state: Progress, processes) -> None:
+    """Let every process start where the main one does: it alone may have found a checkpoint."""
+    if processes.num_processes == 1:
+        return
+    numbers = torch.tensor([state.step, state.skipped, state.rejected, state.baseline], dtype=torch.float64)
+    for tensor in (numbers, state.probabilities, *state.history.values()):
+        shared = tensor.to(processes.device)
+        torch.distributed.broadcast(shared, src=0)
+        tensor.copy_(shared)
+    state.step, state.skipped, state.rejected = (int(number) for number in numbers[:3])
+    state.baseline = float(numbers[3])
 
 
 def _extend_history(state: Progress, steps: int, sites: int) -> None:

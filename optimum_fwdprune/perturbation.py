@@ -121,7 +121,7 @@ class WeightPerturbation:
                     linear.forward = _temporary_form(linear, noise, runs, mark)  # type: ignore[method-assign]
                     undo.append(functools.partial(delattr, linear, "forward"))
                 else:
-                    undo.append(linear.register_forward_hook(_additive_form(noise, runs, steps, mark)).remove)
+                    undo.append(linear.register_forward_hook(_additive_form(noise, runs, mark)).remove)
             yield
         finally:
             for action in undo:
@@ -164,10 +164,9 @@ class UnitPerturbation:
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring sequences of one draw: `start` to `stop`, and within it a slice for each step."""
+    """Neighbouring sequences of one draw, up to `stop`: a slice for each step."""
 
     draw: int
-    start: int
     stop: int
     slices: list[tuple[float, slice]]
 
@@ -177,7 +176,7 @@ class _Run:
         for step, members in groupby(rows, key=lambda row: row[2]):
             positions = [position for position, _, _ in members]
             slices.append((step, slice(positions[0], positions[-1] + 1)))
-        return cls(rows[0][1], rows[0][0], rows[-1][0] + 1, slices)
+        return cls(rows[0][1], rows[-1][0] + 1, slices)
 
 
 def _temporary_form(linear: nn.Linear, noise: Callable, runs: list[_Run], mark: Callable):
@@ -202,15 +201,19 @@ def _temporary_form(linear: nn.Linear, noise: Callable, runs: list[_Run], mark: 
     return forward
 
 
-def _additive_form(noise: Callable, runs: list[_Run], steps: Sequence[float], mark: Callable):
+def _additive_form(noise: Callable, runs: list[_Run], mark: Callable):
     def hook(_module, args, output: torch.Tensor) -> torch.Tensor:
         mark()
         rows = args[0].to(output.device).reshape(runs[-1].stop, -1, args[0].shape[-1])
         shifted = output.reshape(len(rows), -1, output.shape[-1])
-        scale = torch.tensor(steps, dtype=output.dtype, device=output.device)[:, None, None]
         for run in runs:
-            members = slice(run.start, run.stop)
-            shifted[members] += scale[members] * F.linear(rows[members], *noise(run.draw))
+            z, z_bias = noise(run.draw)
+            for step, members in run.slices:
+                flat = shifted[members].flatten(0, 1)
+                # Scaled inside the product: in float16 `x zᵀ` alone may overflow.
+                flat.addmm_(rows[members].flatten(0, 1), z.T, alpha=step)
+                if z_bias is not None:
+                    flat.add_(z_bias, alpha=step)
         return shifted.view_as(output)
 
     return hook

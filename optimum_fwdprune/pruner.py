@@ -113,6 +113,7 @@ class FwdPruner:
         """
         config = PruningConfig() if config is None else config
         method = get_method(config.method)
+        check_resident(self.model)
         sites = find_sites(self.model, config.attention_unit)
         _check_finite(self.model)
         needed = {*method.statistics, *STATISTICS_OF[_reconstruction(config)]}
@@ -161,7 +162,8 @@ class FwdPruner:
             dataset (*optional*): calibration text or tokens instead of `config.calibration`.
             plan (`PruningPlan`, *optional*): replay this plan instead of scoring and allocating; reconstruction
                 follows only where the config names it.
-            scores (`Scores`, *optional*): allocate by these instead of scoring again.
+            scores (`Scores`, *optional*): allocate by these instead of scoring again. The options of their method are
+                those that they were made with, whatever the config says.
             inplace (`bool`, defaults to `True`): consume the dense model. `False` leaves it whole, and needs memory
                 for both.
 
@@ -189,6 +191,7 @@ class FwdPruner:
             with _timed(seconds, "score"):
                 scores = self.score(config, dataset) if scores is None else scores
                 scores.check_matches(sites, config)
+                config = scores.options_into(config)
             with _timed(seconds, "allocate"):
                 plan = self._plan(sites, scores, config)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ class Scores:
         for site in sites:
             if site.key not in self.values or len(self.values[site.key]) != site.num_units:
                 raise ValueError(f"These scores were made for another model: they do not fit the {site}.")
+
+    def options_into(self, config: PruningConfig) -> PruningConfig:
+        """Return `config` with the method's own options that these scores were made with."""
+        shared = {declared.name for declared in fields(PruningConfig)}
+        own = {declared.name for declared in fields(self.config)} - shared
+        return replace(config, **{name: getattr(self.config, name) for name in own})
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,8 +15,9 @@ from .zeroth_order import Draws
 
 SUM, MEAN, L2 = "sum", "mean", "l2"
 
-# Gradient of perturbed tensor `index`, `[estimates, *shape]`: the estimate, then those without a part of the draws.
-Gradient = Callable[[int], torch.Tensor]
+# Gradients of perturbed tensor `index`, one after the other: the estimate, then those without a part of the draws.
+# Each belongs to whoever asked for it and may be overwritten.
+Gradient = Callable[[int], Iterable[torch.Tensor]]
 
 
 class Sensitivity(Protocol):
@@ -53,12 +54,8 @@ class WeightSensitivity:
         for site in self._sites:
             total: torch.Tensor | float = 0.0
             for coupling, parameter in site.owned_parameters():
-                gradients = gradient(index)
-                products = (
-                    gradients * parameter.detach().to(gradients) * self._norms(site, coupling, parameter, gradients)
-                )
-                products = products.square_() if self._aggregation == L2 else products.abs_()
-                total = total + site.sum_owned(coupling, parameter, products)
+                parts = [self._owned(site, coupling, parameter.detach(), estimate) for estimate in gradient(index)]
+                total = total + torch.stack(parts)
                 index += 1
             assert isinstance(total, torch.Tensor)
             if self._aggregation == L2:
@@ -67,6 +64,12 @@ class WeightSensitivity:
                 total = total / site.unit_parameters
             scores[site.key] = total
         return scores
+
+    def _owned(self, site: Site, coupling: Coupling, parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        # In place: a linear may be large, and there are several estimates of its gradient.
+        products = gradient.mul_(parameter).mul_(self._norms(site, coupling, parameter, gradient))
+        products = products.square_() if self._aggregation == L2 else products.abs_()
+        return site.sum_owned(coupling, parameter, products)
 
     def _norms(self, site: Site, coupling: Coupling, parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         statistics = self._statistics[site.key]
@@ -93,23 +96,22 @@ class UnitSensitivity:
         self._norms = torch.cat([site.sum_features(statistics[site.key].norm.square()).sqrt().cpu() for site in sites])
 
     def of(self, gradient: Gradient) -> dict[SiteKey, torch.Tensor]:
-        return self.perturbation.split(gradient(0).abs() * self._norms)
+        return self.perturbation.split(torch.stack([estimate.cpu().abs() for estimate in gradient(0)]) * self._norms)
 
 
 def estimated(perturbation: Perturbation, draws: Draws, groups: int) -> Gradient:
     """Return the gradient that the draws estimate, and `groups` more, each without a part of the draws."""
     groups = min(groups, len(draws.indices))
 
-    def gradient(index: int) -> torch.Tensor:
+    def gradient(index: int) -> Iterator[torch.Tensor]:
         sums = draws.gradient_sums(perturbation, index, groups)
         count = len(draws.indices)
-        if groups < 2:
-            return sums / count
-        # Group g holds the draws g, g + groups, ...
-        sizes = torch.tensor([len(range(group, count, groups)) for group in range(groups)], device=sums.device)
-        total = sums.sum(0, keepdim=True)
-        left_out = (total - sums) / (count - sizes).view(-1, *[1] * (sums.dim() - 1))
-        return torch.cat([total / count, left_out])
+        total = sums.sum(0)
+        yield total / count
+        if groups > 1:
+            for group in range(groups):
+                # Group g holds the draws g, g + groups, ...
+                yield torch.sub(total, sums[group]).div_(count - len(range(group, count, groups)))
 
     return gradient
 

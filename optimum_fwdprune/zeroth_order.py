@@ -108,7 +108,7 @@ def draw_slopes(
         epsilon (`float`): step along the noise.
         windows_per_draw (`int`): windows that both losses of a draw are the mean over.
         batch_size (`int`): sequences per forward pass, of both signs together.
-        is_converged (*optional*): called with all draws so far, after every `check_every` accepted ones; true ends it.
+        is_converged (*optional*): called with all draws so far, after every `check_every` of them; true ends it.
         check_every (`int`, defaults to 1): see `is_converged`.
 
     Raises:
@@ -126,9 +126,13 @@ def draw_slopes(
         slopes = (measured[:, 0] - measured[:, 1]) / (2 * epsilon)
         return Draws(list(accepted), slopes, measured, rejected, epsilon, rounding_floor, converged)
 
-    checked = 0
-    for start in progress(range(0, draws, at_once), "Drawing perturbations", unit="batch"):
-        portion = list(range(start, min(start + at_once, draws)))
+    ends = draws if is_converged is None else check_every
+    portions = [
+        list(range(start, min(start + at_once, stretch + ends, draws)))
+        for stretch in range(0, draws, ends)
+        for start in range(stretch, min(stretch + ends, draws), at_once)
+    ]
+    for portion in progress(portions, "Drawing perturbations", unit="batch"):
         measured, window_differences = sampler.losses(portion, epsilon)
         finite = measured.isfinite().all(1)
         rejected += int((~finite).sum())
@@ -140,15 +144,14 @@ def draw_slopes(
         if not accepted and finite.any():
             _check_responds(sampler, portion, measured[finite], epsilon)
             rounding_floor = sampler.rounding_floor(portion, epsilon, window_differences)
-        for draw, loss in zip(portion, measured):
-            if loss.isfinite().all():
-                accepted.append(draw)
-                losses.append(loss)
-        if is_converged is not None and len(accepted) - checked >= check_every:
-            checked = len(accepted)
-            if is_converged(result()):
-                return result(converged=True)
-    found = result()
+        accepted += [draw for draw, good in zip(portion, finite.tolist()) if good]
+        losses += list(measured[finite])
+        done = portion[-1] + 1
+        if is_converged is not None and accepted and done % check_every == 0 and is_converged(result()):
+            found = result(converged=True)
+            break
+    else:
+        found = result()
     _report(found, model.dtype)
     return found
 

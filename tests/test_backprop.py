@@ -66,6 +66,26 @@ def test_gradients_of_half_precision_models_are_summed_in_float32(tokens):
     }
 
 
+def test_small_gradients_survive_float16(tokens):
+    """A mean loss over many tokens has gradients below what float16 resolves."""
+    exact, coarse = (tiny.make_model("llama_gqa_biases", dtype=dtype) for dtype in (torch.float64, torch.float16))
+    with torch.no_grad():
+        for model in (exact, coarse):
+            model.lm_head.weight.mul_(1e-3)
+        for parameter, rounded in zip(exact.parameters(), coarse.parameters()):
+            parameter.copy_(rounded)
+    expected = weight_gradients(exact, owned(exact), Calibration(tokens), 16)
+    found = weight_gradients(coarse, owned(coarse), Calibration(tokens), 16)
+    pair = torch.stack([torch.cat([g.flatten().float() for g in gradients]) for gradients in (found, expected)])
+
+    assert float(torch.corrcoef(pair)[0, 1]) > 0.999
+    # Half precision rounds them, it does not lose them.
+    assert float((pair[0] == 0).sum()) < 0.01 * pair.shape[1] + float((pair[1] == 0).sum())
+    gates = [unit_gradients(m, find_sites(m), Calibration(tokens), 16) for m in (coarse, exact)]
+    pair = torch.stack([torch.cat([gate.float() for gate in found.values()]) for found in gates])
+    assert float(torch.corrcoef(pair)[0, 1]) > 0.99
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_flags_and_gradients_of_the_model_are_afterwards_what_they_were(tokens, fails, monkeypatch):
     model = tiny.make_model("llama_gqa_biases")

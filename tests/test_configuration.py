@@ -69,6 +69,7 @@ def test_unknown_keys_warn_with_the_version_that_wrote_them(tmp_path, caplog):
         ({"mlp_sparsity": 20}, r"mlp_sparsity must be in \[0, 1\); got 20"),
         ({"attention_sparsity": 2}, r"attention_sparsity must be in \[0, 1\); got 2"),
         ({"n_samples": 0}, "n_samples must be at least 1; got 0"),
+        ({"seed": -1}, "seed must be at least 0; got -1"),
         ({"multiple_of": 0}, "multiple_of must be at least 1; got 0"),
         ({"min_units_per_site": 0}, "min_units_per_site must be at least 1; got 0"),
         ({"target_parameters": -5}, "target_parameters must be positive; got -5"),

@@ -103,7 +103,7 @@ def test_no_steps_return_the_initialization(tokens):
     metric = FwdPruner(tiny.make_model("llama_gqa_biases")).score(PruningConfig(method="wanda_sp"), tokens).values
     for key, values in start.values.items():
         assert (values[metric[key].argsort()].diff() >= 0).all()
-    assert start.details == {"steps": 0, "skipped_steps": 0}
+    assert start.details == {"steps": 0, "skipped_steps": 0, "rejected_masks": 0}
 
 
 @pytest.mark.parametrize("metric", ["flap", "magnitude", "random"])
@@ -170,6 +170,9 @@ def test_a_checkpoint_of_another_model_or_text_is_refused(tokens, tmp_path):
         learn(tokens, tiny.make_model("llama_gqa_biases", seed=1), checkpoint=file)
     with pytest.raises(ValueError, match="another run: its tokens is"):
         learn(tokens.flip(0), checkpoint=file)
+    padded = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens).index_fill(1, torch.tensor([0]), 0)}
+    with pytest.raises(ValueError, match="another run: its tokens is"):
+        learn(padded, checkpoint=file)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"half"])
@@ -190,7 +193,7 @@ def test_masks_without_a_finite_loss_do_not_count(tokens, monkeypatch):
     with_losses(monkeypatch, lambda losses: losses.index_fill(0, torch.tensor([0]), torch.nan))
     scores = learn(tokens)
 
-    assert scores.details["skipped_steps"] == 0
+    assert (scores.details["skipped_steps"], scores.details["rejected_masks"]) == (0, 6)
     assert all(value.isfinite().all() for value in scores.values.values())
 
 
@@ -221,6 +224,23 @@ def test_it_stops_once_the_loss_is_flat(tokens, monkeypatch):
 
     assert scores.details["steps"] == 8
     assert len(scores.history["loss"]) == 8
+
+
+def test_a_run_that_stopped_flat_stays_where_it_is(tokens, monkeypatch, tmp_path):
+    with_losses(monkeypatch, lambda losses: losses * 0 + 2 + 0.001 * torch.arange(len(losses)))
+    file = str(tmp_path / "state.safetensors")
+    first, second = (learn(tokens, steps=50, stop_when_flat=4, checkpoint=file) for _ in range(2))
+
+    assert first.details == second.details
+    assert all(torch.equal(first.values[key], second.values[key]) for key in first.values)
+    assert all(torch.equal(first.history[name], second.history[name]) for name in first.history)
+
+
+def test_the_metric_is_measured_on_the_windows_asked_for(tokens):
+    few = learn(tokens, steps=0, metric_samples=4)
+    alone = learn(tokens[:4], steps=0)
+
+    assert all(torch.equal(few.values[key], alone.values[key]) for key in alone.values)
 
 
 def test_history_is_kept_with_the_scores(tokens, tmp_path):

@@ -34,7 +34,9 @@ class MiniLlmConfig(PruningConfig):
         None, "Calibration windows that a draw is measured on. Default: 4 for weights, 1 for units."
     )
     stop_after: int | None = option(
-        None, "Stop early once the request would keep the same units as this many draws before. Default: never."
+        None,
+        "Stop early once the request would keep the same units as this many draws before; every look regenerates all "
+        "noise so far. Default: never.",
     )
     aggregation: str = option(
         "sum", "How the sensitivities of a unit's weights are put together.", ("sum", "mean", "l2")
@@ -50,7 +52,7 @@ class MiniLlmConfig(PruningConfig):
             raise ValueError(f"epsilon must be in (0, 1]; got {self.epsilon}. 1e-3 suits most models.")
 
 
-# Gradients that are held at once for the standard errors, each of one tensor.
+# Parts that the standard errors leave out in turn: so many copies of one linear are held at once.
 GROUPS = {"weights": 8, "units": 32}
 # By bytes per weight. Measured on SmolLM2-135M: in bfloat16 a step of 1e-3 finds more rounding than slope.
 EPSILON = {2: 1e-2, 4: 1e-3, 8: 1e-3}
@@ -125,18 +127,18 @@ def _known_gradient(inputs: ScoringInputs, perturbation) -> Callable:
 
     config = inputs.config
     if config.gradient == "ones":
-        return lambda index: torch.ones(1, *perturbation.shapes[index], device=inputs.model.device)
+        return lambda index: [torch.ones(perturbation.shapes[index], device=inputs.model.device)]
     if config.gradient == "random":
         noise = Noise(config.seed, GAUSSIAN)
         shapes, device = perturbation.shapes, inputs.model.device
-        return lambda index: noise.tensor((1, *shapes[index]), 0, index, torch.float32, device)
+        return lambda index: [noise.tensor(shapes[index], 0, index, torch.float32, device)]
     if config.perturb == "units":
         gates = unit_gradients(inputs.model, inputs.sites, inputs.calibration, config.batch_size)
         vector = torch.cat([gates[site.key].cpu() for site in inputs.sites])
-        return lambda index: vector[None]
+        return lambda index: [vector]
     parameters = [parameter for site in inputs.sites for _, parameter in site.owned_parameters()]
     gradients = weight_gradients(inputs.model, parameters, inputs.calibration, config.batch_size)
-    return lambda index: gradients[index][None]
+    return lambda index: [gradients[index]]
 
 
 def _is_additive(config) -> bool:

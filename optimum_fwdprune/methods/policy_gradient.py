@@ -39,6 +39,7 @@ class PolicyGradientConfig(PruningConfig):
         ("sigmoid", "min_max", "constant", "random"),
     )
     metric: str = option("wanda_sp", "Method whose scores the probabilities start from.")
+    metric_samples: int | None = option(None, "Calibration windows that the metric is measured on. Default: all.")
     stop_when_flat: int | None = option(
         None, "Stop once the mean loss of so many steps is no lower than that of so many before. Default: never."
     )
@@ -51,6 +52,7 @@ class PolicyGradientConfig(PruningConfig):
             ("steps", 0),
             ("masks_per_step", 2),
             ("windows_per_step", 1),
+            ("metric_samples", 1),
             ("checkpoint_every", 1),
             ("stop_when_flat", 2),
         ):
@@ -75,8 +77,8 @@ class PolicyGradientConfig(PruningConfig):
         """Return the settings of the paper's released scripts; `fields` override them.
 
         2 masks per step on 8 x 128 tokens, moving-average baseline over 5 steps, learning rate 2e-3 (LLaMA-2-7B; 6e-3
-        for LLaMA-3-8B), 15,000 steps over 120,000 sequences of C4, probabilities from Wanda-sp through a sigmoid,
-        separate global budgets of KV groups and channels, no reconstruction, seed 42.
+        for LLaMA-3-8B), 15,000 steps over 120,000 sequences of C4, probabilities from Wanda-sp on 128 x 1024 tokens
+        through a sigmoid, separate global budgets of KV groups and channels, no reconstruction, seed 42.
         """
         return cls(
             **{
@@ -88,6 +90,7 @@ class PolicyGradientConfig(PruningConfig):
                 "baseline_horizon": 5.0,
                 "initialization": "sigmoid",
                 "metric": "wanda_sp",
+                "metric_samples": 1024,
                 "scope": "global",
                 "budget": "separate",
                 "attention_unit": "kv_group",
@@ -133,10 +136,11 @@ def score(inputs: ScoringInputs) -> UnitScores:
             config.seed,
         ),
     )
-    identity = _identity(inputs)
-    checkpoint = None if config.checkpoint is None else Path(config.checkpoint)
-    if checkpoint is not None and checkpoint.exists():
-        state = Progress.load(checkpoint, identity)
+    checkpoint, identity = None, None
+    if config.checkpoint is not None:
+        checkpoint, identity = Path(config.checkpoint), _identity(inputs)
+        if checkpoint.exists():
+            state = Progress.load(checkpoint, identity)
     schedule = Schedule(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Schedule)})
     learn_probabilities(
         inputs.model,
@@ -152,7 +156,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
     values = {site.key: part for site, part in zip(learned, state.probabilities.split(sizes))}
     # What the request leaves alone is kept for certain.
     values |= {site.key: torch.ones(site.num_units) for site in inputs.sites if site.key not in values}
-    details: dict = {"steps": state.step, "skipped_steps": state.skipped}
+    details: dict = {"steps": state.step, "skipped_steps": state.skipped, "rejected_masks": state.rejected}
     if state.step:
         last = state.history["loss"][-max(1, state.step // 10) :]
         details["expected_loss"] = float(last[last.isfinite()].mean())
@@ -161,11 +165,21 @@ def score(inputs: ScoringInputs) -> UnitScores:
 
 
 def _metric_scores(inputs: ScoringInputs) -> dict:
-    """The scores that the probabilities start from, by the metric's own config."""
+    """The scores that the probabilities start from, by the metric's own config and on its own statistics."""
+    from ..calibration import Calibration
+    from ..statistics import collect_statistics
+
     method = get_method(inputs.config.metric)
     shared = {field.name for field in dataclasses.fields(PruningConfig)} - {"method"}
     config = method.config_class(**{name: getattr(inputs.config, name) for name in shared})
-    found = method.score(dataclasses.replace(inputs, config=config))
+    tokens = inputs.calibration
+    count = inputs.config.metric_samples
+    mask = None if tokens.attention_mask is None else tokens.attention_mask[:count]
+    tokens = Calibration(tokens.input_ids[:count], mask, tokens.source)
+    statistics = {}
+    if method.statistics:
+        statistics = collect_statistics(inputs.model, inputs.sites, tokens, config.batch_size, method.statistics)
+    found = method.score(dataclasses.replace(inputs, config=config, calibration=tokens, statistics=statistics))
     return dict(found.values if isinstance(found, UnitScores) else found)
 
 
@@ -212,7 +226,7 @@ def _identity(inputs: ScoringInputs) -> dict:
 register_method(
     PolicyGradientConfig,
     score,
-    statistics=("moments", "source_norms"),
+    calibrated=True,
     additive=False,
     reconstruction="least_squares",
 )

@@ -187,6 +187,54 @@ def test_what_was_drawn_is_in_the_plan_and_in_the_scores_file(tokens, tmp_path):
         assert (errors > 0).all() and errors.shape == pruner.scores.values[key].shape
 
 
+def test_scores_bring_the_options_that_they_were_made_with(tokens):
+    """They, and not the defaults of the request, say how scores of different layers compare."""
+    made = PruningConfig(method="mini_llm", draws=4, aggregation="l2", scope="global", budget="joint", sparsity=0.4)
+    plans = []
+    for asked in (made, PruningConfig(method="mini_llm", scope="global", budget="joint", sparsity=0.4)):
+        pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+        scores = FwdPruner(pruner.model).score(made, tokens)
+        pruner.prune(asked, scores=scores)
+        plans.append(pruner.plan.kept)
+        assert (pruner.config.aggregation, pruner.config.draws) == ("l2", 4)
+    assert plans[0] == plans[1]
+
+
+def test_scoring_holds_a_handful_of_copies_of_one_linear(tokens, monkeypatch):
+    """Never a gradient of the size of the model: the parts that standard errors need, and three more."""
+    import gc
+
+    from optimum_fwdprune.architectures import Site
+
+    model = tiny.make_model("llama_gqa_biases", intermediate_size=1000)
+    size, held = 1000 * 48, []
+    sum_owned = Site.sum_owned
+
+    def counting(self, *arguments):
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in gc.get_objects()
+            if isinstance(tensor, torch.Tensor)
+        }
+        held.append(sum(bytes for bytes in storages.values() if bytes % (4 * size) == 0) / (4 * size))
+        return sum_owned(self, *arguments)
+
+    weights = sum(linear.weight.numel() == size for linear in model.modules() if isinstance(linear, torch.nn.Linear))
+    monkeypatch.setattr(Site, "sum_owned", counting)
+    score(model, tokens, draws=16)
+
+    assert weights == 9 and 8 <= max(held) - weights <= 8 + 3
+
+
+def test_offloaded_models_are_refused_before_any_forward(tokens):
+    from accelerate import cpu_offload
+
+    model = cpu_offload(tiny.make_model("llama_gqa_biases"), execution_device="cpu")
+    for method in ("mini_llm", "taylor", "policy_gradient"):
+        with pytest.raises(ValueError, match="offloaded"):
+            FwdPruner(model).score(PruningConfig(method=method), tokens)
+
+
 def test_drawing_stops_once_the_kept_set_is_settled(tokens):
     """With a margin between the units the set settles early; the draws made are those of a shorter run."""
     model = tiny.make_model("llama_mha_tied", intermediate_size=8)
