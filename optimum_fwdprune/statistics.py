@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey
@@ -46,27 +47,31 @@ class SiteStatistics:
 class _Accumulator:
     """Sums of deviations from the first batch's mean, whose squares do not cancel as raw ones would."""
 
-    def __init__(self, with_gram: bool):
+    # Everything that stays is allocated beforehand: allocated between a layer's large temporary tensors, these vectors
+    # would keep the allocator from using their memory for the next layer's, and the peak would grow layer by layer.
+    def __init__(self, linear: nn.Linear, with_gram: bool):
+        device = _device_of(linear)
         self.with_gram = with_gram
         self.count = 0
         self.gram: torch.Tensor | None = None
+        self.shift = torch.zeros(linear.in_features, device=device)
+        # Batches are summed in float32 and added up in float64: a vector per site, which costs nothing.
+        self.sum = torch.zeros(linear.in_features, dtype=torch.float64, device=device)
+        self.squares = torch.zeros_like(self.sum)
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add `inputs`, `[tokens, in_features]` in any float dtype."""
         values = inputs.float()
         ones = values.new_ones(len(values))
         if self.count == 0:
-            self.shift = values.mean(0)
-            # Batches are summed in float32 and added up in float64: a vector per site, which costs nothing.
-            self.sum = torch.zeros_like(self.shift, dtype=torch.float64)
-            self.squares = torch.zeros_like(self.sum)
+            self.shift.copy_(values.mean(0))
             if self.with_gram:
                 self.gram = values.new_zeros(values.shape[1], values.shape[1])
         if self.gram is not None:
             self.gram.addmm_(values.T, values)
-        deviations = values - self.shift
-        self.sum += ones @ deviations
-        self.squares += torch.linalg.vecdot(deviations, deviations, dim=0)
+        deviations = values - self.shift.to(values.device)
+        self.sum += (ones @ deviations).to(self.sum.device)
+        self.squares += torch.linalg.vecdot(deviations, deviations, dim=0).to(self.sum.device)
         self.count += len(values)
 
     def result(self) -> SiteStatistics:
@@ -79,16 +84,20 @@ class _Accumulator:
 class _SquareSums:
     """Sums of squares of each feature."""
 
-    def __init__(self):
-        self.squares: torch.Tensor | float = 0.0
+    def __init__(self, linear: nn.Linear):
+        self.squares = torch.zeros(linear.in_features, dtype=torch.float64, device=_device_of(linear))
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add `inputs`, `[tokens, in_features]` in any float dtype."""
         values = inputs.float()
-        self.squares = self.squares + torch.linalg.vecdot(values, values, dim=0).double()
+        self.squares += torch.linalg.vecdot(values, values, dim=0).to(self.squares.device)
 
     def norm(self) -> torch.Tensor:
-        return torch.as_tensor(self.squares).sqrt().float()
+        return self.squares.sqrt().float()
+
+
+def _device_of(linear: nn.Linear) -> torch.device:
+    return torch.device("cpu") if linear.weight.is_meta else linear.weight.device
 
 
 @torch.no_grad()
@@ -113,9 +122,9 @@ def collect_statistics(
         ValueError: where a projection was bypassed, or saw a NaN or an infinity.
     """
     sites, kinds = list(sites), set(kinds)
-    accumulators = {site.key: _Accumulator(GRAM in kinds) for site in sites}
+    accumulators = {site.key: _Accumulator(site.projection, GRAM in kinds) for site in sites}
     sources = {
-        coupling.name: (coupling.linear, _SquareSums())
+        coupling.name: (coupling.linear, _SquareSums(coupling.linear))
         for site in sites
         for coupling in site.couplings
         if SOURCE_NORMS in kinds and coupling.axis == 0
