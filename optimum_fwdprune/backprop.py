@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .gates import gated
-from .losses import model_nll
+from .losses import counted_targets, model_nll
 from .utils import progress
 
 
@@ -89,9 +89,7 @@ def _batch_losses(
     model: PreTrainedModel, calibration: Calibration, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, float]]:
     """Yield each batch's mean loss with its share of all tokens: sums would overflow 16-bit gradients."""
-    mask = calibration.attention_mask
-    windows, length = calibration.input_ids.shape
-    total = windows * (length - 1) if mask is None else int((mask[:, 1:].bool() & mask[:, :-1].bool()).sum())
+    total = int(counted_targets(calibration.input_ids, calibration.attention_mask).sum())
     for input_ids, attention_mask in progress(list(calibration.batches(batch_size)), "Back-propagating", unit="batch"):
         sums, counts = model_nll(model, input_ids, attention_mask)
         yield sums.sum() / counts.sum(), int(counts.sum()) / total

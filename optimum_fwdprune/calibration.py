@@ -66,6 +66,10 @@ class Calibration:
         masks = [None] * len(self.input_ids) if self.attention_mask is None else self.attention_mask.split(batch_size)
         return zip(self.input_ids.split(batch_size), masks)
 
+    def windows(self, which: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return `(input_ids, attention_mask)` of some windows."""
+        return self.input_ids[which], None if self.attention_mask is None else self.attention_mask[which]
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the tokens, and of their padding where there is some, shortened."""

@@ -47,10 +47,7 @@ def next_token_nll(
         `Tensor[batch_size]` float64 in nats, and `Tensor[batch_size]` int64.
     """
     targets = input_ids[:, 1:].to(logits.device)
-    counted = torch.ones_like(targets, dtype=torch.bool)
-    if attention_mask is not None:
-        mask = attention_mask.bool().to(logits.device)
-        counted = mask[:, 1:] & mask[:, :-1]
+    counted = counted_targets(input_ids, attention_mask).to(logits.device)
     at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
     sums = []
     for row in range(len(targets)):
@@ -61,6 +58,14 @@ def next_token_nll(
         # Not a product with the mask: what a model says about padding may be NaN.
         sums.append(torch.cat(terms)[counted[row]].double().sum())
     return torch.stack(sums), counted.sum(1)
+
+
+def counted_targets(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return which predicted tokens count, bool `[batch_size, seq_len - 1]`: neither they nor the ones before pad."""
+    if attention_mask is None:
+        return torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
+    mask = attention_mask.bool()
+    return mask[:, 1:] & mask[:, :-1]
 
 
 def _at_least_float32(values: torch.Tensor) -> torch.Tensor:

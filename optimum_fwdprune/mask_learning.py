@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -20,7 +19,7 @@ from .calibration import Calibration
 from .gates import gated
 from .losses import model_nll
 from .policy_gradient import LEAVE_ONE_OUT, Budget, cosine, entropy, policy_gradient, project, sample_masks
-from .utils import progress
+from .utils import load_tensors, progress, save_tensors_atomically
 
 
 logger = logging.get_logger(__name__)
@@ -30,8 +29,6 @@ FLOOR = 1e-3
 
 # Steps in a row without a usable loss that end the run.
 MAX_SKIPPED = 10
-
-METADATA_KEY = "fwdprune"
 
 
 @dataclass
@@ -60,14 +57,8 @@ class Progress:
         counts = {"step": self.step, "baseline": self.baseline, "skipped": self.skipped, "rejected": self.rejected}
         metadata = {**counts, "identity": identity}
         tensors = {"probabilities": self.probabilities}
-        tensors |= {f"history.{name}": values[: self.step].contiguous() for name, values in self.history.items()}
-        partial = path.with_name(f".{path.name}.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, partial, {METADATA_KEY: json.dumps(metadata)})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        tensors |= {f"history.{name}": values[: self.step] for name, values in self.history.items()}
+        save_tensors_atomically(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path, identity: dict[str, Any]) -> Progress:
@@ -77,9 +68,7 @@ class Progress:
             ValueError: where it belongs to another run, naming the first difference, or is damaged.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {})[METADATA_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is no dict
+            tensors, metadata = load_tensors(path)
             found = metadata["identity"]
             state = cls(
                 metadata["step"],
@@ -207,6 +196,8 @@ class _Learner:
         self._budgets = budgets
         self._schedule = schedule
         self._processes = processes
+        # The last epoch's order of the windows, which many steps share.
+        self._order = (-1, torch.empty(0, dtype=torch.int64))
 
     def step(self, state: Progress, step: int) -> float:
         """Take one step and return the mean loss, or NaN where no gradient could be formed."""
@@ -244,11 +235,15 @@ class _Learner:
     def _windows(self, step: int) -> torch.Tensor:
         """The step's calibration windows: every epoch takes each once, in an order of its own."""
         available, wanted = len(self._calibration.input_ids), self._schedule.windows_per_step
-        numbers = []
-        for position in range(step * wanted, (step + 1) * wanted):
-            generator = torch.Generator().manual_seed(self._schedule.seed + position // available)
-            numbers.append(int(torch.randperm(available, generator=generator)[position % available]))
-        return torch.tensor(numbers)
+        positions = range(step * wanted, (step + 1) * wanted)
+        orders = {epoch: self._epoch(epoch, available) for epoch in {place // available for place in positions}}
+        return torch.stack([orders[place // available][place % available] for place in positions])
+
+    def _epoch(self, epoch: int, available: int) -> torch.Tensor:
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._schedule.seed + epoch)
+            self._order = (epoch, torch.randperm(available, generator=generator))
+        return self._order[1]
 
     def _losses(self, masks: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """Mean negative log-likelihood under each mask, `[N]` float64, every sequence under its own mask."""
@@ -256,16 +251,11 @@ class _Learner:
         rows = [(mask, window) for mask in own for window in windows.tolist()]
         sums = torch.zeros(len(masks), dtype=torch.float64)
         counts = torch.zeros(len(masks), dtype=torch.float64)
-        attention_mask = self._calibration.attention_mask
         for start in range(0, len(rows), self._schedule.batch_size):
             of_masks, numbers = (torch.tensor(part) for part in zip(*rows[start : start + self._schedule.batch_size]))
             gates = masks[of_masks].float().split(self._sizes, dim=1)
             with gated(self._sites, {site.key: gate for site, gate in zip(self._sites, gates)}):
-                nll, tokens = model_nll(
-                    self._model,
-                    self._calibration.input_ids[numbers],
-                    None if attention_mask is None else attention_mask[numbers],
-                )
+                nll, tokens = model_nll(self._model, *self._calibration.windows(numbers))
             sums.index_add_(0, of_masks, nll.cpu())
             counts.index_add_(0, of_masks, tokens.double().cpu())
         if self._processes.num_processes > 1:

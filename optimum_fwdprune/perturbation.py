@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .architectures import Site
 from .gates import gated
+from .utils import seeded_generator
 
 
 RADEMACHER, GAUSSIAN = "rademacher", "gaussian"
@@ -37,11 +38,10 @@ class Noise:
         self, shape: Sequence[int], draw: int, place: int, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
         """Return the noise of `draw` for the tensor of the given shape that has the number `place`."""
-        words = np.random.SeedSequence((self.seed, draw, place)).generate_state(2)
-        generator = torch.Generator(device).manual_seed(int(words[0]) << 31 ^ int(words[1]))
+        generator = seeded_generator(self.seed, draw, place, device=device)
         if self.distribution == GAUSSIAN:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         # 64 signs from one random number: `bernoulli_` takes 40 times as long.
         numbers = torch.empty(-(-count // 64), dtype=torch.int64, device=device)
         octets = numbers.random_(-(2**63), None, generator=generator).view(torch.uint8)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .utils import seeded_generator
+
 
 MOVING_AVERAGE, LEAVE_ONE_OUT = "moving_average", "leave_one_out"
 
@@ -83,10 +85,7 @@ def sample_masks(
         seed (sequence of `int`): the same seed gives the same masks.
         antithetic (`bool`, defaults to `False`): see `count`.
     """
-    import numpy as np
-
-    words = np.random.SeedSequence(tuple(seed)).generate_state(2)
-    generator = torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
+    generator = seeded_generator(*seed)
     draws = count // 2 if antithetic else count
     uniform = torch.rand(draws, len(probabilities), generator=generator, dtype=torch.float64)
     if antithetic:

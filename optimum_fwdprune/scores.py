@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .configuration import PruningConfig
 from .statistics import SiteStatistics
+from .utils import load_tensors, save_tensors_atomically
 
 
 SCORES_NAME = "fwdprune_scores.safetensors"
-METADATA_KEY = "fwdprune"
 
 
 @dataclass
@@ -79,15 +77,7 @@ class Scores:
             if self.calibration.attention_mask is not None:
                 tensors["attention_mask"] = self.calibration.attention_mask
             metadata["source"] = self.calibration.source
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            # One entry: safetensors writes several in random order, and equal scores should be equal files.
-            entry = {METADATA_KEY: json.dumps(metadata)}
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, entry)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        save_tensors_atomically(Path(path), tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
@@ -103,17 +93,16 @@ class Scores:
         }
         tokens, history = {}, {}
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {})[METADATA_KEY])
-                for name in file.keys():  # noqa: SIM118  safe_open is no dict
-                    group, _, site = name.partition(".")
-                    if group in groups:
-                        layer, _, kind = site.partition(".")
-                        groups[group][(int(layer), kind)] = file.get_tensor(name)
-                    elif group == "history":
-                        history[site] = file.get_tensor(name)
-                    else:
-                        tokens[name] = file.get_tensor(name)
+            tensors, metadata = load_tensors(path)
+            for name, tensor in tensors.items():
+                group, _, site = name.partition(".")
+                if group in groups:
+                    layer, _, kind = site.partition(".")
+                    groups[group][(int(layer), kind)] = tensor
+                elif group == "history":
+                    history[site] = tensor
+                else:
+                    tokens[name] = tensor
             config = PruningConfig.from_dict(metadata["config"])
             statistics = {
                 key: SiteStatistics(metadata["count"], mean, groups["variance"][key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -13,7 +14,12 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
+
+
+# The one metadata entry of our safetensors files.
+METADATA_KEY = "fwdprune"
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -28,6 +34,40 @@ def write_text_atomically(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def save_tensors_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+    """Write tensors and JSON values to a safetensors file through a temporary sibling."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        # One entry: safetensors writes several in random order, and equal contents should be equal files.
+        entry = {METADATA_KEY: json.dumps(metadata)}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, entry)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read what `save_tensors_atomically` wrote; a damaged file raises one of `KeyError`, `ValueError`,
+    `SafetensorError`."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  safe_open is no dict
+
+
+def seeded_generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator that the numbers alone determine; equal numbers give equal streams, others unrelated ones."""
+    import numpy as np
+    import torch
+
+    words = np.random.SeedSequence(numbers).generate_state(2)
+    return torch.Generator(device).manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
 def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:

@@ -198,10 +198,7 @@ class _Sampler:
         return float(left_over[left_over.isfinite()].mean().sqrt()) / (2 * epsilon)
 
     def _nll(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = self._calibration.attention_mask
-        sums, counts = model_nll(
-            self._model, self._calibration.input_ids[numbers], None if mask is None else mask[numbers]
-        )
+        sums, counts = model_nll(self._model, *self._calibration.windows(numbers))
         return sums.cpu(), counts.double().cpu()
 
 

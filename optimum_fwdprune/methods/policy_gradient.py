@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..configuration import PruningConfig, get_method, option, register_method
+from ..configuration import PruningConfig, get_method, option, register_method, registered_methods
 from .scoring import ScoringInputs, UnitScores
 
 
@@ -106,8 +106,6 @@ class PolicyGradientConfig(PruningConfig):
 
 
 def _metrics() -> list[str]:
-    from ..configuration import registered_methods
-
     return [name for name in registered_methods() if name != "policy_gradient"]
 
 
@@ -172,10 +170,8 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
     method = get_method(inputs.config.metric)
     shared = {field.name for field in dataclasses.fields(PruningConfig)} - {"method"}
     config = method.config_class(**{name: getattr(inputs.config, name) for name in shared})
-    tokens = inputs.calibration
-    count = inputs.config.metric_samples
-    mask = None if tokens.attention_mask is None else tokens.attention_mask[:count]
-    tokens = Calibration(tokens.input_ids[:count], mask, tokens.source)
+    few = inputs.calibration.windows(slice(inputs.config.metric_samples))
+    tokens = Calibration(*few, source=inputs.calibration.source)
     statistics = {}
     if method.statistics:
         statistics = collect_statistics(inputs.model, inputs.sites, tokens, config.batch_size, method.statistics)
