@@ -170,8 +170,8 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
     method = get_method(inputs.config.metric)
     shared = {field.name for field in dataclasses.fields(PruningConfig)} - {"method"}
     config = method.config_class(**{name: getattr(inputs.config, name) for name in shared})
-    few = inputs.calibration.windows(slice(inputs.config.metric_samples))
-    tokens = Calibration(*few, source=inputs.calibration.source)
+    input_ids, attention_mask = inputs.calibration.windows(slice(inputs.config.metric_samples))
+    tokens = Calibration(input_ids, attention_mask, inputs.calibration.source)
     statistics = {}
     if method.statistics:
         statistics = collect_statistics(inputs.model, inputs.sites, tokens, config.batch_size, method.statistics)
