@@ -35,8 +35,9 @@ benchmark: $(VENV)/installed
 	$(BIN)/python benchmarks/mini_llm_cost.py
 
 # Hours on two cores: make study CALIBRATION=text.txt EVALUATION=another.txt
-study: $(VENV)/benchmarks
+study: $(VENV)/installed
 	$(BIN)/python benchmarks/mini_llm.py $(CALIBRATION) $(EVALUATION)
+	$(BIN)/python benchmarks/policy_gradient.py $(CALIBRATION) $(EVALUATION)
 
 clean:
 	rm -rf $(VENV) $(CACHE) *.egg-info build dist
@@ -51,8 +52,4 @@ $(VENV)/installed: setup.cfg pyproject.toml .ci/constraints.txt Makefile
 
 $(VENV)/quality: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[quality]"
-	touch $@
-
-$(VENV)/benchmarks: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[benchmarks]"
 	touch $@

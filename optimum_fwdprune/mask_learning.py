@@ -18,13 +18,14 @@ from .architectures import Site
 from .calibration import Calibration
 from .gates import gated
 from .losses import model_nll
-from .policy_gradient import LEAVE_ONE_OUT, Budget, cosine, entropy, policy_gradient, project, sample_masks
+from .policies import Policy, entropy
+from .policy_gradient import LEAVE_ONE_OUT, cosine, policy_gradient, project
 from .utils import load_tensors, progress, save_tensors_atomically
 
 
 logger = logging.get_logger(__name__)
 
-# Keep probabilities stay above this while they are learned: at 0 a unit would never be tried again.
+# Keep rates stay above this while they are learned: a unit with probability 0 would never be tried again.
 FLOOR = 1e-3
 
 # Steps in a row without a usable loss that end the run.
@@ -37,7 +38,7 @@ class Progress:
 
     Args:
         step (`int`): steps done.
-        probabilities (`Tensor[n]`, float64): keep probability of every unit, site by site.
+        rates (`Tensor[p]`, float64): keep rate of every variable of the policy.
         baseline (`float`): moving average of the loss; NaN before the first step.
         skipped (`int`): steps without a usable loss.
         rejected (`int`): masks whose loss was not finite.
@@ -46,7 +47,7 @@ class Progress:
     """
 
     step: int
-    probabilities: torch.Tensor
+    rates: torch.Tensor
     baseline: float = math.nan
     skipped: int = 0
     rejected: int = 0
@@ -56,7 +57,7 @@ class Progress:
         """Write the state beside `path` and rename it, with what it belongs to."""
         counts = {"step": self.step, "baseline": self.baseline, "skipped": self.skipped, "rejected": self.rejected}
         metadata = {**counts, "identity": identity}
-        tensors = {"probabilities": self.probabilities}
+        tensors = {"rates": self.rates}
         tensors |= {f"history.{name}": values[: self.step] for name, values in self.history.items()}
         save_tensors_atomically(path, tensors, metadata)
 
@@ -72,7 +73,7 @@ class Progress:
             found = metadata["identity"]
             state = cls(
                 metadata["step"],
-                tensors.pop("probabilities"),
+                tensors.pop("rates"),
                 metadata["baseline"],
                 metadata["skipped"],
                 metadata["rejected"],
@@ -112,28 +113,28 @@ class Schedule:
 
 
 @torch.no_grad()
-def learn_probabilities(
+def learn_rates(
     model: PreTrainedModel,
     sites: Sequence[Site],
     calibration: Calibration,
-    budgets: Sequence[Budget],
+    policy: Policy,
     state: Progress,
     schedule: Schedule,
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     identity: dict[str, Any] | None = None,
 ) -> Progress:
-    """Minimise the expected loss over masks, step by step, within the budgets.
+    """Minimise the expected loss over the policy's masks, step by step, within its budgets.
 
     With several processes each evaluates its share of a step's masks; all start where the main one does and know all
-    losses, so every one of them ends with the probabilities that a single process would have, up to the rounding of
+    losses, so every one of them ends with the rates that a single process would have, up to the rounding of
     its batches.
 
     Args:
         model (`PreTrainedModel`): a causal language model in eval mode; it is not changed.
-        sites (sequence of `Site`): whose units are learned, in the order of the probabilities.
+        sites (sequence of `Site`): whose units are learned, in the order of the policy's masks.
         calibration (`Calibration`): the tokens.
-        budgets (sequence of `Budget`): every unit belongs to one.
+        policy (`Policy`): what the masks are drawn from.
         state (`Progress`): where to start; it is changed and returned.
         schedule (`Schedule`): how.
         checkpoint (`Path`, *optional*): where the state is written to, every `checkpoint_every` steps and at the end.
@@ -145,7 +146,7 @@ def learn_probabilities(
     from accelerate import PartialState
 
     processes = PartialState()
-    learner = _Learner(model, sites, calibration, budgets, schedule, processes)
+    learner = _Learner(model, sites, calibration, policy, schedule, processes)
     _extend_history(state, schedule.steps, len(sites))
     _start_alike(state, processes)
 
@@ -185,15 +186,13 @@ def learn_probabilities(
 
 
 class _Learner:
-    def __init__(self, model, sites, calibration, budgets, schedule: Schedule, processes):
+    def __init__(self, model, sites, calibration, policy: Policy, schedule: Schedule, processes):
         self._model = model
         self._sites = list(sites)
         self._sizes = [site.num_units for site in sites]
-        self._unit_parameters = torch.cat(
-            [torch.full((site.num_units,), float(site.unit_parameters), dtype=torch.float64) for site in sites]
-        )
+        self._parameters = torch.tensor([site.num_parameters for site in sites], dtype=torch.float64)
         self._calibration = calibration
-        self._budgets = budgets
+        self._policy = policy
         self._schedule = schedule
         self._processes = processes
         # The last epoch's order of the windows, which many steps share.
@@ -202,8 +201,8 @@ class _Learner:
     def step(self, state: Progress, step: int) -> float:
         """Take one step and return the mean loss, or NaN where no gradient could be formed."""
         schedule = self._schedule
-        masks = sample_masks(state.probabilities, schedule.masks_per_step, (schedule.seed, step), schedule.antithetic)
-        losses = self._losses(masks, self._windows(step))
+        draws = self._policy.draw(state.rates, schedule.masks_per_step, (schedule.seed, step), schedule.antithetic)
+        losses = self._losses(draws.masks, self._windows(step))
         usable = losses.isfinite()
         if schedule.antithetic:
             usable = usable.view(-1, 2).all(1).repeat_interleave(2)
@@ -211,26 +210,23 @@ class _Learner:
         state.rejected += int((~usable).sum())
         if int(usable.sum()) < fewest:
             return math.nan
-        masks, losses = masks[usable], losses[usable]
+        deviations, losses = draws.deviations[usable], losses[usable]
         mean = float(losses.mean())
         horizon = schedule.baseline_horizon
         state.baseline = mean if math.isnan(state.baseline) else (1 - 1 / horizon) * state.baseline + mean / horizon
-        gradient = policy_gradient(
-            state.probabilities, masks, losses, schedule.estimator, state.baseline, schedule.antithetic
-        )
-        moved = state.probabilities - schedule.learning_rate * cosine(step, schedule.steps) * gradient
-        for budget in self._budgets:
+        gradient = policy_gradient(deviations, losses, schedule.estimator, state.baseline, schedule.antithetic)
+        moved = state.rates - schedule.learning_rate * cosine(step, schedule.steps) * gradient
+        for budget in self._policy.budgets:
             moved[budget.members] = project(moved[budget.members], budget.weights, budget.limit, FLOOR)
-        state.probabilities = moved
+        state.rates = moved
         return mean
 
     def record(self, state: Progress, step: int, loss: float) -> None:
         state.history["loss"][step] = loss
-        state.history["entropy"][step] = entropy(state.probabilities)
-        kept = float(self._unit_parameters @ state.probabilities / self._unit_parameters.sum())
-        state.history["expected_sparsity"][step] = 1 - kept
-        for place, values in enumerate(state.probabilities.split(self._sizes)):
-            state.history["keep_rate"][step, place] = values.mean()
+        state.history["entropy"][step] = entropy(self._policy.keep_probabilities(state.rates))
+        site_rates = self._policy.site_rates(state.rates)
+        state.history["expected_sparsity"][step] = 1 - self._parameters @ site_rates / self._parameters.sum()
+        state.history["keep_rate"][step] = site_rates
 
     def _windows(self, step: int) -> torch.Tensor:
         """The step's calibration windows: every epoch takes each once, in an order of its own."""
@@ -270,7 +266,7 @@ def _start_alike(state: Progress, processes) -> None:
     if processes.num_processes == 1:
         return
     numbers = torch.tensor([state.step, state.skipped, state.rejected, state.baseline], dtype=torch.float64)
-    for tensor in (numbers, state.probabilities, *state.history.values()):
+    for tensor in (numbers, state.rates, *state.history.values()):
         shared = tensor.to(processes.device)
         torch.distributed.broadcast(shared, src=0)
         tensor.copy_(shared)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .plan import PruningPlan
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,109 @@ def plan_table(plan: PruningPlan) -> str:
         rows.append(tuple(row))
     unit = {"kv_group": "KV groups", "query_head": "query heads"}[plan.attention_unit]
     return render_table(("layer", unit, "", "MLP channels", ""), rows)
+
+
+def history_table(history: Mapping[str, Tensor], rows: int = 10) -> str:
+    """Return a table of what happened while masks were learned, in `rows` stretches of equally many steps.
+
+    Args:
+        history (mapping of `str` to `Tensor[steps]`): of [`Scores`].
+        rows (`int`, defaults to 10): at most so many.
+
+    Raises:
+        ValueError: where there is no history, because the method does not learn, or took no step.
+    """
+    steps = _steps_of(history)
+    of_kind = {
+        kind: [values for name, values in history.items() if name.startswith("keep_rate.") and name.endswith(kind)]
+        for kind in ("attention", "mlp")
+    }
+    stretch = -(-steps // rows)
+    lines = []
+    for first in range(0, steps, stretch):
+        last = min(first + stretch, steps) - 1
+        rates = []
+        for values in of_kind.values():
+            now = [float(rate[last]) for rate in values]
+            rates.append(f"{min(now):.2f} to {max(now):.2f}" if now else "")
+        lines.append(
+            (
+                f"{first + 1} to {last + 1}",
+                f"{float(history['loss'][first : last + 1].nanmean()):.3f}",
+                f"{float(history['entropy'][last]):.3f}",
+                f"{float(history['expected_sparsity'][last]):.1%}",
+                *rates,
+            )
+        )
+    header = ("steps", "expected loss", "entropy, bits", "sparsity", "kept heads per layer", "kept channels per layer")
+    return render_table(header, lines)
+
+
+def plot_history(history: Mapping[str, Tensor], file: str | Path) -> None:
+    """Draw the expected loss, the entropy of the masks, and the keep rate of every layer over the steps.
+
+    Args:
+        history (mapping of `str` to `Tensor[steps]`): of [`Scores`].
+        file (`str` or `Path`): picture to write; its ending (.svg, .png, .pdf) says which format.
+
+    Raises:
+        ValueError: where there is no history, or matplotlib does not know the ending.
+        ImportError: where matplotlib is not installed.
+    """
+    steps = _steps_of(history)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install optimum-fwdprune[plots].") from error
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    (losses, entropies), heatmaps = figure.subplots(2, 2, sharex=True)
+    span = range(1, steps + 1)
+    loss = history["loss"].double()
+    losses.plot(span, loss, color="0.75", linewidth=1, label="each step")
+    window = max(1, steps // 20)
+    smooth = [float(loss[max(0, step - window) : step].nanmean()) for step in span]
+    losses.plot(span, smooth, label=f"mean of {window} steps")
+    losses.set_ylabel("expected loss, nats per token")
+    losses.legend()
+    entropies.plot(span, history["entropy"])
+    entropies.set_ylabel("entropy of the masks, bits per unit")
+    entropies.set_ylim(0, 1)
+    for axis, (kind, label) in zip(heatmaps, (("attention", "heads"), ("mlp", "MLP channels"))):
+        rates = {
+            int(name.split(".")[1]): values
+            for name, values in history.items()
+            if name.startswith("keep_rate.") and name.endswith(kind)
+        }
+        axis.set_title(f"keep rate of {label}")
+        axis.set_xlabel("step")
+        if not rates:
+            axis.text(0.5, 0.5, "not pruned", ha="center", va="center", transform=axis.transAxes)
+            continue
+        # Layers that the request leaves alone stay blank.
+        missing = loss.new_full((steps,), float("nan"))
+        rows = [rates.get(layer, missing).tolist() for layer in range(max(rates) + 1)]
+        extent = (0.5, steps + 0.5, max(rates) + 0.5, -0.5)
+        image = axis.imshow(rows, aspect="auto", extent=extent, vmin=0, vmax=1, cmap="viridis", interpolation="none")
+        axis.set_ylabel("layer")
+        figure.colorbar(image, ax=axis)
+    file = Path(file)
+    endings = figure.canvas.get_supported_filetypes()
+    if file.suffix.removeprefix(".") not in endings:
+        raise ValueError(f"{file} must end in one of {', '.join(sorted(endings))}; it says which format to write.")
+    partial = file.with_name(f".{file.stem}.partial{file.suffix}")
+    try:
+        figure.savefig(partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _steps_of(history: Mapping[str, Tensor]) -> int:
+    steps = len(history["loss"]) if "loss" in history else 0
+    if not steps:
+        raise ValueError("There is no history of learning: the method does not learn, or took no step.")
+    return steps
 
 
 def render_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from optimum_fwdprune import PruningConfig, register_method
-from optimum_fwdprune.configuration import CONFIG_NAME, get_method, registered_methods
+from optimum_fwdprune.configuration import (
+    CONFIG_NAME,
+    get_method,
+    get_preset,
+    registered_methods,
+    registered_presets,
+)
 from optimum_fwdprune.methods import FlapConfig, RandomConfig
 
 
@@ -118,3 +124,21 @@ def test_a_method_must_bring_its_own_config_class():
         register_method(PruningConfig, lambda inputs: {})
     with pytest.raises(ValueError, match="extends PruningConfig"):
         register_method(dict, lambda inputs: {})
+
+
+@pytest.mark.parametrize("name", registered_presets())
+def test_presets_are_requests_that_fields_change(name):
+    preset = PruningConfig.from_preset(name, sparsity=0.37)
+
+    assert preset.to_dict() == PruningConfig(**get_preset(name).fields, sparsity=0.37).to_dict()
+    assert get_preset(name).help.endswith(".")
+
+
+def test_an_unknown_preset_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"preset must be one of .*policy-gradient-paper.*; got 'astrology'"):
+        PruningConfig.from_preset("astrology")
+
+
+def test_a_preset_of_another_method_is_refused():
+    with pytest.raises(ValueError, match="is for method 'policy_gradient'; FlapConfig is for 'flap'"):
+        FlapConfig.from_preset("policy-gradient-paper")

@@ -23,6 +23,7 @@ ORDER = [
     "surgery",
     "reconstruction",
     "mask_learning",
+    "policies",
     "policy_gradient",
     "sensitivity",
     "zeroth_order",

@@ -11,6 +11,7 @@ import torch
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites
 from optimum_fwdprune import mask_learning as module
 from optimum_fwdprune.methods import PolicyGradientConfig
+from optimum_fwdprune.policies import UnitPolicy
 from optimum_fwdprune.scores import Scores
 
 
@@ -28,7 +29,7 @@ def test_every_mask_is_judged_as_if_it_were_alone(dense, tokens):
     """Masks that share a batch get the losses that they would get one by one."""
     sites = find_sites(dense)
     schedule = module.Schedule(6, 0.1, "leave_one_out", 4, False, 3, 5.0, None, batch_size=7, seed=0)
-    learner = module._Learner(dense, sites, Calibration(tokens), [], schedule, module_processes())
+    learner = module._Learner(dense, sites, Calibration(tokens), UnitPolicy(sites, []), schedule, module_processes())
     masks = (torch.rand(4, sum(site.num_units for site in sites)) > 0.3).double()
     windows = torch.tensor([5, 0, 9])
     found = learner._losses(masks, windows)
@@ -48,7 +49,9 @@ def module_processes():
 def test_an_epoch_takes_every_window_once(tokens):
     schedule = module.Schedule(6, 0.1, "leave_one_out", 2, False, 3, 5.0, None, batch_size=7, seed=0)
     model = tiny.make_model("llama_gqa_biases")
-    learner = module._Learner(model, find_sites(model), Calibration(tokens[:6]), [], schedule, module_processes())
+    sites = find_sites(model)
+    policy = UnitPolicy(sites, [])
+    learner = module._Learner(model, sites, Calibration(tokens[:6]), policy, schedule, module_processes())
     first = torch.cat([learner._windows(0), learner._windows(1)])
     second = torch.cat([learner._windows(2), learner._windows(3)])
 
@@ -98,6 +101,33 @@ def test_learning_finds_the_units_that_matter(tokens, monkeypatch, estimator):
     assert scores.history["loss"][-20:].mean() < scores.history["loss"][:20].mean() - 5
 
 
+@pytest.mark.parametrize("estimator", ["leave_one_out", "moving_average"])
+def test_ratios_go_where_they_lower_the_loss(tokens, monkeypatch, estimator):
+    """Only the last layer matters: it must end up with most of what is kept, its best units by the metric."""
+    model = tiny.make_model("llama_mha_tied")
+    sites = find_sites(model)
+    starts = torch.tensor([site.num_units for site in sites]).cumsum(0) - sites[0].num_units
+    generator = torch.Generator().manual_seed(0)
+
+    def losses(self, masks, windows):
+        return 5 - masks[:, int(starts[-2]) :].mean(1) + 0.1 * torch.rand((), generator=generator)
+
+    monkeypatch.setattr(module._Learner, "_losses", losses)
+    pruner = FwdPruner(model)
+    request = config(
+        parametrization="ratio", estimator=estimator, sparsity=0.5, steps=100, learning_rate=0.3, metric="magnitude"
+    )
+    pruner.prune(request, tokens, inplace=False)
+    widths = [len(pruner.plan.kept[2, "mlp"]), len(pruner.plan.kept[0, "mlp"])]
+    magnitude = FwdPruner(model).score(PruningConfig(method="magnitude"), tokens).values[2, "mlp"]
+
+    assert widths[0] > 56 and widths[1] < 24
+    assert pruner.plan.kept[2, "mlp"] == magnitude.topk(widths[0]).indices.sort().values.tolist()
+    rates = pruner.scores.history["keep_rate.2.mlp"]
+    assert rates[-1] > 0.9 > 0.7 > rates[0]
+    assert float(rates[-1]) == pytest.approx(widths[0] / 64, abs=0.02)
+
+
 def test_no_steps_return_the_initialization(tokens):
     start = learn(tokens, steps=0, scope="layer", initialization="sigmoid")
     metric = FwdPruner(tiny.make_model("llama_gqa_biases")).score(PruningConfig(method="wanda_sp"), tokens).values
@@ -122,9 +152,13 @@ def test_batches_of_any_size_learn_the_same(tokens):
         torch.testing.assert_close(one[key], many[key], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("stopped_after", [1, 3, 5])
-def test_a_killed_run_goes_on_to_the_same_result_bit_for_bit(tokens, tmp_path, monkeypatch, stopped_after):
-    whole = learn(tokens, antithetic=True)
+@pytest.mark.parametrize("parametrization", ["unit", "ratio"])
+@pytest.mark.parametrize("stopped_after", [1, 5])
+def test_a_killed_run_goes_on_to_the_same_result_bit_for_bit(
+    tokens, tmp_path, monkeypatch, stopped_after, parametrization
+):
+    options = {"antithetic": True, "parametrization": parametrization}
+    whole = learn(tokens, **options)
     file = tmp_path / "run" / "state.safetensors"
     step = module._Learner.step
 
@@ -135,12 +169,12 @@ def test_a_killed_run_goes_on_to_the_same_result_bit_for_bit(tokens, tmp_path, m
 
     monkeypatch.setattr(module._Learner, "step", killed)
     with pytest.raises(KeyboardInterrupt):
-        learn(tokens, antithetic=True, checkpoint=str(file), checkpoint_every=1)
+        learn(tokens, checkpoint=str(file), checkpoint_every=1, **options)
     done = []
     monkeypatch.setattr(
         module._Learner, "step", lambda self, state, number: done.append(number) or step(self, state, number)
     )
-    resumed = learn(tokens, antithetic=True, checkpoint=str(file), checkpoint_every=2)
+    resumed = learn(tokens, checkpoint=str(file), checkpoint_every=2, **options)
 
     assert done == list(range(stopped_after, 6))
     assert all(torch.equal(resumed.values[key], whole.values[key]) for key in whole.values)
@@ -252,7 +286,7 @@ def test_history_is_kept_with_the_scores(tokens, tmp_path):
         "loss": (6,),
         "entropy": (6,),
         "expected_sparsity": (6,),
-        "keep_rate": (6, 6),
+        **{f"keep_rate.{layer}.{kind}": (6,) for layer in range(3) for kind in ("attention", "mlp")},
     }
     assert all(torch.equal(loaded.history[name], values) for name, values in scores.history.items())
     assert float(scores.history["expected_sparsity"][-1]) == pytest.approx(0.4, abs=0.05)
@@ -277,6 +311,8 @@ def test_what_the_request_leaves_alone_is_kept(tokens):
         ({"metric": "policy_gradient"}, "metric must be one of"),
         ({"metric": "astrology"}, "metric must be one of .*; got 'astrology'"),
         ({"baseline_horizon": 0.5}, "baseline_horizon must be at least 1"),
+        ({"parametrization": "ratio", "scope": "layer"}, "leaves every site on its own; use scope='global' or"),
+        ({"parametrization": "ratio", "ratio_spread": 0.0}, "ratio_spread must be positive; got 0.0"),
     ],
 )
 def test_options_out_of_range_are_refused(fields, message):

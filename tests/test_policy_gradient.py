@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_fwdprune import policy_gradient as module
-from optimum_fwdprune.policy_gradient import initial_probabilities, policy_gradient, project, sample_masks
+from optimum_fwdprune.policies import standardized
+from optimum_fwdprune.policy_gradient import policy_gradient, project
 
 
 numbers = st.integers(2, 40).flatmap(
@@ -97,7 +98,7 @@ def test_leave_one_out_is_the_preconditioned_gradient(count):
         masks = torch.stack(combination)
         losses = torch.stack([loss_of(mask) for mask in masks])
         weight = np.prod([probability_of(mask) for mask in masks])
-        total += weight * policy_gradient(S, masks, losses, "leave_one_out")
+        total += weight * policy_gradient(standardized(masks, S), losses, "leave_one_out")
 
     torch.testing.assert_close(total, preconditioned_gradient(), rtol=1e-5, atol=1e-6)
 
@@ -107,7 +108,9 @@ def test_leave_one_out_of_two_masks_is_the_difference_of_their_losses():
     losses = torch.tensor([2.0, 5.0], dtype=torch.float64)
     expected = (losses[0] - losses[1]) * (masks[0] - masks[1]) / 2 / (S * (1 - S)).sqrt()
 
-    torch.testing.assert_close(policy_gradient(S, masks, losses, "leave_one_out"), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        policy_gradient(standardized(masks, S), losses, "leave_one_out"), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_antithetic_pairs_are_unbiased_with_the_other_pairs_as_baseline():
@@ -124,7 +127,7 @@ def test_antithetic_pairs_are_unbiased_with_the_other_pairs_as_baseline():
     for (first, one), (second, two) in itertools.product(pairs, repeat=2):
         masks = torch.cat([one, two])
         losses = torch.stack([loss_of(mask) for mask in masks])
-        total += first * second * policy_gradient(S, masks, losses, "leave_one_out", antithetic=True)
+        total += first * second * policy_gradient(standardized(masks, S), losses, "leave_one_out", antithetic=True)
 
     torch.testing.assert_close(total, preconditioned_gradient(), rtol=1e-5, atol=1e-6)
 
@@ -138,53 +141,13 @@ def test_the_moving_average_scales_the_gradient(count, horizon):
         losses = torch.stack([loss_of(mask) for mask in masks])
         baseline = (1 - 1 / horizon) * 3.3 + float(losses.mean()) / horizon
         weight = np.prod([probability_of(mask) for mask in masks])
-        total += weight * policy_gradient(S, masks, losses, "moving_average", baseline)
+        total += weight * policy_gradient(standardized(masks, S), losses, "moving_average", baseline)
     factor = count * (1 - 1 / (horizon * count)) / (count - 1)
 
     torch.testing.assert_close(total, factor * preconditioned_gradient(), rtol=1e-5, atol=1e-6)
-
-
-def test_decided_units_give_no_nan():
-    s = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64)
-    masks = sample_masks(s, 4, (0,))
-    assert policy_gradient(s, masks, torch.rand(4, dtype=torch.float64), "leave_one_out").isfinite().all()
-
-
-@pytest.mark.parametrize("antithetic", [False, True])
-def test_masks_have_the_probabilities_asked_for_and_follow_their_seed(antithetic):
-    s = torch.linspace(0, 1, 11, dtype=torch.float64)
-    masks = torch.cat([sample_masks(s, 4, (0, step), antithetic) for step in range(2000)])
-
-    assert set(masks.unique().tolist()) == {0.0, 1.0}
-    torch.testing.assert_close(masks.mean(0), s, rtol=0, atol=0.02)
-    assert torch.equal(sample_masks(s, 4, (3, 5), antithetic), sample_masks(s, 4, (3, 5), antithetic))
-    assert not torch.equal(sample_masks(s, 4, (3, 5), antithetic), sample_masks(s, 4, (3, 6), antithetic))
-    # Partners disagree wherever both of s and 1 - s allow it.
-    agreement = (masks[::2] == masks[1::2]).double().mean(0)
-    expected = (2 * s - 1).abs() if antithetic else s.square() + (1 - s).square()
-    torch.testing.assert_close(agreement, expected, rtol=0, atol=0.03)
-
-
-@pytest.mark.parametrize("how", ["sigmoid", "min_max", "constant", "random"])
-def test_initial_probabilities_have_the_keep_rate_of_every_site(how):
-    scores = [torch.tensor([1.0, 5.0, 2.0, 100.0]), torch.full((6,), 3.0), torch.arange(9.0)]
-    rates = [0.5, 0.7, 0.15]
-    found = initial_probabilities(scores, rates, how, seed=0).split([4, 6, 9])
-    for values, part, rate in zip(scores, found, rates):
-        assert part.min() >= 0 and part.max() <= 1
-        assert float(part.mean()) == pytest.approx(rate, abs=1e-9)
-        if how in ("sigmoid", "min_max"):
-            assert (part[values.argsort()].diff() >= 0).all()
-        if how == "constant":
-            assert float(part.std()) < 1e-9
 
 
 def test_the_schedule_falls_from_one_to_zero():
     assert module.cosine(0, 10) == 1
     assert module.cosine(5, 10) == pytest.approx(0.5)
     assert module.cosine(10, 10) == pytest.approx(0)
-
-
-def test_entropy_is_one_bit_per_coin_and_nothing_for_what_is_decided():
-    assert module.entropy(torch.full((4,), 0.5, dtype=torch.float64)) == pytest.approx(1)
-    assert module.entropy(torch.tensor([0.0, 1.0], dtype=torch.float64)) == pytest.approx(0, abs=1e-9)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from typing import TYPE_CHECKING
 
 from .base import Command
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class InspectCommand(Command):
@@ -13,22 +18,41 @@ class InspectCommand(Command):
         Command.add_common_options(parser)
         parser.description = "Show what each layer of a pruned checkpoint kept."
         parser.add_argument("checkpoint", help="Folder or Hub repository of a pruned checkpoint.")
+        parser.add_argument("--history", action="store_true", help="Also show how its masks were learned.")
+        parser.add_argument("--plot", help="Draw how its masks were learned into this file (.svg, .png or .pdf).")
         parser.add_argument("--revision", help="Branch, tag or commit of a Hub repository.")
 
     def execute(self) -> None:
-        from pathlib import Path
-
         from optimum_fwdprune.plan import PLAN_NAME, PruningPlan
         from optimum_fwdprune.report import plan_table
+
+        plan = PruningPlan.load(self._file(PLAN_NAME))
+        method, source = plan.metadata.get("method"), plan.metadata.get("source")
+        print(f"{plan.model_type} pruned by {method or 'hand'}" + (f", from {source}" if source else ""))
+        print(plan_table(plan))
+        if not self.args.history and not self.args.plot:
+            return
+
+        from optimum_fwdprune.report import history_table, plot_history
+        from optimum_fwdprune.scores import SCORES_NAME, Scores
+
+        history = Scores.load(self._file(SCORES_NAME)).history
+        print(history_table(history))
+        if self.args.plot:
+            plot_history(history, self.args.plot)
+            print(f"Drawn into {self.args.plot}.")
+
+    def _file(self, name: str) -> Path:
+        """A file of the checkpoint: in its folder, or fetched from its repository; or the plan itself."""
+        from pathlib import Path
 
         path = Path(self.args.checkpoint)
         if not path.exists():
             from huggingface_hub import hf_hub_download
 
-            path = Path(hf_hub_download(self.args.checkpoint, PLAN_NAME, revision=self.args.revision))
-        elif path.is_dir() and not (path / PLAN_NAME).is_file():
-            raise ValueError(f"{path} has no {PLAN_NAME}, so it is no checkpoint that this package pruned.")
-        plan = PruningPlan.load(path)
-        method, source = plan.metadata.get("method"), plan.metadata.get("source")
-        print(f"{plan.model_type} pruned by {method or 'hand'}" + (f", from {source}" if source else ""))
-        print(plan_table(plan))
+            return Path(hf_hub_download(self.args.checkpoint, name, revision=self.args.revision))
+        if not path.is_dir():
+            return path
+        if not (path / name).is_file():
+            raise ValueError(f"{path} has no {name}, so it is no checkpoint that this package pruned.")
+        return path / name

@@ -14,7 +14,13 @@ class PruneCommand(Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         from optimum_fwdprune.configuration import DEFAULT_METHOD
-        from optimum_fwdprune.methods import PruningConfig, get_method, registered_methods
+        from optimum_fwdprune.methods import (
+            PruningConfig,
+            get_method,
+            get_preset,
+            registered_methods,
+            registered_presets,
+        )
 
         Command.add_common_options(parser)
         parser.description = "Prune a model and save it as a checkpoint that from_pretrained loads."
@@ -33,6 +39,13 @@ class PruneCommand(Command):
         loading.add_argument("--trust_remote_code", action="store_true", help="Run modelling code of the repository.")
 
         request = parser.add_argument_group("pruning")
+        presets = registered_presets()
+        request.add_argument(
+            "--preset",
+            choices=presets,
+            help="Start from a named request; the options given change it. "
+            + " ".join(f"{name}: {get_preset(name).help}" for name in presets),
+        )
         methods = registered_methods()
         request.add_argument(
             "--method",
@@ -49,12 +62,16 @@ class PruneCommand(Command):
         import dataclasses
 
         from optimum_fwdprune.configuration import DEFAULT_METHOD
-        from optimum_fwdprune.methods import PruningConfig, get_method, registered_methods
+        from optimum_fwdprune.methods import PruningConfig, get_method, get_preset, registered_methods
         from optimum_fwdprune.plan import PruningPlan
         from optimum_fwdprune.utils import check_output_folder
 
         given = vars(self.args)
-        config_class = get_method(given.get("method", DEFAULT_METHOD)).config_class
+        preset = get_preset(self.args.preset).fields if self.args.preset else {}
+        method = given.get("method", preset.get("method", DEFAULT_METHOD))
+        if method != preset.get("method", method):
+            raise ValueError(f"--preset {self.args.preset} is for method {preset['method']}; leave out --method.")
+        config_class = get_method(method).config_class
         fields = {field.name for field in dataclasses.fields(config_class)}
         # Whatever is wrong with the request shows before a model is loaded.
         for name in registered_methods():
@@ -63,7 +80,7 @@ class PruneCommand(Command):
                     raise ValueError(
                         f"--{field.name} is an option of method {name}; the method asked for is {config_class.method}."
                     )
-        config = PruningConfig(**{name: value for name, value in given.items() if name in fields})
+        config = PruningConfig(**preset | {name: value for name, value in given.items() if name in fields})
         check_output_folder(self.args.output, self.args.overwrite)
         plan = PruningPlan.load(self.args.plan) if self.args.plan else None
 

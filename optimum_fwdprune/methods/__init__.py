@@ -1,6 +1,14 @@
 """Criteria, one file each. Importing this package registers them all."""
 
-from ..configuration import PruningConfig, get_method, register_method, registered_methods
+from ..configuration import (
+    PruningConfig,
+    get_method,
+    get_preset,
+    register_method,
+    register_preset,
+    registered_methods,
+    registered_presets,
+)
 from .flap import FlapConfig
 from .magnitude import MagnitudeConfig
 from .mini_llm import MiniLlmConfig
@@ -23,6 +31,9 @@ __all__ = [
     "UnitScores",
     "WandaSpConfig",
     "get_method",
+    "get_preset",
     "register_method",
+    "register_preset",
     "registered_methods",
+    "registered_presets",
 ]

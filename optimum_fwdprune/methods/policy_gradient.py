@@ -6,13 +6,23 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..configuration import PruningConfig, get_method, option, register_method, registered_methods
+from ..configuration import (
+    PruningConfig,
+    get_method,
+    option,
+    register_method,
+    register_preset,
+    registered_methods,
+)
 from .scoring import ScoringInputs, UnitScores
 
 
 @dataclass
 class PolicyGradientConfig(PruningConfig):
     """Score of a unit: its learned keep probability, which minimises the expected loss over random masks.
+
+    `parametrization="ratio"` learns a keep ratio per site instead, of units ranked by the metric: fewer numbers, which
+    take fewer steps. A unit's score is then by how much its site's ratio exceeds its rank.
 
     `scope` and `budget` say between which units probability may move: `scope="global", budget="separate"` is the
     paper's, one budget for all heads and one for all channels; `budget="joint"` weighs units by their parameters.
@@ -33,6 +43,12 @@ class PolicyGradientConfig(PruningConfig):
     antithetic: bool = option(False, "Draw masks in pairs of opposites.")
     windows_per_step: int = option(2, "Calibration windows per step.")
     baseline_horizon: float = option(5.0, "Steps that the moving average looks back.")
+    parametrization: str = option(
+        "unit",
+        "What is learned: a keep probability per unit, or a keep ratio per site whose units the metric ranks.",
+        ("unit", "ratio"),
+    )
+    ratio_spread: float = option(0.1, "Standard deviation of the ratios drawn under parametrization=ratio.")
     initialization: str = option(
         "sigmoid",
         "How the metric's scores become probabilities, or start without a metric.",
@@ -64,6 +80,13 @@ class PolicyGradientConfig(PruningConfig):
             raise ValueError(f"learning_rate must be positive; got {self.learning_rate}.")
         if self.baseline_horizon < 1:
             raise ValueError(f"baseline_horizon must be at least 1 step; got {self.baseline_horizon}.")
+        if self.ratio_spread <= 0:
+            raise ValueError(f"ratio_spread must be positive; got {self.ratio_spread}.")
+        if self.parametrization == "ratio" and self.scope == "layer" and not self._kinds_trade:
+            raise ValueError(
+                "parametrization='ratio' moves ratios between sites, and scope='layer' with a budget for each kind "
+                "leaves every site on its own; use scope='global' or budget='joint', or parametrization='unit'."
+            )
         if self.antithetic and (self.masks_per_step % 2 or self.masks_per_step < 4):
             raise ValueError(
                 f"antithetic masks come in pairs, and a pair's baseline is another pair: masks_per_step must be 4, 6, "
@@ -72,37 +95,21 @@ class PolicyGradientConfig(PruningConfig):
         if self.metric == self.method or self.metric not in _metrics():
             raise ValueError(f"metric must be one of {', '.join(_metrics())}; got {self.metric!r}.")
 
+    @property
+    def _kinds_trade(self) -> bool:
+        return self.budget == "joint" and not self.has_budget_per_kind and len(self.kinds) > 1
+
     @classmethod
     def paper(cls, **fields) -> PolicyGradientConfig:
-        """Return the settings of the paper's released scripts; `fields` override them.
+        """Return the settings of the paper's released scripts, the preset `"policy-gradient-paper"`.
 
         2 masks per step on 8 x 128 tokens, moving-average baseline over 5 steps, learning rate 2e-3 (LLaMA-2-7B; 6e-3
         for LLaMA-3-8B), 15,000 steps over 120,000 sequences of C4, probabilities from Wanda-sp on 128 x 1024 tokens
         through a sigmoid, separate global budgets of KV groups and channels, no reconstruction, seed 42.
         """
-        return cls(
-            **{
-                "steps": 15_000,
-                "learning_rate": 2e-3,
-                "estimator": "moving_average",
-                "masks_per_step": 2,
-                "windows_per_step": 8,
-                "baseline_horizon": 5.0,
-                "initialization": "sigmoid",
-                "metric": "wanda_sp",
-                "metric_samples": 1024,
-                "scope": "global",
-                "budget": "separate",
-                "attention_unit": "kv_group",
-                "reconstruction": "none",
-                "calibration": "c4",
-                "n_samples": 120_000,
-                "seq_len": 128,
-                "batch_size": 16,
-                "seed": 42,
-                **fields,
-            }
-        )
+        config = cls.from_preset("policy-gradient-paper", **fields)
+        assert isinstance(config, cls)
+        return config
 
 
 def _metrics() -> list[str]:
@@ -113,45 +120,32 @@ def score(inputs: ScoringInputs) -> UnitScores:
     import torch
 
     from ..allocation import prunable_sites
-    from ..mask_learning import Progress, Schedule, learn_probabilities
-    from ..policy_gradient import initial_probabilities
+    from ..mask_learning import Progress, Schedule, learn_rates
 
     config = inputs.config
     metric = _metric_scores(inputs)
-    kept = inputs.keep(metric)
     learned = prunable_sites(inputs.sites, config)
-    budgets = _budgets(learned, kept, config)
-    sizes = [site.num_units for site in learned]
-    rates = torch.empty(sum(sizes), dtype=torch.float64)
-    for budget in budgets:
-        rates[budget.members] = budget.limit / float(budget.weights.sum())
-    state = Progress(
-        0,
-        initial_probabilities(
-            [metric[site.key].cpu() for site in learned],
-            [float(part[0]) for part in rates.split(sizes)],
-            config.initialization,
-            config.seed,
-        ),
-    )
+    policy, rates = _policy(inputs, learned, metric)
+    state = Progress(0, rates)
     checkpoint, identity = None, None
     if config.checkpoint is not None:
         checkpoint, identity = Path(config.checkpoint), _identity(inputs)
         if checkpoint.exists():
             state = Progress.load(checkpoint, identity)
     schedule = Schedule(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Schedule)})
-    learn_probabilities(
+    learn_rates(
         inputs.model,
         learned,
         inputs.calibration,
-        budgets,
+        policy,
         state,
         schedule,
         checkpoint,
         config.checkpoint_every,
         identity,
     )
-    values = {site.key: part for site, part in zip(learned, state.probabilities.split(sizes))}
+    scores = policy.scores(state.rates).split([site.num_units for site in learned])
+    values = {site.key: part for site, part in zip(learned, scores)}
     # What the request leaves alone is kept for certain.
     values |= {site.key: torch.ones(site.num_units) for site in inputs.sites if site.key not in values}
     details: dict = {"steps": state.step, "skipped_steps": state.skipped, "rejected_masks": state.rejected}
@@ -159,7 +153,10 @@ def score(inputs: ScoringInputs) -> UnitScores:
         last = state.history["loss"][-max(1, state.step // 10) :]
         details["expected_loss"] = float(last[last.isfinite()].mean())
         details["entropy_bits"] = float(state.history["entropy"][-1])
-    return UnitScores(values, details=details, history=state.history)
+    history = dict(state.history)
+    for site, rates in zip(learned, history.pop("keep_rate").unbind(1)):
+        history[f"keep_rate.{site.layer}.{site.kind}"] = rates
+    return UnitScores(values, details=details, history=history)
 
 
 def _metric_scores(inputs: ScoringInputs) -> dict:
@@ -179,28 +176,67 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
     return dict(found.values if isinstance(found, UnitScores) else found)
 
 
-def _budgets(sites: list, kept: dict, config) -> list:
-    """One budget for all units that may trade probability with each other, of the size of what the request keeps."""
+def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
+    """What the masks are drawn from, and the keep rates to start from."""
+    import torch
+
+    from ..policies import RatioPolicy, UnitPolicy, initial_probabilities
+
+    config = inputs.config
+    metric = {key: values.cpu() for key, values in metric.items()}
+    kept = inputs.keep(metric)
+
+    def keep(scores):
+        return inputs.keep(metric | scores)
+
+    if config.parametrization == "ratio":
+        ones = [1] * len(sites)
+        budgets = _budgets(sites, kept, config, ones)
+        policy = RatioPolicy(sites, budgets, metric, config.ratio_spread, keep)
+        return policy, torch.cat(_start(budgets, ones))
+    sizes = [site.num_units for site in sites]
+    budgets = _budgets(sites, kept, config, sizes)
+    rates = [float(part[0]) for part in _start(budgets, sizes)]
+    scores = [metric[site.key] for site in sites]
+    return UnitPolicy(sites, budgets), initial_probabilities(scores, rates, config.initialization, config.seed)
+
+
+def _start(budgets: list, sizes: list[int]) -> tuple:
+    """Every variable's share of its budget, `[size]` for each site."""
+    import torch
+
+    rates = torch.empty(sum(sizes), dtype=torch.float64)
+    for budget in budgets:
+        rates[budget.members] = budget.limit / float(budget.weights.sum())
+    return rates.split(sizes)
+
+
+def _budgets(sites: list, kept: dict, config, sizes: list[int]) -> list:
+    """One budget for all variables that may trade with each other, of the size of what the request keeps.
+
+    `sizes` says how many variables each site has: one for every unit, or one alone.
+    """
     import torch
 
     from ..policy_gradient import Budget
 
     pools: dict = {}
     start = 0
-    for site in sites:
+    for site, size in zip(sites, sizes):
         kind = site.kind if config.budget == "separate" or config.has_budget_per_kind else ""
         layer = site.layer if config.scope == "layer" else -1
-        pools.setdefault((kind, layer), []).append((site, start))
-        start += site.num_units
+        pools.setdefault((kind, layer), []).append((site, start, size))
+        start += size
     budgets = []
     for members in pools.values():
-        # In units of the first site's: counts where all units are of one size, as in the paper.
-        size = members[0][0].unit_parameters
-        places = [torch.arange(first, first + site.num_units) for site, first in members]
+        # In units of the first variable's: counts where all are of one size, as in the paper.
+        first, _, divided = members[0]
+        one = first.num_parameters / divided
+        places = [torch.arange(start, start + size) for _, start, size in members]
         weights = [
-            torch.full((site.num_units,), site.unit_parameters / size, dtype=torch.float64) for site, _ in members
+            torch.full((size,), site.num_parameters / size / one, dtype=torch.float64) for site, _, size in members
         ]
-        limit = sum(len(kept[site.key]) * site.unit_parameters / size for site, _ in members)
+        limit = sum(len(kept[site.key]) * site.unit_parameters for site, _, _ in members) / one
         budgets.append(Budget(torch.cat(places), torch.cat(weights), limit))
     return budgets
 
@@ -225,4 +261,27 @@ register_method(
     calibrated=True,
     additive=False,
     reconstruction="least_squares",
+)
+register_preset(
+    "policy-gradient-paper",
+    "The settings of the policy-gradient paper's released scripts.",
+    method="policy_gradient",
+    steps=15_000,
+    learning_rate=2e-3,
+    estimator="moving_average",
+    masks_per_step=2,
+    windows_per_step=8,
+    baseline_horizon=5.0,
+    initialization="sigmoid",
+    metric="wanda_sp",
+    metric_samples=1024,
+    scope="global",
+    budget="separate",
+    attention_unit="kv_group",
+    reconstruction="none",
+    calibration="c4",
+    n_samples=120_000,
+    seq_len=128,
+    batch_size=16,
+    seed=42,
 )

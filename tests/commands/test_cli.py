@@ -16,6 +16,8 @@ from optimum.commands.optimum_cli import main
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, PruningPlan
 from optimum_fwdprune.configuration import get_method, registered_methods
+from optimum_fwdprune.methods import PolicyGradientConfig
+from optimum_fwdprune.scores import Scores
 
 
 SMALL = ["--calibration", "builtin", "--n_samples", "4", "--seq_len", "32"]
@@ -115,6 +117,50 @@ def test_options_of_a_method_reach_its_request(cli, source, tmp_path):
     assert (config.draws, config.epsilon, config.noise) == (6, 0.02, "gaussian")
     assert (config.perturb, config.windows_per_draw, config.stop_after) == ("units", 2, 4)
     assert plan.metadata["scoring"]["draws"] == 6
+
+
+def test_the_papers_preset_and_the_default_run(cli, source, tmp_path):
+    few = ["--steps", "3", "--windows_per_step", "2", *SMALL]
+    paper = cli(
+        "prune", "-m", source, tmp_path / "paper", "--preset", "policy-gradient-paper", "--sparsity", 0.4, *few
+    )
+    default = cli("prune", "-m", source, tmp_path / "default", "--method", "policy_gradient", *few)
+    found = {name: PruningConfig.from_pretrained(tmp_path / name) for name in ("paper", "default")}
+
+    assert (paper[0], default[0]) == (0, 0), (paper, default)
+    assert found["paper"] == PolicyGradientConfig.paper(
+        sparsity=0.4, steps=3, windows_per_step=2, calibration="builtin", n_samples=4, seq_len=32
+    )
+    assert (found["default"].estimator, found["default"].steps) == ("leave_one_out", 3)
+
+
+def test_a_preset_of_another_method_is_an_error(cli, source, tmp_path):
+    code, _, error = cli(
+        "prune", "-m", source, tmp_path / "out", "--preset", "policy-gradient-paper", "--method", "flap"
+    )
+
+    assert code == 1 and "--preset policy-gradient-paper is for method policy_gradient; leave out --method" in error
+
+
+def test_the_history_of_learning_is_shown_and_drawn(cli, source, tmp_path):
+    output, picture = tmp_path / "out", tmp_path / "history.png"
+    cli("prune", "-m", source, output, "--method", "policy_gradient", "--steps", 12, "--skip_layers", 1, *SMALL)
+    code, shown, _ = cli("inspect", output, "--history", "--plot", picture)
+    history = Scores.load(output).history
+
+    assert code == 0
+    assert "1 to 2" in shown and "11 to 12" in shown
+    assert f"{float(history['loss'][:2].mean()):.3f}" in shown
+    assert picture.read_bytes().startswith(b"\x89PNG") and list(tmp_path.glob(".*")) == []
+    code, _, error = cli("inspect", output, "--plot", tmp_path / "history.astrology")
+    assert code == 1 and "must end in one of" in error and "svg" in error
+
+
+def test_a_method_that_does_not_learn_has_no_history(cli, source, tmp_path):
+    cli("prune", "-m", source, tmp_path / "out", *SMALL)
+    code, _, error = cli("inspect", tmp_path / "out", "--history")
+
+    assert code == 1 and "There is no history of learning" in error
 
 
 def test_without_options_the_command_does_what_prune_without_arguments_does(cli, source, tmp_path, monkeypatch):

@@ -1,0 +1,188 @@
+"""Distributions over masks, each with the few numbers that say how much is kept: what a policy gradient learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .architectures import Site, SiteKey
+from .policy_gradient import Budget
+from .utils import seeded_generator
+
+
+# Inside the root that preconditions the gradient, as in the paper's code: finite at probabilities of 0 and 1.
+ROOT_FLOOR = 1e-7
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Masks, and how each came about.
+
+    Args:
+        masks (`Tensor[N, n]`, float64): of 0 and 1, all units of all sites.
+        deviations (`Tensor[N, p]`, float64): of the variables drawn from their means, in standard deviations.
+    """
+
+    masks: torch.Tensor
+    deviations: torch.Tensor
+
+
+class Policy(Protocol):
+    """A distribution over masks whose means, the keep rates `[p]` in float64, are learned within budgets."""
+
+    budgets: Sequence[Budget]
+
+    def draw(self, rates: torch.Tensor, count: int, seed: Sequence[int], antithetic: bool) -> Draws:
+        """Draw `count` masks; the same seed gives the same masks, and `antithetic` makes neighbours opposites."""
+
+    def site_rates(self, rates: torch.Tensor) -> torch.Tensor:
+        """Return the mean keep rate of every site, `[sites]`."""
+
+    def keep_probabilities(self, rates: torch.Tensor) -> torch.Tensor:
+        """Return the chance that a mask keeps each unit, `[n]`."""
+
+    def scores(self, rates: torch.Tensor) -> torch.Tensor:
+        """Return the order in which units are kept in the end, `[n]`: higher is kept."""
+
+
+class UnitPolicy:
+    """A keep probability per unit: the entries of a mask are independent coins (arXiv 2406.10576).
+
+    Args:
+        sites (sequence of `Site`): whose units are drawn.
+        budgets (sequence of `Budget`): over units.
+    """
+
+    def __init__(self, sites: Sequence[Site], budgets: Sequence[Budget]):
+        self.budgets = budgets
+        self._sizes = [site.num_units for site in sites]
+
+    def draw(self, rates: torch.Tensor, count: int, seed: Sequence[int], antithetic: bool = False) -> Draws:
+        draws = count // 2 if antithetic else count
+        uniform = torch.rand(draws, len(rates), generator=seeded_generator(*seed), dtype=torch.float64)
+        if antithetic:
+            uniform = torch.stack([uniform, 1 - uniform], dim=1).flatten(0, 1)
+        masks = (uniform < rates).double()
+        return Draws(masks, standardized(masks, rates))
+
+    def site_rates(self, rates: torch.Tensor) -> torch.Tensor:
+        return torch.stack([part.mean() for part in rates.split(self._sizes)])
+
+    def keep_probabilities(self, rates: torch.Tensor) -> torch.Tensor:
+        return rates
+
+    def scores(self, rates: torch.Tensor) -> torch.Tensor:
+        return rates
+
+
+class RatioPolicy:
+    """A keep ratio per site, drawn around its mean; which units stay within a site is settled by a metric.
+
+    The draws of a budget are shifted so that they keep to it, and become the units that the request itself would keep
+    under such ratios, with all its constraints. So every mask is a model that the request could end with.
+
+    Args:
+        sites (sequence of `Site`): whose ratios are drawn.
+        budgets (sequence of `Budget`): over sites.
+        scores (mapping of site key to `Tensor[num_units]`): the metric's; the highest of a site stay.
+        spread (`float`): standard deviation of a ratio.
+        keep (`Callable`): scores of every unit in, by site key; out the units that the request keeps under them.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        budgets: Sequence[Budget],
+        scores: Mapping[SiteKey, torch.Tensor],
+        spread: float,
+        keep: Callable[[Mapping[SiteKey, torch.Tensor]], Mapping[SiteKey, list[int]]],
+    ):
+        self.budgets = budgets
+        self._sites = list(sites)
+        self._sizes = torch.tensor([site.num_units for site in sites])
+        # The share of its site that is better than the middle of a unit: kept where the ratio is above it.
+        self._quantiles = torch.cat([_quantiles(scores[site.key]) for site in sites])
+        self._spread = spread
+        self._keep = keep
+
+    def draw(self, rates: torch.Tensor, count: int, seed: Sequence[int], antithetic: bool = False) -> Draws:
+        draws = count // 2 if antithetic else count
+        deviations = torch.randn(draws, len(rates), generator=seeded_generator(*seed), dtype=torch.float64)
+        if antithetic:
+            deviations = torch.stack([deviations, -deviations], dim=1).flatten(0, 1)
+        for budget in self.budgets:
+            own, weights = deviations[:, budget.members], budget.weights
+            deviations[:, budget.members] = own - (own @ weights / (weights @ weights))[:, None] * weights
+        return Draws(torch.stack([self._mask(rates + self._spread * each) for each in deviations]), deviations)
+
+    def site_rates(self, rates: torch.Tensor) -> torch.Tensor:
+        return rates
+
+    def keep_probabilities(self, rates: torch.Tensor) -> torch.Tensor:
+        return torch.special.ndtr(self.scores(rates) / self._spread)
+
+    def scores(self, rates: torch.Tensor) -> torch.Tensor:
+        return rates.repeat_interleave(self._sizes) - self._quantiles
+
+    def _mask(self, rates: torch.Tensor) -> torch.Tensor:
+        scores = self.scores(rates).split(self._sizes.tolist())
+        kept = self._keep({site.key: values for site, values in zip(self._sites, scores)})
+        return torch.cat([site.unit_mask(kept[site.key]) for site in self._sites]).double()
+
+
+def standardized(masks: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """Return `(m - s) / sqrt(s (1 - s))`, `[N, n]`: deviations of masks from their probabilities s `[n]`."""
+    root = ((probabilities + ROOT_FLOOR) * (1 - probabilities + ROOT_FLOOR)).sqrt()
+    return (masks - probabilities) / root
+
+
+def _quantiles(scores: torch.Tensor) -> torch.Tensor:
+    best_first = scores.argsort(descending=True, stable=True)
+    places = torch.empty(len(scores), dtype=torch.float64)
+    places[best_first] = (torch.arange(len(scores), dtype=torch.float64) + 0.5) / len(scores)
+    return places
+
+
+def initial_probabilities(
+    scores: Sequence[torch.Tensor], keep_rates: Sequence[float], how: str, seed: int
+) -> torch.Tensor:
+    """Turn the scores of every site into keep probabilities, `[n]` float64, whose mean is the site's keep rate.
+
+    Args:
+        scores (sequence of `Tensor[num_units]`): a metric's, site by site.
+        keep_rates (sequence of `float`): mean probability asked for.
+        how (`str`): `"sigmoid"` of the standardised scores, `"min_max"` scaled scores, `"constant"`, or `"random"`.
+        seed (`int`): of `"random"`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for values, rate in zip(scores, keep_rates):
+        values = values.double()
+        if how == "sigmoid":
+            start = ((values - values.mean()) / values.std(correction=0).clamp_min(1e-30)).sigmoid()
+        elif how == "min_max":
+            start = (values - values.min()) / (values.max() - values.min()).clamp_min(1e-30)
+        elif how == "random":
+            start = torch.rand(len(values), generator=generator, dtype=torch.float64)
+        else:
+            start = torch.zeros_like(values)
+        found.append(_shifted_to_mean(start, rate))
+    return torch.cat(found)
+
+
+def _shifted_to_mean(values: torch.Tensor, mean: float) -> torch.Tensor:
+    """Shift and clamp to [0, 1] so that the clamped values have the mean asked for."""
+    low, high = -1.0 - float(values.max()), 1.0 - float(values.min())
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((values + middle).clamp(0, 1).mean()) < mean else (low, middle)
+    return (values + high).clamp(0, 1)
+
+
+def entropy(probabilities: torch.Tensor) -> float:
+    """Return the mean entropy of the masks' entries, in bits: 0 once every unit is decided."""
+    s = probabilities.clamp(1e-12, 1 - 1e-12)
+    return float(-(s * s.log2() + (1 - s) * (1 - s).log2()).mean())

@@ -1,0 +1,158 @@
+"""What masks are drawn from: their distributions, budgets and constraints, and where learning starts."""
+
+import pytest
+import torch
+
+from optimum_fwdprune import PruningConfig, find_sites
+from optimum_fwdprune.allocation import Budget as Removal
+from optimum_fwdprune.allocation import allocate
+from optimum_fwdprune.policies import RatioPolicy, UnitPolicy, entropy, initial_probabilities
+from optimum_fwdprune.policy_gradient import Budget, policy_gradient
+
+
+def test_decided_units_give_no_nan():
+    s = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64)
+    deviations = UnitPolicy([], []).draw(s, 4, (0,)).deviations
+    assert policy_gradient(deviations, torch.rand(4, dtype=torch.float64), "leave_one_out").isfinite().all()
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_masks_have_the_probabilities_asked_for_and_follow_their_seed(antithetic):
+    s = torch.linspace(0, 1, 11, dtype=torch.float64)
+
+    def sample(*seed):
+        return UnitPolicy([], []).draw(s, 4, seed, antithetic).masks
+
+    masks = torch.cat([sample(0, step) for step in range(2000)])
+
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(masks.mean(0), s, rtol=0, atol=0.02)
+    assert torch.equal(sample(3, 5), sample(3, 5))
+    assert not torch.equal(sample(3, 5), sample(3, 6))
+    # Partners disagree wherever both of s and 1 - s allow it.
+    agreement = (masks[::2] == masks[1::2]).double().mean(0)
+    expected = (2 * s - 1).abs() if antithetic else s.square() + (1 - s).square()
+    torch.testing.assert_close(agreement, expected, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("how", ["sigmoid", "min_max", "constant", "random"])
+def test_initial_probabilities_have_the_keep_rate_of_every_site(how):
+    scores = [torch.tensor([1.0, 5.0, 2.0, 100.0]), torch.full((6,), 3.0), torch.arange(9.0)]
+    rates = [0.5, 0.7, 0.15]
+    found = initial_probabilities(scores, rates, how, seed=0).split([4, 6, 9])
+    for values, part, rate in zip(scores, found, rates):
+        assert part.min() >= 0 and part.max() <= 1
+        assert float(part.mean()) == pytest.approx(rate, abs=1e-9)
+        if how in ("sigmoid", "min_max"):
+            assert (part[values.argsort()].diff() >= 0).all()
+        if how == "constant":
+            assert float(part.std()) < 1e-9
+
+
+def test_entropy_is_one_bit_per_coin_and_nothing_for_what_is_decided():
+    assert entropy(torch.full((4,), 0.5, dtype=torch.float64)) == pytest.approx(1)
+    assert entropy(torch.tensor([0.0, 1.0], dtype=torch.float64)) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.fixture
+def sites(dense):
+    return find_sites(dense, "kv_group")
+
+
+def metric_of(sites):
+    generator = torch.Generator().manual_seed(5)
+    return {site.key: torch.rand(site.num_units, generator=generator) for site in sites}
+
+
+def ratio_policy(sites, spread=0.1, budget="joint", **fields):
+    """A policy over the ratios of `sites` at 40 %, and the rates it starts from."""
+    request = PruningConfig(scope="global", budget=budget, sparsity=0.4, **fields)
+    removal = Removal(round(0.4 * sum(site.num_parameters for site in sites)))
+    kinds = [""] if budget == "joint" else ["attention", "mlp"]
+    budgets = []
+    for kind in kinds:
+        members = [place for place, site in enumerate(sites) if site.kind == kind or not kind]
+        weights = torch.tensor([float(sites[place].num_parameters) for place in members], dtype=torch.float64)
+        budgets.append(Budget(torch.tensor(members), weights, 0.6 * float(weights.sum())))
+
+    def keep(scores):
+        return allocate(sites, scores, request, removal, additive=False)
+
+    return RatioPolicy(sites, budgets, metric_of(sites), spread, keep), torch.full((len(sites),), 0.6).double()
+
+
+def parameters_of(masks, sites):
+    parts = masks.split([site.num_units for site in sites], dim=-1)
+    return sum(part.sum(-1) * site.unit_parameters for part, site in zip(parts, sites))
+
+
+@pytest.mark.parametrize("budget", ["joint", "separate"])
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_every_mask_of_the_ratios_keeps_to_the_budget(sites, budget, antithetic):
+    policy, rates = ratio_policy(sites, 0.2, budget)
+    draws = policy.draw(rates, 20, (0, 1), antithetic)
+    allowed = 0.6 * sum(site.num_parameters for site in sites)
+    largest = max(site.unit_parameters for site in sites)
+
+    assert (parameters_of(draws.masks, sites) - allowed).abs().max() <= largest
+    for own in policy.budgets:
+        assert (draws.deviations[:, own.members] @ own.weights).abs().max() < 1e-9 * float(own.weights.sum())
+    assert len(draws.masks.unique(dim=0)) > 10
+    assert torch.equal(draws.masks, policy.draw(rates, 20, (0, 1), antithetic).masks)
+    if antithetic:
+        assert torch.equal(draws.deviations[::2], -draws.deviations[1::2])
+
+
+def test_masks_of_the_ratios_keep_the_best_of_every_site_and_obey_the_request(sites):
+    policy, rates = ratio_policy(sites, 0.3, multiple_of=8, min_units_per_site=2)
+    masks = policy.draw(rates, 12, (3,)).masks
+    for site, part in zip(sites, masks.split([site.num_units for site in sites], dim=1)):
+        ranked = part[:, metric_of(sites)[site.key].argsort(descending=True)]
+        assert (ranked.diff(dim=1) <= 0).all()
+        assert ranked.sum(1).min() >= min(2, site.num_units)
+        if site.kind == "mlp":
+            assert (ranked.sum(1) % 8 == 0).all()
+            assert len(ranked.sum(1).unique()) > 2
+
+
+def test_deviations_of_the_ratios_are_standard_normal_within_the_budget(sites):
+    policy, rates = ratio_policy(sites)
+    deviations = torch.cat([policy.draw(rates, 50, (step,)).deviations for step in range(60)])
+    weights = policy.budgets[0].weights
+    expected = torch.eye(len(weights), dtype=torch.float64) - weights.outer(weights) / (weights @ weights)
+
+    torch.testing.assert_close(deviations.mean(0), torch.zeros_like(rates), rtol=0, atol=0.08)
+    torch.testing.assert_close(deviations.T.cov(), expected, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_the_gradient_of_the_ratios_is_that_of_the_expected_loss(sites, antithetic):
+    """Of a loss that is linear in the ratios: spread times its slope, within the budget."""
+    policy, rates = ratio_policy(sites, spread=0.1, budget="separate")
+    slope = torch.linspace(-1, 2, len(sites), dtype=torch.float64)
+    gradients = []
+    for step in range(1500):
+        deviations = policy.draw(rates, 4, (step,), antithetic).deviations
+        losses = 3 + (rates + 0.1 * deviations) @ slope
+        gradients.append(policy_gradient(deviations, losses, "leave_one_out", antithetic=antithetic))
+    found = torch.stack(gradients)
+    expected = 0.1 * slope
+    for own in policy.budgets:
+        weights = own.weights
+        expected[own.members] -= weights * (weights @ expected[own.members]) / (weights @ weights)
+    error = found.std(0) / len(found) ** 0.5
+
+    assert ((found.mean(0) - expected).abs() < 5 * error).all()
+    assert (error < 0.01).all() and expected.abs().max() > 0.05
+
+
+def test_scores_of_the_ratios_give_the_ratios_back(sites):
+    policy, _ = ratio_policy(sites)
+    rates = torch.linspace(0.3, 0.9, len(sites), dtype=torch.float64)
+    sizes = [site.num_units for site in sites]
+    for site, rate, scores, chances in zip(
+        sites, rates, policy.scores(rates).split(sizes), policy.keep_probabilities(rates).split(sizes)
+    ):
+        assert int((scores > 0).sum()) == pytest.approx(float(rate) * site.num_units, abs=0.5)
+        assert torch.equal(scores > 0, chances > 0.5)
+        assert torch.equal(scores.argsort(), metric_of(sites)[site.key].argsort())
