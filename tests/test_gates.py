@@ -61,6 +61,24 @@ def test_pruning_not_in_place_leaves_every_dense_weight_bit_identical(dense, tok
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
 
 
+@torch.no_grad()
+def test_gates_that_16_bits_cannot_hold_are_not_rounded(tokens):
+    """1.003 is 1 in bfloat16; the product with it is not always what the activation was."""
+    model = tiny.make_model("llama_gqa_biases", dtype=torch.bfloat16)
+    site = find_sites(model)[1]
+    seen = []
+    with gated([site], {site.key: torch.full((site.num_units,), 1.003)}):
+        handle = site.projection.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        model(input_ids=tokens)
+        handle.remove()
+    handle = site.projection.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    model(input_ids=tokens)
+    handle.remove()
+
+    assert torch.equal(seen[0], (seen[1].float() * 1.003).bfloat16())
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_masks_that_do_not_fit_are_refused(tokens):
     model = tiny.make_model("llama_gqa_biases")
     sites = find_sites(model)

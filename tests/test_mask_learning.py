@@ -152,6 +152,47 @@ def test_batches_of_any_size_learn_the_same(tokens):
         torch.testing.assert_close(one[key], many[key], rtol=1e-3, atol=1e-4)
 
 
+def test_padding_changes_nothing(tokens):
+    """Windows of unequal length: with padding of any content, and on either side of nothing but itself."""
+    mask = torch.ones_like(tokens)
+    mask[::2, -7:] = 0
+    results = []
+    for filler in (0, 17):
+        padded = {"input_ids": tokens.where(mask.bool(), torch.tensor(filler)), "attention_mask": mask}
+        results.append(learn(padded))
+    whole = learn(tokens)
+
+    assert not torch.equal(whole.history["loss"], results[0].history["loss"])
+    torch.testing.assert_close(results[0].history["loss"], results[1].history["loss"])
+    for key, values in results[0].values.items():
+        torch.testing.assert_close(values, results[1].values[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("parametrization", ["unit", "ratio"])
+def test_bfloat16_models_learn_from_nearly_the_same_losses(tokens, parametrization):
+    # The same masks: neither probabilities nor ranks come from rounded activations.
+    options = {"parametrization": parametrization, "steps": 1, "initialization": "constant", "metric": "random"}
+    exact, rounded = (
+        learn(tokens, tiny.make_model("llama_gqa_biases", dtype=dtype), **options)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert float(rounded.history["loss"][0]) == pytest.approx(float(exact.history["loss"][0]), rel=2e-3)
+    assert all(values.isfinite().all() for values in rounded.values.values())
+
+
+def test_a_model_on_a_device_map_learns_the_same(tokens):
+    """Dispatched by accelerate; there is one device here, so what is tested is its hooks."""
+    from accelerate import dispatch_model
+
+    model = tiny.make_model("llama_gqa_biases")
+    alone = learn(tokens, model)
+    dispatched = dispatch_model(model, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    found = learn(tokens, dispatched)
+
+    for key, values in alone.values.items():
+        torch.testing.assert_close(found.values[key], values)
+
+
 @pytest.mark.parametrize("parametrization", ["unit", "ratio"])
 @pytest.mark.parametrize("stopped_after", [1, 5])
 def test_a_killed_run_goes_on_to_the_same_result_bit_for_bit(
