@@ -176,7 +176,7 @@ def test_bfloat16_models_learn_from_nearly_the_same_losses(tokens, parametrizati
         learn(tokens, tiny.make_model("llama_gqa_biases", dtype=dtype), **options)
         for dtype in (torch.float32, torch.bfloat16)
     )
-    assert float(rounded.history["loss"][0]) == pytest.approx(float(exact.history["loss"][0]), rel=2e-3)
+    assert float(rounded.history["loss"][0]) == pytest.approx(float(exact.history["loss"][0]), rel=5e-3)
     assert all(values.isfinite().all() for values in rounded.values.values())
 
 
