@@ -21,6 +21,7 @@ from optimum_fwdprune import Calibration, FwdPruner, PruningConfig
 from optimum_fwdprune.allocation import allocate, removal_budget
 from optimum_fwdprune.gates import gated
 from optimum_fwdprune.losses import model_nll
+from optimum_fwdprune.methods.policy_gradient import LEARNING_RATES
 from optimum_fwdprune.policies import RatioPolicy, UnitPolicy
 from optimum_fwdprune.policy_gradient import Budget, policy_gradient
 from optimum_fwdprune.scores import Scores
@@ -36,11 +37,10 @@ FEWER_STEPS = (30, 100)
 SEQ_LEN = 128
 # What the metrics are calibrated on: as many tokens as 64 x 256.
 METRIC_WINDOWS = 128
-STEP = {"masks_per_step": 2, "windows_per_step": 4, "batch_size": 8}
+STEP = {"masks_per_step": 2, "windows_per_step": 2, "batch_size": 4}
 PARAMETRIZATIONS = ("unit", "ratio")
 ESTIMATORS = ("leave_one_out", "moving_average")
-LEARNING_RATES = {"unit": 0.1, "ratio": 0.1}
-# The moving average's gradient is 1.8 times as long at two masks (METHODS: N (1 - 1/(TN)) / (N - 1)).
+# The moving average's gradient is 1.8 times as long at two masks (docs/policy_gradient.md).
 LENGTH = {"leave_one_out": 1.0, "moving_average": 1.8}
 METRICS = ("wanda_sp", "flap")
 VARIANCE_STEPS = 48

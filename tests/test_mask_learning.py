@@ -16,7 +16,9 @@ from optimum_fwdprune.scores import Scores
 
 
 def config(**fields):
-    return PruningConfig(**{"method": "policy_gradient", "steps": 6, "sparsity": 0.4, "seed": 3, **fields})
+    return PruningConfig(
+        **{"method": "policy_gradient", "parametrization": "unit", "steps": 6, "sparsity": 0.4, "seed": 3, **fields}
+    )
 
 
 def learn(tokens, model=None, **fields):
@@ -380,7 +382,7 @@ from optimum_fwdprune import FwdPruner, PruningConfig
 state = PartialState(cpu=True)
 torch.manual_seed(state.process_index)
 tokens = torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(1))
-config = PruningConfig(method="policy_gradient", steps=6, sparsity=0.4, seed=3)
+config = PruningConfig(method="policy_gradient", parametrization="unit", steps=6, sparsity=0.4, seed=3)
 scores = FwdPruner(tiny.make_model("llama_gqa_biases")).score(config, tokens)
 scores.save(f"{sys.argv[2]}/{state.process_index}.safetensors")
 """

@@ -87,7 +87,12 @@ def place_of(model, tokens, losses, **fields):
     """The share of all masks that are better than the one that is learned."""
     pruner = FwdPruner(model)
     config = PruningConfig(
-        method="policy_gradient", sparsity=0.5, reconstruction="none", initialization="constant", **fields
+        method="policy_gradient",
+        sparsity=0.5,
+        reconstruction="none",
+        parametrization="unit",
+        initialization="constant",
+        **fields,
     )
     pruner.prune(config, tokens, inplace=False)
     key = []
