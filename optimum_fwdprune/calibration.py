@@ -70,6 +70,21 @@ class Calibration:
         """Return `(input_ids, attention_mask)` of some windows."""
         return self.input_ids[which], None if self.attention_mask is None else self.attention_mask[which]
 
+    def split(self, every: int) -> tuple[Calibration, Calibration | None]:
+        """Return most windows, and every so-many-th one apart from them; `None` where there are too few to spare."""
+        held_out = torch.arange(len(self.input_ids)) % every == every - 1
+        if len(held_out) > 1 and not held_out.any():
+            held_out[-1] = True
+        if not held_out.any():
+            return self, None
+        most, others = (Calibration(*self.windows(which), self.source) for which in (~held_out, held_out))
+        return most, others
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.bool().sum())
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the tokens, and of their padding where there is some, shortened."""

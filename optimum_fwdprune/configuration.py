@@ -84,6 +84,23 @@ class PruningConfig:
         "What the kept weights do about the removed ones. Default: the method's own, least_squares for wanda_sp.",
         ("none", "bias", "least_squares"),
     )
+    reconstruction_order: str = option(
+        "independent",
+        "Whether least squares refits all projections on the dense model's activations, or layer by layer on those of "
+        "the layers pruned before.",
+        ("independent", "sequential"),
+    )
+    reconstruction_target: str = option(
+        "dense",
+        "What sequential least squares fits: what brings the residual stream back to the dense model's, or what the "
+        "layer itself would have said.",
+        ("dense", "layer"),
+    )
+    ridge: float | None = option(
+        None,
+        "Ridge of least squares, as a share of the mean squared activation. Default: chosen per projection on "
+        "held-out calibration windows.",
+    )
     calibration: str | None = option(
         None,
         "Calibration text: wikitext2, c4, self (sampled from the model), builtin (Python's documentation, for smoke "
@@ -117,6 +134,13 @@ class PruningConfig:
         for name in ("n_samples", "seq_len", "batch_size", "multiple_of", "min_units_per_site"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.ridge is not None and self.ridge < 0:
+            raise ValueError(f"ridge must be at least 0; got {self.ridge}.")
+        if self.reconstruction_order == "sequential" and self.reconstruction == "bias":
+            raise ValueError(
+                "reconstruction_order='sequential' refits weights; with reconstruction='bias' leave it 'independent', "
+                "or ask for reconstruction='least_squares'."
+            )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}.")
         for name in ("target_parameters", "target_bytes"):

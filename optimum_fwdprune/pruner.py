@@ -202,9 +202,10 @@ class FwdPruner:
                 calibration = load_calibration(config, self.model, self.tokenizer, dataset)
             statistics = scores.statistics if scores else {}
             with evaluating(self.model):
-                projections = reconstruct(
-                    self.model, sites, plan.kept, kind, statistics, calibration, config.batch_size
-                )
+                reconstruction = reconstruct(self.model, sites, plan.kept, kind, config, calibration, statistics)
+            projections = reconstruction.projections
+            if reconstruction.details:
+                plan = dataclasses.replace(plan, metadata={**plan.metadata, "reconstructed": reconstruction.details})
         with _timed(seconds, "verify"):
             probe = probe_batch(self.model, calibration)
             expected = masked_logits(self.model, sites, plan, projections, probe)

@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from .architectures import Site, SiteKey
+from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
+from .configuration import PruningConfig
 from .gates import Projection
+from .least_squares import NormalEquations, Refit, refit
+from .sequential import DENSE, refit_in_sequence
 from .statistics import GRAM, MOMENTS, SiteStatistics, collect_statistics
 
 
+logger = logging.get_logger(__name__)
+
 NONE, BIAS, LEAST_SQUARES = "none", "bias", "least_squares"
+SEQUENTIAL = "sequential"
 
 # Statistics that scoring gathers along the way where this kind of reconstruction will follow.
 STATISTICS_OF: dict[str, tuple[str, ...]] = {NONE: (), BIAS: (MOMENTS,), LEAST_SQUARES: ()}
 
-# Share of the mean diagonal of the Gram matrix that is added to its diagonal before solving.
-RIDGE = 1e-2
-
 # Gram matrices held at the same time. What does not fit waits for another pass over the calibration tokens.
 GRAM_BYTES = 2 * 2**30
+
+# Every so many calibration windows one is held out, to choose ridges on.
+HELD_OUT_EVERY = 8
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What became of the projections.
+
+    Args:
+        projections (`dict[SiteKey, Projection]`): new parameters; sites that are not named keep their columns as they
+            are.
+        details (`dict[str, dict]`): of least squares, by `"<layer>.<kind>"`: the ridge, and the mean squared error on
+            held-out tokens of leaving the columns as they are and of refitting them, as JSON values.
+    """
+
+    projections: dict[SiteKey, Projection] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def added_parameters(sites: Iterable[Site], kind: str) -> int:
@@ -38,58 +62,106 @@ def reconstruct(
     sites: Iterable[Site],
     kept: Mapping[SiteKey, list[int]],
     kind: str,
-    statistics: Mapping[SiteKey, SiteStatistics],
+    config: PruningConfig,
     calibration: Calibration | None,
-    batch_size: int,
-) -> dict[SiteKey, Projection]:
-    """Return new projection parameters for the sites, measured on the dense model.
+    statistics: Mapping[SiteKey, SiteStatistics] | None = None,
+) -> Reconstruction:
+    """Return new projection parameters for the sites.
 
     `"bias"` adds the mean output of the removed features, `b + W_r E[x_r]` (FLAP, arXiv 2312.11983, eq. 5).
-    `"least_squares"` refits the kept columns to the dense output over the calibration tokens,
-    `W_k + W_r H_rk (H_kk + λI)⁻¹` with `H = Σ x xᵀ` and `λ = RIDGE · mean(diag H)`.
+    `"least_squares"` refits the kept columns over the calibration tokens, pulled towards what they were,
+    `W_k + Σ r xᵀ (Σ x xᵀ + λI)⁻¹`: x are the kept features and r is what they should say and do not. Every eighth
+    window is held out; the ridge λ that does best on these is used, and where none is better than the columns as they
+    are, they stay.
 
     Args:
         model (`PreTrainedModel`): the dense model; it is not changed.
         sites (iterable of `Site`): its sites.
         kept (mapping of site key to `list[int]`): units that stay.
         kind (`str`): `"none"`, `"bias"` or `"least_squares"`.
-        statistics (mapping of site key to `SiteStatistics`): moments for `"bias"`, which gathers them where empty, and
-            Gram matrices for `"least_squares"`, which gathers those that are missing.
-        calibration (`Calibration`, *optional*): the tokens. `"least_squares"` passes over them again, once where its
-            Gram matrices fit into `GRAM_BYTES`.
-        batch_size (`int`): windows per forward pass.
+        config (`PruningConfig`): `reconstruction_order`, `reconstruction_target`, `ridge` and `batch_size`.
+        calibration (`Calibration`, *optional*): the tokens. `"least_squares"` passes over them again.
+        statistics (mapping of site key to `SiteStatistics`, *optional*): moments for `"bias"`, which gathers them
+            where there are none.
     """
     sites = list(sites)
     losing = [site for site in sites if len(kept[site.key]) < site.num_units]
-    if kind == NONE:
-        return {}
+    if kind == NONE or not losing:
+        return Reconstruction()
     if calibration is None:
         raise ValueError(f"reconstruction={kind!r} needs calibration tokens.")
     if kind == BIAS:
         # Scores that were made for another reconstruction may lack the means.
-        statistics = statistics or collect_statistics(model, sites, calibration, batch_size, STATISTICS_OF[kind])
+        statistics = statistics or collect_statistics(model, sites, calibration, config.batch_size, (MOMENTS,))
         # A checkpoint has projection biases in all layers of a kind or in none.
         kinds = {site.kind for site in losing}
-        return {
-            site.key: _compensate_bias(site, kept[site.key], statistics[site.key])
-            for site in sites
-            if site.kind in kinds
-        }
-    measured = [site for site in losing if site.key in statistics and statistics[site.key].gram is not None]
-    projections = {site.key: _least_squares(site, kept[site.key], statistics[site.key]) for site in measured}
-    for portion in _portions([site for site in losing if site.key not in projections]):
-        grams = collect_statistics(model, portion, calibration, batch_size, (GRAM,))
+        return Reconstruction(
+            {
+                site.key: _compensate_bias(site, kept[site.key], statistics[site.key])
+                for site in sites
+                if site.kind in kinds
+            }
+        )
+    _warn_of_few_tokens(losing, kept, calibration)
+    fit, held_out = calibration.split(HELD_OUT_EVERY)
+    if config.reconstruction_order == SEQUENTIAL:
+        if config.reconstruction_target == DENSE and not get_architecture(model.config).residual_adds_up(model.config):
+            raise ValueError(
+                f"reconstruction_target='dense' needs projections that add to the residual stream as they are, and "
+                f"{model.config._name_or_path or model.config.model_type} normalizes in between. Use "
+                f"reconstruction_target='layer'."
+            )
+        projections, refits = refit_in_sequence(
+            model, sites, kept, config.reconstruction_target, config.ridge, fit, held_out, config.batch_size
+        )
+    else:
+        projections, refits = _refit_independently(model, losing, kept, config, fit, held_out)
+    unchanged = [key for key, found in refits.items() if found.change is None]
+    if unchanged:
+        logger.warning(
+            "Least squares did not help on the held-out windows at %d of %d sites, which keep their columns as they "
+            "are: %s. More or other calibration text may change that.",
+            len(unchanged),
+            len(refits),
+            ", ".join(f"{kind} of layer {layer}" for layer, kind in unchanged),
+        )
+    return Reconstruction(projections, {f"{layer}.{kind}": found.summary() for (layer, kind), found in refits.items()})
+
+
+def _refit_independently(
+    model: PreTrainedModel,
+    sites: list[Site],
+    kept: Mapping[SiteKey, list[int]],
+    config: PruningConfig,
+    fit: Calibration,
+    held_out: Calibration | None,
+) -> tuple[dict[SiteKey, Projection], dict[SiteKey, Refit]]:
+    """Refit every site on what goes into it in the dense model."""
+    projections, refits = {}, {}
+    for portion in _portions(sites, matrices=1 if held_out is None else 2):
+        grams = [
+            collect_statistics(model, portion, tokens, config.batch_size, (GRAM,))
+            for tokens in (fit, held_out)
+            if tokens is not None
+        ]
         for site in portion:
-            projections[site.key] = _least_squares(site, kept[site.key], grams.pop(site.key))
-    return projections
+            weight, columns = site.projection.weight, _kept_features(site, kept[site.key])
+            equations = []
+            for found in grams:
+                statistics = found.pop(site.key)
+                assert statistics.gram is not None
+                equations.append(NormalEquations.of_removed(statistics.gram, statistics.count, weight, columns))
+            refits[site.key] = refit(equations[0], equations[1] if held_out else None, config.ridge)
+            projections[site.key] = refits[site.key].projection(site, kept[site.key], weight[:, columns])
+    return projections, refits
 
 
-def _portions(sites: list[Site]) -> Iterator[list[Site]]:
-    """Split sites into runs whose Gram matrices fit into `GRAM_BYTES`, one site at least."""
+def _portions(sites: list[Site], matrices: int) -> Iterator[list[Site]]:
+    """Split sites into runs whose Gram matrices, so many each, fit into `GRAM_BYTES`; one site at least."""
     portion: list[Site] = []
     size = 0
     for site in sites:
-        needed = 4 * site.projection.in_features**2
+        needed = matrices * 4 * site.projection.in_features**2
         if portion and size + needed > GRAM_BYTES:
             yield portion
             portion, size = [], 0
@@ -97,6 +169,20 @@ def _portions(sites: list[Site]) -> Iterator[list[Site]]:
         size += needed
     if portion:
         yield portion
+
+
+def _warn_of_few_tokens(sites: list[Site], kept: Mapping[SiteKey, list[int]], calibration: Calibration) -> None:
+    widest = max(len(kept[site.key]) * site.unit_width for site in sites)
+    if calibration.num_tokens < widest:
+        windows, length = calibration.input_ids.shape
+        logger.warning(
+            "%d calibration tokens cannot settle the %d kept features of a projection, so the ridge has to. %d "
+            "windows of %d tokens would do, a few times as many are better.",
+            calibration.num_tokens,
+            widest,
+            -(-widest * windows // calibration.num_tokens),
+            length,
+        )
 
 
 def _kept_features(site: Site, kept: list[int]) -> torch.Tensor:
@@ -109,17 +195,3 @@ def _compensate_bias(site: Site, kept: list[int], statistics: SiteStatistics) ->
     lost = weight[:, ~features].float() @ statistics.mean.to(weight.device)[~features]
     total = lost if bias is None else bias.float() + lost
     return Projection(kept, weight[:, features], total.to(weight.dtype))
-
-
-def _least_squares(site: Site, kept: list[int], statistics: SiteStatistics) -> Projection:
-    weight, bias, gram = site.projection.weight, site.projection.bias, statistics.gram
-    assert gram is not None
-    features = _kept_features(site, kept)
-    within = gram[features][:, features].double()
-    # The smallest normal number keeps a site whose inputs are all zero solvable.
-    within.diagonal().add_(RIDGE * float(gram.diagonal().double().mean()) + torch.finfo(torch.float32).tiny)
-    across = gram[features][:, ~features].double()
-    # [kept, removed]: how the kept features predict each removed one.
-    prediction = torch.linalg.solve(within, across).to(torch.float32)
-    refitted = weight[:, features].float() + weight[:, ~features].float() @ prediction.T
-    return Projection(kept, refitted.to(weight.dtype), bias)

@@ -45,17 +45,26 @@ def test_open_gates_change_nothing_and_leave_nothing(dense, tokens):
 @pytest.mark.parametrize("method", registered_methods())
 def test_scoring_leaves_every_dense_weight_bit_identical(dense, tokens, method):
     before = {name: value.clone() for name, value in dense.state_dict().items()}
-    FwdPruner(dense.train()).score(PruningConfig(method=method), tokens)
+    FwdPruner(dense.train()).score(PruningConfig(method=method, **tiny.SHORT.get(method, {})), tokens)
 
     assert dense.training
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in dense.modules())
 
 
-@pytest.mark.parametrize("reconstruction", ["none", "bias", "least_squares"])
-def test_pruning_not_in_place_leaves_every_dense_weight_bit_identical(dense, tokens, reconstruction):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reconstruction": "none"},
+        {"reconstruction": "bias"},
+        {"reconstruction": "least_squares"},
+        {"reconstruction": "least_squares", "reconstruction_order": "sequential", "reconstruction_target": "layer"},
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_pruning_not_in_place_leaves_every_dense_weight_bit_identical(dense, tokens, options):
     before = {name: value.clone() for name, value in dense.state_dict().items()}
-    config = PruningConfig(sparsity=0.4, reconstruction=reconstruction)
+    config = PruningConfig(sparsity=0.4, **options)
     FwdPruner(dense).prune(config, tokens, inplace=False)
 
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())

@@ -81,6 +81,10 @@ def make_model(name, auto_class=transformers.AutoModelForCausalLM, seed=0, dtype
     return model.eval()
 
 
+# Where a method's result does not matter, only that it runs: a few steps or draws.
+SHORT: dict[str, dict] = {"policy_gradient": {"steps": 3}, "mini_llm": {"draws": 3}}
+
+
 @torch.no_grad()
 def projection_inputs(model, site, tokens, mask=None):
     """What reaches a site's projection, padding left out: a numpy array `[tokens, in_features]`, float64."""

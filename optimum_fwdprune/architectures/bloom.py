@@ -17,5 +17,6 @@ register_architecture(
         ),
         MLPLayout(sources=("mlp.dense_h_to_4h",), output="mlp.dense_4h_to_h"),
         pruned_bloom,
+        residual_adds_up=lambda config: not config.apply_residual_connection_post_layernorm,
     )
 )

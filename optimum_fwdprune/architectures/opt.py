@@ -11,5 +11,6 @@ register_architecture(
         ),
         MLPLayout(sources=("fc1",), output="fc2", width_key="ffn_dim"),
         pruned_opt,
+        residual_adds_up=lambda config: config.do_layer_norm_before,
     )
 )

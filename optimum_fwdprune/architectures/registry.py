@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,10 @@ from .layout import ATTENTION_UNITS, QUERY_HEAD, AttentionLayout, MLPLayout
 from .site import ATTENTION, KINDS, Site
 
 
+def _always(config: PreTrainedConfig) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Everything the package knows about one model family.
@@ -24,22 +29,27 @@ class Architecture:
         mlp (`MLPLayout`): where a decoder layer keeps its channels.
         model_classes (`tuple[type, ...]`): the pruned classes, one per task, each a `PerLayerMixin` in front of its
             stock class.
+        residual_adds_up (`Callable[[PreTrainedConfig], bool]`): whether, under a config, the residual stream is the
+            embeddings plus all that the projections wrote; not where it is normalized on its way.
     """
 
     model_type: str
     attention: AttentionLayout
     mlp: MLPLayout
     model_classes: tuple[Any, ...]
+    residual_adds_up: Callable[[PreTrainedConfig], bool] = _always
 
     @classmethod
-    def from_module(cls, model_type: str, attention: AttentionLayout, mlp: MLPLayout, module: ModuleType):
+    def from_module(
+        cls, model_type: str, attention: AttentionLayout, mlp: MLPLayout, module: ModuleType, **properties
+    ) -> Architecture:
         """Build an architecture whose pruned classes are all those that `module` defines."""
         classes = tuple(
             value
             for value in vars(module).values()
             if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__
         )
-        return cls(model_type, attention, mlp, classes)
+        return cls(model_type, attention, mlp, classes, **properties)
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:

@@ -25,9 +25,9 @@ LEARNING_RATES = {"ratio": 0.05, "unit": 0.02}
 class PolicyGradientConfig(PruningConfig):
     """Minimises the expected loss over random masks within the budget.
 
-    `parametrization="unit"` is the paper's: the score of a unit is its learned keep probability. `"ratio"` learns a keep
-    ratio per site, of units that the metric ranks: fewer numbers, which take fewer steps. A unit's score is then by how
-    much its site's ratio exceeds its rank.
+    `parametrization="unit"` is the paper's: the score of a unit is its learned keep probability. `"ratio"` learns a
+    keep ratio per site, of units that the metric ranks: fewer numbers, which take fewer steps. A unit's score is then
+    by how much its site's ratio exceeds its rank.
 
     `scope` and `budget` say between which units probability may move: `scope="global", budget="separate"` is the
     paper's, one budget for all heads and one for all channels; `budget="joint"` weighs units by their parameters.

@@ -7,7 +7,6 @@ import torch
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites, register_method
 from optimum_fwdprune.configuration import _METHODS
-from optimum_fwdprune.reconstruction import RIDGE
 
 
 @pytest.fixture(params=["kv_group", "query_head"])
@@ -98,37 +97,6 @@ def test_flaps_bias_is_the_mean_output_of_what_was_removed(dense, tokens):
             assert not gone
             continue
         np.testing.assert_allclose(found.detach(), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_least_squares_solves_its_normal_equations(dense, tokens):
-    pruner = FwdPruner(dense)
-    pruned = pruner.prune(PruningConfig(sparsity=0.4, reconstruction="least_squares"), tokens, inplace=False)
-    after = {site.key: site for site in find_sites(pruned)}
-    for site in find_sites(dense, pruner.plan.attention_unit):
-        values = tiny.projection_inputs(dense, site, tokens)
-        weight = site.projection.weight.detach().double().numpy()
-        keep = [j for u in pruner.plan.kept[site.key] for j in columns_of(site, u)]
-        gone = [j for u in pruner.plan.removed(site.key) for j in columns_of(site, u)]
-        ridge = RIDGE * np.square(values).sum(0).mean()
-        # min |X_k W'ᵀ - X Wᵀ|² + λ |W' - W_k|², solved by numpy.
-        stacked = np.vstack([values[:, keep], np.sqrt(ridge) * np.eye(len(keep))])
-        target = np.vstack([values[:, gone] @ weight[:, gone].T, np.zeros((len(keep), len(weight)))])
-        expected = weight[:, keep] + np.linalg.lstsq(stacked, target, rcond=None)[0].T
-        found = after[site.key].projection.weight.detach()
-        np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-3 * np.abs(expected).max())
-
-
-def test_least_squares_in_portions_gives_the_same(tokens, monkeypatch):
-    """Where the Gram matrices do not fit into memory at once, more passes do it."""
-    from optimum_fwdprune import reconstruction
-
-    model = tiny.make_model("llama_gqa_biases")
-    pruners = FwdPruner(model), FwdPruner(model)
-    config = PruningConfig(sparsity=0.4)
-    expected = pruners[0].prune(config, tokens, inplace=False)
-    monkeypatch.setattr(reconstruction, "GRAM_BYTES", 1)
-
-    assert torch.equal(pruners[1].prune(config, tokens, inplace=False)(tokens).logits, expected(tokens).logits)
 
 
 def test_dead_features_stay_finite(tokens):

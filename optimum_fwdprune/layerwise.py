@@ -1,0 +1,140 @@
+"""Calibration windows carried through a model one decoder layer at a time, so that a layer may change under way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architectures import get_architecture
+from .calibration import Calibration
+
+
+class Stop(Exception):
+    """Ends a forward pass in front of a module.
+
+    Args:
+        inputs (`Tensor`): what would have gone into it.
+    """
+
+    inputs: torch.Tensor
+
+
+@contextmanager
+def stopped_before(module: nn.Module) -> Iterator[Stop]:
+    """End the forward pass in the block where `module` would be called, and tell what it would be called with."""
+    stop = Stop()
+
+    def hook(_module, args, kwargs):
+        stop.inputs = args[0] if args else kwargs["hidden_states"]
+        raise stop
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield stop
+    except Stop as reached:
+        if reached is not stop:
+            raise
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def outputs_of(modules: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """Gather what the modules return in the block, in the order in which they are called."""
+    seen: list[torch.Tensor] = []
+    handles = [module.register_forward_hook(lambda _module, _args, output: seen.append(output)) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Batch:
+    """Some windows on their way through the model.
+
+    Args:
+        windows (`Tensor[windows]`, int64): which of the calibration.
+        attention_mask (`Tensor[windows, tokens]`, *optional*): 0 where a token is padding.
+        hidden (`Tensor[windows, tokens, hidden]`): what goes into the next layer.
+        arguments (`list[tuple[tuple, dict]]`): what else every layer is called with.
+    """
+
+    windows: torch.Tensor
+    attention_mask: torch.Tensor | None
+    hidden: torch.Tensor
+    arguments: list[tuple[tuple, dict[str, Any]]]
+
+    def copy(self) -> Batch:
+        """Return the same windows with hidden states of their own from here on."""
+        return replace(self)
+
+    def tokens(self, values: torch.Tensor) -> torch.Tensor:
+        """Flatten `[windows, tokens, features]`, or what is flat already, to `[tokens, features]` without padding."""
+        values = values.flatten(0, -2)
+        return (
+            values if self.attention_mask is None else values[self.attention_mask.bool().flatten().to(values.device)]
+        )
+
+
+class LayerRunner:
+    """Runs decoder layers of `model` by themselves, called with what the whole model would call them with."""
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+        self.layers = [layer for _, layer in get_architecture(model.config).layers(model)]
+
+    @torch.no_grad()
+    def batches(self, calibration: Calibration, batch_size: int) -> list[Batch]:
+        """Return the windows in front of the first layer."""
+        found = []
+        arguments: dict[tuple[int, ...], list] = {}
+        for windows in torch.arange(len(calibration.input_ids)).split(batch_size):
+            input_ids, mask = calibration.windows(windows)
+            # Unpadded batches of one size are called alike; padding is what makes them differ.
+            shape = tuple(input_ids.shape)
+            if mask is not None or shape not in arguments:
+                arguments[shape] = self._arguments(input_ids, mask)
+            found.append(Batch(windows, mask, self._embed(input_ids, mask), arguments[shape]))
+        return found
+
+    def run(self, layer: int, batch: Batch) -> torch.Tensor:
+        """Return what layer number `layer` makes of the batch: `[windows, tokens, hidden]`."""
+        args, kwargs = batch.arguments[layer]
+        output = self.layers[layer](batch.hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _embed(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        with stopped_before(self.layers[0]) as stop:
+            self._forward(input_ids, mask)
+        return stop.inputs
+
+    def _arguments(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[tuple, dict[str, Any]]]:
+        calls: list[tuple[tuple, dict[str, Any]]] = []
+
+        def record(_module, args, kwargs):
+            kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            calls.append((args[1:], kwargs))
+
+        handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
+        try:
+            self._forward(input_ids, mask)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return calls
+
+    def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        device = self._model.device
+        self._model.base_model(
+            input_ids=input_ids.to(device),
+            attention_mask=None if mask is None else mask.to(device),
+            use_cache=False,
+        )

@@ -1,0 +1,137 @@
+"""The regression behind reconstruction: what kept input features can say about an output, with its ridge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .architectures import Site
+from .gates import Projection
+
+
+# Shares of the mean diagonal of the Gram matrix that may be added to its diagonal; held-out windows choose.
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+
+# Where no window can be held out.
+DEFAULT_RIDGE = 1e-2
+
+
+@dataclass
+class NormalEquations:
+    """Sums over tokens of the kept features x and of the residual r: what is wanted minus what W x gives already.
+
+    Args:
+        gram (`Tensor[kept, kept]`): Σ x xᵀ.
+        cross (`Tensor[out_features, kept]`): Σ r xᵀ.
+        energy (`float`): Σ ‖r‖².
+        count (`int`): tokens.
+    """
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    energy: float
+    count: int
+
+    @classmethod
+    def empty(cls, kept: int, out_features: int, device: torch.device) -> NormalEquations:
+        """Return sums over no tokens yet, in float32."""
+        zeros = torch.zeros(kept + out_features, kept, device=device)
+        return cls(zeros[:kept], zeros[kept:], 0.0, 0)
+
+    @classmethod
+    def of_removed(cls, gram: torch.Tensor, count: int, weight: torch.Tensor, kept: torch.Tensor) -> NormalEquations:
+        """Return the sums whose residual is what the removed features contributed, `W_r x_r`.
+
+        Args:
+            gram (`Tensor[in_features, in_features]`): Σ x xᵀ over all features.
+            count (`int`): tokens.
+            weight (`Tensor[out_features, in_features]`): W.
+            kept (`Tensor[in_features]`, bool): which features stay.
+        """
+        lost = weight[:, ~kept].float()
+        rows = gram[~kept]
+        energy = float((lost @ rows[:, ~kept] * lost).sum(dtype=torch.float64))
+        return cls(gram[kept][:, kept], lost @ rows[:, kept], energy, count)
+
+    def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
+        """Add tokens: `inputs`, `[tokens, kept]`, and `residual`, `[tokens, out_features]`, in any float dtype."""
+        inputs, residual = inputs.float(), residual.float()
+        self.gram.addmm_(inputs.T, inputs)
+        self.cross.addmm_(residual.T, inputs)
+        self.energy += float(residual.square().sum(dtype=torch.float64))
+        self.count += len(inputs)
+
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        return NormalEquations(
+            self.gram + other.gram, self.cross + other.cross, self.energy + other.energy, self.count + other.count
+        )
+
+    def change(self, ridge: float) -> torch.Tensor:
+        """Return the change of W, `Σ r xᵀ (Σ x xᵀ + λ I)⁻¹`, float64, with λ = `ridge` · mean(diag Σ x xᵀ).
+
+        It pulls towards no change, so a site whose features say nothing keeps its weights.
+        """
+        gram = self.gram.double()
+        # The smallest normal number keeps a site whose inputs are all zero solvable.
+        gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny)
+        factor, info = torch.linalg.cholesky_ex(gram)
+        if info.item():
+            # Rounding made it indefinite; the ridge alone decides what that costs.
+            return torch.linalg.lstsq(gram, self.cross.T.double()).solution.T
+        return torch.cholesky_solve(self.cross.T.double(), factor).T
+
+    def error(self, change: torch.Tensor) -> float:
+        """Return Σ ‖r - D x‖² under the change D, `[out_features, kept]`."""
+        explained = change @ self.gram.to(change.dtype) - 2 * self.cross.to(change.dtype)
+        return self.energy + float((explained * change).sum())
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A change of weights, and how it was settled.
+
+    Args:
+        change (`Tensor[out_features, kept]`, *optional*): float64; `None` where none is better than some.
+        ridge (`float`): share of the mean diagonal.
+        error_before, error_after (`float`, *optional*): mean ‖r‖² of a held-out token without a change and under the
+            best one that the other tokens gave; `None` where none were held out.
+    """
+
+    change: torch.Tensor | None
+    ridge: float
+    error_before: float | None = None
+    error_after: float | None = None
+
+    def projection(self, site: Site, kept: list[int], weight: torch.Tensor) -> Projection:
+        """Return the projection of `site` with its kept columns `weight` changed."""
+        if self.change is not None:
+            weight = (weight.double() + self.change).to(weight.dtype)
+        return Projection(kept, weight, site.projection.bias)
+
+    def summary(self) -> dict[str, float | bool | None]:
+        """Return how the change was settled, as JSON values."""
+        return {
+            "refitted": self.change is not None,
+            "ridge": self.ridge,
+            "held_out_error_before": self.error_before,
+            "held_out_error_after": self.error_after,
+        }
+
+
+def refit(fit: NormalEquations, held_out: NormalEquations | None, ridge: float | None = None) -> Refit:
+    """Choose the ridge on held-out tokens and fit on all of them, or change nothing where that is no better.
+
+    Args:
+        fit (`NormalEquations`): most of the tokens.
+        held_out (`NormalEquations`, *optional*): the others.
+        ridge (`float`, *optional*): use this one.
+    """
+    if held_out is None:
+        ridge = DEFAULT_RIDGE if ridge is None else ridge
+        return Refit(fit.change(ridge), ridge)
+    candidates = RIDGES if ridge is None else (ridge,)
+    errors = {candidate: held_out.error(fit.change(candidate)) for candidate in candidates}
+    best = min(errors, key=lambda candidate: errors[candidate])
+    change = (fit + held_out).change(best) if errors[best] < held_out.energy else None
+    return Refit(change, best, held_out.energy / held_out.count, errors[best] / held_out.count)

@@ -1,0 +1,289 @@
+"""Least squares against numpy, the choice of its ridge, and the walk from layer to layer."""
+
+import logging
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites, reconstruction
+from optimum_fwdprune.layerwise import LayerRunner, outputs_of, stopped_before
+from optimum_fwdprune.least_squares import RIDGES
+
+
+def sequential(target):
+    return {"reconstruction_order": "sequential", "reconstruction_target": target}
+
+
+def pruned_by(model, tokens, **options):
+    pruner = FwdPruner(model)
+    pruner.prune(PruningConfig(sparsity=0.4, reconstruction="least_squares", **options), tokens, inplace=False)
+    return pruner
+
+
+def features_of(site, units):
+    return [unit * site.unit_width + offset for unit in units for offset in range(site.unit_width)]
+
+
+def parts_of(pruner, model):
+    """Every site that lost units, with its place in the pruned model, its kept and its removed features."""
+    after = {site.key: site for site in find_sites(pruner.model)}
+    for site in find_sites(model, pruner.plan.attention_unit):
+        removed = pruner.plan.removed(site.key)
+        if removed:
+            yield site, after[site.key], features_of(site, pruner.plan.kept[site.key]), features_of(site, removed)
+
+
+def held_out(tokens):
+    return torch.arange(len(tokens)) % reconstruction.HELD_OUT_EVERY == reconstruction.HELD_OUT_EVERY - 1
+
+
+def change_by_numpy(inputs, residual, ridge):
+    """min |r - X Dᵀ|² + λ |D|²."""
+    share = ridge * np.square(inputs).sum(0).mean()
+    stacked = np.vstack([inputs, np.sqrt(share) * np.eye(inputs.shape[1])])
+    return np.linalg.lstsq(stacked, np.vstack([residual, np.zeros((inputs.shape[1], residual.shape[1]))]), rcond=None)[
+        0
+    ].T
+
+
+def assert_refitted(pruner, site, after, keep, inputs, residual):
+    """The weights are the ridge regression over all tokens, or untouched where held-out tokens said so."""
+    weight = site.projection.weight.detach().double().numpy()[:, keep]
+    found = after.projection.weight.detach().double().numpy()
+    summary = pruner.plan.metadata["reconstructed"][f"{site.layer}.{site.kind}"]
+    if summary["refitted"]:
+        expected = weight + change_by_numpy(inputs, residual, summary["ridge"])
+        np.testing.assert_allclose(found, expected, rtol=1e-2, atol=2e-3 * np.abs(expected).max())
+    else:
+        np.testing.assert_array_equal(found, weight)
+    return summary["refitted"]
+
+
+def test_independent_least_squares_solves_its_normal_equations(dense, tokens):
+    pruner = pruned_by(dense, tokens)
+    refitted = []
+    for site, after, keep, gone in parts_of(pruner, dense):
+        inputs = tiny.projection_inputs(dense, site, tokens)
+        lost = inputs[:, gone] @ site.projection.weight.detach().double().numpy()[:, gone].T
+        refitted.append(assert_refitted(pruner, site, after, keep, inputs[:, keep], lost))
+    assert any(refitted)
+
+
+def test_the_ridge_is_the_best_on_held_out_windows(dense, tokens):
+    """And no reconstruction is better than every ridge wherever the columns were left as they are."""
+    pruner = pruned_by(dense, tokens)
+    apart = held_out(tokens)
+    for site, _, keep, gone in parts_of(pruner, dense):
+        summary = pruner.plan.metadata["reconstructed"][f"{site.layer}.{site.kind}"]
+        weight = site.projection.weight.detach().double().numpy()
+        errors = {}
+        for ridge in RIDGES:
+            fit, other = (tiny.projection_inputs(dense, site, part) for part in (tokens[~apart], tokens[apart]))
+            change = change_by_numpy(fit[:, keep], fit[:, gone] @ weight[:, gone].T, ridge)
+            left = other[:, gone] @ weight[:, gone].T - other[:, keep] @ change.T
+            errors[ridge] = np.square(left).sum(1).mean()
+        before = np.square(other[:, gone] @ weight[:, gone].T).sum(1).mean()
+
+        assert errors[summary["ridge"]] == pytest.approx(min(errors.values()), rel=1e-3)
+        assert summary["held_out_error_after"] == pytest.approx(min(errors.values()), rel=1e-3)
+        assert summary["held_out_error_before"] == pytest.approx(before, rel=1e-3)
+        assert summary["refitted"] == (summary["held_out_error_after"] < summary["held_out_error_before"])
+
+
+def test_where_it_does_not_help_the_columns_stay_and_the_user_is_told(caplog):
+    """Held-out windows of another language than the rest."""
+    model = tiny.make_model("llama_gqa_biases")
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, 4, (16, 24), generator=generator)
+    tokens[held_out(tokens)] = torch.randint(100, 300, (2, 24), generator=generator)
+    with caplog.at_level(logging.WARNING, "transformers"):
+        logger = logging.getLogger("optimum_fwdprune.reconstruction")
+        logger.addHandler(caplog.handler)
+        pruner = pruned_by(model, tokens)
+        logger.removeHandler(caplog.handler)
+    untouched = [place for place, found in pruner.plan.metadata["reconstructed"].items() if not found["refitted"]]
+
+    assert untouched
+    assert f"at {len(untouched)} of 6 sites" in caplog.text
+    for site, after, keep, _ in parts_of(pruner, model):
+        same = torch.equal(after.projection.weight, site.projection.weight[:, keep])
+        assert same == (f"{site.layer}.{site.kind}" in untouched)
+
+
+def test_one_window_leaves_none_to_hold_out():
+    pruner = pruned_by(tiny.make_model("llama_gqa_biases"), torch.randint(0, 300, (1, 64)))
+    for found in pruner.plan.metadata["reconstructed"].values():
+        assert found == {"refitted": True, "ridge": 0.01, "held_out_error_before": None, "held_out_error_after": None}
+
+
+def test_a_ridge_of_ones_own_is_used(tokens):
+    pruner = pruned_by(tiny.make_model("llama_gqa_biases"), tokens, ridge=0.37)
+    assert {found["ridge"] for found in pruner.plan.metadata["reconstructed"].values()} == {0.37}
+
+
+@pytest.mark.parametrize("options", [{}, sequential("layer"), sequential("dense")], ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_batches_of_any_size_give_the_same(tokens, options, batch_size):
+    model = tiny.make_model("opt_pre_norm")
+    one, other = (pruned_by(model, tokens, batch_size=size, **options) for size in (16, batch_size))
+    expected = one.model(tokens).logits
+
+    assert (other.model(tokens).logits - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_portions_give_the_same(tokens, monkeypatch):
+    """Where the Gram matrices do not fit into memory at once, more passes do it."""
+    model = tiny.make_model("llama_gqa_biases")
+    expected = pruned_by(model, tokens).model(tokens).logits
+    monkeypatch.setattr(reconstruction, "GRAM_BYTES", 1)
+
+    assert torch.equal(pruned_by(model, tokens).model(tokens).logits, expected)
+
+
+@torch.no_grad()
+def test_layers_one_by_one_make_what_the_model_makes(dense, tokens):
+    mask = torch.ones_like(tokens)
+    mask[1, -5:] = 0
+    runner = LayerRunner(dense)
+    for calibration in (Calibration(tokens), Calibration(tokens, mask)):
+        for batch in runner.batches(calibration, 7):
+            for layer in range(len(runner.layers)):
+                batch.hidden = runner.run(layer, batch)
+            ids, own = calibration.windows(batch.windows)
+            with outputs_of([runner.layers[-1]]) as outputs:
+                dense(input_ids=ids, attention_mask=own)
+            expected = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+            torch.testing.assert_close(batch.tokens(batch.hidden), batch.tokens(expected), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def streams_of(model, pruned, tokens):
+    """What every projection writes, site by site, in both models: `[tokens, hidden]`, float64."""
+    found = []
+    for each in (model, pruned):
+        with outputs_of(site.projection for site in find_sites(each)) as outputs:
+            each(tokens)
+        found.append([output.flatten(0, -2).double().numpy() for output in outputs])
+    return found
+
+
+@torch.no_grad()
+def test_sequential_least_squares_undoes_the_error_of_the_stream(dense, architecture_name, tokens):
+    if architecture_name == "opt_post_norm_projected":
+        with pytest.raises(ValueError, match=r"normalizes in between\. Use reconstruction_target='layer'"):
+            pruned_by(dense, tokens, **sequential("dense"))
+        return
+    pruner = pruned_by(dense, tokens, **sequential("dense"))
+    wanted, written = streams_of(dense, pruner.model, tokens)
+    places = {site.key: place for place, site in enumerate(find_sites(dense))}
+    refitted = []
+    for site, after, keep, _ in parts_of(pruner, dense):
+        place = places[site.key]
+        # A site sees what those before it, refitted already, make of the text.
+        inputs = tiny.projection_inputs(pruner.model, after, tokens)
+        error = sum((written[earlier] - wanted[earlier] for earlier in range(place)), np.zeros_like(wanted[0]))
+        weight, bias = site.projection.weight.double().numpy()[:, keep], site.projection.bias
+        kept_says = inputs @ weight.T + (0 if bias is None else bias.double().numpy())
+        residual = wanted[place] - error - kept_says
+        refitted.append(assert_refitted(pruner, site, after, keep, inputs, residual))
+    assert any(refitted)
+
+
+@torch.no_grad()
+def test_sequential_least_squares_can_aim_at_the_layers_own_output(dense, tokens):
+    pruner = pruned_by(dense, tokens, **sequential("layer"))
+    after = {site.key: site for site in find_sites(pruner.model)}
+    refitted = []
+    for site, own, keep, gone in parts_of(pruner, dense):
+        # The dense layer on what the pruned layers before it, and the pruned sites before it inside, make of the text.
+        inputs = full_inputs(dense, pruner, site, after, tokens)
+        lost = inputs[:, gone] @ site.projection.weight.double().numpy()[:, gone].T
+        refitted.append(assert_refitted(pruner, site, own, keep, inputs[:, keep], lost))
+    assert any(refitted)
+
+
+def full_inputs(model, pruner, site, after, tokens):
+    """All features that reach a projection when all sites before it compute as in the pruned model."""
+    handles = []
+    for earlier in find_sites(model, pruner.plan.attention_unit):
+        if earlier.key == site.key:
+            break
+        keep = features_of(earlier, pruner.plan.kept[earlier.key])
+        new = after[earlier.key].projection
+
+        def hook(_module, args, _output, keep=keep, new=new):
+            return new(args[0][..., keep])
+
+        handles.append(earlier.projection.register_forward_hook(hook))
+    found = tiny.projection_inputs(model, site, tokens)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["layer", "dense"])
+def test_padding_is_left_out(tokens, target):
+    model = tiny.make_model("opt_pre_norm")
+    mask = torch.ones_like(tokens)
+    mask[::2, -7:] = 0
+    found = []
+    for filler in (0, 17):
+        padded = {"input_ids": tokens.where(mask.bool(), torch.tensor(filler)), "attention_mask": mask}
+        found.append(pruned_by(model, padded, **sequential(target)).model(tokens).logits)
+    whole = pruned_by(model, tokens, **sequential(target)).model(tokens).logits
+
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+    assert (found[0] - whole).abs().max() > 1e-3 * whole.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, sequential("layer"), sequential("dense")], ids=lambda o: "-".join(o.values()))
+def test_bfloat16_models_gain_as_well(tokens, options):
+    def error(model, **fields):
+        pruned = FwdPruner(model).prune(PruningConfig(sparsity=0.4, **fields), tokens, inplace=False)
+        return float((pruned(tokens).logits.float() - model(tokens).logits.float()).square().mean())
+
+    exact, rounded = (tiny.make_model("llama_gqa_biases", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+
+    assert error(rounded, **options) < 0.5 * error(rounded, reconstruction="none")
+    assert error(rounded, **options) == pytest.approx(error(exact, **options), rel=0.3)
+
+
+def test_too_few_tokens_for_the_features_are_told(caplog):
+    logger = logging.getLogger("optimum_fwdprune.reconstruction")
+    logger.addHandler(caplog.handler)
+    pruned_by(tiny.make_model("llama_gqa_biases"), torch.randint(0, 300, (2, 16)))
+    logger.removeHandler(caplog.handler)
+
+    # 42 of 64 channels stay: whole heads cannot give 40 %.
+    assert "32 calibration tokens cannot settle the 42 kept features" in caplog.text
+    assert "3 windows of 16 tokens would do" in caplog.text
+
+
+def test_a_forward_pass_that_stops_leaves_no_hook_behind(tokens):
+    model = tiny.make_model("llama_gqa_biases")
+    site = find_sites(model)[1]
+    with stopped_before(site.projection) as stop:
+        model(tokens)
+    assert stop.inputs.shape == (16, 24, 64)
+    with pytest.raises(RuntimeError, match="another"), stopped_before(site.projection):
+        raise RuntimeError("another")
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"reconstruction": "bias", "reconstruction_order": "sequential"},
+            "refits weights; with reconstruction='bias'",
+        ),
+        ({"ridge": -0.1}, "ridge must be at least 0; got -0.1"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        PruningConfig(**fields)
