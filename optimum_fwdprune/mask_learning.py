@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ def learn_rates(
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     identity: dict[str, Any] | None = None,
+    masked: Callable[[torch.Tensor], AbstractContextManager] | None = None,
 ) -> Progress:
     """Minimise the expected loss over the policy's masks, step by step, within its budgets.
 
@@ -139,6 +141,8 @@ def learn_rates(
         schedule (`Schedule`): how.
         checkpoint (`Path`, *optional*): where the state is written to, every `checkpoint_every` steps and at the end.
         identity (`dict`): what the checkpoint belongs to.
+        masked (`Callable`, *optional*): a mask in, `[n]`, and out a context in which the model computes under it. By
+            default units are gated, and every sequence of a batch has a mask of its own.
 
     Raises:
         ValueError: where `MAX_SKIPPED` steps in a row have no usable loss.
@@ -146,7 +150,7 @@ def learn_rates(
     from accelerate import PartialState
 
     processes = PartialState()
-    learner = _Learner(model, sites, calibration, policy, schedule, processes)
+    learner = _Learner(model, sites, calibration, policy, schedule, processes, masked)
     _extend_history(state, schedule.steps, len(sites))
     _start_alike(state, processes)
 
@@ -186,7 +190,7 @@ def learn_rates(
 
 
 class _Learner:
-    def __init__(self, model, sites, calibration, policy: Policy, schedule: Schedule, processes):
+    def __init__(self, model, sites, calibration, policy: Policy, schedule: Schedule, processes, masked=None):
         self._model = model
         self._sites = list(sites)
         self._sizes = [site.num_units for site in sites]
@@ -195,6 +199,7 @@ class _Learner:
         self._policy = policy
         self._schedule = schedule
         self._processes = processes
+        self._masked = masked
         # The last epoch's order of the windows, which many steps share.
         self._order = (-1, torch.empty(0, dtype=torch.int64))
 
@@ -244,21 +249,29 @@ class _Learner:
     def _losses(self, masks: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """Mean negative log-likelihood under each mask, `[N]` float64, every sequence under its own mask."""
         own = range(self._processes.process_index, len(masks), self._processes.num_processes)
-        rows = [(mask, window) for mask in own for window in windows.tolist()]
         sums = torch.zeros(len(masks), dtype=torch.float64)
         counts = torch.zeros(len(masks), dtype=torch.float64)
-        for start in range(0, len(rows), self._schedule.batch_size):
-            of_masks, numbers = (torch.tensor(part) for part in zip(*rows[start : start + self._schedule.batch_size]))
-            gates = masks[of_masks].float().split(self._sizes, dim=1)
-            with gated(self._sites, {site.key: gate for site, gate in zip(self._sites, gates)}):
-                nll, tokens = model_nll(self._model, *self._calibration.windows(numbers))
-            sums.index_add_(0, of_masks, nll.cpu())
-            counts.index_add_(0, of_masks, tokens.double().cpu())
+        # Gates differ from sequence to sequence, so all masks share batches; what replaces weights is for one mask.
+        runs = [[mask] for mask in own] if self._masked else [list(own)]
+        for run in runs:
+            rows = [(mask, window) for mask in run for window in windows.tolist()]
+            for start in range(0, len(rows), self._schedule.batch_size):
+                of_masks, numbers = (
+                    torch.tensor(part) for part in zip(*rows[start : start + self._schedule.batch_size])
+                )
+                with self._masked(masks[run[0]]) if self._masked else self._gated(masks[of_masks]):
+                    nll, tokens = model_nll(self._model, *self._calibration.windows(numbers))
+                sums.index_add_(0, of_masks, nll.cpu())
+                counts.index_add_(0, of_masks, tokens.double().cpu())
         if self._processes.num_processes > 1:
             both = torch.stack([sums, counts]).to(self._processes.device)
             torch.distributed.all_reduce(both)
             sums, counts = both.cpu()
         return sums / counts
+
+    def _gated(self, masks: torch.Tensor) -> AbstractContextManager:
+        gates = masks.float().split(self._sizes, dim=1)
+        return gated(self._sites, {site.key: gate for site, gate in zip(self._sites, gates)})
 
 
 def _start_alike(state: Progress, processes) -> None:

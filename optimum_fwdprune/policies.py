@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from .architectures import Site, SiteKey
+from .configuration import PruningConfig
 from .policy_gradient import Budget
 from .utils import seeded_generator
 
@@ -131,6 +132,46 @@ class RatioPolicy:
         scores = self.scores(rates).split(self._sizes.tolist())
         kept = self._keep({site.key: values for site, values in zip(self._sites, scores)})
         return torch.cat([site.unit_mask(kept[site.key]) for site in self._sites]).double()
+
+
+def budgets_of(
+    sites: Sequence[Site], kept: Mapping[SiteKey, list[int]], config: PruningConfig, sizes: Sequence[int]
+) -> list[Budget]:
+    """Return one budget for all variables that may trade with each other, of the size of what the request keeps.
+
+    Args:
+        sites (sequence of `Site`): whose units or ratios are the variables.
+        kept (mapping of site key to `list[int]`): what the request keeps under some scores.
+        config (`PruningConfig`): `scope` and `budget` say what trades with what.
+        sizes (sequence of `int`): how many variables each site has: one for every unit, or one alone.
+    """
+    pools: dict[tuple[str, int], list[tuple[Site, int, int]]] = {}
+    start = 0
+    for site, size in zip(sites, sizes):
+        kind = site.kind if config.budget == "separate" or config.has_budget_per_kind else ""
+        layer = site.layer if config.scope == "layer" else -1
+        pools.setdefault((kind, layer), []).append((site, start, size))
+        start += size
+    budgets = []
+    for members in pools.values():
+        # In units of the first variable's: counts where all are of one size, as in the paper.
+        first, _, divided = members[0]
+        one = first.num_parameters / divided
+        places = [torch.arange(start, start + size) for _, start, size in members]
+        weights = [
+            torch.full((size,), site.num_parameters / size / one, dtype=torch.float64) for site, _, size in members
+        ]
+        limit = sum(len(kept[site.key]) * site.unit_parameters for site, _, _ in members) / one
+        budgets.append(Budget(torch.cat(places), torch.cat(weights), limit))
+    return budgets
+
+
+def even_rates(budgets: Sequence[Budget], count: int) -> torch.Tensor:
+    """Return every variable's share of its budget, `[count]` float64."""
+    rates = torch.empty(count, dtype=torch.float64)
+    for budget in budgets:
+        rates[budget.members] = budget.limit / float(budget.weights.sum())
+    return rates
 
 
 def standardized(masks: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:

@@ -110,9 +110,9 @@ def test_reported_sizes_are_those_of_the_model(dense, tokens):
 def test_same_seed_gives_the_same_plan(method, tokenizer):
     def plan(seed):
         pruner = FwdPruner(tiny.make_model("llama_gqa_biases"), tokenizer)
-        config = PruningConfig(
-            method=method, sparsity=0.4, scope="global", calibration="builtin", n_samples=4, seq_len=32, seed=seed
-        )
+        calibration = {"calibration": "builtin", "n_samples": 4, "seq_len": 32}
+        own = tiny.SHORT.get(method, {})
+        config = PruningConfig(method=method, sparsity=0.4, scope="global", seed=seed, **calibration, **own)
         pruner.prune(config)
         return pruner.plan.kept
 

@@ -187,67 +187,23 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
 
 def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
     """What the masks are drawn from, and the keep rates to start from."""
-    import torch
-
-    from ..policies import RatioPolicy, UnitPolicy, initial_probabilities
+    from ..policies import RatioPolicy, UnitPolicy, budgets_of, even_rates, initial_probabilities
 
     config = inputs.config
     metric = {key: values.cpu() for key, values in metric.items()}
     kept = inputs.keep(metric)
-
-    def keep(scores):
-        return inputs.keep(metric | scores)
-
     if config.parametrization == "ratio":
-        ones = [1] * len(sites)
-        budgets = _budgets(sites, kept, config, ones)
-        policy = RatioPolicy(sites, budgets, metric, config.ratio_spread, keep)
-        return policy, torch.cat(_start(budgets, ones))
+        budgets = budgets_of(sites, kept, config, [1] * len(sites))
+
+        def keep(scores):
+            return inputs.keep(metric | scores)
+
+        return RatioPolicy(sites, budgets, metric, config.ratio_spread, keep), even_rates(budgets, len(sites))
     sizes = [site.num_units for site in sites]
-    budgets = _budgets(sites, kept, config, sizes)
-    rates = [float(part[0]) for part in _start(budgets, sizes)]
+    budgets = budgets_of(sites, kept, config, sizes)
+    rates = [float(part[0]) for part in even_rates(budgets, sum(sizes)).split(sizes)]
     scores = [metric[site.key] for site in sites]
     return UnitPolicy(sites, budgets), initial_probabilities(scores, rates, config.initialization, config.seed)
-
-
-def _start(budgets: list, sizes: list[int]) -> tuple:
-    """Every variable's share of its budget, `[size]` for each site."""
-    import torch
-
-    rates = torch.empty(sum(sizes), dtype=torch.float64)
-    for budget in budgets:
-        rates[budget.members] = budget.limit / float(budget.weights.sum())
-    return rates.split(sizes)
-
-
-def _budgets(sites: list, kept: dict, config, sizes: list[int]) -> list:
-    """One budget for all variables that may trade with each other, of the size of what the request keeps.
-
-    `sizes` says how many variables each site has: one for every unit, or one alone.
-    """
-    import torch
-
-    from ..policy_gradient import Budget
-
-    pools: dict = {}
-    start = 0
-    for site, size in zip(sites, sizes):
-        kind = site.kind if config.budget == "separate" or config.has_budget_per_kind else ""
-        layer = site.layer if config.scope == "layer" else -1
-        pools.setdefault((kind, layer), []).append((site, start, size))
-        start += size
-    budgets = []
-    for members in pools.values():
-        # In units of the first variable's: counts where all are of one size, as in the paper.
-        first, _, divided = members[0]
-        one = first.num_parameters / divided
-        places = [torch.arange(start, start + size) for _, start, size in members]
-        weights = [
-            torch.full((size,), site.num_parameters / size / one, dtype=torch.float64) for site, _, size in members
-        ]
-        limit = sum(len(kept[site.key]) * site.unit_parameters for site, _, _ in members) / one
-        budgets.append(Budget(torch.cat(places), torch.cat(weights), limit))
-    return budgets
 
 
 def _identity(inputs: ScoringInputs) -> dict:
