@@ -105,6 +105,12 @@ def prunable_sites(sites: Iterable[Site], config: PruningConfig) -> list[Site]:
     return [site for site in sites if site.kind in config.kinds and site.layer not in skipped]
 
 
+def fewest_units(site: Site, config: PruningConfig) -> int:
+    """Return how many units `site` keeps at least under the request."""
+    steps = _Steps(site, torch.zeros(site.num_units), config, additive=False)
+    return site.num_units - (int(steps.ends[-1]) if len(steps.ends) else 0)
+
+
 def allocate(
     sites: list[Site],
     scores: Mapping[SiteKey, torch.Tensor],

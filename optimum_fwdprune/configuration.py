@@ -194,10 +194,9 @@ class PruningConfig:
             ValueError: where there is no such preset, or it is one of another method.
         """
         preset = get_preset(name).fields
-        if cls is not PruningConfig and preset["method"] != cls.method:
-            raise ValueError(
-                f"Preset {name!r} is for method {preset['method']!r}; {cls.__name__} is for {cls.method!r}."
-            )
+        method = fields.get("method", preset["method"] if cls is PruningConfig else cls.method)
+        if preset["method"] != method:
+            raise ValueError(f"Preset {name!r} is for method {preset['method']!r}, not for {method!r}.")
         return cls(**{**preset, **fields})
 
     def to_dict(self) -> dict[str, Any]:

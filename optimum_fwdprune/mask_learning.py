@@ -26,11 +26,11 @@ from .utils import load_tensors, progress, save_tensors_atomically
 
 logger = logging.get_logger(__name__)
 
-# Keep rates stay above this while they are learned: a unit with probability 0 would never be tried again.
-FLOOR = 1e-3
-
 # Steps in a row without a usable loss that end the run.
 MAX_SKIPPED = 10
+
+# Stretches in a row without a lower mean loss that end a run which may stop when it is flat.
+PATIENCE = 3
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Progress:
                 metadata["rejected"],
                 {name.removeprefix("history."): values for name, values in tensors.items()},
             )
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
             raise ValueError(f"{path} is no checkpoint of a run: {type(error).__name__}: {error}.") from error
         difference = _first_difference(found, json.loads(json.dumps(identity)))
         if difference:
@@ -99,7 +99,11 @@ def _first_difference(found: Any, expected: Any, name: str = "content") -> str |
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to learn; the fields of `PolicyGradientConfig` of the same names."""
+    """How to learn: fields of `PolicyGradientConfig` of the same names, and what sparsity is a fraction of.
+
+    Args:
+        prunable_parameters (`int`): of all sites of the model, learned or not.
+    """
 
     steps: int
     learning_rate: float
@@ -111,6 +115,7 @@ class Schedule:
     stop_when_flat: int | None
     batch_size: int
     seed: int
+    prunable_parameters: int
 
 
 @torch.no_grad()
@@ -178,6 +183,8 @@ def learn_rates(
         if state.step % checkpoint_every == 0:
             save()
     save()
+    if state.step and state.skipped == state.step:
+        raise ValueError(f"None of {state.step} steps gave a finite loss, so nothing was learned.")
     if state.rejected:
         logger.warning(
             "%d masks had no finite loss and %d of %d steps were skipped for it.",
@@ -222,7 +229,7 @@ class _Learner:
         gradient = policy_gradient(deviations, losses, schedule.estimator, state.baseline, schedule.antithetic)
         moved = state.rates - schedule.learning_rate * cosine(step, schedule.steps) * gradient
         for budget in self._policy.budgets:
-            moved[budget.members] = project(moved[budget.members], budget.weights, budget.limit, FLOOR)
+            moved[budget.members] = project(moved[budget.members], budget)
         state.rates = moved
         return mean
 
@@ -230,7 +237,8 @@ class _Learner:
         state.history["loss"][step] = loss
         state.history["entropy"][step] = entropy(self._policy.keep_probabilities(state.rates))
         site_rates = self._policy.site_rates(state.rates)
-        state.history["expected_sparsity"][step] = 1 - self._parameters @ site_rates / self._parameters.sum()
+        removed = self._parameters @ (1 - site_rates)
+        state.history["expected_sparsity"][step] = removed / self._schedule.prunable_parameters
         state.history["keep_rate"][step] = site_rates
 
     def _windows(self, step: int) -> torch.Tensor:
@@ -296,10 +304,8 @@ def _extend_history(state: Progress, steps: int, sites: int) -> None:
 
 
 def _is_flat(state: Progress, window: int | None) -> bool:
-    """Whether the mean loss of the last `window` steps is no lower, beyond its noise, than that of those before."""
-    if window is None or state.step < 2 * window:
+    """Whether the last `PATIENCE` stretches of `window` steps all had a mean loss no lower than the best before."""
+    if window is None or state.step % window or state.step < (PATIENCE + 1) * window:
         return False
-    before, after = state.history["loss"][state.step - 2 * window : state.step].split(window)
-    before, after = before[before.isfinite()].double(), after[after.isfinite()].double()
-    noise = math.sqrt(float(before.var() / len(before) + after.var() / len(after)))
-    return float(before.mean() - after.mean()) <= noise
+    means = state.history["loss"][: state.step].double().view(-1, window).nanmean(1)
+    return bool((means[-PATIENCE:] >= means[:-PATIENCE].min()).all())

@@ -10,12 +10,15 @@ import torch
 
 from .architectures import Site, SiteKey
 from .configuration import PruningConfig
-from .policy_gradient import Budget
+from .policy_gradient import Budget, project
 from .utils import seeded_generator
 
 
 # Inside the root that preconditions the gradient, as in the paper's code: finite at probabilities of 0 and 1.
 ROOT_FLOOR = 1e-7
+
+# Far below the distance between two places in a site.
+TIE_BREAK = 1e-7
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,14 @@ class RatioPolicy:
         self._sites = list(sites)
         self._sizes = torch.tensor([site.num_units for site in sites])
         # The share of its site that is better than the middle of a unit: kept where the ratio is above it.
-        self._quantiles = torch.cat([_quantiles(scores[site.key]) for site in sites])
+        self._quantiles = torch.cat([_quantiles(site, scores[site.key]) for site in sites])
         self._spread = spread
         self._keep = keep
+        # Of a ratio that was shifted into its budget.
+        self._deviations = torch.empty(len(self._sites), dtype=torch.float64)
+        for budget in budgets:
+            squares = budget.weights.square()
+            self._deviations[budget.members] = spread * (1 - squares / squares.sum()).sqrt()
 
     def draw(self, rates: torch.Tensor, count: int, seed: Sequence[int], antithetic: bool = False) -> Draws:
         draws = count // 2 if antithetic else count
@@ -123,7 +131,8 @@ class RatioPolicy:
         return rates
 
     def keep_probabilities(self, rates: torch.Tensor) -> torch.Tensor:
-        return torch.special.ndtr(self.scores(rates) / self._spread)
+        deviations = self._deviations.repeat_interleave(self._sizes).clamp_min(1e-12)
+        return torch.special.ndtr(self.scores(rates) / deviations)
 
     def scores(self, rates: torch.Tensor) -> torch.Tensor:
         return rates.repeat_interleave(self._sizes) - self._quantiles
@@ -135,7 +144,12 @@ class RatioPolicy:
 
 
 def budgets_of(
-    sites: Sequence[Site], kept: Mapping[SiteKey, list[int]], config: PruningConfig, sizes: Sequence[int]
+    sites: Sequence[Site],
+    kept: Mapping[SiteKey, list[int]],
+    config: PruningConfig,
+    sizes: Sequence[int],
+    floors: Sequence[float],
+    exact: bool,
 ) -> list[Budget]:
     """Return one budget for all variables that may trade with each other, of the size of what the request keeps.
 
@@ -144,25 +158,27 @@ def budgets_of(
         kept (mapping of site key to `list[int]`): what the request keeps under some scores.
         config (`PruningConfig`): `scope` and `budget` say what trades with what.
         sizes (sequence of `int`): how many variables each site has: one for every unit, or one alone.
+        floors (sequence of `float`): of each site's variables.
+        exact (`bool`): budgets must be met, not only kept to.
     """
-    pools: dict[tuple[str, int], list[tuple[Site, int, int]]] = {}
+    pools: dict[tuple[str, int], list[tuple[Site, int, int, float]]] = {}
     start = 0
-    for site, size in zip(sites, sizes):
+    for site, size, floor in zip(sites, sizes, floors):
         kind = site.kind if config.budget == "separate" or config.has_budget_per_kind else ""
         layer = site.layer if config.scope == "layer" else -1
-        pools.setdefault((kind, layer), []).append((site, start, size))
+        pools.setdefault((kind, layer), []).append((site, start, size, floor))
         start += size
     budgets = []
     for members in pools.values():
         # In units of the first variable's: counts where all are of one size, as in the paper.
-        first, _, divided = members[0]
-        one = first.num_parameters / divided
-        places = [torch.arange(start, start + size) for _, start, size in members]
-        weights = [
-            torch.full((size,), site.num_parameters / size / one, dtype=torch.float64) for site, _, size in members
-        ]
-        limit = sum(len(kept[site.key]) * site.unit_parameters for site, _, _ in members) / one
-        budgets.append(Budget(torch.cat(places), torch.cat(weights), limit))
+        one = members[0][0].num_parameters / members[0][2]
+        places, weights, lowest = [], [], []
+        for site, start, size, floor in members:
+            places.append(torch.arange(start, start + size))
+            weights.append(torch.full((size,), site.num_parameters / size / one, dtype=torch.float64))
+            lowest.append(torch.full((size,), floor, dtype=torch.float64))
+        limit = sum(len(kept[site.key]) * site.unit_parameters for site, *_ in members) / one
+        budgets.append(Budget(torch.cat(places), torch.cat(weights), limit, torch.cat(lowest), exact))
     return budgets
 
 
@@ -170,7 +186,8 @@ def even_rates(budgets: Sequence[Budget], count: int) -> torch.Tensor:
     """Return every variable's share of its budget, `[count]` float64."""
     rates = torch.empty(count, dtype=torch.float64)
     for budget in budgets:
-        rates[budget.members] = budget.limit / float(budget.weights.sum())
+        even = torch.full_like(budget.weights, budget.limit / float(budget.weights.sum()))
+        rates[budget.members] = project(even, budget)
     return rates
 
 
@@ -180,11 +197,14 @@ def standardized(masks: torch.Tensor, probabilities: torch.Tensor) -> torch.Tens
     return (masks - probabilities) / root
 
 
-def _quantiles(scores: torch.Tensor) -> torch.Tensor:
-    best_first = scores.argsort(descending=True, stable=True)
-    places = torch.empty(len(scores), dtype=torch.float64)
-    places[best_first] = (torch.arange(len(scores), dtype=torch.float64) + 0.5) / len(scores)
-    return places
+def _quantiles(site: Site, scores: torch.Tensor) -> torch.Tensor:
+    """Place every unit among those of its group: 0 is better than all, 1 worse than all."""
+    grouped = scores.double().view(site.num_groups, -1)
+    ranks = grouped.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    quantiles = (ranks + 0.5) / grouped.shape[1]
+    # Units of the same place in sites of the same size tie; those that stand out least in their site go first then.
+    outstanding = (grouped - grouped.mean()) / grouped.std(correction=0).clamp_min(1e-30)
+    return (quantiles - TIE_BREAK * outstanding.tanh()).flatten()
 
 
 def initial_probabilities(

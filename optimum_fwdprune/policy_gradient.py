@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 
 
-MOVING_AVERAGE, LEAVE_ONE_OUT = "moving_average", "leave_one_out"
+LEAVE_ONE_OUT = "leave_one_out"
+
+# Keep probabilities stay above this while they are learned: a unit at 0 would never be tried again.
+FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -19,43 +22,52 @@ class Budget:
         members (`Tensor[n]`, int64): their places in the vector of all variables.
         weights (`Tensor[n]`, float64): what a rate of 1 costs, positive: 1 to count units, or parameters.
         limit (`float`): largest Σ weight · rate.
+        floors (`Tensor[n]`, float64): smallest rates.
+        exact (`bool`, defaults to `False`): the limit must be met, not only kept to.
     """
 
     members: torch.Tensor
     weights: torch.Tensor
     limit: float
+    floors: torch.Tensor
+    exact: bool = False
 
 
-def project(probabilities: torch.Tensor, weights: torch.Tensor, limit: float, floor: float = 0.0) -> torch.Tensor:
+def project(rates: torch.Tensor, budget: Budget) -> torch.Tensor:
     """Return the nearest point of {floor ≤ s ≤ 1, Σ w s ≤ limit}: `clamp(s - v w, floor, 1)` with the smallest v ≥ 0.
 
-    Exact: Σ w clamp(s - v w) is piecewise linear in v, so the piece that meets the limit is found by bisection over
-    its corners and solved. The paper bisects v itself, with w = 1.
+    An exact budget asks for Σ w s = limit, with v of either sign. The solution is exact, too: Σ w clamp(s - v w) is
+    piecewise linear in v, so the piece that meets the limit is found by bisection over its corners and solved. The
+    paper bisects v itself, with w = 1.
 
     Args:
-        probabilities (`Tensor[n]`, float64): s, anywhere.
-        weights (`Tensor[n]`, float64): w, positive.
-        limit (`float`): at least Σ w · floor.
-        floor (`float`, defaults to 0): a probability of exactly 0 would never come back.
+        rates (`Tensor[n]`, float64): s, anywhere, of the budget's members.
+        budget (`Budget`): w, floors and limit.
 
     Raises:
-        ValueError: where the limit is below what the floor alone takes.
+        ValueError: where the limit is below what the floors alone take.
     """
-    if limit < floor * float(weights.sum()):
+    weights, floors, limit = budget.weights, budget.floors, budget.limit
+    lowest, highest = float(weights @ floors), float(weights.sum())
+    if limit < lowest * (1 - 1e-12):
         raise ValueError(
-            f"A floor of {floor:g} under every keep probability takes {floor * float(weights.sum()):g} of a budget of "
-            f"{limit:g}; lower the floor or the sparsity."
+            f"The smallest keep rates take {lowest:g} of a budget of {limit:g}. Ask for a lower sparsity, or relax "
+            f"min_units_per_site."
         )
+    if budget.exact and limit >= highest:
+        return torch.ones_like(rates)
 
     def clamped(shift: torch.Tensor | float) -> torch.Tensor:
-        return (probabilities - shift * weights).clamp(floor, 1)
+        return (rates - shift * weights).clamp(floors, torch.ones_like(floors))
 
-    if float(weights @ clamped(0.0)) <= limit:
+    if not budget.exact and float(weights @ clamped(0.0)) <= limit:
         return clamped(0.0)
-    corners = torch.cat([(probabilities - 1) / weights, (probabilities - floor) / weights])
-    corners = torch.cat([corners.new_zeros(1), corners[corners > 0]]).sort().values
+    corners = torch.cat([(rates - 1) / weights, (rates - floors) / weights])
+    if not budget.exact:
+        corners = torch.cat([corners.new_zeros(1), corners[corners > 0]])
+    corners = corners.sort().values
     low, high = 0, len(corners) - 1
-    # At the last corner everything lies on the floor, so the limit is met there.
+    # At the last corner everything lies on its floor, so the limit is met there; at the first of all, on 1.
     while high - low > 1:
         middle = (low + high) // 2
         if float(weights @ clamped(corners[middle])) > limit:
@@ -63,7 +75,7 @@ def project(probabilities: torch.Tensor, weights: torch.Tensor, limit: float, fl
         else:
             high = middle
     above, below = float(weights @ clamped(corners[low])), float(weights @ clamped(corners[high]))
-    share = (above - limit) / (above - below)
+    share = (above - limit) / (above - below) if above > below else 0.0
     return clamped(corners[low] + share * (corners[high] - corners[low]))
 
 

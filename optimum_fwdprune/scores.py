@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from .architectures import Site, SiteKey
 from .calibration import Calibration
-from .configuration import PruningConfig
+from .methods import PruningConfig
 from .statistics import SiteStatistics
 from .utils import load_tensors, save_tensors_atomically
 

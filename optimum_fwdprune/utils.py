@@ -70,6 +70,19 @@ def seeded_generator(*numbers: int, device: torch.device | str = "cpu") -> torch
     return torch.Generator(device).manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
+def check_output_file(file: str | Path) -> Path:
+    """Return `file` as a path that can be written, and read where it exists.
+
+    Raises:
+        OSError: where it is a folder, or nothing can be written beside it.
+    """
+    file = Path(file).expanduser().absolute()
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder; name a file.")
+    _check_writable(file.parent, file)
+    return file
+
+
 def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
     """Return `folder` as a path that a checkpoint can be moved to.
 
@@ -82,13 +95,17 @@ def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
         raise FileExistsError(f"{folder} is a file; name a folder to write the checkpoint to.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} is not empty. Name another folder, or pass overwrite to replace it.")
+    _check_writable(folder.parent, folder)
+    return folder
+
+
+def _check_writable(parent: Path, wanted: Path) -> None:
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise type(error)(f"Cannot write beside {folder}: {error.strerror or error}.") from error
-    return folder
+        raise type(error)(f"Cannot write beside {wanted}: {error.strerror or error}.") from error
 
 
 @contextmanager

@@ -140,5 +140,7 @@ def test_an_unknown_preset_names_the_known_ones():
 
 
 def test_a_preset_of_another_method_is_refused():
-    with pytest.raises(ValueError, match="is for method 'policy_gradient'; FlapConfig is for 'flap'"):
+    with pytest.raises(ValueError, match="is for method 'policy_gradient', not for 'flap'"):
         FlapConfig.from_preset("policy-gradient-paper")
+    with pytest.raises(ValueError, match="is for method 'policy_gradient', not for 'flap'"):
+        PruningConfig.from_preset("policy-gradient-paper", method="flap")

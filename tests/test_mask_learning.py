@@ -30,7 +30,9 @@ def learn(tokens, model=None, **fields):
 def test_every_mask_is_judged_as_if_it_were_alone(dense, tokens):
     """Masks that share a batch get the losses that they would get one by one."""
     sites = find_sites(dense)
-    schedule = module.Schedule(6, 0.1, "leave_one_out", 4, False, 3, 5.0, None, batch_size=7, seed=0)
+    schedule = module.Schedule(
+        6, 0.1, "leave_one_out", 4, False, 3, 5.0, None, batch_size=7, seed=0, prunable_parameters=1
+    )
     learner = module._Learner(dense, sites, Calibration(tokens), UnitPolicy(sites, []), schedule, module_processes())
     masks = (torch.rand(4, sum(site.num_units for site in sites)) > 0.3).double()
     windows = torch.tensor([5, 0, 9])
@@ -49,7 +51,9 @@ def module_processes():
 
 
 def test_an_epoch_takes_every_window_once(tokens):
-    schedule = module.Schedule(6, 0.1, "leave_one_out", 2, False, 3, 5.0, None, batch_size=7, seed=0)
+    schedule = module.Schedule(
+        6, 0.1, "leave_one_out", 2, False, 3, 5.0, None, batch_size=7, seed=0, prunable_parameters=1
+    )
     model = tiny.make_model("llama_gqa_biases")
     sites = find_sites(model)
     policy = UnitPolicy(sites, [])
@@ -178,7 +182,7 @@ def test_bfloat16_models_learn_from_nearly_the_same_losses(tokens, parametrizati
         learn(tokens, tiny.make_model("llama_gqa_biases", dtype=dtype), **options)
         for dtype in (torch.float32, torch.bfloat16)
     )
-    assert float(rounded.history["loss"][0]) == pytest.approx(float(exact.history["loss"][0]), rel=5e-3)
+    assert float(rounded.history["loss"][0]) == pytest.approx(float(exact.history["loss"][0]), rel=1e-2)
     assert all(values.isfinite().all() for values in rounded.values.values())
 
 
@@ -228,7 +232,7 @@ def test_a_killed_run_goes_on_to_the_same_result_bit_for_bit(
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        ({"learning_rate": 0.5}, "its learning_rate is 0.02, this one's is 0.5"),
+        ({"learning_rate": 0.5}, "its learning_rate is None, this one's is 0.5"),
         ({"sparsity": 0.3}, "its sparsity is 0.4"),
         ({"seed": 4}, "its seed is 3"),
     ],
@@ -245,6 +249,12 @@ def test_a_checkpoint_of_another_model_or_text_is_refused(tokens, tmp_path):
     learn(tokens, checkpoint=file)
     with pytest.raises(ValueError, match="another run: its weights is"):
         learn(tokens, tiny.make_model("llama_gqa_biases", seed=1), checkpoint=file)
+    changed = tiny.make_model("llama_gqa_biases")
+    changed.model.layers[1].self_attn.q_proj.weight.data.mul_(2)
+    with pytest.raises(ValueError, match="another run: its weights is"):
+        learn(tokens, changed, checkpoint=file)
+    with pytest.raises(ValueError, match="another run: its weights is"):
+        learn(tokens, tiny.make_model("llama_gqa_biases").bfloat16(), checkpoint=file)
     with pytest.raises(ValueError, match="another run: its tokens is"):
         learn(tokens.flip(0), checkpoint=file)
     padded = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens).index_fill(1, torch.tensor([0]), 0)}
@@ -259,6 +269,15 @@ def test_a_damaged_checkpoint_is_named(tokens, tmp_path, content):
     with pytest.raises(ValueError, match="is no checkpoint of a run"):
         learn(tokens, checkpoint=str(file))
     assert file.read_bytes() == content
+
+
+def test_a_checkpoint_that_cannot_be_written_fails_before_anything_is_measured(tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(module._Learner, "step", lambda *_: pytest.fail("it measured"))
+    with pytest.raises(OSError, match="is a folder; name a file"):
+        learn(tokens, checkpoint=str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"Cannot write beside .*state"):
+        learn(tokens, checkpoint=str(tmp_path / "file" / "state"))
 
 
 def with_losses(monkeypatch, change):
@@ -296,11 +315,66 @@ def test_a_run_without_finite_losses_is_an_error(tokens, monkeypatch):
 
 
 def test_it_stops_once_the_loss_is_flat(tokens, monkeypatch):
+    """Three stretches of four steps that are no better than the first."""
     with_losses(monkeypatch, lambda losses: losses * 0 + 2 + 0.001 * torch.arange(len(losses)))
     scores = learn(tokens, steps=50, stop_when_flat=4)
 
-    assert scores.details["steps"] == 8
-    assert len(scores.history["loss"]) == 8
+    assert scores.details["steps"] == 16
+    assert len(scores.history["loss"]) == 16
+
+
+def test_a_loss_that_falls_under_noise_is_not_flat(tokens, monkeypatch):
+    calls = []
+    generator = torch.Generator().manual_seed(0)
+
+    def change(losses):
+        calls.append(1)
+        return losses * 0 + 4 - len(calls) / 40 + 0.3 * torch.randn(len(losses), generator=generator).double()
+
+    with_losses(monkeypatch, change)
+    assert learn(tokens, steps=60, stop_when_flat=5).details["steps"] == 60
+
+
+@pytest.mark.parametrize("fields", [{"kinds": ["mlp"]}, {"skip_layers": [0]}])
+@pytest.mark.parametrize("parametrization", ["unit", "ratio"])
+def test_the_expected_sparsity_is_a_fraction_of_all_that_is_prunable(tokens, fields, parametrization):
+    scores = learn(tokens, sparsity=0.2, parametrization=parametrization, learning_rate=0.3, **fields)
+
+    assert scores.history["expected_sparsity"].tolist() == pytest.approx([0.2] * 6, abs=0.01)
+
+
+def test_ratios_keep_what_the_request_keeps_at_least(tokens):
+    """And together all of the budget, whatever was clipped on the way."""
+    scores = learn(
+        tokens,
+        parametrization="ratio",
+        learning_rate=20.0,
+        kinds=["mlp"],
+        sparsity=0.3,
+        min_units_per_site=20,
+        steps=12,
+    )
+    rates = torch.stack([values for name, values in scores.history.items() if name.endswith("mlp")])
+
+    assert float(rates.min()) == pytest.approx(20 / 64) and float(rates.max()) == 1
+    assert scores.history["expected_sparsity"].tolist() == pytest.approx([0.3] * 12, abs=0.01)
+
+
+def test_a_lone_ratio_has_nothing_to_learn(tokens):
+    with pytest.raises(ValueError, match="every site has a budget of its own here; use budget='joint'"):
+        learn(tokens, parametrization="ratio", skip_layers=[0, 1], sparsity=0.1)
+
+
+def test_ratios_start_where_the_metric_ranks(tokens):
+    model = tiny.make_model("llama_gqa_biases")
+    pruner = FwdPruner(model)
+    pruner.prune(config(parametrization="ratio", steps=0, metric="magnitude"), tokens, inplace=False)
+    magnitude = FwdPruner(model).score(PruningConfig(method="magnitude"), tokens).values
+    for layer in range(3):
+        kept = pruner.plan.kept[layer, "mlp"]
+        assert kept == magnitude[layer, "mlp"].topk(len(kept)).indices.sort().values.tolist()
+    widths = [len(pruner.plan.kept[layer, "mlp"]) for layer in range(3)]
+    assert max(widths) - min(widths) <= 1
 
 
 def test_a_run_that_stopped_flat_stays_where_it_is(tokens, monkeypatch, tmp_path):
@@ -318,6 +392,8 @@ def test_the_metric_is_measured_on_the_windows_asked_for(tokens):
     alone = learn(tokens[:4], steps=0)
 
     assert all(torch.equal(few.values[key], alone.values[key]) for key in alone.values)
+    others = learn(tokens[4:8], steps=0)
+    assert any(not torch.equal(others.values[key], alone.values[key]) for key in alone.values)
 
 
 def test_history_is_kept_with_the_scores(tokens, tmp_path):
@@ -351,6 +427,7 @@ def test_what_the_request_leaves_alone_is_kept(tokens):
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"antithetic": True, "masks_per_step": 2}, "masks_per_step must be 4, 6, ...; got 2"),
         ({"antithetic": True, "masks_per_step": 5}, "got 5"),
+        ({"antithetic": True, "estimator": "moving_average"}, "use estimator='leave_one_out'"),
         ({"metric": "policy_gradient"}, "metric must be one of"),
         ({"metric": "astrology"}, "metric must be one of .*; got 'astrology'"),
         ({"baseline_horizon": 0.5}, "baseline_horizon must be at least 1"),
@@ -382,20 +459,24 @@ from optimum_fwdprune import FwdPruner, PruningConfig
 state = PartialState(cpu=True)
 torch.manual_seed(state.process_index)
 tokens = torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(1))
-config = PruningConfig(method="policy_gradient", parametrization="unit", steps=6, sparsity=0.4, seed=3)
+config = PruningConfig(
+    method="policy_gradient", parametrization=sys.argv[3], steps=6, sparsity=0.4, seed=3, learning_rate=0.1
+)
 scores = FwdPruner(tiny.make_model("llama_gqa_biases")).score(config, tokens)
 scores.save(f"{sys.argv[2]}/{state.process_index}.safetensors")
 """
 
 
-def test_two_processes_learn_what_one_does(tokens, tmp_path):
+@pytest.mark.parametrize("parametrization", ["unit", "ratio"])
+def test_two_processes_learn_what_one_does(tokens, tmp_path, parametrization):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run([*launch, script, Path(tiny.__file__).parent, tmp_path], capture_output=True, text=True)
+    arguments = [Path(tiny.__file__).parent, tmp_path, parametrization]
+    run = subprocess.run([*launch, script, *arguments], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     first, second = (Scores.load(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
-    alone = learn(tokens)
+    alone = learn(tokens, parametrization=parametrization, learning_rate=0.1)
 
     for key in alone.values:
         assert torch.equal(first.values[key], second.values[key])

@@ -1,6 +1,7 @@
 """What masks are drawn from: their distributions, budgets and constraints, and where learning starts."""
 
 import pytest
+import tiny
 import torch
 
 from optimum_fwdprune import PruningConfig, find_sites
@@ -54,9 +55,9 @@ def test_entropy_is_one_bit_per_coin_and_nothing_for_what_is_decided():
     assert entropy(torch.tensor([0.0, 1.0], dtype=torch.float64)) == pytest.approx(0, abs=1e-9)
 
 
-@pytest.fixture
-def sites(dense):
-    return find_sites(dense, "kv_group")
+@pytest.fixture(params=["kv_group", "query_head"])
+def sites(dense, request):
+    return find_sites(dense, request.param)
 
 
 def metric_of(sites):
@@ -73,7 +74,8 @@ def ratio_policy(sites, spread=0.1, budget="joint", **fields):
     for kind in kinds:
         members = [place for place, site in enumerate(sites) if site.kind == kind or not kind]
         weights = torch.tensor([float(sites[place].num_parameters) for place in members], dtype=torch.float64)
-        budgets.append(Budget(torch.tensor(members), weights, 0.6 * float(weights.sum())))
+        floors = torch.zeros_like(weights)
+        budgets.append(Budget(torch.tensor(members), weights, 0.6 * float(weights.sum()), floors, exact=True))
 
     def keep(scores):
         return allocate(sites, scores, request, removal, additive=False)
@@ -107,12 +109,16 @@ def test_masks_of_the_ratios_keep_the_best_of_every_site_and_obey_the_request(si
     policy, rates = ratio_policy(sites, 0.3, multiple_of=8, min_units_per_site=2)
     masks = policy.draw(rates, 12, (3,)).masks
     for site, part in zip(sites, masks.split([site.num_units for site in sites], dim=1)):
-        ranked = part[:, metric_of(sites)[site.key].argsort(descending=True)]
-        assert (ranked.diff(dim=1) <= 0).all()
-        assert ranked.sum(1).min() >= min(2, site.num_units)
+        # As many of every group, and of each group the best.
+        groups = part.view(len(part), site.num_groups, -1)
+        order = metric_of(sites)[site.key].view(site.num_groups, -1).argsort(descending=True)
+        ranked = groups.gather(2, order.expand_as(groups))
+        assert (ranked.diff(dim=2) <= 0).all()
+        assert (ranked.sum(2) == ranked.sum(2)[:, :1]).all()
+        assert part.sum(1).min() >= min(2, site.num_units)
         if site.kind == "mlp":
-            assert (ranked.sum(1) % 8 == 0).all()
-            assert len(ranked.sum(1).unique()) > 2
+            assert (part.sum(1) % 8 == 0).all()
+            assert len(part.sum(1).unique()) > 2
 
 
 def test_deviations_of_the_ratios_are_standard_normal_within_the_budget(sites):
@@ -153,6 +159,40 @@ def test_scores_of_the_ratios_give_the_ratios_back(sites):
     for site, rate, scores, chances in zip(
         sites, rates, policy.scores(rates).split(sizes), policy.keep_probabilities(rates).split(sizes)
     ):
-        assert int((scores > 0).sum()) == pytest.approx(float(rate) * site.num_units, abs=0.5)
+        # Rounded within every group.
+        assert int((scores > 0).sum()) == pytest.approx(float(rate) * site.num_units, abs=0.5 * site.num_groups)
         assert torch.equal(scores > 0, chances > 0.5)
-        assert torch.equal(scores.argsort(), metric_of(sites)[site.key].argsort())
+        metric = metric_of(sites)[site.key].view(site.num_groups, -1)
+        assert torch.equal(scores.view(site.num_groups, -1).argsort(), metric.argsort())
+
+
+def test_equal_ratios_do_not_pick_layers_by_their_number():
+    """Where units are coarse, only some layers can round down: those whose next unit stands out least."""
+    sites = [site for site in find_sites(tiny.make_model("llama_mha_tied")) if site.kind == "attention"]
+    metric = {site.key: torch.linspace(1, 2, site.num_units) ** (site.layer + 1) for site in sites}
+    removal = Removal(5 * sites[0].unit_parameters)
+
+    def kept(order):
+        ordered = {key: metric[order[key[0]], "attention"] for key in metric}
+        request = PruningConfig(scope="global", kinds=["attention"])
+        weights = torch.ones(3, dtype=torch.float64)
+        budget = Budget(torch.arange(3), weights, 2.0, 0 * weights, exact=True)
+        policy = RatioPolicy(sites, [budget], ordered, 0.1, None)
+        scores = policy.scores(torch.full((3,), 13 / 18, dtype=torch.float64)).split(6)
+        found = allocate(sites, dict(zip(metric, scores)), request, removal, additive=False)
+        return [len(found[key]) for key in metric]
+
+    assert sorted(kept([0, 1, 2])) == [4, 4, 5]
+    assert kept([2, 1, 0]) == kept([0, 1, 2])[::-1]
+
+
+@pytest.mark.parametrize("how", ["sigmoid", "min_max"])
+def test_probabilities_follow_the_metric(how):
+    scores = torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0])
+    found = initial_probabilities([scores], [0.5], how, seed=0)
+
+    assert found[scores.argsort()].diff().min() > 0.05
+    if how == "sigmoid":
+        # z-scores are symmetric here, so no shift is needed.
+        expected = ((scores - 3) / scores.std(correction=0)).sigmoid().double()
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

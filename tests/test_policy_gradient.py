@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from optimum_fwdprune import policy_gradient as module
 from optimum_fwdprune.policies import standardized
-from optimum_fwdprune.policy_gradient import policy_gradient, project
+from optimum_fwdprune.policy_gradient import Budget, policy_gradient, project
 
 
 numbers = st.integers(2, 40).flatmap(
@@ -23,6 +23,32 @@ numbers = st.integers(2, 40).flatmap(
 )
 
 
+def budget(weights, limit, floor, exact=False):
+    return Budget(torch.arange(len(weights)), weights, limit, torch.full_like(weights, floor), exact)
+
+
+@settings(max_examples=60, deadline=None)
+@given(numbers, st.booleans())
+def test_an_exact_budget_is_met_at_the_nearest_point(problem, weighted):
+    from scipy.optimize import brentq
+
+    values, weights, share, floor = problem
+    s = torch.tensor(values, dtype=torch.float64)
+    w = torch.tensor(weights, dtype=torch.float64) if weighted else torch.ones_like(s)
+    limit = float(w.sum()) * (floor + share * (1 - floor))
+    found = project(s, budget(w, limit, floor, exact=True)).numpy()
+
+    def excess(multiplier):
+        return w.numpy() @ np.clip(s.numpy() - multiplier * w.numpy(), floor, 1) - limit
+
+    assert w.numpy() @ found == pytest.approx(limit, abs=1e-9)
+    # Either sign of the multiplier; beyond these ends everything is on a bound.
+    low, high = float(((s - 1) / w).min()) - 1, float(((s - floor) / w).max()) + 1
+    multiplier = brentq(excess, low, high, xtol=1e-14) if excess(low) * excess(high) < 0 else high
+    if 0 < share < 1:
+        np.testing.assert_allclose(found, np.clip(s.numpy() - multiplier * w.numpy(), floor, 1), atol=1e-6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(numbers, st.booleans())
 def test_the_projection_solves_its_quadratic_program(problem, weighted):
@@ -33,7 +59,7 @@ def test_the_projection_solves_its_quadratic_program(problem, weighted):
     s = torch.tensor(values, dtype=torch.float64)
     w = torch.tensor(weights, dtype=torch.float64) if weighted else torch.ones_like(s)
     limit = float(w.sum()) * (floor + share * (1 - floor)) + 1e-9
-    found = project(s, w, limit, floor).numpy()
+    found = project(s, budget(w, limit, floor)).numpy()
     solution = minimize(
         lambda x: 0.5 * np.square(x - s.numpy()).sum(),
         np.full(len(s), floor),
@@ -65,8 +91,8 @@ def solve_dual(s, w, limit, floor):
 
 
 def test_a_limit_below_the_floor_is_refused():
-    with pytest.raises(ValueError, match=r"A floor of 0\.2 .* lower the floor or the sparsity"):
-        project(torch.ones(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64), limit=0.9, floor=0.2)
+    with pytest.raises(ValueError, match=r"smallest keep rates take 1 of a budget of 0\.9\. Ask for a lower sparsity"):
+        project(torch.ones(5, dtype=torch.float64), budget(torch.ones(5, dtype=torch.float64), 0.9, 0.2))
 
 
 # A loss with interactions, so that no first-order argument makes an estimator look right.

@@ -54,5 +54,5 @@ class InspectCommand(Command):
         if not path.is_dir():
             return path
         if not (path / name).is_file():
-            raise ValueError(f"{path} has no {name}, so it is no checkpoint that this package pruned.")
+            raise ValueError(f"{path} has no {name}: it was pruned by other means, or nothing was scored for it.")
         return path / name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..configuration import (
     PruningConfig,
@@ -64,7 +63,9 @@ class PolicyGradientConfig(PruningConfig):
     metric: str = option("wanda_sp", "Method whose scores the probabilities start from.")
     metric_samples: int | None = option(None, "Calibration windows that the metric is measured on. Default: all.")
     stop_when_flat: int | None = option(
-        None, "Stop once the mean loss of so many steps is no lower than that of so many before. Default: never."
+        None,
+        "Stop once three stretches of so many steps in a row had a mean loss no lower than the best before. Default: "
+        "never.",
     )
     checkpoint: str | None = option(None, "File to keep the state in; a run that finds one there goes on from it.")
     checkpoint_every: int = option(100, "Steps between checkpoints.")
@@ -83,9 +84,7 @@ class PolicyGradientConfig(PruningConfig):
             if value is not None and value < least:
                 reason = " A mask's baseline is the loss of another one." if name == "masks_per_step" else ""
                 raise ValueError(f"{name} must be at least {least}; got {value}.{reason}")
-        if self.learning_rate is None:
-            self.learning_rate = LEARNING_RATES[self.parametrization]
-        if self.learning_rate <= 0:
+        if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be positive; got {self.learning_rate}.")
         if self.baseline_horizon < 1:
             raise ValueError(f"baseline_horizon must be at least 1 step; got {self.baseline_horizon}.")
@@ -95,6 +94,11 @@ class PolicyGradientConfig(PruningConfig):
             raise ValueError(
                 "parametrization='ratio' moves ratios between sites, and scope='layer' with a budget for each kind "
                 "leaves every site on its own; use scope='global' or budget='joint', or parametrization='unit'."
+            )
+        if self.antithetic and self.estimator == "moving_average":
+            raise ValueError(
+                "antithetic masks cancel their partners' deviations, which the moving average does not allow for; use "
+                "estimator='leave_one_out'."
             )
         if self.antithetic and (self.masks_per_step % 2 or self.masks_per_step < 4):
             raise ValueError(
@@ -130,18 +134,23 @@ def score(inputs: ScoringInputs) -> UnitScores:
 
     from ..allocation import prunable_sites
     from ..mask_learning import Progress, Schedule, learn_rates
+    from ..utils import check_output_file
 
     config = inputs.config
-    metric = _metric_scores(inputs)
     learned = prunable_sites(inputs.sites, config)
-    policy, rates = _policy(inputs, learned, metric)
-    state = Progress(0, rates)
-    checkpoint, identity = None, None
+    if not learned:
+        return UnitScores({site.key: torch.ones(site.num_units) for site in inputs.sites})
+    checkpoint, identity, found = None, None, None
     if config.checkpoint is not None:
-        checkpoint, identity = Path(config.checkpoint), _identity(inputs)
-        if checkpoint.exists():
-            state = Progress.load(checkpoint, identity)
-    schedule = Schedule(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Schedule)})
+        # Whatever is wrong with the file shows before anything is measured.
+        checkpoint, identity = check_output_file(config.checkpoint), _identity(inputs)
+        found = Progress.load(checkpoint, identity) if checkpoint.exists() else None
+    policy, rates = _policy(inputs, learned, _metric_scores(inputs))
+    state = found or Progress(0, rates)
+    options: dict = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(Schedule)}
+    options["prunable_parameters"] = sum(site.num_parameters for site in inputs.sites)
+    options["learning_rate"] = config.learning_rate or LEARNING_RATES[config.parametrization]
+    schedule = Schedule(**options)
     learn_rates(
         inputs.model,
         learned,
@@ -159,8 +168,8 @@ def score(inputs: ScoringInputs) -> UnitScores:
     values |= {site.key: torch.ones(site.num_units) for site in inputs.sites if site.key not in values}
     details: dict = {"steps": state.step, "skipped_steps": state.skipped, "rejected_masks": state.rejected}
     if state.step:
-        last = state.history["loss"][-max(1, state.step // 10) :]
-        details["expected_loss"] = float(last[last.isfinite()].mean())
+        finite = state.history["loss"][state.history["loss"].isfinite()]
+        details["expected_loss"] = float(finite[-max(1, len(finite) // 10) :].mean())
         details["entropy_bits"] = float(state.history["entropy"][-1])
     history = dict(state.history)
     for site, rates in zip(learned, history.pop("keep_rate").unbind(1)):
@@ -187,20 +196,28 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
 
 def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
     """What the masks are drawn from, and the keep rates to start from."""
+    from ..allocation import fewest_units
     from ..policies import RatioPolicy, UnitPolicy, budgets_of, even_rates, initial_probabilities
+    from ..policy_gradient import FLOOR
 
     config = inputs.config
     metric = {key: values.cpu() for key, values in metric.items()}
     kept = inputs.keep(metric)
     if config.parametrization == "ratio":
-        budgets = budgets_of(sites, kept, config, [1] * len(sites))
+        floors = [fewest_units(site, config) / site.num_units for site in sites]
+        budgets = budgets_of(sites, kept, config, [1] * len(sites), floors, exact=True)
+        if all(len(budget.members) == 1 for budget in budgets):
+            raise ValueError(
+                "parametrization='ratio' moves ratios between sites, and every site has a budget of its own here; use "
+                "budget='joint', prune more layers, or use parametrization='unit'."
+            )
 
         def keep(scores):
             return inputs.keep(metric | scores)
 
         return RatioPolicy(sites, budgets, metric, config.ratio_spread, keep), even_rates(budgets, len(sites))
     sizes = [site.num_units for site in sites]
-    budgets = budgets_of(sites, kept, config, sizes)
+    budgets = budgets_of(sites, kept, config, sizes, [FLOOR] * len(sites), exact=False)
     rates = [float(part[0]) for part in even_rates(budgets, sum(sizes)).split(sizes)]
     scores = [metric[site.key] for site in sites]
     return UnitPolicy(sites, budgets), initial_probabilities(scores, rates, config.initialization, config.seed)
@@ -208,13 +225,22 @@ def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
 
 def _identity(inputs: ScoringInputs) -> dict:
     """What a checkpoint belongs to, as JSON values."""
+    import hashlib
+
+    import torch
+
     request = inputs.config.to_dict()
     # Where and how often the state is written, and how many sequences run at once, do not change the run.
     for name in ("checkpoint", "checkpoint_every", "batch_size"):
         del request[name]
+    digest = hashlib.sha256()
+    for name, parameter in inputs.model.named_parameters():
+        digest.update(
+            f"{name} {parameter.dtype} {float(parameter.detach().abs().sum(dtype=torch.float64))!r}".encode()
+        )
     return {
         "model": inputs.model.config._name_or_path or type(inputs.model).__name__,
-        "weights": [f"{float(site.projection.weight.detach().double().abs().sum()):.10g}" for site in inputs.sites],
+        "weights": digest.hexdigest()[:16],
         "tokens": inputs.calibration.fingerprint,
         "request": request,
     }
