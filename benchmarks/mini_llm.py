@@ -134,7 +134,7 @@ class MiniLlmStudy(Study):
     def pruned(self, name, sparsity, reconstruction, seed):
         # A request of the method's own kind, so that its scores are allocated by its own rules.
         fields = DIRECT.get(name, {"method": "mini_llm"})
-        request = PruningConfig(sparsity=sparsity, reconstruction=reconstruction, seed=seed, **fields)
+        request = PruningConfig(sparsity=sparsity, reconstruction=reconstruction, ridge=0.01, seed=seed, **fields)
         scores = Scores(request, self.scores(name, seed), self.statistics, self.calibration)
         return FwdPruner(self.model).prune(request, scores=scores, inplace=False)
 

@@ -15,15 +15,15 @@ import time
 from pathlib import Path
 
 import torch
-from study import WINDOW, Study, difference, file_name, in_bfloat16, log, table
+from study import WINDOW, Study, difference, digest_of, file_name, in_bfloat16, log, table
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig
 from optimum_fwdprune.allocation import allocate, removal_budget
 from optimum_fwdprune.gates import gated
 from optimum_fwdprune.losses import model_nll
 from optimum_fwdprune.methods.policy_gradient import LEARNING_RATES
-from optimum_fwdprune.policies import RatioPolicy, UnitPolicy
-from optimum_fwdprune.policy_gradient import Budget, policy_gradient
+from optimum_fwdprune.policies import RatioPolicy, UnitPolicy, budgets_of, even_rates
+from optimum_fwdprune.policy_gradient import policy_gradient
 from optimum_fwdprune.scores import Scores
 from optimum_fwdprune.utils import write_text_atomically
 
@@ -31,7 +31,8 @@ from optimum_fwdprune.utils import write_text_atomically
 SPARSITIES = (0.2, 0.4)
 # Where seeds and steps are compared.
 SPARSITY = 0.4
-SEEDS = (0, 1, 2)
+# The moving average loses by more than seeds differ.
+SEEDS = {"leave_one_out": (0, 1, 2), "moving_average": (0,)}
 STEPS = 300
 FEWER_STEPS = (30, 100)
 SEQ_LEN = 128
@@ -71,7 +72,7 @@ class PolicyGradientStudy(Study):
     def scores(self, name, sparsity, steps=STEPS, seed=0):
         """Scores of every unit, and how many seconds they took."""
         config = request_of(name, sparsity, steps, seed)
-        file = self.cache / f"scores-{file_name(name)}-{sparsity}-{steps}-{seed}.safetensors"
+        file = self.cache / f"scores-{file_name(self.label(name, sparsity, steps, seed))}.safetensors"
         if not file.exists():
             tokens = self.calibration
             if name in METRICS:
@@ -85,6 +86,11 @@ class PolicyGradientStudy(Study):
             log(f"{name}, {sparsity:.0%}, {steps} steps, seed {seed}", start)
         return Scores.load(file)
 
+    def label(self, name, sparsity, steps, seed):
+        """Another request or another text is another cell."""
+        request = request_of(name, sparsity, steps, seed).to_dict()
+        return f"{name}-{sparsity}-{steps}-{seed}-{digest_of(request, self.calibration.fingerprint)}"
+
     def pruned_losses(self, name, sparsity, every, steps=STEPS, seed=0):
         """Mean negative log-likelihood of every `every`-th evaluation window after pruning."""
 
@@ -92,7 +98,7 @@ class PolicyGradientStudy(Study):
             scores = self.scores(name, sparsity, steps, seed)
             return FwdPruner(self.model).prune(scores.config, scores=scores, inplace=False)
 
-        return self.losses(f"{name}-{sparsity}-{steps}-{seed}", model, every)
+        return self.losses(self.label(name, sparsity, steps, seed), model, every)
 
     def dense_losses(self, every):
         return self.losses("dense", lambda: self.model, every)
@@ -103,10 +109,12 @@ class PolicyGradientStudy(Study):
 
         Both see the same masks, tokens and losses; the moving average is divided by its length.
         """
-        file = self.cache / f"variances-{parametrization}-{sparsity}.json"
+        request = request_of(f"{parametrization}, leave_one_out", sparsity, steps=0)
+        digest = digest_of(request.to_dict(), self.calibration.fingerprint)
+        file = self.cache / f"variances-{parametrization}-{sparsity}-{digest}.json"
         if not file.exists():
             start = time.perf_counter()
-            gradients = self._gradients(request_of(f"{parametrization}, leave_one_out", sparsity, steps=0))
+            gradients = self._gradients(request)
             found = {
                 name: (values - values.mean(0)).square().sum(1).mul(len(values) / (len(values) - 1)).tolist()
                 for name, values in gradients.items()
@@ -139,16 +147,14 @@ class PolicyGradientStudy(Study):
         scores = FwdPruner(self.model).score(config, self.calibration).values
         if config.parametrization == "unit":
             return UnitPolicy(self.sites, []), torch.cat([scores[site.key] for site in self.sites]).double()
-        kinds = [
-            [place for place, site in enumerate(self.sites) if site.kind == kind] for kind in ("attention", "mlp")
-        ]
-        budgets = [Budget(torch.tensor(places), torch.ones(len(places)).double(), len(places)) for places in kinds]
+        kept = allocate(self.sites, scores, config, removal_budget(config, self.sites, 0, 0), additive=False)
+        budgets = budgets_of(self.sites, kept, config, [1] * len(self.sites), [0.0] * len(self.sites), exact=True)
         removal = removal_budget(config, self.sites, 0, 0)
 
         def keep(values):
             return allocate(self.sites, values, config, removal, additive=False)
 
-        rates = torch.full((len(self.sites),), 1 - config.sparsity).double()
+        rates = even_rates(budgets, len(self.sites))
         return RatioPolicy(self.sites, budgets, scores, config.ratio_spread, keep), rates
 
 
@@ -196,9 +202,9 @@ def seeds_table(study, every):
     for kind in PARAMETRIZATIONS:
         for estimator in ESTIMATORS:
             name = f"{kind}, {estimator}"
-            values = [perplexity(study.pruned_losses(name, SPARSITY, every, seed=seed)) for seed in SEEDS]
-            rows.append([name, *(f"{value:.1f}" for value in values)])
-    return table(["method", *(f"seed {seed}" for seed in SEEDS)], rows)
+            values = [perplexity(study.pruned_losses(name, SPARSITY, every, seed=seed)) for seed in SEEDS[estimator]]
+            rows.append([name, ", ".join(f"{value:.1f}" for value in values)])
+    return table(["method", f"perplexity at {SPARSITY:.0%}, seeds 0, 1, ..."], rows)
 
 
 def variance_table(study):
@@ -224,7 +230,9 @@ def plot(study, every, file):
     losses, perplexities = figure.subplots(1, 2)
     for kind in PARAMETRIZATIONS:
         for estimator in ESTIMATORS:
-            curves = [study.scores(f"{kind}, {estimator}", SPARSITY, seed=seed).history["loss"] for seed in SEEDS]
+            curves = [
+                study.scores(f"{kind}, {estimator}", SPARSITY, seed=seed).history["loss"] for seed in SEEDS[estimator]
+            ]
             blocks = torch.stack(curves).double().unflatten(1, (-1, 10)).nanmean(2)
             steps = range(10, STEPS + 1, 10)
             line = losses.plot(steps, blocks.mean(0), label=f"{kind}, {estimator}")[0]

@@ -1,5 +1,6 @@
 """What the studies on SmolLM2-135M share: the model, the two texts, a cache of what was measured, and tables."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -40,12 +41,13 @@ class Study:
         text = Path(evaluation_file).read_text(encoding="utf-8")
         ids = self.dense.tokenizer(text, verbose=False)["input_ids"]
         self.windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
+        self.evaluated_on = digest_of(ids)
         self.cache = Path(cache)
         self.cache.mkdir(parents=True, exist_ok=True)
 
     def losses(self, label, model, every=1):
         """Mean negative log-likelihood, in bfloat16, of every `every`-th evaluation window under `model()`."""
-        file = self.cache / f"losses-{file_name(label)}.json"
+        file = self.cache / f"losses-{file_name(label)}-{self.evaluated_on}.json"
         whole = json.loads(file.read_text()) if file.exists() else {}
         wanted = list(range(0, len(self.windows), every))
         missing = [number for number in wanted if str(number) not in whole]
@@ -72,6 +74,11 @@ def in_bfloat16(model):
     finally:
         for parameter, data in zip(model.parameters(), before):
             parameter.data = data
+
+
+def digest_of(*values):
+    """What a cell depends on, as a few letters of its file's name."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def file_name(label):
