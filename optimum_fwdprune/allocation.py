@@ -105,6 +105,12 @@ def prunable_sites(sites: Iterable[Site], config: PruningConfig) -> list[Site]:
     return [site for site in sites if site.kind in config.kinds and site.layer not in skipped]
 
 
+def levels_of(site: Site, scores: torch.Tensor, config: PruningConfig) -> list[list[int]]:
+    """Return the units that stay after each of the cuts that the request allows, the smallest cut first."""
+    steps = _Steps(site, scores, config, additive=False)
+    return [steps.kept(count) for count in range(1, len(steps.ends) + 1)]
+
+
 def fewest_units(site: Site, config: PruningConfig) -> int:
     """Return how many units `site` keeps at least under the request."""
     steps = _Steps(site, torch.zeros(site.num_units), config, additive=False)

@@ -63,7 +63,16 @@ class PruningConfig:
     attention_sparsity: float | None = option(None, "A budget of their own for the attention units.")
     mlp_sparsity: float | None = option(None, "A budget of their own for the MLP channels.")
     scope: str = option(
-        "layer", "Whether every layer gives the same share, or layers compete for one budget.", ("layer", "global")
+        "layer",
+        "Whether every layer gives the same share, layers compete for one budget, or the loss of whole pruned models "
+        "decides what each site gives.",
+        ("layer", "global", "search"),
+    )
+    search_windows: int = option(
+        2400, "Calibration windows that scope=search may pass through the model; the more, the better it ends."
+    )
+    search_checkpoint: str | None = option(
+        None, "File to keep the state of scope=search in; a search that finds one there goes on from it."
     )
     budget: str = option(
         "separate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,3 +136,27 @@ def refit(fit: NormalEquations, held_out: NormalEquations | None, ridge: float |
     best = min(errors, key=lambda candidate: errors[candidate])
     change = (fit + held_out).change(best) if errors[best] < held_out.energy else None
     return Refit(change, best, held_out.energy / held_out.count, errors[best] / held_out.count)
+
+
+def nested_changes(
+    gram: torch.Tensor, weight: torch.Tensor, order: torch.Tensor, widths: Sequence[int], ridge: float
+) -> Iterator[torch.Tensor]:
+    """Yield the change of W when the first so many features of `order` stay, `[out_features, width]`, float64.
+
+    The sets are nested, so the corners of one Cholesky factor are the factors of all of them.
+
+    Args:
+        gram (`Tensor[in_features, in_features]`): Σ x xᵀ.
+        weight (`Tensor[out_features, in_features]`): W.
+        order (`Tensor[in_features]`, int64): features, those that stay longest first.
+        widths (sequence of `int`): how many stay.
+        ridge (`float`): share of the mean diagonal.
+    """
+    gram = gram[order][:, order].double()
+    weight = weight[:, order].double()
+    regular = gram.clone()
+    regular.diagonal().add_(ridge * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny)
+    factor = torch.linalg.cholesky(regular)
+    for width in widths:
+        lost = weight[:, width:] @ gram[width:, :width]
+        yield torch.cholesky_solve(lost.T, factor[:width, :width]).T

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.utils import logging
 
 from .architectures import Site
 from .calibration import Calibration
+from .configuration import PruningConfig
 from .gates import gated
 from .losses import model_nll
 from .policies import Policy, entropy
@@ -28,6 +30,10 @@ logger = logging.get_logger(__name__)
 
 # Steps in a row without a usable loss that end the run.
 MAX_SKIPPED = 10
+
+# Steps that the variance of losses is averaged over, and what keeps equal losses from being divided by nothing.
+VARIANCE_HORIZON = 20.0
+SMALLEST_DEVIATION = 1e-6
 
 # Stretches in a row without a lower mean loss that end a run which may stop when it is flat.
 PATIENCE = 3
@@ -41,6 +47,7 @@ class Progress:
         step (`int`): steps done.
         rates (`Tensor[p]`, float64): keep rate of every variable of the policy.
         baseline (`float`): moving average of the loss; NaN before the first step.
+        variance (`float`): moving average of the variance of a step's losses; NaN before the first step.
         skipped (`int`): steps without a usable loss.
         rejected (`int`): masks whose loss was not finite.
         history (`dict[str, Tensor]`): `loss`, `entropy` and `expected_sparsity` `[steps]` in nats per token, bits and
@@ -50,14 +57,15 @@ class Progress:
     step: int
     rates: torch.Tensor
     baseline: float = math.nan
+    variance: float = math.nan
     skipped: int = 0
     rejected: int = 0
     history: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def save(self, path: Path, identity: dict[str, Any]) -> None:
         """Write the state beside `path` and rename it, with what it belongs to."""
-        counts = {"step": self.step, "baseline": self.baseline, "skipped": self.skipped, "rejected": self.rejected}
-        metadata = {**counts, "identity": identity}
+        numbers = {name: getattr(self, name) for name in ("step", "baseline", "variance", "skipped", "rejected")}
+        metadata = {**numbers, "identity": identity}
         tensors = {"rates": self.rates}
         tensors |= {f"history.{name}": values[: self.step] for name, values in self.history.items()}
         save_tensors_atomically(path, tensors, metadata)
@@ -76,6 +84,7 @@ class Progress:
                 metadata["step"],
                 tensors.pop("rates"),
                 metadata["baseline"],
+                metadata["variance"],
                 metadata["skipped"],
                 metadata["rejected"],
                 {name.removeprefix("history."): values for name, values in tensors.items()},
@@ -97,12 +106,41 @@ def _first_difference(found: Any, expected: Any, name: str = "content") -> str |
     return None if found == expected else f"its {name} is {found!r}, this one's is {expected!r}"
 
 
+def identity_of(
+    model: PreTrainedModel, calibration: Calibration, config: PruningConfig, without: Iterable[str]
+) -> dict[str, Any]:
+    """Return what a checkpoint belongs to, as JSON values: the weights, the tokens, and the request `without` some
+    fields that do not change the run."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(
+            f"{name} {parameter.dtype} {float(parameter.detach().abs().sum(dtype=torch.float64))!r}".encode()
+        )
+    request = {name: value for name, value in config.to_dict().items() if name not in without}
+    return {
+        "model": model.config._name_or_path or type(model).__name__,
+        "weights": digest.hexdigest()[:16],
+        "tokens": calibration.fingerprint,
+        "request": request,
+    }
+
+
+def history_by_site(state: Progress, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
+    """Return the history with the keep rate of every site apart, `keep_rate.<layer>.<kind>`, `[steps]` each."""
+    history = dict(state.history)
+    for site, rates in zip(sites, history.pop("keep_rate").unbind(1)):
+        history[f"keep_rate.{site.layer}.{site.kind}"] = rates
+    return history
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How to learn: fields of `PolicyGradientConfig` of the same names, and what sparsity is a fraction of.
 
     Args:
         prunable_parameters (`int`): of all sites of the model, learned or not.
+        normalize (`bool`, defaults to `False`): measure losses in standard deviations of those of a step's masks (a
+            moving average), so that one learning rate serves models whose masks differ much or little.
     """
 
     steps: int
@@ -116,6 +154,7 @@ class Schedule:
     batch_size: int
     seed: int
     prunable_parameters: int
+    normalize: bool = False
 
 
 @torch.no_grad()
@@ -224,9 +263,11 @@ class _Learner:
             return math.nan
         deviations, losses = draws.deviations[usable], losses[usable]
         mean = float(losses.mean())
-        horizon = schedule.baseline_horizon
-        state.baseline = mean if math.isnan(state.baseline) else (1 - 1 / horizon) * state.baseline + mean / horizon
+        state.baseline = _averaged(state.baseline, mean, schedule.baseline_horizon)
+        state.variance = _averaged(state.variance, float(losses.var()), VARIANCE_HORIZON)
         gradient = policy_gradient(deviations, losses, schedule.estimator, state.baseline, schedule.antithetic)
+        if schedule.normalize:
+            gradient /= math.sqrt(state.variance) + SMALLEST_DEVIATION
         moved = state.rates - schedule.learning_rate * cosine(step, schedule.steps) * gradient
         for budget in self._policy.budgets:
             moved[budget.members] = project(moved[budget.members], budget)
@@ -286,13 +327,19 @@ def _start_alike(state: Progress, processes) -> None:
     """Let every process start where the main one does: it alone may have found a checkpoint."""
     if processes.num_processes == 1:
         return
-    numbers = torch.tensor([state.step, state.skipped, state.rejected, state.baseline], dtype=torch.float64)
+    numbers = torch.tensor(
+        [state.step, state.skipped, state.rejected, state.baseline, state.variance], dtype=torch.float64
+    )
     for tensor in (numbers, state.rates, *state.history.values()):
         shared = tensor.to(processes.device)
         torch.distributed.broadcast(shared, src=0)
         tensor.copy_(shared)
     state.step, state.skipped, state.rejected = (int(number) for number in numbers[:3])
-    state.baseline = float(numbers[3])
+    state.baseline, state.variance = (float(number) for number in numbers[3:])
+
+
+def _averaged(average: float, value: float, horizon: float) -> float:
+    return value if math.isnan(average) else (1 - 1 / horizon) * average + value / horizon
 
 
 def _extend_history(state: Progress, steps: int, sites: int) -> None:

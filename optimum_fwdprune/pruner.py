@@ -23,6 +23,7 @@ from .plan import PLAN_NAME, PruningPlan
 from .reconstruction import STATISTICS_OF, added_parameters, reconstruct
 from .report import PruningReport
 from .scores import SCORES_NAME, Scores
+from .search import search
 from .statistics import collect_statistics
 from .surgery import check_resident, prune_model
 from .utils import evaluating, folder_moved_into_place
@@ -193,7 +194,7 @@ class FwdPruner:
                 scores.check_matches(sites, config)
                 config = scores.options_into(config)
             with _timed(seconds, "allocate"):
-                plan = self._plan(sites, scores, config)
+                plan, scores = self._allocate(sites, scores, config, dataset)
         else:
             plan.check_matches(sites, self.model.config.model_type)
         calibration = scores.calibration if scores else None
@@ -284,16 +285,43 @@ class FwdPruner:
         return removal_budget(config, sites, dense.parameters, dense.file_bytes, added)
 
     def _keep(
-        self, sites: list[Site], values: Mapping[SiteKey, torch.Tensor], config: PruningConfig
+        self,
+        sites: list[Site],
+        values: Mapping[SiteKey, torch.Tensor],
+        config: PruningConfig,
+        additive: bool | None = None,
     ) -> dict[SiteKey, list[int]]:
-        is_additive = get_method(config.method).is_additive(config)
-        return allocate(sites, _on_cpu(values), config, self._budget(sites, config), is_additive)
+        additive = get_method(config.method).is_additive(config) if additive is None else additive
+        return allocate(sites, _on_cpu(values), config, self._budget(sites, config), additive)
 
-    def _plan(self, sites: list[Site], scores: Scores, config: PruningConfig) -> PruningPlan:
+    def _allocate(
+        self, sites: list[Site], scores: Scores, config: PruningConfig, dataset: Any
+    ) -> tuple[PruningPlan, Scores]:
+        """The plan, and the scores with the history of a search where there was one, and with the tokens it needed."""
+        if config.scope != "search":
+            return self._plan(sites, scores, self._keep(sites, scores.values, config), config), scores
+        calibration = scores.calibration or load_calibration(config, self.model, self.tokenizer, dataset)
+
+        def keep(values: Mapping[SiteKey, torch.Tensor], request: PruningConfig) -> dict[SiteKey, list[int]]:
+            return self._keep(sites, values, request, additive=False)
+
+        with evaluating(self.model):
+            found = search(self.model, sites, scores.values, config, _reconstruction(config), calibration, keep)
+        scores = dataclasses.replace(
+            scores,
+            calibration=calibration,
+            details={**scores.details, "search": found.details},
+            history=found.history,
+        )
+        return self._plan(sites, scores, keep(found.scores, config), config), scores
+
+    def _plan(
+        self, sites: list[Site], scores: Scores, kept: dict[SiteKey, list[int]], config: PruningConfig
+    ) -> PruningPlan:
         budget = self._budget(sites, config)
         prunable = sum(site.num_parameters for site in sites)
         return PruningPlan(
-            kept=self._keep(sites, scores.values, config),
+            kept=kept,
             num_units={site.key: site.num_units for site in sites},
             model_type=self.model.config.model_type,
             attention_unit=config.attention_unit,

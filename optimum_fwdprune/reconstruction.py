@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +97,7 @@ def reconstruct(
         kinds = {site.kind for site in losing}
         return Reconstruction(
             {
-                site.key: _compensate_bias(site, kept[site.key], statistics[site.key])
+                site.key: compensate_bias(site, kept[site.key], statistics[site.key])
                 for site in sites
                 if site.kind in kinds
             }
@@ -138,25 +138,39 @@ def _refit_independently(
 ) -> tuple[dict[SiteKey, Projection], dict[SiteKey, Refit]]:
     """Refit every site on what goes into it in the dense model."""
     projections, refits = {}, {}
-    for portion in _portions(sites, matrices=1 if held_out is None else 2):
-        grams = [
-            collect_statistics(model, portion, tokens, config.batch_size, (GRAM,))
-            for tokens in (fit, held_out)
-            if tokens is not None
-        ]
-        for site in portion:
-            weight, columns = site.projection.weight, _kept_features(site, kept[site.key])
-            equations = []
-            for found in grams:
-                statistics = found.pop(site.key)
-                assert statistics.gram is not None
-                equations.append(NormalEquations.of_removed(statistics.gram, statistics.count, weight, columns))
-            refits[site.key] = refit(equations[0], equations[1] if held_out else None, config.ridge)
-            projections[site.key] = refits[site.key].projection(site, kept[site.key], weight[:, columns])
+    for site, found in gram_statistics(model, sites, (fit, held_out), config.batch_size):
+        weight, columns = site.projection.weight, kept_features(site, kept[site.key])
+        equations = [NormalEquations.of_removed(_gram(each), each.count, weight, columns) for each in found]
+        refits[site.key] = refit(equations[0], equations[1] if held_out else None, config.ridge)
+        projections[site.key] = refits[site.key].projection(site, kept[site.key], weight[:, columns])
     return projections, refits
 
 
-def _portions(sites: list[Site], matrices: int) -> Iterator[list[Site]]:
+def gram_statistics(
+    model: PreTrainedModel, sites: Iterable[Site], texts: Sequence[Calibration | None], batch_size: int
+) -> Iterator[tuple[Site, list[SiteStatistics]]]:
+    """Yield every site with its Gram matrix on each of the texts that there are, in as many passes as memory asks for.
+
+    Args:
+        model (`PreTrainedModel`): the dense model.
+        sites (iterable of `Site`): whose.
+        texts (sequence of `Calibration`): the tokens; `None` is left out.
+        batch_size (`int`): windows per forward pass.
+    """
+    present = [text for text in texts if text is not None]
+    for portion in _portions(sites, len(present)):
+        measured = [collect_statistics(model, portion, text, batch_size, (GRAM,)) for text in present]
+        for site in portion:
+            # Taken out, so that a matrix is freed once it was used.
+            yield site, [found.pop(site.key) for found in measured]
+
+
+def _gram(statistics: SiteStatistics) -> torch.Tensor:
+    assert statistics.gram is not None
+    return statistics.gram
+
+
+def _portions(sites: Iterable[Site], matrices: int) -> Iterator[list[Site]]:
     """Split sites into runs whose Gram matrices, so many each, fit into `GRAM_BYTES`; one site at least."""
     portion: list[Site] = []
     size = 0
@@ -185,13 +199,15 @@ def _warn_of_few_tokens(sites: list[Site], kept: Mapping[SiteKey, list[int]], ca
         )
 
 
-def _kept_features(site: Site, kept: list[int]) -> torch.Tensor:
+def kept_features(site: Site, kept: list[int]) -> torch.Tensor:
+    """Return which input features of the projection stay: bool, `[in_features]`, where the weights are."""
     return site.feature_mask(site.unit_mask(kept)).to(site.projection.weight.device)
 
 
-def _compensate_bias(site: Site, kept: list[int], statistics: SiteStatistics) -> Projection:
+def compensate_bias(site: Site, kept: list[int], statistics: SiteStatistics) -> Projection:
+    """Return the projection of the kept columns whose bias says what the removed features said on average."""
     weight, bias = site.projection.weight, site.projection.bias
-    features = _kept_features(site, kept)
+    features = kept_features(site, kept)
     lost = weight[:, ~features].float() @ statistics.mean.to(weight.device)[~features]
     total = lost if bias is None else bias.float() + lost
     return Projection(kept, weight[:, features], total.to(weight.dtype))

@@ -19,6 +19,7 @@ ORDER = [
     "evaluation",
     "scores",
     "methods",
+    "search",
     "allocation",
     "surgery",
     "reconstruction",

@@ -19,6 +19,9 @@ from .scoring import ScoringInputs, UnitScores
 # Units have thousands of times as many numbers to learn from the same losses: larger steps drown them in noise.
 LEARNING_RATES = {"ratio": 0.05, "unit": 0.02}
 
+# Where and how often the state is written, and how many sequences run at once, do not change a run.
+NOT_OF_THE_RUN = ("checkpoint", "checkpoint_every", "batch_size")
+
 
 @dataclass
 class PolicyGradientConfig(PruningConfig):
@@ -133,7 +136,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
     import torch
 
     from ..allocation import prunable_sites
-    from ..mask_learning import Progress, Schedule, learn_rates
+    from ..mask_learning import Progress, Schedule, history_by_site, identity_of, learn_rates
     from ..utils import check_output_file
 
     config = inputs.config
@@ -143,11 +146,15 @@ def score(inputs: ScoringInputs) -> UnitScores:
     checkpoint, identity, found = None, None, None
     if config.checkpoint is not None:
         # Whatever is wrong with the file shows before anything is measured.
-        checkpoint, identity = check_output_file(config.checkpoint), _identity(inputs)
+        checkpoint = check_output_file(config.checkpoint)
+        identity = identity_of(inputs.model, inputs.calibration, config, NOT_OF_THE_RUN)
         found = Progress.load(checkpoint, identity) if checkpoint.exists() else None
     policy, rates = _policy(inputs, learned, _metric_scores(inputs))
     state = found or Progress(0, rates)
-    options: dict = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(Schedule)}
+    own = {field.name for field in dataclasses.fields(config)}
+    options: dict = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(Schedule) if field.name in own
+    }
     options["prunable_parameters"] = sum(site.num_parameters for site in inputs.sites)
     options["learning_rate"] = config.learning_rate or LEARNING_RATES[config.parametrization]
     schedule = Schedule(**options)
@@ -171,10 +178,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
         finite = state.history["loss"][state.history["loss"].isfinite()]
         details["expected_loss"] = float(finite[-max(1, len(finite) // 10) :].mean())
         details["entropy_bits"] = float(state.history["entropy"][-1])
-    history = dict(state.history)
-    for site, rates in zip(learned, history.pop("keep_rate").unbind(1)):
-        history[f"keep_rate.{site.layer}.{site.kind}"] = rates
-    return UnitScores(values, details=details, history=history)
+    return UnitScores(values, details=details, history=history_by_site(state, learned))
 
 
 def _metric_scores(inputs: ScoringInputs) -> dict:
@@ -221,29 +225,6 @@ def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
     rates = [float(part[0]) for part in even_rates(budgets, sum(sizes)).split(sizes)]
     scores = [metric[site.key] for site in sites]
     return UnitPolicy(sites, budgets), initial_probabilities(scores, rates, config.initialization, config.seed)
-
-
-def _identity(inputs: ScoringInputs) -> dict:
-    """What a checkpoint belongs to, as JSON values."""
-    import hashlib
-
-    import torch
-
-    request = inputs.config.to_dict()
-    # Where and how often the state is written, and how many sequences run at once, do not change the run.
-    for name in ("checkpoint", "checkpoint_every", "batch_size"):
-        del request[name]
-    digest = hashlib.sha256()
-    for name, parameter in inputs.model.named_parameters():
-        digest.update(
-            f"{name} {parameter.dtype} {float(parameter.detach().abs().sum(dtype=torch.float64))!r}".encode()
-        )
-    return {
-        "model": inputs.model.config._name_or_path or type(inputs.model).__name__,
-        "weights": digest.hexdigest()[:16],
-        "tokens": inputs.calibration.fingerprint,
-        "request": request,
-    }
 
 
 register_method(
