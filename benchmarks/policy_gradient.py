@@ -47,23 +47,23 @@ METRICS = ("wanda_sp", "flap")
 VARIANCE_STEPS = 48
 
 
-def request_of(name, sparsity, steps=STEPS, seed=0):
+def fields_of(name, sparsity, steps=STEPS, seed=0):
     """The request behind a name: a metric, or `parametrization, estimator`."""
+    fields = {"sparsity": sparsity, "reconstruction": "none"}
     if name in METRICS:
-        return PruningConfig(method=name, sparsity=sparsity, reconstruction="none")
+        return {"method": name, **fields}
     parametrization, estimator = name.split(", ")
-    return PruningConfig(
-        method="policy_gradient",
-        sparsity=sparsity,
-        reconstruction="none",
-        parametrization=parametrization,
-        estimator=estimator,
-        learning_rate=LEARNING_RATES[parametrization] / LENGTH[estimator],
-        steps=steps,
-        metric_samples=METRIC_WINDOWS,
-        seed=seed,
+    return {
+        "method": "policy_gradient",
+        **fields,
+        "parametrization": parametrization,
+        "estimator": estimator,
+        "learning_rate": LEARNING_RATES[parametrization] / LENGTH[estimator],
+        "steps": steps,
+        "metric_samples": METRIC_WINDOWS,
+        "seed": seed,
         **STEP,
-    )
+    }
 
 
 class PolicyGradientStudy(Study):
@@ -71,7 +71,7 @@ class PolicyGradientStudy(Study):
 
     def scores(self, name, sparsity, steps=STEPS, seed=0):
         """Scores of every unit, and how many seconds they took."""
-        config = request_of(name, sparsity, steps, seed)
+        config = PruningConfig(**fields_of(name, sparsity, steps, seed))
         file = self.cache / f"scores-{file_name(self.label(name, sparsity, steps, seed))}.safetensors"
         if not file.exists():
             tokens = self.calibration
@@ -88,8 +88,8 @@ class PolicyGradientStudy(Study):
 
     def label(self, name, sparsity, steps, seed):
         """Another request or another text is another cell."""
-        request = request_of(name, sparsity, steps, seed).to_dict()
-        return f"{name}-{sparsity}-{steps}-{seed}-{digest_of(request, self.calibration.fingerprint)}"
+        digest = digest_of(fields_of(name, sparsity, steps, seed), self.calibration.fingerprint)
+        return f"{name}-{sparsity}-{steps}-{seed}-{digest}"
 
     def pruned_losses(self, name, sparsity, every, steps=STEPS, seed=0):
         """Mean negative log-likelihood of every `every`-th evaluation window after pruning."""
@@ -109,12 +109,12 @@ class PolicyGradientStudy(Study):
 
         Both see the same masks, tokens and losses; the moving average is divided by its length.
         """
-        request = request_of(f"{parametrization}, leave_one_out", sparsity, steps=0)
-        digest = digest_of(request.to_dict(), self.calibration.fingerprint)
+        fields = fields_of(f"{parametrization}, leave_one_out", sparsity, steps=0)
+        digest = digest_of(fields, self.calibration.fingerprint)
         file = self.cache / f"variances-{parametrization}-{sparsity}-{digest}.json"
         if not file.exists():
             start = time.perf_counter()
-            gradients = self._gradients(request)
+            gradients = self._gradients(PruningConfig(**fields))
             found = {
                 name: (values - values.mean(0)).square().sum(1).mul(len(values) / (len(values) - 1)).tolist()
                 for name, values in gradients.items()

@@ -156,6 +156,22 @@ def test_the_history_of_learning_is_shown_and_drawn(cli, source, tmp_path):
     assert code == 1 and "must end in one of" in error and "svg" in error
 
 
+def test_scores_are_read_in_a_process_that_does_nothing_else(cli, source, tmp_path):
+    cli("prune", "-m", source, tmp_path / "out", "--method", "policy_gradient", "--steps", 2, *SMALL)
+    script = f"from optimum_fwdprune import Scores; print(Scores.load({str(tmp_path / 'out')!r}).config.method)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+    assert run.stdout.strip() == "policy_gradient", run.stderr
+
+
+def test_a_replayed_plan_has_no_history(cli, source, tmp_path):
+    cli("prune", "-m", source, tmp_path / "out", *SMALL)
+    cli("prune", "-m", source, tmp_path / "again", "--plan", tmp_path / "out")
+    code, _, error = cli("inspect", tmp_path / "again", "--history")
+
+    assert code == 1 and "again has no fwdprune_scores.safetensors" in error
+
+
 def test_a_method_that_does_not_learn_has_no_history(cli, source, tmp_path):
     cli("prune", "-m", source, tmp_path / "out", *SMALL)
     code, _, error = cli("inspect", tmp_path / "out", "--history")
