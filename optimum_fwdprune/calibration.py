@@ -72,12 +72,15 @@ class Calibration:
 
     def split(self, every: int) -> tuple[Calibration, Calibration | None]:
         """Return most windows, and every so-many-th one apart from them; `None` where there are too few to spare."""
-        held_out = torch.arange(len(self.input_ids)) % every == every - 1
-        if len(held_out) > 1 and not held_out.any():
-            held_out[-1] = True
-        if not held_out.any():
+        # Of those that hold more than padding.
+        mask = self.attention_mask
+        present = torch.arange(len(self.input_ids)) if mask is None else mask.any(1).nonzero().flatten()
+        which = present[every - 1 :: every] if len(present) >= every else present[-1:]
+        if len(present) < 2:
             return self, None
-        most, others = (Calibration(*self.windows(which), self.source) for which in (~held_out, held_out))
+        held_out = torch.zeros(len(self.input_ids), dtype=torch.bool)
+        held_out[which.to(held_out.device)] = True
+        most, others = (Calibration(*self.windows(part), self.source) for part in (~held_out, held_out))
         return most, others
 
     @property

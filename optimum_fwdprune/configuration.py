@@ -140,15 +140,17 @@ class PruningConfig:
                 raise ValueError(
                     f"{name} must be in [0, 1); got {value}. It is the fraction of the prunable parameters to remove."
                 )
-        for name in ("n_samples", "seq_len", "batch_size", "multiple_of", "min_units_per_site"):
+        for name in ("search_windows", "n_samples", "seq_len", "batch_size", "multiple_of", "min_units_per_site"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.ridge is not None and self.ridge < 0:
             raise ValueError(f"ridge must be at least 0; got {self.ridge}.")
-        if self.reconstruction_order == "sequential" and self.reconstruction == "bias":
+        registered = _METHODS.get(self.method)
+        kind = self.reconstruction or (registered.reconstruction if registered else "none")
+        if self.reconstruction_order == "sequential" and kind != "least_squares":
             raise ValueError(
-                "reconstruction_order='sequential' refits weights; with reconstruction='bias' leave it 'independent', "
-                "or ask for reconstruction='least_squares'."
+                f"reconstruction_order='sequential' refits weights, and reconstruction is {kind!r} here; ask for "
+                f"reconstruction='least_squares', or leave the order 'independent'."
             )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ def stopped_before(module: nn.Module) -> Iterator[Stop]:
     try:
         yield stop
     except Stop as reached:
+        # Its frames hold this very exception, so they would hold the layer's activations until a garbage collection.
+        reached.__traceback__ = None
         if reached is not stop:
             raise
     finally:
@@ -71,10 +73,6 @@ class Batch:
     attention_mask: torch.Tensor | None
     hidden: torch.Tensor
     arguments: list[tuple[tuple, dict[str, Any]]]
-
-    def copy(self) -> Batch:
-        """Return the same windows with hidden states of their own from here on."""
-        return replace(self)
 
     def tokens(self, values: torch.Tensor) -> torch.Tensor:
         """Flatten `[windows, tokens, features]`, or what is flat already, to `[tokens, features]` without padding."""

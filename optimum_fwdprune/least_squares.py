@@ -14,6 +14,9 @@ from .gates import Projection
 # Shares of the mean diagonal of the Gram matrix that may be added to its diagonal; held-out windows choose.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 
+# What a ridge that was given is raised by, one after the other, while rounding leaves a Gram matrix indefinite.
+LAST_RIDGES = (1e-6, 1e-4, 1e-2)
+
 # Where no window can be held out.
 DEFAULT_RIDGE = 1e-2
 
@@ -73,13 +76,7 @@ class NormalEquations:
 
         It pulls towards no change, so a site whose features say nothing keeps its weights.
         """
-        gram = self.gram.double()
-        # The smallest normal number keeps a site whose inputs are all zero solvable.
-        gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny)
-        factor, info = torch.linalg.cholesky_ex(gram)
-        if info.item():
-            # Rounding made it indefinite; the ridge alone decides what that costs.
-            return torch.linalg.lstsq(gram, self.cross.T.double()).solution.T
+        factor = _cholesky(self.gram.double(), ridge)
         return torch.cholesky_solve(self.cross.T.double(), factor).T
 
     def error(self, change: torch.Tensor) -> float:
@@ -154,9 +151,21 @@ def nested_changes(
     """
     gram = gram[order][:, order].double()
     weight = weight[:, order].double()
-    regular = gram.clone()
-    regular.diagonal().add_(ridge * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny)
-    factor = torch.linalg.cholesky(regular)
+    factor = _cholesky(gram, ridge)
     for width in widths:
+        # Beside the diagonal, which the ridge was added to.
         lost = weight[:, width:] @ gram[width:, :width]
         yield torch.cholesky_solve(lost.T, factor[:width, :width]).T
+
+
+def _cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Add the ridge to the diagonal of `gram`, more of it where rounding made it indefinite, and return the factor."""
+    mean = float(gram.diagonal().mean())
+    # The smallest normal number keeps a site whose inputs are all zero solvable.
+    gram.diagonal().add_(ridge * mean + torch.finfo(torch.float32).tiny)
+    for more in (0.0, *LAST_RIDGES):
+        gram.diagonal().add_(more * mean)
+        factor, info = torch.linalg.cholesky_ex(gram)
+        if not info.item():
+            return factor
+    raise ValueError("The activations contain NaN or infinity, so no weights can be fitted to them.")

@@ -20,10 +20,10 @@ from .calibration import load_calibration
 from .configuration import get_method
 from .methods import PruningConfig, ScoringInputs, UnitScores
 from .plan import PLAN_NAME, PruningPlan
-from .reconstruction import STATISTICS_OF, added_parameters, reconstruct
+from .reconstruction import STATISTICS_OF, added_parameters, check_reconstruction, reconstruct
 from .report import PruningReport
 from .scores import SCORES_NAME, Scores
-from .search import search
+from .search import check_search, search
 from .statistics import collect_statistics
 from .surgery import check_resident, prune_model
 from .utils import evaluating, folder_moved_into_place
@@ -184,6 +184,9 @@ class FwdPruner:
             config = dataclasses.replace(config, attention_unit=plan.attention_unit)
             kind = config.reconstruction or "none"
         check_resident(self.model)
+        check_reconstruction(self.model, config, kind)
+        if plan is None and config.scope == "search":
+            check_search(self.model, config)
         sites = find_sites(self.model, config.attention_unit)
         dense = _Sizes.of(self.model)
         seconds: dict[str, float] = {}

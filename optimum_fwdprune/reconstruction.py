@@ -56,6 +56,18 @@ def added_parameters(sites: Iterable[Site], kind: str) -> int:
     return sum(site.projection.out_features for site in sites if site.projection.bias is None)
 
 
+def check_reconstruction(model: PreTrainedModel, config: PruningConfig, kind: str) -> None:
+    """Raise `ValueError` where `model` does not allow the reconstruction that the request asks for."""
+    sequential = kind == LEAST_SQUARES and config.reconstruction_order == SEQUENTIAL
+    adds_up = get_architecture(model.config).residual_adds_up(model.config)
+    if sequential and config.reconstruction_target == DENSE and not adds_up:
+        raise ValueError(
+            f"reconstruction_target='dense' needs projections that add to the residual stream as they are, and "
+            f"{model.config._name_or_path or model.config.model_type} normalizes in between. Use "
+            f"reconstruction_target='layer'."
+        )
+
+
 @torch.no_grad()
 def reconstruct(
     model: PreTrainedModel,
@@ -105,18 +117,13 @@ def reconstruct(
     _warn_of_few_tokens(losing, kept, calibration)
     fit, held_out = calibration.split(HELD_OUT_EVERY)
     if config.reconstruction_order == SEQUENTIAL:
-        if config.reconstruction_target == DENSE and not get_architecture(model.config).residual_adds_up(model.config):
-            raise ValueError(
-                f"reconstruction_target='dense' needs projections that add to the residual stream as they are, and "
-                f"{model.config._name_or_path or model.config.model_type} normalizes in between. Use "
-                f"reconstruction_target='layer'."
-            )
         projections, refits = refit_in_sequence(
             model, sites, kept, config.reconstruction_target, config.ridge, fit, held_out, config.batch_size
         )
     else:
         projections, refits = _refit_independently(model, losing, kept, config, fit, held_out)
-    unchanged = [key for key, found in refits.items() if found.change is None]
+    # Where nothing was lost, there was nothing to gain either.
+    unchanged = [key for key, found in refits.items() if found.change is None and found.error_before]
     if unchanged:
         logger.warning(
             "Least squares did not help on the held-out windows at %d of %d sites, which keep their columns as they "

@@ -27,11 +27,14 @@ from .statistics import MOMENTS, collect_statistics
 from .utils import check_output_file, progress, save_tensors_atomically
 
 
-# Widths between which a search chooses, from one unit or the least that a site keeps to all of them.
+# Widths of an MLP between which a search chooses; attention has all that the request allows.
 LEVELS = 16
 
 MASKS_PER_STEP, WINDOWS_PER_STEP = 4, 2
 SPREAD, LEARNING_RATE = 0.1, 0.02
+
+# Fields of a request that do not change what its search does.
+NOT_OF_THE_SEARCH = ("search_checkpoint", "batch_size", "reconstruction_order", "reconstruction_target")
 
 Keep = Callable[[Mapping[SiteKey, torch.Tensor], PruningConfig], dict[SiteKey, list[int]]]
 
@@ -51,6 +54,22 @@ class Found:
     history: dict[str, torch.Tensor]
 
 
+def check_search(model: PreTrainedModel, config: PruningConfig) -> None:
+    """Raise `ValueError` or `OSError` where a search would fail for the model or the request, before it is run."""
+    if config.search_windows < MASKS_PER_STEP * WINDOWS_PER_STEP:
+        raise ValueError(
+            f"search_windows={config.search_windows} is too few for one step of {MASKS_PER_STEP} candidates on "
+            f"{WINDOWS_PER_STEP} windows; give at least {MASKS_PER_STEP * WINDOWS_PER_STEP}, or use scope='global'."
+        )
+    if not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} predicts no next token, and scope='search' compares the losses of those. Search "
+            f"with its causal counterpart and replay the plan, or use scope='global'."
+        )
+    if config.search_checkpoint is not None:
+        check_output_file(config.search_checkpoint)
+
+
 @torch.no_grad()
 def search(
     model: PreTrainedModel,
@@ -64,7 +83,7 @@ def search(
     """Learn how much of each site to keep, by policy gradient over keep ratios (arXiv 2406.10576, with normal draws).
 
     Every candidate is a whole model within the budget, its projections reconstructed: errors of its sites accumulate
-    in its loss. Candidates of a step share their tokens. Sites are reconstructed beforehand, at `LEVELS` widths each.
+    in its loss. Candidates of a step share their tokens. Sites are reconstructed beforehand, MLPs at `LEVELS` widths.
 
     Args:
         model (`PreTrainedModel`): the dense model; it is not changed.
@@ -76,17 +95,17 @@ def search(
         keep (`Callable`): scores and a request in, what that request keeps under them out.
 
     Raises:
-        ValueError: where `search_windows` is too small for one step, or nothing can move.
+        ValueError: where nothing can move.
     """
     steps = config.search_windows // (MASKS_PER_STEP * WINDOWS_PER_STEP)
-    if steps < 1:
-        raise ValueError(
-            f"search_windows={config.search_windows} is too few for one step of {MASKS_PER_STEP} candidates on "
-            f"{WINDOWS_PER_STEP} windows; give at least {MASKS_PER_STEP * WINDOWS_PER_STEP}, or use scope='global'."
-        )
     learned = prunable_sites(sites, config)
-    coarse = replace(config, multiple_of=_grid(learned, config))
     fixed = {site.key: scores[site.key] for site in sites}
+    coarse = replace(config, multiple_of=_grid(learned, config))
+    try:
+        keep(fixed, coarse)
+    except ValueError:
+        # The last fraction of a grid step is needed, or what the request itself asks for is not to be had.
+        coarse = config
     floors = [fewest_units(site, coarse) / site.num_units for site in learned]
     budgets = budgets_of(learned, keep(fixed, coarse), coarse, [1] * len(learned), floors, exact=True)
     if all(len(budget.members) == 1 for budget in budgets):
@@ -96,7 +115,7 @@ def search(
     checkpoint, identity = None, None
     if config.search_checkpoint is not None:
         checkpoint = check_output_file(config.search_checkpoint)
-        identity = identity_of(model, calibration, config, ("search_checkpoint", "batch_size"))
+        identity = identity_of(model, calibration, config, NOT_OF_THE_SEARCH)
         identity["scores"] = [float(scores[site.key].double().sum()) for site in learned]
         if checkpoint.exists():
             state = Progress.load(checkpoint, identity)
@@ -115,7 +134,9 @@ def search(
         normalize=True,
     )
     with tempfile.TemporaryDirectory(prefix="fwdprune-levels-") as folder:
-        projection = _projections(model, learned, scores, coarse, kind, calibration, Path(folder))
+        projection = None
+        if state.step < steps:
+            projection = _projections(model, learned, scores, coarse, kind, calibration, Path(folder))
         masked = None if projection is None else _replacing(learned, projection)
         learn_rates(model, learned, calibration, policy, state, schedule, checkpoint, 20, identity, masked)
     found = policy.scores(state.rates).split([site.num_units for site in learned])
@@ -132,9 +153,9 @@ def search(
 
 
 def _grid(sites: Sequence[Site], config: PruningConfig) -> int:
-    """The step between the widths of an MLP: a multiple of what the request asks for."""
-    widest = max((site.num_units for site in sites if site.kind == MLP), default=1)
-    return -(-widest // (LEVELS * config.multiple_of)) * config.multiple_of
+    """The step between widths of an MLP: a multiple of what the request asks for, fine enough for the narrowest."""
+    narrowest = min((site.num_units for site in sites if site.kind == MLP), default=1)
+    return -(-narrowest // (LEVELS * config.multiple_of)) * config.multiple_of
 
 
 def _replacing(
@@ -192,20 +213,25 @@ def _file(site: Site) -> str:
 
 def _ridge(
     site: Site, kept: dict[int, list[int]], grams: list[torch.Tensor], counts: list[int], ridge: float | None
-) -> float:
-    """The ridge of all levels: the one that does best on held-out windows at the middle level."""
-    if ridge is not None or len(grams) < 2:
+) -> float | None:
+    """The ridge of all levels: the best on held-out windows at the middle level, or `None` where none is any good."""
+    if len(grams) < 2:
         return DEFAULT_RIDGE if ridge is None else ridge
     columns = kept_features(site, list(kept.values())[len(kept) // 2])
     fit, held_out = (
         NormalEquations.of_removed(gram, count, site.projection.weight, columns) for gram, count in zip(grams, counts)
     )
-    return refit(fit, held_out).ridge
+    found = refit(fit, held_out, ridge)
+    return None if found.change is None else found.ridge
 
 
-def _refitted(site: Site, kept: dict[int, list[int]], gram: torch.Tensor, ridge: float) -> dict[str, torch.Tensor]:
-    """The refitted columns at every level, in the order of the features."""
+def _refitted(
+    site: Site, kept: dict[int, list[int]], gram: torch.Tensor, ridge: float | None
+) -> dict[str, torch.Tensor]:
+    """The columns at every level, in the order of the features: refitted, or as they are where `ridge` is `None`."""
     weight = site.projection.weight
+    if ridge is None:
+        return {str(count): weight[:, kept_features(site, units)] for count, units in kept.items()}
     # Those that stay longest first: every level keeps a part of what the one above it keeps.
     unit_order: list[int] = []
     for units in [*reversed(kept.values()), range(site.num_units)]:

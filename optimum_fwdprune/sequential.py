@@ -33,8 +33,8 @@ def refit_in_sequence(
 ) -> tuple[dict[SiteKey, Projection], dict[SiteKey, Refit]]:
     """Return new projection parameters of every site that loses units, first layer to last.
 
-    One layer's normal equations are in memory at a time, and the hidden states of all windows: twice for the target
-    `"dense"`. It costs about three passes of the layers over the tokens, four for `"dense"`.
+    One projection's normal equations are in memory at a time, and the hidden states of all windows: three times for
+    the target `"dense"`. It costs about three passes of the layers over the tokens, four for `"dense"`.
 
     Args:
         model (`PreTrainedModel`): the dense model; it is not changed.
@@ -68,6 +68,11 @@ def refit_in_sequence(
             for stream, is_held_out in streams:
                 inputs, residual = stream.observe(runner, of_layer, place, columns, projections)
                 sums[is_held_out].add(inputs, residual)
+            if not (sums[0].gram.isfinite().all() and sums[0].cross.isfinite().all()):
+                raise ValueError(
+                    f"The activations before {site.projection_name} ({site}) contain NaN or infinity once the layers "
+                    f"before it are pruned. A float16 model that overflows runs in bfloat16 or float32."
+                )
             found = refit(sums[0], sums[1] if held_out else None, ridge)
             refits[site.key] = found
             projections[site.key] = found.projection(site, kept[site.key], weight)
@@ -77,44 +82,49 @@ def refit_in_sequence(
 
 
 class _Stream:
-    """A batch in the pruned model and, where the target needs it, the same batch in the dense one."""
+    """A batch in the pruned model and, where the target needs it, the residual stream of the dense one."""
 
     def __init__(self, batch: Batch, target: str):
-        self._pruned = batch
-        self._dense = batch.copy() if target == DENSE else None
-        # What the dense projections of the layer at hand write to the residual stream, site by site.
-        self._wanted: list[torch.Tensor] = []
-        self._next_dense: torch.Tensor | None = None
+        self._batch = batch
+        self._pruned = batch.hidden
+        # Of the dense model: in front of the layer at hand and then behind each of its sites that are still to come.
+        self._dense = [batch.hidden] if target == DENSE else []
 
     def enter(self, runner: LayerRunner, sites: list[Site]) -> None:
-        if self._dense is not None:
-            with outputs_of(site.projection for site in sites) as outputs:
-                self._next_dense = runner.run(sites[0].layer, self._dense)
-            self._wanted = [output.view_as(self._dense.hidden) for output in outputs]
+        if not self._dense:
+            return
+        self._batch.hidden = stream = self._dense.pop()
+        with outputs_of(site.projection for site in sites) as outputs:
+            after = runner.run(sites[0].layer, self._batch)
+        for output in outputs[:-1]:
+            stream = stream + output.view_as(stream).to(stream.device)
+            self._dense.append(stream)
+        self._dense.append(after)
 
     def observe(self, runner, sites, place, columns, projections) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the kept inputs of a projection, and what its kept weights leave of the target: `[tokens, ...]`."""
         site = sites[place]
-        before = sites[:place]
+        self._batch.hidden = self._pruned
         with (
             replaced_projections(sites, projections),
-            outputs_of(earlier.projection for earlier in before) as written,
+            outputs_of(earlier.projection for earlier in sites[:place]) as written,
             stopped_before(site.projection) as stop,
         ):
-            runner.run(site.layer, self._pruned)
-        inputs = self._pruned.tokens(stop.inputs)
+            runner.run(site.layer, self._batch)
+        inputs = self._batch.tokens(stop.inputs)
         weight, bias = site.projection.weight, site.projection.bias
-        if self._dense is None:
+        if not self._dense:
             return inputs[:, columns], F.linear(inputs[:, ~columns], weight[:, ~columns])
-        error = self._pruned.hidden.float() - self._dense.hidden.float()
-        for output, wanted in zip(written, self._wanted):
-            error += output.view_as(error).float() - wanted.float()
-        target = self._pruned.tokens(self._wanted[place].float() - error)
-        return inputs[:, columns], target - F.linear(inputs[:, columns], weight[:, columns], bias).float()
+        device = weight.device
+        target = self._dense[place].to(device).float() - self._pruned.to(device).float()
+        for output in written:
+            target -= output.view_as(target).to(device).float()
+        said = F.linear(inputs[:, columns], weight[:, columns], bias)
+        return inputs[:, columns], self._batch.tokens(target) - said.float()
 
     def leave(self, runner, sites, projections) -> None:
+        self._batch.hidden = self._pruned
         with replaced_projections(sites, projections):
-            self._pruned.hidden = runner.run(sites[0].layer, self._pruned)
-        if self._dense is not None:
-            assert self._next_dense is not None
-            self._dense.hidden, self._next_dense, self._wanted = self._next_dense, None, []
+            self._pruned = runner.run(sites[0].layer, self._batch)
+        # What the next layer starts from.
+        self._dense = self._dense[-1:]

@@ -1,6 +1,8 @@
 """Least squares against numpy, the choice of its ridge, and the walk from layer to layer."""
 
+import gc
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -271,13 +273,63 @@ def test_a_forward_pass_that_stops_leaves_no_hook_behind(tokens):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_forward_pass_that_stopped_holds_nothing(tokens):
+    """Not even until the next garbage collection, which nothing on a GPU sets off."""
+    model = tiny.make_model("llama_gqa_biases")
+    site = find_sites(model)[1]
+    gc.disable()
+    try:
+        with stopped_before(site.projection) as stop:
+            model(tokens)
+        inputs = weakref.ref(stop.inputs)
+        del stop
+        assert inputs() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("options", [{}, sequential("layer"), sequential("dense")], ids=lambda o: "-".join(o.values()))
+def test_a_window_of_padding_alone_is_not_held_out(tokens, options):
+    model = tiny.make_model("opt_pre_norm")
+    mask = torch.ones_like(tokens)
+    mask[reconstruction.HELD_OUT_EVERY - 1 :: reconstruction.HELD_OUT_EVERY] = 0
+    pruner = pruned_by(model, {"input_ids": tokens, "attention_mask": mask}, **options)
+
+    assert all(found["held_out_error_before"] > 0 for found in pruner.plan.metadata["reconstructed"].values())
+
+
+@pytest.mark.parametrize("options", [{}, sequential("dense")], ids=lambda o: "-".join(o.values()))
+def test_without_a_ridge_singular_systems_are_still_solved(options):
+    """Fewer tokens than features, of one window, and no ridge asked for."""
+    tokens = torch.randint(0, 300, (1, 30), generator=torch.Generator().manual_seed(0))
+    pruner = pruned_by(tiny.make_model("llama_gqa_biases"), tokens, ridge=0.0, **options)
+
+    assert pruner.model(tokens).logits.isfinite().all()
+
+
+def test_nothing_lost_is_nothing_to_warn_of(caplog, monkeypatch):
+    """Dead channels go first."""
+    model = tiny.make_model("opt_pre_norm")
+    for layer in model.model.decoder.layers:
+        layer.fc1.weight.data[:32] = 0
+        layer.fc1.bias.data[:32] = -1
+    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.reconstruction"), "propagate", True)
+    tokens = torch.randint(0, 300, (16, 24), generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.WARNING):
+        FwdPruner(model).prune(PruningConfig(sparsity=0.2, kinds=["mlp"]), tokens)
+
+    assert "did not help" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         (
             {"reconstruction": "bias", "reconstruction_order": "sequential"},
-            "refits weights; with reconstruction='bias'",
+            "refits weights, and reconstruction is 'bias'",
         ),
+        ({"method": "flap", "reconstruction_order": "sequential"}, "refits weights, and reconstruction is 'bias'"),
+        ({"method": "random", "reconstruction_order": "sequential"}, "and reconstruction is 'none' here"),
         ({"ridge": -0.1}, "ridge must be at least 0; got -0.1"),
     ],
 )

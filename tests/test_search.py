@@ -3,13 +3,16 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 
-from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites, search
+from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, PruningPlan, find_sites, search
 from optimum_fwdprune import mask_learning as learning
 from optimum_fwdprune.allocation import levels_of
+from optimum_fwdprune.gates import Projection, replaced_projections
 from optimum_fwdprune.least_squares import NormalEquations, nested_changes
 from optimum_fwdprune.scores import Scores
 
@@ -38,7 +41,7 @@ def test_nested_changes_are_those_of_each_set_alone():
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["none", "bias", "least_squares"])
 def test_a_candidate_has_the_loss_of_the_pruned_model(dense, tokens, kind, monkeypatch):
-    """The database of levels puts together what prune() would make of the same units."""
+    """Its projections are put together from the levels; those that this test makes itself must give the same loss."""
     seen = []
     losses = learning._Learner._losses
 
@@ -48,25 +51,60 @@ def test_a_candidate_has_the_loss_of_the_pruned_model(dense, tokens, kind, monke
         return found
 
     monkeypatch.setattr(learning._Learner, "_losses", watched)
-    pruner = FwdPruner(dense)
-    request = request_of(search_windows=8, reconstruction=kind, ridge=0.1, attention_unit="kv_group")
-    pruner.prune(request, tokens, inplace=False)
+    # As if it had helped everywhere on held-out windows.
+    monkeypatch.setattr(search, "_ridge", lambda *_: 1e-3)
+    request = request_of(search_windows=8, reconstruction=kind, ridge=1e-3, attention_unit="kv_group")
+    FwdPruner(dense).prune(request, tokens, inplace=False)
     sites = find_sites(dense, "kv_group")
     masks, windows, found = seen[0]
-    monkeypatch.undo()
-    # The ridge is a share of the mean over all features there, over the kept ones here.
-    tolerance = 2e-2 if kind == "least_squares" else 1e-4
     for mask, loss in zip(masks[:2], found):
-        plan = pruner.plan
-        kept = {
-            site.key: part.nonzero().flatten().tolist()
-            for site, part in zip(sites, mask.split([site.num_units for site in sites]))
+        parts = dict(zip((site.key for site in sites), mask.split([site.num_units for site in sites])))
+        projections = {
+            site.key: by_numpy(dense, site, parts[site.key].bool(), tokens, kind)
+            for site in sites
+            if parts[site.key].sum() < site.num_units
         }
-        plan = type(plan)(kept, plan.num_units, plan.model_type, plan.attention_unit, {})
-        alone = FwdPruner(dense).prune(PruningConfig(reconstruction=kind, ridge=0.1), tokens, plan=plan, inplace=False)
-        expected = alone(input_ids=tokens[windows], labels=tokens[windows]).loss
-        assert float(loss) == pytest.approx(float(expected), rel=tolerance)
+        with replaced_projections(sites, projections):
+            expected = dense(input_ids=tokens[windows], labels=tokens[windows]).loss
+        assert float(loss) == pytest.approx(float(expected), rel=1e-4)
     assert len(found.unique()) > 1
+
+
+def by_numpy(model, site, mask, tokens, kind):
+    """The projection of the kept units, its ridge a share of the mean over all features."""
+    inputs = tiny.projection_inputs(model, site, tokens)
+    columns = site.feature_mask(mask).numpy()
+    weight = site.projection.weight.double().numpy()
+    kept, lost = weight[:, columns], inputs[:, ~columns] @ weight[:, ~columns].T
+    bias = site.projection.bias
+    if kind == "bias":
+        mean = torch.tensor(lost.mean(0)).float()
+        bias = mean if bias is None else bias + mean
+    if kind == "least_squares":
+        gram = inputs[:, columns].T @ inputs[:, columns]
+        share = 1e-3 * np.square(inputs).sum(0).mean() * np.eye(len(gram))
+        kept = kept + np.linalg.solve(gram + share, inputs[:, columns].T @ lost).T
+    return Projection(mask.nonzero().flatten().tolist(), torch.tensor(kept).float(), bias)
+
+
+def test_levels_are_refitted_only_where_that_helps_on_held_out_windows(tokens):
+    site = find_sites(tiny.make_model("llama_gqa_biases").requires_grad_(False))[1]
+    kept = {40: list(range(40)), 20: list(range(20))}
+    generator = torch.Generator().manual_seed(0)
+    alike, unlike = torch.randn(200, 64, generator=generator), torch.randn(200, 64, generator=generator)
+    # The last channels repeat the first, with the other sign in the text that is unlike.
+    alike[:, 40:], unlike[:, 40:] = alike[:, :24], -unlike[:, :24]
+    grams = {name: values.T @ values for name, values in (("alike", alike), ("unlike", unlike))}
+
+    assert search._ridge(site, kept, [grams["alike"], grams["alike"]], [200, 200], None) == 1e-3
+    assert search._ridge(site, kept, [grams["alike"], grams["unlike"]], [200, 200], None) is None
+    plain = search._refitted(site, kept, grams["alike"], None)
+    refitted = search._refitted(site, kept, grams["alike"], 1e-6)
+    weight = site.projection.weight.detach()
+    assert torch.equal(plain["20"], weight[:, :20])
+    torch.testing.assert_close(
+        refitted["40"], weight[:, :40] + torch.nn.functional.pad(weight[:, 40:], (0, 16)), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_the_plan_keeps_to_budget_and_request(dense, tokens):
@@ -109,7 +147,7 @@ def test_it_finds_the_layer_that_matters(tokens, monkeypatch):
     pruner.prune(request_of(search_windows=800, budget="joint"), tokens, inplace=False)
     kept = {layer: len(pruner.plan.kept[layer, "mlp"]) for layer in range(3)}
 
-    assert kept[2] > 56 and kept[0] + kept[1] < 56
+    assert kept[2] > 56 > 40 > max(kept[0], kept[1])
     assert pruner.scores.history["keep_rate.2.mlp"][-1] > 0.9
 
 
@@ -176,6 +214,39 @@ def test_methods_that_need_no_text_search_on_the_text_given(tokens):
 def test_searches_that_cannot_move_are_refused(tokens, fields, message):
     with pytest.raises(ValueError, match=message):
         FwdPruner(tiny.make_model("llama_gqa_biases")).prune(request_of(**fields), tokens)
+
+
+def test_what_a_model_cannot_do_fails_before_anything_is_scored(tokens, monkeypatch):
+    monkeypatch.setattr(FwdPruner, "score", lambda *_: pytest.fail("it scored"))
+    classifier = transformers.LlamaForSequenceClassification(tiny.make_model("llama_gqa_biases").config)
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification predicts no next token"):
+        FwdPruner(classifier).prune(request_of(), tokens)
+    with pytest.raises(ValueError, match="normalizes in between"):
+        FwdPruner(tiny.make_model("opt_post_norm_projected")).prune(
+            request_of(reconstruction_order="sequential"), tokens
+        )
+
+
+def test_a_request_finer_than_the_levels_is_met(tokens):
+    """Only a channel in twenty stays; the levels would stop at one in sixteen."""
+    pruner = FwdPruner(tiny.make_model("llama_mha_tied"))
+    pruner.prune(request_of(mlp_sparsity=0.95, attention_sparsity=0.0), tokens)
+
+    assert sum(len(pruner.plan.kept[layer, "mlp"]) for layer in range(3)) == round(0.05 * 3 * 64)
+
+
+def test_pruned_models_with_narrow_sites_are_searched_as_well(tokens):
+    pruner = FwdPruner(tiny.make_model("llama_mha_tied"))
+    kept = {key: [0, 1, 2, 3, 4, 5] for key in [(0, "mlp"), *((layer, "attention") for layer in range(3))]}
+    kept |= {(layer, "mlp"): list(range(64)) for layer in (1, 2)}
+    sites = find_sites(pruner.model)
+    plan = PruningPlan(kept, {site.key: site.num_units for site in sites}, "llama", "query_head", {})
+    pruner.prune(PruningConfig(reconstruction="none"), plan=plan)
+    again = FwdPruner(pruner.model)
+    again.prune(request_of(), tokens)
+
+    assert again.report.sparsity == pytest.approx(0.4, abs=0.02)
+    assert 1 <= len(again.plan.kept[0, "mlp"]) <= 6
 
 
 def test_levels_are_nested_and_obey_the_request():
