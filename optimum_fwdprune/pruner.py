@@ -27,7 +27,7 @@ from .search import check_search, search
 from .statistics import collect_statistics
 from .surgery import check_resident, prune_model
 from .utils import evaluating, folder_moved_into_place
-from .verification import logits, masked_logits, probe_batch, relative_difference
+from .verification import logits, masked_logits, probe_batch, relative_difference, rounding_of
 from .version import __version__
 
 
@@ -213,12 +213,13 @@ class FwdPruner:
         with _timed(seconds, "verify"):
             probe = probe_batch(self.model, calibration)
             expected = masked_logits(self.model, sites, plan, projections, probe)
+            rounding = rounding_of(self.model, sites, plan, projections, probe, expected)
         prunable = sum(site.num_parameters for site in sites)
         removed = sum(len(plan.removed(site.key)) * site.unit_parameters for site in sites)
         with _timed(seconds, "surgery"):
             pruned = prune_model(self.model, sites, plan, projections, inplace)
         with _timed(seconds, "verify"):
-            difference = relative_difference(expected, logits(pruned, probe))
+            difference = relative_difference(expected, logits(pruned, probe), rounding)
 
         after = _Sizes.of(pruned)
         self.model, self.plan, self.config, self.scores = pruned, plan, config, scores

@@ -15,7 +15,11 @@ from .utils import evaluating
 
 
 # Largest difference between masked and sliced logits, as a fraction of their scale: rounding, and nothing else.
+# Where the model itself makes more of a rounding error, it is allowed that much more.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+# How much further apart the two may be than outputs of inputs that differ by one rounding error, and at the very most.
+AMPLIFICATION, LIMIT = 20.0, 1e-2
 
 
 def probe_batch(model: PreTrainedModel, calibration: Calibration | None) -> torch.Tensor:
@@ -40,26 +44,62 @@ def masked_logits(
 
 
 @torch.no_grad()
+def rounding_of(
+    model: PreTrainedModel,
+    sites: list[Site],
+    plan: PruningPlan,
+    projections: Mapping[SiteKey, Projection],
+    probe: torch.Tensor,
+    expected: torch.Tensor,
+) -> float:
+    """Return what becomes of a rounding error in the embeddings: the largest change of the masked model's logits.
+
+    Args:
+        expected (`Tensor`): these logits without it; the change is a fraction of their scale.
+    """
+
+    def rounded(_module, _args, output):
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2 - 1
+        return output * (1 + torch.finfo(output.dtype).eps * signs)
+
+    handle = model.get_input_embeddings().register_forward_hook(rounded)
+    try:
+        return _difference(expected, masked_logits(model, sites, plan, projections, probe))
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
 def logits(model: PreTrainedModel, probe: torch.Tensor) -> torch.Tensor:
     """Return the first output of `model` for the probe: logits, or hidden states of a bare model."""
     with evaluating(model):
         return model(input_ids=probe.to(model.device), use_cache=False)[0]
 
 
-def relative_difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+def relative_difference(expected: torch.Tensor, actual: torch.Tensor, rounding: float = 0.0) -> float:
     """Return the largest difference as a fraction of the largest expected value.
+
+    Args:
+        expected, actual (`Tensor`): logits.
+        rounding (`float`, defaults to 0): what a rounding error in the embeddings changes them by.
 
     Raises:
         RuntimeError: where rounding in the tensors' dtype does not explain it.
     """
-    scale = float(expected.float().abs().max().clamp_min(1e-30))
-    difference = float((expected.float() - actual.float()).abs().max()) / scale
+    difference = _difference(expected, actual)
     tolerance = TOLERANCE.get(expected.dtype, 1e-4)
+    tolerance = max(tolerance, min(AMPLIFICATION * rounding, LIMIT))
     # Written so that NaN fails too.
     if not difference <= tolerance:
         raise RuntimeError(
             f"The pruned model does not compute what the masked dense model computes: logits differ by "
-            f"{difference:.2g} of their scale, more than the {tolerance:g} that {expected.dtype} rounding explains. "
+            f"{difference:.2g} of their scale, more than the {tolerance:.2g} that {expected.dtype} rounding explains. "
             f"The architecture's layout and its pruned class disagree; please report it."
         )
     return difference
+
+
+def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    scale = float(expected.float().abs().max().clamp_min(1e-30))
+    return float((expected.float() - actual.float()).abs().max()) / scale

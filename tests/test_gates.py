@@ -4,9 +4,10 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, find_sites
 from optimum_fwdprune.configuration import registered_methods
 from optimum_fwdprune.gates import gated
+from optimum_fwdprune.verification import masked_logits, relative_difference, rounding_of
 
 
 def random_masks(sites, rows=None, seed=0):
@@ -125,6 +126,34 @@ def test_blooms_slow_but_exact_path_is_refused_before_anything_changes(tokens):
         FwdPruner(model).prune(None, tokens)
 
     assert torch.equal(model(tokens).logits, before)
+
+
+def test_rounding_that_the_model_amplifies_is_no_disagreement(tokens):
+    """Attention that looks for very sharp differences makes much of little."""
+    expected, actual = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.001])
+    with pytest.raises(RuntimeError, match=r"differ by 0\.0005 of their scale, more than the 0\.0001"):
+        relative_difference(expected, actual)
+    assert relative_difference(expected, actual, rounding=1e-4) == pytest.approx(5e-4, rel=1e-3)
+    with pytest.raises(RuntimeError, match=r"more than the 0\.01 that"):
+        relative_difference(expected, torch.tensor([1.0, 2.1]), rounding=1.0)
+
+    def rounding(scale):
+        model = tiny.make_model("llama_gqa_biases")
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.data *= scale
+        sites = find_sites(model)
+        plan = PruningPlan(
+            {site.key: list(range(site.num_units)) for site in sites},
+            {site.key: site.num_units for site in sites},
+            "llama",
+            "query_head",
+            {},
+        )
+        probe = tokens[:2]
+        return rounding_of(model, sites, plan, {}, probe, masked_logits(model, sites, plan, {}, probe))
+
+    assert 1e-8 < rounding(1.0) < 1e-5
+    assert rounding(3000.0) > 5 * rounding(1.0)
 
 
 def test_a_pruned_model_that_disagrees_with_the_masked_one_is_an_error(tokens, monkeypatch):
