@@ -61,7 +61,7 @@ def rounding_of(
     def rounded(_module, _args, output):
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2 - 1
-        return (output.float() * (1 + torch.finfo(output.dtype).eps * signs)).to(output.dtype)
+        return output * (1 + torch.finfo(output.dtype).eps * signs).to(output.dtype)
 
     handle = model.get_input_embeddings().register_forward_hook(rounded)
     try:
