@@ -251,7 +251,7 @@ def plot(study, every, file):
     for name, style in zip(METRICS, ("--", ":")):
         level = perplexity(study.pruned_losses(name, SPARSITY, every))
         perplexities.axhline(level, color="grey", linestyle=style, label=name)
-    losses.set(xlabel="step", ylabel="expected loss, nats per token (mean of 10 steps, range over seeds)")
+    losses.set(title="mean of 10 steps, range over seeds", xlabel="step", ylabel="expected loss, nats per token")
     perplexities.set(xlabel="minutes of scoring", ylabel="perplexity of the pruned model", yscale="log")
     for axis in (losses, perplexities):
         axis.grid(alpha=0.3)
