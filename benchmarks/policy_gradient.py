@@ -147,13 +147,14 @@ class PolicyGradientStudy(Study):
         scores = FwdPruner(self.model).score(config, self.calibration).values
         if config.parametrization == "unit":
             return UnitPolicy(self.sites, []), torch.cat([scores[site.key] for site in self.sites]).double()
-        kept = allocate(self.sites, scores, config, removal_budget(config, self.sites, 0, 0), additive=False)
-        budgets = budgets_of(self.sites, kept, config, [1] * len(self.sites), [0.0] * len(self.sites), exact=True)
         removal = removal_budget(config, self.sites, 0, 0)
 
         def keep(values):
             return allocate(self.sites, values, config, removal, additive=False)
 
+        budgets = budgets_of(
+            self.sites, keep(scores), config, [1] * len(self.sites), [0.0] * len(self.sites), exact=True
+        )
         rates = even_rates(budgets, len(self.sites))
         return RatioPolicy(self.sites, budgets, scores, config.ratio_spread, keep), rates
 

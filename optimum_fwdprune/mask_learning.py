@@ -62,6 +62,12 @@ class Progress:
     rejected: int = 0
     history: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def expected_loss(self) -> float:
+        """Mean loss of the last tenth of the steps that had one, in nats per token."""
+        finite = self.history["loss"][self.history["loss"].isfinite()]
+        return float(finite[-max(1, len(finite) // 10) :].mean())
+
     def save(self, path: Path, identity: dict[str, Any]) -> None:
         """Write the state beside `path` and rename it, with what it belongs to."""
         numbers = {name: getattr(self, name) for name in ("step", "baseline", "variance", "skipped", "rejected")}

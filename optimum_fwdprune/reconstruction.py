@@ -146,7 +146,7 @@ def _refit_independently(
     """Refit every site on what goes into it in the dense model."""
     projections, refits = {}, {}
     for site, found in gram_statistics(model, sites, (fit, held_out), config.batch_size):
-        weight, columns = site.projection.weight, kept_features(site, kept[site.key])
+        weight, columns = site.projection.weight, site.kept_features(kept[site.key])
         equations = [NormalEquations.of_removed(_gram(each), each.count, weight, columns) for each in found]
         refits[site.key] = refit(equations[0], equations[1] if held_out else None, config.ridge)
         projections[site.key] = refits[site.key].projection(site, kept[site.key], weight[:, columns])
@@ -206,15 +206,10 @@ def _warn_of_few_tokens(sites: list[Site], kept: Mapping[SiteKey, list[int]], ca
         )
 
 
-def kept_features(site: Site, kept: list[int]) -> torch.Tensor:
-    """Return which input features of the projection stay: bool, `[in_features]`, where the weights are."""
-    return site.feature_mask(site.unit_mask(kept)).to(site.projection.weight.device)
-
-
 def compensate_bias(site: Site, kept: list[int], statistics: SiteStatistics) -> Projection:
     """Return the projection of the kept columns whose bias says what the removed features said on average."""
     weight, bias = site.projection.weight, site.projection.bias
-    features = kept_features(site, kept)
+    features = site.kept_features(kept)
     lost = weight[:, ~features].float() @ statistics.mean.to(weight.device)[~features]
     total = lost if bias is None else bias.float() + lost
     return Projection(kept, weight[:, features], total.to(weight.dtype))

@@ -22,7 +22,7 @@ from .gates import Projection, replaced_projections
 from .least_squares import DEFAULT_RIDGE, NormalEquations, nested_changes, refit
 from .mask_learning import Progress, Schedule, history_by_site, identity_of, learn_rates
 from .policies import RatioPolicy, budgets_of, even_rates
-from .reconstruction import BIAS, HELD_OUT_EVERY, NONE, compensate_bias, gram_statistics, kept_features
+from .reconstruction import BIAS, HELD_OUT_EVERY, NONE, compensate_bias, gram_statistics
 from .statistics import MOMENTS, collect_statistics
 from .utils import check_output_file, progress, save_tensors_atomically
 
@@ -102,12 +102,13 @@ def search(
     fixed = {site.key: scores[site.key] for site in sites}
     coarse = replace(config, multiple_of=_grid(learned, config))
     try:
-        keep(fixed, coarse)
+        kept = keep(fixed, coarse)
     except ValueError:
         # The last fraction of a grid step is needed, or what the request itself asks for is not to be had.
         coarse = config
+        kept = keep(fixed, coarse)
     floors = [fewest_units(site, coarse) / site.num_units for site in learned]
-    budgets = budgets_of(learned, keep(fixed, coarse), coarse, [1] * len(learned), floors, exact=True)
+    budgets = budgets_of(learned, kept, coarse, [1] * len(learned), floors, exact=True)
     if all(len(budget.members) == 1 for budget in budgets):
         raise ValueError("scope='search' moves budget between sites, and only one of each kind is pruned here.")
     policy = RatioPolicy(learned, budgets, scores, SPREAD, lambda found: keep(fixed | dict(found), coarse))
@@ -142,12 +143,10 @@ def search(
     found = policy.scores(state.rates).split([site.num_units for site in learned])
     values = {site.key: torch.ones(site.num_units) for site in sites}
     values |= {site.key: part for site, part in zip(learned, found)}
-    loss = state.history["loss"]
-    finite = loss[loss.isfinite()]
     details = {
         "steps": state.step,
         "windows": state.step * MASKS_PER_STEP * WINDOWS_PER_STEP,
-        "expected_loss": float(finite[-max(1, len(finite) // 10) :].mean()),
+        "expected_loss": state.expected_loss,
     }
     return Found(values, details, history_by_site(state, learned))
 
@@ -217,7 +216,7 @@ def _ridge(
     """The ridge of all levels: the best on held-out windows at the middle level, or `None` where none is any good."""
     if len(grams) < 2:
         return DEFAULT_RIDGE if ridge is None else ridge
-    columns = kept_features(site, list(kept.values())[len(kept) // 2])
+    columns = site.kept_features(list(kept.values())[len(kept) // 2])
     fit, held_out = (
         NormalEquations.of_removed(gram, count, site.projection.weight, columns) for gram, count in zip(grams, counts)
     )
@@ -231,7 +230,7 @@ def _refitted(
     """The columns at every level, in the order of the features: refitted, or as they are where `ridge` is `None`."""
     weight = site.projection.weight
     if ridge is None:
-        return {str(count): weight[:, kept_features(site, units)] for count, units in kept.items()}
+        return {str(count): weight[:, site.kept_features(units)] for count, units in kept.items()}
     # Those that stay longest first: every level keeps a part of what the one above it keeps.
     unit_order: list[int] = []
     for units in [*reversed(kept.values()), range(site.num_units)]:

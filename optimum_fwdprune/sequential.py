@@ -59,7 +59,7 @@ def refit_in_sequence(
         for place, site in enumerate(of_layer):
             if len(kept[site.key]) == site.num_units:
                 continue
-            columns = site.feature_mask(site.unit_mask(kept[site.key])).to(site.projection.weight.device)
+            columns = site.kept_features(kept[site.key])
             weight = site.projection.weight[:, columns]
             sums = [
                 NormalEquations.empty(weight.shape[1], weight.shape[0], weight.device)

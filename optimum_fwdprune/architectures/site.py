@@ -145,6 +145,10 @@ class Site:
         """Spread a mask over units, `[..., num_units]`, over the projection's input features."""
         return unit_mask.repeat_interleave(self.unit_width, dim=-1)
 
+    def kept_features(self, kept: Sequence[int]) -> torch.Tensor:
+        """Return which input features of the projection the units `kept` own: bool, `[in_features]`, on its device."""
+        return self.feature_mask(self.unit_mask(kept)).to(self.projection.weight.device)
+
     def sum_features(self, values: torch.Tensor) -> torch.Tensor:
         """Sum `values` over the input features of each unit: `[in_features]` -> `[num_units]`."""
         return values.view(self.num_units, self.unit_width).sum(1)

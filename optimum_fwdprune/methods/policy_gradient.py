@@ -175,8 +175,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
     values |= {site.key: torch.ones(site.num_units) for site in inputs.sites if site.key not in values}
     details: dict = {"steps": state.step, "skipped_steps": state.skipped, "rejected_masks": state.rejected}
     if state.step:
-        finite = state.history["loss"][state.history["loss"].isfinite()]
-        details["expected_loss"] = float(finite[-max(1, len(finite) // 10) :].mean())
+        details["expected_loss"] = state.expected_loss
         details["entropy_bits"] = float(state.history["entropy"][-1])
     return UnitScores(values, details=details, history=history_by_site(state, learned))
 
