@@ -18,7 +18,8 @@ import torch
 from study import WINDOW, Study, difference, digest_of, file_name, in_bfloat16, log, table
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig
-from optimum_fwdprune.allocation import allocate, removal_budget
+from optimum_fwdprune.allocation import allocate
+from optimum_fwdprune.budgets import removal_budget
 from optimum_fwdprune.gates import gated
 from optimum_fwdprune.losses import model_nll
 from optimum_fwdprune.methods.policy_gradient import LEARNING_RATES

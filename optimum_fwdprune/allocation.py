@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from .architectures import ATTENTION, MLP, Site, SiteKey
+from .budgets import PARAMETERS, Budget, Cost
 from .configuration import PruningConfig
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How many prunable parameters to remove.
-
-    Args:
-        parameters (`int`): the number.
-        at_least (`bool`, defaults to `False`): round up, for a target that the model must fit into; otherwise to the
-            nearest number that whole units allow.
-    """
-
-    parameters: int
-    at_least: bool = False
+# Steps in which a coarse grid takes the widest cut of an MLP.
+LEVELS = 16
 
 
 class _Steps:
     """The order in which a site gives up its units: the smallest cuts that keep its constraints, cheapest first."""
 
-    def __init__(self, site: Site, scores: torch.Tensor, config: PruningConfig, additive: bool):
+    def __init__(
+        self, site: Site, scores: torch.Tensor, config: PruningConfig, additive: bool, cost: Cost = PARAMETERS
+    ):
         per_group = site.num_units // site.num_groups
         grouped = scores.double().view(site.num_groups, per_group)
         ranked = grouped.argsort(dim=1, stable=True)
@@ -42,14 +35,20 @@ class _Steps:
         # Kept units per group after each step: the largest multiple below the present width, and down to the floor.
         largest = (per_group - 1) // multiple * multiple
         kept = torch.tensor(range(largest, floor - 1, -multiple), dtype=torch.int64)
-        self.ends = (per_group - kept) * site.num_groups
-        sizes = self.ends.diff(prepend=self.ends.new_zeros(1))
-        self.costs = sizes * site.unit_parameters
-
-        taken = int(self.ends[-1]) if len(self.ends) else 0
-        sums = torch.cat([scores.new_zeros(1, dtype=torch.float64), scores.double()[self.order[:taken]].cumsum(0)])
-        lost = sums[self.ends].diff(prepend=sums[:1])
-        self.keys = lost / (self.costs if additive else sizes)
+        ends = (per_group - kept) * site.num_groups
+        # What went, and what that saved, before the first step and after each.
+        gone = torch.cat([ends.new_zeros(1), ends])
+        sums = torch.cat([scores.new_zeros(1, dtype=torch.float64), scores.double()[self.order].cumsum(0)])
+        costs = cost.of(site, site.num_units - gone)
+        saved = costs[0] - costs
+        # Units of a site all have the same parameters, and the lowest scores go first: convex as it is.
+        pooled = additive and cost is not PARAMETERS
+        places = _convex(sums[gone], saved) if pooled else torch.arange(1, len(gone))
+        self.ends = ends[places - 1]
+        self.costs = saved[places].diff(prepend=saved[:1])
+        sizes = self.ends.diff(prepend=gone[:1])
+        self.keys = sums[self.ends].diff(prepend=sums[:1]) / (self.costs if additive else sizes)
+        self.total = int(costs[0])
         self.site = site
 
     def kept(self, steps: int) -> list[int]:
@@ -60,34 +59,24 @@ class _Steps:
         return int(self.costs.sum())
 
 
-def removal_budget(
-    config: PruningConfig, sites: Iterable[Site], model_parameters: int, model_bytes: int, added_parameters: int = 0
-) -> Budget:
-    """Translate what the user asked for into a number of prunable parameters to remove.
+def _convex(lost: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
+    """Return after which steps to stop so that the loss per saving never falls from one stop to the next.
+
+    A step that opens up a cheaper one becomes one with it.
 
     Args:
-        config (`PruningConfig`): the request.
-        sites (iterable of `Site`): every site of the model, pruned kinds or not.
-        model_parameters (`int`): parameters of the whole model.
-        model_bytes (`int`): bytes of its weights on disk.
-        added_parameters (`int`): parameters that reconstruction will add (projection biases).
-
-    Raises:
-        ValueError: where the target is larger than the model.
+        lost, saved (`Tensor[steps + 1]`): in all, before the first step and after each.
     """
-    sites = list(sites)
-    prunable = sum(site.num_parameters for site in sites)
-    item_size = sites[0].projection.weight.element_size()
-    if config.target_parameters is not None:
-        target, size, per_parameter, unit = config.target_parameters, model_parameters, 1, "parameters"
-    elif config.target_bytes is not None:
-        target, size, per_parameter, unit = config.target_bytes, model_bytes, item_size, "bytes"
-    else:
-        return Budget(round(config.sparsity * prunable))
-    if target > size:
-        raise ValueError(f"target_{unit} is {target:,} and the model has only {size:,} {unit}; nothing to prune.")
-    excess = size + added_parameters * per_parameter - target
-    return Budget(-(-excess // per_parameter), at_least=True)
+    hull = [0]
+    for place in range(1, len(lost)):
+        while len(hull) > 1 and _slope(lost, saved, hull[-1], place) < _slope(lost, saved, hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(place)
+    return torch.tensor(hull[1:], dtype=torch.int64)
+
+
+def _slope(lost: torch.Tensor, saved: torch.Tensor, start: int, end: int) -> float:
+    return float((lost[end] - lost[start]) / (saved[end] - saved[start]))
 
 
 def prunable_sites(sites: Iterable[Site], config: PruningConfig) -> list[Site]:
@@ -117,6 +106,12 @@ def fewest_units(site: Site, config: PruningConfig) -> int:
     return site.num_units - (int(steps.ends[-1]) if len(steps.ends) else 0)
 
 
+def coarse_multiple(sites: Sequence[Site], config: PruningConfig) -> int:
+    """Return a multiple of `multiple_of` that gives the narrowest MLP about `LEVELS` widths."""
+    narrowest = min((site.num_units for site in sites if site.kind == MLP), default=1)
+    return -(-narrowest // (LEVELS * config.multiple_of)) * config.multiple_of
+
+
 def allocate(
     sites: list[Site],
     scores: Mapping[SiteKey, torch.Tensor],
@@ -135,8 +130,8 @@ def allocate(
         sites (`list[Site]`): every site of the model.
         scores (mapping of site key to `Tensor[num_units]`): higher is kept.
         config (`PruningConfig`): scope, budgets and constraints.
-        budget (`Budget`): parameters to remove.
-        additive (`bool`): rank units of different sites by score per parameter rather than by score.
+        budget (`Budget`): what to remove, in parameters or another cost.
+        additive (`bool`): rank units of different sites by score per cost rather than by score.
 
     Returns:
         `dict`: site key to sorted kept unit indices, for every site.
@@ -144,8 +139,11 @@ def allocate(
     Raises:
         ValueError: where the constraints do not allow the budget, naming them and the largest sparsity they allow.
     """
-    steps = {site.key: _Steps(site, scores[site.key], config, additive) for site in prunable_sites(sites, config)}
-    prunable = sum(site.num_parameters for site in sites)
+    cost = budget.cost
+    steps = {
+        site.key: _Steps(site, scores[site.key], config, additive, cost) for site in prunable_sites(sites, config)
+    }
+    prunable = sum(cost.total(site) for site in sites)
 
     if config.has_budget_per_kind:
         parts = []
@@ -179,13 +177,12 @@ def _pools(steps: list[_Steps], budget: Budget, scope: str) -> list[_Pool]:
     total = sum(_prunable(pool) for pool in by_layer.values())
     rounded = math.ceil if budget.at_least else round
     return [
-        (pool, Budget(rounded(budget.parameters * _prunable(pool) / total), budget.at_least))
-        for pool in by_layer.values()
+        (pool, replace(budget, amount=rounded(budget.amount * _prunable(pool) / total))) for pool in by_layer.values()
     ]
 
 
 def _prunable(pool: list[_Steps]) -> int:
-    return sum(step.site.num_parameters for step in pool)
+    return sum(step.total for step in pool)
 
 
 def _check_reachable(pools: list[_Pool], part: Budget, prunable: int, config: PruningConfig) -> None:
@@ -195,22 +192,20 @@ def _check_reachable(pools: list[_Pool], part: Budget, prunable: int, config: Pr
         removable = sum(step.removable() for step in pool)
         smallest = min((int(step.costs.min()) for step in pool if len(step.costs)), default=0)
         slack = 0 if target.at_least else smallest // 2
-        if target.parameters > removable + slack:
-            shares.append((removable / target.parameters, pool[0].site.layer))
-    if not shares and (pools or part.parameters == 0):
+        if target.amount > removable + slack:
+            shares.append((removable / target.amount, pool[0].site.layer))
+    if not shares and (pools or part.amount == 0):
         return
     # Every pool gives the same share, so the tightest one limits them all.
     share, layer = min(shares, default=(0.0, 0))
-    possible = int(share * part.parameters / prunable * 1e4) / 1e4
     where = f"layer {layer}" if config.scope == "layer" and shares else "the model"
     constraints = [f"min_units_per_site={config.min_units_per_site}"]
     constraints += [f"multiple_of={config.multiple_of}"] * (config.multiple_of > 1)
     constraints += [f"skip_layers={config.skip_layers}"] * bool(config.skip_layers)
     constraints += [f"kinds={config.kinds}"] * (len(config.kinds) == 1)
     raise ValueError(
-        f"Removing {part.parameters / prunable:.4g} of the prunable parameters is more than {where} can give under "
-        f"{', '.join(constraints)}: the largest possible sparsity is {possible:g}. Ask for less, or relax the "
-        f"constraint."
+        f"{part.cost.asked(part.amount, prunable)} is more than {where} can give under {', '.join(constraints)}: the "
+        f"largest possible {part.cost.most(share * part.amount, prunable)}. Ask for less, or relax the constraint."
     )
 
 
@@ -218,16 +213,16 @@ def _fill(pool: list[_Steps], target: Budget, taken: dict[SiteKey, int], mode: s
     """Take steps from `pool` until `target` is met to within one step."""
     kinds = {step.site.kind for step in pool}
     if mode == "joint" or len(kinds) == 1:
-        _spend(pool, target.parameters, taken, target.at_least)
+        _spend(pool, target.amount, taken, target.at_least)
         return
     attention = [step for step in pool if step.site.kind == ATTENTION]
     mlp = [step for step in pool if step.site.kind == MLP]
     share = _prunable(attention) / _prunable(pool)
-    removed = _spend(attention, min(round(target.parameters * share), target.parameters), taken)
-    removed += _spend(mlp, target.parameters - removed, taken, target.at_least)
-    if removed < target.parameters:
+    removed = _spend(attention, min(round(target.amount * share), target.amount), taken)
+    removed += _spend(mlp, target.amount - removed, taken, target.at_least)
+    if removed < target.amount:
         # The channels ran out (or half a channel is missing); heads take the rest where one of them is closer.
-        _spend(attention, target.parameters - removed, taken, target.at_least)
+        _spend(attention, target.amount - removed, taken, target.at_least)
 
 
 def _spend(pool: list[_Steps], target: int, taken: dict[SiteKey, int], at_least: bool = False) -> int:

@@ -41,6 +41,20 @@ def field_type(hint: Any) -> tuple[Any, bool, bool]:
     return hint, False, is_optional
 
 
+# Budgets for the whole model.
+_TARGETS = ("target_parameters", "target_bytes", "target_speedup")
+
+_AT_LEAST_ONE = (
+    "search_windows",
+    "rounds",
+    "latency_tokens",
+    "n_samples",
+    "seq_len",
+    "batch_size",
+    "multiple_of",
+    "min_units_per_site",
+)
+
 # What is accepted as a value of an annotated type; numbers of numpy and the like are.
 _ACCEPTED = {str: str, bool: bool, int: numbers.Integral, float: numbers.Real}
 
@@ -60,6 +74,15 @@ class PruningConfig:
     sparsity: float = option(0.2, "Fraction of the prunable parameters (all that heads and channels own) to remove.")
     target_parameters: int | None = option(None, "Instead of sparsity: parameters of the whole pruned model, at most.")
     target_bytes: int | None = option(None, "Instead of sparsity: bytes of the pruned weights on disk, at most.")
+    target_speedup: float | None = option(
+        None,
+        "Instead of sparsity: how many times as fast as the dense model the pruned one must be at a prefill, by "
+        "latencies of layers that are measured on this machine.",
+    )
+    latency_tokens: int = option(512, "Length of the prompt, one alone, that target_speedup is for.")
+    latency_table: str | None = option(
+        None, "File to keep the measured latencies in; target_speedup uses one that it finds there."
+    )
     attention_sparsity: float | None = option(None, "A budget of their own for the attention units.")
     mlp_sparsity: float | None = option(None, "A budget of their own for the MLP channels.")
     scope: str = option(
@@ -74,6 +97,7 @@ class PruningConfig:
     search_checkpoint: str | None = option(
         None, "File to keep the state of scope=search in; a search that finds one there goes on from it."
     )
+    rounds: int = option(1, "Prune in so many rounds of equal size, and score what is left anew in each.")
     budget: str = option(
         "separate",
         "Whether attention and MLP each give their share, or compete for one budget.",
@@ -140,37 +164,47 @@ class PruningConfig:
                 raise ValueError(
                     f"{name} must be in [0, 1); got {value}. It is the fraction of the prunable parameters to remove."
                 )
-        for name in ("search_windows", "n_samples", "seq_len", "batch_size", "multiple_of", "min_units_per_site"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.ridge is not None and self.ridge < 0:
             raise ValueError(f"ridge must be at least 0; got {self.ridge}.")
-        registered = _METHODS.get(self.method)
-        kind = self.reconstruction or (registered.reconstruction if registered else "none")
-        if self.reconstruction_order == "sequential" and kind != "least_squares":
+        if self.reconstruction_order == "sequential" and self.reconstruction_kind != "least_squares":
             raise ValueError(
-                f"reconstruction_order='sequential' refits weights, and reconstruction is {kind!r} here; ask for "
-                f"reconstruction='least_squares', or leave the order 'independent'."
+                f"reconstruction_order='sequential' refits weights, and reconstruction is "
+                f"{self.reconstruction_kind!r} here; ask for reconstruction='least_squares', or leave the order "
+                f"'independent'."
             )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}.")
-        for name in ("target_parameters", "target_bytes"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
-        if self.target_parameters is not None and self.target_bytes is not None:
-            raise ValueError("target_parameters and target_bytes are two budgets; give one of them.")
+        targets = [name for name in _TARGETS if getattr(self, name) is not None]
+        for name in targets:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if len(targets) > 1:
+            raise ValueError(f"{' and '.join(targets)} are two budgets; give one of them.")
+        if self.rounds > 1 and self.search_checkpoint is not None:
+            raise ValueError(
+                f"search_checkpoint keeps one search, and rounds={self.rounds} makes one in each; leave one out."
+            )
         if not self.kinds:
             raise ValueError("kinds must name attention, mlp or both; got none.")
         for kind in ("attention", "mlp"):
             if getattr(self, f"{kind}_sparsity") is not None and kind not in self.kinds:
                 raise ValueError(f"{kind}_sparsity is a budget for {kind}, which kinds={self.kinds} leaves alone.")
-        if self.has_budget_per_kind and not (self.target_parameters is None and self.target_bytes is None):
+        if self.has_budget_per_kind and targets:
             raise ValueError("A target for the whole model and a sparsity per kind are two budgets; give one of them.")
         for declared in dataclasses.fields(self):
             choices, value = declared.metadata.get("choices"), getattr(self, declared.name)
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if choices is not None and item is not None and item not in choices:
                     raise ValueError(f"{declared.name} must be one of {', '.join(choices)}; got {item!r}.")
+
+    @property
+    def reconstruction_kind(self) -> str:
+        """The reconstruction asked for, or the method's own."""
+        registered = _METHODS.get(self.method)
+        return self.reconstruction or (registered.reconstruction if registered else "none")
 
     @property
     def has_budget_per_kind(self) -> bool:

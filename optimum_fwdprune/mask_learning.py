@@ -23,7 +23,7 @@ from .gates import gated
 from .losses import model_nll
 from .policies import Policy, entropy
 from .policy_gradient import LEAVE_ONE_OUT, cosine, policy_gradient, project
-from .utils import load_tensors, progress, save_tensors_atomically
+from .utils import first_difference, load_tensors, progress, save_tensors_atomically
 
 
 logger = logging.get_logger(__name__)
@@ -97,19 +97,12 @@ class Progress:
             )
         except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
             raise ValueError(f"{path} is no checkpoint of a run: {type(error).__name__}: {error}.") from error
-        difference = _first_difference(found, json.loads(json.dumps(identity)))
+        difference = first_difference(found, json.loads(json.dumps(identity)))
         if difference:
             raise ValueError(
                 f"{path} belongs to another run: {difference}. Name another file, or delete it to start afresh."
             )
         return state
-
-
-def _first_difference(found: Any, expected: Any, name: str = "content") -> str | None:
-    if isinstance(found, dict) and isinstance(expected, dict):
-        differences = (_first_difference(found.get(key), expected.get(key), key) for key in {**expected, **found})
-        return next((difference for difference in differences if difference), None)
-    return None if found == expected else f"its {name} is {found!r}, this one's is {expected!r}"
 
 
 def identity_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ class PruningPlan:
     def removed(self, key: SiteKey) -> list[int]:
         """Return the units of a site that go, sorted."""
         return sorted(set(range(self.num_units[key])) - set(self.kept[key]))
+
+    def followed_by(self, later: PruningPlan) -> PruningPlan:
+        """Return the plan that does at once what this one and then `later`, on the pruned model, do; its metadata."""
+        kept = {key: [units[unit] for unit in later.kept[key]] for key, units in self.kept.items()}
+        return replace(self, kept=kept, metadata=later.metadata)
 
     def check_matches(self, sites: Iterable[Site], model_type: str) -> None:
         """Raise `ValueError` where the plan was made for a model with other sites."""

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
-from .allocation import Budget, allocate, removal_budget
 from .architectures import Site, SiteKey, find_sites, get_architecture
-from .calibration import load_calibration
-from .configuration import get_method
-from .methods import PruningConfig, ScoringInputs, UnitScores
+from .budgets import Budget, removal_budget
+from .calibration import Calibration, load_calibration
+from .cutting import Cut, cut, timed
+from .latency import LatencyCost, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
+from .methods import PruningConfig
 from .plan import PLAN_NAME, PruningPlan
-from .reconstruction import STATISTICS_OF, added_parameters, check_reconstruction, reconstruct
-from .report import PruningReport
-from .scores import SCORES_NAME, Scores
-from .search import check_search, search
-from .statistics import collect_statistics
-from .surgery import check_resident, prune_model
+from .planning import keeper, make_plan
+from .reconstruction import NONE, added_parameters, check_reconstruction
+from .report import PruningReport, Speedup
+from .rounds import Rounds
+from .scores import SCORES_NAME, Scores, needs_calibration, score_units
+from .search import SEARCH, check_search
+from .surgery import check_resident
 from .utils import evaluating, folder_moved_into_place
-from .verification import logits, masked_logits, probe_batch, relative_difference, rounding_of
-from .version import __version__
 
 
 logger = logging.get_logger(__name__)
@@ -113,37 +109,12 @@ class FwdPruner:
             ValueError: on NaN in weights, activations or scores, naming where.
         """
         config = PruningConfig() if config is None else config
-        method = get_method(config.method)
         check_resident(self.model)
         sites = find_sites(self.model, config.attention_unit)
-        _check_finite(self.model)
-        needed = {*method.statistics, *STATISTICS_OF[_reconstruction(config)]}
+        config, budget = self._settled(sites, config)
         with evaluating(self.model):
-            calibration = None
-            if needed or method.calibrated:
-                calibration = load_calibration(config, self.model, self.tokenizer, dataset)
-            statistics = {}
-            if needed and calibration is not None:
-                statistics = collect_statistics(self.model, sites, calibration, config.batch_size, needed)
-            found = method.score(
-                ScoringInputs(
-                    self.model,
-                    sites,
-                    statistics,
-                    calibration,
-                    config,
-                    lambda values: self._keep(sites, values, config),
-                )
-            )
-        found = found if isinstance(found, UnitScores) else UnitScores(found)
-        values = _on_cpu(found.values)
-        for site in sites:
-            if site.key not in values or values[site.key].shape != (site.num_units,):
-                raise ValueError(f"Method {config.method!r} must score {site.num_units} units for the {site}.")
-            if not values[site.key].isfinite().all():
-                raise ValueError(f"Method {config.method!r} scored NaN or infinity in the {site}.")
-        errors, history = _on_cpu(found.standard_errors), dict(found.history)
-        self.scores = Scores(config, values, statistics, calibration, errors, found.details, history)
+            rounds = Rounds(sites, config, budget)
+            self.scores = self._score(self.model, sites, rounds, *rounds.request(sites, 1), dataset)
         return self.scores
 
     def prune(
@@ -178,64 +149,97 @@ class FwdPruner:
         if plan is not None and scores is not None:
             raise ValueError("Give a plan to replay or scores to allocate by, not both.")
         config = PruningConfig() if config is None else config
-        if plan is None:
-            kind = _reconstruction(config)
-        else:
-            config = dataclasses.replace(config, attention_unit=plan.attention_unit)
-            kind = config.reconstruction or "none"
+        if plan is not None:
+            reconstruction = config.reconstruction or NONE
+            config = dataclasses.replace(config, attention_unit=plan.attention_unit, reconstruction=reconstruction)
         check_resident(self.model)
-        check_reconstruction(self.model, config, kind)
-        if plan is None and config.scope == "search":
+        check_reconstruction(self.model, config)
+        if plan is None and config.scope == SEARCH:
             check_search(self.model, config)
         sites = find_sites(self.model, config.attention_unit)
-        dense = _Sizes.of(self.model)
-        seconds: dict[str, float] = {}
-
-        if plan is None:
-            with _timed(seconds, "score"):
-                scores = self.score(config, dataset) if scores is None else scores
-                scores.check_matches(sites, config)
-                config = scores.options_into(config)
-            with _timed(seconds, "allocate"):
-                plan, scores = self._allocate(sites, scores, config, dataset)
-        else:
+        before, seconds = _Sizes.of(self.model, sites), dict[str, float]()
+        calibration, speedup = None, None
+        if plan is not None:
             plan.check_matches(sites, self.model.config.model_type)
-        calibration = scores.calibration if scores else None
-        with _timed(seconds, "reconstruct"):
-            if kind != "none" and calibration is None:
-                calibration = load_calibration(config, self.model, self.tokenizer, dataset)
-            statistics = scores.statistics if scores else {}
-            with evaluating(self.model):
-                reconstruction = reconstruct(self.model, sites, plan.kept, kind, config, calibration, statistics)
-            projections = reconstruction.projections
-            if reconstruction.details:
-                plan = dataclasses.replace(plan, metadata={**plan.metadata, "reconstructed": reconstruction.details})
-        with _timed(seconds, "verify"):
-            probe = probe_batch(self.model, calibration)
-            expected = masked_logits(self.model, sites, plan, projections, probe)
-            rounding = rounding_of(self.model, sites, plan, projections, probe, expected)
-        prunable = sum(site.num_parameters for site in sites)
-        removed = sum(len(plan.removed(site.key)) * site.unit_parameters for site in sites)
-        with _timed(seconds, "surgery"):
-            pruned = prune_model(self.model, sites, plan, projections, inplace)
-        with _timed(seconds, "verify"):
-            difference = relative_difference(expected, logits(pruned, probe), rounding)
+            if config.reconstruction != NONE:
+                calibration = self._calibration(config, dataset)
+            done = cut(self.model, sites, plan, config, calibration, {}, inplace, seconds)
+        else:
+            with timed(seconds, "measure latencies"):
+                config, budget = self._settled(sites, config)
+                dense_seconds = _prefill_seconds(self.model, config)
+            rounds = Rounds(sites, config, budget)
+            done, scores = self._prune_in_rounds(sites, rounds, config, scores, dataset, inplace, seconds)
+            calibration = scores.calibration
+            if config.target_speedup is not None and isinstance(budget.cost, LatencyCost):
+                with timed(seconds, "measure latencies"):
+                    measured = dense_seconds / _prefill_seconds(done.model, config)
+                removed = rounds.removed({key: len(units) for key, units in done.plan.kept.items()})
+                speedup = Speedup(config.target_speedup, budget.cost.speedup(removed), measured)
 
-        after = _Sizes.of(pruned)
-        self.model, self.plan, self.config, self.scores = pruned, plan, config, scores
+        self.model, self.plan, self.config, self.scores = done.model, done.plan, config, scores
+        after = _Sizes.of(self.model, [])
         self.report = PruningReport(
-            parameters_before=dense.parameters,
+            parameters_before=before.parameters,
             parameters_after=after.parameters,
-            bytes_before=dense.bytes,
+            bytes_before=before.bytes,
             bytes_after=after.bytes,
-            prunable_parameters=prunable,
-            removed_parameters=removed,
-            requested_sparsity=plan.metadata.get("requested_sparsity"),
-            masked_difference=difference,
+            prunable_parameters=before.prunable,
+            removed_parameters=sum(len(self.plan.removed(key)) * each for key, each in before.per_unit.items()),
+            requested_sparsity=self.plan.metadata.get("requested_sparsity"),
+            masked_difference=done.difference,
             seconds=seconds,
             calibration=calibration.source if calibration else None,
+            speedup=speedup,
         )
-        return pruned
+        return self.model
+
+    def _prune_in_rounds(
+        self,
+        sites: list[Site],
+        rounds: Rounds,
+        config: PruningConfig,
+        scores: Scores | None,
+        dataset: Any,
+        inplace: bool,
+        seconds: dict[str, float],
+    ) -> tuple[Cut, Scores]:
+        """Score, plan and cut, round after round: the plan returned is that of all rounds, the scores are the last."""
+        done: Cut | None = None
+        for number in range(1, config.rounds + 1):
+            model = done.model if done else self.model
+            sites = find_sites(model, config.attention_unit) if done else sites
+            request, budget = rounds.request(sites, number)
+            with evaluating(model):
+                with timed(seconds, "score"):
+                    if scores is None or done:
+                        scores = self._score(model, sites, rounds, request, budget, dataset)
+                    scores.check_matches(sites, request)
+                    request = scores.options_into(request)
+                    if scores.calibration is None and (request.scope == SEARCH or request.reconstruction_kind != NONE):
+                        scores = dataclasses.replace(scores, calibration=self._calibration(request, dataset))
+                with timed(seconds, "allocate"):
+                    plan, scores = make_plan(model, sites, scores, rounds, request, budget)
+            # Later rounds read the same tokens, which the dense model may have written.
+            dataset = scores.calibration or dataset
+            now = cut(
+                model, sites, plan, request, scores.calibration, scores.statistics, inplace or bool(done), seconds
+            )
+            done = now if done is None else now.after(done)
+        assert done is not None and scores is not None
+        return done, scores
+
+    def _score(
+        self,
+        model: PreTrainedModel,
+        sites: list[Site],
+        rounds: Rounds,
+        config: PruningConfig,
+        budget: Budget,
+        dataset: Any,
+    ) -> Scores:
+        calibration = self._calibration(config, dataset) if needs_calibration(config) else None
+        return score_units(model, sites, config, calibration, keeper(rounds, sites, config, budget))
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False, max_shard_size: str = "5GB") -> None:
         """Save the pruned model with its tokenizer, plan, request and scores.
@@ -282,77 +286,19 @@ class FwdPruner:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return api.upload_folder(folder_path=Path(folder) / "checkpoint", repo_id=repo_id, **commit_kwargs)
 
-    def _budget(self, sites: list[Site], config: PruningConfig) -> Budget:
-        dense = _Sizes.of(self.model)
-        losing = (site for site in sites if site.kind in config.kinds)
-        added = added_parameters(losing, _reconstruction(config))
-        return removal_budget(config, sites, dense.parameters, dense.file_bytes, added)
-
-    def _keep(
-        self,
-        sites: list[Site],
-        values: Mapping[SiteKey, torch.Tensor],
-        config: PruningConfig,
-        additive: bool | None = None,
-    ) -> dict[SiteKey, list[int]]:
-        additive = get_method(config.method).is_additive(config) if additive is None else additive
-        return allocate(sites, _on_cpu(values), config, self._budget(sites, config), additive)
-
-    def _allocate(
-        self, sites: list[Site], scores: Scores, config: PruningConfig, dataset: Any
-    ) -> tuple[PruningPlan, Scores]:
-        """The plan, and the scores with the history of a search where there was one, and with the tokens it needed."""
-        if config.scope != "search":
-            return self._plan(sites, scores, self._keep(sites, scores.values, config), config), scores
-        calibration = scores.calibration or load_calibration(config, self.model, self.tokenizer, dataset)
-
-        def keep(values: Mapping[SiteKey, torch.Tensor], request: PruningConfig) -> dict[SiteKey, list[int]]:
-            return self._keep(sites, values, request, additive=False)
-
+    def _calibration(self, config: PruningConfig, dataset: Any) -> Calibration:
         with evaluating(self.model):
-            found = search(self.model, sites, scores.values, config, _reconstruction(config), calibration, keep)
-        scores = dataclasses.replace(
-            scores,
-            calibration=calibration,
-            details={**scores.details, "search": found.details},
-            history=found.history,
-        )
-        return self._plan(sites, scores, keep(found.scores, config), config), scores
+            return load_calibration(config, self.model, self.tokenizer, dataset)
 
-    def _plan(
-        self, sites: list[Site], scores: Scores, kept: dict[SiteKey, list[int]], config: PruningConfig
-    ) -> PruningPlan:
-        budget = self._budget(sites, config)
-        prunable = sum(site.num_parameters for site in sites)
-        return PruningPlan(
-            kept=kept,
-            num_units={site.key: site.num_units for site in sites},
-            model_type=self.model.config.model_type,
-            attention_unit=config.attention_unit,
-            metadata={
-                "source": _public_name(self.model.config._name_or_path),
-                "method": config.method,
-                "reconstruction": _reconstruction(config),
-                "requested_sparsity": None if config.has_budget_per_kind else budget.parameters / prunable,
-                "scores": {
-                    f"{layer}.{site_kind}": {
-                        "lowest": float(value.min()),
-                        "mean": float(value.mean()),
-                        "highest": float(value.max()),
-                    }
-                    for (layer, site_kind), value in scores.values.items()
-                },
-                "scoring": scores.details,
-                "calibration": scores.calibration
-                and {"source": scores.calibration.source, "fingerprint": scores.calibration.fingerprint},
-                "seed": config.seed,
-                "versions": {
-                    "optimum_fwdprune": __version__,
-                    "transformers": transformers_version,
-                    "torch": torch.__version__,
-                },
-            },
-        )
+    def _settled(self, sites: list[Site], config: PruningConfig) -> tuple[PruningConfig, Budget]:
+        """The request with what its budget implies, and the budget."""
+        if config.target_speedup is None:
+            dense = _Sizes.of(self.model, sites)
+            losing = (site for site in sites if site.kind in config.kinds)
+            added = added_parameters(losing, config.reconstruction_kind)
+            return config, removal_budget(config, sites, dense.parameters, dense.file_bytes, added)
+        table = load_or_measure(self.model, sites, config)
+        return at_measured_widths(sites, config), speed_budget(table, config.target_speedup)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,40 +306,22 @@ class _Sizes:
     parameters: int
     bytes: int
     file_bytes: int
+    prunable: int
+    # Surgery consumes the dense model, and with it what its sites know.
+    per_unit: dict[SiteKey, int]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> _Sizes:
+    def of(cls, model: PreTrainedModel, sites: list[Site]) -> _Sizes:
         parameters = list(model.parameters())
         total = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         return cls(
             parameters=sum(parameter.numel() for parameter in parameters),
             bytes=total,
             file_bytes=total + HEADER_BYTES_PER_TENSOR * len(parameters),
+            prunable=sum(site.num_parameters for site in sites),
+            per_unit={site.key: site.unit_parameters for site in sites},
         )
 
 
-def _on_cpu(values: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, torch.Tensor]:
-    return {key: value.detach().float().cpu() for key, value in values.items()}
-
-
-def _public_name(name_or_path: str) -> str:
-    """A Hub repository as it is, a folder by its last part: checkpoints get shared, home directories do not."""
-    return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path
-
-
-def _reconstruction(config: PruningConfig) -> str:
-    return config.reconstruction or get_method(config.method).reconstruction
-
-
-def _check_finite(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        # amax lets NaN and infinity through and, unlike a sum, cannot overflow.
-        if not parameter.is_meta and not parameter.detach().abs().amax().isfinite():
-            raise ValueError(f"{name} contains NaN or infinity; the checkpoint is damaged or overflowed in its dtype.")
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+def _prefill_seconds(model: PreTrainedModel, config: PruningConfig) -> float:
+    return math.nan if config.target_speedup is None else prefill_seconds(model, config.latency_tokens)

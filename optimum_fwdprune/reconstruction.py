@@ -56,9 +56,9 @@ def added_parameters(sites: Iterable[Site], kind: str) -> int:
     return sum(site.projection.out_features for site in sites if site.projection.bias is None)
 
 
-def check_reconstruction(model: PreTrainedModel, config: PruningConfig, kind: str) -> None:
+def check_reconstruction(model: PreTrainedModel, config: PruningConfig) -> None:
     """Raise `ValueError` where `model` does not allow the reconstruction that the request asks for."""
-    sequential = kind == LEAST_SQUARES and config.reconstruction_order == SEQUENTIAL
+    sequential = config.reconstruction_kind == LEAST_SQUARES and config.reconstruction_order == SEQUENTIAL
     adds_up = get_architecture(model.config).residual_adds_up(model.config)
     if sequential and config.reconstruction_target == DENSE and not adds_up:
         raise ValueError(

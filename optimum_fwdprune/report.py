@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Speedup:
+    """How many times as fast the pruned model is at the prefill that `target_speedup` was for.
+
+    Args:
+        requested (`float`): the target.
+        predicted (`float`): by the latencies of single layers that the plan was made with.
+        measured (`float`): of the whole models, one after the other.
+    """
+
+    requested: float
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
 class PruningReport:
     """Sizes before and after, and how the result was checked.
 
@@ -31,6 +46,7 @@ class PruningReport:
             model, as a fraction of the logits' scale.
         seconds (`dict[str, float]`): time spent, by stage.
         calibration (`str`, *optional*): what the scores were calibrated on.
+        speedup (`Speedup`, *optional*): where a speed-up was asked for.
     """
 
     parameters_before: int
@@ -43,6 +59,7 @@ class PruningReport:
     masked_difference: float
     seconds: dict[str, float]
     calibration: str | None
+    speedup: Speedup | None = None
 
     @property
     def sparsity(self) -> float:
@@ -74,6 +91,15 @@ class PruningReport:
                 f"-{1 - self.bytes_after / self.bytes_before:.1%}",
             ),
         ]
+        if self.speedup is not None:
+            rows.append(
+                (
+                    "Prefill, times as fast",
+                    f"asked {self.speedup.requested:.2f}",
+                    f"predicted {self.speedup.predicted:.2f}",
+                    f"measured {self.speedup.measured:.2f}",
+                )
+            )
         return render_table(("", "dense", "pruned", "change"), rows)
 
 

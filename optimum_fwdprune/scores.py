@@ -2,22 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey
 from .calibration import Calibration
-from .methods import PruningConfig
-from .statistics import SiteStatistics
+from .methods import PruningConfig, ScoringInputs, UnitScores, get_method
+from .reconstruction import STATISTICS_OF
+from .statistics import SiteStatistics, collect_statistics
 from .utils import load_tensors, save_tensors_atomically
 
 
 SCORES_NAME = "fwdprune_scores.safetensors"
+
+
+def needs_calibration(config: PruningConfig) -> bool:
+    """Whether the request's scores, or its reconstruction, need calibration tokens."""
+    return bool(_needed(config)) or get_method(config.method).calibrated
+
+
+def score_units(
+    model: PreTrainedModel,
+    sites: list[Site],
+    config: PruningConfig,
+    calibration: Calibration | None,
+    keep: Callable[[Mapping[SiteKey, torch.Tensor]], dict[SiteKey, list[int]]],
+) -> Scores:
+    """Score every unit, and gather what the request's reconstruction will need, without changing the model.
+
+    Args:
+        model (`PreTrainedModel`): the dense model, in eval mode.
+        sites (`list[Site]`): all its sites.
+        config (`PruningConfig`): the request.
+        calibration (`Calibration`, *optional*): the tokens, where the request `needs_calibration`.
+        keep (`Callable`): scores of every unit in, out what the request would keep under them.
+
+    Raises:
+        ValueError: on NaN in weights, activations or scores, naming where.
+    """
+    _check_finite(model)
+    method, needed = get_method(config.method), _needed(config)
+    statistics = {}
+    if needed and calibration is not None:
+        statistics = collect_statistics(model, sites, calibration, config.batch_size, needed)
+    found = method.score(ScoringInputs(model, sites, statistics, calibration, config, keep))
+    found = found if isinstance(found, UnitScores) else UnitScores(found)
+    values = {key: value.detach().float().cpu() for key, value in found.values.items()}
+    for site in sites:
+        if site.key not in values or values[site.key].shape != (site.num_units,):
+            raise ValueError(f"Method {config.method!r} must score {site.num_units} units for the {site}.")
+        if not values[site.key].isfinite().all():
+            raise ValueError(f"Method {config.method!r} scored NaN or infinity in the {site}.")
+    errors = {key: value.detach().float().cpu() for key, value in found.standard_errors.items()}
+    return Scores(config, values, statistics, calibration, errors, found.details, dict(found.history))
+
+
+def _needed(config: PruningConfig) -> set[str]:
+    return {*get_method(config.method).statistics, *STATISTICS_OF[config.reconstruction_kind]}
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        # amax lets NaN and infinity through and, unlike a sum, cannot overflow.
+        if not parameter.is_meta and not parameter.detach().abs().amax().isfinite():
+            raise ValueError(f"{name} contains NaN or infinity; the checkpoint is damaged or overflowed in its dtype.")
 
 
 @dataclass

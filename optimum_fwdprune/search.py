@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from .allocation import fewest_units, levels_of, prunable_sites
-from .architectures import MLP, Site, SiteKey
+from .allocation import coarse_multiple, fewest_units, levels_of, prunable_sites
+from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .configuration import PruningConfig
 from .gates import Projection, replaced_projections
@@ -27,8 +27,8 @@ from .statistics import MOMENTS, collect_statistics
 from .utils import check_output_file, progress, save_tensors_atomically
 
 
-# Widths of an MLP between which a search chooses; attention has all that the request allows.
-LEVELS = 16
+# The scope that asks for it.
+SEARCH = "search"
 
 MASKS_PER_STEP, WINDOWS_PER_STEP = 4, 2
 SPREAD, LEARNING_RATE = 0.1, 0.02
@@ -83,7 +83,8 @@ def search(
     """Learn how much of each site to keep, by policy gradient over keep ratios (arXiv 2406.10576, with normal draws).
 
     Every candidate is a whole model within the budget, its projections reconstructed: errors of its sites accumulate
-    in its loss. Candidates of a step share their tokens. Sites are reconstructed beforehand, MLPs at `LEVELS` widths.
+    in its loss. Candidates of a step share their tokens. Sites are reconstructed beforehand, MLPs at
+    `allocation.LEVELS` widths.
 
     Args:
         model (`PreTrainedModel`): the dense model; it is not changed.
@@ -100,7 +101,7 @@ def search(
     steps = config.search_windows // (MASKS_PER_STEP * WINDOWS_PER_STEP)
     learned = prunable_sites(sites, config)
     fixed = {site.key: scores[site.key] for site in sites}
-    coarse = replace(config, multiple_of=_grid(learned, config))
+    coarse = replace(config, multiple_of=coarse_multiple(learned, config))
     try:
         kept = keep(fixed, coarse)
     except ValueError:
@@ -149,12 +150,6 @@ def search(
         "expected_loss": state.expected_loss,
     }
     return Found(values, details, history_by_site(state, learned))
-
-
-def _grid(sites: Sequence[Site], config: PruningConfig) -> int:
-    """The step between widths of an MLP: a multiple of what the request asks for, fine enough for the narrowest."""
-    narrowest = min((site.num_units for site in sites if site.kind == MLP), default=1)
-    return -(-narrowest // (LEVELS * config.multiple_of)) * config.multiple_of
 
 
 def _replacing(

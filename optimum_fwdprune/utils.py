@@ -1,16 +1,18 @@
-"""Files that are whole or absent, progress bars that know when to be silent, models in eval mode."""
+"""Files that are whole or absent, progress bars that know when to be silent, models in eval mode, fair timing."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -134,6 +136,37 @@ def folder_moved_into_place(folder: str | Path, overwrite: bool = False) -> Iter
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def first_difference(found: Any, expected: Any, name: str = "content") -> str | None:
+    """Say where two JSON values differ first, or return `None` where they are equal."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        differences = (first_difference(found.get(key), expected.get(key), key) for key in {**expected, **found})
+        return next((difference for difference in differences if difference), None)
+    return None if found == expected else f"its {name} is {found!r}, this one's is {expected!r}"
+
+
+def median_seconds(runs: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:
+    """Return the median seconds of each run after one to warm up.
+
+    They take turns, so that whatever else the machine does slows them all: compare the results of one call.
+    """
+    import torch
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats + 1):
+        for run, taken in zip(runs, seconds):
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            taken.append(time.perf_counter() - start)
+    # The first run pays for kernels and caches.
+    return [statistics.median(taken[1:]) for taken in seconds]
 
 
 def progress(iterable, description: str, total: int | None = None, unit: str = "it"):

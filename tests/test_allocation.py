@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_fwdprune import PruningConfig
-from optimum_fwdprune.allocation import Budget, allocate, removal_budget
+from optimum_fwdprune.allocation import _convex, allocate
 from optimum_fwdprune.architectures import ATTENTION, MLP
+from optimum_fwdprune.budgets import Budget, removal_budget
 
 
 HEAD_COST, CHANNEL_COST = 40, 9
@@ -98,7 +99,7 @@ def test_the_budget_is_met_or_refused_and_constraints_hold(problem, additive, at
         share = prunable(open_sites) / prunable(
             [s for s in sites if s.kind in config.kinds and s.layer not in skipped]
         )
-        target = budget.parameters * share
+        target = budget.amount * share
         # The largest of the smallest steps that are left bounds the rounding.
         steps = [
             site.unit_parameters * (config.multiple_of if site.kind == MLP else site.num_groups) for site in open_sites
@@ -107,7 +108,7 @@ def test_the_budget_is_met_or_refused_and_constraints_hold(problem, additive, at
         slack = max([*steps, *first]) + 1
         assert abs(removed(pool, kept) - target) <= slack
     if at_least:
-        assert removed(sites, kept) >= budget.parameters
+        assert removed(sites, kept) >= budget.amount
 
 
 @settings(max_examples=200, deadline=None)
@@ -149,6 +150,14 @@ def test_units_of_unequal_size_compete_by_score_per_parameter_where_scores_add_u
     kept = allocate(sites, scores, PruningConfig(scope="global", budget="joint"), Budget(HEAD_COST), additive)
 
     assert len(kept[(0, ATTENTION)]) == heads_left
+
+
+def test_a_step_that_opens_up_a_cheaper_one_becomes_one_with_it():
+    # 1 for 1, then 1 for 9, 6 for 3, 1 for 9: 2 for 10, 7 for 12.
+    lost, saved = torch.tensor([0.0, 1, 2, 8, 9]).double(), torch.tensor([0, 1, 10, 13, 22])
+    assert _convex(lost, saved).tolist() == [2, 4]
+    assert _convex(lost, torch.tensor([0, 1, 2, 3, 4])).tolist() == [1, 2, 4]
+    assert _convex(torch.tensor([0.0, 1, 2, 4]).double(), torch.tensor([0, 1, 2, 3])).tolist() == [1, 2, 3]
 
 
 def test_two_budgets_of_their_own():

@@ -79,7 +79,7 @@ def test_unknown_keys_warn_with_the_version_that_wrote_them(tmp_path, caplog):
         ({"seed": -1}, "seed must be at least 0; got -1"),
         ({"multiple_of": 0}, "multiple_of must be at least 1; got 0"),
         ({"min_units_per_site": 0}, "min_units_per_site must be at least 1; got 0"),
-        ({"target_parameters": -5}, "target_parameters must be positive; got -5"),
+        ({"target_parameters": -5}, "target_parameters must be at least 1; got -5"),
         ({"target_parameters": 5, "target_bytes": 5}, "give one of them"),
         ({"target_parameters": 5, "mlp_sparsity": 0.1}, "two budgets; give one of them"),
         ({"kinds": []}, "must name attention, mlp or both"),

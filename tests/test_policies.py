@@ -5,8 +5,8 @@ import tiny
 import torch
 
 from optimum_fwdprune import PruningConfig, find_sites
-from optimum_fwdprune.allocation import Budget as Removal
 from optimum_fwdprune.allocation import allocate
+from optimum_fwdprune.budgets import Budget as Removal
 from optimum_fwdprune.policies import RatioPolicy, UnitPolicy, entropy, initial_probabilities
 from optimum_fwdprune.policy_gradient import Budget, policy_gradient
 

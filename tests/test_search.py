@@ -11,7 +11,7 @@ import transformers
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, PruningPlan, find_sites, search
 from optimum_fwdprune import mask_learning as learning
-from optimum_fwdprune.allocation import levels_of
+from optimum_fwdprune.allocation import LEVELS, levels_of
 from optimum_fwdprune.gates import Projection, replaced_projections
 from optimum_fwdprune.least_squares import NormalEquations, nested_changes
 from optimum_fwdprune.scores import Scores
@@ -258,4 +258,4 @@ def test_levels_are_nested_and_obey_the_request():
         assert sizes == (list(range(56, 0, -8)) if site.kind == "mlp" else [3])
         for wide, narrow in itertools.pairwise(levels):
             assert set(narrow) < set(wide)
-    assert search.LEVELS == 16
+    assert LEVELS == 16

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
+
+from ..utils import median_seconds
 
 
 @dataclass(frozen=True)
@@ -59,23 +60,8 @@ def measure_speed(
             pad_token_id=0,
         )
 
-    seconds = zip(_median_seconds(prefill, models, repeats), _median_seconds(decode, models, repeats))
+    def timed(run) -> list[float]:
+        return median_seconds([functools.partial(run, model) for model in models], repeats, models[0].device)
+
+    seconds = zip(timed(prefill), timed(decode))
     return [Speed(prompts.numel() / prefilling, new_tokens / decoding) for prefilling, decoding in seconds]
-
-
-def _median_seconds(run: Callable, models: Sequence[PreTrainedModel], repeats: int) -> list[float]:
-    seconds: list[list[float]] = [[] for _ in models]
-    for _ in range(repeats + 1):
-        for model, taken in zip(models, seconds):
-            _synchronize(model.device)
-            start = time.perf_counter()
-            run(model)
-            _synchronize(model.device)
-            taken.append(time.perf_counter() - start)
-    # The first run pays for kernels and caches.
-    return [statistics.median(taken[1:]) for taken in seconds]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,0 +1,89 @@
+"""A plan carried out: reconstruction, surgery, and the check that the pruned model computes what it should."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from .architectures import Site, SiteKey
+from .calibration import Calibration
+from .configuration import PruningConfig
+from .plan import PruningPlan
+from .reconstruction import reconstruct
+from .statistics import SiteStatistics
+from .surgery import prune_model
+from .utils import evaluating
+from .verification import logits, masked_logits, probe_batch, relative_difference, rounding_of
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A pruned model.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        plan (`PruningPlan`): what it kept of the one before, with what its reconstruction settled.
+        difference (`float`): between logits of the masked and of the pruned model, as a fraction of their scale.
+    """
+
+    model: PreTrainedModel
+    plan: PruningPlan
+    difference: float
+
+    def after(self, earlier: Cut) -> Cut:
+        """Return what both cuts come to."""
+        return Cut(self.model, earlier.plan.followed_by(self.plan), max(earlier.difference, self.difference))
+
+
+def cut(
+    model: PreTrainedModel,
+    sites: list[Site],
+    plan: PruningPlan,
+    config: PruningConfig,
+    calibration: Calibration | None,
+    statistics: Mapping[SiteKey, SiteStatistics],
+    inplace: bool,
+    seconds: dict[str, float],
+) -> Cut:
+    """Reconstruct the projections, cut the model, and check it on a probe batch.
+
+    Args:
+        model (`PreTrainedModel`): the model to cut; it is consumed where `inplace`.
+        sites (`list[Site]`): all its sites.
+        plan (`PruningPlan`): what they keep.
+        config (`PruningConfig`): the reconstruction.
+        calibration (`Calibration`, *optional*): the tokens that it needs.
+        statistics (mapping of site key to `SiteStatistics`): moments, where they were gathered before.
+        inplace (`bool`): consume the model.
+        seconds (`dict[str, float]`): time by stage, added to.
+
+    Raises:
+        ValueError: where the plan does not fit the model.
+        RuntimeError: where the pruned model does not compute what the masked one computes.
+    """
+    with timed(seconds, "reconstruct"), evaluating(model):
+        found = reconstruct(model, sites, plan.kept, config.reconstruction_kind, config, calibration, statistics)
+        if found.details:
+            plan = dataclasses.replace(plan, metadata={**plan.metadata, "reconstructed": found.details})
+    with timed(seconds, "verify"):
+        probe = probe_batch(model, calibration)
+        expected = masked_logits(model, sites, plan, found.projections, probe)
+        rounding = rounding_of(model, sites, plan, found.projections, probe, expected)
+    with timed(seconds, "surgery"):
+        pruned = prune_model(model, sites, plan, found.projections, inplace)
+    with timed(seconds, "verify"):
+        difference = relative_difference(expected, logits(pruned, probe), rounding)
+    return Cut(pruned, plan, difference)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the time that the block takes to `seconds[stage]`."""
+    start = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -1,0 +1,97 @@
+"""Scores and a budget turned into a plan: by allocation, or by a search over whole models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers import __version__ as transformers_version
+
+from .architectures import Site, SiteKey
+from .budgets import Budget
+from .configuration import PruningConfig, get_method
+from .plan import PruningPlan
+from .rounds import Rounds
+from .scores import Scores
+from .search import SEARCH, search
+from .version import __version__
+
+
+Keep = Callable[[Mapping[SiteKey, torch.Tensor]], dict[SiteKey, list[int]]]
+
+
+def keeper(rounds: Rounds, sites: list[Site], config: PruningConfig, budget: Budget) -> Keep:
+    """Return what tells which units a request would keep under scores of its method."""
+    additive = get_method(config.method).is_additive(config)
+    return lambda scores: rounds.keep(sites, scores, config, budget, additive)
+
+
+def make_plan(
+    model: PreTrainedModel, sites: list[Site], scores: Scores, rounds: Rounds, config: PruningConfig, budget: Budget
+) -> tuple[PruningPlan, Scores]:
+    """Return the plan of a round, and the scores with the history of a search where there was one.
+
+    Args:
+        model (`PreTrainedModel`): the model before the round, in eval mode; it is not changed.
+        sites (`list[Site]`): all its sites.
+        scores (`Scores`): of their units; with the tokens that a search passes through the model.
+        rounds (`Rounds`): what allocates.
+        config (`PruningConfig`): the request of the round.
+        budget (`Budget`): what the round removes.
+    """
+    if config.scope == SEARCH:
+        assert scores.calibration is not None
+
+        def keep(values: Mapping[SiteKey, torch.Tensor], request: PruningConfig) -> dict[SiteKey, list[int]]:
+            return rounds.keep(sites, values, request, budget, additive=False)
+
+        found = search(model, sites, scores.values, config, config.reconstruction_kind, scores.calibration, keep)
+        kept = keep(found.scores, config)
+        details = {**scores.details, "search": found.details}
+        scores = dataclasses.replace(scores, details=details, history=found.history)
+    else:
+        kept = keeper(rounds, sites, config, budget)(scores.values)
+    plan = PruningPlan(
+        kept=kept,
+        num_units={site.key: site.num_units for site in sites},
+        model_type=model.config.model_type,
+        attention_unit=config.attention_unit,
+        metadata=_metadata(model, scores, rounds, config),
+    )
+    return plan, scores
+
+
+def _metadata(model: PreTrainedModel, scores: Scores, rounds: Rounds, config: PruningConfig) -> dict[str, Any]:
+    return {
+        "source": _public_name(model.config._name_or_path),
+        "method": config.method,
+        "reconstruction": config.reconstruction_kind,
+        "requested_sparsity": rounds.requested_sparsity,
+        "rounds": config.rounds,
+        "scores": {
+            f"{layer}.{kind}": {
+                "lowest": float(value.min()),
+                "mean": float(value.mean()),
+                "highest": float(value.max()),
+            }
+            for (layer, kind), value in scores.values.items()
+        },
+        "scoring": scores.details,
+        "calibration": scores.calibration
+        and {"source": scores.calibration.source, "fingerprint": scores.calibration.fingerprint},
+        "seed": config.seed,
+        "versions": {
+            "optimum_fwdprune": __version__,
+            "transformers": transformers_version,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _public_name(name_or_path: str) -> str:
+    """A Hub repository as it is, a folder by its last part: checkpoints get shared, home directories do not."""
+    return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path

@@ -1,0 +1,94 @@
+"""Pruning in rounds, scored anew in each: what a round may remove."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .allocation import allocate
+from .architectures import Site, SiteKey
+from .budgets import PARAMETERS, Budget
+from .configuration import PruningConfig
+
+
+class Rounds:
+    """Divides a request over `config.rounds` rounds, each of which starts from the model that the last one left.
+
+    Args:
+        sites (sequence of `Site`): of the dense model.
+        config (`PruningConfig`): the request.
+        budget (`Budget`): all that is to be removed.
+
+    Raises:
+        ValueError: where several rounds could not come to it.
+    """
+
+    def __init__(self, sites: Sequence[Site], config: PruningConfig, budget: Budget):
+        self._config = config
+        self._budget = budget
+        # By the number of units kept. Surgery consumes the dense model, and with it what its sites know.
+        self._costs = {site.key: budget.cost.of(site, torch.arange(site.num_units + 1)) for site in sites}
+        self._groups = {site.key: site.num_groups for site in sites}
+        if config.rounds > 1:
+            # What cannot be had in the end should be refused before the first cut.
+            zeros = {site.key: torch.zeros(site.num_units) for site in sites}
+            allocate(list(sites), zeros, config, budget)
+
+    @property
+    def requested_sparsity(self) -> float | None:
+        """The fraction of the prunable parameters asked for; `None` where the request was for something else."""
+        if self._config.has_budget_per_kind or self._budget.cost is not PARAMETERS:
+            return None
+        return self._budget.amount / sum(int(costs[-1]) for costs in self._costs.values())
+
+    def removed(self, kept: Mapping[SiteKey, int]) -> int:
+        """Return what is gone when every site is left with so many units, in the budget's cost."""
+        return sum(int(self._costs[key][-1] - self._costs[key][units]) for key, units in kept.items())
+
+    def request(self, sites: Sequence[Site], number: int) -> tuple[PruningConfig, Budget]:
+        """Return the request and the budget of a round.
+
+        Args:
+            sites (sequence of `Site`): of the model as it is now.
+            number (`int`): of the round, counted from 1.
+        """
+        config, budget = self._config, self._budget
+        if config.rounds == 1:
+            return config, budget
+        share = number / config.rounds
+        removed = self.removed({site.key: site.num_units for site in sites})
+        budget = replace(
+            budget,
+            amount=max(0, round(budget.amount * share) - removed),
+            at_least=budget.at_least and number == config.rounds,
+        )
+        if config.has_budget_per_kind:
+            fields: dict[str, Any] = {f"{kind}_sparsity": self._sparsity(sites, kind, share) for kind in config.kinds}
+            config = replace(config, **fields)
+        return config, budget
+
+    def _sparsity(self, sites: Sequence[Site], kind: str, share: float) -> float:
+        """The sparsity of what is left of a kind that brings it to this share of its request."""
+        total = sum(int(costs[-1]) for (_, of_kind), costs in self._costs.items() if of_kind == kind)
+        left = sum(int(self._costs[site.key][site.num_units]) for site in sites if site.kind == kind)
+        return max(0.0, 1 - (1 - self._config.sparsity_of(kind) * share) * total / left)
+
+    def keep(
+        self,
+        sites: Sequence[Site],
+        scores: Mapping[SiteKey, torch.Tensor],
+        config: PruningConfig,
+        budget: Budget,
+        additive: bool,
+    ) -> dict[SiteKey, list[int]]:
+        """Allocate a round's budget among the sites whose units are still those of the dense model.
+
+        A KV group with one query head left would go with its keys and values, which no plan of query heads can say.
+        """
+        open_sites = [site for site in sites if site.num_groups == self._groups[site.key]]
+        values = {key: value.cpu() for key, value in scores.items()}
+        kept = {site.key: list(range(site.num_units)) for site in sites}
+        return kept | allocate(open_sites, values, config, budget, additive)

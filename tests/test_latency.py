@@ -1,0 +1,173 @@
+"""Latency as a budget: tables that are measured and kept, and plans that save what was asked for."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+
+from optimum_fwdprune import FwdPruner, PruningConfig, find_sites, latency
+from optimum_fwdprune.allocation import allocate
+from optimum_fwdprune.budgets import Budget
+from optimum_fwdprune.latency import LatencyCost, LatencyTable, load_or_measure, shape_of, speed_budget
+
+
+PROMPT = 16
+
+
+def request_of(**fields):
+    return PruningConfig(**{"target_speedup": 1.2, "latency_tokens": PROMPT, **fields})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that a layer spends by the parameters it holds, and a model by its layers: no noise, no waiting."""
+
+    def seconds(runs, repeats, device):
+        found = []
+        for run in runs:
+            owner = next(cell.cell_contents for cell in run.__closure__ if hasattr(cell.cell_contents, "parameters"))
+            found.append(1e-9 * sum(parameter.numel() for parameter in owner.parameters()))
+        return found
+
+    monkeypatch.setattr(latency, "median_seconds", seconds)
+
+
+def made_up_table(sites, model_seconds=1.0):
+    """Every attention unit takes 1 % of the model's time, the first half of an MLP 1 %, the other half nothing."""
+    seconds = {}
+    for site in sites:
+        if site.kind == "attention":
+            curve = [(units, units / 100) for units in range(site.num_groups, site.num_units + 1, site.num_groups)]
+        else:
+            curve = [(1, 0.0), (site.num_units // 2, 0.01), (site.num_units, 0.01)]
+        seconds[shape_of(site)] = curve
+    return LatencyTable(model_seconds, seconds, {})
+
+
+def test_layers_of_every_width_are_timed(dense, monkeypatch):
+    """Each run is a forward pass of a layer that holds what the plan of that width leaves, at finite numbers."""
+    sites = find_sites(dense)
+    before = {name: parameter.clone() for name, parameter in dense.named_parameters()}
+    sizes = []
+
+    def seconds(runs, repeats, device):
+        outputs = [run() for run in runs]
+        assert all((o[0] if isinstance(o, tuple) else o).isfinite().all() for o in outputs[:-1])
+        sizes.append([1e-3 * (1 + place) for place in range(len(runs))])
+        return sizes[-1]
+
+    monkeypatch.setattr(latency, "median_seconds", seconds)
+    table = load_or_measure(dense, sites, request_of())
+    assert set(table.layer_seconds) == {shape_of(site) for site in sites}
+    for site in sites:
+        widths = [units for units, _ in table.layer_seconds[shape_of(site)]]
+        assert widths == sorted(set(widths)) and widths[-1] == site.num_units
+        # MLPs in sixteenths, attention in all that its groups allow.
+        step = site.num_units // 16 if site.kind == "mlp" else site.num_groups
+        assert widths == list(range(step, site.num_units + 1, step))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in dense.named_parameters())
+
+
+def test_a_timed_layer_is_as_large_as_the_pruned_one(dense, clock):
+    """The clock counts parameters, so the predicted speed-up is that of parameters: exactly."""
+    pruner = FwdPruner(dense)
+    sites = find_sites(dense)
+    layers = sum(site.num_parameters for site in sites)
+    request = request_of(method="magnitude", reconstruction="none")
+    pruner.prune(request, inplace=False)
+    model_parameters = sum(parameter.numel() for parameter in dense.parameters())
+    removed = pruner.report.removed_parameters
+    speedup = pruner.report.speedup
+    assert speedup.requested == 1.2 and removed < layers
+    # A nanosecond per unit of rounding.
+    expected = model_parameters / (model_parameters - removed)
+    assert speedup.predicted == pytest.approx(expected, rel=0.02)
+    assert speedup.measured == pytest.approx(expected, rel=1e-6)
+    assert speedup.predicted >= 1.2
+
+
+def test_time_is_spent_and_not_parameters():
+    """Half of an MLP costs no time, so heads go, although channels score less per parameter."""
+    model = tiny.make_model("llama_mha_tied")
+    sites = find_sites(model)
+    table = made_up_table(sites)
+    scores = {site.key: torch.full((site.num_units,), 100.0 if site.kind == "attention" else 2.0) for site in sites}
+    request = PruningConfig(scope="global", budget="joint")
+    kept = allocate(sites, scores, request, speed_budget(table, 1 / (1 - 0.06)))
+    assert sum(len(kept[(layer, "attention")]) for layer in range(3)) == 18 - 6
+    assert all(len(kept[(layer, "mlp")]) == 64 for layer in range(3))
+    by_parameters = allocate(sites, scores, request, Budget(6 * sites[0].unit_parameters))
+    assert all(len(by_parameters[(layer, "attention")]) == 6 for layer in range(3))
+    cost = LatencyCost(table)
+    saved = sum(cost.total(s) - int(cost.of(s, torch.tensor([len(kept[s.key])]))) for s in sites)
+    assert saved >= 0.06e9 * (1 - 1e-6)
+    assert cost.speedup(saved) >= 1 / (1 - 0.06) * (1 - 1e-6)
+
+
+def test_a_width_that_is_slower_than_a_larger_one_saves_nothing():
+    site = find_sites(tiny.make_model("llama_mha_tied"))[1]
+    table = LatencyTable(1.0, {shape_of(site): [(16, 0.2), (32, 0.5), (48, 0.4), (64, 0.6)]}, {})
+    cost = LatencyCost(table).of(site, torch.tensor([16, 32, 40, 48, 64]))
+    assert cost.tolist() == [16, int(0.3e9) + 32, int(0.3e9) + 40, int(0.3e9) + 48, int(0.4e9) + 64]
+
+
+def test_multiples_are_respected(tokens, clock):
+    pruner = FwdPruner(tiny.make_model("llama_mha_tied"))
+    pruner.prune(request_of(multiple_of=24), tokens)
+    widths = {len(pruner.plan.kept[(layer, "mlp")]) for layer in range(3)}
+    assert all(width % 24 == 0 or width == 64 for width in widths)
+
+
+def test_a_table_is_measured_once_and_kept(tokens, clock, tmp_path, monkeypatch):
+    file = tmp_path / "tables" / "latency.json"
+    model = tiny.make_model("llama_mha_tied")
+    FwdPruner(model).prune(request_of(latency_table=str(file)), tokens, inplace=False)
+    kept = json.loads(file.read_text())
+    assert kept["measured_on"]["tokens"] == PROMPT
+
+    monkeypatch.setattr(latency, "_variants", lambda *_: pytest.fail("measured again"))
+    pruner = FwdPruner(model)
+    pruner.prune(request_of(latency_table=str(file)), tokens, inplace=False)
+    assert pruner.report.speedup.predicted >= 1.2
+    with pytest.raises(ValueError, match="was measured elsewhere: its tokens is 16, this one's is 8"):
+        FwdPruner(model).prune(request_of(latency_table=str(file), latency_tokens=8), tokens)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="is no latency table"):
+        FwdPruner(model).prune(request_of(latency_table=str(file)), tokens)
+
+
+def test_rounds_and_searches_spend_time_too(tokens, clock):
+    for fields in ({"rounds": 2}, {"scope": "search", "search_windows": 16}):
+        pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+        pruner.prune(request_of(**fields), tokens)
+        assert pruner.report.speedup.predicted >= 1.2
+        assert pruner.report.requested_sparsity is None
+        assert "predicted" in str(pruner.report) and math.isfinite(pruner.report.speedup.measured)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_speedup": 0.9}, "target_speedup must be at least 1; got 0.9"),
+        ({"target_speedup": 2.0, "target_bytes": 10}, "target_bytes and target_speedup are two budgets"),
+        ({"target_speedup": 2.0, "mlp_sparsity": 0.1}, "are two budgets"),
+        ({"latency_tokens": 0}, "latency_tokens must be at least 1; got 0"),
+    ],
+)
+def test_bad_requests(fields, message):
+    with pytest.raises(ValueError, match=message):
+        PruningConfig(**fields)
+
+
+def test_what_cannot_be_had_is_refused_in_the_users_words(tokens, clock):
+    with pytest.raises(ValueError, match=r"A speed-up of 50 is more than .* the largest possible speed-up is 3\."):
+        FwdPruner(tiny.make_model("llama_mha_tied")).prune(request_of(target_speedup=50.0), tokens)
+    with pytest.raises(ValueError, match="latency_tokens=1000 is more than the 128 positions"):
+        FwdPruner(tiny.make_model("llama_mha_tied")).prune(request_of(latency_tokens=1000), tokens)
+
+
+def test_budgets_of_parameters_stay_what_they_were():
+    sites = find_sites(tiny.make_model("llama_mha_tied"))
+    assert Budget(5).cost.total(sites[0]) == sites[0].num_parameters

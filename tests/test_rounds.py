@@ -1,0 +1,121 @@
+"""Pruning in rounds: the budget is that of one cut, and the plan of all rounds is one that can be replayed."""
+
+import pytest
+import tiny
+import torch
+
+from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune import pruner as pruner_module
+
+
+def removed(plan, sites):
+    return sum(len(plan.removed(site.key)) * site.unit_parameters for site in sites)
+
+
+@pytest.mark.parametrize("reconstruction", ["none", "least_squares"])
+def test_rounds_come_to_the_budget_and_to_a_plan_that_gives_the_same_units(dense, tokens, reconstruction):
+    sites = find_sites(dense)
+    prunable = sum(site.num_parameters for site in sites)
+    request = PruningConfig(sparsity=0.4, rounds=3, reconstruction=reconstruction)
+    pruner = FwdPruner(dense)
+    pruned = pruner.prune(request, tokens, inplace=False)
+
+    # Whole heads and single channels: within half a channel in every layer, as in one round.
+    channel = next(site.unit_parameters for site in sites if site.kind == "mlp")
+    assert abs(removed(pruner.plan, sites) - 0.4 * prunable) <= 3 * (channel / 2 + 1)
+    assert pruner.report.sparsity == pytest.approx(0.4, abs=3 * channel / prunable)
+    assert pruner.plan.metadata["requested_sparsity"] == pytest.approx(0.4, abs=1 / prunable)
+    replayed = FwdPruner(dense).prune(PruningConfig(), plan=pruner.plan, inplace=False)
+    assert replayed.config.model_type == pruned.config.model_type
+    for name, parameter in replayed.named_parameters():
+        assert parameter.shape == pruned.get_parameter(name).shape
+        if reconstruction == "none":
+            assert torch.equal(parameter, pruned.get_parameter(name)), name
+
+
+def test_later_rounds_score_what_the_earlier_ones_left_on_the_same_tokens(tokens, monkeypatch):
+    dense = tiny.make_model("llama_gqa_biases")
+    seen = []
+    score_units = pruner_module.score_units
+
+    def watched(model, sites, config, calibration, keep):
+        found = score_units(model, sites, config, calibration, keep)
+        seen.append((model, sum(site.num_units for site in sites), calibration.fingerprint, found))
+        return found
+
+    monkeypatch.setattr(pruner_module, "score_units", watched)
+    # Written by the model itself: the second round must not ask the pruned one to write anew.
+    request = PruningConfig(sparsity=0.4, rounds=2, calibration="self", n_samples=4, seq_len=16)
+    FwdPruner(dense).prune(request)
+
+    (first, units, text, before), (second, units_left, same_text, after) = seen
+    assert first is dense and second is not dense
+    assert units_left < units and text == same_text
+    # Norms of activations behind pruned layers: scoring once would have found others.
+    key = (2, "mlp")
+    assert not torch.isin(after.values[key], before.values[key]).all()
+
+
+def test_given_scores_serve_the_first_round(tokens, monkeypatch):
+    dense = tiny.make_model("llama_gqa_biases")
+    pruner = FwdPruner(dense)
+    scores = pruner.score(PruningConfig(), tokens)
+    scores.values[(0, "mlp")][0] = -1e9
+    pruner.prune(PruningConfig(sparsity=0.3, rounds=2), scores=scores)
+    assert 0 not in pruner.plan.kept[(0, "mlp")]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attention_sparsity": 0.5, "mlp_sparsity": 0.25},
+        {"target_parameters": 60_000},
+        {"scope": "global", "budget": "joint", "attention_unit": "kv_group"},
+        {"kinds": ["mlp"], "multiple_of": 4, "skip_layers": [0]},
+    ],
+    ids=str,
+)
+def test_every_kind_of_budget_can_be_spent_in_rounds(tokens, fields):
+    dense = tiny.make_model("llama_mha_tied")
+    size = sum(parameter.numel() for parameter in dense.parameters())
+    sites = find_sites(dense, fields.get("attention_unit", "query_head"))
+    pruner = FwdPruner(dense)
+    pruner.prune(PruningConfig(sparsity=0.25, rounds=2, **fields), tokens, inplace=False)
+    plan = pruner.plan
+    if "attention_sparsity" in fields:
+        for site in sites:
+            share = fields[f"{site.kind}_sparsity"]
+            assert len(plan.kept[site.key]) == pytest.approx((1 - share) * site.num_units, abs=0.5)
+    elif "target_parameters" in fields:
+        assert fields["target_parameters"] - 200 <= pruner.report.parameters_after <= fields["target_parameters"]
+        assert size > fields["target_parameters"]
+    else:
+        prunable = sum(site.num_parameters for site in sites)
+        step = max(site.unit_parameters * (fields.get("multiple_of", 1)) for site in sites if site.kind == "mlp")
+        assert abs(removed(plan, sites) - 0.25 * prunable) <= step
+    for site in sites:
+        if site.kind == "mlp":
+            assert len(plan.kept[site.key]) % fields.get("multiple_of", 1) == 0
+
+
+def test_the_last_query_head_of_a_group_stays(tokens):
+    """Two heads in each of three groups: once one is left, the units of the pruned layer are KV groups."""
+    dense = tiny.make_model("llama_gqa_biases")
+    pruner = FwdPruner(dense)
+    pruner.prune(PruningConfig(attention_sparsity=0.5, mlp_sparsity=0.6, rounds=3), tokens, inplace=False)
+    assert all(len(pruner.plan.kept[(layer, "attention")]) == 3 for layer in range(3))
+    FwdPruner(dense).prune(PruningConfig(), plan=pruner.plan)
+
+
+def test_a_budget_beyond_reach_is_refused_before_anything_is_cut(tokens):
+    dense = tiny.make_model("llama_mha_tied")
+    before = {name: parameter.shape for name, parameter in dense.named_parameters()}
+    request = PruningConfig(sparsity=0.6, rounds=3, kinds=["mlp"], skip_layers=[0])
+    with pytest.raises(ValueError, match="largest possible sparsity is"):
+        FwdPruner(dense).prune(request, tokens)
+    assert {name: parameter.shape for name, parameter in dense.named_parameters()} == before
+
+
+def test_a_search_checkpoint_is_for_one_search():
+    with pytest.raises(ValueError, match="search_checkpoint keeps one search, and rounds=2"):
+        PruningConfig(rounds=2, search_checkpoint="state.safetensors")
