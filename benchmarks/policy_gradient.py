@@ -23,7 +23,7 @@ from optimum_fwdprune.budgets import removal_budget
 from optimum_fwdprune.gates import gated
 from optimum_fwdprune.losses import model_nll
 from optimum_fwdprune.methods.policy_gradient import LEARNING_RATES
-from optimum_fwdprune.policies import RatioPolicy, UnitPolicy, budgets_of, even_rates
+from optimum_fwdprune.policies import RatioPolicy, Ratios, UnitPolicy, budgets_of, even_rates
 from optimum_fwdprune.policy_gradient import policy_gradient
 from optimum_fwdprune.scores import Scores
 from optimum_fwdprune.utils import write_text_atomically
@@ -157,7 +157,7 @@ class PolicyGradientStudy(Study):
             self.sites, keep(scores), config, [1] * len(self.sites), [0.0] * len(self.sites), exact=True
         )
         rates = even_rates(budgets, len(self.sites))
-        return RatioPolicy(self.sites, budgets, scores, config.ratio_spread, keep), rates
+        return RatioPolicy(Ratios(self.sites, scores, keep), budgets, config.ratio_spread), rates
 
 
 def perplexity(losses):

@@ -63,13 +63,13 @@ class Batch:
     """Some windows on their way through the model.
 
     Args:
-        windows (`Tensor[windows]`, int64): which of the calibration.
+        input_ids (`Tensor[windows, tokens]`, int64): the tokens.
         attention_mask (`Tensor[windows, tokens]`, *optional*): 0 where a token is padding.
         hidden (`Tensor[windows, tokens, hidden]`): what goes into the next layer.
         arguments (`list[tuple[tuple, dict]]`): what else every layer is called with.
     """
 
-    windows: torch.Tensor
+    input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     hidden: torch.Tensor
     arguments: list[tuple[tuple, dict[str, Any]]]
@@ -82,12 +82,30 @@ class Batch:
         )
 
 
+class _StandIn(nn.Module):
+    """Stands for a decoder layer that was run before; all but its output is the layer's own."""
+
+    def __init__(self, layer: nn.Module, output: Any):
+        super().__init__()
+        # Not as attributes of a module, which would make the layer a part of this one.
+        self.__dict__.update(_layer=layer, _output=output)
+
+    def forward(self, *_args, **_kwargs):
+        return self._output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+
 class LayerRunner:
     """Runs decoder layers of `model` by themselves, called with what the whole model would call them with."""
 
     def __init__(self, model: PreTrainedModel):
         self._model = model
-        self.layers = [layer for _, layer in get_architecture(model.config).layers(model)]
+        named = get_architecture(model.config).layers(model)
+        self.layers = [layer for _, layer in named]
+        self._container: Any = model.get_submodule(named[0][0].rpartition(".")[0])
+        self._as_tuple = False
 
     @torch.no_grad()
     def batches(self, calibration: Calibration, batch_size: int) -> list[Batch]:
@@ -100,14 +118,30 @@ class LayerRunner:
             shape = tuple(input_ids.shape)
             if mask is not None or shape not in arguments:
                 arguments[shape] = self._arguments(input_ids, mask)
-            found.append(Batch(windows, mask, self._embed(input_ids, mask), arguments[shape]))
+            found.append(Batch(input_ids, mask, self._embed(input_ids, mask), arguments[shape]))
         return found
 
     def run(self, layer: int, batch: Batch) -> torch.Tensor:
         """Return what layer number `layer` makes of the batch: `[windows, tokens, hidden]`."""
         args, kwargs = batch.arguments[layer]
         output = self.layers[layer](batch.hidden, *args, **kwargs)
+        self._as_tuple = isinstance(output, tuple)
         return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def logits(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the model makes of `hidden` behind its last layer, at all tokens or some: logits."""
+        container = self._container
+        stand_ins = [_StandIn(layer, (hidden,) if self._as_tuple else hidden) for layer in self.layers]
+        try:
+            for place, stand_in in enumerate(stand_ins):
+                container[place] = stand_in
+            device = self._model.device
+            mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+            return self._model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
+        finally:
+            for place, layer in enumerate(self.layers):
+                container[place] = layer
 
     def _embed(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         with stopped_before(self.layers[0]) as stop:

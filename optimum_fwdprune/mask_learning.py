@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .architectures import Site
 from .calibration import Calibration
-from .configuration import PruningConfig
+from .checkpoints import load_state, not_a_state, save_state
 from .gates import gated
 from .losses import model_nll
 from .policies import Policy, entropy
 from .policy_gradient import LEAVE_ONE_OUT, cosine, policy_gradient, project
-from .utils import first_difference, load_tensors, progress, save_tensors_atomically
+from .utils import progress
 
 
 logger = logging.get_logger(__name__)
@@ -31,12 +27,12 @@ logger = logging.get_logger(__name__)
 # Steps in a row without a usable loss that end the run.
 MAX_SKIPPED = 10
 
-# Steps that the variance of losses is averaged over, and what keeps equal losses from being divided by nothing.
-VARIANCE_HORIZON = 20.0
-SMALLEST_DEVIATION = 1e-6
-
 # Stretches in a row without a lower mean loss that end a run which may stop when it is flat.
 PATIENCE = 3
+
+
+# Fields of a state that are numbers.
+_NUMBERS = ("step", "baseline", "skipped", "rejected")
 
 
 @dataclass
@@ -47,7 +43,6 @@ class Progress:
         step (`int`): steps done.
         rates (`Tensor[p]`, float64): keep rate of every variable of the policy.
         baseline (`float`): moving average of the loss; NaN before the first step.
-        variance (`float`): moving average of the variance of a step's losses; NaN before the first step.
         skipped (`int`): steps without a usable loss.
         rejected (`int`): masks whose loss was not finite.
         history (`dict[str, Tensor]`): `loss`, `entropy` and `expected_sparsity` `[steps]` in nats per token, bits and
@@ -57,7 +52,6 @@ class Progress:
     step: int
     rates: torch.Tensor
     baseline: float = math.nan
-    variance: float = math.nan
     skipped: int = 0
     rejected: int = 0
     history: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -69,12 +63,10 @@ class Progress:
         return float(finite[-max(1, len(finite) // 10) :].mean())
 
     def save(self, path: Path, identity: dict[str, Any]) -> None:
-        """Write the state beside `path` and rename it, with what it belongs to."""
-        numbers = {name: getattr(self, name) for name in ("step", "baseline", "variance", "skipped", "rejected")}
-        metadata = {**numbers, "identity": identity}
+        """Write the state, with what it belongs to."""
         tensors = {"rates": self.rates}
         tensors |= {f"history.{name}": values[: self.step] for name, values in self.history.items()}
-        save_tensors_atomically(path, tensors, metadata)
+        save_state(path, tensors, {name: getattr(self, name) for name in _NUMBERS}, identity)
 
     @classmethod
     def load(cls, path: Path, identity: dict[str, Any]) -> Progress:
@@ -83,45 +75,13 @@ class Progress:
         Raises:
             ValueError: where it belongs to another run, naming the first difference, or is damaged.
         """
+        tensors, numbers = load_state(path, identity)
         try:
-            tensors, metadata = load_tensors(path)
-            found = metadata["identity"]
-            state = cls(
-                metadata["step"],
-                tensors.pop("rates"),
-                metadata["baseline"],
-                metadata["variance"],
-                metadata["skipped"],
-                metadata["rejected"],
-                {name.removeprefix("history."): values for name, values in tensors.items()},
-            )
-        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is no checkpoint of a run: {type(error).__name__}: {error}.") from error
-        difference = first_difference(found, json.loads(json.dumps(identity)))
-        if difference:
-            raise ValueError(
-                f"{path} belongs to another run: {difference}. Name another file, or delete it to start afresh."
-            )
-        return state
-
-
-def identity_of(
-    model: PreTrainedModel, calibration: Calibration, config: PruningConfig, without: Iterable[str]
-) -> dict[str, Any]:
-    """Return what a checkpoint belongs to, as JSON values: the weights, the tokens, and the request `without` some
-    fields that do not change the run."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(
-            f"{name} {parameter.dtype} {float(parameter.detach().abs().sum(dtype=torch.float64))!r}".encode()
-        )
-    request = {name: value for name, value in config.to_dict().items() if name not in without}
-    return {
-        "model": model.config._name_or_path or type(model).__name__,
-        "weights": digest.hexdigest()[:16],
-        "tokens": calibration.fingerprint,
-        "request": request,
-    }
+            rates = tensors.pop("rates")
+            history = {name.removeprefix("history."): values for name, values in tensors.items()}
+            return cls(rates=rates, history=history, **{name: numbers[name] for name in _NUMBERS})
+        except KeyError as error:
+            raise not_a_state(path, error) from error
 
 
 def history_by_site(state: Progress, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
@@ -138,8 +98,6 @@ class Schedule:
 
     Args:
         prunable_parameters (`int`): of all sites of the model, learned or not.
-        normalize (`bool`, defaults to `False`): measure losses in standard deviations of those of a step's masks (a
-            moving average), so that one learning rate serves models whose masks differ much or little.
     """
 
     steps: int
@@ -153,7 +111,6 @@ class Schedule:
     batch_size: int
     seed: int
     prunable_parameters: int
-    normalize: bool = False
 
 
 @torch.no_grad()
@@ -167,7 +124,6 @@ def learn_rates(
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     identity: dict[str, Any] | None = None,
-    masked: Callable[[torch.Tensor], AbstractContextManager] | None = None,
 ) -> Progress:
     """Minimise the expected loss over the policy's masks, step by step, within its budgets.
 
@@ -184,8 +140,6 @@ def learn_rates(
         schedule (`Schedule`): how.
         checkpoint (`Path`, *optional*): where the state is written to, every `checkpoint_every` steps and at the end.
         identity (`dict`): what the checkpoint belongs to.
-        masked (`Callable`, *optional*): a mask in, `[n]`, and out a context in which the model computes under it. By
-            default units are gated, and every sequence of a batch has a mask of its own.
 
     Raises:
         ValueError: where `MAX_SKIPPED` steps in a row have no usable loss.
@@ -193,7 +147,7 @@ def learn_rates(
     from accelerate import PartialState
 
     processes = PartialState()
-    learner = _Learner(model, sites, calibration, policy, schedule, processes, masked)
+    learner = _Learner(model, sites, calibration, policy, schedule, processes)
     _extend_history(state, schedule.steps, len(sites))
     _start_alike(state, processes)
 
@@ -235,7 +189,7 @@ def learn_rates(
 
 
 class _Learner:
-    def __init__(self, model, sites, calibration, policy: Policy, schedule: Schedule, processes, masked=None):
+    def __init__(self, model, sites, calibration, policy: Policy, schedule: Schedule, processes):
         self._model = model
         self._sites = list(sites)
         self._sizes = [site.num_units for site in sites]
@@ -244,7 +198,6 @@ class _Learner:
         self._policy = policy
         self._schedule = schedule
         self._processes = processes
-        self._masked = masked
         # The last epoch's order of the windows, which many steps share.
         self._order = (-1, torch.empty(0, dtype=torch.int64))
 
@@ -263,10 +216,7 @@ class _Learner:
         deviations, losses = draws.deviations[usable], losses[usable]
         mean = float(losses.mean())
         state.baseline = _averaged(state.baseline, mean, schedule.baseline_horizon)
-        state.variance = _averaged(state.variance, float(losses.var()), VARIANCE_HORIZON)
         gradient = policy_gradient(deviations, losses, schedule.estimator, state.baseline, schedule.antithetic)
-        if schedule.normalize:
-            gradient /= math.sqrt(state.variance) + SMALLEST_DEVIATION
         moved = state.rates - schedule.learning_rate * cosine(step, schedule.steps) * gradient
         for budget in self._policy.budgets:
             moved[budget.members] = project(moved[budget.members], budget)
@@ -299,42 +249,32 @@ class _Learner:
         own = range(self._processes.process_index, len(masks), self._processes.num_processes)
         sums = torch.zeros(len(masks), dtype=torch.float64)
         counts = torch.zeros(len(masks), dtype=torch.float64)
-        # Gates differ from sequence to sequence, so all masks share batches; what replaces weights is for one mask.
-        runs = [[mask] for mask in own] if self._masked else [list(own)]
-        for run in runs:
-            rows = [(mask, window) for mask in run for window in windows.tolist()]
-            for start in range(0, len(rows), self._schedule.batch_size):
-                of_masks, numbers = (
-                    torch.tensor(part) for part in zip(*rows[start : start + self._schedule.batch_size])
-                )
-                with self._masked(masks[run[0]]) if self._masked else self._gated(masks[of_masks]):
-                    nll, tokens = model_nll(self._model, *self._calibration.windows(numbers))
-                sums.index_add_(0, of_masks, nll.cpu())
-                counts.index_add_(0, of_masks, tokens.double().cpu())
+        rows = [(mask, window) for mask in own for window in windows.tolist()]
+        for start in range(0, len(rows), self._schedule.batch_size):
+            of_masks, numbers = (torch.tensor(part) for part in zip(*rows[start : start + self._schedule.batch_size]))
+            gates = masks[of_masks].float().split(self._sizes, dim=1)
+            with gated(self._sites, {site.key: gate for site, gate in zip(self._sites, gates)}):
+                nll, tokens = model_nll(self._model, *self._calibration.windows(numbers))
+            sums.index_add_(0, of_masks, nll.cpu())
+            counts.index_add_(0, of_masks, tokens.double().cpu())
         if self._processes.num_processes > 1:
             both = torch.stack([sums, counts]).to(self._processes.device)
             torch.distributed.all_reduce(both)
             sums, counts = both.cpu()
         return sums / counts
 
-    def _gated(self, masks: torch.Tensor) -> AbstractContextManager:
-        gates = masks.float().split(self._sizes, dim=1)
-        return gated(self._sites, {site.key: gate for site, gate in zip(self._sites, gates)})
-
 
 def _start_alike(state: Progress, processes) -> None:
     """Let every process start where the main one does: it alone may have found a checkpoint."""
     if processes.num_processes == 1:
         return
-    numbers = torch.tensor(
-        [state.step, state.skipped, state.rejected, state.baseline, state.variance], dtype=torch.float64
-    )
+    numbers = torch.tensor([state.step, state.skipped, state.rejected, state.baseline], dtype=torch.float64)
     for tensor in (numbers, state.rates, *state.history.values()):
         shared = tensor.to(processes.device)
         torch.distributed.broadcast(shared, src=0)
         tensor.copy_(shared)
     state.step, state.skipped, state.rejected = (int(number) for number in numbers[:3])
-    state.baseline, state.variance = (float(number) for number in numbers[3:])
+    state.baseline = float(numbers[3])
 
 
 def _averaged(average: float, value: float, horizon: float) -> float:

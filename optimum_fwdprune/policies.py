@@ -82,6 +82,40 @@ class UnitPolicy:
         return rates
 
 
+class Ratios:
+    """Keep ratios of sites, as scores that order the units of all of them.
+
+    Args:
+        sites (sequence of `Site`): whose ratios they are.
+        scores (mapping of site key to `Tensor[num_units]`): a metric's; the highest of a site stay.
+        keep (`Callable`): scores of every unit in, by site key; out the units that the request keeps under them.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        scores: Mapping[SiteKey, torch.Tensor],
+        keep: Callable[[Mapping[SiteKey, torch.Tensor]], Mapping[SiteKey, list[int]]],
+    ):
+        self.sites = list(sites)
+        self.sizes = torch.tensor([site.num_units for site in sites])
+        # The share of its site that is better than the middle of a unit: kept where the ratio is above it.
+        self._quantiles = torch.cat([_quantiles(site, scores[site.key]) for site in sites])
+        self._keep = keep
+
+    def scores(self, rates: torch.Tensor) -> torch.Tensor:
+        """Return the order in which units are kept under the ratios `[sites]`: `[n]`, higher is kept."""
+        return rates.repeat_interleave(self.sizes) - self._quantiles
+
+    def by_site(self, rates: torch.Tensor) -> dict[SiteKey, torch.Tensor]:
+        """Return the scores by site."""
+        return {site.key: part for site, part in zip(self.sites, self.scores(rates).split(self.sizes.tolist()))}
+
+    def kept(self, rates: torch.Tensor) -> Mapping[SiteKey, list[int]]:
+        """Return the units that the request keeps under the ratios."""
+        return self._keep(self.by_site(rates))
+
+
 class RatioPolicy:
     """A keep ratio per site, drawn around its mean; which units stay within a site is settled by a metric.
 
@@ -89,30 +123,17 @@ class RatioPolicy:
     under such ratios, with all its constraints. So every mask is a model that the request could end with.
 
     Args:
-        sites (sequence of `Site`): whose ratios are drawn.
+        ratios (`Ratios`): what the ratios of sites come to.
         budgets (sequence of `Budget`): over sites.
-        scores (mapping of site key to `Tensor[num_units]`): the metric's; the highest of a site stay.
         spread (`float`): standard deviation of a ratio.
-        keep (`Callable`): scores of every unit in, by site key; out the units that the request keeps under them.
     """
 
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        budgets: Sequence[Budget],
-        scores: Mapping[SiteKey, torch.Tensor],
-        spread: float,
-        keep: Callable[[Mapping[SiteKey, torch.Tensor]], Mapping[SiteKey, list[int]]],
-    ):
+    def __init__(self, ratios: Ratios, budgets: Sequence[Budget], spread: float):
         self.budgets = budgets
-        self._sites = list(sites)
-        self._sizes = torch.tensor([site.num_units for site in sites])
-        # The share of its site that is better than the middle of a unit: kept where the ratio is above it.
-        self._quantiles = torch.cat([_quantiles(site, scores[site.key]) for site in sites])
+        self._ratios = ratios
         self._spread = spread
-        self._keep = keep
         # Of a ratio that was shifted into its budget.
-        self._deviations = torch.empty(len(self._sites), dtype=torch.float64)
+        self._deviations = torch.empty(len(ratios.sites), dtype=torch.float64)
         for budget in budgets:
             squares = budget.weights.square()
             self._deviations[budget.members] = spread * (1 - squares / squares.sum()).sqrt()
@@ -131,16 +152,15 @@ class RatioPolicy:
         return rates
 
     def keep_probabilities(self, rates: torch.Tensor) -> torch.Tensor:
-        deviations = self._deviations.repeat_interleave(self._sizes).clamp_min(1e-12)
+        deviations = self._deviations.repeat_interleave(self._ratios.sizes).clamp_min(1e-12)
         return torch.special.ndtr(self.scores(rates) / deviations)
 
     def scores(self, rates: torch.Tensor) -> torch.Tensor:
-        return rates.repeat_interleave(self._sizes) - self._quantiles
+        return self._ratios.scores(rates)
 
     def _mask(self, rates: torch.Tensor) -> torch.Tensor:
-        scores = self.scores(rates).split(self._sizes.tolist())
-        kept = self._keep({site.key: values for site, values in zip(self._sites, scores)})
-        return torch.cat([site.unit_mask(kept[site.key]) for site in self._sites]).double()
+        kept = self._ratios.kept(rates)
+        return torch.cat([site.unit_mask(kept[site.key]) for site in self._ratios.sites]).double()
 
 
 def budgets_of(

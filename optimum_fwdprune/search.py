@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-import functools
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from .allocation import coarse_multiple, fewest_units, levels_of, prunable_sites
+from .allocation import LEVELS, coarse_multiple, fewest_units, prunable_sites
 from .architectures import Site, SiteKey
+from .budgets import Cost
 from .calibration import Calibration
+from .checkpoints import identity_of, load_state, not_a_state, save_state
 from .configuration import PruningConfig
-from .gates import Projection, replaced_projections
-from .least_squares import DEFAULT_RIDGE, NormalEquations, nested_changes, refit
-from .mask_learning import Progress, Schedule, history_by_site, identity_of, learn_rates
-from .policies import RatioPolicy, budgets_of, even_rates
-from .reconstruction import BIAS, HELD_OUT_EVERY, NONE, compensate_bias, gram_statistics
-from .statistics import MOMENTS, collect_statistics
-from .utils import check_output_file, progress, save_tensors_atomically
+from .divergence import Divergence
+from .gates import Projection
+from .levels import Levels
+from .policies import Ratios, budgets_of, even_rates
+from .policy_gradient import Budget, project
+from .reconstruction import HELD_OUT_EVERY
+from .utils import check_output_file, progress
 
+
+logger = logging.get_logger(__name__)
 
 # The scope that asks for it.
 SEARCH = "search"
 
-MASKS_PER_STEP, WINDOWS_PER_STEP = 4, 2
-SPREAD, LEARNING_RATE = 0.1, 0.02
+# How far keep ratios move in a step at first; halved when no step helps, down to half a level.
+FIRST_STEP, LAST_STEP = 0.2, 0.5 / LEVELS
+
+# Parts of a step that are tried.
+PARTS = (1.0, 0.5, 0.25)
+
+# A search should be able to measure all sites about so often.
+SWEEPS = 6
 
 # Fields of a request that do not change what its search does.
 NOT_OF_THE_SEARCH = ("search_checkpoint", "batch_size", "reconstruction_order", "reconstruction_target")
@@ -45,8 +54,10 @@ class Found:
 
     Args:
         scores (`dict[SiteKey, Tensor[num_units]]`): whose order over all sites gives the widths that were found.
-        details (`dict`): steps and windows it took and the expected loss, as JSON values.
-        history (`dict[str, Tensor]`): as of policy-gradient pruning.
+        details (`dict`): sweeps and windows it took, and the divergence from the dense model of the even share and of
+            what was found, in nats per token, as JSON values.
+        history (`dict[str, Tensor]`): `loss` (the divergence) and `expected_sparsity` `[sweeps + 1]`, and
+            `keep_rate.<layer>.<kind>` of every site.
     """
 
     scores: dict[SiteKey, torch.Tensor]
@@ -56,15 +67,10 @@ class Found:
 
 def check_search(model: PreTrainedModel, config: PruningConfig) -> None:
     """Raise `ValueError` or `OSError` where a search would fail for the model or the request, before it is run."""
-    if config.search_windows < MASKS_PER_STEP * WINDOWS_PER_STEP:
-        raise ValueError(
-            f"search_windows={config.search_windows} is too few for one step of {MASKS_PER_STEP} candidates on "
-            f"{WINDOWS_PER_STEP} windows; give at least {MASKS_PER_STEP * WINDOWS_PER_STEP}, or use scope='global'."
-        )
     if not model.can_generate():
         raise ValueError(
-            f"{type(model).__name__} predicts no next token, and scope='search' compares the losses of those. Search "
-            f"with its causal counterpart and replay the plan, or use scope='global'."
+            f"{type(model).__name__} predicts no next token, and scope='search' compares what whole models predict. "
+            f"Search with its causal counterpart and replay the plan, or use scope='global'."
         )
     if config.search_checkpoint is not None:
         check_output_file(config.search_checkpoint)
@@ -76,29 +82,30 @@ def search(
     sites: Sequence[Site],
     scores: Mapping[SiteKey, torch.Tensor],
     config: PruningConfig,
-    kind: str,
     calibration: Calibration,
     keep: Keep,
+    cost: Cost,
 ) -> Found:
-    """Learn how much of each site to keep, by policy gradient over keep ratios (arXiv 2406.10576, with normal draws).
+    """Move budget from the sites that bear it worst to those that bear it best, as long as the whole model gains.
 
-    Every candidate is a whole model within the budget, its projections reconstructed: errors of its sites accumulate
-    in its loss. Candidates of a step share their tokens. Sites are reconstructed beforehand, MLPs at
-    `allocation.LEVELS` widths.
+    Starts from the even share. A sweep narrows every site in turn by a step and measures how far that takes the whole
+    pruned model, all other sites as narrow as they are and reconstructed, from the dense one: errors of sites
+    accumulate in it, and all candidates are judged on the same tokens. Then all keep ratios are moved at once along
+    the logarithm of what each saved unit of cost took; of three lengths of that move the best stays where it gains,
+    else the step is halved. An interrupt (Ctrl-C) ends the search with the best so far.
 
     Args:
         model (`PreTrainedModel`): the dense model; it is not changed.
         sites (sequence of `Site`): all its sites.
         scores (mapping of site key to `Tensor[num_units]`): which units of a site stay longest.
         config (`PruningConfig`): the request; `search_windows` bounds the forward passes.
-        kind (`str`): reconstruction that candidates get.
-        calibration (`Calibration`): the tokens.
+        calibration (`Calibration`): the tokens: every eighth window judges, the others reconstruct.
         keep (`Callable`): scores and a request in, what that request keeps under them out.
+        cost (`Cost`): what the budget is counted in.
 
     Raises:
-        ValueError: where nothing can move.
+        ValueError: where nothing can move, or `search_windows` does not suffice for one sweep.
     """
-    steps = config.search_windows // (MASKS_PER_STEP * WINDOWS_PER_STEP)
     learned = prunable_sites(sites, config)
     fixed = {site.key: scores[site.key] for site in sites}
     coarse = replace(config, multiple_of=coarse_multiple(learned, config))
@@ -112,130 +119,223 @@ def search(
     budgets = budgets_of(learned, kept, coarse, [1] * len(learned), floors, exact=True)
     if all(len(budget.members) == 1 for budget in budgets):
         raise ValueError("scope='search' moves budget between sites, and only one of each kind is pruned here.")
-    policy = RatioPolicy(learned, budgets, scores, SPREAD, lambda found: keep(fixed | dict(found), coarse))
-    state = Progress(0, even_rates(budgets, len(learned)))
-    checkpoint, identity = None, None
+    ratios = Ratios(learned, scores, lambda found: keep(fixed | dict(found), coarse))
+    fit, judging = calibration.split(HELD_OUT_EVERY)
+    judging = _as_many_as_allowed(judging or fit, learned, config)
+
+    state = _State(torch.zeros(0), FIRST_STEP)
+    checkpoint, identity = None, {}
     if config.search_checkpoint is not None:
         checkpoint = check_output_file(config.search_checkpoint)
         identity = identity_of(model, calibration, config, NOT_OF_THE_SEARCH)
         identity["scores"] = [float(scores[site.key].double().sum()) for site in learned]
         if checkpoint.exists():
-            state = Progress.load(checkpoint, identity)
-    schedule = Schedule(
-        steps=steps,
-        learning_rate=LEARNING_RATE,
-        estimator="leave_one_out",
-        masks_per_step=MASKS_PER_STEP,
-        antithetic=False,
-        windows_per_step=WINDOWS_PER_STEP,
-        baseline_horizon=1.0,
-        stop_when_flat=None,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        prunable_parameters=sum(site.num_parameters for site in sites),
-        normalize=True,
-    )
+            state = _State.load(checkpoint, identity)
     with tempfile.TemporaryDirectory(prefix="fwdprune-levels-") as folder:
-        projection = None
-        if state.step < steps:
-            projection = _projections(model, learned, scores, coarse, kind, calibration, Path(folder))
-        masked = None if projection is None else _replacing(learned, projection)
-        learn_rates(model, learned, calibration, policy, state, schedule, checkpoint, 20, identity, masked)
-    found = policy.scores(state.rates).split([site.num_units for site in learned])
-    values = {site.key: torch.ones(site.num_units) for site in sites}
-    values |= {site.key: part for site, part in zip(learned, found)}
+        if state.step >= LAST_STEP:
+            levels = Levels(model, learned, scores, coarse, fit, Path(folder))
+            divergence = Divergence(model, learned, judging, config.batch_size)
+            descent = _Descent(ratios, budgets, levels, divergence, cost, len(judging.input_ids))
+            if not len(state.rates):
+                descent.start(state, even_rates(budgets, len(learned)))
+
+            def save() -> None:
+                if checkpoint is not None:
+                    state.save(checkpoint, identity)
+
+            try:
+                descent.run(state, config, save)
+            except KeyboardInterrupt:
+                logger.warning(
+                    "The search was interrupted after %d sweeps and goes on with the best it has found.", state.sweeps
+                )
+    found = {site.key: torch.ones(site.num_units) for site in sites} | ratios.by_site(state.rates)
     details = {
-        "steps": state.step,
-        "windows": state.step * MASKS_PER_STEP * WINDOWS_PER_STEP,
-        "expected_loss": state.expected_loss,
+        "sweeps": state.sweeps,
+        "windows": state.windows,
+        "even_divergence": state.losses[0],
+        "divergence": state.losses[-1],
     }
-    return Found(values, details, history_by_site(state, learned))
+    return Found(found, details, state.history(learned, sites))
 
 
-def _replacing(
-    sites: Sequence[Site], projection: Callable[[Site, int], Projection]
-) -> Callable[[torch.Tensor], AbstractContextManager]:
-    sizes = [site.num_units for site in sites]
+def _as_many_as_allowed(judging: Calibration, sites: Sequence[Site], config: PruningConfig) -> Calibration:
+    """The windows to judge on: as many as leave `SWEEPS` sweeps, one at least.
 
-    def masked(mask: torch.Tensor) -> AbstractContextManager:
-        widths = [int(part.sum()) for part in mask.split(sizes)]
-        return replaced_projections(
-            sites,
-            {site.key: projection(site, width) for site, width in zip(sites, widths) if width < site.num_units},
+    Raises:
+        ValueError: where the request allows no sweep at all.
+    """
+    layers = 1 + max(site.layer for site in sites)
+    # Every site is measured from its layer to the last; then the parts of a step. Before all that the two ends.
+    sweep = sum(layers - site.layer for site in sites) / layers + len(PARTS)
+    fewest = math.ceil(sweep) + 2
+    if config.search_windows < fewest:
+        raise ValueError(
+            f"search_windows={config.search_windows} is too few to try {len(sites)} sites and {len(PARTS)} moves on "
+            f"one window; give at least {fewest}, or use scope='global'."
         )
-
-    return masked
-
-
-def _projections(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
-    scores: Mapping[SiteKey, torch.Tensor],
-    config: PruningConfig,
-    kind: str,
-    calibration: Calibration,
-    folder: Path,
-) -> Callable[[Site, int], Projection] | None:
-    """What gives a site's projection at a width; `None` where masks alone say it all."""
-    if kind == NONE:
-        return None
-    kept = {site.key: {len(units): units for units in levels_of(site, scores[site.key], config)} for site in sites}
-    if kind == BIAS:
-        moments = collect_statistics(model, sites, calibration, config.batch_size, (MOMENTS,))
-        return lambda site, width: compensate_bias(site, kept[site.key][width], moments[site.key])
-    texts = calibration.split(HELD_OUT_EVERY)
-    cut = [site for site in sites if kept[site.key]]
-    measured = gram_statistics(model, cut, texts, config.batch_size)
-    for site, statistics in progress(measured, "Reconstructing levels", total=len(cut), unit="site"):
-        grams = [each.gram for each in statistics if each.gram is not None]
-        ridge = _ridge(site, kept[site.key], grams, [each.count for each in statistics], config.ridge)
-        levels = _refitted(site, kept[site.key], functools.reduce(torch.add, grams), ridge)
-        save_tensors_atomically(folder / _file(site), levels, {})
-    # Memory-mapped: a level is read when it is used, and the system keeps what is used often.
-    files = {site.key: safe_open(folder / _file(site), framework="pt") for site in cut}
-
-    def projection(site: Site, width: int) -> Projection:
-        weight = files[site.key].get_tensor(str(width)).to(site.projection.weight.device)
-        return Projection(kept[site.key][width], weight, site.projection.bias)
-
-    return projection
+    allowed = int(config.search_windows / (SWEEPS * sweep + 2))
+    return Calibration(*judging.windows(slice(max(1, allowed))), judging.source)
 
 
-def _file(site: Site) -> str:
-    return f"{site.layer}.{site.kind}.safetensors"
+@dataclass
+class _State:
+    """All that a search needs to go on.
+
+    Args:
+        rates (`Tensor[sites]`, float64): keep ratios of the best so far; empty before the first.
+        step (`float`): how far they move next; 0 once nothing helps any more.
+        windows (`int`): passed through the model so far, rounded up.
+        losses (`list[float]`): divergence of the even share and after every sweep.
+        path (`list[Tensor[sites]]`): the keep ratios that these belong to.
+    """
+
+    rates: torch.Tensor
+    step: float
+    windows: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    path: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def sweeps(self) -> int:
+        return max(0, len(self.losses) - 1)
+
+    def add(self, rates: torch.Tensor, loss: float) -> None:
+        self.rates = rates
+        self.losses.append(loss)
+        self.path.append(rates)
+
+    def history(self, sites: Sequence[Site], every_site: Sequence[Site]) -> dict[str, torch.Tensor]:
+        rates = torch.stack(self.path)
+        sizes = torch.tensor([site.num_parameters for site in sites], dtype=torch.float64)
+        removed = (1 - rates) @ sizes / sum(site.num_parameters for site in every_site)
+        found = {
+            "loss": torch.tensor(self.losses),
+            # Nothing is drawn, so all is decided at every sweep.
+            "entropy": torch.zeros(len(rates)),
+            "expected_sparsity": removed.float(),
+        }
+        for site, values in zip(sites, rates.float().unbind(1)):
+            found[f"keep_rate.{site.layer}.{site.kind}"] = values
+        return found
+
+    def save(self, path: Path, identity: dict[str, Any]) -> None:
+        numbers = {"step": self.step, "windows": self.windows, "losses": self.losses}
+        save_state(path, {"path": torch.stack(self.path)}, numbers, identity)
+
+    @classmethod
+    def load(cls, path: Path, identity: dict[str, Any]) -> _State:
+        tensors, numbers = load_state(path, identity)
+        try:
+            rates = list(tensors["path"])
+            return cls(rates[-1], numbers["step"], numbers["windows"], numbers["losses"], rates)
+        except (KeyError, IndexError) as error:
+            raise not_a_state(path, error) from error
 
 
-def _ridge(
-    site: Site, kept: dict[int, list[int]], grams: list[torch.Tensor], counts: list[int], ridge: float | None
-) -> float | None:
-    """The ridge of all levels: the best on held-out windows at the middle level, or `None` where none is any good."""
-    if len(grams) < 2:
-        return DEFAULT_RIDGE if ridge is None else ridge
-    columns = site.kept_features(list(kept.values())[len(kept) // 2])
-    fit, held_out = (
-        NormalEquations.of_removed(gram, count, site.projection.weight, columns) for gram, count in zip(grams, counts)
-    )
-    found = refit(fit, held_out, ridge)
-    return None if found.change is None else found.ridge
+class _Descent:
+    """Moves keep ratios of sites along what sweeps find."""
 
+    def __init__(
+        self,
+        ratios: Ratios,
+        budgets: Sequence[Budget],
+        levels: Levels,
+        divergence: Divergence,
+        cost: Cost,
+        num_windows: int,
+    ):
+        self._ratios = ratios
+        self._budgets = budgets
+        self._levels = levels
+        self._divergence = divergence
+        self._cost = cost
+        self._num_windows = num_windows
+        self._sizes = ratios.sizes.double()
+        # Those of the model that is settled.
+        self._projections: dict[SiteKey, Projection] = {}
 
-def _refitted(
-    site: Site, kept: dict[int, list[int]], gram: torch.Tensor, ridge: float | None
-) -> dict[str, torch.Tensor]:
-    """The columns at every level, in the order of the features: refitted, or as they are where `ridge` is `None`."""
-    weight = site.projection.weight
-    if ridge is None:
-        return {str(count): weight[:, site.kept_features(units)] for count, units in kept.items()}
-    # Those that stay longest first: every level keeps a part of what the one above it keeps.
-    unit_order: list[int] = []
-    for units in [*reversed(kept.values()), range(site.num_units)]:
-        present = set(unit_order)
-        unit_order += [unit for unit in units if unit not in present]
-    order = torch.arange(weight.shape[1]).view(site.num_units, -1)[unit_order].flatten().to(weight.device)
-    widths = [width * site.unit_width for width in kept]
-    levels = {}
-    for count, change in zip(kept, nested_changes(gram, weight, order, widths, ridge)):
-        places = order[: change.shape[1]].argsort()
-        columns = order[: change.shape[1]][places]
-        levels[str(count)] = (weight[:, columns].double() + change[:, places]).to(weight.dtype)
-    return levels
+    def start(self, state: _State, rates: torch.Tensor) -> None:
+        """Settle the even share."""
+        widths = self._widths(rates)
+        state.add(widths / self._sizes, self._settle(widths))
+        state.windows += 2 * self._num_windows
+
+    def run(self, state: _State, config: PruningConfig, save: Callable[[], Any]) -> None:
+        """Sweep and move until the windows are used up or nothing helps."""
+        layers = self._divergence.layers
+        shares = sum(layers - site.layer for site in self._ratios.sites) / layers
+        price = self._num_windows * (shares + len(PARTS))
+        if not self._projections:
+            self._settle((state.rates * self._sizes).round())
+        save()
+        while state.step >= LAST_STEP and state.windows + price <= config.search_windows:
+            rates, loss = self._move(state)
+            state.windows += price
+            if loss < state.losses[-1]:
+                state.add(rates, self._settle((rates * self._sizes).round()))
+            else:
+                state.add(state.rates, state.losses[-1])
+                state.step /= 2
+            save()
+
+    def _move(self, state: _State) -> tuple[torch.Tensor, float]:
+        """The best of a few moves along the slopes of all sites, and its divergence."""
+        slopes = self._slopes(state)
+        direction = torch.zeros_like(slopes)
+        for budget in self._budgets:
+            logarithms = slopes[budget.members].clamp_min(1e-3 * float(slopes[budget.members].median())).log()
+            mean = (budget.weights @ logarithms) / budget.weights.sum()
+            direction[budget.members] = (logarithms - mean).clamp(-1, 1)
+        tried: dict[tuple[int, ...], float] = {}
+        for part in PARTS:
+            moved = state.rates + part * state.step * direction
+            for budget in self._budgets:
+                moved[budget.members] = project(moved[budget.members], budget)
+            widths = self._widths(moved)
+            key = tuple(widths.long().tolist())
+            if key not in tried and not torch.equal(widths, (state.rates * self._sizes).round()):
+                tried[key] = self._divergence.of(self._projections_of(widths))
+        if not tried:
+            return state.rates, math.inf
+        best = min(tried, key=lambda key: tried[key])
+        return torch.tensor(best, dtype=torch.float64) / self._sizes, tried[best]
+
+    def _slopes(self, state: _State) -> torch.Tensor:
+        """What narrowing each site by a step adds to the divergence, by what it saves, `[sites]` float64."""
+        slopes = torch.zeros(len(state.rates), dtype=torch.float64)
+        sites = self._ratios.sites
+        for place, site in enumerate(progress(sites, f"Searching, sweep {state.sweeps + 1}", unit="site")):
+            width = round(float(state.rates[place] * site.num_units))
+            other = self._neighbour(site, width, state.step)
+            changed = dict(self._projections)
+            changed.pop(site.key, None)
+            projection = self._levels.projection(site, other)
+            changed |= {} if projection is None else {site.key: projection}
+            loss = self._divergence.of(changed, first=site.layer)
+            before, after = self._cost.of(site, torch.tensor([width, other])).tolist()
+            slopes[place] = (loss - state.losses[-1]) / (before - after)
+        return slopes
+
+    def _neighbour(self, site: Site, width: int, step: float) -> int:
+        """The width nearest to one step below, or above where there is none below."""
+        widths = [each for each in self._levels.widths(site) if each != width]
+        below = [each for each in widths if each < width]
+        wanted = width - step * site.num_units if below else width + step * site.num_units
+        return min(below or widths, key=lambda each: abs(each - wanted))
+
+    def _widths(self, rates: torch.Tensor) -> torch.Tensor:
+        kept = self._ratios.kept(rates)
+        return torch.tensor([len(kept[site.key]) for site in self._ratios.sites], dtype=torch.float64)
+
+    def _projections_of(self, widths: torch.Tensor) -> dict[SiteKey, Projection]:
+        found = {}
+        for site, width in zip(self._ratios.sites, widths.long().tolist()):
+            projection = self._levels.projection(site, width)
+            if projection is not None:
+                found[site.key] = projection
+        return found
+
+    def _settle(self, widths: torch.Tensor) -> float:
+        self._projections = self._projections_of(widths)
+        return self._divergence.settle(self._projections)

@@ -7,7 +7,7 @@ import torch
 from optimum_fwdprune import PruningConfig, find_sites
 from optimum_fwdprune.allocation import allocate
 from optimum_fwdprune.budgets import Budget as Removal
-from optimum_fwdprune.policies import RatioPolicy, UnitPolicy, entropy, initial_probabilities
+from optimum_fwdprune.policies import RatioPolicy, Ratios, UnitPolicy, entropy, initial_probabilities
 from optimum_fwdprune.policy_gradient import Budget, policy_gradient
 
 
@@ -80,7 +80,7 @@ def ratio_policy(sites, spread=0.1, budget="joint", **fields):
     def keep(scores):
         return allocate(sites, scores, request, removal, additive=False)
 
-    return RatioPolicy(sites, budgets, metric_of(sites), spread, keep), torch.full((len(sites),), 0.6).double()
+    return RatioPolicy(Ratios(sites, metric_of(sites), keep), budgets, spread), torch.full((len(sites),), 0.6).double()
 
 
 def parameters_of(masks, sites):
@@ -185,7 +185,7 @@ def test_equal_ratios_do_not_pick_layers_by_their_number():
         request = PruningConfig(scope="global", kinds=["attention"])
         weights = torch.ones(3, dtype=torch.float64)
         budget = Budget(torch.arange(3), weights, 2.0, 0 * weights, exact=True)
-        policy = RatioPolicy(sites, [budget], ordered, 0.1, None)
+        policy = RatioPolicy(Ratios(sites, ordered, None), [budget], 0.1)
         scores = policy.scores(torch.full((3,), 13 / 18, dtype=torch.float64)).split(6)
         found = allocate(sites, dict(zip(metric, scores)), request, removal, additive=False)
         return [len(found[key]) for key in metric]

@@ -151,7 +151,7 @@ def test_layers_one_by_one_make_what_the_model_makes(dense, tokens):
         for batch in runner.batches(calibration, 7):
             for layer in range(len(runner.layers)):
                 batch.hidden = runner.run(layer, batch)
-            ids, own = calibration.windows(batch.windows)
+            ids, own = batch.input_ids, batch.attention_mask
             with outputs_of([runner.layers[-1]]) as outputs:
                 dense(input_ids=ids, attention_mask=own)
             expected = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]

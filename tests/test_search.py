@@ -1,6 +1,7 @@
 """Widths found by the loss of whole models: the levels it chooses from, and that it keeps to what it was given."""
 
 import itertools
+import logging
 import math
 
 import numpy as np
@@ -10,11 +11,14 @@ import torch
 import transformers
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, PruningPlan, find_sites, search
-from optimum_fwdprune import mask_learning as learning
+from optimum_fwdprune import levels as levels_module
 from optimum_fwdprune.allocation import LEVELS, levels_of
+from optimum_fwdprune.divergence import Divergence
 from optimum_fwdprune.gates import Projection, replaced_projections
 from optimum_fwdprune.least_squares import NormalEquations, nested_changes
+from optimum_fwdprune.levels import Levels
 from optimum_fwdprune.scores import Scores
+from optimum_fwdprune.utils import save_tensors_atomically
 
 
 def request_of(**fields):
@@ -38,36 +42,68 @@ def test_nested_changes_are_those_of_each_set_alone():
         assert equations.error(change[:, columns]) < equations.energy
 
 
+def levels_for(model, sites, kind, tokens, folder, **fields):
+    """Levels from scores that follow a unit's place, as if least squares had helped everywhere."""
+    scores = {site.key: torch.arange(site.num_units).float() for site in sites}
+    request = PruningConfig(reconstruction=kind, ridge=1e-3, multiple_of=4, **fields)
+    return Levels(model, sites, scores, request, Calibration(tokens), folder)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["none", "bias", "least_squares"])
-def test_a_candidate_has_the_loss_of_the_pruned_model(dense, tokens, kind, monkeypatch):
-    """Its projections are put together from the levels; those that this test makes itself must give the same loss."""
-    seen = []
-    losses = learning._Learner._losses
-
-    def watched(self, masks, windows):
-        found = losses(self, masks, windows)
-        seen.append((masks, windows, found))
-        return found
-
-    monkeypatch.setattr(learning._Learner, "_losses", watched)
-    # As if it had helped everywhere on held-out windows.
-    monkeypatch.setattr(search, "_ridge", lambda *_: 1e-3)
-    request = request_of(search_windows=8, reconstruction=kind, ridge=1e-3, attention_unit="kv_group")
-    FwdPruner(dense).prune(request, tokens, inplace=False)
+def test_levels_are_the_projections_of_the_units_that_stay(dense, tokens, kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(levels_module, "_ridge", lambda *_: 1e-3)
     sites = find_sites(dense, "kv_group")
-    masks, windows, found = seen[0]
-    for mask, loss in zip(masks[:2], found):
-        parts = dict(zip((site.key for site in sites), mask.split([site.num_units for site in sites])))
-        projections = {
-            site.key: by_numpy(dense, site, parts[site.key].bool(), tokens, kind)
-            for site in sites
-            if parts[site.key].sum() < site.num_units
-        }
-        with replaced_projections(sites, projections):
-            expected = dense(input_ids=tokens[windows], labels=tokens[windows]).loss
-        assert float(loss) == pytest.approx(float(expected), rel=1e-4)
-    assert len(found.unique()) > 1
+    levels = levels_for(dense, sites, kind, tokens, tmp_path, attention_unit="kv_group")
+    for site in sites[-2:]:
+        assert levels.projection(site, site.num_units) is None
+        for width in levels.widths(site)[1::3]:
+            found = levels.projection(site, width)
+            expected = by_numpy(
+                dense, site, site.unit_mask(range(site.num_units - width, site.num_units)), tokens, kind
+            )
+            assert found.kept == expected.kept
+            torch.testing.assert_close(found.weight, expected.weight, rtol=1e-2, atol=2e-3)
+            if expected.bias is not None:
+                torch.testing.assert_close(found.bias, expected.bias, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_divergence_is_that_of_the_whole_model_from_whatever_layer_it_starts(dense, tokens, tmp_path):
+    sites = find_sites(dense)
+    levels = levels_for(dense, sites, "none", tokens, tmp_path)
+    mask = torch.ones_like(tokens)
+    mask[:, -5:] = 0
+    for calibration in (Calibration(tokens), Calibration(tokens, mask)):
+        divergence = Divergence(dense, sites, calibration, 7)
+        assert divergence.of({}) == pytest.approx(0, abs=1e-4)
+        narrow = {site.key: levels.projection(site, levels.widths(site)[1]) for site in sites}
+        other = narrow | {site.key: levels.projection(site, levels.widths(site)[-1]) for site in sites[-1:]}
+
+        def expected(projections, calibration=calibration):
+            def log_probabilities():
+                logits = dense(input_ids=tokens, attention_mask=calibration.attention_mask).logits[:, 3::4]
+                return logits.double().log_softmax(-1)
+
+            with replaced_projections(sites, projections):
+                pruned = log_probabilities()
+            full = log_probabilities()
+            terms = (full.exp() * (full - pruned)).sum(-1)
+            counted = slice(None) if calibration.attention_mask is None else mask[:, 3::4].bool()
+            return float(terms[counted].mean())
+
+        assert divergence.settle(narrow) == pytest.approx(expected(narrow), rel=1e-3, abs=1e-5)
+        assert divergence.of(other, first=2) == pytest.approx(expected(other), rel=1e-3, abs=1e-5)
+        assert divergence.of(other) == pytest.approx(expected(other), rel=1e-3, abs=1e-5)
+        # The model is as it was.
+        assert divergence.of({}) == pytest.approx(0, abs=1e-4)
+
+
+def test_divergence_needs_tokens_to_compare_at(tokens):
+    model = tiny.make_model("llama_mha_tied")
+    with pytest.raises(ValueError, match="hold nothing but padding"):
+        Divergence(model, find_sites(model), Calibration(tokens, torch.zeros_like(tokens)), 4)
+    assert Divergence(model, find_sites(model), Calibration(tokens[:, :2]), 4).of({}) == pytest.approx(0, abs=1e-4)
 
 
 def by_numpy(model, site, mask, tokens, kind):
@@ -96,10 +132,10 @@ def test_levels_are_refitted_only_where_that_helps_on_held_out_windows(tokens):
     alike[:, 40:], unlike[:, 40:] = alike[:, :24], -unlike[:, :24]
     grams = {name: values.T @ values for name, values in (("alike", alike), ("unlike", unlike))}
 
-    assert search._ridge(site, kept, [grams["alike"], grams["alike"]], [200, 200], None) == 1e-3
-    assert search._ridge(site, kept, [grams["alike"], grams["unlike"]], [200, 200], None) is None
-    plain = search._refitted(site, kept, grams["alike"], None)
-    refitted = search._refitted(site, kept, grams["alike"], 1e-6)
+    assert levels_module._ridge(site, kept, [grams["alike"], grams["alike"]], [200, 200], None) == 1e-3
+    assert levels_module._ridge(site, kept, [grams["alike"], grams["unlike"]], [200, 200], None) is None
+    plain = levels_module._refitted(site, kept, grams["alike"], None)
+    refitted = levels_module._refitted(site, kept, grams["alike"], 1e-6)
     weight = site.projection.weight.detach()
     assert torch.equal(plain["20"], weight[:, :20])
     torch.testing.assert_close(
@@ -121,61 +157,114 @@ def test_the_plan_keeps_to_budget_and_request(dense, tokens):
 
 
 def test_it_passes_no_more_windows_than_it_was_given(tokens, monkeypatch):
+    """In passes of all layers; the three of this model are counted one by one."""
     model = tiny.make_model("llama_gqa_biases")
     passed = []
-    nll = learning.model_nll
-    monkeypatch.setattr(
-        learning, "model_nll", lambda model, ids, mask: passed.append(len(ids)) or nll(model, ids, mask)
-    )
-    pruner = FwdPruner(model)
-    pruner.prune(request_of(search_windows=45), tokens, inplace=False)
+    through = Divergence._through
 
-    assert sum(passed) == 40
-    assert pruner.plan.metadata["scoring"]["search"]["windows"] == 40
-    assert pruner.plan.metadata["scoring"]["search"]["steps"] == 5
+    def counted(self, batch, hidden, first, seen):
+        passed.append(len(hidden) * (3 - first) / 3)
+        return through(self, batch, hidden, first, seen)
+
+    monkeypatch.setattr(Divergence, "_through", counted)
+    for allowed in (20, 60, 300):
+        passed.clear()
+        pruner = FwdPruner(model)
+        pruner.prune(request_of(search_windows=allowed), tokens, inplace=False)
+        details = pruner.plan.metadata["scoring"]["search"]
+        # What is settled again after a move is a move that was tried.
+        assert details["windows"] <= allowed and sum(passed) <= details["windows"] + details["sweeps"]
+        assert details["sweeps"] >= 1
+
+
+def lost_share(self, projections, first):
+    """A divergence that knows no text: what sites lost, a hundred times as much in the last layer."""
+    lost = 0.0
+    for site in self._sites:
+        kept = len(projections[site.key].kept) if site.key in projections else site.num_units
+        lost += (100.0 if site.layer == 2 else 1.0) * (1 - kept / site.num_units) ** 2
+    return lost
 
 
 def test_it_finds_the_layer_that_matters(tokens, monkeypatch):
-    """The loss of a candidate here is what the last layer lost."""
-    model = tiny.make_model("llama_mha_tied")
-    sites = find_sites(model)
-    last = torch.cat([torch.full((site.num_units,), float(site.layer == 2)) for site in sites]).double()
     monkeypatch.setattr(
-        learning._Learner, "_losses", lambda self, masks, windows: 50 * (1 - masks) @ last / last.sum()
+        Divergence, "_measure", lambda self, projections, first, record: lost_share(self, projections, first)
     )
-    pruner = FwdPruner(model)
+    pruner = FwdPruner(tiny.make_model("llama_mha_tied"))
     pruner.prune(request_of(search_windows=800, budget="joint"), tokens, inplace=False)
     kept = {layer: len(pruner.plan.kept[layer, "mlp"]) for layer in range(3)}
 
     assert kept[2] > 56 > 40 > max(kept[0], kept[1])
-    assert pruner.scores.history["keep_rate.2.mlp"][-1] > 0.9
+    history = pruner.scores.history
+    assert history["keep_rate.2.mlp"][-1] > 0.9 and (history["loss"].diff() <= 0).all()
+    details = pruner.plan.metadata["scoring"]["search"]
+    assert details["divergence"] < 0.3 * details["even_divergence"]
 
 
-def test_a_search_that_was_stopped_goes_on_bit_for_bit(tokens, tmp_path, monkeypatch):
+def test_what_it_ends_with_is_no_worse_than_the_even_share(dense, tokens):
+    pruner = FwdPruner(dense)
+    pruner.prune(request_of(search_windows=60), tokens, inplace=False)
+    details = pruner.plan.metadata["scoring"]["search"]
+    assert 0 < details["divergence"] <= details["even_divergence"]
+
+
+def test_an_interrupt_ends_it_with_the_best_so_far(tokens, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.search"), "propagate", True)
+    monkeypatch.setattr(
+        Divergence, "_measure", lambda self, projections, first, record: lost_share(self, projections, first)
+    )
+    move = search._Descent._move
+    found = []
+
+    def interrupted(self, state):
+        if state.sweeps == 2:
+            found.append(state.rates)
+            raise KeyboardInterrupt
+        return move(self, state)
+
+    monkeypatch.setattr(search._Descent, "_move", interrupted)
+    pruner = FwdPruner(tiny.make_model("llama_mha_tied"))
+    pruner.prune(request_of(search_windows=800, budget="joint"), tokens, inplace=False)
+
+    assert "interrupted after 2 sweeps" in caplog.text
+    assert pruner.plan.metadata["scoring"]["search"]["sweeps"] == 2
+    assert pruner.report.sparsity == pytest.approx(0.4, abs=0.02)
+    widths = [len(pruner.plan.kept[key]) for key in pruner.plan.kept]
+    # The levels' widths, to within what the finer grid of the request fills up.
+    sizes = [pruner.plan.num_units[key] for key in pruner.plan.kept]
+    assert widths == pytest.approx([float(rate) * size for rate, size in zip(found[0], sizes)], abs=4)
+
+
+def test_a_search_that_was_killed_goes_on_bit_for_bit(tokens, tmp_path, monkeypatch):
     def run(**fields):
         pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
-        pruner.prune(request_of(search_windows=200, **fields), tokens)
+        pruner.prune(request_of(search_windows=200, budget="joint", **fields), tokens)
         return pruner
 
     whole = run()
-    step = learning._Learner.step
+    assert whole.plan.metadata["scoring"]["search"]["sweeps"] > 3
+    move = search._Descent._move
 
-    def killed(self, state, number):
-        if number == 21:
-            raise KeyboardInterrupt
-        return step(self, state, number)
+    def killed(self, state):
+        if state.sweeps == 2:
+            raise SystemExit
+        return move(self, state)
 
     file = str(tmp_path / "search.safetensors")
-    monkeypatch.setattr(learning._Learner, "step", killed)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(search._Descent, "_move", killed)
+    with pytest.raises(SystemExit):
         run(search_checkpoint=file)
-    monkeypatch.setattr(learning._Learner, "step", step)
+    monkeypatch.setattr(search._Descent, "_move", move)
     resumed = run(search_checkpoint=file)
 
     assert resumed.plan.kept == whole.plan.kept
     assert all(torch.equal(resumed.scores.history[name], values) for name, values in whole.scores.history.items())
+    assert resumed.plan.metadata["scoring"]["search"] == whole.plan.metadata["scoring"]["search"]
     with pytest.raises(ValueError, match=r"belongs to another run: its sparsity is 0\.4, this one's is 0\.3"):
         run(search_checkpoint=file, sparsity=0.3)
+    save_tensors_atomically(tmp_path / "search.safetensors", {}, {"identity": {}})
+    with pytest.raises(ValueError, match="belongs to another run"):
+        run(search_checkpoint=file)
 
 
 def test_one_set_of_scores_serves_searches_at_several_budgets(tokens, tmp_path):
@@ -206,7 +295,7 @@ def test_methods_that_need_no_text_search_on_the_text_given(tokens):
     [
         (
             {"search_windows": 7},
-            "search_windows=7 is too few for one step of 4 candidates on 2 windows; give at least 8",
+            "search_windows=7 is too few to try 6 sites and 3 moves on one window; give at least 9",
         ),
         ({"skip_layers": [0, 1], "sparsity": 0.1}, "only one of each kind is pruned here"),
     ],

@@ -136,7 +136,8 @@ def score(inputs: ScoringInputs) -> UnitScores:
     import torch
 
     from ..allocation import prunable_sites
-    from ..mask_learning import Progress, Schedule, history_by_site, identity_of, learn_rates
+    from ..checkpoints import identity_of
+    from ..mask_learning import Progress, Schedule, history_by_site, learn_rates
     from ..utils import check_output_file
 
     config = inputs.config
@@ -200,7 +201,7 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
 def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
     """What the masks are drawn from, and the keep rates to start from."""
     from ..allocation import fewest_units
-    from ..policies import RatioPolicy, UnitPolicy, budgets_of, even_rates, initial_probabilities
+    from ..policies import RatioPolicy, Ratios, UnitPolicy, budgets_of, even_rates, initial_probabilities
     from ..policy_gradient import FLOOR
 
     config = inputs.config
@@ -218,7 +219,7 @@ def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
         def keep(scores):
             return inputs.keep(metric | scores)
 
-        return RatioPolicy(sites, budgets, metric, config.ratio_spread, keep), even_rates(budgets, len(sites))
+        return RatioPolicy(Ratios(sites, metric, keep), budgets, config.ratio_spread), even_rates(budgets, len(sites))
     sizes = [site.num_units for site in sites]
     budgets = budgets_of(sites, kept, config, sizes, [FLOOR] * len(sites), exact=False)
     rates = [float(part[0]) for part in even_rates(budgets, sum(sizes)).split(sizes)]

@@ -1,0 +1,115 @@
+"""Every site at every width that it may get, reconstructed beforehand: what a search chooses from."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from .allocation import levels_of
+from .architectures import Site, SiteKey
+from .calibration import Calibration
+from .configuration import PruningConfig
+from .gates import Projection
+from .least_squares import DEFAULT_RIDGE, NormalEquations, nested_changes, refit
+from .reconstruction import BIAS, HELD_OUT_EVERY, LEAST_SQUARES, compensate_bias, gram_statistics
+from .statistics import MOMENTS, collect_statistics
+from .utils import progress, save_tensors_atomically
+
+
+class Levels:
+    """Projections of sites at several widths. Those that are refitted lie in files and are read when they are used.
+
+    Args:
+        model (`PreTrainedModel`): the dense model; it is not changed.
+        sites (sequence of `Site`): whose widths are to be found.
+        scores (mapping of site key to `Tensor[num_units]`): which units of a site stay longest.
+        config (`PruningConfig`): the request, its `multiple_of` as coarse as the widths are to be.
+        calibration (`Calibration`): the tokens to reconstruct on.
+        folder (`Path`): where to keep refitted columns.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[Site],
+        scores: Mapping[SiteKey, torch.Tensor],
+        config: PruningConfig,
+        calibration: Calibration,
+        folder: Path,
+    ):
+        self._kept = {
+            site.key: {len(units): units for units in levels_of(site, scores[site.key], config)} for site in sites
+        }
+        self._moments, self._files = {}, {}
+        cut = [site for site in sites if self._kept[site.key]]
+        if config.reconstruction_kind == BIAS:
+            self._moments = collect_statistics(model, cut, calibration, config.batch_size, (MOMENTS,))
+        if config.reconstruction_kind == LEAST_SQUARES:
+            texts = calibration.split(HELD_OUT_EVERY)
+            measured = gram_statistics(model, cut, texts, config.batch_size)
+            for site, statistics in progress(measured, "Reconstructing levels", total=len(cut), unit="site"):
+                kept = self._kept[site.key]
+                grams = [each.gram for each in statistics if each.gram is not None]
+                ridge = _ridge(site, kept, grams, [each.count for each in statistics], config.ridge)
+                file = folder / f"{site.layer}.{site.kind}.safetensors"
+                save_tensors_atomically(file, _refitted(site, kept, functools.reduce(torch.add, grams), ridge), {})
+                # Memory-mapped: the system keeps what is used often.
+                self._files[site.key] = safe_open(file, framework="pt")
+
+    def widths(self, site: Site) -> list[int]:
+        """Return how many units the site may keep, most first: all of them, and each of its levels."""
+        return [site.num_units, *self._kept[site.key]]
+
+    def projection(self, site: Site, width: int) -> Projection | None:
+        """Return the projection of `site` with so many units; `None` where that is all of them."""
+        if width == site.num_units:
+            return None
+        kept, weight = self._kept[site.key][width], site.projection.weight
+        if site.key in self._moments:
+            return compensate_bias(site, kept, self._moments[site.key])
+        if site.key in self._files:
+            columns = self._files[site.key].get_tensor(str(width)).to(weight.device)
+        else:
+            columns = weight[:, site.kept_features(kept)]
+        return Projection(kept, columns, site.projection.bias)
+
+
+def _ridge(
+    site: Site, kept: dict[int, list[int]], grams: list[torch.Tensor], counts: list[int], ridge: float | None
+) -> float | None:
+    """The ridge of all levels: the best on held-out windows at the middle level, or `None` where none is any good."""
+    if len(grams) < 2:
+        return DEFAULT_RIDGE if ridge is None else ridge
+    columns = site.kept_features(list(kept.values())[len(kept) // 2])
+    fit, held_out = (
+        NormalEquations.of_removed(gram, count, site.projection.weight, columns) for gram, count in zip(grams, counts)
+    )
+    found = refit(fit, held_out, ridge)
+    return None if found.change is None else found.ridge
+
+
+def _refitted(
+    site: Site, kept: dict[int, list[int]], gram: torch.Tensor, ridge: float | None
+) -> dict[str, torch.Tensor]:
+    """The columns at every level, in the order of the features: refitted, or as they are where `ridge` is `None`."""
+    weight = site.projection.weight
+    if ridge is None:
+        return {str(count): weight[:, site.kept_features(units)] for count, units in kept.items()}
+    # Those that stay longest first: every level keeps a part of what the one above it keeps.
+    unit_order: list[int] = []
+    for units in [*reversed(kept.values()), range(site.num_units)]:
+        present = set(unit_order)
+        unit_order += [unit for unit in units if unit not in present]
+    order = torch.arange(weight.shape[1]).view(site.num_units, -1)[unit_order].flatten().to(weight.device)
+    widths = [width * site.unit_width for width in kept]
+    levels = {}
+    for count, change in zip(kept, nested_changes(gram, weight, order, widths, ridge)):
+        places = order[: change.shape[1]].argsort()
+        columns = order[: change.shape[1]][places]
+        levels[str(count)] = (weight[:, columns].double() + change[:, places]).to(weight.dtype)
+    return levels
