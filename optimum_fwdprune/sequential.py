@@ -31,7 +31,8 @@ def refit_in_sequence(
     held_out: Calibration | None,
     batch_size: int,
 ) -> tuple[dict[SiteKey, Projection], dict[SiteKey, Refit]]:
-    """Return new projection parameters of every site that loses units, first layer to last.
+    """Return new projection parameters, first layer to last: of every site that loses units and, where the target is
+    the dense model's stream, of every site behind the first of these, since all of them can make up for its loss.
 
     One projection's normal equations are in memory at a time, and the hidden states of all windows: three times for
     the target `"dense"`. It costs about three passes of the layers over the tokens, four for `"dense"`.
@@ -52,12 +53,14 @@ def refit_in_sequence(
         streams += [(_Stream(batch, target), True) for batch in runner.batches(held_out, batch_size)]
     projections: dict[SiteKey, Projection] = {}
     refits: dict[SiteKey, Refit] = {}
+    lost = False
     layers = [list(group) for _, group in groupby(sites, key=lambda site: site.layer)]
     for of_layer in progress(layers, "Reconstructing", unit="layer"):
         for stream, _ in streams:
             stream.enter(runner, of_layer)
         for place, site in enumerate(of_layer):
-            if len(kept[site.key]) == site.num_units:
+            lost = lost or len(kept[site.key]) < site.num_units
+            if not lost or (target == LAYER and len(kept[site.key]) == site.num_units):
                 continue
             columns = site.kept_features(kept[site.key])
             weight = site.projection.weight[:, columns]

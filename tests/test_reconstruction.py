@@ -191,6 +191,29 @@ def test_sequential_least_squares_undoes_the_error_of_the_stream(dense, architec
     assert any(refitted)
 
 
+@pytest.mark.parametrize("target", ["dense", "layer"])
+def test_projections_that_lost_nothing_make_up_for_those_before_them(target):
+    """Only the MLP of layer 1 is pruned: what follows can undo a part of its error, what precedes it has none."""
+    tokens = torch.randint(0, tiny.VOCAB, (128, 24), generator=torch.Generator().manual_seed(1))
+    dense = tiny.make_model("llama_gqa_biases")
+    request = {"kinds": ["mlp"], "skip_layers": [0, 2], "mlp_sparsity": 0.25}
+    pruner = pruned_by(dense, tokens, **sequential(target), **request)
+    before = {site.key: site.projection.weight for site in find_sites(dense)}
+    changed = {
+        site.key
+        for site in find_sites(pruner.model)
+        if site.key != (1, "mlp") and not torch.equal(site.projection.weight, before[site.key])
+    }
+    refitted = {
+        (int(name.split(".")[0]), name.split(".")[1])
+        for name, summary in pruner.plan.metadata["reconstructed"].items()
+        if summary["refitted"]
+    }
+    assert changed == refitted - {(1, "mlp")}
+    assert changed <= {(2, "attention"), (2, "mlp")} and bool(changed) == (target == "dense")
+    assert all(len(pruner.plan.kept[key]) == pruner.plan.num_units[key] for key in changed)
+
+
 @torch.no_grad()
 def test_sequential_least_squares_can_aim_at_the_layers_own_output(dense, tokens):
     pruner = pruned_by(dense, tokens, **sequential("layer"))
