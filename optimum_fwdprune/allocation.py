@@ -13,6 +13,10 @@ from .budgets import PARAMETERS, Budget, Cost
 from .configuration import PruningConfig
 
 
+# The layers that a deep model can least do without (docs/quality.md).
+ENDS = [0, 1, -2, -1]
+FEWEST_WITH_ENDS = 12
+
 # Steps in which a coarse grid takes the widest cut of an MLP.
 LEVELS = 16
 
@@ -87,11 +91,18 @@ def prunable_sites(sites: Iterable[Site], config: PruningConfig) -> list[Site]:
     """
     sites = list(sites)
     num_layers = 1 + max(site.layer for site in sites)
-    for layer in config.skip_layers:
+    skip_layers = _layers_to_skip(config, num_layers)
+    for layer in skip_layers:
         if not -num_layers <= layer < num_layers:
             raise ValueError(f"skip_layers names layer {layer}; the model has layers 0 to {num_layers - 1}.")
-    skipped = {layer % num_layers for layer in config.skip_layers}
+    skipped = {layer % num_layers for layer in skip_layers}
     return [site for site in sites if site.kind in config.kinds and site.layer not in skipped]
+
+
+def _layers_to_skip(config: PruningConfig, num_layers: int) -> list[int]:
+    if config.skip_layers is None:
+        return ENDS if config.scope == "layer" and num_layers >= FEWEST_WITH_ENDS else []
+    return config.skip_layers
 
 
 def levels_of(site: Site, scores: torch.Tensor, config: PruningConfig) -> list[list[int]]:
@@ -156,7 +167,7 @@ def allocate(
     taken = dict.fromkeys(steps, 0)
     for keys, part in parts:
         pools = _pools([steps[key] for key in keys], part, config.scope)
-        _check_reachable(pools, part, prunable, config)
+        _check_reachable(pools, part, prunable, config, 1 + max(site.layer for site in sites))
         for pool, target in pools:
             _fill(pool, target, taken, config.budget)
     return {
@@ -185,7 +196,7 @@ def _prunable(pool: list[_Steps]) -> int:
     return sum(step.total for step in pool)
 
 
-def _check_reachable(pools: list[_Pool], part: Budget, prunable: int, config: PruningConfig) -> None:
+def _check_reachable(pools: list[_Pool], part: Budget, prunable: int, config: PruningConfig, num_layers: int) -> None:
     """Raise `ValueError` where a pool cannot give its share of `part`, naming the largest share that all can give."""
     shares = []
     for pool, target in pools:
@@ -201,7 +212,8 @@ def _check_reachable(pools: list[_Pool], part: Budget, prunable: int, config: Pr
     where = f"layer {layer}" if config.scope == "layer" and shares else "the model"
     constraints = [f"min_units_per_site={config.min_units_per_site}"]
     constraints += [f"multiple_of={config.multiple_of}"] * (config.multiple_of > 1)
-    constraints += [f"skip_layers={config.skip_layers}"] * bool(config.skip_layers)
+    skip_layers = _layers_to_skip(config, num_layers)
+    constraints += [f"skip_layers={skip_layers}"] * bool(skip_layers)
     constraints += [f"kinds={config.kinds}"] * (len(config.kinds) == 1)
     raise ValueError(
         f"{part.cost.asked(part.amount, prunable)} is more than {where} can give under {', '.join(constraints)}: the "

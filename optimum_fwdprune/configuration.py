@@ -92,7 +92,7 @@ class PruningConfig:
         ("layer", "global", "search"),
     )
     search_windows: int = option(
-        2400, "Calibration windows that scope=search may pass through the model; the more, the better it ends."
+        600, "Calibration windows that scope=search may pass through the model; the more, the better it ends."
     )
     search_checkpoint: str | None = option(
         None, "File to keep the state of scope=search in; a search that finds one there goes on from it."
@@ -110,23 +110,27 @@ class PruningConfig:
         ("kv_group", "query_head"),
     )
     multiple_of: int = option(1, "Round every pruned MLP width to a multiple of this, for fast kernels.")
-    skip_layers: list[int] = option([], "Layers to leave alone; negative numbers count from the last.")
+    skip_layers: list[int] | None = option(
+        None,
+        "Layers that lose nothing; negative numbers count from the last. Default: the first two and the last two of "
+        "models of 12 layers and more where scope is layer, else none.",
+    )
     min_units_per_site: int = option(1, "Heads and channels that every layer keeps at least.")
     reconstruction: str | None = option(
         None,
         "What the kept weights do about the removed ones. Default: the method's own, least_squares for wanda_sp.",
         ("none", "bias", "least_squares"),
     )
-    reconstruction_order: str = option(
-        "independent",
+    reconstruction_order: str | None = option(
+        None,
         "Whether least squares refits all projections on the dense model's activations, or layer by layer on those of "
-        "the layers pruned before.",
+        "the layers pruned before (default).",
         ("independent", "sequential"),
     )
-    reconstruction_target: str = option(
-        "dense",
-        "What sequential least squares fits: what brings the residual stream back to the dense model's, or what the "
-        "layer itself would have said.",
+    reconstruction_target: str | None = option(
+        None,
+        "What sequential least squares fits: what brings the residual stream back to the dense model's (default where "
+        "the architecture allows it), or what the layer itself would have said.",
         ("dense", "layer"),
     )
     ridge: float | None = option(
@@ -239,10 +243,11 @@ class PruningConfig:
             ValueError: where there is no such preset, or it is one of another method.
         """
         preset = get_preset(name).fields
-        method = fields.get("method", preset["method"] if cls is PruningConfig else cls.method)
-        if preset["method"] != method:
+        asked = fields.get("method", preset.get("method", DEFAULT_METHOD))
+        method = asked if cls is PruningConfig else cls.method
+        if preset.get("method", method) != method:
             raise ValueError(f"Preset {name!r} is for method {preset['method']!r}, not for {method!r}.")
-        return cls(**{**preset, **fields})
+        return cls(**{**preset, **fields, "method": method})
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field, and the version that wrote it, as JSON values."""
@@ -377,7 +382,7 @@ class Preset:
     """A named request.
 
     Args:
-        fields (`dict[str, Any]`): of its config, `method` included; the others keep their defaults.
+        fields (`dict[str, Any]`): of its config; the others keep their defaults. Without `method` it goes with all.
         help (`str`): what it is for, in one line.
     """
 
@@ -390,7 +395,7 @@ _PRESETS: dict[str, Preset] = {}
 
 def register_preset(name: str, help: str, **fields) -> None:
     """Make a request known under `name`, for `PruningConfig.from_preset` and `--preset`."""
-    _PRESETS[name] = Preset({"method": DEFAULT_METHOD, **fields}, help)
+    _PRESETS[name] = Preset(fields, help)
 
 
 def get_preset(name: str) -> Preset:

@@ -15,14 +15,14 @@ from .calibration import Calibration
 from .configuration import PruningConfig
 from .gates import Projection
 from .least_squares import NormalEquations, Refit, refit
-from .sequential import DENSE, refit_in_sequence
+from .sequential import DENSE, LAYER, refit_in_sequence
 from .statistics import GRAM, MOMENTS, SiteStatistics, collect_statistics
 
 
 logger = logging.get_logger(__name__)
 
 NONE, BIAS, LEAST_SQUARES = "none", "bias", "least_squares"
-SEQUENTIAL = "sequential"
+INDEPENDENT = "independent"
 
 # Statistics that scoring gathers along the way where this kind of reconstruction will follow.
 STATISTICS_OF: dict[str, tuple[str, ...]] = {NONE: (), BIAS: (MOMENTS,), LEAST_SQUARES: ()}
@@ -58,14 +58,18 @@ def added_parameters(sites: Iterable[Site], kind: str) -> int:
 
 def check_reconstruction(model: PreTrainedModel, config: PruningConfig) -> None:
     """Raise `ValueError` where `model` does not allow the reconstruction that the request asks for."""
-    sequential = config.reconstruction_kind == LEAST_SQUARES and config.reconstruction_order == SEQUENTIAL
-    adds_up = get_architecture(model.config).residual_adds_up(model.config)
-    if sequential and config.reconstruction_target == DENSE and not adds_up:
+    least_squares = config.reconstruction_kind == LEAST_SQUARES
+    sequential = least_squares and config.reconstruction_order != INDEPENDENT
+    if sequential and config.reconstruction_target == DENSE and not _adds_up(model):
         raise ValueError(
             f"reconstruction_target='dense' needs projections that add to the residual stream as they are, and "
             f"{model.config._name_or_path or model.config.model_type} normalizes in between. Use "
             f"reconstruction_target='layer'."
         )
+
+
+def _adds_up(model: PreTrainedModel) -> bool:
+    return get_architecture(model.config).residual_adds_up(model.config)
 
 
 @torch.no_grad()
@@ -116,20 +120,22 @@ def reconstruct(
         )
     _warn_of_few_tokens(losing, kept, calibration)
     fit, held_out = calibration.split(HELD_OUT_EVERY)
-    if config.reconstruction_order == SEQUENTIAL:
+    if config.reconstruction_order != INDEPENDENT:
+        target = config.reconstruction_target or (DENSE if _adds_up(model) else LAYER)
         projections, refits = refit_in_sequence(
-            model, sites, kept, config.reconstruction_target, config.ridge, fit, held_out, config.batch_size
+            model, sites, kept, target, config.ridge, fit, held_out, config.batch_size
         )
     else:
         projections, refits = _refit_independently(model, losing, kept, config, fit, held_out)
     # Where nothing was lost, there was nothing to gain either.
-    unchanged = [key for key, found in refits.items() if found.change is None and found.error_before]
+    lossy = {site.key: refits[site.key] for site in losing}
+    unchanged = [key for key, found in lossy.items() if found.change is None and found.error_before]
     if unchanged:
         logger.warning(
             "Least squares did not help on the held-out windows at %d of %d sites, which keep their columns as they "
             "are: %s. More or other calibration text may change that.",
             len(unchanged),
-            len(refits),
+            len(lossy),
             ", ".join(f"{kind} of layer {layer}" for layer, kind in unchanged),
         )
     return Reconstruction(projections, {f"{layer}.{kind}": found.summary() for (layer, kind), found in refits.items()})

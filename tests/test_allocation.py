@@ -186,3 +186,25 @@ def test_a_target_is_a_ceiling_and_biases_that_reconstruction_adds_count():
     assert removal_budget(PruningConfig(target_bytes=1597), sites, 400, 1600) == Budget(1, at_least=True)
     with pytest.raises(ValueError, match="target_parameters is 500 and the model has only 400 parameters"):
         removal_budget(PruningConfig(target_parameters=500), sites, 400, 1600)
+
+
+@pytest.mark.parametrize(
+    ("layers", "fields", "spared"),
+    [
+        (12, {}, {0, 1, 10, 11}),
+        (11, {}, set()),
+        (12, {"scope": "global"}, set()),
+        (12, {"skip_layers": []}, set()),
+        (12, {"skip_layers": [3]}, {3}),
+    ],
+)
+def test_deep_models_keep_their_ends_unless_the_request_says_otherwise(layers, fields, spared):
+    sites = [make_site(layer, MLP, 10) for layer in range(layers)]
+    kept = allocate(sites, {site.key: torch.arange(10.0) for site in sites}, PruningConfig(**fields), Budget(300))
+    assert {layer for layer in range(layers) if len(kept[(layer, MLP)]) == 10} == spared
+
+
+def test_a_budget_that_the_ends_stand_in_the_way_of_names_them():
+    sites = [make_site(layer, MLP, 10) for layer in range(12)]
+    with pytest.raises(ValueError, match=r"skip_layers=\[0, 1, -2, -1\]: the largest possible sparsity is 0\.6"):
+        allocate(sites, {site.key: torch.rand(10) for site in sites}, PruningConfig(), Budget(1000))

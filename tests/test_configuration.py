@@ -15,7 +15,7 @@ from optimum_fwdprune.configuration import (
     registered_methods,
     registered_presets,
 )
-from optimum_fwdprune.methods import FlapConfig, RandomConfig
+from optimum_fwdprune.methods import FlapConfig, RandomConfig, TaylorConfig
 
 
 @pytest.mark.parametrize("name", registered_methods())
@@ -43,9 +43,9 @@ def test_every_field_has_a_help_text():
 
 
 def test_lists_are_not_shared_between_configs():
-    PruningConfig().skip_layers.append(3)
+    PruningConfig().kinds.append("mlp")
 
-    assert PruningConfig().skip_layers == []
+    assert PruningConfig().kinds == ["attention", "mlp"]
 
 
 def test_numbers_of_other_libraries_and_tuples_become_plain_values(tmp_path):
@@ -133,6 +133,13 @@ def test_presets_are_requests_that_fields_change(name):
 
     assert preset.to_dict() == PruningConfig(**get_preset(name).fields, sparsity=0.37).to_dict()
     assert get_preset(name).help.endswith(".")
+
+
+@pytest.mark.parametrize("name", ["fast", "balanced", "best"])
+def test_presets_by_cost_go_with_every_method(name):
+    assert PruningConfig.from_preset(name).method == PruningConfig().method
+    assert PruningConfig.from_preset(name, method="taylor") == TaylorConfig.from_preset(name)
+    assert PruningConfig.from_preset("balanced") == PruningConfig()
 
 
 def test_an_unknown_preset_names_the_known_ones():

@@ -18,9 +18,14 @@ def sequential(target):
     return {"reconstruction_order": "sequential", "reconstruction_target": target}
 
 
+INDEPENDENT = {"reconstruction_order": "independent"}
+
+
 def pruned_by(model, tokens, **options):
     pruner = FwdPruner(model)
-    pruner.prune(PruningConfig(sparsity=0.4, reconstruction="least_squares", **options), tokens, inplace=False)
+    pruner.prune(
+        PruningConfig(sparsity=0.4, reconstruction="least_squares", **INDEPENDENT | options), tokens, inplace=False
+    )
     return pruner
 
 
@@ -123,7 +128,9 @@ def test_a_ridge_of_ones_own_is_used(tokens):
     assert {found["ridge"] for found in pruner.plan.metadata["reconstructed"].values()} == {0.37}
 
 
-@pytest.mark.parametrize("options", [{}, sequential("layer"), sequential("dense")], ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize(
+    "options", [INDEPENDENT, sequential("layer"), sequential("dense")], ids=lambda o: "-".join(o.values())
+)
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_batches_of_any_size_give_the_same(tokens, options, batch_size):
     model = tiny.make_model("opt_pre_norm")
@@ -263,7 +270,9 @@ def test_padding_is_left_out(tokens, target):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, sequential("layer"), sequential("dense")], ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize(
+    "options", [INDEPENDENT, sequential("layer"), sequential("dense")], ids=lambda o: "-".join(o.values())
+)
 def test_bfloat16_models_gain_as_well(tokens, options):
     def error(model, **fields):
         pruned = FwdPruner(model).prune(PruningConfig(sparsity=0.4, **fields), tokens, inplace=False)
@@ -311,7 +320,9 @@ def test_a_forward_pass_that_stopped_holds_nothing(tokens):
         gc.enable()
 
 
-@pytest.mark.parametrize("options", [{}, sequential("layer"), sequential("dense")], ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize(
+    "options", [INDEPENDENT, sequential("layer"), sequential("dense")], ids=lambda o: "-".join(o.values())
+)
 def test_a_window_of_padding_alone_is_not_held_out(tokens, options):
     model = tiny.make_model("opt_pre_norm")
     mask = torch.ones_like(tokens)
@@ -321,7 +332,7 @@ def test_a_window_of_padding_alone_is_not_held_out(tokens, options):
     assert all(found["held_out_error_before"] > 0 for found in pruner.plan.metadata["reconstructed"].values())
 
 
-@pytest.mark.parametrize("options", [{}, sequential("dense")], ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", [INDEPENDENT, sequential("dense")], ids=lambda o: "-".join(o.values()))
 def test_without_a_ridge_singular_systems_are_still_solved(options):
     """Fewer tokens than features, of one window, and no ridge asked for."""
     tokens = torch.randint(0, 300, (1, 30), generator=torch.Generator().manual_seed(0))
@@ -339,7 +350,7 @@ def test_nothing_lost_is_nothing_to_warn_of(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("optimum_fwdprune.reconstruction"), "propagate", True)
     tokens = torch.randint(0, 300, (16, 24), generator=torch.Generator().manual_seed(0))
     with caplog.at_level(logging.WARNING):
-        FwdPruner(model).prune(PruningConfig(sparsity=0.2, kinds=["mlp"]), tokens)
+        FwdPruner(model).prune(PruningConfig(sparsity=0.2, kinds=["mlp"], **INDEPENDENT), tokens)
 
     assert "did not help" not in caplog.text
 

@@ -9,6 +9,7 @@ from ..configuration import (
     registered_methods,
     registered_presets,
 )
+from . import presets  # noqa: F401  each registers itself
 from .flap import FlapConfig
 from .magnitude import MagnitudeConfig
 from .mini_llm import MiniLlmConfig

@@ -134,6 +134,19 @@ def test_the_papers_preset_and_the_default_run(cli, source, tmp_path):
     assert (found["default"].estimator, found["default"].steps) == ("leave_one_out", 3)
 
 
+def test_presets_by_cost_run_with_other_methods(cli, source, tmp_path):
+    for name, method, scope, order in (
+        ("fast", "magnitude", "layer", "independent"),
+        ("best", "flap", "search", None),
+    ):
+        code, _, error = cli(
+            "prune", "-m", source, tmp_path / name, "--preset", name, "--method", method, *SMALL, "--sparsity", 0.3
+        )
+        found = PruningConfig.from_pretrained(tmp_path / name)
+        assert code == 0, error
+        assert (found.method, found.scope, found.reconstruction_order) == (method, scope, order)
+
+
 def test_a_preset_of_another_method_is_an_error(cli, source, tmp_path):
     code, _, error = cli(
         "prune", "-m", source, tmp_path / "out", "--preset", "policy-gradient-paper", "--method", "flap"
