@@ -38,6 +38,8 @@ benchmark: $(VENV)/installed
 study: $(VENV)/installed
 	$(BIN)/python benchmarks/mini_llm.py $(CALIBRATION) $(EVALUATION)
 	$(BIN)/python benchmarks/policy_gradient.py $(CALIBRATION) $(EVALUATION)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[study]"
+	$(BIN)/python benchmarks/quality.py $(CALIBRATION) $(EVALUATION)
 
 clean:
 	rm -rf $(VENV) $(CACHE) *.egg-info build dist

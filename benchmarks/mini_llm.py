@@ -134,7 +134,9 @@ class MiniLlmStudy(Study):
     def pruned(self, name, sparsity, reconstruction, seed):
         # A request of the method's own kind, so that its scores are allocated by its own rules.
         fields = DIRECT.get(name, {"method": "mini_llm"})
-        request = PruningConfig(sparsity=sparsity, reconstruction=reconstruction, ridge=0.01, seed=seed, **fields)
+        # All layers, refitted on the dense model with one ridge: what was the default when this was measured first.
+        plain = {"skip_layers": [], "reconstruction_order": "independent", "ridge": 0.01}
+        request = PruningConfig(sparsity=sparsity, reconstruction=reconstruction, seed=seed, **plain, **fields)
         scores = Scores(request, self.scores(name, seed), self.statistics, self.calibration)
         return FwdPruner(self.model).prune(request, scores=scores, inplace=False)
 

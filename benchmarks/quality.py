@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from study import Study, difference, digest_of, file_name, log
+from study import Study, difference, digest_of, file_name, log, table
 
 from optimum_fwdprune import FwdPruner, PruningConfig
 from optimum_fwdprune.configuration import get_preset
@@ -82,11 +82,19 @@ class QualityStudy(Study):
             places = torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()
             self.evaluations[f"{text}, {length}"] = windows[places]
 
-    def cell(self, name, sparsity=0.0):
-        """What was measured of a recipe at a sparsity: losses by evaluation, seconds, bytes, removed parameters."""
+    def file_of(self, name, sparsity):
         request = REQUESTS.get(name)
         digest = digest_of(name if request is None else request, sparsity, self.calibration.fingerprint)
-        file = self.cache / f"{file_name(name)}-{sparsity:g}-{digest}.json"
+        return self.cache / f"{file_name(name)}-{sparsity:g}-{digest}.json"
+
+    def measured(self, name, sparsity=0.0):
+        """A finished cell, or `None`."""
+        file = self.file_of(name, sparsity)
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def cell(self, name, sparsity=0.0):
+        """Measure a recipe at a sparsity, unless it was: losses by evaluation, seconds, bytes, removed parameters."""
+        file = self.file_of(name, sparsity)
         if not file.exists():
             start = time.perf_counter()
             reset_peak()
@@ -99,7 +107,7 @@ class QualityStudy(Study):
             cell = {
                 "name": name,
                 "sparsity": sparsity,
-                "request": request,
+                "request": REQUESTS.get(name),
                 "seconds": seconds,
                 "peak_bytes": max(0, peak_bytes() - before),
                 "removed": 1 - prunable_parameters(model) / self.prunable,
@@ -110,7 +118,6 @@ class QualityStudy(Study):
             }
             write_text_atomically(file, json.dumps(cell) + "\n")
             log(f"{name} at {sparsity:.0%}: {perplexity(cell):.2f}", start)
-        return json.loads(file.read_text())
 
     def pruned(self, name, sparsity):
         if name == "dense":
@@ -121,7 +128,7 @@ class QualityStudy(Study):
         return FwdPruner(self.model).prune(config, scores=self._score(config), inplace=False)
 
     def _score(self, config):
-        """Scores of a method serve every budget; what they took is added to the time of each."""
+        """Scores of a method serve every budget; what they took counts in the time of each."""
         key = (config.method, config.reconstruction_kind, config.attention_unit)
         if key not in self._scores:
             start = time.perf_counter()
@@ -202,7 +209,110 @@ def perplexity(cell, evaluation=MAIN):
 def ratio(cell, other):
     """The ratio of two perplexities, with the paired difference in nats behind it."""
     losses, others = (torch.tensor(each["losses"][MAIN], dtype=torch.float64) for each in (cell, other))
-    return f"{math.exp(float((losses - others).mean())):.2f} ({difference(losses, others)})"
+    return f"x{math.exp(float((losses - others).mean())):.2f} ({difference(losses, others)})"
+
+
+def is_wanted(name, sparsity):
+    """Whether a recipe belongs to a sparsity: targets everywhere they speak of, and one thing at a time at one."""
+    return (
+        name in EVERYWHERE
+        or (sparsity in TARGETED and name in COMPARED)
+        or (sparsity == VARIED and name in (*PACKAGES, *REQUESTS))
+    )
+
+
+def targets_table(study):
+    """Perplexities where there are targets, against the best of what others do, the baseline, and the dense model."""
+    rows = []
+    for sparsity in TARGETED:
+        others = [cell for name in (*FLAP, *PACKAGES) if (cell := study.measured(name, sparsity))]
+        best_other = min(others, key=perplexity, default=None)
+        baseline = study.measured(BASELINE, sparsity)
+        for name in COMPARED:
+            if cell := study.measured(name, sparsity):
+                against = [ratio(cell, other) if other else "" for other in (best_other, baseline)]
+                dense = f"x{perplexity(cell) / perplexity(study.measured('dense')):.2f}"
+                rows.append([f"{sparsity:.0%}", name, f"{perplexity(cell):.1f}", *against, dense])
+    header = ["removed", "recipe", "perplexity", "against the best of FLAP and the packages", "against the baseline"]
+    return table([*header, "against dense"], rows)
+
+
+def everything_table(study):
+    """Every cell: what it removed, all evaluations, time and memory."""
+    rows = []
+    for sparsity in (0.0, *SPARSITIES):
+        for name in ("dense", *PACKAGES, *REQUESTS):
+            if cell := study.measured(name, sparsity):
+                values = [f"{perplexity(cell, evaluation):.1f}" for evaluation in study.evaluations]
+                cost = ["", ""] if name == "dense" else [f"{cell['seconds']:.0f}", f"{cell['peak_bytes'] / 2**20:.0f}"]
+                rows.append([f"{cell['removed']:.1%}", name, *values, *cost])
+    return table(["removed", "recipe", *study.evaluations, "seconds", "MiB above the model"], rows)
+
+
+def varied_table(study):
+    """One thing at a time around the default, where methods differ most."""
+    rows = []
+    default = study.measured("balanced", VARIED)
+    for name in REQUESTS:
+        cell = study.measured(name, VARIED)
+        if cell and default and name not in (*FLAP, BASELINE):
+            rows.append([name, f"{perplexity(cell):.1f}", "" if name == "balanced" else ratio(cell, default)])
+    return table(["recipe", f"perplexity at {VARIED:.0%}", "against balanced"], rows)
+
+
+def plot(study, file):
+    """Perplexity by what was removed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    for name in (*FLAP, *PACKAGES, BASELINE, "taylor", *OURS):
+        points = [(s, perplexity(cell)) for s in SPARSITIES if (cell := study.measured(name, s))]
+        if points:
+            style = {"linewidth": 2.5} if name in OURS else {"linestyle": "--", "linewidth": 1.2}
+            axis.plot(*zip(*points), marker="o", label=name, **style)
+    axis.axhline(perplexity(study.measured("dense")), color="0.6", label="dense")
+    axis.set_yscale("log")
+    ticks = (30, 50, 100, 200, 500, 1000)
+    axis.set_yticks(ticks, map(str, ticks))
+    axis.set_xticks(SPARSITIES, [f"{s:.0%}" for s in SPARSITIES])
+    axis.set_xlabel("prunable parameters removed")
+    axis.set_ylabel("perplexity, WikiText-2 test, 512 tokens")
+    axis.legend(fontsize=8)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def report(study, output):
+    """Write the tables and the plot from all cells there are."""
+    counts = ", ".join(f"{len(windows)} windows of {name} tokens" for name, windows in study.evaluations.items())
+    picture = Path(output).with_suffix(".svg")
+    plot(study, picture)
+    text = f"""# Tables of the quality study
+
+Written by `benchmarks/quality.py`; [what they say](quality.md).
+
+SmolLM2-135M-Instruct in float32, {study.calibration.input_ids.shape[0]} x {study.calibration.input_ids.shape[1]}
+calibration tokens for every recipe, one seed. Perplexity on {counts}; ratios and differences in nats are paired
+over the windows of {MAIN} tokens, with their standard error. `strong baseline` is Wanda-sp on the MLPs alone, the
+first and last two layers spared, with independent least squares; optipfair (MAW with the calibration tokens) and
+torch-pruning (group magnitude) prune MLPs alone, by as much as makes up for it. Recipes are the requests of the
+script, presets by their names.
+
+![perplexity by what was removed]({picture.name})
+
+## Targets
+
+{targets_table(study)}
+## One thing at a time around `balanced`
+
+{varied_table(study)}
+## Every cell
+
+Seconds are on one thread of a shared machine, scoring included, and say no more than an order; memory is the peak
+while pruning above what the process held before, the copy of the model that `inplace=False` makes included.
+
+{everything_table(study)}"""
+    write_text_atomically(Path(output), text)
 
 
 def main():
@@ -210,7 +320,7 @@ def main():
     parser.add_argument("calibration_file")
     parser.add_argument("evaluation_file")
     parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES)
-    parser.add_argument("--cells", nargs="+", default=["dense", *PACKAGES, *REQUESTS])
+    parser.add_argument("--cells", nargs="*", default=[*PACKAGES, *REQUESTS], help="Recipes; none to only report.")
     parser.add_argument("--results", default="benchmarks/results/quality")
     parser.add_argument("--output", default="docs/quality_study.md")
     args = parser.parse_args()
@@ -218,11 +328,9 @@ def main():
     study.cell("dense")
     for sparsity in args.sparsity:
         for name in args.cells:
-            wanted = (
-                name in EVERYWHERE or (name in COMPARED and sparsity in TARGETED) or (sparsity == VARIED)
-            ) and name != "dense"
-            if wanted:
+            if is_wanted(name, sparsity):
                 study.cell(name, sparsity)
+    report(study, args.output)
 
 
 if __name__ == "__main__":
