@@ -100,6 +100,22 @@ def learning_ratios(model, repeats, parametrization, steps=2):
     return [(_seconds(lambda: learn(steps)) - _seconds(lambda: learn(0))) / _seconds(plain) for _ in range(repeats)]
 
 
+@torch.no_grad()
+def preset_ratios(model, repeats, preset, windows=64, seq_len=256):
+    """Return the time of prune(), all of it, over that of the plain forward passes over its calibration tokens."""
+    calibration = Calibration(torch.randint(0, 49152, (windows, seq_len)))
+
+    def plain():
+        for input_ids, _ in calibration.batches(8):
+            model.base_model(input_ids=input_ids, use_cache=False)
+
+    def prune():
+        FwdPruner(model).prune(PruningConfig.from_preset(preset), calibration, inplace=False)
+
+    plain()
+    return [_seconds(prune) / _seconds(plain) for _ in range(repeats)]
+
+
 def surgery_peak(model):
     """Return the peak of surgery above the dense model, in layers, or `None` where the system does not tell."""
     pruner = FwdPruner(model)
@@ -160,6 +176,9 @@ def main():
     for parametrization in ("unit", "ratio"):
         ratios = learning_ratios(model, repeats, parametrization)
         rows.append((f"a step of learning, {parametrization} / plain forwards", *_median_and_range(ratios), ""))
+    for preset, target in (("fast", "<= 3.00"), ("balanced", "")):
+        ratios = preset_ratios(model, min(repeats, 3), preset)
+        rows.append((f"prune(), {preset} / plain forwards", *_median_and_range(ratios), target))
     peak = surgery_peak(model)
     rows.append(("surgery, peak above dense / a layer", "unknown" if peak is None else f"{peak:.2f}", "", "<= 1.00"))
     times = import_milliseconds(repeats)

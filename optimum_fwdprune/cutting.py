@@ -14,7 +14,7 @@ from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .configuration import PruningConfig
 from .plan import PruningPlan
-from .reconstruction import reconstruct
+from .reconstruction import Grams, reconstruct
 from .statistics import SiteStatistics
 from .surgery import prune_model
 from .utils import evaluating
@@ -47,6 +47,7 @@ def cut(
     config: PruningConfig,
     calibration: Calibration | None,
     statistics: Mapping[SiteKey, SiteStatistics],
+    grams: Grams,
     inplace: bool,
     seconds: dict[str, float],
 ) -> Cut:
@@ -59,6 +60,7 @@ def cut(
         config (`PruningConfig`): the reconstruction.
         calibration (`Calibration`, *optional*): the tokens that it needs.
         statistics (mapping of site key to `SiteStatistics`): moments, where they were gathered before.
+        grams (`Grams`): for independent least squares, where they were gathered before.
         inplace (`bool`): consume the model.
         seconds (`dict[str, float]`): time by stage, added to.
 
@@ -67,7 +69,8 @@ def cut(
         RuntimeError: where the pruned model does not compute what the masked one computes.
     """
     with timed(seconds, "reconstruct"), evaluating(model):
-        found = reconstruct(model, sites, plan.kept, config.reconstruction_kind, config, calibration, statistics)
+        kind = config.reconstruction_kind
+        found = reconstruct(model, sites, plan.kept, kind, config, calibration, statistics, grams)
         if found.details:
             plan = dataclasses.replace(plan, metadata={**plan.metadata, "reconstructed": found.details})
     with timed(seconds, "verify"):

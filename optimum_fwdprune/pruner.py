@@ -163,7 +163,7 @@ class FwdPruner:
             plan.check_matches(sites, self.model.config.model_type)
             if config.reconstruction != NONE:
                 calibration = self._calibration(config, dataset)
-            done = cut(self.model, sites, plan, config, calibration, {}, inplace, seconds)
+            done = cut(self.model, sites, plan, config, calibration, {}, {}, inplace, seconds)
         else:
             with timed(seconds, "measure latencies"):
                 config, budget = self._settled(sites, config)
@@ -222,9 +222,10 @@ class FwdPruner:
                     plan, scores = make_plan(model, sites, scores, rounds, request, budget)
             # Later rounds read the same tokens, which the dense model may have written.
             dataset = scores.calibration or dataset
-            now = cut(
-                model, sites, plan, request, scores.calibration, scores.statistics, inplace or bool(done), seconds
-            )
+            gathered = (scores.statistics, scores.grams)
+            now = cut(model, sites, plan, request, scores.calibration, *gathered, inplace or bool(done), seconds)
+            # Large, and of no use once the weights are cut.
+            scores = dataclasses.replace(scores, grams={})
             done = now if done is None else now.after(done)
         assert done is not None and scores is not None
         return done, scores

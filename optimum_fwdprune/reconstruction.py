@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from .gates import Projection
 from .least_squares import NormalEquations, Refit, refit
 from .sequential import DENSE, LAYER, refit_in_sequence
 from .statistics import GRAM, MOMENTS, SiteStatistics, collect_statistics
+from .utils import progress
 
 
 logger = logging.get_logger(__name__)
@@ -29,6 +31,9 @@ STATISTICS_OF: dict[str, tuple[str, ...]] = {NONE: (), BIAS: (MOMENTS,), LEAST_S
 
 # Gram matrices held at the same time. What does not fit waits for another pass over the calibration tokens.
 GRAM_BYTES = 2 * 2**30
+
+# Statistics with Gram matrices of every site: on the tokens to fit and on those held out.
+Grams = dict[SiteKey, list[SiteStatistics]]
 
 # Every so many calibration windows one is held out, to choose ridges on.
 HELD_OUT_EVERY = 8
@@ -81,6 +86,7 @@ def reconstruct(
     config: PruningConfig,
     calibration: Calibration | None,
     statistics: Mapping[SiteKey, SiteStatistics] | None = None,
+    grams: Grams | None = None,
 ) -> Reconstruction:
     """Return new projection parameters for the sites.
 
@@ -99,6 +105,7 @@ def reconstruct(
         calibration (`Calibration`, *optional*): the tokens. `"least_squares"` passes over them again.
         statistics (mapping of site key to `SiteStatistics`, *optional*): moments for `"bias"`, which gathers them
             where there are none.
+        grams (`Grams`, *optional*): for independent least squares, where they were gathered before.
     """
     sites = list(sites)
     losing = [site for site in sites if len(kept[site.key]) < site.num_units]
@@ -126,7 +133,7 @@ def reconstruct(
             model, sites, kept, target, config.ridge, fit, held_out, config.batch_size
         )
     else:
-        projections, refits = _refit_independently(model, losing, kept, config, fit, held_out)
+        projections, refits = _refit_independently(model, losing, kept, config, (fit, held_out), grams)
     # Where nothing was lost, there was nothing to gain either.
     lossy = {site.key: refits[site.key] for site in losing}
     unchanged = [key for key, found in lossy.items() if found.change is None and found.error_before]
@@ -146,17 +153,43 @@ def _refit_independently(
     sites: list[Site],
     kept: Mapping[SiteKey, list[int]],
     config: PruningConfig,
-    fit: Calibration,
-    held_out: Calibration | None,
+    texts: tuple[Calibration, Calibration | None],
+    grams: Grams | None,
 ) -> tuple[dict[SiteKey, Projection], dict[SiteKey, Refit]]:
     """Refit every site on what goes into it in the dense model."""
     projections, refits = {}, {}
-    for site, found in gram_statistics(model, sites, (fit, held_out), config.batch_size):
+    measured: Iterable[tuple[Site, list[SiteStatistics]]] = gram_statistics(model, sites, texts, config.batch_size)
+    if grams:
+        measured = ((site, grams[site.key]) for site in sites)
+    for site, found in progress(measured, "Reconstructing", total=len(sites), unit="site"):
         weight, columns = site.projection.weight, site.kept_features(kept[site.key])
         equations = [NormalEquations.of_removed(_gram(each), each.count, weight, columns) for each in found]
-        refits[site.key] = refit(equations[0], equations[1] if held_out else None, config.ridge)
+        refits[site.key] = refit(equations[0], equations[1] if len(equations) > 1 else None, config.ridge)
         projections[site.key] = refits[site.key].projection(site, kept[site.key], weight[:, columns])
     return projections, refits
+
+
+def statistics_with_grams(
+    model: PreTrainedModel, sites: Sequence[Site], calibration: Calibration, batch_size: int, kinds: Iterable[str]
+) -> tuple[dict[SiteKey, SiteStatistics], Grams]:
+    """Gather what scores need and, in the same pass, what independent least squares will.
+
+    Args:
+        model (`PreTrainedModel`): the dense model.
+        sites (sequence of `Site`): all its sites.
+        calibration (`Calibration`): the tokens.
+        batch_size (`int`): windows per forward pass.
+        kinds (iterable of `str`): of statistics that the scores need.
+    """
+    texts = [text for text in calibration.split(HELD_OUT_EVERY) if text is not None]
+    parts = [collect_statistics(model, sites, text, batch_size, {*kinds, GRAM}) for text in texts]
+    grams = {site.key: [part[site.key] for part in parts] for site in sites}
+    return {key: functools.reduce(SiteStatistics.with_more, found) for key, found in grams.items()}, grams
+
+
+def grams_fit(sites: Iterable[Site]) -> bool:
+    """Whether the Gram matrices of all sites, of both texts, can be held at the same time."""
+    return len(list(_portions(sites, 2))) <= 1
 
 
 def gram_statistics(

@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .methods import PruningConfig, ScoringInputs, UnitScores, get_method
-from .reconstruction import STATISTICS_OF
+from .reconstruction import (
+    INDEPENDENT,
+    LEAST_SQUARES,
+    STATISTICS_OF,
+    Grams,
+    grams_fit,
+    statistics_with_grams,
+)
 from .statistics import SiteStatistics, collect_statistics
 from .utils import load_tensors, save_tensors_atomically
 
@@ -48,8 +55,11 @@ def score_units(
     """
     _check_finite(model)
     method, needed = get_method(config.method), _needed(config)
-    statistics = {}
-    if needed and calibration is not None:
+    statistics: dict[SiteKey, SiteStatistics] = {}
+    grams: Grams = {}
+    if needed and calibration is not None and _will_refit_independently(config) and grams_fit(sites):
+        statistics, grams = statistics_with_grams(model, sites, calibration, config.batch_size, needed)
+    elif needed and calibration is not None:
         statistics = collect_statistics(model, sites, calibration, config.batch_size, needed)
     found = method.score(ScoringInputs(model, sites, statistics, calibration, config, keep))
     found = found if isinstance(found, UnitScores) else UnitScores(found)
@@ -60,7 +70,11 @@ def score_units(
         if not values[site.key].isfinite().all():
             raise ValueError(f"Method {config.method!r} scored NaN or infinity in the {site}.")
     errors = {key: value.detach().float().cpu() for key, value in found.standard_errors.items()}
-    return Scores(config, values, statistics, calibration, errors, found.details, dict(found.history))
+    return Scores(config, values, statistics, calibration, errors, found.details, dict(found.history), grams)
+
+
+def _will_refit_independently(config: PruningConfig) -> bool:
+    return config.reconstruction_kind == LEAST_SQUARES and config.reconstruction_order == INDEPENDENT
 
 
 def _needed(config: PruningConfig) -> set[str]:
@@ -86,6 +100,7 @@ class Scores:
         standard_errors (`dict[tuple[int, str], Tensor[num_units]]`): of scores that were estimated; else empty.
         details (`dict`): how the scores came about, as JSON values.
         history (`dict[str, Tensor]`): what happened step by step, of methods that learn.
+        grams (`Grams`): for independent least squares, where they came along with the statistics; they are not saved.
     """
 
     config: PruningConfig
@@ -95,6 +110,7 @@ class Scores:
     standard_errors: dict[SiteKey, torch.Tensor] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     history: dict[str, torch.Tensor] = field(default_factory=dict)
+    grams: Grams = field(default_factory=dict, repr=False)
 
     def check_matches(self, sites: Iterable[Site], config: PruningConfig) -> None:
         """Raise `ValueError` where the scores belong to another method, attention unit or model."""

@@ -38,6 +38,16 @@ class SiteStatistics:
     gram: torch.Tensor | None = None
     source_norms: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def with_more(self, other: SiteStatistics) -> SiteStatistics:
+        """Return the statistics over the tokens of both, without Gram matrices."""
+        count = self.count + other.count
+        share = other.count / count
+        mean = self.mean + share * (other.mean - self.mean)
+        between = share * (1 - share) * (other.mean - self.mean).square()
+        variance = (1 - share) * self.variance + share * other.variance + between
+        norms = {name: torch.hypot(norm, other.source_norms[name]) for name, norm in self.source_norms.items()}
+        return SiteStatistics(count, mean, variance, source_norms=norms)
+
     @property
     def norm(self) -> torch.Tensor:
         """Root of the summed squares of each feature, Wanda's ‖X_j‖₂: `[in_features]`, float32."""

@@ -370,3 +370,23 @@ def test_nothing_lost_is_nothing_to_warn_of(caplog, monkeypatch):
 def test_requests_that_make_no_sense_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         PruningConfig(**fields)
+
+
+def test_the_fast_preset_passes_every_window_once(tokens, monkeypatch):
+    """Beside the probe of the last check, and as long as the Gram matrices fit into memory."""
+    model = tiny.make_model("llama_gqa_biases")
+    passed = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: passed.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    request = PruningConfig.from_preset("fast", sparsity=0.4)
+    once = FwdPruner(model).prune(request, tokens, inplace=False)
+    probes = [2, 2]
+    assert sum(passed) == len(tokens) + sum(probes)
+    passed.clear()
+    monkeypatch.setattr(reconstruction, "GRAM_BYTES", 1)
+    again = FwdPruner(model).prune(request, tokens, inplace=False)
+    handle.remove()
+    assert sum(passed) > 2 * len(tokens)
+    for name, parameter in once.named_parameters():
+        torch.testing.assert_close(parameter, again.get_parameter(name), rtol=1e-4, atol=1e-5)

@@ -95,3 +95,18 @@ def test_a_projection_that_is_bypassed_is_named(tokens, monkeypatch):
     monkeypatch.setattr(layer.mlp, "forward", lambda hidden: hidden)
     with pytest.raises(ValueError, match=r"never called model\.layers\.1\.mlp\.down_proj, so the mlp of layer 1"):
         collect_statistics(model, find_sites(model), Calibration(tokens), 4)
+
+
+def test_statistics_of_two_texts_add_up_to_those_of_both(tokens):
+    model = tiny.make_model("llama_gqa_biases")
+    sites = find_sites(model)
+    kinds = (MOMENTS, SOURCE_NORMS)
+    whole = collect_statistics(model, sites, Calibration(tokens), 4, kinds)
+    first = collect_statistics(model, sites, Calibration(tokens[:5]), 4, kinds)
+    rest = collect_statistics(model, sites, Calibration(tokens[5:]), 4, kinds)
+    for site in sites:
+        both, expected = first[site.key].with_more(rest[site.key]), whole[site.key]
+        assert both.count == expected.count
+        torch.testing.assert_close(both.mean, expected.mean)
+        torch.testing.assert_close(both.variance, expected.variance)
+        torch.testing.assert_close(both.source_norms, expected.source_norms)
