@@ -118,9 +118,9 @@ def fewest_units(site: Site, config: PruningConfig) -> int:
 
 
 def coarse_multiple(sites: Sequence[Site], config: PruningConfig) -> int:
-    """Return a multiple of `multiple_of` that gives the narrowest MLP about `LEVELS` widths."""
-    narrowest = min((site.num_units for site in sites if site.kind == MLP), default=1)
-    return -(-narrowest // (LEVELS * config.multiple_of)) * config.multiple_of
+    """Return a multiple of `multiple_of` that gives the widest MLP about `LEVELS` widths."""
+    widest = max((site.num_units for site in sites if site.kind == MLP), default=1)
+    return -(-widest // (LEVELS * config.multiple_of)) * config.multiple_of
 
 
 def allocate(
@@ -160,7 +160,8 @@ def allocate(
         parts = []
         for kind in config.kinds:
             of_kind = sum(site.num_parameters for site in sites if site.kind == kind)
-            parts.append(([key for key in steps if key[1] == kind], Budget(round(config.sparsity_of(kind) * of_kind))))
+            amount = round(config.sparsity_of(kind) * of_kind)
+            parts.append(([key for key in steps if key[1] == kind], replace(budget, amount=amount, at_least=False)))
     else:
         parts = [(list(steps), budget)]
 
@@ -205,7 +206,7 @@ def _check_reachable(pools: list[_Pool], part: Budget, prunable: int, config: Pr
         slack = 0 if target.at_least else smallest // 2
         if target.amount > removable + slack:
             shares.append((removable / target.amount, pool[0].site.layer))
-    if not shares and (pools or part.amount == 0):
+    if part.as_far_as_possible or (not shares and (pools or part.amount == 0)):
         return
     # Every pool gives the same share, so the tightest one limits them all.
     share, layer = min(shares, default=(0.0, 0))
@@ -213,7 +214,8 @@ def _check_reachable(pools: list[_Pool], part: Budget, prunable: int, config: Pr
     constraints = [f"min_units_per_site={config.min_units_per_site}"]
     constraints += [f"multiple_of={config.multiple_of}"] * (config.multiple_of > 1)
     skip_layers = _layers_to_skip(config, num_layers)
-    constraints += [f"skip_layers={skip_layers}"] * bool(skip_layers)
+    default = " (the default here, [] spares none)" if config.skip_layers is None else ""
+    constraints += [f"skip_layers={skip_layers}{default}"] * bool(skip_layers)
     constraints += [f"kinds={config.kinds}"] * (len(config.kinds) == 1)
     raise ValueError(
         f"{part.cost.asked(part.amount, prunable)} is more than {where} can give under {', '.join(constraints)}: the "

@@ -56,11 +56,13 @@ class Budget:
         at_least (`bool`, defaults to `False`): round up, for a target that the model must fit into; otherwise to the
             nearest number that whole units allow.
         cost (`Cost`): by default parameters.
+        as_far_as_possible (`bool`, defaults to `False`): remove less where the constraints leave less to remove.
     """
 
     amount: int
     at_least: bool = False
     cost: Cost = PARAMETERS
+    as_far_as_possible: bool = False
 
 
 def removal_budget(

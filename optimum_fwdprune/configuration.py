@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import numbers
 import types
 import typing
@@ -187,10 +188,9 @@ class PruningConfig:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if len(targets) > 1:
             raise ValueError(f"{' and '.join(targets)} are two budgets; give one of them.")
-        if self.rounds > 1 and self.search_checkpoint is not None:
-            raise ValueError(
-                f"search_checkpoint keeps one search, and rounds={self.rounds} makes one in each; leave one out."
-            )
+        for name in ("checkpoint", "search_checkpoint"):
+            if self.rounds > 1 and getattr(self, name, None) is not None:
+                raise ValueError(f"{name} keeps one run, and rounds={self.rounds} makes one in each; leave one out.")
         if not self.kinds:
             raise ValueError("kinds must name attention, mlp or both; got none.")
         for kind in ("attention", "mlp"):
@@ -233,6 +233,8 @@ class PruningConfig:
                 wanted = f"a list of {kind.__name__}" if is_list else f"a{'n' * (kind is int)} {kind.__name__}"
                 raise ValueError(f"{name} must be {wanted}; got {value!r}.")
             items = [kind(item) for item in items]
+            if kind is float and not all(map(math.isfinite, items)):
+                raise ValueError(f"{name} must be a finite number; got {value!r}.")
             setattr(self, name, items if is_list else items[0])
 
     @classmethod

@@ -25,7 +25,7 @@ from .configuration import PruningConfig
 from .layerwise import Batch, LayerRunner
 from .plan import PruningPlan
 from .surgery import pruned_config
-from .utils import evaluating, first_difference, median_seconds, progress, write_text_atomically
+from .utils import check_output_file, evaluating, first_difference, median_seconds, progress, write_text_atomically
 
 
 logger = logging.get_logger(__name__)
@@ -158,7 +158,7 @@ def load_or_measure(model: PreTrainedModel, sites: Sequence[Site], config: Pruni
         if shape not in widest or site.num_units > widest[shape].num_units:
             widest[shape] = site
     measured_on = _circumstances(model, widest, config)
-    path = None if config.latency_table is None else Path(config.latency_table).expanduser()
+    path = None if config.latency_table is None else check_output_file(config.latency_table)
     if path is not None and path.exists():
         return LatencyTable.load(path, measured_on)
     config = at_measured_widths(sites, replace(config, min_units_per_site=1))
@@ -189,7 +189,7 @@ def prefill_seconds(model: PreTrainedModel, tokens: int) -> float:
 def _circumstances(model: PreTrainedModel, widest: dict[str, Site], config: PruningConfig) -> dict[str, Any]:
     on_cpu = model.device.type == "cpu"
     return {
-        "device": _processor() if on_cpu else torch.cuda.get_device_name(model.device),
+        "device": _name_of(model.device),
         "threads": torch.get_num_threads() if on_cpu else None,
         "torch": torch.__version__,
         "dtype": str(model.dtype),
@@ -197,12 +197,14 @@ def _circumstances(model: PreTrainedModel, widest: dict[str, Site], config: Prun
         "tokens": config.latency_tokens,
         "multiple_of": config.multiple_of,
         "shapes": {shape: site.num_units for shape, site in widest.items()},
-        "layers": 1 + max(site.layer for site in widest.values()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 
 
-def _processor() -> str:
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+def _name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _prompt_ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:

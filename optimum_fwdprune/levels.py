@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Levels:
         if config.reconstruction_kind == BIAS:
             self._moments = collect_statistics(model, cut, calibration, config.batch_size, (MOMENTS,))
         if config.reconstruction_kind == LEAST_SQUARES:
+            _check_space(cut, self._kept, folder)
             texts = calibration.split(HELD_OUT_EVERY)
             measured = gram_statistics(model, cut, texts, config.batch_size)
             for site, statistics in progress(measured, "Reconstructing levels", total=len(cut), unit="site"):
@@ -77,6 +79,20 @@ class Levels:
         else:
             columns = weight[:, site.kept_features(kept)]
         return Projection(kept, columns, site.projection.bias)
+
+
+def _check_space(sites: Sequence[Site], kept: Mapping[SiteKey, dict[int, list[int]]], folder: Path) -> None:
+    """Raise `OSError` where the disk cannot hold the columns of all levels."""
+    needed = 0
+    for site in sites:
+        weight = site.projection.weight
+        needed += sum(kept[site.key]) * site.unit_width * weight.shape[0] * weight.element_size()
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"The levels of scope='search' take {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB. "
+            f"Let TMPDIR name a folder on a larger disk."
+        )
 
 
 def _ridge(

@@ -49,7 +49,7 @@ def make_plan(
         def keep(values: Mapping[SiteKey, torch.Tensor], request: PruningConfig) -> dict[SiteKey, list[int]]:
             return rounds.keep(sites, values, request, budget, additive=False)
 
-        found = search(model, sites, scores.values, config, scores.calibration, keep, budget.cost)
+        found = search(model, rounds.open_sites(sites), scores.values, config, scores.calibration, keep, budget.cost)
         kept = keep(found.scores, config)
         details = {**scores.details, "search": found.details}
         scores = dataclasses.replace(scores, details=details, history=found.history)

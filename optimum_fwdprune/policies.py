@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from .architectures import Site, SiteKey
+from .budgets import PARAMETERS, Cost
 from .configuration import PruningConfig
 from .policy_gradient import Budget, project
 from .utils import seeded_generator
@@ -170,6 +171,7 @@ def budgets_of(
     sizes: Sequence[int],
     floors: Sequence[float],
     exact: bool,
+    cost: Cost = PARAMETERS,
 ) -> list[Budget]:
     """Return one budget for all variables that may trade with each other, of the size of what the request keeps.
 
@@ -180,6 +182,7 @@ def budgets_of(
         sizes (sequence of `int`): how many variables each site has: one for every unit, or one alone.
         floors (sequence of `float`): of each site's variables.
         exact (`bool`): budgets must be met, not only kept to.
+        cost (`Cost`): what they are counted in; a unit takes its share of all that its site costs.
     """
     pools: dict[tuple[str, int], list[tuple[Site, int, int, float]]] = {}
     start = 0
@@ -191,13 +194,13 @@ def budgets_of(
     budgets = []
     for members in pools.values():
         # In units of the first variable's: counts where all are of one size, as in the paper.
-        one = members[0][0].num_parameters / members[0][2]
+        one = cost.total(members[0][0]) / members[0][2]
         places, weights, lowest = [], [], []
         for site, start, size, floor in members:
             places.append(torch.arange(start, start + size))
-            weights.append(torch.full((size,), site.num_parameters / size / one, dtype=torch.float64))
+            weights.append(torch.full((size,), cost.total(site) / size / one, dtype=torch.float64))
             lowest.append(torch.full((size,), floor, dtype=torch.float64))
-        limit = sum(len(kept[site.key]) * site.unit_parameters for site, *_ in members) / one
+        limit = sum(len(kept[site.key]) * cost.total(site) / site.num_units for site, *_ in members) / one
         budgets.append(Budget(torch.cat(places), torch.cat(weights), limit, torch.cat(lowest), exact))
     return budgets
 

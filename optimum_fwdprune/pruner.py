@@ -50,7 +50,8 @@ class FwdPruner:
         model (`PreTrainedModel`): the dense model, and the pruned one after `prune`.
         plan (`PruningPlan`, *optional*): what `prune` kept.
         report (`PruningReport`, *optional*): what it did.
-        scores (`Scores`, *optional*): the last scores, for another budget or to save.
+        scores (`Scores`, *optional*): the last scores, for another budget or to save; after several rounds those of
+            the last, which are of the model before it.
         config (`PruningConfig`, *optional*): the last request.
     """
 
@@ -137,7 +138,7 @@ class FwdPruner:
             scores (`Scores`, *optional*): allocate by these instead of scoring again. The options of their method are
                 those that they were made with, whatever the config says.
             inplace (`bool`, defaults to `True`): consume the dense model. `False` leaves it whole, and needs memory
-                for both.
+                for both. Where a later one of several rounds fails, `self.model` is what the rounds before came to.
 
         Returns:
             `PreTrainedModel`: the pruned model, which is `self.model` from then on.
@@ -151,12 +152,21 @@ class FwdPruner:
         config = PruningConfig() if config is None else config
         if plan is not None:
             reconstruction = config.reconstruction or NONE
-            config = dataclasses.replace(config, attention_unit=plan.attention_unit, reconstruction=reconstruction)
+            order = None if reconstruction == NONE else config.reconstruction_order
+            config = dataclasses.replace(
+                config,
+                attention_unit=plan.attention_unit,
+                reconstruction=reconstruction,
+                reconstruction_order=order,
+            )
         check_resident(self.model)
         check_reconstruction(self.model, config)
         if plan is None and config.scope == SEARCH:
             check_search(self.model, config)
         sites = find_sites(self.model, config.attention_unit)
+        if scores is not None:
+            scores.check_matches(sites, config)
+            config = scores.options_into(config)
         before, seconds = _Sizes.of(self.model, sites), dict[str, float]()
         calibration, speedup = None, None
         if plan is not None:
@@ -214,8 +224,8 @@ class FwdPruner:
                 with timed(seconds, "score"):
                     if scores is None or done:
                         scores = self._score(model, sites, rounds, request, budget, dataset)
-                    scores.check_matches(sites, request)
-                    request = scores.options_into(request)
+                    # Whatever fails from here on, they can serve another request.
+                    self.scores = scores
                     if scores.calibration is None and (request.scope == SEARCH or request.reconstruction_kind != NONE):
                         scores = dataclasses.replace(scores, calibration=self._calibration(request, dataset))
                 with timed(seconds, "allocate"):
@@ -227,6 +237,9 @@ class FwdPruner:
             # Large, and of no use once the weights are cut.
             scores = dataclasses.replace(scores, grams={})
             done = now if done is None else now.after(done)
+            if inplace:
+                # What was before is consumed; should a later round fail, this is what there is.
+                self.model, self.plan = done.model, done.plan
         assert done is not None and scores is not None
         return done, scores
 

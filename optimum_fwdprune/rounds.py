@@ -14,6 +14,10 @@ from .budgets import PARAMETERS, Budget
 from .configuration import PruningConfig
 
 
+# A sparsity must be below 1.
+ALMOST_ALL = 1 - 1e-9
+
+
 class Rounds:
     """Divides a request over `config.rounds` rounds, each of which starts from the model that the last one left.
 
@@ -64,6 +68,8 @@ class Rounds:
             budget,
             amount=max(0, round(budget.amount * share) - removed),
             at_least=budget.at_least and number == config.rounds,
+            # All rounds together can come to the request. What is left for the last may be less than half a step.
+            as_far_as_possible=not (budget.at_least and number == config.rounds),
         )
         if config.has_budget_per_kind:
             fields: dict[str, Any] = {f"{kind}_sparsity": self._sparsity(sites, kind, share) for kind in config.kinds}
@@ -71,10 +77,19 @@ class Rounds:
         return config, budget
 
     def _sparsity(self, sites: Sequence[Site], kind: str, share: float) -> float:
-        """The sparsity of what is left of a kind that brings it to this share of its request."""
+        """The sparsity of the open sites of a kind that brings all of them to this share of their request."""
         total = sum(int(costs[-1]) for (_, of_kind), costs in self._costs.items() if of_kind == kind)
-        left = sum(int(self._costs[site.key][site.num_units]) for site in sites if site.kind == kind)
-        return max(0.0, 1 - (1 - self._config.sparsity_of(kind) * share) * total / left)
+        removed = self.removed({site.key: site.num_units for site in sites if site.kind == kind})
+        left = sum(site.num_parameters for site in self.open_sites(sites) if site.kind == kind)
+        wanted = self._config.sparsity_of(kind) * share * total - removed
+        return min(max(0.0, wanted / max(1, left)), ALMOST_ALL)
+
+    def open_sites(self, sites: Sequence[Site]) -> list[Site]:
+        """Return the sites whose units are still those of the dense model.
+
+        A KV group with one query head left would go with its keys and values, which no plan of query heads can say.
+        """
+        return [site for site in sites if site.num_groups == self._groups[site.key]]
 
     def keep(
         self,
@@ -84,11 +99,8 @@ class Rounds:
         budget: Budget,
         additive: bool,
     ) -> dict[SiteKey, list[int]]:
-        """Allocate a round's budget among the sites whose units are still those of the dense model.
-
-        A KV group with one query head left would go with its keys and values, which no plan of query heads can say.
-        """
-        open_sites = [site for site in sites if site.num_groups == self._groups[site.key]]
+        """Allocate a round's budget among the open sites."""
+        open_sites = self.open_sites(sites)
         values = {key: value.cpu() for key, value in scores.items()}
         kept = {site.key: list(range(site.num_units)) for site in sites}
         return kept | allocate(open_sites, values, config, budget, additive)

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .allocation import LEVELS, coarse_multiple, fewest_units, prunable_sites
-from .architectures import Site, SiteKey
+from .allocation import LEVELS, coarse_multiple, fewest_units, levels_of, prunable_sites
+from .architectures import Site, SiteKey, get_architecture
 from .budgets import Cost
 from .calibration import Calibration
 from .checkpoints import identity_of, load_state, not_a_state, save_state
@@ -38,6 +38,9 @@ FIRST_STEP, LAST_STEP = 0.2, 0.5 / LEVELS
 
 # Parts of a step that are tried.
 PARTS = (1.0, 0.5, 0.25)
+
+# As a share of the usual slope: what sites count as whose narrowing costs nothing, or helps.
+SMALLEST_SLOPE = 1e-3
 
 # A search should be able to measure all sites about so often.
 SWEEPS = 6
@@ -96,7 +99,7 @@ def search(
 
     Args:
         model (`PreTrainedModel`): the dense model; it is not changed.
-        sites (sequence of `Site`): all its sites.
+        sites (sequence of `Site`): all its sites whose units may go.
         scores (mapping of site key to `Tensor[num_units]`): which units of a site stay longest.
         config (`PruningConfig`): the request; `search_windows` bounds the forward passes.
         calibration (`Calibration`): the tokens: every eighth window judges, the others reconstruct.
@@ -106,22 +109,20 @@ def search(
     Raises:
         ValueError: where nothing can move, or `search_windows` does not suffice for one sweep.
     """
-    learned = prunable_sites(sites, config)
     fixed = {site.key: scores[site.key] for site in sites}
-    coarse = replace(config, multiple_of=coarse_multiple(learned, config))
-    try:
-        kept = keep(fixed, coarse)
-    except ValueError:
-        # The last fraction of a grid step is needed, or what the request itself asks for is not to be had.
-        coarse = config
-        kept = keep(fixed, coarse)
+    coarse, kept = _on_coarse_grid(prunable_sites(sites, config), fixed, config, keep)
+    # A site that cannot be narrowed has nothing to be found.
+    learned = [site for site in prunable_sites(sites, config) if levels_of(site, scores[site.key], coarse)]
+    if not learned:
+        raise ValueError("scope='search' has no site that may be narrowed; see skip_layers and min_units_per_site.")
     floors = [fewest_units(site, coarse) / site.num_units for site in learned]
-    budgets = budgets_of(learned, kept, coarse, [1] * len(learned), floors, exact=True)
+    budgets = budgets_of(learned, kept, coarse, [1] * len(learned), floors, exact=True, cost=cost)
     if all(len(budget.members) == 1 for budget in budgets):
         raise ValueError("scope='search' moves budget between sites, and only one of each kind is pruned here.")
     ratios = Ratios(learned, scores, lambda found: keep(fixed | dict(found), coarse))
     fit, judging = calibration.split(HELD_OUT_EVERY)
-    judging = _as_many_as_allowed(judging or fit, learned, config)
+    price = _price(learned, len(get_architecture(model.config).layers(model)))
+    judging = _as_many_as_allowed(judging or fit, learned, price, config)
 
     state = _State(torch.zeros(0), FIRST_STEP)
     checkpoint, identity = None, {}
@@ -129,6 +130,7 @@ def search(
         checkpoint = check_output_file(config.search_checkpoint)
         identity = identity_of(model, calibration, config, NOT_OF_THE_SEARCH)
         identity["scores"] = [float(scores[site.key].double().sum()) for site in learned]
+        identity["costs"] = [cost.total(site) for site in learned]
         if checkpoint.exists():
             state = _State.load(checkpoint, identity)
     with tempfile.TemporaryDirectory(prefix="fwdprune-levels-") as folder:
@@ -144,7 +146,7 @@ def search(
                     state.save(checkpoint, identity)
 
             try:
-                descent.run(state, config, save)
+                descent.run(state, price, config.search_windows, save)
             except KeyboardInterrupt:
                 logger.warning(
                     "The search was interrupted after %d sweeps and goes on with the best it has found.", state.sweeps
@@ -159,22 +161,43 @@ def search(
     return Found(found, details, state.history(learned, sites))
 
 
-def _as_many_as_allowed(judging: Calibration, sites: Sequence[Site], config: PruningConfig) -> Calibration:
+def _on_coarse_grid(
+    sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor], config: PruningConfig, keep: Keep
+) -> tuple[PruningConfig, dict[SiteKey, list[int]]]:
+    """The request with MLP widths as coarse as its budget can be met with, and the even share under it."""
+    multiple = coarse_multiple(sites, config)
+    while multiple > config.multiple_of:
+        coarse = replace(config, multiple_of=multiple)
+        try:
+            return coarse, keep(scores, coarse)
+        except ValueError:
+            # The last fraction of a grid step is needed, or what the request itself asks for is not to be had.
+            multiple = multiple // config.multiple_of // 2 * config.multiple_of
+    return config, keep(scores, config)
+
+
+def _price(sites: Sequence[Site], layers: int) -> float:
+    """Passes of one window through all layers that a sweep and its move take."""
+    # A site is measured from its layer to the last.
+    return sum(layers - site.layer for site in sites) / layers + len(PARTS)
+
+
+def _as_many_as_allowed(
+    judging: Calibration, sites: Sequence[Site], price: float, config: PruningConfig
+) -> Calibration:
     """The windows to judge on: as many as leave `SWEEPS` sweeps, one at least.
 
     Raises:
         ValueError: where the request allows no sweep at all.
     """
-    layers = 1 + max(site.layer for site in sites)
-    # Every site is measured from its layer to the last; then the parts of a step. Before all that the two ends.
-    sweep = sum(layers - site.layer for site in sites) / layers + len(PARTS)
-    fewest = math.ceil(sweep) + 2
+    # Before the first sweep come the dense model and the even share.
+    fewest = math.ceil(price) + 2
     if config.search_windows < fewest:
         raise ValueError(
             f"search_windows={config.search_windows} is too few to try {len(sites)} sites and {len(PARTS)} moves on "
             f"one window; give at least {fewest}, or use scope='global'."
         )
-    allowed = int(config.search_windows / (SWEEPS * sweep + 2))
+    allowed = int(config.search_windows / (SWEEPS * price + 2))
     return Calibration(*judging.windows(slice(max(1, allowed))), judging.source)
 
 
@@ -261,15 +284,13 @@ class _Descent:
         state.add(widths / self._sizes, self._settle(widths))
         state.windows += 2 * self._num_windows
 
-    def run(self, state: _State, config: PruningConfig, save: Callable[[], Any]) -> None:
-        """Sweep and move until the windows are used up or nothing helps."""
-        layers = self._divergence.layers
-        shares = sum(layers - site.layer for site in self._ratios.sites) / layers
-        price = self._num_windows * (shares + len(PARTS))
+    def run(self, state: _State, price: float, allowed: int, save: Callable[[], Any]) -> None:
+        """Sweep and move, at `price` for each window, until the windows allowed are used up or nothing helps."""
+        price *= self._num_windows
         if not self._projections:
             self._settle((state.rates * self._sizes).round())
         save()
-        while state.step >= LAST_STEP and state.windows + price <= config.search_windows:
+        while state.step >= LAST_STEP and state.windows + price <= allowed:
             rates, loss = self._move(state)
             state.windows += price
             if loss < state.losses[-1]:
@@ -284,7 +305,11 @@ class _Descent:
         slopes = self._slopes(state)
         direction = torch.zeros_like(slopes)
         for budget in self._budgets:
-            logarithms = slopes[budget.members].clamp_min(1e-3 * float(slopes[budget.members].median())).log()
+            own = slopes[budget.members]
+            if not (own > 0).any():
+                # Nothing here tells one site from another.
+                continue
+            logarithms = own.clamp_min(SMALLEST_SLOPE * float(own[own > 0].median())).log()
             mean = (budget.weights @ logarithms) / budget.weights.sum()
             direction[budget.members] = (logarithms - mean).clamp(-1, 1)
         tried: dict[tuple[int, ...], float] = {}

@@ -154,8 +154,8 @@ def median_seconds(runs: Sequence[Callable[[], Any]], repeats: int, device: torc
     import torch
 
     def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats + 1):

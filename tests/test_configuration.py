@@ -71,7 +71,7 @@ def test_unknown_keys_warn_with_the_version_that_wrote_them(tmp_path, caplog):
     [
         ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\); got 1.0"),
         ({"sparsity": -0.1}, r"sparsity must be in \[0, 1\); got -0.1"),
-        ({"sparsity": float("nan")}, r"sparsity must be in \[0, 1\); got nan"),
+        ({"sparsity": float("nan")}, r"sparsity must be a finite number; got nan"),
         ({"mlp_sparsity": 20}, r"mlp_sparsity must be in \[0, 1\); got 20"),
         ({"attention_sparsity": 2}, r"attention_sparsity must be in \[0, 1\); got 2"),
         ({"n_samples": 0}, "n_samples must be at least 1; got 0"),

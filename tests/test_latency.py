@@ -138,8 +138,25 @@ def test_a_table_is_measured_once_and_kept(tokens, clock, tmp_path, monkeypatch)
         FwdPruner(model).prune(request_of(latency_table=str(file)), tokens)
 
 
+def test_a_table_of_the_dense_model_is_not_one_of_the_pruned(tokens, clock, tmp_path):
+    file = str(tmp_path / "latency.json")
+    pruner = FwdPruner(tiny.make_model("llama_mha_tied"))
+    pruner.prune(request_of(latency_table=file, skip_layers=[0]), tokens)
+    with pytest.raises(ValueError, match="was measured elsewhere: its parameters is"):
+        FwdPruner(pruner.model).prune(request_of(latency_table=file), tokens)
+
+
+def test_where_a_table_cannot_be_written_nothing_is_measured(tokens, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(latency, "_variants", lambda *_: pytest.fail("measured"))
+    with pytest.raises(OSError, match="Cannot write beside"):
+        FwdPruner(tiny.make_model("llama_mha_tied")).prune(
+            request_of(latency_table=str(tmp_path / "file" / "latency.json")), tokens
+        )
+
+
 def test_rounds_and_searches_spend_time_too(tokens, clock):
-    for fields in ({"rounds": 2}, {"scope": "search", "search_windows": 16}):
+    for fields in ({"rounds": 2}, {"scope": "search", "search_windows": 16, "rounds": 2}):
         pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
         pruner.prune(request_of(**fields), tokens)
         assert pruner.report.speedup.predicted >= 1.2
@@ -153,6 +170,7 @@ def test_rounds_and_searches_spend_time_too(tokens, clock):
         ({"target_speedup": 0.9}, "target_speedup must be at least 1; got 0.9"),
         ({"target_speedup": 2.0, "target_bytes": 10}, "target_bytes and target_speedup are two budgets"),
         ({"target_speedup": 2.0, "mlp_sparsity": 0.1}, "are two budgets"),
+        ({"target_speedup": math.inf}, "target_speedup must be a finite number; got inf"),
         ({"latency_tokens": 0}, "latency_tokens must be at least 1; got 0"),
     ],
 )

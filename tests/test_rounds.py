@@ -117,5 +117,65 @@ def test_a_budget_beyond_reach_is_refused_before_anything_is_cut(tokens):
 
 
 def test_a_search_checkpoint_is_for_one_search():
-    with pytest.raises(ValueError, match="search_checkpoint keeps one search, and rounds=2"):
+    with pytest.raises(ValueError, match="search_checkpoint keeps one run, and rounds=2"):
         PruningConfig(rounds=2, search_checkpoint="state.safetensors")
+    with pytest.raises(ValueError, match="checkpoint keeps one run, and rounds=2"):
+        PruningConfig(method="policy_gradient", rounds=2, checkpoint="state.safetensors")
+
+
+def test_a_failure_in_a_later_round_leaves_what_the_earlier_ones_came_to(tokens, monkeypatch):
+    cut, calls = pruner_module.cut, []
+
+    def fails_later(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of luck")
+        return cut(*args, **kwargs)
+
+    monkeypatch.setattr(pruner_module, "cut", fails_later)
+    dense = tiny.make_model("llama_gqa_biases")
+    for inplace in (False, True):
+        calls.clear()
+        pruner = FwdPruner(dense)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            pruner.prune(PruningConfig(sparsity=0.4, rounds=2), tokens, inplace=inplace)
+        assert pruner.model(input_ids=tokens).logits.isfinite().all()
+        assert (pruner.model is dense) == (not inplace) and (pruner.plan is None) == (not inplace)
+        assert pruner.scores is not None
+
+
+def test_options_of_given_scores_hold_in_every_round_and_in_the_record(tokens, monkeypatch):
+    dense = tiny.make_model("llama_gqa_biases")
+    pruner = FwdPruner(dense)
+    scores = pruner.score(PruningConfig(method="taylor", salience="element"), tokens)
+    asked = []
+    score_units = pruner_module.score_units
+
+    def watched(model, sites, config, *rest):
+        asked.append(config.salience)
+        return score_units(model, sites, config, *rest)
+
+    monkeypatch.setattr(pruner_module, "score_units", watched)
+    pruner.prune(PruningConfig(method="taylor", sparsity=0.4, rounds=3), scores=scores)
+    assert asked == ["element", "element"] and pruner.config.salience == "element"
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 4])
+@pytest.mark.parametrize("sparsity", [0.18, 0.42, 0.5])
+def test_heads_alone_come_to_the_same_in_rounds(rounds, sparsity):
+    """Layers whose groups are down to one head close one after the other; the others give what is missing."""
+    dense = tiny.make_model("llama_gqa_biases", num_hidden_layers=6)
+    pruner = FwdPruner(dense)
+    request = {"method": "magnitude", "reconstruction": "none", "scope": "global", "kinds": ["attention"]}
+    pruner.prune(PruningConfig(attention_sparsity=sparsity, rounds=rounds, **request), inplace=False)
+    removed = sum(len(pruner.plan.removed((layer, "attention"))) for layer in range(6))
+    # Three heads go at a time.
+    assert removed == pytest.approx(sparsity * 36, abs=1.51)
+
+
+def test_what_less_than_half_a_step_is_left_for_is_no_error():
+    request = {"method": "magnitude", "reconstruction": "none", "kinds": ["attention"], "sparsity": 0.2}
+    for rounds in (1, 2, 3):
+        pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+        pruner.prune(PruningConfig(rounds=rounds, **request))
+        assert all(len(pruner.plan.kept[layer, "attention"]) == 3 for layer in range(3))

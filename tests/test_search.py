@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -311,9 +312,7 @@ def test_what_a_model_cannot_do_fails_before_anything_is_scored(tokens, monkeypa
     with pytest.raises(ValueError, match="LlamaForSequenceClassification predicts no next token"):
         FwdPruner(classifier).prune(request_of(), tokens)
     with pytest.raises(ValueError, match="normalizes in between"):
-        FwdPruner(tiny.make_model("opt_post_norm_projected")).prune(
-            request_of(reconstruction_order="sequential"), tokens
-        )
+        FwdPruner(tiny.make_model("opt_post_norm_projected")).prune(request_of(reconstruction_target="dense"), tokens)
 
 
 def test_a_request_finer_than_the_levels_is_met(tokens):
@@ -348,3 +347,61 @@ def test_levels_are_nested_and_obey_the_request():
         for wide, narrow in itertools.pairwise(levels):
             assert set(narrow) < set(wide)
     assert LEVELS == 16
+
+
+def test_sites_that_say_nothing_give_first(tokens):
+    """Two of three layers are dead: narrowing them costs nothing, which has no logarithm."""
+    model = tiny.make_model("llama_mha_tied")
+    for layer in model.model.layers[:2]:
+        layer.mlp.down_proj.weight.data.zero_()
+        layer.self_attn.o_proj.weight.data.zero_()
+    pruner = FwdPruner(model)
+    pruner.prune(request_of(search_windows=200, reconstruction="none"), tokens, inplace=False)
+    history = pruner.scores.history
+    assert all(values.isfinite().all() for values in history.values())
+    kept = pruner.plan.kept
+    assert len(kept[2, "mlp"]) > len(kept[0, "mlp"]) and len(kept[2, "attention"]) == 6
+    assert pruner.plan.metadata["scoring"]["search"]["divergence"] < 0.5 * history["loss"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama_mqa", {"attention_unit": "kv_group"}),
+        ("llama_gqa_biases", {"attention_unit": "kv_group", "min_units_per_site": 3}),
+        ("llama_mha_tied", {"min_units_per_site": 6}),
+    ],
+)
+def test_sites_without_a_second_width_stay_as_they_are(tokens, name, fields):
+    pruner = FwdPruner(tiny.make_model(name))
+    pruner.prune(request_of(budget="joint", sparsity=0.2, **fields), tokens)
+    assert pruner.report.sparsity == pytest.approx(0.2, abs=0.02)
+    for layer in range(3):
+        assert len(pruner.plan.kept[layer, "attention"]) == pruner.plan.num_units[layer, "attention"]
+
+
+def test_what_the_last_layers_are_spared_costs_all_the_same(tokens):
+    """A pass of the first layers goes through the last ones too."""
+    with pytest.raises(ValueError, match="search_windows=8 is too few to try 4 sites"):
+        FwdPruner(tiny.make_model("llama_gqa_biases")).prune(request_of(skip_layers=[2], search_windows=8), tokens)
+
+
+def test_a_grid_that_cannot_meet_the_budget_is_halved(tokens, monkeypatch):
+    widths = []
+    init = Levels.__init__
+
+    def watched(self, model, sites, scores, config, *rest):
+        widths.append(config.multiple_of)
+        init(self, model, sites, scores, config, *rest)
+
+    monkeypatch.setattr(Levels, "__init__", watched)
+    pruner = FwdPruner(tiny.make_model("llama_mha_tied"))
+    pruner.prune(request_of(mlp_sparsity=0.48, attention_sparsity=0.0, min_units_per_site=33), tokens)
+    assert widths == [1] or widths == [2]
+    assert sum(len(pruner.plan.kept[layer, "mlp"]) for layer in range(3)) == round(0.52 * 3 * 64)
+
+
+def test_levels_that_no_disk_can_hold_are_refused_first(tokens, monkeypatch):
+    monkeypatch.setattr(levels_module.shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(OSError, match=r"take 0\.0 GB .* Let TMPDIR name a folder on a larger disk"):
+        FwdPruner(tiny.make_model("llama_mha_tied")).prune(request_of(), tokens)
