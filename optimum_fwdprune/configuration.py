@@ -23,6 +23,26 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "fwdprune_config.json"
 DEFAULT_METHOD = "wanda_sp"
 
+# What prune() does without a request, and fields of a request that say how much, on what text and with which means
+# rather than how: naming them alone asks for this preset still.
+DEFAULT_PRESET = "balanced"
+NOT_THE_RECIPE = (
+    "sparsity",
+    "target_parameters",
+    "target_bytes",
+    "target_speedup",
+    "latency_tokens",
+    "latency_table",
+    "calibration",
+    "dataset_config",
+    "dataset_split",
+    "dataset_column",
+    "n_samples",
+    "seq_len",
+    "batch_size",
+    "seed",
+)
+
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """Declare a config field with its default, its help text and, where it has them, its allowed values."""

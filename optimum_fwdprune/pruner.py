@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .architectures import Site, SiteKey, find_sites, get_architecture
 from .budgets import Budget, removal_budget
 from .calibration import Calibration, load_calibration
+from .configuration import DEFAULT_PRESET
 from .cutting import Cut, cut, timed
 from .latency import LatencyCost, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
 from .methods import PruningConfig
@@ -99,7 +100,7 @@ class FwdPruner:
         """Score every unit, and gather what the request's reconstruction will need, without changing the model.
 
         Args:
-            config (`PruningConfig`, *optional*): method and calibration.
+            config (`PruningConfig`, *optional*): method and calibration; by default those of `prune()`.
             dataset (*optional*): calibration text or tokens instead of `config.calibration`; see
                 [`~optimum_fwdprune.calibration.load_calibration`].
 
@@ -109,7 +110,7 @@ class FwdPruner:
         Raises:
             ValueError: on NaN in weights, activations or scores, naming where.
         """
-        config = PruningConfig() if config is None else config
+        config = PruningConfig.from_preset(DEFAULT_PRESET) if config is None else config
         check_resident(self.model)
         sites = find_sites(self.model, config.attention_unit)
         config, budget = self._settled(sites, config)
@@ -130,8 +131,8 @@ class FwdPruner:
         """Prune the model.
 
         Args:
-            config (`PruningConfig`, *optional*): the request. Without one, 20 % of the prunable parameters go, by
-                Wanda-sp with least-squares reconstruction.
+            config (`PruningConfig`, *optional*): the request. Without one, that of the preset `balanced`: 20 % of the
+                prunable parameters go.
             dataset (*optional*): calibration text or tokens instead of `config.calibration`.
             plan (`PruningPlan`, *optional*): replay this plan instead of scoring and allocating; reconstruction
                 follows only where the config names it.
@@ -149,7 +150,8 @@ class FwdPruner:
         """
         if plan is not None and scores is not None:
             raise ValueError("Give a plan to replay or scores to allocate by, not both.")
-        config = PruningConfig() if config is None else config
+        if config is None:
+            config = PruningConfig() if plan is not None else PruningConfig.from_preset(DEFAULT_PRESET)
         if plan is not None:
             reconstruction = config.reconstruction or NONE
             order = None if reconstruction == NONE else config.reconstruction_order

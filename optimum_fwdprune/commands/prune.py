@@ -43,8 +43,8 @@ class PruneCommand(Command):
         request.add_argument(
             "--preset",
             choices=presets,
-            help="Start from a named request; the options given change it. "
-            + " ".join(f"{name}: {get_preset(name).help}" for name in presets),
+            help="Start from a named request; the options given change it. Default: balanced where no option says how to "
+            "prune, else none. " + " ".join(f"{name}: {get_preset(name).help}" for name in presets),
         )
         methods = registered_methods()
         request.add_argument(
@@ -61,13 +61,18 @@ class PruneCommand(Command):
     def execute(self) -> None:
         import dataclasses
 
-        from optimum_fwdprune.configuration import DEFAULT_METHOD
+        from optimum_fwdprune.configuration import DEFAULT_METHOD, DEFAULT_PRESET, NOT_THE_RECIPE
         from optimum_fwdprune.methods import PruningConfig, get_method, get_preset, registered_methods
         from optimum_fwdprune.plan import PruningPlan
         from optimum_fwdprune.utils import check_output_folder
 
         given = vars(self.args)
-        preset = get_preset(self.args.preset).fields if self.args.preset else {}
+        known = {
+            field.name for name in registered_methods() for field in dataclasses.fields(get_method(name).config_class)
+        }
+        recipe = (given.keys() & known).difference(NOT_THE_RECIPE)
+        name = self.args.preset or (None if recipe or self.args.plan else DEFAULT_PRESET)
+        preset = get_preset(name).fields if name else {}
         method = given.get("method", preset.get("method", DEFAULT_METHOD))
         if method != preset.get("method", method):
             raise ValueError(f"--preset {self.args.preset} is for method {preset['method']}; leave out --method.")

@@ -5,14 +5,18 @@ from ..configuration import register_preset
 
 register_preset(
     "fast",
-    "Statistics only: minutes, about three times the forward passes over the calibration text.",
+    "MLP channels, refitted all at once: about three times the forward passes over the calibration text.",
+    kinds=["mlp"],
     reconstruction_order="independent",
 )
-register_preset("balanced", "What prune() does without a request.")
+register_preset(
+    "balanced",
+    "MLP channels, every projection refitted layer by layer; what prune() does without a request.",
+    kinds=["mlp"],
+)
 register_preset(
     "best",
-    "How much each layer gives is searched for by the divergence of whole pruned models: the longest, and the best.",
+    "How much every site gives, heads and channels alike, is searched for with whole pruned models: the longest.",
     scope="search",
     budget="joint",
-    search_windows=600,
 )

@@ -301,3 +301,21 @@ def test_damaged_checkpoints_end_in_one_readable_line(cli, source, tmp_path):
         assert code == 1 and "Traceback" not in err, (name, err)
         assert not (tmp_path / "out").exists()
         shutil.rmtree(broken)
+
+
+def test_without_a_word_on_how_it_is_the_balanced_preset(cli, source, tmp_path):
+    few = ["--calibration", "builtin", "--n_samples", 4, "--seq_len", 32]
+    for folder, options, expected in (
+        ("default", ["--sparsity", 0.3], PruningConfig.from_preset("balanced", sparsity=0.3)),
+        ("asked", ["--scope", "global"], PruningConfig(scope="global")),
+    ):
+        code, _, error = cli("prune", "-m", source, tmp_path / folder, *options, *few)
+        assert code == 0, error
+        found = PruningConfig.from_pretrained(tmp_path / folder)
+        assert found == dataclasses.replace(expected, calibration="builtin", n_samples=4, seq_len=32)
+
+
+def test_python_and_the_command_line_mean_the_same_by_nothing(source, tmp_path):
+    pruner = FwdPruner.from_pretrained(source)
+    pruner.prune(dataset=["some text that is long enough. " * 2000])
+    assert pruner.config == PruningConfig.from_preset("balanced")
