@@ -43,8 +43,8 @@ class PruneCommand(Command):
         request.add_argument(
             "--preset",
             choices=presets,
-            help="Start from a named request; the options given change it. Default: balanced where no option says how to "
-            "prune, else none. " + " ".join(f"{name}: {get_preset(name).help}" for name in presets),
+            help="Start from a named request; the options given change it. Default: balanced where no option "
+            "says how to prune, else none. " + " ".join(f"{name}: {get_preset(name).help}" for name in presets),
         )
         methods = registered_methods()
         request.add_argument(
