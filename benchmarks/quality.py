@@ -53,7 +53,7 @@ REQUESTS = {
     "magnitude": {"method": "magnitude", "reconstruction": "least_squares", "kinds": ["mlp"]},
     "ends pruned": {"skip_layers": [], "kinds": ["mlp"]},
     "global": {"scope": "global", "kinds": ["mlp"]},
-    "search of channels alone": {"scope": "search", "kinds": ["mlp"]},
+    "search, heads too": {"scope": "search", "budget": "joint"},
     "3 rounds": {"rounds": 3, "kinds": ["mlp"]},
 }
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)

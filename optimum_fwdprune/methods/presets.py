@@ -16,7 +16,7 @@ register_preset(
 )
 register_preset(
     "best",
-    "How much every site gives, heads and channels alike, is searched for with whole pruned models: the longest.",
+    "As balanced, and how many channels each layer gives is searched for with whole pruned models: the longest.",
+    kinds=["mlp"],
     scope="search",
-    budget="joint",
 )
