@@ -157,7 +157,7 @@ def test_rounding_that_the_model_amplifies_is_no_disagreement(tokens):
 
 
 def test_a_pruned_model_that_disagrees_with_the_masked_one_is_an_error(tokens, monkeypatch):
-    from optimum_fwdprune import pruner as module
+    from optimum_fwdprune import cutting as module
 
     surgery = module.prune_model
 
