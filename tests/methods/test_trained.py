@@ -16,7 +16,7 @@ FAMILIES = {
         **SIZES, intermediate_size=176, num_attention_heads=8, num_key_value_heads=4
     ),
 }
-# Not taylor, the control by back-propagation: it loses to chance where the training of Mistral went otherwise.
+# Not taylor, the control: it loses to chance where the training of Mistral went otherwise.
 METHODS = {
     "wanda_sp": {},
     "flap": {"reconstruction": "none"},
