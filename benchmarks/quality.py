@@ -13,6 +13,7 @@ Writes the tables to docs/quality_study.md and the plot beside it.
 import argparse
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 import resource
@@ -25,7 +26,6 @@ from study import Study, difference, digest_of, file_name, log, table
 from optimum_fwdprune import FwdPruner, PruningConfig
 from optimum_fwdprune.configuration import get_preset
 from optimum_fwdprune.evaluation import window_losses
-from optimum_fwdprune.scores import Scores
 from optimum_fwdprune.utils import write_text_atomically
 
 
@@ -72,13 +72,14 @@ class QualityStudy(Study):
 
     def __init__(self, calibration_file, evaluation_file, results):
         super().__init__(calibration_file, evaluation_file, results, **CALIBRATION)
-        self.texts = {"wikitext": Path(evaluation_file).read_text(encoding="utf-8"), "python": python_documentation()}
+        texts = {"wikitext": Path(evaluation_file).read_text(encoding="utf-8"), "python": python_documentation()}
+        tokens = {name: self.dense.tokenizer(text, verbose=False)["input_ids"] for name, text in texts.items()}
         self._scores = {}
         self.prunable = sum(site.num_parameters for site in self.sites)
         self.linears = prunable_parameters(self.model)
         self.evaluations = {}
         for (text, length), count in EVALUATIONS.items():
-            ids = torch.tensor(self.dense.tokenizer(self.texts[text], verbose=False)["input_ids"])
+            ids = torch.tensor(tokens[text])
             windows = ids[: len(ids) // length * length].view(-1, length)
             places = torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()
             self.evaluations[f"{text}, {length}"] = windows[places]
@@ -130,7 +131,8 @@ class QualityStudy(Study):
 
     def _score(self, config):
         """Scores of a method serve every budget; what they took counts in the time of each."""
-        key = (config.method, config.reconstruction_kind, config.attention_unit)
+        # Independent least squares has its Gram matrices gathered along the way.
+        key = (config.method, config.reconstruction_kind, config.reconstruction_order, config.attention_unit)
         if key not in self._scores:
             start = time.perf_counter()
             found = FwdPruner(self.model).score(config, self.calibration)
@@ -138,7 +140,7 @@ class QualityStudy(Study):
             self._scores[key] = found
         found = self._scores[key]
         self.scoring_seconds = found.details["seconds"]
-        return Scores(config, found.values, found.statistics, found.calibration, details=dict(found.details))
+        return dataclasses.replace(found, config=config)
 
     def _mlp_share(self, sparsity):
         """The share of MLP channels that makes up so much of all prunable parameters."""

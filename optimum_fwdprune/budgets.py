@@ -35,7 +35,7 @@ class ParameterCost:
         return units * site.unit_parameters
 
     def total(self, site: Site) -> int:
-        return site.num_units * site.unit_parameters
+        return site.num_parameters
 
     def asked(self, amount: int, total: int) -> str:
         return f"Removing {amount / total:.4g} of the prunable parameters"

@@ -69,8 +69,7 @@ def cut(
         RuntimeError: where the pruned model does not compute what the masked one computes.
     """
     with timed(seconds, "reconstruct"), evaluating(model):
-        kind = config.reconstruction_kind
-        found = reconstruct(model, sites, plan.kept, kind, config, calibration, statistics, grams)
+        found = reconstruct(model, sites, plan.kept, config, calibration, statistics, grams)
         if found.details:
             plan = dataclasses.replace(plan, metadata={**plan.metadata, "reconstructed": found.details})
     with timed(seconds, "verify"):

@@ -82,7 +82,6 @@ def reconstruct(
     model: PreTrainedModel,
     sites: Iterable[Site],
     kept: Mapping[SiteKey, list[int]],
-    kind: str,
     config: PruningConfig,
     calibration: Calibration | None,
     statistics: Mapping[SiteKey, SiteStatistics] | None = None,
@@ -100,8 +99,8 @@ def reconstruct(
         model (`PreTrainedModel`): the dense model; it is not changed.
         sites (iterable of `Site`): its sites.
         kept (mapping of site key to `list[int]`): units that stay.
-        kind (`str`): `"none"`, `"bias"` or `"least_squares"`.
-        config (`PruningConfig`): `reconstruction_order`, `reconstruction_target`, `ridge` and `batch_size`.
+        config (`PruningConfig`): `reconstruction` (or the method's own), `reconstruction_order`,
+            `reconstruction_target`, `ridge` and `batch_size`.
         calibration (`Calibration`, *optional*): the tokens. `"least_squares"` passes over them again.
         statistics (mapping of site key to `SiteStatistics`, *optional*): moments for `"bias"`, which gathers them
             where there are none.
@@ -109,6 +108,7 @@ def reconstruct(
     """
     sites = list(sites)
     losing = [site for site in sites if len(kept[site.key]) < site.num_units]
+    kind = config.reconstruction_kind
     if kind == NONE or not losing:
         return Reconstruction()
     if calibration is None:

@@ -110,9 +110,10 @@ def search(
         ValueError: where nothing can move, or `search_windows` does not suffice for one sweep.
     """
     fixed = {site.key: scores[site.key] for site in sites}
-    coarse, kept = _on_coarse_grid(prunable_sites(sites, config), fixed, config, keep)
+    candidates = prunable_sites(sites, config)
+    coarse, kept = _on_coarse_grid(candidates, fixed, config, keep)
     # A site that cannot be narrowed has nothing to be found.
-    learned = [site for site in prunable_sites(sites, config) if levels_of(site, scores[site.key], coarse)]
+    learned = [site for site in candidates if levels_of(site, scores[site.key], coarse)]
     if not learned:
         raise ValueError("scope='search' has no site that may be narrowed; see skip_layers and min_units_per_site.")
     floors = [fewest_units(site, coarse) / site.num_units for site in learned]
@@ -207,8 +208,8 @@ class _State:
 
     Args:
         rates (`Tensor[sites]`, float64): keep ratios of the best so far; empty before the first.
-        step (`float`): how far they move next; 0 once nothing helps any more.
-        windows (`int`): passed through the model so far, rounded up.
+        step (`float`): how far they move next; below `LAST_STEP` once nothing helps any more.
+        windows (`float`): passes of a window through all layers so far.
         losses (`list[float]`): divergence of the even share and after every sweep.
         path (`list[Tensor[sites]]`): the keep ratios that these belong to.
     """
