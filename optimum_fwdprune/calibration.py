@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging
 
+from .texts import PRESETS, detokenize, load_rows, open_texts
 from .utils import progress
 
 
@@ -24,12 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-PRESETS = {
-    "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
-    "c4": {"path": "allenai/c4", "name": "en", "split": "train"},
-}
-SELF, BUILTIN = "self", "builtin"
-FILE_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+SELF = "self"
 
 # Windows are drawn from this many times as many tokens as asked for, so that a stream is never read to its end.
 POOL_FACTOR = 8
@@ -135,7 +129,8 @@ def load_calibration(
             f"Calibrating on {source!r} needs a tokenizer: FwdPruner(model, tokenizer). {SELF!r} does not."
         )
 
-    name, texts = _open_texts(source, config)
+    options = (config.dataset_config, config.dataset_split, config.dataset_column)
+    name, texts = open_texts(source, *options, seed=config.seed)
     return Calibration(_windows(texts, tokenizer, config, name), source=name)
 
 
@@ -147,7 +142,7 @@ def _default_source() -> str:
         if not is_offline_mode():
             # One short question: loading a dataset would retry for half a minute where there is no network.
             HfApi().dataset_info(PRESETS["wikitext2"]["path"], timeout=5)
-        next(iter(_load_dataset(**PRESETS["wikitext2"])))
+        next(iter(load_rows(**PRESETS["wikitext2"])))
         return "wikitext2"
     except Exception as error:  # Whatever fails on the way to the Hub, the answer is the same.
         logger.warning(
@@ -156,79 +151,6 @@ def _default_source() -> str:
             type(error).__name__,
         )
         return SELF
-
-
-def _load_dataset(path: str, name: str | None = None, split: str = "train") -> Iterable[dict]:
-    from datasets import load_dataset
-    from huggingface_hub import is_offline_mode
-
-    # Streamed, never downloaded whole; offline there is nothing to stream from but a cached copy to read.
-    return load_dataset(path, name, split=split, streaming=not is_offline_mode())
-
-
-def _open_texts(source: Any, config: PruningConfig) -> tuple[str, Iterator[str]]:
-    """Return a name for `source` and its texts, each ending where the next may be joined to it."""
-    if isinstance(source, str):
-        if source == BUILTIN:
-            return BUILTIN, _builtin_texts()
-        if source in PRESETS:
-            return source, _column_texts(_shuffled(_load_dataset(**PRESETS[source]), config.seed), "text", source)
-        path = Path(source)
-        if path.suffix in FILE_LOADERS or path.exists():
-            return path.name, _file_texts(path, config)
-        rows = _load_dataset(source, config.dataset_config, config.dataset_split)
-        return source, _column_texts(_shuffled(rows, config.seed), config.dataset_column, source)
-    if isinstance(source, Sequence) and all(isinstance(text, str) for text in source):
-        return "strings", (text + "\n\n" for text in source)
-    if hasattr(source, "column_names") or hasattr(source, "features"):
-        return "dataset", _column_texts(source, config.dataset_column, "the dataset")
-    raise ValueError(
-        f"Cannot calibrate on a {type(source).__name__}. Give a name, a file, a list of strings, a datasets.Dataset, "
-        f"or a tensor of token ids [n_samples, seq_len]."
-    )
-
-
-def _file_texts(path: Path, config: PruningConfig) -> Iterator[str]:
-    from datasets import load_dataset
-
-    if path.suffix not in FILE_LOADERS:
-        raise ValueError(f"{path} must end in one of {', '.join(FILE_LOADERS)}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no calibration file {path}.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty; calibration needs text.")
-    loader = FILE_LOADERS[path.suffix]
-    rows = load_dataset(loader, data_files=str(path), split="train", streaming=True)
-    separator = "\n" if loader == "text" else "\n\n"
-    return _column_texts(rows, config.dataset_column, str(path), separator)
-
-
-def _shuffled(rows: Any, seed: int) -> Any:
-    from datasets import Dataset
-
-    # A stream shuffles within a buffer, a dataset on disk as a whole.
-    return rows.shuffle(seed=seed) if isinstance(rows, Dataset) else rows.shuffle(seed=seed, buffer_size=1000)
-
-
-def _column_texts(rows: Iterable[dict], column: str | None, source: str, separator: str = "\n\n") -> Iterator[str]:
-    for row in rows:
-        if column is None:
-            strings = [name for name, value in row.items() if isinstance(value, str)]
-            column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-        if column is None or not isinstance(row.get(column), str):
-            raise ValueError(f"{source} has the columns {', '.join(row)}; name one of text as dataset_column.")
-        yield row[column] + separator
-
-
-def _builtin_texts() -> Iterator[str]:
-    from pydoc_data.topics import topics
-
-    return (topics[name] + "\n\n" for name in sorted(topics))
-
-
-def detokenize(text: str) -> str:
-    """Undo the marks of tokenised WikiText (`<unk>`, ` @-@ `), which no model met in its own training text."""
-    return re.sub(r" ?<unk>", "", re.sub(r" @([-,.])@ ", r"\1", text))
 
 
 def _windows(

@@ -10,7 +10,8 @@ import transformers
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig
 from optimum_fwdprune import calibration as module
-from optimum_fwdprune.calibration import detokenize, load_calibration
+from optimum_fwdprune.calibration import load_calibration
+from optimum_fwdprune.texts import detokenize
 
 
 TEXTS = [f"the quick brown fox number {number} jumps over the lazy dog" for number in range(60)]
@@ -159,7 +160,7 @@ def test_without_the_hub_the_default_is_self_and_says_so(model, tokenizer, monke
 
 
 def test_with_the_hub_the_default_is_wikitext2(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "_load_dataset", lambda **_: datasets.Dataset.from_dict({"text": TEXTS}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"text": TEXTS}))
 
     found = windows(model, tokenizer)
     assert found.source == "wikitext2"
@@ -204,9 +205,9 @@ def test_wikitexts_marks_are_undone():
     [
         (["too short"], r"strings is too short: it has \d windows of 16 tokens and n_samples is 6"),
         ([], "strings is too short: it has 0 windows"),
-        ("nothing.txt", "There is no calibration file nothing.txt"),
-        ({"a": 1}, "Cannot calibrate on a dict"),
-        (3.5, "Cannot calibrate on a float"),
+        ("nothing.txt", "There is no file nothing.txt"),
+        ({"a": 1}, "Cannot read a dict"),
+        (3.5, "Cannot read a float"),
         (torch.zeros(0, 4, dtype=torch.int64), r"must be \[n_samples, seq_len\] and not empty; got \(0, 4\)"),
         (torch.zeros(4, dtype=torch.int64), r"must be \[n_samples, seq_len\] and not empty; got \(4,\)"),
         (torch.zeros(2, 4), "must be int64 token ids; got torch.float32"),
@@ -221,7 +222,7 @@ def test_bad_sources_are_named(source, message, model, tokenizer):
 def test_empty_datasets_and_files_are_refused(model, tokenizer, tmp_path):
     for name in ("empty.txt", "empty.jsonl"):
         (tmp_path / name).touch()
-        with pytest.raises(ValueError, match=f"{name} is empty; calibration needs text"):
+        with pytest.raises(ValueError, match=f"{name} is empty"):
             windows(model, tokenizer, calibration=str(tmp_path / name))
     with pytest.raises(ValueError, match="dataset is too short: it has 0 windows"):
         windows(model, tokenizer, datasets.Dataset.from_dict({"text": []}))

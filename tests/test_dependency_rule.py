@@ -44,6 +44,7 @@ ORDER = [
     "losses",
     "checkpoints",
     "calibration",
+    "texts",
     "budgets",
     "plan",
     "configuration",

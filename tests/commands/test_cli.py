@@ -223,7 +223,7 @@ def test_dtype_is_the_sources_unless_given(cli, source, tmp_path):
     [
         (["--sparsity", "1.5"], "error: sparsity must be in [0, 1); got 1.5."),
         (["--sparsity", "0.98", *SMALL], "the largest possible sparsity is 0."),
-        (["--calibration", "nowhere.txt"], "error: There is no calibration file nowhere.txt."),
+        (["--calibration", "nowhere.txt"], "error: There is no file nowhere.txt."),
         (["--calibration", "builtin", "--n_samples", "9999999"], "error: builtin is too short"),
         (["--plan", "nowhere.json"], "nowhere.json"),
         (["--draws", "3"], "error: --draws is an option of method mini_llm; the method asked for is wanda_sp."),
