@@ -14,7 +14,7 @@ from pathlib import Path
 
 from optimum_fwdprune import FwdPruner, PruningConfig
 from optimum_fwdprune.calibration import load_calibration
-from optimum_fwdprune.evaluation import measure_speed, perplexity
+from optimum_fwdprune.evaluation import benchmark, perplexity
 from optimum_fwdprune.report import plan_table, render_table
 
 
@@ -52,7 +52,7 @@ def main():
     pruner.save_pretrained(arguments.output, overwrite=True)
     print("Measuring both models ...", flush=True)
     before, after = (perplexity(model, held_out) for model in (dense, pruned))
-    slow, fast = measure_speed((dense, pruned), repeats=5)
+    (slow,), (fast,) = (found.timings for found in benchmark((dense, pruned), (4,), (256,)))
 
     print(plan_table(pruner.plan))
     print(pruner.report)
@@ -60,8 +60,8 @@ def main():
         (name, f"{old:,.1f}", f"{new:,.1f}", f"x{new / old:.2f}")
         for name, old, new in (
             ("Perplexity", before, after),
-            ("Prefill, tokens/s", slow.prefill, fast.prefill),
-            ("Decoding, tokens/s", slow.decode, fast.decode),
+            ("Prefill, tokens/s", slow.prefill_tokens_per_second, fast.prefill_tokens_per_second),
+            ("Decoding, tokens/s", slow.decode_tokens_per_second, fast.decode_tokens_per_second),
         )
     ]
     print(render_table(("", "dense", "pruned", "change"), rows))

@@ -12,7 +12,7 @@ LOGITS_AT_ONCE = 2**23
 
 
 def model_nll(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, first: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a batch through `model` and return what [`next_token_nll`] makes of its logits.
 
@@ -27,11 +27,11 @@ def model_nll(
     input_ids = input_ids.to(model.device)
     attention_mask = None if attention_mask is None else attention_mask.to(model.device)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    return next_token_nll(logits, input_ids, attention_mask)
+    return next_token_nll(logits, input_ids, attention_mask, first)
 
 
 def next_token_nll(
-    logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, first: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the negative log-likelihood of every sequence, and the tokens that it was summed over.
 
@@ -42,18 +42,19 @@ def next_token_nll(
         input_ids (`Tensor[batch_size, seq_len]`, int64): every token but the first is predicted.
         attention_mask (`Tensor[batch_size, seq_len]`, *optional*): a token counts where it and the one before are no
             padding.
+        first (`int`, defaults to 1): place of the first token that counts; those before it are context.
 
     Returns:
         `Tensor[batch_size]` float64 in nats, and `Tensor[batch_size]` int64.
     """
-    targets = input_ids[:, 1:].to(logits.device)
-    counted = counted_targets(input_ids, attention_mask).to(logits.device)
+    targets = input_ids[:, first:].to(logits.device)
+    counted = counted_targets(input_ids, attention_mask)[:, first - 1 :].to(logits.device)
     at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
     sums = []
     for row in range(len(targets)):
         terms = [
             F.cross_entropy(_at_least_float32(piece), target, reduction="none")
-            for piece, target in zip(logits[row, :-1].split(at_once), targets[row].split(at_once))
+            for piece, target in zip(logits[row, first - 1 : -1].split(at_once), targets[row].split(at_once))
         ]
         # Not a product with the mask: what a model says about padding may be NaN.
         sums.append(torch.cat(terms)[counted[row]].double().sum())

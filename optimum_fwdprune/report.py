@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .plan import PruningPlan
+from .utils import render_table
 
 
 if TYPE_CHECKING:
@@ -220,20 +220,3 @@ def _steps_of(history: Mapping[str, Tensor]) -> int:
     if not steps:
         raise ValueError("There is no history of learning: the method does not learn, or took no step.")
     return steps
-
-
-def render_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Return rows of text as a table."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    output = io.StringIO()
-    # A fixed width: the text is the same on a terminal, in a file and in a test.
-    Console(file=output, width=110).print(table)
-    return output.getvalue().rstrip("\n")

@@ -20,8 +20,8 @@ def open_rows(source: Any, config: str | None = None, split: str = "train") -> t
     """Return a name for a source of data, and its rows; files and datasets of the Hub are streamed.
 
     Args:
-        source: `wikitext2`, `c4`, `builtin` (Python's documentation), a .txt, .jsonl or .parquet file, a dataset of the
-            Hub, a `datasets.Dataset` or another iterable with `column_names`, or a list of strings or of mappings.
+        source: `wikitext2`, `c4`, `builtin` (Python's documentation), a .txt, .jsonl or .parquet file, a dataset of
+            the Hub, a `datasets.Dataset` or another iterable with `column_names`, or a list of strings or of mappings.
         config (`str`, *optional*): configuration name of a Hub dataset.
         split (`str`, defaults to `"train"`): split of a Hub dataset.
 

@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,22 +151,24 @@ def median_seconds(runs: Sequence[Callable[[], Any]], repeats: int, device: torc
 
     They take turns, so that whatever else the machine does slows them all: compare the results of one call.
     """
-    import torch
-
-    def synchronize() -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats + 1):
         for run, taken in zip(runs, seconds):
-            synchronize()
+            synchronize(device)
             start = time.perf_counter()
             run()
-            synchronize()
+            synchronize(device)
             taken.append(time.perf_counter() - start)
     # The first run pays for kernels and caches.
     return [statistics.median(taken[1:]) for taken in seconds]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given, so that a clock tells the truth."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def progress(iterable, description: str, total: int | None = None, unit: str = "it"):
@@ -176,6 +178,25 @@ def progress(iterable, description: str, total: int | None = None, unit: str = "
 
     silent = not (sys.stderr.isatty() and logging.is_progress_bar_enabled())
     return tqdm(iterable, desc=description, total=total, unit=unit, disable=silent)
+
+
+def render_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return rows of text as a table."""
+    import io
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    output = io.StringIO()
+    # A fixed width: the text is the same on a terminal, in a file and in a test.
+    Console(file=output, width=110).print(table)
+    return output.getvalue().rstrip("\n")
 
 
 @contextmanager

@@ -5,12 +5,28 @@ from __future__ import annotations
 import dataclasses
 import sys
 import typing
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, _ArgumentGroup
-from typing import Any
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
 from optimum_fwdprune.configuration import field_type
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Of `from_pretrained`: option -> help.
+LOADING = {
+    "gguf_file": "GGUF file inside MODEL to load.",
+    "dtype": "Weights' dtype, such as bfloat16; the checkpoint's own by default.",
+    "device_map": "Where the layers go, such as auto or cuda:0.",
+    "attn_implementation": "eager, sdpa, flash_attention_2, ...",
+    "revision": "Branch, tag or commit of a Hub repository.",
+    "token": "Access token of the Hub; by default the one that is logged in.",
+}
 
 
 class Command(BaseOptimumCLICommand):
@@ -39,6 +55,105 @@ class Command(BaseOptimumCLICommand):
     def execute(self) -> None:
         """Do the work; raise on failure."""
         raise NotImplementedError
+
+
+def add_loading_options(parser: ArgumentParser) -> None:
+    """Add the options of `from_pretrained`."""
+    loading = parser.add_argument_group("loading")
+    for name, text in LOADING.items():
+        loading.add_argument(f"--{name}", help=text)
+    loading.add_argument("--trust_remote_code", action="store_true", help="Run modelling code of the repository.")
+
+
+def loading_options(args: Namespace) -> dict[str, Any]:
+    """Return what of these was given, for `from_pretrained`."""
+    given = {name: getattr(args, name) for name in LOADING if getattr(args, name) is not None}
+    return given | {"trust_remote_code": args.trust_remote_code}
+
+
+@contextmanager
+def naming_the_model(model: str) -> Iterator[None]:
+    """Say in errors of loading what could not be loaded; some of transformers' messages leave it out."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"Cannot load {model}: {error}") from error
+
+
+def load_model(model: str, args: Namespace) -> PreTrainedModel:
+    """Load a causal language model, in its own dtype unless the options say otherwise."""
+    from transformers import AutoModelForCausalLM
+
+    with naming_the_model(model):
+        return AutoModelForCausalLM.from_pretrained(model, **{"dtype": "auto"} | loading_options(args))
+
+
+def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model."""
+    from transformers import AutoTokenizer
+
+    shared = ("gguf_file", "revision", "token", "trust_remote_code")
+    options = {name: value for name, value in loading_options(args).items() if name in shared}
+    with naming_the_model(f"the tokenizer of {model}"):
+        return AutoTokenizer.from_pretrained(model, **options)
+
+
+def add_evaluation_options(parser: ArgumentParser) -> None:
+    """Add what to measure quality on, and how."""
+    quality = parser.add_argument_group("quality")
+    quality.add_argument(
+        "--text",
+        nargs="+",
+        default=[],
+        help="Texts to measure perplexity on: .txt, .jsonl or .parquet files, wikitext2, builtin (Python's "
+        "documentation), or datasets of the Hub.",
+    )
+    quality.add_argument("--text_split", default="test", help="Split of Hub datasets (default: test).")
+    quality.add_argument("--text_config", help="Configuration name of Hub datasets.")
+    quality.add_argument("--text_column", help="Text column. Default: text, or the only string column.")
+    quality.add_argument("--max_length", type=int, help="Tokens per window (default: 512, or what the model knows).")
+    quality.add_argument("--stride", type=int, help="How far apart windows start; by default they are disjoint.")
+    quality.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        help="Tasks of lm-evaluation-harness by name, zero-shot for the set that papers on pruning report, or folders "
+        "of task YAML files.",
+    )
+    quality.add_argument("--num_fewshot", type=int, help="Examples in the prompt; by default the task's own number.")
+    quality.add_argument("--limit", type=int, help="Only so many rows of each task.")
+    quality.add_argument("--apply_chat_template", action="store_true", help="Ask tasks through the chat template.")
+    quality.add_argument("--batch_size", type=int, default=4, help="Windows or requests at a time (default: 4).")
+
+
+def evaluation_options(args: Namespace) -> dict[str, Any]:
+    """Return these, with the texts read, for `evaluate` and `compare`."""
+    from optimum_fwdprune.texts import open_texts
+
+    texts = {}
+    for source in args.text:
+        name, pieces = open_texts(source, args.text_config, args.text_split, args.text_column)
+        texts[name] = list(pieces)
+    names = ("tasks", "max_length", "stride", "batch_size", "num_fewshot", "limit", "apply_chat_template")
+    return {"texts": texts} | {name: getattr(args, name) for name in names}
+
+
+def add_speed_options(parser: ArgumentParser) -> None:
+    """Add what to measure speed with."""
+    speed = parser.add_argument_group("speed")
+    speed.add_argument(
+        "--batch_sizes", type=int, nargs="+", default=[1], help="Prompts at a time; each is timed (default: 1)."
+    )
+    speed.add_argument(
+        "--prompt_tokens", type=int, nargs="+", default=[512], help="Lengths; each is timed (default: 512)."
+    )
+    speed.add_argument("--new_tokens", type=int, default=16, help="Decoding steps after each prefill (default: 16).")
+    speed.add_argument("--repeats", type=int, default=5, help="Runs, of which the median is kept (default: 5).")
+
+
+def speed_options(args: Namespace) -> dict[str, Any]:
+    """Return these, for `benchmark` and `compare`."""
+    return {name: getattr(args, name) for name in ("batch_sizes", "prompt_tokens", "new_tokens", "repeats")}
 
 
 def add_config_options(parser: ArgumentParser | _ArgumentGroup, config_class: type, known: set[str]) -> set[str]:

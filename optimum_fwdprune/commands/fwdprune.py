@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from .compare import BenchmarkCommand, CompareCommand
+from .evaluate import EvaluateCommand
 from .inspect import InspectCommand
 from .prune import PruneCommand
 
@@ -14,5 +16,14 @@ class FwdPruneCommand(BaseOptimumCLICommand):
         CommandInfo(name="prune", help="Prune a model and save it as a checkpoint.", subcommand_class=PruneCommand),
         CommandInfo(
             name="inspect", help="Show what each layer of a pruned checkpoint kept.", subcommand_class=InspectCommand
+        ),
+        CommandInfo(
+            name="evaluate", help="Measure perplexity, and scores of tasks.", subcommand_class=EvaluateCommand
+        ),
+        CommandInfo(name="benchmark", help="Time models against each other.", subcommand_class=BenchmarkCommand),
+        CommandInfo(
+            name="compare",
+            help="Show quality, speed and size of models in one table.",
+            subcommand_class=CompareCommand,
         ),
     )

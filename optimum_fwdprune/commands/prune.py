@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser
 
-from .base import Command, add_config_options
-
-
-LOADING_OPTIONS = ("gguf_file", "dtype", "device_map", "attn_implementation", "revision", "token")
+from .base import Command, add_config_options, add_loading_options, loading_options, naming_the_model
 
 
 class PruneCommand(Command):
@@ -29,14 +26,7 @@ class PruneCommand(Command):
         parser.add_argument("--overwrite", action="store_true", help="Replace an output folder that is not empty.")
         parser.add_argument("--plan", help="Replay this plan (a JSON file or a pruned checkpoint) instead of scoring.")
 
-        loading = parser.add_argument_group("loading")
-        loading.add_argument("--gguf_file", help="GGUF file inside MODEL to load.")
-        loading.add_argument("--dtype", help="Weights' dtype, such as bfloat16; the checkpoint's own by default.")
-        loading.add_argument("--device_map", help="Where the layers go, such as auto or cuda:0.")
-        loading.add_argument("--attn_implementation", help="eager, sdpa, flash_attention_2, ...")
-        loading.add_argument("--revision", help="Branch, tag or commit of a Hub repository.")
-        loading.add_argument("--token", help="Access token of the Hub; by default the one that is logged in.")
-        loading.add_argument("--trust_remote_code", action="store_true", help="Run modelling code of the repository.")
+        add_loading_options(parser)
 
         request = parser.add_argument_group("pruning")
         presets = registered_presets()
@@ -91,14 +81,8 @@ class PruneCommand(Command):
 
         from optimum_fwdprune.pruner import FwdPruner
 
-        loading = {name: given[name] for name in LOADING_OPTIONS if given[name] is not None}
-        try:
-            pruner = FwdPruner.from_pretrained(
-                self.args.model, trust_remote_code=self.args.trust_remote_code, **loading
-            )
-        except OSError as error:
-            # Some of transformers' messages leave out what could not be loaded.
-            raise OSError(f"Cannot load {self.args.model}: {error}") from error
+        with naming_the_model(self.args.model):
+            pruner = FwdPruner.from_pretrained(self.args.model, **loading_options(self.args))
         pruner.prune(config, plan=plan)
         pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
         print(pruner.report)

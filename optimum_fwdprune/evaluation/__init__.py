@@ -1,7 +1,35 @@
-"""How good and how fast a model is, dense or pruned."""
+"""How good, how fast and how large a model is, dense or pruned."""
 
-from .latency import Speed, measure_speed
-from .perplexity import perplexity, window_losses
+from pathlib import Path
+
+from .comparison import Comparison, Evaluation, compare, evaluate
+from .memory import PeakMemory
+from .perplexity import TextLoss, perplexity, text_loss, texts_loss, window_losses
+from .speed import Benchmark, Spread, Timing, benchmark, slower_because
+from .tasks import TASK_PRESETS, TaskScore, evaluate_tasks
 
 
-__all__ = ["Speed", "measure_speed", "perplexity", "window_losses"]
+# For `evaluate.load`.
+PERPLEXITY_METRIC = str(Path(__file__).with_name("perplexity_metric.py"))
+
+__all__ = [
+    "PERPLEXITY_METRIC",
+    "TASK_PRESETS",
+    "Benchmark",
+    "Comparison",
+    "Evaluation",
+    "PeakMemory",
+    "Spread",
+    "TaskScore",
+    "TextLoss",
+    "Timing",
+    "benchmark",
+    "compare",
+    "evaluate",
+    "evaluate_tasks",
+    "perplexity",
+    "slower_because",
+    "text_loss",
+    "texts_loss",
+    "window_losses",
+]

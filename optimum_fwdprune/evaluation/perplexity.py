@@ -3,12 +3,94 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..losses import model_nll
-from ..utils import progress
+from ..utils import evaluating, progress
+
+
+# Tokens per window where nobody says.
+MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """How well a model predicts some tokens.
+
+    Args:
+        nll (`float`): sum of negative log-likelihoods, in nats.
+        tokens (`int`): how many were predicted.
+    """
+
+    nll: float
+    tokens: int
+
+    def __add__(self, other: TextLoss) -> TextLoss:
+        return TextLoss(self.nll + other.nll, self.tokens + other.tokens)
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(Σ negative log-likelihood / Σ predicted tokens)."""
+        return math.exp(self.loss)
+
+
+@torch.no_grad()
+def text_loss(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    max_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 4,
+) -> TextLoss:
+    """Return how well `model` predicts a text, however long, in windows.
+
+    Disjoint windows, the default, are the usual way to report perplexity: nothing is predicted across their borders,
+    the first token of each not at all. With `stride` below `max_length` windows overlap, and every token but the
+    text's first is predicted exactly once, from at least `max_length - stride` tokens before it where there are so
+    many. The last window is as short as the text leaves it; nothing is padded or dropped.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model.
+        input_ids (`Tensor[tokens]`, int64): the text.
+        max_length (`int`, *optional*): longest window; by default 512, or what the model knows if that is less.
+        stride (`int`, *optional*): how far apart windows start; by default `max_length`.
+        batch_size (`int`, defaults to 4): windows per forward pass.
+
+    Raises:
+        ValueError: where the text is too short to predict anything, or the windows too long for the model.
+    """
+    max_length, stride = _checked_windows(model, input_ids, max_length, stride)
+    total = TextLoss(0.0, 0)
+    batches = list(_batches(len(input_ids), max_length, stride, batch_size))
+    with evaluating(model):
+        for starts, length, first in progress(batches, "Perplexity", unit="batch"):
+            windows = torch.stack([input_ids[start : start + length] for start in starts])
+            sums, counts = model_nll(model, windows, first=first)
+            total += TextLoss(float(sums.sum()), int(counts.sum()))
+    return total
+
+
+def texts_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    max_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 4,
+) -> TextLoss:
+    """Return how well `model` predicts texts that belong together, joined as they are (see [`text_loss`])."""
+    # verbose=False: longer than the model's context is what a text may be here.
+    ids = tokenizer("".join(texts), verbose=False)["input_ids"]
+    return text_loss(model, torch.tensor(ids, dtype=torch.int64), max_length, stride, batch_size)
 
 
 @torch.no_grad()
@@ -37,3 +119,41 @@ def perplexity(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: int 
     The arguments are those of [`window_losses`].
     """
     return math.exp(float(window_losses(model, input_ids, batch_size).mean()))
+
+
+def _checked_windows(
+    model: PreTrainedModel, input_ids: torch.Tensor, max_length: int | None, stride: int | None
+) -> tuple[int, int]:
+    if input_ids.dim() != 1 or len(input_ids) < 2:
+        raise ValueError(
+            f"A text needs two tokens, in a tensor [tokens], to predict one; got {tuple(input_ids.shape)}."
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if max_length is None:
+        max_length = min(MAX_LENGTH, longest or MAX_LENGTH)
+    stride = max_length if stride is None else stride
+    if max_length < 2 or not 1 <= stride <= max_length:
+        raise ValueError(
+            f"max_length must be at least 2 and stride from 1 to max_length; got {max_length} and {stride}."
+        )
+    if longest is not None and max_length > longest:
+        raise ValueError(f"max_length={max_length} is more than the {longest} positions that the model knows.")
+    return max_length, stride
+
+
+def _batches(tokens: int, max_length: int, stride: int, batch_size: int) -> Iterator[tuple[list[int], int, int]]:
+    """Yield where the windows of a batch start, how long they are, and the first place that they predict."""
+    # The last window is the first to reach the end; one token alone predicts nothing.
+    starts = list(range(0, tokens, stride))
+    starts = starts[: next(number for number, start in enumerate(starts, 1) if start + max_length >= tokens)]
+    overlap = max_length - stride
+    if len(starts) > 1 and not overlap and tokens - starts[-1] < 2:
+        starts.pop()
+    # What no window before it has predicted: behind the overlap, or all but the first token.
+    full = starts[1:-1]
+    yield starts[:1], min(max_length, tokens), 1
+    for place in range(0, len(full), batch_size):
+        yield full[place : place + batch_size], max_length, max(overlap, 1)
+    if len(starts) > 1:
+        last = starts[-1]
+        yield [last], min(max_length, tokens - last), max(overlap, 1)

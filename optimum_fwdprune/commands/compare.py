@@ -1,0 +1,79 @@
+"""`optimum-cli fwdprune benchmark` and `compare`: models side by side."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+
+from .base import (
+    Command,
+    add_evaluation_options,
+    add_loading_options,
+    add_speed_options,
+    evaluation_options,
+    load_model,
+    load_tokenizer,
+    speed_options,
+)
+
+
+def add_output_option(parser: ArgumentParser) -> None:
+    """Add the file that the figures are written to."""
+    parser.add_argument("-o", "--output", help="Also write the figures to this file (.md, .json or .csv).")
+
+
+class BenchmarkCommand(Command):
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        Command.add_common_options(parser)
+        parser.description = (
+            "Time models against each other, taking turns, and measure their size: prefill, decoding, memory, "
+            "multiplications. Example: optimum-cli fwdprune benchmark dense pruned --batch_sizes 1 8"
+        )
+        parser.add_argument("models", nargs="+", help="Folders or Hub repositories; speed-ups are against the first.")
+        add_output_option(parser)
+        add_speed_options(parser)
+        add_loading_options(parser)
+
+    def execute(self) -> None:
+        from optimum_fwdprune.evaluation import Comparison, Evaluation, benchmark
+        from optimum_fwdprune.evaluation.comparison import checked_format
+
+        if self.args.output:
+            checked_format(self.args.output)
+        models = [load_model(name, self.args) for name in self.args.models]
+        speeds = benchmark(models, **speed_options(self.args))
+        comparison = Comparison([Evaluation(name, {}, [], speed) for name, speed in zip(self.args.models, speeds)])
+        print(comparison)
+        if self.args.output:
+            comparison.save(self.args.output)
+
+
+class CompareCommand(Command):
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        Command.add_common_options(parser)
+        parser.description = (
+            "Compare pruned models with their dense one: size, speed, perplexity and tasks in one table. Example: "
+            "optimum-cli fwdprune compare dense pruned --text wikitext2 --output table.md"
+        )
+        parser.add_argument("dense", help="Folder or Hub repository that speed-ups are against.")
+        parser.add_argument("pruned", nargs="+", help="Folders or Hub repositories of the others.")
+        add_output_option(parser)
+        add_evaluation_options(parser)
+        add_speed_options(parser)
+        add_loading_options(parser)
+
+    def execute(self) -> None:
+        from optimum_fwdprune.evaluation import compare
+        from optimum_fwdprune.evaluation.comparison import checked_format
+
+        if self.args.output:
+            checked_format(self.args.output)
+        options = evaluation_options(self.args)
+        names = [self.args.dense, *self.args.pruned]
+        tokenizer = load_tokenizer(self.args.dense, self.args)
+        models = {name: load_model(name, self.args) for name in names}
+        comparison = compare(models, tokenizer, **options, **speed_options(self.args))
+        print(comparison)
+        if self.args.output:
+            comparison.save(self.args.output)

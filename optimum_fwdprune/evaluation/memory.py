@@ -1,0 +1,76 @@
+"""The most memory that a piece of work holds at once."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import psutil
+import torch
+
+
+class PeakMemory:
+    """Measures by how much memory grows at most while the context is open.
+
+    On CUDA this is what torch's allocator hands out, elsewhere the resident size of the process: on Linux by the
+    kernel's own mark, else sampled a hundred times a second.
+
+    Args:
+        device (`torch.device`): where the work happens.
+
+    Attributes:
+        bytes (`int`): the growth, once the context is closed.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.bytes = 0
+
+    def __enter__(self) -> PeakMemory:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+            return self
+        self._before = self._highest = _resident()
+        self._sampler = None if _forget_high_water() else threading.Thread(target=self._sample, daemon=True)
+        self._done = threading.Event()
+        if self._sampler:
+            self._sampler.start()
+        return self
+
+    def __exit__(self, *_error) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            self.bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+            return
+        if self._sampler:
+            self._done.set()
+            self._sampler.join()
+        else:
+            self._highest = _high_water()
+        self.bytes = max(0, self._highest - self._before)
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.01):
+            self._highest = max(self._highest, _resident())
+
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _resident() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def _forget_high_water() -> bool:
+    """Let the kernel forget the largest resident size so far; `False` where it keeps none or does not allow it."""
+    try:
+        _CLEAR.write_text("5")
+        return "VmHWM" in _STATUS.read_text()
+    except OSError:
+        return False
+
+
+def _high_water() -> int:
+    return 1024 * int(_STATUS.read_text().partition("VmHWM:")[2].split()[0])

@@ -1,0 +1,65 @@
+"""Perplexity as a module of `evaluate`: `evaluate.load(PERPLEXITY_METRIC)`, from this very file, offline."""
+
+import datasets
+import evaluate
+
+from optimum_fwdprune.evaluation.perplexity import TextLoss, text_loss
+
+
+_DESCRIPTION = """
+Perplexity of texts under a causal language model: exp of the mean negative log-likelihood of all their tokens, each
+counted once, whatever the lengths, the windows or the batch size.
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions (list of str): texts, each predicted by itself.
+    model (`PreTrainedModel` or str): a causal language model, dense or pruned, or where to load one from.
+    tokenizer (`PreTrainedTokenizerBase`, *optional*): by default the one that lies beside the model.
+    max_length (int, *optional*): longest window, by default 512 or what the model knows.
+    stride (int, *optional*): how far apart windows start; `max_length` by default, so that they are disjoint.
+    batch_size (int): windows per forward pass, 4 by default.
+
+Returns:
+    perplexity (float): of all texts together, weighted by tokens.
+    nll (float): sum of negative log-likelihoods in nats.
+    tokens (int): how many were predicted.
+    perplexities (list of float): of each text.
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class Perplexity(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            module_type="metric",
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features({"predictions": datasets.Value("string")}),
+            reference_urls=["https://huggingface.co/docs/transformers/perplexity"],
+        )
+
+    def _compute(self, predictions, model, tokenizer=None, max_length=None, stride=None, batch_size=4):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if tokenizer is None:
+            source = model if isinstance(model, str) else model.config._name_or_path
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        found = []
+        for number, text in enumerate(predictions):
+            ids = tokenizer(text, verbose=False)["input_ids"]
+            if len(ids) < 2:
+                raise ValueError(f"Text {number} has {len(ids)} tokens; a text needs two to predict one: {text!r}.")
+            ids = torch.tensor(ids, dtype=torch.int64)
+            found.append(text_loss(model, ids, max_length, stride, batch_size))
+        total = sum(found, TextLoss(0.0, 0))
+        return {
+            "perplexity": total.perplexity,
+            "nll": total.nll,
+            "tokens": total.tokens,
+            "perplexities": [each.perplexity for each in found],
+        }

@@ -1,0 +1,235 @@
+"""How fast and how large models are, side by side."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..utils import evaluating, progress, synchronize
+from .memory import PeakMemory
+
+
+logger = logging.get_logger(__name__)
+
+# Kernels that the counter of this torch leaves out.
+_UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *_, out_shape=None, **__: sdpa_flop_count(query, key, value)
+    )
+}
+
+# Matrix kernels work on tiles: widths that are no multiple of this waste a part of the last one.
+TILE = 8
+
+# Below this ratio of times nobody notices.
+NOT_FASTER = 1.02
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of repeated runs.
+
+    Args:
+        median, low, high (`float`): the median and the quartiles.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Spread:
+        low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Speed at one size of batch and prompt.
+
+    Args:
+        batch_size, prompt_tokens (`int`): prompts, and tokens in each.
+        prefill (`Spread`): of one forward pass over the prompts: the latency to the first new token.
+        decode (`Spread`): of one further token for every prompt, with a key-value cache.
+    """
+
+    batch_size: int
+    prompt_tokens: int
+    prefill: Spread
+    decode: Spread
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens per second."""
+        return self.batch_size * self.prompt_tokens / self.prefill.median
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """New tokens per second, of all prompts together."""
+        return self.batch_size / self.decode.median
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Size and speed of a model.
+
+    Args:
+        parameters (`int`): tied weights counted once.
+        bytes (`int`): of these, as a safetensors file holds them.
+        macs_per_token (`float`): multiply-accumulate operations of a prefill of the first prompt length, by tokens.
+        peak_bytes (`int`): weights, and what the largest prefill with its cache and a decoding step take on top.
+        timings (`list[Timing]`): by size of batch and prompt.
+    """
+
+    parameters: int
+    bytes: int
+    macs_per_token: float
+    peak_bytes: int
+    timings: list[Timing]
+
+
+@torch.no_grad()
+def benchmark(
+    models: Sequence[PreTrainedModel],
+    batch_sizes: Sequence[int] = (1,),
+    prompt_tokens: Sequence[int] = (512,),
+    new_tokens: int = 16,
+    repeats: int = 5,
+) -> list[Benchmark]:
+    """Measure models against each other: prefill and decoding, memory, sizes.
+
+    The models take turns run by run, so that whatever else the machine does slows them all: compare the results of
+    one call. One round of all runs goes first to warm up.
+
+    Args:
+        models (sequence of `PreTrainedModel`): causal language models; the first is what others are compared with, and
+            a warning says where one is not faster, with the likely reason.
+        batch_sizes, prompt_tokens (sequences of `int`): every pair of them is timed.
+        new_tokens (`int`, defaults to 16): decoding steps after each prefill.
+        repeats (`int`, defaults to 5): runs of each, of which median and quartiles are kept.
+
+    Raises:
+        ValueError: where a prompt with its new tokens is too long for a model.
+    """
+    if not models:
+        raise ValueError("There is no model to measure.")
+    if min(*batch_sizes, *prompt_tokens, new_tokens, repeats) < 1:
+        raise ValueError("batch_sizes, prompt_tokens, new_tokens and repeats must be at least 1.")
+    for model in models:
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and max(prompt_tokens) + new_tokens > longest:
+            raise ValueError(
+                f"{max(prompt_tokens)} prompt tokens and {new_tokens} new ones are more than the {longest} positions "
+                f"that {type(model).__name__} knows."
+            )
+    vocab_size = min(model.config.get_text_config().vocab_size for model in models)
+    sizes = [(batch, prompt) for batch in batch_sizes for prompt in prompt_tokens]
+    timings: list[list[Timing]] = [[] for _ in models]
+    for batch_size, tokens in progress(sizes, "Timing", unit="size"):
+        generator = torch.Generator().manual_seed(0)
+        prompts = torch.randint(vocab_size, (batch_size, tokens), generator=generator)
+        runs = [functools.partial(_generate, model, prompts.to(model.device), new_tokens) for model in models]
+        for found, (prefill, decode) in zip(timings, _take_turns(runs, repeats)):
+            found.append(Timing(batch_size, tokens, prefill, decode))
+    largest = torch.zeros(max(batch_sizes), max(prompt_tokens), dtype=torch.int64)
+    first = torch.zeros(1, prompt_tokens[0], dtype=torch.int64)
+    measured = [
+        _sized(model, found, first.to(model.device), largest.to(model.device)) for model, found in zip(models, timings)
+    ]
+    for number in range(1, len(models)):
+        for reason in slower_because(models[0], models[number], measured[0], measured[number]):
+            logger.warning("Model %d is not faster than the first: %s", number + 1, reason)
+    return measured
+
+
+def slower_because(dense: PreTrainedModel, pruned: PreTrainedModel, before: Benchmark, after: Benchmark) -> list[str]:
+    """Return why `pruned` is likely no faster than `dense` where it is not: a sentence per size that was timed."""
+    reasons = []
+    for old, new in zip(before.timings, after.timings):
+        size = f"{new.batch_size} x {new.prompt_tokens} tokens"
+        if old.prefill.median < NOT_FASTER * new.prefill.median:
+            why = _prefill_reason(dense, pruned, before, after)
+            ratio = old.prefill.median / new.prefill.median
+            reasons.append(f"prefill of {size} is {ratio:.2f} times as fast; {why}")
+        if old.decode.median < NOT_FASTER * new.decode.median:
+            ratio = old.decode.median / new.decode.median
+            reasons.append(f"decoding after {size} is {ratio:.2f} times as fast; {_decode_reason(before, after)}")
+    return reasons
+
+
+def _prefill_reason(dense: PreTrainedModel, pruned: PreTrainedModel, before: Benchmark, after: Benchmark) -> str:
+    odd = len(_odd_widths(pruned)) - len(_odd_widths(dense))
+    if after.macs_per_token > 0.95 * before.macs_per_token:
+        return f"it saves only {1 - after.macs_per_token / before.macs_per_token:.0%} of the multiplications."
+    if odd > 0:
+        return (
+            f"{odd} of its linears have widths that are no multiple of {TILE}, which kernels like least; prune with "
+            f"multiple_of={8 * TILE}."
+        )
+    return "the sizes are too small to matter beside fixed costs, or the machine was busy; try longer prompts."
+
+
+def _decode_reason(before: Benchmark, after: Benchmark) -> str:
+    saved = 1 - after.bytes / before.bytes
+    return (
+        f"a decoding step reads all weights once, of which {saved:.0%} went (embeddings and the vocabulary projection "
+        f"stay), and has fixed costs beside it."
+    )
+
+
+def _odd_widths(model: PreTrainedModel) -> list[nn.Linear]:
+    linears = (module for module in model.base_model.modules() if isinstance(module, nn.Linear))
+    return [linear for linear in linears if linear.in_features % TILE or linear.out_features % TILE]
+
+
+def _generate(model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    """Prefill and decode greedily; seconds of the prefill, and of one decoding step."""
+    with evaluating(model):
+        synchronize(model.device)
+        start = time.perf_counter()
+        outputs = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
+        synchronize(model.device)
+        prefilled = time.perf_counter()
+        for _ in range(new_tokens):
+            token = outputs.logits[:, -1:].argmax(-1)
+            outputs = model(input_ids=token, past_key_values=outputs.past_key_values, use_cache=True)
+        synchronize(model.device)
+    return prefilled - start, (time.perf_counter() - prefilled) / new_tokens
+
+
+def _take_turns(runs: Sequence[Callable[[], tuple[float, float]]], repeats: int) -> list[tuple[Spread, Spread]]:
+    seconds: list[list[tuple[float, float]]] = [[] for _ in runs]
+    for _ in range(repeats + 1):
+        for run, taken in zip(runs, seconds):
+            taken.append(run())
+    # The first run pays for kernels and caches.
+    return [
+        (Spread.of([each[0] for each in taken[1:]]), Spread.of([each[1] for each in taken[1:]])) for taken in seconds
+    ]
+
+
+def _sized(model: PreTrainedModel, timings: list[Timing], first: torch.Tensor, largest: torch.Tensor) -> Benchmark:
+    weights = list(model.parameters())
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    with PeakMemory(model.device) as peak:
+        _generate(model, largest, 1)
+    counter: Any = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    with counter, evaluating(model):
+        model(input_ids=first, use_cache=False, logits_to_keep=1)
+    return Benchmark(
+        parameters=sum(weight.numel() for weight in weights),
+        bytes=size,
+        macs_per_token=counter.get_total_flops() / 2 / first.numel(),
+        peak_bytes=size + peak.bytes,
+        timings=timings,
+    )

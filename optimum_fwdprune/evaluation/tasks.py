@@ -1,0 +1,132 @@
+"""Classification, multiple choice and generation: tasks of lm-evaluation-harness, which does all the scoring."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+
+# What papers on pruning report, without examples in the prompt.
+TASK_PRESETS = {
+    "zero-shot": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
+}
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task.
+
+    Args:
+        task, metric (`str`): names in the harness; a metric's filter stands behind a comma where it is not `none`.
+        value (`float`): the score.
+        standard_error (`float`, *optional*): over the task's rows.
+        rows (`int`, *optional*): how many were scored; `None` for groups of tasks.
+    """
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None
+    rows: int | None
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str | Path],
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    apply_chat_template: bool = False,
+    seed: int = 0,
+) -> list[TaskScore]:
+    """Score a model on tasks of lm-evaluation-harness (`pip install "optimum-fwdprune[eval]"`).
+
+    Args:
+        model (`PreTrainedModel`): a causal language model, dense or pruned.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        tasks (sequence of `str`): names of tasks, groups or tags; `zero-shot` for those that papers on pruning report
+            (BoolQ, PIQA, HellaSwag, WinoGrande, ARC easy and challenge, OpenBookQA); or folders of task YAML files, of
+            which all tasks are run. A task whose `dataset_path` is `json` with local `data_files` needs no network.
+        num_fewshot (`int`, *optional*): examples in the prompt; by default the task's own number.
+        limit (`int`, *optional*): only so many rows of each task.
+        batch_size (`int`, defaults to 8): requests per forward pass.
+        apply_chat_template (`bool`, defaults to `False`): ask through the tokenizer's chat template.
+        seed (`int`, defaults to 0): of the examples in the prompt.
+
+    Raises:
+        ValueError: where there is no such task, naming the nearest, or no task in a folder.
+        ImportError: where the harness is not installed.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ImportError('Tasks need lm-evaluation-harness: pip install "optimum-fwdprune[eval]".') from error
+    names, manager = _resolve(tasks)
+    results = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        tasks=names,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        apply_chat_template=apply_chat_template,
+        log_samples=False,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    assert results is not None
+    rows = {name: counts["effective"] for name, counts in results["n-samples"].items()}
+    return [score for name, values in results["results"].items() for score in _scores(name, values, rows.get(name))]
+
+
+def _resolve(tasks: Sequence[str | Path]) -> tuple[list[str], TaskManager]:
+    """Names of tasks, and the manager that knows them all."""
+    from lm_eval.tasks import TaskManager
+
+    if not tasks:
+        raise ValueError("No task was named; zero-shot is the set that papers on pruning report.")
+    named: list[str] = []
+    folders: list[Path] = []
+    for task in tasks:
+        if Path(task).is_dir():
+            folders.append(Path(task))
+            found = TaskManager(include_path=str(task), include_defaults=False).all_tasks
+            if not found:
+                raise ValueError(f"{task} holds no task: no YAML file in it names one under `task`.")
+            named += found
+        else:
+            named += TASK_PRESETS.get(str(task), (str(task),))
+    # The harness's own tasks take seconds to list.
+    needs_defaults = len(folders) < len(tasks)
+    manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=needs_defaults)
+    known = set(manager.all_tasks)
+    for name in named:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, [*TASK_PRESETS, *known], n=5, cutoff=0.5)
+            hint = f"the nearest are {', '.join(nearest)}" if nearest else "`lm_eval ls tasks` lists all"
+            raise ValueError(f"There is no task {name!r}; {hint}. A folder of task files may be named instead.")
+    return list(dict.fromkeys(named)), manager
+
+
+def _scores(task: str, values: dict[str, Any], rows: int | None) -> list[TaskScore]:
+    found = []
+    for key, value in values.items():
+        metric, _, kind = key.partition(",")
+        if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        error = values.get(f"{metric}_stderr,{kind}")
+        name = metric if kind == "none" else key
+        found.append(TaskScore(task, name, float(value), error if isinstance(error, float) else None, rows))
+    return found
