@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from study import WINDOW, Study, difference, digest_of, file_name, in_bfloat16, log, table
+from study import WINDOW, Study, difference, digest_of, file_name, in_dtype, log, table
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig
 from optimum_fwdprune.allocation import allocate
@@ -79,7 +79,7 @@ class PolicyGradientStudy(Study):
             if name in METRICS:
                 tokens = Calibration(*tokens.windows(slice(METRIC_WINDOWS)), tokens.source)
             start = time.perf_counter()
-            with in_bfloat16(self.model):
+            with in_dtype(self.model, torch.bfloat16):
                 found = FwdPruner(self.model).score(config, tokens)
             found.details["seconds"] = time.perf_counter() - start
             # Only the tokens' fingerprint matters here, and hundreds of statistics do not.
@@ -129,7 +129,7 @@ class PolicyGradientStudy(Study):
         masks, windows = STEP["masks_per_step"], STEP["windows_per_step"]
         horizon, baseline = config.baseline_horizon, math.nan
         gradients = {name: [] for name in ESTIMATORS}
-        with in_bfloat16(self.model):
+        with in_dtype(self.model, torch.bfloat16):
             for step in range(VARIANCE_STEPS):
                 draws = policy.draw(rates, masks, (0, step), False)
                 input_ids, _ = self.calibration.windows(slice(step * windows, (step + 1) * windows))

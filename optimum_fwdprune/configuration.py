@@ -46,7 +46,9 @@ NOT_THE_RECIPE = (
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """Declare a config field with its default, its help text and, where it has them, its allowed values."""
-    metadata = {"help": help, "choices": choices}
+    metadata: dict[str, Any] = {"help": help}
+    if choices is not None:
+        metadata["choices"] = choices
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -168,7 +170,7 @@ class PruningConfig:
     dataset_config: str | None = option(None, "Configuration name of a Hub dataset.")
     dataset_split: str = option("train", "Split of a Hub dataset.")
     dataset_column: str | None = option(None, "Text column of a dataset. Default: text, or the only string column.")
-    n_samples: int = option(64, "Calibration windows.")
+    n_samples: int = option(128, "Calibration windows.")
     seq_len: int = option(256, "Tokens per calibration window.")
     batch_size: int = option(8, "Windows per forward pass.")
     seed: int = option(0, "Seed of everything random.")

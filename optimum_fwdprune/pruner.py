@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -17,16 +17,20 @@ from .configuration import DEFAULT_PRESET
 from .cutting import Cut, cut, timed
 from .latency import LatencyCost, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
 from .methods import PruningConfig
-from .plan import PLAN_NAME, PruningPlan
+from .plan import PruningPlan
 from .planning import keeper, make_plan
 from .reconstruction import NONE, added_parameters, check_reconstruction
+from .record import Record
 from .report import PruningReport, Speedup
 from .rounds import Rounds
-from .scores import SCORES_NAME, Scores, needs_calibration, score_units
+from .scores import Scores, needs_calibration, score_units
 from .search import SEARCH, check_search
 from .surgery import check_resident
 from .utils import evaluating, folder_moved_into_place
 
+
+if TYPE_CHECKING:
+    from .recovery import RecoveryArguments, RecoveryTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +58,7 @@ class FwdPruner:
         scores (`Scores`, *optional*): the last scores, for another budget or to save; after several rounds those of
             the last, which are of the model before it.
         config (`PruningConfig`, *optional*): the last request.
+        trainer (`RecoveryTrainer`, *optional*): of the last `recover`; its `state.log_history` says how it went.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
@@ -64,10 +69,13 @@ class FwdPruner:
         self.report: PruningReport | None = None
         self.scores: Scores | None = None
         self.config: PruningConfig | None = None
+        self.trainer: RecoveryTrainer | None = None
+        # Where the pruned model lies as it is now: what adapters can name as their base.
+        self._saved_as: str | None = None
 
     @classmethod
     def from_pretrained(cls, model_id: str | Path, **kwargs) -> FwdPruner:
-        """Load a causal language model and its tokenizer.
+        """Load a causal language model and its tokenizer; of a pruned checkpoint also its plan and request.
 
         Args:
             model_id (`str` or `Path`): repository of the Hub, or folder.
@@ -94,7 +102,13 @@ class FwdPruner:
                 "%s has no tokenizer that loads (%s); calibration can use its own text only.", model_id, error
             )
             tokenizer = None
-        return cls(model, tokenizer)
+        pruner = cls(model, tokenizer)
+        if getattr(model.config, "per_layer_config", None):
+            shared.pop("trust_remote_code", None)
+            record = Record.of_checkpoint(model_id, **shared)
+            pruner.config, pruner.plan, pruner.scores = record.config, record.plan, record.scores
+            pruner._saved_as = str(model_id)
+        return pruner
 
     def score(self, config: PruningConfig | None = None, dataset: Any = None) -> Scores:
         """Score every unit, and gather what the request's reconstruction will need, without changing the model.
@@ -190,6 +204,7 @@ class FwdPruner:
                 speedup = Speedup(config.target_speedup, budget.cost.speedup(removed), measured)
 
         self.model, self.plan, self.config, self.scores = done.model, done.plan, config, scores
+        self.trainer = self._saved_as = None
         after = _Sizes.of(self.model, [])
         self.report = PruningReport(
             parameters_before=before.parameters,
@@ -257,8 +272,52 @@ class FwdPruner:
         calibration = self._calibration(config, dataset) if needs_calibration(config) else None
         return score_units(model, sites, config, calibration, keeper(rounds, sites, config, budget))
 
+    def recover(
+        self,
+        dataset: Any,
+        args: RecoveryArguments | None = None,
+        *,
+        teacher: PreTrainedModel | str | None = None,
+        eval_dataset: Any = None,
+    ) -> PreTrainedModel:
+        """Train the pruned model until it is as good as it can be again.
+
+        Args:
+            dataset: text, chats or instructions: a file, a dataset of the Hub or in memory, strings, token ids; see
+                [`~optimum_fwdprune.recovery.training_data`].
+            args (`RecoveryArguments`, *optional*): how; by default LoRA adapters for one epoch, merged in the end.
+            teacher (`PreTrainedModel` or `str`, *optional*): for `mode="distill"`: the dense model, or where it is;
+                by default what the plan says was pruned.
+            eval_dataset (*optional*): of the same kinds, for the Trainer's `eval_strategy`.
+
+        Returns:
+            `PreTrainedModel`: the trained model, which is `self.model` from then on; a `PeftModel` where
+            `args.merge_adapters` is off, of which `save_pretrained` saves the adapters alone.
+        """
+        from .recovery import RecoveryArguments, recover
+
+        if args is None:
+            args = RecoveryArguments(output_dir="fwdprune_recovery")
+        keeps_adapters = args.trains_adapters and not args.merge_adapters
+        if keeps_adapters and self._saved_as is None:
+            raise ValueError(
+                "Adapters are saved without their base, and the pruned model has not been saved yet: call "
+                "save_pretrained first, or leave merge_adapters on."
+            )
+        if teacher is None and self.plan is not None:
+            teacher = self.plan.metadata.get("source")
+        self.model, self.trainer = recover(
+            self.model, self.tokenizer, dataset, args, teacher=teacher, eval_dataset=eval_dataset
+        )
+        if keeps_adapters:
+            self.model.peft_config["default"].base_model_name_or_path = self._saved_as
+        else:
+            self._saved_as = None
+        return self.model
+
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False, max_shard_size: str = "5GB") -> None:
-        """Save the pruned model with its tokenizer, plan, request and scores.
+        """Save the pruned model with its tokenizer, plan, request and scores; of adapters that were not merged, these
+        alone.
 
         The folder appears whole or not at all: everything is written to a temporary sibling first.
 
@@ -272,16 +331,18 @@ class FwdPruner:
             OSError: where it cannot be written.
             ValueError: before `prune`.
         """
-        if self.plan is None or self.config is None:
+        if self.plan is None and self.trainer is None:
             raise ValueError("There is nothing to save yet; call prune() first.")
+        whole = isinstance(self.model, PreTrainedModel)
         with folder_moved_into_place(folder, overwrite) as temporary:
-            self.model.save_pretrained(temporary, max_shard_size=max_shard_size)
+            options: dict[str, Any] = {"max_shard_size": max_shard_size} if whole else {}
+            self.model.save_pretrained(temporary, **options)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
-            self.config.save_pretrained(temporary)
-            self.plan.save(temporary / PLAN_NAME)
-            if self.scores is not None:
-                self.scores.save(temporary / SCORES_NAME)
+            if whole:
+                Record(self.config, self.plan, self.scores).save(temporary)
+        if whole:
+            self._saved_as = str(folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **commit_kwargs):
         """Upload what `save_pretrained` writes to a repository of the Hub, creating it where it is missing.

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .allocation import LEVELS, coarse_multiple, fewest_units, levels_of, prunable_sites
+from .allocation import ENDS, FEWEST_WITH_ENDS, LEVELS, coarse_multiple, fewest_units, levels_of, prunable_sites
 from .architectures import Site, SiteKey, get_architecture
 from .budgets import Cost
 from .calibration import Calibration
@@ -91,11 +91,12 @@ def search(
 ) -> Found:
     """Move budget from the sites that bear it worst to those that bear it best, as long as the whole model gains.
 
-    Starts from the even share. A sweep narrows every site in turn by a step and measures how far that takes the whole
-    pruned model, all other sites as narrow as they are and reconstructed, from the dense one: errors of sites
-    accumulate in it, and all candidates are judged on the same tokens. Then all keep ratios are moved at once along
-    the logarithm of what each saved unit of cost took; of three lengths of that move the best stays where it gains,
-    else the step is halved. An interrupt (Ctrl-C) ends the search with the best so far.
+    Starts from the even share or, where that is nearer to a deep dense model, from the same with both ends spared. A
+    sweep narrows every site in turn by a step and measures how far that takes the whole pruned model, all other sites
+    as narrow as they are and reconstructed, from the dense one: errors of sites accumulate in it, and all candidates
+    are judged on the same tokens. Then all keep ratios are moved at once along the logarithm of what each saved unit
+    of cost took; of three lengths of that move the best stays where it gains, else the step is halved. An interrupt
+    (Ctrl-C) ends the search with the best so far.
 
     Args:
         model (`PreTrainedModel`): the dense model; it is not changed.
@@ -140,7 +141,10 @@ def search(
             divergence = Divergence(model, learned, judging, config.batch_size)
             descent = _Descent(ratios, budgets, levels, divergence, cost, len(judging.input_ids))
             if not len(state.rates):
-                descent.start(state, even_rates(budgets, len(learned)))
+                starts = [even_rates(budgets, len(learned))]
+                if (spared := _ends_spared(learned, fixed, coarse, keep)) is not None:
+                    starts.append(spared)
+                descent.start(state, starts)
 
             def save() -> None:
                 if checkpoint is not None:
@@ -156,7 +160,7 @@ def search(
     details = {
         "sweeps": state.sweeps,
         "windows": state.windows,
-        "even_divergence": state.losses[0],
+        "even_divergence": state.even,
         "divergence": state.losses[-1],
     }
     return Found(found, details, state.history(learned, sites))
@@ -177,10 +181,23 @@ def _on_coarse_grid(
     return config, keep(scores, config)
 
 
+def _ends_spared(
+    sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor], coarse: PruningConfig, keep: Keep
+) -> torch.Tensor | None:
+    """Keep ratios of the even share over all layers but the ends of a deep model, where that can meet the budget."""
+    if coarse.skip_layers is not None or 1 + max(site.layer for site in sites) < FEWEST_WITH_ENDS:
+        return None
+    try:
+        kept = keep(scores, replace(coarse, skip_layers=ENDS))
+    except ValueError:
+        return None
+    return torch.tensor([len(kept[site.key]) / site.num_units for site in sites], dtype=torch.float64)
+
+
 def _price(sites: Sequence[Site], layers: int) -> float:
-    """Passes of one window through all layers that a sweep and its move take."""
-    # A site is measured from its layer to the last.
-    return sum(layers - site.layer for site in sites) / layers + len(PARTS)
+    """Passes of one window through all layers that a sweep and its move take, at most."""
+    # A site is measured from its layer to the last; a move that is made is passed through once more.
+    return sum(layers - site.layer for site in sites) / layers + len(PARTS) + 1
 
 
 def _as_many_as_allowed(
@@ -191,14 +208,14 @@ def _as_many_as_allowed(
     Raises:
         ValueError: where the request allows no sweep at all.
     """
-    # Before the first sweep come the dense model and the even share.
-    fewest = math.ceil(price) + 2
+    # Before the first sweep come the dense model, two to start from, and the better of them again.
+    fewest = math.ceil(price) + 4
     if config.search_windows < fewest:
         raise ValueError(
             f"search_windows={config.search_windows} is too few to try {len(sites)} sites and {len(PARTS)} moves on "
             f"one window; give at least {fewest}, or use scope='global'."
         )
-    allowed = int(config.search_windows / (SWEEPS * price + 2))
+    allowed = int(config.search_windows / (SWEEPS * price + 4))
     return Calibration(*judging.windows(slice(max(1, allowed))), judging.source)
 
 
@@ -210,8 +227,9 @@ class _State:
         rates (`Tensor[sites]`, float64): keep ratios of the best so far; empty before the first.
         step (`float`): how far they move next; below `LAST_STEP` once nothing helps any more.
         windows (`float`): passes of a window through all layers so far.
-        losses (`list[float]`): divergence of the even share and after every sweep.
+        losses (`list[float]`): divergence of the start and after every sweep.
         path (`list[Tensor[sites]]`): the keep ratios that these belong to.
+        even (`float`): divergence of the even share.
     """
 
     rates: torch.Tensor
@@ -219,6 +237,7 @@ class _State:
     windows: float = 0.0
     losses: list[float] = field(default_factory=list)
     path: list[torch.Tensor] = field(default_factory=list)
+    even: float = math.nan
 
     @property
     def sweeps(self) -> int:
@@ -244,7 +263,7 @@ class _State:
         return found
 
     def save(self, path: Path, identity: dict[str, Any]) -> None:
-        numbers = {"step": self.step, "windows": self.windows, "losses": self.losses}
+        numbers = {"step": self.step, "windows": self.windows, "losses": self.losses, "even": self.even}
         save_state(path, {"path": torch.stack(self.path)}, numbers, identity)
 
     @classmethod
@@ -252,7 +271,7 @@ class _State:
         tensors, numbers = load_state(path, identity)
         try:
             rates = list(tensors["path"])
-            return cls(rates[-1], numbers["step"], numbers["windows"], numbers["losses"], rates)
+            return cls(rates[-1], numbers["step"], numbers["windows"], numbers["losses"], rates, numbers["even"])
         except (KeyError, IndexError) as error:
             raise not_a_state(path, error) from error
 
@@ -279,11 +298,14 @@ class _Descent:
         # Those of the model that is settled.
         self._projections: dict[SiteKey, Projection] = {}
 
-    def start(self, state: _State, rates: torch.Tensor) -> None:
-        """Settle the even share."""
-        widths = self._widths(rates)
-        state.add(widths / self._sizes, self._settle(widths))
-        state.windows += 2 * self._num_windows
+    def start(self, state: _State, starts: Sequence[torch.Tensor]) -> None:
+        """Settle the best of the keep ratios to start from, the even share first."""
+        found = [self._widths(rates) for rates in starts]
+        losses = [self._divergence.of(self._projections_of(widths)) for widths in found]
+        best = losses.index(min(losses))
+        state.even = losses[0]
+        state.add(found[best] / self._sizes, self._settle(found[best]))
+        state.windows += (2 + len(starts)) * self._num_windows
 
     def run(self, state: _State, price: float, allowed: int, save: Callable[[], Any]) -> None:
         """Sweep and move, at `price` for each window, until the windows allowed are used up or nothing helps."""

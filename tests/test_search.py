@@ -296,7 +296,7 @@ def test_methods_that_need_no_text_search_on_the_text_given(tokens):
     [
         (
             {"search_windows": 7},
-            "search_windows=7 is too few to try 6 sites and 3 moves on one window; give at least 9",
+            "search_windows=7 is too few to try 6 sites and 3 moves on one window; give at least 12",
         ),
         ({"skip_layers": [0, 1], "sparsity": 0.1}, "only one of each kind is pruned here"),
     ],

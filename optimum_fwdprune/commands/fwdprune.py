@@ -8,6 +8,7 @@ from .compare import BenchmarkCommand, CompareCommand
 from .evaluate import EvaluateCommand
 from .inspect import InspectCommand
 from .prune import PruneCommand
+from .recover import RecoverCommand
 
 
 class FwdPruneCommand(BaseOptimumCLICommand):
@@ -17,6 +18,7 @@ class FwdPruneCommand(BaseOptimumCLICommand):
         CommandInfo(
             name="inspect", help="Show what each layer of a pruned checkpoint kept.", subcommand_class=InspectCommand
         ),
+        CommandInfo(name="recover", help="Train what pruning left.", subcommand_class=RecoverCommand),
         CommandInfo(
             name="evaluate", help="Measure perplexity, and scores of tasks.", subcommand_class=EvaluateCommand
         ),

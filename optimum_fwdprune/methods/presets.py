@@ -20,4 +20,5 @@ register_preset(
     "no better than balanced on the one model it was measured on (docs/quality.md).",
     kinds=["mlp"],
     scope="search",
+    search_windows=1500,
 )

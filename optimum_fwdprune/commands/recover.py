@@ -1,0 +1,106 @@
+"""`optimum-cli fwdprune recover`: train what pruning left."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from typing import Any
+
+from .base import Command, add_config_options, add_loading_options, loading_options, naming_the_model
+
+
+# Of the Trainer's arguments, those that most runs name; --set takes all others.
+TRAINING = {
+    "learning_rate": "Default: 1e-4 for adapters, 2e-5 for all weights.",
+    "max_steps": "Steps; by default as many as num_train_epochs takes.",
+    "num_train_epochs": "Passes over the data (default: 1).",
+    "per_device_train_batch_size": "Sequences per forward pass (default: 8).",
+    "gradient_accumulation_steps": "Forward passes per step (default: 1).",
+    "save_steps": "Steps between checkpoints (default: 500).",
+    "seed": "Seed of the order of the data and of new adapters (default: 42).",
+    "report_to": "Where the log goes: tensorboard, wandb, trackio, ... (default: nowhere).",
+    "resume_from_checkpoint": "Checkpoint to go on from, or true for the last one in --output_dir.",
+}
+
+
+class RecoverCommand(Command):
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        from optimum_fwdprune.recovery.options import RecoveryOptions
+
+        Command.add_common_options(parser)
+        parser.description = (
+            "Train a pruned model by the text alone or towards the dense model, and save it. Example: optimum-cli "
+            "fwdprune recover pruned recovered --dataset wikitext2 --mode distill --max_steps 200. Several devices: "
+            "accelerate launch -m optimum.commands.optimum_cli fwdprune recover ..."
+        )
+        parser.add_argument("model", help="Folder or Hub repository of the pruned model.")
+        parser.add_argument("output", help="Folder for the recovered checkpoint; new or empty.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace an output folder that is not empty.")
+        parser.add_argument(
+            "--dataset",
+            required=True,
+            help="What to train on: a .txt, .jsonl or .parquet file, wikitext2, c4, builtin (Python's documentation), "
+            "or a dataset of the Hub: text, chat messages, or questions with answers.",
+        )
+        parser.add_argument(
+            "--output_dir", help="Folder for the Trainer's checkpoints. Default: OUTPUT with -training behind it."
+        )
+        add_config_options(parser.add_argument_group("recovery"), RecoveryOptions, known=set())
+        training = parser.add_argument_group("training")
+        for name, text in TRAINING.items():
+            training.add_argument(f"--{name}", help=text)
+        training.add_argument("--gradient_checkpointing", action="store_true", help="Less memory for more time.")
+        training.add_argument(
+            "--set",
+            nargs="+",
+            default=[],
+            metavar="NAME=VALUE",
+            help="Any other argument of transformers.TrainingArguments, such as weight_decay=0.1 fsdp=full_shard.",
+        )
+        add_loading_options(parser)
+
+    def execute(self) -> None:
+        import dataclasses
+
+        from optimum_fwdprune.recovery.options import RecoveryOptions
+        from optimum_fwdprune.utils import check_output_folder
+
+        given = vars(self.args)
+        own = {field.name: given[field.name] for field in dataclasses.fields(RecoveryOptions) if field.name in given}
+        RecoveryOptions(**own).check()
+        check_output_folder(self.args.output, self.args.overwrite)
+
+        from optimum_fwdprune.pruner import FwdPruner
+
+        arguments = self._arguments(own)
+        with naming_the_model(self.args.model):
+            pruner = FwdPruner.from_pretrained(self.args.model, **loading_options(self.args))
+        pruner.recover(self.args.dataset, arguments)
+        if arguments.should_save:
+            pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
+            print(f"Saved to {self.args.output}.")
+
+    def _arguments(self, own: dict):
+        """The Trainer's arguments, its own parser reading what was given of them."""
+        from transformers import HfArgumentParser
+
+        from optimum_fwdprune.recovery import RecoveryArguments
+
+        texts = {name: getattr(self.args, name) for name in TRAINING if getattr(self.args, name) is not None}
+        for pair in self.args.set:
+            name, equals, value = pair.partition("=")
+            if not equals:
+                raise ValueError(f"--set takes NAME=VALUE; got {pair!r}.")
+            texts[name] = value
+        known = set(RecoveryArguments.__dataclass_fields__)
+        for name in texts:
+            if name not in known:
+                import difflib
+
+                nearest = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
+                raise ValueError(f"TrainingArguments has no {name!r}; the nearest are {nearest}.")
+        output_dir = self.args.output_dir or f"{str(self.args.output).rstrip('/')}-training"
+        words = [word for name, value in texts.items() for word in (f"--{name}", value)]
+        parser: Any = HfArgumentParser(RecoveryArguments)  # type: ignore[arg-type]
+        (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", output_dir, *words])
+        return parsed

@@ -1,0 +1,37 @@
+"""Recovery finetuning of pruned models on `transformers.Trainer`: adapters, all weights, distillation.
+
+Names are loaded on first use: a command line reads the options without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .arguments import RecoveryArguments as RecoveryArguments
+    from .data import training_data as training_data
+    from .distillation import Predictions as Predictions
+    from .distillation import Teacher as Teacher
+    from .finetuning import recover as recover
+    from .options import RecoveryOptions as RecoveryOptions
+    from .trainer import RecoveryTrainer as RecoveryTrainer
+
+_HOME = {
+    "Predictions": "distillation",
+    "RecoveryArguments": "arguments",
+    "RecoveryOptions": "options",
+    "RecoveryTrainer": "trainer",
+    "Teacher": "distillation",
+    "recover": "finetuning",
+    "training_data": "data",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,73 @@
+"""LoRA adapters: put on, taken up again, merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from .options import RecoveryOptions
+
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
+    """Return the model with new LoRA adapters, which alone are trained.
+
+    Args:
+        model (`PreTrainedModel`): dense or pruned.
+        options (`RecoveryOptions`): rank, scale, dropout and targets.
+
+    Raises:
+        ImportError: where PEFT is not installed.
+        ValueError: where no linear has one of the names.
+    """
+    try:
+        from peft import LoraConfig, TaskType, get_peft_model
+    except ImportError as error:
+        raise ImportError('Adapters need PEFT: pip install "optimum-fwdprune[recovery]".') from error
+    targets: Any = options.lora_targets[0] if options.lora_targets == ["all-linear"] else options.lora_targets
+    config = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets,
+        task_type=TaskType.CAUSAL_LM,
+    )
+    return get_peft_model(model, config)
+
+
+def merged(model: Any) -> PreTrainedModel:
+    """Return the base model with the adapters in its weights."""
+    return model.merge_and_unload()
+
+
+def check_adapters(folder: str | Path, model: Any) -> None:
+    """Raise `ValueError` where a folder holds adapters of a base with other shapes.
+
+    Args:
+        folder (`str` or `Path`): what PEFT or the Trainer saved.
+        model (`PeftModel`): with adapters of its own.
+    """
+    from peft import get_peft_model_state_dict
+
+    file = Path(folder) / WEIGHTS_NAME
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no adapters: there is no {WEIGHTS_NAME} in it.")
+    own: dict[str, torch.Tensor] = get_peft_model_state_dict(model)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}.") from error
+    for name in sorted(own.keys() | found.keys()):
+        expected = tuple(own[name].shape) if name in own else None
+        if found.get(name) != expected:
+            raise ValueError(
+                f"The adapters in {folder} are of another base: {name} has the shape {found.get(name)} there and "
+                f"{expected} here. Train new ones, or load the base that they were trained on."
+            )

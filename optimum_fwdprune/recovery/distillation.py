@@ -1,0 +1,221 @@
+"""Distillation: what the dense model predicts, live or kept on disk, and how far a student is from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, List, Value, load_from_disk
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..losses import LOGITS_AT_ONCE
+from ..utils import first_difference, folder_moved_into_place, progress
+from .data import collate
+from .options import RecoveryOptions
+
+
+# Columns of a dataset that hold a teacher's likeliest tokens and their log-probabilities.
+TEACHER_IDS, TEACHER_LOGARITHMS = "teacher_ids", "teacher_logarithms"
+
+# What kept predictions belong to, beside them.
+IDENTITY_NAME = "teacher.json"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a teacher predicts at some places of a text.
+
+    Args:
+        logits (`Tensor[places, tokens]`): of the whole vocabulary, or of the likeliest tokens.
+        ids (`Tensor[places, tokens]`, *optional*): which tokens these are; `None` for the whole vocabulary.
+    """
+
+    logits: torch.Tensor
+    ids: torch.Tensor | None = None
+
+    def divergence(self, student: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Return Σ KL(teacher ‖ student) over the places, times the square of the temperature.
+
+        Where only the likeliest tokens are known, all others count as one token, so that the student's mass on them
+        is not lost (Hinton et al., arXiv 1503.02531, over a coarser vocabulary).
+
+        Args:
+            student (`Tensor[places, vocab_size]`): logits.
+            temperature (`float`): both distributions are flattened by it.
+        """
+        total = student.new_zeros((), dtype=torch.float32)
+        at_once = max(1, LOGITS_AT_ONCE // student.shape[-1])
+        ids = [None] * len(self.logits) if self.ids is None else self.ids.split(at_once)
+        for own, teacher, known in zip(student.split(at_once), self.logits.split(at_once), ids):
+            log_probabilities = F.log_softmax(own.float() / temperature, -1)
+            if known is None:
+                wanted = F.log_softmax(teacher.float() / temperature, -1)
+            else:
+                log_probabilities = _with_rest(log_probabilities.gather(-1, known))
+                # Kept at temperature 1, where the rest is one more token.
+                wanted = F.log_softmax(_with_rest(teacher.float()) / temperature, -1)
+            total = total + F.kl_div(log_probabilities, wanted, reduction="sum", log_target=True)
+        return total * temperature**2
+
+
+def _with_rest(log_probabilities: torch.Tensor) -> torch.Tensor:
+    """Append the logarithm of what is left of the probability."""
+    smallest = torch.finfo(torch.float32).tiny
+    rest = (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp_min(smallest).log()
+    return torch.cat([log_probabilities, rest], -1)
+
+
+def load_teacher(options: RecoveryOptions, default: str | None, device: torch.device) -> PreTrainedModel:
+    """Load the dense model in its own dtype and where its device map says, or onto `device`.
+
+    Args:
+        options (`RecoveryOptions`): `teacher`, `teacher_dtype` and `teacher_device_map`.
+        default (`str`, *optional*): the model to take where the options name none.
+        device (`torch.device`): where training happens.
+
+    Raises:
+        ValueError: where no teacher is known.
+        OSError: where it cannot be loaded.
+    """
+    name = options.teacher or default
+    if name is None:
+        raise ValueError("mode='distill' needs the dense model; name it as teacher.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=options.teacher_dtype, device_map=options.teacher_device_map
+        )
+    except OSError as error:
+        raise OSError(f"Cannot load the teacher {name}: {error} Name another one as teacher.") from error
+    return model if options.teacher_device_map else model.to(device)  # type: ignore[arg-type]
+
+
+def check_same_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Raise `ValueError` where two models do not predict the same tokens."""
+    sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"The teacher predicts {sizes[0]} tokens and the student {sizes[1]}; distillation compares predictions "
+            f"token by token, so the teacher must be a model of the same tokenizer."
+        )
+
+
+class Teacher:
+    """Predicts along with a student.
+
+    Args:
+        model (`PreTrainedModel`): the dense model; it is put into eval mode.
+        hidden_states (`bool`, defaults to `False`): whether these are wanted too.
+    """
+
+    def __init__(self, model: PreTrainedModel, hidden_states: bool = False):
+        self.model = model.eval().requires_grad_(False)
+        self._hidden_states = hidden_states
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+        """Return logits `[batch_size, seq_len, vocab_size]`, and hidden states of all layers where they are wanted."""
+        device = self.model.device
+        outputs = self.model(
+            input_ids=input_ids.to(device),
+            attention_mask=None if attention_mask is None else attention_mask.to(device),
+            use_cache=False,
+            output_hidden_states=self._hidden_states,
+        )
+        return outputs.logits.to(input_ids.device), outputs.hidden_states
+
+
+def hidden_error(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the squared error of hidden states over the teacher's mean square, the mean over layers and places.
+
+    Args:
+        student, teacher (sequences of `Tensor[places, hidden_size]`): behind every layer.
+    """
+    errors = []
+    for own, wanted in zip(student, teacher):
+        wanted = wanted.float()
+        errors.append((own.float() - wanted).square().mean() / wanted.square().mean())
+    return torch.stack(errors).mean()
+
+
+def identity_of_teacher(data: Dataset, name: str, top_k: int) -> dict[str, Any]:
+    """Return what kept predictions belong to, as JSON values."""
+    digest = hashlib.sha256()
+    for ids in data.with_format("numpy")["input_ids"]:
+        digest.update(ids.astype("int64").tobytes() + b".")
+    return {"teacher": name, "top_k": top_k, "tokens": digest.hexdigest()[:16]}
+
+
+def kept_predictions(folder: str | Path, identity: dict[str, Any]) -> Dataset | None:
+    """Return the sequences with what a teacher predicted for them, or `None` where the folder does not exist yet.
+
+    Raises:
+        ValueError: where the folder holds predictions of another teacher or of other sequences, or something else.
+    """
+    folder = Path(folder)
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    try:
+        found = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no predictions of a teacher; name a new folder.") from error
+    if difference := first_difference(found, identity):
+        raise ValueError(f"{folder} belongs to other sequences or another teacher: {difference}. Name a new folder.")
+    return load_from_disk(str(folder))
+
+
+def keep_predictions(
+    data: Dataset, teacher: Teacher, folder: str | Path, identity: dict[str, Any], batch_size: int
+) -> Dataset:
+    """Let a teacher predict all sequences, keep its likeliest tokens in a folder, and return the sequences with them.
+
+    Args:
+        data (`Dataset`): with `input_ids` and `labels`.
+        teacher (`Teacher`): predicts.
+        folder (`str` or `Path`): where to; it appears whole or not at all.
+        identity (`dict`): see [`identity_of_teacher`].
+        batch_size (`int`): sequences per forward pass.
+    """
+    numbers = List(Value("int32"))
+    features = Features(
+        {
+            "input_ids": numbers,
+            "labels": numbers,
+            TEACHER_IDS: List(numbers),
+            TEACHER_LOGARITHMS: List(List(Value("float32"))),
+        }
+    )
+
+    def rows() -> Iterator[dict]:
+        batches = range(0, len(data), batch_size)
+        for start in progress(batches, "Asking the teacher", unit="batch"):
+            sequences = [data[place] for place in range(start, min(start + batch_size, len(data)))]
+            batch = collate(sequences)
+            logits, _ = teacher(batch["input_ids"], batch.get("attention_mask"))
+            values, ids = F.log_softmax(logits.float(), -1).topk(min(identity["top_k"], logits.shape[-1]), -1)
+            for row, sequence in enumerate(sequences):
+                length = len(sequence["input_ids"])
+                known = {
+                    TEACHER_IDS: ids[row, :length].cpu().numpy(),
+                    TEACHER_LOGARITHMS: values[row, :length].cpu().numpy(),
+                }
+                yield {name: sequence[name] for name in ("input_ids", "labels")} | known
+
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as writing,
+        folder_moved_into_place(folder) as temporary,
+    ):
+        # A fingerprint of its own: the default one would pickle the teacher.
+        fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        written = Dataset.from_generator(rows, features=features, cache_dir=writing, fingerprint=fingerprint)
+        written.save_to_disk(str(temporary))
+        (temporary / IDENTITY_NAME).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    return load_from_disk(str(folder))

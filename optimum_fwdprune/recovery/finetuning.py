@@ -1,0 +1,134 @@
+"""Recovery: train what pruning left until it is as good as it can be again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from .adapters import check_adapters, merged, with_adapters
+from .arguments import RecoveryArguments
+from .data import training_data
+from .distillation import (
+    Teacher,
+    check_same_vocabulary,
+    identity_of_teacher,
+    keep_predictions,
+    kept_predictions,
+    load_teacher,
+)
+from .options import DISTILL
+from .trainer import RecoveryTrainer
+
+
+def recover(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dataset: Any,
+    args: RecoveryArguments,
+    *,
+    teacher: PreTrainedModel | str | None = None,
+    eval_dataset: Any = None,
+    callbacks: list | None = None,
+) -> tuple[Any, RecoveryTrainer]:
+    """Train a pruned model: adapters or all weights, by the text alone or towards the dense model too.
+
+    Args:
+        model (`PreTrainedModel`): pruned or not; it is trained in place.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): for all data but token ids.
+        dataset: text, chats or instructions, see [`training_data`].
+        args (`RecoveryArguments`): how.
+        teacher (`PreTrainedModel` or `str`, *optional*): for `mode="distill"`: the dense model, or what to load it
+            from where `args.teacher` does not say.
+        eval_dataset (*optional*): of the same kinds as `dataset`, for `eval_strategy`.
+        callbacks (`list`, *optional*): the Trainer's.
+
+    Returns:
+        the trained model, in eval mode: a plain one, or a `PeftModel` where `args.merge_adapters` is off; and the
+        trainer, whose `state.log_history` says how it went.
+
+    Raises:
+        ValueError: where the data, the teacher or a checkpoint to resume from does not fit.
+    """
+    data = training_data(dataset, tokenizer, args, _sequences_of(args))
+    held_out = None if eval_dataset is None else training_data(eval_dataset, tokenizer, args)
+    live = None
+    if args.mode == DISTILL:
+        if isinstance(teacher, PreTrainedModel):
+            check_same_vocabulary(teacher, model)
+        data, live = _taught(data, model, args, teacher)
+        if held_out is not None and live is None:
+            raise ValueError("teacher_cache keeps no predictions for eval_dataset; leave one of them out.")
+    trained: Any = model
+    if args.trains_adapters:
+        trained = with_adapters(model, args)
+        if args.gradient_checkpointing:
+            # The embeddings are frozen, and what follows needs gradients to reach it.
+            trained.enable_input_require_grads()
+    resumed = _checkpoint_of(args)
+    if resumed is not None and args.trains_adapters:
+        check_adapters(resumed, trained)
+    trainer = RecoveryTrainer(
+        model=trained,
+        args=args,
+        teacher=live,
+        distills=args.mode == DISTILL,
+        train_dataset=data.with_format("torch"),
+        eval_dataset=None if held_out is None else held_out.with_format("torch"),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=resumed)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if args.trains_adapters and args.merge_adapters:
+        trained = merged(trained)
+    return trained.eval(), trainer
+
+
+def _sequences_of(args: RecoveryArguments) -> int | None:
+    """How many sequences a run of so many steps reads, so that a stream is not read further."""
+    if args.max_steps <= 0:
+        return None
+    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def _taught(
+    data: Dataset, student: PreTrainedModel, args: RecoveryArguments, teacher: PreTrainedModel | str | None
+) -> tuple[Dataset, Teacher | None]:
+    """The data with what the teacher predicts, or the teacher itself."""
+
+    def loaded() -> PreTrainedModel:
+        found = teacher if isinstance(teacher, PreTrainedModel) else load_teacher(args, teacher, args.device)
+        check_same_vocabulary(found, student)
+        return found
+
+    if args.teacher_cache is None:
+        return data, Teacher(loaded(), hidden_states=args.hidden_weight > 0)
+    of_model = teacher.config._name_or_path if isinstance(teacher, PreTrainedModel) else teacher
+    name = args.teacher or of_model or ""
+    identity = identity_of_teacher(data, name, args.teacher_top_k)
+    # One process asks, the others find the answers.
+    with args.main_process_first(desc="asking the teacher"):
+        kept = kept_predictions(args.teacher_cache, identity)
+        if kept is None:
+            kept = keep_predictions(data, Teacher(loaded()), args.teacher_cache, identity, args.train_batch_size)
+    return kept, None
+
+
+def _checkpoint_of(args: RecoveryArguments) -> str | None:
+    """The checkpoint to go on from, where the arguments ask for one."""
+    asked: Any = args.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        return None
+    if asked is True or str(asked).lower() == "true":
+        folder = str(args.output_dir)
+        found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if found is None:
+            raise ValueError(f"There is no checkpoint to resume from in {args.output_dir}.")
+        return found
+    if not Path(asked).is_dir():
+        raise ValueError(f"There is no checkpoint {asked} to resume from.")
+    return str(asked)

@@ -1,0 +1,78 @@
+"""The Trainer, taught to listen to a teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import Trainer
+
+from .arguments import RecoveryArguments
+from .data import IGNORED, collate
+from .distillation import TEACHER_IDS, TEACHER_LOGARITHMS, Predictions, Teacher, hidden_error
+
+
+class RecoveryTrainer(Trainer):
+    """A `Trainer` whose loss, where there is a teacher, is shared between the text and the teacher's predictions.
+
+    Args:
+        args (`RecoveryArguments`): `distill_weight`, `hidden_weight` and `temperature`, and all of the Trainer's.
+        teacher (`Teacher`, *optional*): predicts along.
+        distills (`bool`, defaults to `False`): the loss listens to a teacher: the one given, or the predictions that
+            the data holds.
+        kwargs: the Trainer's own.
+    """
+
+    args: RecoveryArguments
+
+    def __init__(self, *, args: RecoveryArguments, teacher: Teacher | None = None, distills: bool = False, **kwargs):
+        loss = self._distillation_loss if distills else None
+        super().__init__(args=args, data_collator=collate, compute_loss_func=loss, **kwargs)
+        self._teacher = teacher
+        self._distills = distills
+        # What the teacher says of the batch at hand.
+        self._predicted: tuple[Any, ...] = ()
+        self._parts: dict[str, float] = {}
+        self._batches = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._distills:
+            ids, logits = inputs.pop(TEACHER_IDS, None), inputs.pop(TEACHER_LOGARITHMS, None)
+            hidden = None
+            if logits is None and self._teacher is not None:
+                logits, hidden = self._teacher(inputs["input_ids"], inputs.get("attention_mask"))
+            self._predicted = (logits, ids, hidden, inputs.get("attention_mask"))
+            inputs = {**inputs, "output_hidden_states": hidden is not None}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self._batches and "loss" in logs:
+            logs |= {name: value / self._batches for name, value in self._parts.items()}
+            self._parts, self._batches = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def _distillation_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """(1 - w) · cross-entropy + w · divergence from the teacher + h · error of hidden states, by counted token."""
+        logits, ids, hidden, mask = self._predicted
+        counted = labels[:, 1:] != IGNORED
+        student = outputs.logits[:, :-1][counted]
+        count = int(counted.sum()) if num_items_in_batch is None else num_items_in_batch
+        cross_entropy = F.cross_entropy(student.float(), labels[:, 1:][counted], reduction="sum")
+        predicted = Predictions(logits[:, :-1][counted], None if ids is None else ids[:, :-1][counted])
+        divergence = predicted.divergence(student, self.args.temperature)
+        weight = self.args.distill_weight
+        loss = ((1 - weight) * cross_entropy + weight * divergence) / count
+        if hidden is not None:
+            present = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
+            own, wanted = (
+                [each.to(loss.device)[present] for each in states] for states in (outputs.hidden_states, hidden)
+            )
+            # A mean over places, to be summed over the batches of a step as the other parts are.
+            share = int(counted.sum()) / count
+            loss = loss + self.args.hidden_weight * share * hidden_error(own, wanted)
+        tokens = max(1, int(counted.sum()))
+        for name, value in (("cross_entropy", cross_entropy), ("divergence", divergence)):
+            self._parts[name] = self._parts.get(name, 0.0) + float(value.detach()) / tokens
+        self._batches += 1
+        return loss

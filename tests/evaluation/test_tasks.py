@@ -1,0 +1,145 @@
+"""The bridge to lm-evaluation-harness, offline, over tasks whose rows are made here."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune.evaluation import TASK_PRESETS, evaluate_tasks
+
+
+ROWS = [
+    {"goal": "the quick brown fox", "sol1": " jumps over the lazy dog", "sol2": " dog lazy the over", "label": 0},
+    {"goal": "the lazy dog", "sol1": " quick quick quick quick", "sol2": " jumps over the fox", "label": 1},
+    {"goal": "a fox", "sol1": " and the brown dog", "sol2": " brown", "label": 0},
+    {"goal": "over the dog", "sol1": " fox", "sol2": " the quick brown fox jumps", "label": 1},
+    {"goal": "jumps", "sol1": " the", "sol2": " over the lazy brown dog", "label": 1},
+]
+# The paper's three families of tasks.
+CHOICE = """
+task: foxes_choice
+output_type: multiple_choice
+doc_to_text: "{{goal}}"
+doc_to_target: label
+doc_to_choice: "{{[sol1, sol2]}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+CLASSIFICATION = """
+task: foxes_classification
+output_type: multiple_choice
+doc_to_text: "{{goal}}{{sol1}}. Is that so?"
+doc_to_target: label
+doc_to_choice: [" yes", " no"]
+metric_list:
+  - metric: acc
+"""
+GENERATION = """
+task: foxes_generation
+output_type: generate_until
+doc_to_text: "{{goal}}"
+doc_to_target: "{{sol1}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three tasks over one local file."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{validation: {folder / 'rows.jsonl'}}}}}\n"
+    for name, task in (("choice", CHOICE), ("classification", CLASSIFICATION), ("generation", GENERATION)):
+        (folder / f"{name}.yaml").write_text(data + "validation_split: validation\n" + task)
+    return folder
+
+
+@torch.no_grad()
+def choices_by_hand(model, tokenizer):
+    """The likelier ending of every row, token by token."""
+    right = 0
+    for row in ROWS:
+        sums = []
+        for ending in (row["sol1"], row["sol2"]):
+            prompt = tokenizer(row["goal"])["input_ids"]
+            ids = torch.tensor(tokenizer(row["goal"] + ending)["input_ids"])
+            logits = model(ids[None]).logits[0].log_softmax(-1)
+            sums.append(sum(float(logits[place - 1, ids[place]]) for place in range(len(prompt), len(ids))))
+        right += sums.index(max(sums)) == row["label"]
+    return right / len(ROWS)
+
+
+def test_all_tasks_of_a_folder_are_run_on_a_pruned_model(folder, tokenizer, tokens):
+    model = FwdPruner(tiny.make_model("llama_gqa_biases")).prune(PruningConfig(sparsity=0.4), tokens)
+    scores = {score.task: score for score in evaluate_tasks(model, tokenizer, [folder], batch_size=2)}
+
+    assert scores.keys() == {"foxes_choice", "foxes_classification", "foxes_generation"}
+    assert scores["foxes_choice"].value == pytest.approx(choices_by_hand(model, tokenizer))
+    assert scores["foxes_choice"].rows == 5 and scores["foxes_choice"].standard_error > 0
+    assert scores["foxes_generation"].metric == "exact_match" and 0 <= scores["foxes_generation"].value <= 1
+    assert scores["foxes_classification"].value in {0, 0.2, 0.4, 0.6, 0.8, 1}
+
+
+def test_a_model_that_knows_the_answers_scores_all_of_them(folder, tokenizer):
+    """Untrained models are right by chance; this one has learned the rows."""
+    model = tiny.make_model("llama_mha_tied")
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    texts = [row["goal"] + (row["sol1"], row["sol2"])[row["label"]] for row in ROWS]
+    for _ in range(60):
+        for text in texts:
+            ids = torch.tensor(tokenizer(text)["input_ids"])[None]
+            optimizer.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+    (score,) = (each for each in evaluate_tasks(model.eval(), tokenizer, [folder]) if each.task == "foxes_choice")
+
+    assert score.value == 1
+
+
+def test_a_limit_takes_fewer_rows(folder, tokenizer):
+    (score, *_) = evaluate_tasks(tiny.make_model("bloom"), tokenizer, [folder], limit=2)
+
+    assert score.rows == 2
+
+
+def test_the_preset_and_the_harness_know_each_other():
+    """Every name of the preset is a task of the installed harness; running them needs the Hub."""
+    from lm_eval.tasks import TaskManager
+
+    assert set(TASK_PRESETS["zero-shot"]) <= set(TaskManager().all_tasks)
+
+
+def test_tasks_that_do_not_exist_are_named_with_the_nearest(tokenizer):
+    with pytest.raises(ValueError, match=r"no task 'hellaswagg'; the nearest are.*hellaswag"):
+        evaluate_tasks(tiny.make_model("bloom"), tokenizer, ["hellaswagg"])
+
+
+def test_a_folder_without_tasks_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="holds no task"):
+        evaluate_tasks(tiny.make_model("bloom"), tokenizer, [tmp_path])
+    with pytest.raises(ValueError, match="No task was named"):
+        evaluate_tasks(tiny.make_model("bloom"), tokenizer, [])
+
+
+def test_piqas_sample(tokenizer, tmp_path):
+    """The real rows, where they are at hand beside the project."""
+    sample = Path(__file__).parents[3] / "shared" / "data" / "piqa-sample.jsonl"
+    if not sample.exists():
+        pytest.skip(f"{sample} is not here")
+    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{validation: {sample}}}}}\n"
+    (tmp_path / "piqa.yaml").write_text(data + "validation_split: validation\n" + CHOICE)
+    (score,) = evaluate_tasks(
+        tiny.make_model("llama_mqa", max_position_embeddings=1024), tokenizer, [tmp_path], limit=8
+    )
+
+    assert score.rows == 8 and 0 <= score.value <= 1
