@@ -26,6 +26,8 @@ class RecoveryArguments(RecoveryOptions, TrainingArguments):
     warmup_steps: float = 0.03
     logging_steps: float = 10
     bf16: bool | None = None  # type: ignore[assignment]
+    # There are none but those that training needs, and a teacher's are unknown to the model.
+    remove_unused_columns: bool = False
 
     def __post_init__(self):
         self.check()

@@ -24,6 +24,10 @@ from .options import RecoveryOptions
 # Columns of a dataset that hold a teacher's likeliest tokens and their log-probabilities.
 TEACHER_IDS, TEACHER_LOGARITHMS = "teacher_ids", "teacher_logarithms"
 
+# What is left of a probability is the difference of large numbers: below this it is rounding, whose logarithm would
+# have gradients of any size.
+SMALLEST_REST = 1e-5
+
 # What kept predictions belong to, beside them.
 IDENTITY_NAME = "teacher.json"
 
@@ -67,8 +71,7 @@ class Predictions:
 
 def _with_rest(log_probabilities: torch.Tensor) -> torch.Tensor:
     """Append the logarithm of what is left of the probability."""
-    smallest = torch.finfo(torch.float32).tiny
-    rest = (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp_min(smallest).log()
+    rest = (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp_min(SMALLEST_REST).log()
     return torch.cat([log_probabilities, rest], -1)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import check_adapters, merged, with_adapters
@@ -63,6 +63,8 @@ def recover(
         if held_out is not None and live is None:
             raise ValueError("teacher_cache keeps no predictions for eval_dataset; leave one of them out.")
     trained: Any = model
+    # New adapters are drawn before the Trainer sets its seed.
+    set_seed(args.seed)
     if args.trains_adapters:
         trained = with_adapters(model, args)
         if args.gradient_checkpointing:

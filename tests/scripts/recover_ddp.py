@@ -1,0 +1,35 @@
+"""Recover a pruned checkpoint in several processes and let the first write what came of it.
+
+accelerate launch --cpu --num_processes 2 recover_ddp.py CHECKPOINT OUTPUT MODE
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from optimum_fwdprune import FwdPruner, RecoveryArguments
+
+
+checkpoint, output, mode = sys.argv[1:]
+pruner = FwdPruner.from_pretrained(checkpoint)
+args = RecoveryArguments(
+    output_dir=f"{output}-training",
+    mode=mode,
+    max_length=16,
+    max_steps=4,
+    per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")),
+    learning_rate=1e-2,
+    lora_dropout=0.0,
+    logging_steps=1,
+    use_cpu=True,
+    disable_tqdm=True,
+    save_steps=2,
+    teacher=checkpoint.replace("pruned", "dense") if mode == "distill" else None,
+)
+tokens = json.loads((Path(checkpoint).parent / "tokens.json").read_text())
+pruner.recover({"input_ids": tokens}, args)
+if args.should_save:
+    pruner.save_pretrained(output)
+    losses = [each["loss"] for each in pruner.trainer.state.log_history if "loss" in each]
+    Path(f"{output}.json").write_text(json.dumps({"losses": losses, "processes": args.world_size}))
