@@ -101,6 +101,10 @@ class RecoverCommand(Command):
                 raise ValueError(f"TrainingArguments has no {name!r}; the nearest are {nearest}.")
         output_dir = self.args.output_dir or f"{str(self.args.output).rstrip('/')}-training"
         words = [word for name, value in texts.items() for word in (f"--{name}", value)]
+        for name, value in own.items():
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        if self.args.gradient_checkpointing:
+            words += ["--activation_checkpointing", "true"]
         parser: Any = HfArgumentParser(RecoveryArguments)  # type: ignore[arg-type]
         (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", output_dir, *words])
         return parsed

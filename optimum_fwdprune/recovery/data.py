@@ -23,6 +23,9 @@ logger = logging.get_logger(__name__)
 # Labels that do not count in the loss.
 IGNORED = -100
 
+# Tokens per sequence where nobody says.
+MAX_LENGTH = 512
+
 # Columns by which data says what it is, and how its rows become messages of a chat.
 CHATS = ("messages", "conversation", "conversations")
 # What asks and what answers; an optional input stands between the two.
@@ -30,7 +33,11 @@ QUESTIONS = {"prompt": "completion", "instruction": "output", "question": "answe
 
 
 def training_data(
-    source: Any, tokenizer: PreTrainedTokenizerBase | None, options: RecoveryOptions, wanted: int | None = None
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: RecoveryOptions,
+    wanted: int | None = None,
+    longest: int | None = None,
 ) -> Dataset:
     """Return sequences to train on, with columns `input_ids` and `labels`.
 
@@ -44,11 +51,15 @@ def training_data(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for all but token ids.
         options (`RecoveryOptions`): `max_length` and the `dataset_*` fields.
         wanted (`int`, *optional*): read no more than so many sequences.
+        longest (`int`, *optional*): positions that the model knows.
 
     Raises:
         ValueError: where the data is empty or too short, a named column is missing (listing those there are), or a
             chat template does not let answers be told from questions.
     """
+    length = min(MAX_LENGTH, longest or MAX_LENGTH) if options.max_length is None else options.max_length
+    if longest is not None and length > longest:
+        raise ValueError(f"max_length={length} is more than the {longest} positions that the model knows.")
     if hasattr(source, "tolist"):
         source = {"input_ids": source.tolist()}
     if isinstance(source, Mapping):
@@ -68,8 +79,8 @@ def training_data(
         raise ValueError(f"Training on {name} needs a tokenizer: FwdPruner(model, tokenizer).")
     chat = _chat_of(first, column)
     if chat is not None:
-        return _answers(map(chat, everything), tokenizer, options.max_length, name, wanted)
-    return _packed((row[_text_column(row, column, name)] for row in everything), tokenizer, options, name, wanted)
+        return _answers(map(chat, everything), tokenizer, length, name, wanted)
+    return _packed((row[_text_column(row, column, name)] for row in everything), tokenizer, length, name, wanted)
 
 
 def _tokens(rows: Iterable[dict], wanted: int | None) -> Dataset:
@@ -105,11 +116,10 @@ def _chat_of(row: dict, column: str | None) -> Callable[[dict], list[dict]] | No
 def _packed(
     texts: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
-    options: RecoveryOptions,
+    length: int,
     name: str,
     wanted: int | None,
 ) -> Dataset:
-    length = options.max_length
     # Four bytes a token: a list would take nine times as much.
     tokens = array("i")
     for text in texts:

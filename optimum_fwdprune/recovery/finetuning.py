@@ -53,8 +53,9 @@ def recover(
     Raises:
         ValueError: where the data, the teacher or a checkpoint to resume from does not fit.
     """
-    data = training_data(dataset, tokenizer, args, _sequences_of(args))
-    held_out = None if eval_dataset is None else training_data(eval_dataset, tokenizer, args)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    data = training_data(dataset, tokenizer, args, _sequences_of(args), longest)
+    held_out = None if eval_dataset is None else training_data(eval_dataset, tokenizer, args, longest=longest)
     live = None
     if args.mode == DISTILL:
         if isinstance(teacher, PreTrainedModel):

@@ -54,7 +54,9 @@ class RecoveryOptions:
     hidden_weight: float = option(
         0.0, "Weight of the squared error of the hidden states, relative to the teacher's mean square, on top."
     )
-    max_length: int = option(512, "Tokens per training sequence.")
+    max_length: int | None = option(
+        None, "Tokens per training sequence. Default: 512, or what the model knows if that is less."
+    )
     dataset_config: str | None = option(None, "Configuration name of a Hub dataset.")
     dataset_split: str = option("train", "Split of a Hub dataset.")
     dataset_column: str | None = option(None, "Text column, or the one of chat messages. Default: found by its name.")
@@ -71,7 +73,7 @@ class RecoveryOptions:
         for name in ("lora_r", "lora_alpha", "teacher_top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if self.max_length < 2:
+        if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2; got {self.max_length}.")
         for name in ("lora_dropout", "distill_weight"):
             if not 0 <= getattr(self, name) <= 1:

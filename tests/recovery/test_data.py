@@ -160,6 +160,14 @@ def test_data_that_cannot_be_trained_on_is_refused(source, changes, message, tok
         training_data(source, tokenizer, options(**changes))
 
 
+def test_sequences_are_no_longer_than_the_model_knows(tokenizer):
+    texts = ["the quick brown fox jumps over the lazy dog"] * 60
+
+    assert len(training_data(texts, tokenizer, options(max_length=None), longest=32)[0]["input_ids"]) == 32
+    with pytest.raises(ValueError, match="max_length=64 is more than the 32 positions"):
+        training_data(texts, tokenizer, options(max_length=64), longest=32)
+
+
 def test_text_without_a_tokenizer_is_refused():
     with pytest.raises(ValueError, match="needs a tokenizer"):
         training_data(["the fox"], None, options())

@@ -1,0 +1,175 @@
+"""`optimum-cli fwdprune recover | evaluate | benchmark | compare`, as a user runs them."""
+
+import csv
+import dataclasses
+import json
+import sys
+
+import pytest
+import tiny
+import torch
+from optimum.commands.optimum_cli import main
+from transformers import AutoModelForCausalLM
+
+from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune.recovery import RecoveryOptions
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A dense checkpoint, the same pruned, and a text."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    model = tiny.make_model("llama_gqa_biases")
+    model.save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
+    pruner = FwdPruner.from_pretrained(folder / "dense")
+    tokens = torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(1))
+    pruner.prune(PruningConfig(sparsity=0.4), tokens)
+    pruner.save_pretrained(folder / "pruned")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    return folder
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run a command in this process; returns `(exit code, stdout, stderr)`."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["optimum-cli", "fwdprune", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+TRAIN = ["--max_length", 16, "--max_steps", 6, "--per_device_train_batch_size", 4, "--set", "use_cpu=true"]
+
+
+class TestRecover:
+    @pytest.mark.parametrize("mode", ["lora", "full", "distill"])
+    def test_a_recovered_checkpoint_is_a_plain_pruned_one(self, cli, folder, tmp_path, mode):
+        output = tmp_path / "recovered"
+        teacher = ["--teacher", folder / "dense"] if mode == "distill" else []
+        command = ["recover", folder / "pruned", output, "--dataset", folder / "text.txt", "--mode", mode]
+        code, out, err = cli(*command, *teacher, "--learning_rate", "1e-2", *TRAIN)
+
+        assert code == 0, err
+        assert f"Saved to {output}" in out
+        before, after = (AutoModelForCausalLM.from_pretrained(each) for each in (folder / "pruned", output))
+        assert type(after) is type(before)
+        assert not torch.equal(after.lm_head.weight, before.lm_head.weight) or mode != "full"
+        assert any(not torch.equal(a, b) for a, b in zip(after.parameters(), before.parameters()))
+        assert (output / "fwdprune_plan.json").exists() and (output / "tokenizer.json").exists()
+        assert {path.name for path in tmp_path.iterdir()} <= {"recovered", "recovered-training"}
+
+    def test_the_teacher_is_what_was_pruned_unless_one_is_named(self, cli, folder, tmp_path):
+        """The plan names it, without the folders of the machine that it was pruned on."""
+        command = ["recover", folder / "pruned", tmp_path / "out", "--dataset", folder / "text.txt"]
+        code, _, err = cli(*command, "--mode", "distill", *TRAIN)
+
+        assert code == 1 and "Cannot load the teacher dense" in err and "Name another one as teacher" in err
+
+    def test_every_option_is_offered_with_its_help(self, cli):
+        code, out, _ = cli("recover", "--help")
+
+        assert code == 0 and "optimum-cli fwdprune recover pruned recovered" in " ".join(out.split())
+        for field in dataclasses.fields(RecoveryOptions):
+            assert f"--{field.name}" in out
+
+    def test_a_stopped_run_goes_on(self, cli, folder, tmp_path):
+        command = ["recover", folder / "pruned", tmp_path / "out", "--dataset", folder / "text.txt", *TRAIN[:4]]
+        command += ["--output_dir", tmp_path / "steps", "--save_steps", 3, "--overwrite"]
+        code, _, err = cli(*command, "--set", "use_cpu=true", "per_device_train_batch_size=2")
+        assert code == 0, err
+        code, _, err = cli(*command, "--resume_from_checkpoint", "true", "--set", "use_cpu=true")
+
+        assert code == 0, err
+        state = json.loads((tmp_path / "steps" / "checkpoint-6" / "trainer_state.json").read_text())
+        assert state["global_step"] == 6
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--mode", "lore"], "invalid choice: 'lore'"),
+            (["--lora_dropout", 2], "error: lora_dropout must be in [0, 1]; got 2.0."),
+            (["--dataset_column", "body"], "has no column 'body'; it has text."),
+            (["--max_length", 100000], "max_length=100000 is more than the 128 positions"),
+            (["--set", "weight_decayy=1"], "TrainingArguments has no 'weight_decayy'; the nearest are weight_decay"),
+            (["--set", "weight_decay"], "--set takes NAME=VALUE; got 'weight_decay'."),
+            (["--resume_from_checkpoint", "true"], "There is no checkpoint to resume from"),
+            (["--mode", "full", "--teacher", "dense"], "A teacher is for mode='distill'"),
+        ],
+    )
+    def test_a_users_error_is_one_readable_line(self, cli, folder, tmp_path, arguments, message):
+        command = ["recover", folder / "pruned", tmp_path / "out", "--dataset", folder / "text.txt"]
+        code, _, err = cli(*command, *TRAIN[2:4], *arguments)
+
+        assert code in (1, 2) and message in " ".join(err.split()) and "Traceback" not in err
+        assert not (tmp_path / "out").exists()
+
+    def test_a_dataset_that_is_not_there(self, cli, folder, tmp_path):
+        code, _, err = cli("recover", folder / "pruned", tmp_path / "out", "--dataset", "nowhere.txt")
+        assert code == 1 and "There is no file nowhere.txt" in err
+
+
+class TestMeasure:
+    SPEED = ("--prompt_tokens", 16, "--new_tokens", 2, "--repeats", 1)
+
+    def test_evaluate_prints_and_writes(self, cli, folder, tmp_path):
+        table = tmp_path / "table.json"
+        command = ["evaluate", folder / "pruned", "--text", folder / "text.txt", "--max_length", 32, "-o", table]
+        code, out, err = cli(*command)
+
+        assert code == 0, err
+        assert "perplexity, text.txt" in out
+        loss = json.loads(table.read_text())[0]["texts"]["text.txt"]
+        assert loss["tokens"] > 300 and loss["nll"] > 0
+
+    def test_evaluate_runs_a_folder_of_tasks(self, cli, folder, tmp_path):
+        rows = [{"goal": "the quick", "sol1": " fox", "sol2": " dog", "label": 0}] * 3
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "task.yaml").write_text(
+            f"task: foxes\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+            'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{goal}}"\ndoc_to_target: label\n'
+            'doc_to_choice: "{{[sol1, sol2]}}"\n'
+        )
+        code, out, err = cli("evaluate", folder / "pruned", "--tasks", tmp_path)
+
+        assert code == 0, err
+        assert "foxes, acc" in out
+
+    def test_benchmark_and_compare(self, cli, folder, tmp_path):
+        models = (folder / "dense", folder / "pruned")
+        code, out, err = cli("benchmark", *models, *self.SPEED, "-o", tmp_path / "speed.csv")
+        assert code == 0, err
+        (dense, pruned) = csv.DictReader((tmp_path / "speed.csv").open())
+        assert int(pruned["parameters"]) < int(dense["parameters"]) and "prefill 1 x 16, times as fast" in out
+        text = ["--text", folder / "text.txt", "--max_length", 32]
+        code, out, err = cli("compare", *models, *text, *self.SPEED, "-o", tmp_path / "table.md")
+
+        assert code == 0, err
+        table = (tmp_path / "table.md").read_text()
+        assert "| perplexity, text.txt |" in table and "| decode 1 x 16, times as fast | 1.00 |" in table
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["evaluate", "PRUNED"], "There is nothing to measure: name --text, --tasks or both."),
+            (["evaluate", "PRUNED", "--tasks", "hellaswagg"], "There is no task 'hellaswagg'; the nearest are"),
+            (["evaluate", "PRUNED", "--text", "nowhere.txt"], "There is no file nowhere.txt"),
+            (["evaluate", "nowhere", "--text", "builtin"], "nowhere"),
+            (["compare", "PRUNED", "PRUNED", "-o", "x.doc"], "x.doc must end in one of .md, .json, .csv"),
+            (["benchmark", "PRUNED", "--repeats", "0"], "must be at least 1"),
+            (["benchmark", "PRUNED", "--prompt_tokens", "999"], "more than the 128 positions"),
+        ],
+    )
+    def test_a_users_error_is_one_readable_line(self, cli, folder, arguments, message):
+        code, _, err = cli(*(folder / "pruned" if each == "PRUNED" else each for each in arguments))
+        lines = [line for line in err.splitlines() if line.startswith("error")]
+
+        assert code == 1 and len(lines) == 1 and message in lines[0] and "Traceback" not in err
