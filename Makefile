@@ -13,7 +13,7 @@ export XDG_CACHE_HOME := $(CACHE)
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test quality style benchmark study clean
+.PHONY: quickstart test quality style benchmark study recovery clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -40,6 +40,10 @@ study: $(VENV)/installed
 	$(BIN)/python benchmarks/policy_gradient.py $(CALIBRATION) $(EVALUATION)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[study]"
 	$(BIN)/python benchmarks/quality.py $(CALIBRATION) $(EVALUATION)
+
+# An hour: make recovery CALIBRATION=text.txt EVALUATION=another.txt PIQA=rows.jsonl
+recovery: $(VENV)/installed
+	$(BIN)/python benchmarks/recovery.py $(CALIBRATION) $(EVALUATION) $(PIQA)
 
 clean:
 	rm -rf $(VENV) $(CACHE) *.egg-info build dist
