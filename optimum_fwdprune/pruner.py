@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import CommitInfo
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .architectures import Site, SiteKey, find_sites, get_architecture
 from .budgets import Budget, removal_budget
 from .calibration import Calibration, load_calibration
+from .card import write_card
 from .configuration import DEFAULT_PRESET
 from .cutting import Cut, cut, timed
+from .evaluation import Comparison
+from .hub import Base, check_name, upload
 from .latency import LatencyCost, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
 from .methods import PruningConfig
 from .plan import PruningPlan
@@ -52,6 +57,8 @@ class FwdPruner:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed to calibrate on text, and saved beside the model.
 
     Attributes:
+        comparison (`Comparison`, *optional*): set it to what [`~optimum_fwdprune.evaluation.compare`] found, this
+            model last, and the model card shows it.
         model (`PreTrainedModel`): the dense model, and the pruned one after `prune`.
         plan (`PruningPlan`, *optional*): what `prune` kept.
         report (`PruningReport`, *optional*): what it did.
@@ -70,6 +77,8 @@ class FwdPruner:
         self.scores: Scores | None = None
         self.config: PruningConfig | None = None
         self.trainer: RecoveryTrainer | None = None
+        self.comparison: Comparison | None = None
+        self._base: Base | None = None
         # Where the pruned model lies as it is now: what adapters can name as their base.
         self._saved_as: str | None = None
 
@@ -103,11 +112,16 @@ class FwdPruner:
             )
             tokenizer = None
         pruner = cls(model, tokenizer)
+        for name in ("gguf_file", "trust_remote_code"):
+            shared.pop(name, None)
+        pruner._base = Base.of(model_id, **shared)
         if getattr(model.config, "per_layer_config", None):
-            shared.pop("trust_remote_code", None)
             record = Record.of_checkpoint(model_id, **shared)
             pruner.config, pruner.plan, pruner.scores = record.config, record.plan, record.scores
             pruner._saved_as = str(model_id)
+            if record.plan is not None and (source := record.plan.metadata.get("source")):
+                # Its card carries the licence of what was pruned.
+                pruner._base = dataclasses.replace(pruner._base, name=source, is_repository="/" in source)
         return pruner
 
     def score(self, config: PruningConfig | None = None, dataset: Any = None) -> Scores:
@@ -315,9 +329,16 @@ class FwdPruner:
             self._saved_as = None
         return self.model
 
-    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False, max_shard_size: str = "5GB") -> None:
-        """Save the pruned model with its tokenizer, plan, request and scores; of adapters that were not merged, these
-        alone.
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        max_shard_size: str = "5GB",
+        name: str | None = None,
+    ) -> None:
+        """Save the pruned model with its tokenizer, plan, request, scores and a model card; of adapters that were not
+        merged, these alone.
 
         The folder appears whole or not at all: everything is written to a temporary sibling first.
 
@@ -325,6 +346,7 @@ class FwdPruner:
             folder (`str` or `Path`): where to; it must be new or empty.
             overwrite (`bool`, defaults to `False`): replace a folder that is not empty.
             max_shard_size (`str`, defaults to `"5GB"`): largest weight file.
+            name (`str`, *optional*): repository that the model card names; by default the folder.
 
         Raises:
             FileExistsError: where the folder is not empty.
@@ -340,28 +362,44 @@ class FwdPruner:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
             if whole:
-                Record(self.config, self.plan, self.scores).save(temporary)
+                record = Record(self.config, self.plan, self.scores)
+                record.save(temporary)
+                recovery = None if self.trainer is None else self.trainer.summary()
+                about = (name or Path(folder).name, self.model, record, self.report, self._base, self.comparison)
+                write_card(temporary, *about, recovery)
         if whole:
             self._saved_as = str(folder)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **commit_kwargs):
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload a pruned model",
+    ) -> CommitInfo:
         """Upload what `save_pretrained` writes to a repository of the Hub, creating it where it is missing.
 
         Args:
             repo_id (`str`): repository id.
             private (`bool`, *optional*): visibility of a new repository.
             token (`str`, *optional*): access token; by default the one that is logged in.
-            commit_kwargs: `revision`, `commit_message`, `create_pr` and the like, for `HfApi.upload_folder`.
+            revision (`str`, *optional*): branch, created where it is missing.
+            create_pr (`bool`, defaults to `False`): open a pull request instead of committing.
+            commit_message (`str`): of the commit.
+
+        Raises:
+            OSError: where the Hub refuses or fails; the pruned model stays as it is, so that it can be tried again.
         """
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder) / "checkpoint")
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return api.upload_folder(folder_path=Path(folder) / "checkpoint", repo_id=repo_id, **commit_kwargs)
+            checkpoint = Path(folder) / "checkpoint"
+            self.save_pretrained(checkpoint, name=repo_id)
+            check_name(repo_id, self._base)
+            commit = upload(checkpoint, repo_id, private, token, revision, create_pr, commit_message)
+        self._saved_as = repo_id
+        return commit
 
     def _calibration(self, config: PruningConfig, dataset: Any) -> Calibration:
         with evaluating(self.model):

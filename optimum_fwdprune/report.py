@@ -13,6 +13,7 @@ from .utils import render_table
 
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
 
@@ -115,8 +116,29 @@ def plan_table(plan: PruningPlan) -> str:
             share = kept / total if total else 1.0
             row += [f"{kept} / {total}", f"{'█' * round(share * 20):<20} {share:4.0%}"]
         rows.append(tuple(row))
-    unit = {"kv_group": "KV groups", "query_head": "query heads"}[plan.attention_unit]
-    return render_table(("layer", unit, "", "MLP channels", ""), rows)
+    return render_table(("layer", _unit_name(plan), "", "MLP channels", ""), rows)
+
+
+def _unit_name(plan: PruningPlan) -> str:
+    return {"kv_group": "KV groups", "query_head": "query heads"}[plan.attention_unit]
+
+
+def plot_plan(plan: PruningPlan, file: str | Path) -> None:
+    """Draw what each layer kept, as a share, into a file (.svg, .png or .pdf)."""
+    from matplotlib.figure import Figure
+
+    layers = sorted({layer for layer, _ in plan.kept})
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for place, (kind, label) in enumerate((("attention", _unit_name(plan)), ("mlp", "MLP channels"))):
+        shares = [len(plan.kept.get((layer, kind), ())) / plan.num_units.get((layer, kind), 1) for layer in layers]
+        axis.bar([layer + 0.4 * place - 0.2 for layer in layers], shares, width=0.4, label=label)
+    axis.set_ylim(0, 1.02)
+    axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axis.set_xlabel("layer")
+    axis.set_ylabel("kept")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    _save_figure(figure, file)
 
 
 def history_table(history: Mapping[str, Tensor], rows: int = 10) -> str:
@@ -203,6 +225,10 @@ def plot_history(history: Mapping[str, Tensor], file: str | Path) -> None:
         image = axis.imshow(rows, aspect="auto", extent=extent, vmin=0, vmax=1, cmap="viridis", interpolation="none")
         axis.set_ylabel("layer")
         figure.colorbar(image, ax=axis)
+    _save_figure(figure, file)
+
+
+def _save_figure(figure: Figure, file: str | Path) -> None:
     file = Path(file)
     endings = figure.canvas.get_supported_filetypes()
     if file.suffix.removeprefix(".") not in endings:

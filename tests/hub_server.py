@@ -21,11 +21,18 @@ class Hub(ThreadingHTTPServer):
         private (`set[str]`): repositories that were created private.
         requests (`list[str]`): every request, as `"POST /api/repos/create"`.
         refuse_commits (`bool`): answer commits with an error, as a Hub that is out of order.
+        refuse_objects (`bool`): fail half-way: large files are not taken.
+        large_from (`int`): bytes from which files go through LFS.
+        token (`str`, *optional*): the only one that may write.
+        branches (`list[str]`): created, as `"repository branch"`.
+        objects (`dict[str, bytes]`): LFS objects by SHA-256.
     """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.private, self.requests, self.refuse_commits = {}, set(), [], False
+        self.refuse_objects, self.large_from, self.token = False, 2**20, None
+        self.branches, self.objects = [], {}
 
     @property
     def url(self):
@@ -42,16 +49,21 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         self.respond()
 
+    def do_PUT(self):
+        self.respond()
+
     def respond(self, send_body=True):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
-        for pattern, answer in ROUTES:
-            if match := re.fullmatch(pattern, path):
-                status, headers, content = answer(self.server, body, **match.groupdict())
-                break
-        else:
+        content = {"error": "no permission to write"}
+        status, headers = self.refused(), {}
+        if not status:
             status, headers, content = 404, {}, {"error": f"no route for {path}"}
+            for pattern, answer in ROUTES:
+                if match := re.fullmatch(pattern, path):
+                    status, headers, content = answer(self.server, body, **match.groupdict())
+                    break
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
@@ -59,6 +71,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if send_body:
             self.wfile.write(content)
+
+    def refused(self):
+        """The status of a write that is not allowed: nobody said who it is from, or somebody who may not."""
+        if self.command != "POST" or self.server.token is None or "validate-yaml" in self.path:
+            return None
+        given = self.headers.get("authorization")
+        return None if given == f"Bearer {self.server.token}" else 401 if given is None else 403
 
     def log_message(self, *_):
         pass
@@ -76,12 +95,38 @@ def create(hub, body):
 
 
 def preupload(hub, body, repo, revision):
-    names = [file["path"] for file in json.loads(body)["files"]]
-    return (
-        200,
-        {},
-        {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for n in names]},
-    )
+    answers = [
+        {
+            "path": file["path"],
+            "uploadMode": "lfs" if file["size"] >= hub.large_from else "regular",
+            "shouldIgnore": False,
+            "oid": None,
+        }
+        for file in json.loads(body)["files"]
+    ]
+    return 200, {}, {"files": answers}
+
+
+def lfs_batch(hub, body, repo):
+    """Where to send the objects of large files."""
+    objects = [
+        {**each, "actions": {"upload": {"href": f"{hub.url}/objects/{each['oid']}", "header": {}}}}
+        for each in json.loads(body)["objects"]
+    ]
+    return 200, {"Content-Type": "application/vnd.git-lfs+json"}, {"transfer": "basic", "objects": objects}
+
+
+def lfs_object(hub, body, oid):
+    if hub.refuse_objects:
+        return 403, {}, {"error": "the quota is used up"}
+    assert hashlib.sha256(body).hexdigest() == oid
+    hub.objects[oid] = body
+    return 200, {}, {}
+
+
+def branch(hub, body, repo, name):
+    hub.branches.append(f"{repo} {name}")
+    return 200, {}, {}
 
 
 def commit(hub, body, repo, revision):
@@ -91,7 +136,11 @@ def commit(hub, body, repo, revision):
         entry = json.loads(line)
         if entry["key"] == "file":
             hub.files[repo][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-    return 200, {}, {"commitUrl": f"{hub.url}/{repo}/commit/{oid_of(hub, repo)}", "commitOid": oid_of(hub, repo)}
+        if entry["key"] == "lfsFile":
+            hub.files[repo][entry["value"]["path"]] = hub.objects[entry["value"]["oid"]]
+    oid = oid_of(hub, repo)
+    urls = {"commitUrl": f"{hub.url}/{repo}/commit/{oid}", "pullRequestUrl": f"{hub.url}/{repo}/discussions/1"}
+    return 200, {}, {**urls, "commitOid": oid}
 
 
 def resolve(hub, body, repo, revision, path):
@@ -127,6 +176,9 @@ ROUTES = [
     (r"/api/repos/create", create),
     (r"/api/validate-yaml", lambda hub, body: (200, {}, {"errors": [], "warnings": []})),
     (r"/api/whoami-v2", lambda hub, body: (200, {}, {"name": "tester", "orgs": [], "type": "user"})),
+    (rf"/{REPOSITORY}\.git/info/lfs/objects/batch", lfs_batch),
+    (r"/objects/(?P<oid>[0-9a-f]+)", lfs_object),
+    (rf"/api/models/{REPOSITORY}/branch/(?P<name>.+)", branch),
     (rf"/api/models/{REPOSITORY}/preupload/(?P<revision>[^/]+)", preupload),
     (rf"/api/models/{REPOSITORY}/commit/(?P<revision>[^/]+)", commit),
     (rf"/api/models/{REPOSITORY}/tree/(?P<revision>[^/]+)/?(?P<path>.*)", tree),

@@ -14,6 +14,8 @@ PACKAGE = Path(optimum_fwdprune.__file__).parent
 ORDER = [
     "commands",
     "pruner",
+    "card",
+    "hub",
     "planning",
     "cutting",
     "verification",

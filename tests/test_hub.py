@@ -8,6 +8,7 @@ import sys
 import hub_server
 import pytest
 import tiny
+import yaml
 
 
 @pytest.fixture
@@ -40,6 +41,25 @@ def run(hub, tmp_path):
         return json.loads(result.stdout.splitlines()[-1])
 
     return run
+
+
+@pytest.fixture
+def dense(tmp_path, tokenizer):
+    """A dense checkpoint with a card and a licence."""
+    folder = tmp_path / "dense"
+    tiny.make_model("llama_gqa_biases").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: llama3.2\nlicense_link: LICENSE\ntags: [tiny]\n---\n# Dense\n")
+    (folder / "LICENSE").write_text("Be kind.\n")
+    return folder
+
+
+PRUNE = """
+import json, torch
+from optimum_fwdprune import FwdPruner, PruningConfig
+pruner = FwdPruner.from_pretrained({dense!r})
+model = pruner.prune(PruningConfig(scope="global", sparsity=0.3), torch.arange(96).view(4, 24))
+"""
 
 
 def test_a_request_goes_to_the_hub_and_comes_back(hub, run):
@@ -87,3 +107,127 @@ def test_a_hub_out_of_order_is_an_error_of_the_hub(hub, run):
 
     assert result.returncode == 1 and "503" in result.stderr
     assert hub.files["tester/x"] == {}
+
+
+def test_large_files_go_through_lfs_and_come_back(hub, run, dense):
+    hub.large_from = 1000
+    pushed = run(
+        PRUNE.format(dense=str(dense)) + "pruner.push_to_hub('tester/large')\n"
+        "print(json.dumps(model(torch.arange(12)[None]).logits.double().sum().item()))"
+    )
+    loaded = run(
+        "import json, torch, optimum_fwdprune\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained('tester/large')\n"
+        "print(json.dumps(model(torch.arange(12)[None]).logits.double().sum().item()))",
+        cache="fresh",
+    )
+
+    assert loaded == pushed
+    assert hub.files["tester/large"]["model.safetensors"] in hub.objects.values()
+
+
+def test_the_card_says_what_it_is_and_how_to_load_it(hub, run, dense):
+    run(PRUNE.format(dense=str(dense)) + "pruner.push_to_hub('tester/Llama-tiny', private=True)\nprint('{}')")
+    files = hub.files["tester/Llama-tiny"]
+    card = files["README.md"].decode()
+    data = yaml.safe_load(card.split("---")[1])
+
+    assert data["license"] == "llama3.2" and data["license_link"] == "LICENSE"
+    assert set(data["tags"]) == {"pruned", "optimum-fwdprune"}
+    assert data["pipeline_tag"] == "text-generation" and data["library_name"] == "transformers"
+    assert files["LICENSE"] == b"Be kind.\n"
+    assert 'from_pretrained("tester/Llama-tiny", trust_remote_code=True)' in card
+    assert "optimum-cli fwdprune prune -m dense OUTPUT --method wanda_sp --sparsity 0.3 --scope global" in card
+    assert "Built with Llama" in card and "![kept units by layer](kept_units.png)" in card
+    assert files["kept_units.png"].startswith(b"\x89PNG")
+    assert "not tested again" in card
+    plan = json.loads(files["fwdprune_plan.json"])
+    assert plan["metadata"]["source"] == "dense"
+
+
+def test_the_ways_to_load_that_the_card_shows_work(hub, run, dense):
+    run(PRUNE.format(dense=str(dense)) + "pruner.push_to_hub('tester/Llama-tiny')\nprint('{}')")
+    card = hub.files["tester/Llama-tiny"]["README.md"].decode()
+    ways = [block.split("```")[0] for block in card.split("```python\n")[1:]]
+
+    assert len(ways) == 3
+    for number, way in enumerate(ways):
+        run(way + "\nprint('{}')", cache=f"cache-{number}")
+
+
+def test_figures_of_a_comparison_become_a_model_index(hub, run, dense):
+    run(
+        PRUNE.format(dense=str(dense)) + "from optimum_fwdprune.evaluation import *\n"
+        "scores = [TaskScore('piqa', 'acc', 0.625, 0.03, 300)]\n"
+        "pruner.comparison = Comparison([Evaluation('pruned', {'WikiText-2': TextLoss(20.0, 10)}, scores)])\n"
+        "pruner.push_to_hub('tester/measured')\nprint('{}')"
+    )
+    card = hub.files["tester/measured"]["README.md"].decode()
+    results = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
+
+    found = {each["dataset"]["name"]: each["metrics"][0] for each in results}
+    assert found["piqa"]["type"] == "acc" and found["piqa"]["value"] == 0.625
+    assert found["WikiText-2"]["value"] == pytest.approx(7.389, abs=1e-3)
+    assert "| piqa, acc | 0.625 ± 0.030 |" in card
+
+
+def test_branches_and_pull_requests(hub, run, dense):
+    run(
+        PRUNE.format(dense=str(dense)) + "pruner.push_to_hub('tester/branched', revision='half')\n"
+        "pruner.push_to_hub('tester/branched', create_pr=True)\nprint('{}')"
+    )
+
+    assert hub.branches == ["tester/branched half"]
+    assert "POST /api/models/tester/branched/commit/half" in hub.requests
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"refuse_commits": True}, "503"),
+        ({"refuse_objects": True, "large_from": 1000}, "403"),
+        ({"token": "hf_another"}, "403"),
+    ],
+)
+def test_an_upload_that_fails_leaves_the_checkpoint_and_says_how_to_go_on(hub, run, dense, tmp_path, broken, message):
+    vars(hub).update(broken)
+    out = tmp_path / "out"
+    command = ["optimum-cli", "fwdprune", "prune", "-m", str(dense), str(out), "--calibration", "builtin"]
+    command += ["--n_samples", "4", "--seq_len", "32", "--push-to-hub", "tester/Llama-x"]
+    start = f"import sys; sys.argv = {command!r}\nfrom optimum.commands.optimum_cli import main; main()"
+    result = run(start, check=False)
+    error = next(line for line in result.stderr.splitlines() if line.startswith("error"))
+
+    assert result.returncode == 1 and message in error and "Traceback" not in result.stderr
+    assert f"The checkpoint is whole in {out}: `hf upload tester/Llama-x {out}` tries again." in error
+    assert "fwdprune_plan.json" not in hub.files.get("tester/Llama-x", {})
+    # The server is well again.
+    vars(hub).update({"refuse_commits": False, "refuse_objects": False, "token": None})
+    again = "from huggingface_hub import HfApi\nHfApi().create_repo('tester/Llama-x', exist_ok=True)\n"
+    run(f"{again}HfApi().upload_folder(repo_id='tester/Llama-x', folder_path={str(out)!r})\nprint('{{}}')")
+    assert {"model.safetensors", "README.md"} <= hub.files["tester/Llama-x"].keys()
+
+
+def test_without_a_token_the_way_to_one_is_named(hub, run, dense):
+    hub.token = "hf_another"
+    start = "import os; del os.environ['HF_TOKEN']\n"
+    result = run(start + PRUNE.format(dense=str(dense)) + "pruner.push_to_hub('tester/x')", check=False)
+
+    assert result.returncode == 1 and "OSError: tester/x was not uploaded: " in result.stderr
+    assert "401" in result.stderr or "hf auth login" in result.stderr
+
+
+def test_the_command_uploads_what_it_saved(hub, run, dense, tmp_path):
+    out = tmp_path / "out"
+    command = ["optimum-cli", "fwdprune", "prune", "-m", str(dense), str(out), "--calibration", "builtin"]
+    command += ["--n_samples", "4", "--seq_len", "32", "--push-to-hub", "tester/small", "--private"]
+    start = f"import sys; sys.argv = {command!r}\nfrom optimum.commands.optimum_cli import main; main()"
+    result = run(start, check=False)
+
+    assert result.returncode == 0, result.stderr
+    assert "Uploaded to tester/small" in result.stdout and hub.private == {"tester/small"}
+    # A Llama licence asks for the name.
+    assert 'has a name that begins with "Llama"' in result.stderr
+    local = {path.name for path in out.iterdir()}
+    assert local - hub.files["tester/small"].keys() == set()

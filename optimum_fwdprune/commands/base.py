@@ -18,6 +18,8 @@ from optimum_fwdprune.configuration import field_type
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from optimum_fwdprune.pruner import FwdPruner
+
 # Of `from_pretrained`: option -> help.
 LOADING = {
     "gguf_file": "GGUF file inside MODEL to load.",
@@ -96,6 +98,34 @@ def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:
     options = {name: value for name, value in loading_options(args).items() if name in shared}
     with naming_the_model(f"the tokenizer of {model}"):
         return AutoTokenizer.from_pretrained(model, **options)
+
+
+def add_hub_options(parser: ArgumentParser) -> None:
+    """Add where on the Hub the result goes."""
+    hub = parser.add_argument_group("hub")
+    hub.add_argument("--push-to-hub", "--push_to_hub", metavar="REPO", help="Also upload the checkpoint there.")
+    hub.add_argument("--private", action="store_true", default=None, help="A new repository is private.")
+    hub.add_argument("--push-revision", "--push_revision", metavar="BRANCH", help="Branch to upload to.")
+    hub.add_argument("--create-pr", "--create_pr", action="store_true", help="Open a pull request instead.")
+
+
+def push_to_hub(pruner: FwdPruner, args: Namespace) -> None:
+    """Upload what was saved, where the options ask for it.
+
+    Raises:
+        OSError: where that fails, naming the folder that is whole, and how to try again.
+    """
+    repo_id = args.push_to_hub
+    if repo_id is None:
+        return
+    options = {"private": args.private, "token": args.token, "revision": args.push_revision}
+    try:
+        commit = pruner.push_to_hub(repo_id, create_pr=args.create_pr, **options)
+    except OSError as error:
+        raise OSError(
+            f"{error} The checkpoint is whole in {args.output}: `hf upload {repo_id} {args.output}` tries again."
+        ) from error
+    print(f"Uploaded to {commit.pr_url or repo_id}.")
 
 
 def add_evaluation_options(parser: ArgumentParser) -> None:

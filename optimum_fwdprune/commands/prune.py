@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser
 
-from .base import Command, add_config_options, add_loading_options, loading_options, naming_the_model
+from .base import (
+    Command,
+    add_config_options,
+    add_hub_options,
+    add_loading_options,
+    loading_options,
+    naming_the_model,
+    push_to_hub,
+)
 
 
 class PruneCommand(Command):
@@ -24,6 +32,7 @@ class PruneCommand(Command):
         parser.add_argument("-m", "--model", required=True, help="Hub repository or folder of the model to prune.")
         parser.add_argument("output", help="Folder for the pruned checkpoint; new or empty.")
         parser.add_argument("--overwrite", action="store_true", help="Replace an output folder that is not empty.")
+        add_hub_options(parser)
         parser.add_argument("--plan", help="Replay this plan (a JSON file or a pruned checkpoint) instead of scoring.")
 
         add_loading_options(parser)
@@ -86,4 +95,5 @@ class PruneCommand(Command):
         pruner.prune(config, plan=plan)
         pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
         print(pruner.report)
+        push_to_hub(pruner, self.args)
         print(f"Saved to {self.args.output}. `optimum-cli fwdprune inspect {self.args.output}` shows every layer.")

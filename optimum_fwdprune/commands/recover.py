@@ -5,7 +5,15 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from typing import Any
 
-from .base import Command, add_config_options, add_loading_options, loading_options, naming_the_model
+from .base import (
+    Command,
+    add_config_options,
+    add_hub_options,
+    add_loading_options,
+    loading_options,
+    naming_the_model,
+    push_to_hub,
+)
 
 
 # Of the Trainer's arguments, those that most runs name; --set takes all others.
@@ -42,6 +50,7 @@ class RecoverCommand(Command):
             help="What to train on: a .txt, .jsonl or .parquet file, wikitext2, c4, builtin (Python's documentation), "
             "or a dataset of the Hub: text, chat messages, or questions with answers.",
         )
+        add_hub_options(parser)
         parser.add_argument(
             "--output_dir", help="Folder for the Trainer's checkpoints. Default: OUTPUT with -training behind it."
         )
@@ -78,6 +87,7 @@ class RecoverCommand(Command):
         pruner.recover(self.args.dataset, arguments)
         if arguments.should_save:
             pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
+            push_to_hub(pruner, self.args)
             print(f"Saved to {self.args.output}.")
 
     def _arguments(self, own: dict):

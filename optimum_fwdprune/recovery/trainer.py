@@ -52,6 +52,20 @@ class RecoveryTrainer(Trainer):
             self._parts, self._batches = {}, 0
         super().log(logs, *args, **kwargs)
 
+    def summary(self) -> dict[str, Any]:
+        """Return how the run went, as JSON values."""
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        return {
+            "mode": self.args.mode,
+            "adapters": self.args.trains_adapters,
+            "steps": self.state.global_step,
+            "sequences per step": self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size,
+            "learning rate": self.args.learning_rate,
+            "first and last logged loss": [round(loss, 4) for loss in (*losses[:1], *losses[-1:])],
+        }
+
     def _distillation_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """(1 - w) · cross-entropy + w · divergence from the teacher + h · error of hidden states, by counted token."""
         logits, ids, hidden, mask = self._predicted

@@ -1,0 +1,124 @@
+"""The Hub: what a pruned checkpoint carries over from its base, and its upload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub.errors import LocalTokenNotFoundError
+from transformers.utils import cached_file, logging
+
+
+logger = logging.get_logger(__name__)
+
+CARD_NAME = "README.md"
+
+# Of the base, which its licence may ask to be passed on.
+LEGAL_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+
+# Licences that ask for the name of what is made from the model to begin so, and to say what it was built with.
+LICENSES_THAT_NAME = {
+    "llama3": "Llama",
+    "llama3.1": "Llama",
+    "llama3.2": "Llama",
+    "llama3.3": "Llama",
+    "llama4": "Llama",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that was pruned, as far as its repository or folder tells.
+
+    Args:
+        name (`str`): repository, or last part of the folder.
+        is_repository (`bool`): whether the Hub knows it by that name.
+        license (`dict[str, str]`): `license`, `license_name` and `license_link` of its card.
+        legal_files (`list[Path]`): its licence, notice and the like.
+    """
+
+    name: str
+    is_repository: bool = False
+    license: dict[str, str] = field(default_factory=dict)
+    legal_files: list[Path] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model_id: str | Path, **hub_kwargs) -> Base:
+        """Read a folder, or a repository of the Hub (or its cached copy); what is not there is left out."""
+        path = Path(model_id)
+
+        def find(name: str) -> str | None:
+            try:
+                return cached_file(str(model_id), name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+            except OSError as error:
+                logger.info("%s of %s cannot be read: %s", name, model_id, error)
+                return None
+
+        card = find(CARD_NAME)
+        try:
+            values = {} if card is None else ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        except (OSError, ValueError) as error:
+            logger.warning("The card of %s cannot be read, so no licence is carried over: %s", model_id, error)
+            values = {}
+        names = ("license", "license_name", "license_link")
+        return cls(
+            name=path.name if path.exists() else str(model_id),
+            is_repository=not path.exists(),
+            license={name: str(values[name]) for name in names if values.get(name)},
+            legal_files=[Path(file) for name in LEGAL_NAMES if (file := find(name))],
+        )
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload a pruned model",
+) -> CommitInfo:
+    """Upload a checkpoint, creating the repository and the branch where they are missing.
+
+    Raises:
+        OSError: where the Hub refuses or fails, saying how to try again; the folder stays as it is.
+    """
+    api = HfApi(token=token, library_name="optimum-fwdprune")
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            folder_path=folder,
+            repo_id=repo_id,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+    except LocalTokenNotFoundError as error:
+        raise OSError(
+            f"{repo_id} was not uploaded: no access token. Log in with `hf auth login`, or pass one."
+        ) from error
+    except Exception as error:  # Whatever the network does, the way on is the same.
+        why = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+        raise OSError(
+            f"{repo_id} was not uploaded: {why}. Nothing local is lost; try again once this is mended."
+        ) from error
+
+
+def check_name(repo_id: str, base: Base | None) -> None:
+    """Warn where the base's licence asks for another name."""
+    if base is None:
+        return
+    wanted = LICENSES_THAT_NAME.get(base.license.get("license", ""))
+    if wanted and not repo_id.rpartition("/")[2].startswith(wanted):
+        logger.warning(
+            'The licence of %s (%s) asks that what is made from it has a name that begins with "%s" and says "Built '
+            'with %s"; %s does not.',
+            base.name,
+            base.license["license"],
+            wanted,
+            wanted,
+            repo_id,
+        )
