@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .arguments import RecoveryArguments as RecoveryArguments
     from .data import training_data as training_data
-    from .distillation import Predictions as Predictions
     from .distillation import Teacher as Teacher
     from .finetuning import recover as recover
     from .options import RecoveryOptions as RecoveryOptions
     from .trainer import RecoveryTrainer as RecoveryTrainer
 
 _HOME = {
-    "Predictions": "distillation",
     "RecoveryArguments": "arguments",
     "RecoveryOptions": "options",
     "RecoveryTrainer": "trainer",

@@ -6,13 +6,13 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, Features, List, Value, load_from_disk
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..losses import LOGITS_AT_ONCE
@@ -32,41 +32,58 @@ SMALLEST_REST = 1e-5
 IDENTITY_NAME = "teacher.json"
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What a teacher predicts at some places of a text.
+def distillation_terms(
+    student: torch.Tensor,
+    targets: torch.Tensor,
+    teacher: torch.Tensor,
+    teacher_ids: torch.Tensor | None,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return Σ cross-entropy with the text, and Σ divergence from the teacher, over some places.
+
+    A few places at a time, and again for the gradient: in float32, the probabilities of all would take several times
+    the memory of the logits.
 
     Args:
-        logits (`Tensor[places, tokens]`): of the whole vocabulary, or of the likeliest tokens.
-        ids (`Tensor[places, tokens]`, *optional*): which tokens these are; `None` for the whole vocabulary.
+        student (`Tensor[places, vocab_size]`): logits.
+        targets (`Tensor[places]`, int64): the text.
+        teacher, teacher_ids, temperature: see [`divergence`].
     """
+    at_once = max(1, LOGITS_AT_ONCE // student.shape[-1])
+    ids = [None] * len(targets) if teacher_ids is None else teacher_ids.split(at_once)
 
-    logits: torch.Tensor
-    ids: torch.Tensor | None = None
+    def terms(own, wanted, teaching, known):
+        cross_entropy = F.cross_entropy(own.float(), wanted, reduction="sum")
+        return torch.stack([cross_entropy, divergence(own, teaching, known, temperature)])
 
-    def divergence(self, student: torch.Tensor, temperature: float) -> torch.Tensor:
-        """Return Σ KL(teacher ‖ student) over the places, times the square of the temperature.
+    parts = zip(student.split(at_once), targets.split(at_once), teacher.split(at_once), ids)
+    none = student.new_zeros(2, dtype=torch.float32)
+    cross_entropy, apart = sum((checkpoint(terms, *part, use_reentrant=False) for part in parts), none)
+    return cross_entropy, apart
 
-        Where only the likeliest tokens are known, all others count as one token, so that the student's mass on them
-        is not lost (Hinton et al., arXiv 1503.02531, over a coarser vocabulary).
 
-        Args:
-            student (`Tensor[places, vocab_size]`): logits.
-            temperature (`float`): both distributions are flattened by it.
-        """
-        total = student.new_zeros((), dtype=torch.float32)
-        at_once = max(1, LOGITS_AT_ONCE // student.shape[-1])
-        ids = [None] * len(self.logits) if self.ids is None else self.ids.split(at_once)
-        for own, teacher, known in zip(student.split(at_once), self.logits.split(at_once), ids):
-            log_probabilities = F.log_softmax(own.float() / temperature, -1)
-            if known is None:
-                wanted = F.log_softmax(teacher.float() / temperature, -1)
-            else:
-                log_probabilities = _with_rest(log_probabilities.gather(-1, known))
-                # Kept at temperature 1, where the rest is one more token.
-                wanted = F.log_softmax(_with_rest(teacher.float()) / temperature, -1)
-            total = total + F.kl_div(log_probabilities, wanted, reduction="sum", log_target=True)
-        return total * temperature**2
+def divergence(
+    student: torch.Tensor, teacher: torch.Tensor, teacher_ids: torch.Tensor | None, temperature: float
+) -> torch.Tensor:
+    """Return Σ KL(teacher ‖ student) over the places, times the square of the temperature.
+
+    Where only the teacher's likeliest tokens are known, all others count as one token, so that the student's mass on
+    them is not lost (Hinton et al., arXiv 1503.02531, over a coarser vocabulary).
+
+    Args:
+        student (`Tensor[places, vocab_size]`): logits.
+        teacher (`Tensor[places, vocab_size]`): logits; or `[places, k]`, log-probabilities of the likeliest tokens.
+        teacher_ids (`Tensor[places, k]`, *optional*): which tokens these are.
+        temperature (`float`): both distributions are flattened by it.
+    """
+    own = F.log_softmax(student.float() / temperature, -1)
+    if teacher_ids is None:
+        wanted = F.log_softmax(teacher.float() / temperature, -1)
+    else:
+        own = _with_rest(own.gather(-1, teacher_ids))
+        # Kept at temperature 1, where the rest is one more token.
+        wanted = F.log_softmax(_with_rest(teacher.float()) / temperature, -1)
+    return temperature**2 * F.kl_div(own, wanted, reduction="sum", log_target=True)
 
 
 def _with_rest(log_probabilities: torch.Tensor) -> torch.Tensor:

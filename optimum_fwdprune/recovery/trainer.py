@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import Trainer
 
 from .arguments import RecoveryArguments
 from .data import IGNORED, collate
-from .distillation import TEACHER_IDS, TEACHER_LOGARITHMS, Predictions, Teacher, hidden_error
+from .distillation import TEACHER_IDS, TEACHER_LOGARITHMS, Teacher, distillation_terms, hidden_error
 
 
 class RecoveryTrainer(Trainer):
@@ -72,9 +71,13 @@ class RecoveryTrainer(Trainer):
         counted = labels[:, 1:] != IGNORED
         student = outputs.logits[:, :-1][counted]
         count = int(counted.sum()) if num_items_in_batch is None else num_items_in_batch
-        cross_entropy = F.cross_entropy(student.float(), labels[:, 1:][counted], reduction="sum")
-        predicted = Predictions(logits[:, :-1][counted], None if ids is None else ids[:, :-1][counted])
-        divergence = predicted.divergence(student, self.args.temperature)
+        cross_entropy, divergence = distillation_terms(
+            student,
+            labels[:, 1:][counted],
+            logits[:, :-1][counted],
+            None if ids is None else ids[:, :-1][counted],
+            self.args.temperature,
+        )
         weight = self.args.distill_weight
         loss = ((1 - weight) * cross_entropy + weight * divergence) / count
         if hidden is not None:
