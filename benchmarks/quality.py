@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from study import Study, difference, digest_of, file_name, in_dtype, log, table
+from study import Study, difference, digest_of, file_name, in_dtype, log, python_documentation, table
 
 from optimum_fwdprune import FwdPruner, PruningConfig
 from optimum_fwdprune.calibration import load_calibration
@@ -196,12 +196,6 @@ def prunable_parameters(model):
     """Parameters of the linears inside the decoder layers, those included that only whole KV groups own."""
     layers = model.base_model.layers
     return sum(m.weight.numel() for m in layers.modules() if isinstance(m, torch.nn.Linear))
-
-
-def python_documentation():
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def perplexity(cell, evaluation=MAIN):

@@ -12,12 +12,14 @@ and peak memory. Then times models pruned by 20, 40 and 50 % against the dense o
 import argparse
 import json
 import math
+import multiprocessing
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from study import Study, difference, digest_of, file_name, log, table
+from study import WINDOW, Study, difference, digest_of, file_name, log, python_documentation, table
 
 from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
 from optimum_fwdprune.evaluation import PeakMemory, benchmark, evaluate_tasks, window_losses
@@ -39,6 +41,8 @@ BATCHES, PROMPTS, REPEATS = (1, 4), (128, 512), 9
 
 # Windows of the evaluation text, evenly spread over it.
 WINDOWS = 64
+# Of Python's documentation, which nothing was trained on.
+OTHER_WINDOWS = 16
 
 PIQA = """
 task: piqa_sample
@@ -58,11 +62,15 @@ class RecoveryStudy(Study):
 
     def __init__(self, calibration_file, evaluation_file, piqa_file, results):
         super().__init__(calibration_file, evaluation_file, results, **CALIBRATION)
+        self.arguments = (calibration_file, evaluation_file, piqa_file, results)
         self.text, self.piqa = calibration_file, Path(piqa_file).absolute()
         for parameter in self.model.parameters():
             parameter.data = parameter.data.bfloat16()
         places = torch.linspace(0, len(self.windows) - 1, min(WINDOWS, len(self.windows))).round().long()
         self.windows = self.windows[places]
+        ids = torch.tensor(self.dense.tokenizer(python_documentation(), verbose=False)["input_ids"])
+        others = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+        self.others = others[torch.linspace(0, len(others) - 1, OTHER_WINDOWS).round().long()]
 
     def pruned(self, sparsity):
         """A pruner whose model was pruned; its plan and weights are kept."""
@@ -90,6 +98,7 @@ class RecoveryStudy(Study):
             scores = evaluate_tasks(model, self.dense.tokenizer, [folder], batch_size=16)
         return {
             "losses": [round(value, 5) for value in window_losses(model, self.windows).tolist()],
+            "python": [round(value, 5) for value in window_losses(model, self.others).tolist()],
             "piqa": {score.metric: [score.value, score.standard_error] for score in scores},
         }
 
@@ -112,6 +121,12 @@ class RecoveryStudy(Study):
             seconds = time.perf_counter() - start
         return {"seconds": seconds, "peak_bytes": peak.bytes, **self.quality(model)}
 
+    def in_a_fresh_process(self, options, seed):
+        """Train where no memory is left over from what was done before."""
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(_recovered, self.arguments, options, seed).result()
+
     def speed(self):
         models = [self.model, *(self.pruned(sparsity).model for sparsity in TIMED)]
         found = benchmark(models, BATCHES, PROMPTS, repeats=REPEATS)
@@ -131,12 +146,17 @@ class RecoveryStudy(Study):
         ]
 
 
+def _recovered(arguments, options, seed):
+    return RecoveryStudy(*arguments).recovered(options, seed)
+
+
 def quality_row(name, cell, reference):
     losses, others = (torch.tensor(each["losses"], dtype=torch.float64) for each in (cell, reference))
     accuracies = [f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in cell["piqa"].values()]
     cost = [f"{cell['seconds']:.0f}", f"{cell['peak_bytes'] / 2**20:.0f}"] if "seconds" in cell else ["", ""]
     against = "" if cell is reference else difference(losses, others)
-    return [name, f"{math.exp(float(losses.mean())):.2f}", against, *accuracies, *cost]
+    other = math.exp(sum(cell["python"]) / len(cell["python"]))
+    return [name, f"{math.exp(float(losses.mean())):.2f}", against, f"{other:.2f}", *accuracies, *cost]
 
 
 def speed_rows(cells):
@@ -177,7 +197,16 @@ def report(study, output):
             )
             rows.append(quality_row(f"{name}, seed {seed}", cell, pruned))
     speeds = study.cell("speed", study.speed, timed=TIMED, sizes=(BATCHES, PROMPTS))
-    header = ["model", "perplexity", "nats against pruned", "PIQA acc, %", "acc_norm, %", "seconds", "MiB"]
+    header = [
+        "model",
+        "perplexity",
+        "nats against pruned",
+        "Python's documentation",
+        "PIQA acc, %",
+        "acc_norm, %",
+        "seconds",
+        "MiB",
+    ]
     text = f"""# Tables of the recovery study
 
 Written by `benchmarks/recovery.py`; [what they say](recovery.md).
@@ -186,8 +215,9 @@ SmolLM2-135M-Instruct in bfloat16, pruned by {SPARSITY:.0%} of its prunable para
 for {STEPS} steps of {BATCH} x {LENGTH} tokens ({STEPS * BATCH * LENGTH:,} in all) of the calibration text: adapters of
 rank 8 on all linears, at 1e-4 (the default) or 1e-3, distillation with half of the loss on the divergence from the
 dense model. Perplexity on {len(study.windows)} windows of 512 tokens of another text, with the
-paired difference in nats and its standard error; PIQA on {sum(1 for _ in study.piqa.open())} rows. Seconds, and memory
-above what the process held before, are those of training.
+paired difference in nats and its standard error, and on {len(study.others)} of Python's documentation;
+PIQA on {sum(1 for _ in study.piqa.open())} rows. Seconds, and memory above what the process held before, are those of
+training, one process each on one thread of a shared machine.
 
 {table(header, rows)}
 ## Speed

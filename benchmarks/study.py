@@ -76,6 +76,12 @@ def in_dtype(model, dtype):
             parameter.data = data
 
 
+def python_documentation():
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
 def digest_of(*values):
     """What a cell depends on, as a few letters of its file's name."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

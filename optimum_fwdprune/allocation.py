@@ -101,7 +101,8 @@ def prunable_sites(sites: Iterable[Site], config: PruningConfig) -> list[Site]:
 
 def _layers_to_skip(config: PruningConfig, num_layers: int) -> list[int]:
     if config.skip_layers is None:
-        return ENDS if config.scope == "layer" and num_layers >= FEWEST_WITH_ENDS else []
+        ends = config.scope == "layer" and config.layout == "any" and num_layers >= FEWEST_WITH_ENDS
+        return ENDS if ends else []
     return config.skip_layers
 
 

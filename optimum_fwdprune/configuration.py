@@ -132,11 +132,16 @@ class PruningConfig:
         "Under grouped-query attention: query heads, as many in every group, or a KV group with all its query heads.",
         ("kv_group", "query_head"),
     )
+    layout: str = option(
+        "any",
+        "stock: cut every layer alike, as far as a checkpoint that unmodified transformers loads can hold it.",
+        ("any", "stock"),
+    )
     multiple_of: int = option(1, "Round every pruned MLP width to a multiple of this, for fast kernels.")
     skip_layers: list[int] | None = option(
         None,
         "Layers that lose nothing; negative numbers count from the last. Default: the first two and the last two of "
-        "models of 12 layers and more where scope is layer, else none.",
+        "models of 12 layers and more where scope is layer and layout is any, else none.",
     )
     min_units_per_site: int = option(1, "Heads and channels that every layer keeps at least.")
     reconstruction: str | None = option(
@@ -201,6 +206,11 @@ class PruningConfig:
                 f"reconstruction_order='sequential' refits weights, and reconstruction is "
                 f"{self.reconstruction_kind!r} here; ask for reconstruction='least_squares', or leave the order "
                 f"'independent'."
+            )
+        if self.layout == "stock" and (self.scope != "layer" or self.skip_layers):
+            raise ValueError(
+                f"layout='stock' cuts every layer alike, and scope={self.scope!r} with skip_layers={self.skip_layers} "
+                f"does not; leave out scope and skip_layers."
             )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}.")

@@ -19,6 +19,7 @@ from .card import write_card
 from .configuration import DEFAULT_PRESET
 from .cutting import Cut, cut, timed
 from .evaluation import Comparison
+from .export.stock import STOCK, check_stock_layout, check_stock_request
 from .hub import Base, check_name, upload
 from .latency import LatencyCost, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
 from .methods import PruningConfig
@@ -194,6 +195,8 @@ class FwdPruner:
         if plan is None and config.scope == SEARCH:
             check_search(self.model, config)
         sites = find_sites(self.model, config.attention_unit)
+        if config.layout == STOCK:
+            check_stock_request(self.model, sites, config)
         if scores is not None:
             scores.check_matches(sites, config)
             config = scores.options_into(config)
@@ -261,6 +264,8 @@ class FwdPruner:
                         scores = dataclasses.replace(scores, calibration=self._calibration(request, dataset))
                 with timed(seconds, "allocate"):
                     plan, scores = make_plan(model, sites, scores, rounds, request, budget)
+            if request.layout == STOCK:
+                check_stock_layout(model, sites, plan, request.reconstruction_kind)
             # Later rounds read the same tokens, which the dense model may have written.
             dataset = scores.calibration or dataset
             gathered = (scores.statistics, scores.grams)

@@ -6,6 +6,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from .compare import BenchmarkCommand, CompareCommand
 from .evaluate import EvaluateCommand
+from .export import ExportCommand
 from .inspect import InspectCommand
 from .prune import PruneCommand
 from .recover import RecoverCommand
@@ -18,6 +19,7 @@ class FwdPruneCommand(BaseOptimumCLICommand):
         CommandInfo(
             name="inspect", help="Show what each layer of a pruned checkpoint kept.", subcommand_class=InspectCommand
         ),
+        CommandInfo(name="export", help="Write another program's format.", subcommand_class=ExportCommand),
         CommandInfo(name="recover", help="Train what pruning left.", subcommand_class=RecoverCommand),
         CommandInfo(
             name="evaluate", help="Measure perplexity, and scores of tasks.", subcommand_class=EvaluateCommand

@@ -43,7 +43,8 @@ def difference(model, other, tokens):
     ids=["torchao int8", "bitsandbytes int8", "bitsandbytes nf4"],
 )
 def test_a_pruned_checkpoint_loads_quantized(folder, tokens, library, config, tolerance):
-    pytest.importorskip(library)
+    # torchao is not among the tests' packages: where it is installed, every import of transformers takes it along.
+    pytest.importorskip(library, reason=f"{library} is not installed")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     quantized = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, quantization_config=config(), device_map="cpu"

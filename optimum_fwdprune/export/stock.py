@@ -1,0 +1,191 @@
+"""Stock export: a pruned checkpoint that unmodified transformers loads, where every layer was cut alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..architectures import Site, get_architecture
+from ..configuration import PruningConfig
+from ..models.per_layer import stock_config
+from ..plan import PruningPlan
+from ..reconstruction import NONE, added_parameters
+from ..surgery import pruned_config
+from ..utils import folder_moved_into_place
+from ..verification import TOLERANCE, logits, probe_batch
+
+
+# Families whose stock classes compute the same and may hold what a family's own cannot, tried in this order: Mistral's
+# config takes any number of heads of any width.
+SAME_COMPUTATION = {"llama": ("llama", "mistral")}
+
+# The layout of a request whose plan can be exported so.
+STOCK = "stock"
+
+# What makes such a config compute the same.
+VALUES_OF_OTHERS = {"mistral": {"sliding_window": None}}
+
+
+def export_stock(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    overwrite: bool = False,
+) -> Path:
+    """Write a uniformly pruned model as a checkpoint of its stock family, or of one that computes the same.
+
+    The folder appears whole or not at all, after what was written has been loaded again and its logits compared.
+
+    Args:
+        model (`PreTrainedModel`): pruned, every layer alike; any task class.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): goes along, with its chat template.
+        folder (`str` or `Path`): new or empty.
+        overwrite (`bool`, defaults to `False`): replace a folder that is not empty.
+
+    Raises:
+        ValueError: where no stock class can hold the model, naming what is in the way.
+        RuntimeError: where the stock model does not compute the same.
+        FileExistsError: where the folder is not empty.
+    """
+    config, model_class = stock_form(model.config, get_architecture(model.config).pruned_class(model))
+    # One row: classifiers of several want a padding token.
+    probe = probe_batch(model, None)[:1]
+    with folder_moved_into_place(folder, overwrite) as temporary:
+        stock = model_class.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+        if model.can_generate():
+            stock.generation_config = model.generation_config
+        stock.save_pretrained(temporary)
+        del stock
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        written = model_class.from_pretrained(temporary, dtype=model.dtype).to(model.device)
+        expected, found = (logits(each, probe).float() for each in (model, written))
+        difference = float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-30))
+        # Written so that NaN fails too.
+        if not difference <= TOLERANCE.get(model.dtype, 1e-4):
+            raise RuntimeError(
+                f"The stock {config.model_type} computes something else than the pruned model: logits differ by "
+                f"{difference:.2g} of their scale. Nothing was written; please report it."
+            )
+    return Path(folder)
+
+
+def stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) -> tuple[PreTrainedConfig, Any]:
+    """Return the stock config and class that hold the weights of a pruned model.
+
+    Args:
+        config (`PreTrainedConfig`): of the pruned model.
+        pruned_class (`type`): its class.
+
+    Raises:
+        ValueError: where there are none, naming what is in the way.
+    """
+    dense = stock_config(config)
+    # What only a pruned config knows shows in the shapes.
+    known = type(dense)().to_dict()
+    layers = [{key: value for key, value in entry.items() if key in known} for entry in _entries(config)]
+    for number, entry in enumerate(layers):
+        if differing := [key for key in entry if entry[key] != layers[0][key]]:
+            key = differing[0]
+            raise ValueError(
+                f"A stock checkpoint has layers of one size, and layer {number} has {key}={entry[key]} where layer 0 "
+                f"has {layers[0][key]}. Prune with layout='stock' (--layout stock), or load it with the plugin."
+            )
+    shapes = _shapes(config, pruned_class)
+    reasons = []
+    for candidate, reason in _candidates(dense, layers[0]):
+        if candidate is None:
+            reasons.append(reason)
+            continue
+        model_class = _class_for(candidate, pruned_class)
+        if model_class is None:
+            reasons.append(f"{candidate.model_type} has no class for {pruned_class.__name__}")
+            continue
+        if (difference := _first_difference(shapes, _shapes(candidate, model_class))) is None:
+            return candidate, model_class
+        reasons.append(f"a stock {candidate.model_type} {difference}")
+    raise ValueError(
+        f"No stock checkpoint can hold this {config.model_type}: {'; '.join(reasons)}. Load it with "
+        f"trust_remote_code=True instead, or prune what the stock format can hold (layout='stock')."
+    )
+
+
+def check_stock_layout(
+    model: PreTrainedModel, sites: list[Site], plan: PruningPlan, reconstruction: str = NONE
+) -> None:
+    """Raise `ValueError` where a stock checkpoint could not hold what a plan leaves of a model.
+
+    Args:
+        model (`PreTrainedModel`): the dense model.
+        sites (`list[Site]`): all its sites.
+        plan (`PruningPlan`): what they keep.
+        reconstruction (`str`, defaults to `"none"`): kind of reconstruction that follows, which may add biases.
+    """
+    losing = [site for site in sites if len(plan.kept[site.key]) < site.num_units]
+    with_bias = {site.kind for site in losing if added_parameters([site], reconstruction)}
+    config = pruned_config(model, sites, plan, with_bias)
+    stock_form(config, get_architecture(model.config).pruned_class(model))
+
+
+def check_stock_request(model: PreTrainedModel, sites: list[Site], config: PruningConfig) -> None:
+    """Raise `ValueError` where a stock checkpoint cannot hold half of the units of a kind that a request prunes."""
+    counts = {site.key: site.num_units for site in sites}
+    for kind in config.kinds:
+        kept = {site.key: _half(site) if site.kind == kind else list(range(site.num_units)) for site in sites}
+        plan = PruningPlan(kept, counts, model.config.model_type, config.attention_unit)
+        try:
+            check_stock_layout(model, sites, plan, config.reconstruction_kind)
+        except ValueError as error:
+            raise ValueError(f"layout='stock' does not go with pruning {kind} here. {error}") from error
+
+
+def _half(site: Site) -> list[int]:
+    """The first half of the units of every group."""
+    per_group = site.num_units // site.num_groups
+    stay = range(max(1, per_group // 2))
+    return [group * per_group + unit for group in range(site.num_groups) for unit in stay]
+
+
+def _entries(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    per_layer: dict[str, dict] = config.to_dict()["per_layer_config"]
+    return [per_layer[number] for number in sorted(per_layer, key=int)]
+
+
+def _candidates(dense: PreTrainedConfig, layer: dict[str, Any]) -> Iterator[tuple[PreTrainedConfig | None, str]]:
+    """Yield stock configs at the sizes of `layer`; where a family's config refuses them, `None` and why."""
+    for model_type in SAME_COMPUTATION.get(dense.model_type, (dense.model_type,)):
+        config_class = type(AutoConfig.for_model(model_type))
+        values = {key: value for key, value in dense.to_dict().items() if key not in ("model_type", "architectures")}
+        try:
+            others = {} if model_type == dense.model_type else VALUES_OF_OTHERS.get(model_type, {})
+            yield config_class.from_dict({**values, **layer, **others}), ""
+        except Exception as error:  # Whatever a config validates by, the sizes are not for it.
+            yield None, f"{model_type} refuses these sizes ({' '.join(str(error).split())})"
+
+
+def _class_for(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) -> Any:
+    """The stock class of a config's family for the task of a pruned class."""
+    _, is_task, task = pruned_class.__name__.partition("For")
+    auto_class = getattr(transformers, f"AutoModel{is_task}{task}")
+    return auto_class._model_mapping.get(type(config), None)
+
+
+def _shapes(config: PreTrainedConfig, model_class: Any) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = model_class(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _first_difference(wanted: dict[str, tuple[int, ...]], held: dict[str, tuple[int, ...]]) -> str | None:
+    """Say where a stock model's parameters are not those of the pruned one."""
+    for name in {**wanted, **held}:
+        if wanted.get(name) != held.get(name):
+            have = f"{' x '.join(map(str, held[name]))}" if name in held else "nothing"
+            want = f"{' x '.join(map(str, wanted[name]))}" if name in wanted else "nothing"
+            return f"has {have} at {name} where the pruned model has {want}"
+    return None

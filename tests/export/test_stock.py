@@ -1,0 +1,185 @@
+"""Stock export: what it writes loads where this package is not, and computes the same."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune.export import export_stock
+
+
+NO_STOCK_HEADS = {"opt_pre_norm", "opt_post_norm_projected", "opt_no_biases"}
+HOLDABLE = [name for name in tiny.CONFIGS if name != "bloom"]
+
+LOAD = """
+import json, sys, torch, transformers
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "optimum_fwdprune":
+            raise ImportError("optimum_fwdprune is not installed here")
+
+sys.meta_path.insert(0, Blocked())
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    auto = getattr(transformers, (folder / "auto_class").read_text())
+    model = auto.from_pretrained(folder, dtype="auto").eval()
+    assert not type(model).__name__.startswith("Pruned")
+    tokens = load_file(folder / "inputs.safetensors")["tokens"]
+    with torch.no_grad():
+        found = {"first": model(tokens)[0].contiguous()}
+        if model.can_generate():
+            found["generated"] = model.generate(tokens[:, :6], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    save_file(found, folder / "outputs.safetensors")
+"""
+
+
+def pruned(name, tokens, auto_class="AutoModelForCausalLM", **fields):
+    # Classifiers look for it.
+    model = tiny.make_model(name, getattr(transformers, auto_class), pad_token_id=0)
+    kinds = ["mlp"] if name in NO_STOCK_HEADS else ["attention", "mlp"]
+    request = {"method": "magnitude", "reconstruction": "none", "sparsity": 0.3, "kinds": kinds, "layout": "stock"}
+    pruner = FwdPruner(model)
+    pruner.prune(PruningConfig(**request | fields), tokens)
+    return pruner
+
+
+@torch.no_grad()
+def test_every_family_and_task_loads_without_the_package(tokens, tmp_path):
+    """One process loads them all."""
+    cases = [(name, "AutoModelForCausalLM") for name in HOLDABLE]
+    cases += [("llama_gqa_biases", "AutoModelForSequenceClassification"), ("qwen2", "AutoModelForQuestionAnswering")]
+    cases += [("llama_mha_tied", "AutoModelForTokenClassification"), ("mistral_sliding_window", "AutoModel")]
+    expected = {}
+    for name, auto_class in cases:
+        model = pruned(name, tokens, auto_class).model.eval()
+        folder = tmp_path / f"{name}-{auto_class}"
+        export_stock(model, None, folder)
+        (folder / "auto_class").write_text(auto_class)
+        save_file({"tokens": tokens[:1]}, folder / "inputs.safetensors")
+        expected[folder] = (model(tokens[:1])[0], None)
+        if model.can_generate():
+            generated = model.generate(tokens[:1, :6], max_new_tokens=6, do_sample=False, pad_token_id=0)
+            expected[folder] = (model(tokens[:1])[0], generated)
+    script = [sys.executable, "-c", LOAD, str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    for folder, (first, generated) in expected.items():
+        found = load_file(folder / "outputs.safetensors")
+        assert torch.allclose(found["first"], first, atol=1e-4 * float(first.abs().max())), folder.name
+        assert generated is None or torch.equal(found["generated"], generated), folder.name
+        config = json.loads((folder / "config.json").read_text())
+        assert "per_layer_config" not in config and "auto_map" not in config
+
+
+@pytest.mark.parametrize("name", HOLDABLE)
+@pytest.mark.parametrize("sparsity", [0.05, 0.2, 0.37])
+def test_a_stock_layout_is_always_exported(name, sparsity, tokens, tmp_path):
+    pruner = pruned(name, tokens, sparsity=sparsity)
+    counts = {
+        kind: {len(units) for (_, each), units in pruner.plan.kept.items() if each == kind}
+        for kind in ("attention", "mlp")
+    }
+
+    assert all(len(found) == 1 for found in counts.values())
+    assert export_stock(pruner.model, None, tmp_path / "stock").is_dir()
+    # A channel of every layer is the smallest step.
+    assert abs(pruner.report.sparsity - sparsity) < 1 / 64
+
+
+def test_llama_is_mistral_where_its_heads_no_longer_divide_the_hidden_size(tokens, tmp_path):
+    model = pruned("llama_mha_tied", tokens, sparsity=0.15).model
+    assert {len(layer.self_attn.q_proj.weight) // 8 for layer in model.model.layers} == {5}
+    folder = export_stock(model, None, tmp_path / "stock")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    assert type(stock) is transformers.MistralForCausalLM and stock.config.sliding_window is None
+    with torch.no_grad():
+        assert torch.equal(stock(tokens).logits, model.eval()(tokens).logits)
+
+
+def test_the_tokenizer_and_what_it_generates_by_come_along(tokens, tokenizer, tmp_path):
+    import copy
+
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{{ messages[0]['content'] }}"
+    model = pruned("llama_mqa", tokens).model
+    model.generation_config.temperature, model.generation_config.do_sample = 0.7, True
+    folder = export_stock(model, chatty, tmp_path / "stock")
+
+    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == chatty.chat_template
+    assert transformers.GenerationConfig.from_pretrained(folder).temperature == 0.7
+    assert transformers.AutoConfig.from_pretrained(folder).architectures == ["LlamaForCausalLM"]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("name", "fields", "message"),
+        [
+            ("llama_mqa", {"scope": "global"}, r"layer \d has .* where layer 0 has .*layout='stock'"),
+            ("opt_pre_norm", {"kinds": ["attention"]}, "a stock opt has 48 x 48 at .*k_proj.weight where"),
+            ("bloom", {"kinds": ["mlp"]}, "a stock bloom has 192 x 48 at .*dense_h_to_4h.weight where"),
+            ("bloom", {"kinds": ["attention"]}, "a stock bloom has"),
+            ("llama_mqa", {"method": "flap", "reconstruction": "bias", "kinds": ["mlp"]}, r"nothing at .*bias"),
+            ("llama_gqa_biases", {"sparsity": 0.05, "attention_sparsity": 0.15}, None),
+        ],
+    )
+    def test_what_no_stock_checkpoint_holds_names_what_is_in_the_way(self, name, fields, message, tokens, tmp_path):
+        request = {"method": "random", "reconstruction": "none", "sparsity": 0.3, **fields}
+        model = FwdPruner(tiny.make_model(name)).prune(PruningConfig(**request), tokens)
+        if message is None:
+            # Biases keep it from being a Mistral, and a divisor of the hidden size lets it be a LLaMA.
+            export_stock(model, None, tmp_path / "stock")
+            return
+        with pytest.raises(ValueError, match=message):
+            export_stock(model, None, tmp_path / "stock")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("name", "fields", "message"),
+        [
+            ("bloom", {}, "layout='stock' does not go with pruning attention here. No stock checkpoint"),
+            ("opt_pre_norm", {"kinds": ["attention", "mlp"]}, "does not go with pruning attention here"),
+            ("llama_mqa", {"reconstruction": "bias", "method": "flap"}, r"nothing at .*bias"),
+        ],
+    )
+    def test_requests_that_cannot_be_exported_fail_before_scoring(self, name, fields, message, tokens, monkeypatch):
+        monkeypatch.setattr("optimum_fwdprune.pruner.score_units", lambda *_: pytest.fail("it was scored"))
+        with pytest.raises(ValueError, match=message):
+            pruned(name, tokens, **fields)
+
+    @pytest.mark.parametrize("fields", [{"scope": "global"}, {"scope": "search"}, {"skip_layers": [0]}])
+    def test_layouts_of_uneven_layers_are_refused(self, fields):
+        with pytest.raises(ValueError, match="layout='stock' cuts every layer alike"):
+            PruningConfig(layout="stock", **fields)
+
+    def test_a_stock_model_that_computes_something_else_is_not_written(self, tokens, tmp_path, monkeypatch):
+        model = pruned("llama_mqa", tokens).model
+        monkeypatch.setattr(
+            "optimum_fwdprune.export.stock.logits", lambda each, probe: torch.full((1, 1), float("nan"))
+        )
+        with pytest.raises(RuntimeError, match="computes something else"):
+            export_stock(model, None, tmp_path / "stock")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_folders_that_hold_something_are_left_alone(self, tokens, tmp_path):
+        (tmp_path / "mine").write_text("x")
+        with pytest.raises(FileExistsError, match="is not empty"):
+            export_stock(pruned("llama_mqa", tokens).model, None, tmp_path)
+        assert (tmp_path / "mine").read_text() == "x"
+
+
+def test_deep_models_spare_no_layer_under_a_stock_layout(tokens):
+    model = tiny.make_model("llama_mqa", num_hidden_layers=12)
+    pruner = FwdPruner(model)
+    pruner.prune(PruningConfig(method="magnitude", sparsity=0.3, layout="stock", kinds=["mlp"]), tokens)
+
+    assert len({len(pruner.plan.kept[layer, "mlp"]) for layer in range(12)}) == 1
