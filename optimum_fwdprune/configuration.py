@@ -140,8 +140,8 @@ class PruningConfig:
     multiple_of: int = option(1, "Round every pruned MLP width to a multiple of this, for fast kernels.")
     skip_layers: list[int] | None = option(
         None,
-        "Layers that lose nothing; negative numbers count from the last. Default: the first two and the last two of "
-        "models of 12 layers and more where scope is layer and layout is any, else none.",
+        "Layers that lose nothing; negative numbers count from the last, and an empty list spares none. Default: the "
+        "first and last two of models of 12 layers and more where scope is layer and layout is any, else none.",
     )
     min_units_per_site: int = option(1, "Heads and channels that every layer keeps at least.")
     reconstruction: str | None = option(

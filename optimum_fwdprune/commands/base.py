@@ -206,7 +206,9 @@ def add_config_options(parser: ArgumentParser | _ArgumentGroup, config_class: ty
         if kind is bool:
             options: dict[str, Any] = {"action": BooleanOptionalAction}
         else:
-            options = {"type": kind, "choices": field.metadata.get("choices"), "nargs": "+" if is_list else None}
+            # Where the default is worked out, a list of nothing says something else.
+            many = "*" if default is None else "+"
+            options = {"type": kind, "choices": field.metadata.get("choices"), "nargs": many if is_list else None}
             options["metavar"] = None if options["choices"] else kind.__name__.upper()
         parser.add_argument(f"--{field.name}", default=SUPPRESS, help=text.replace("%", "%%"), **options)
         added.add(field.name)

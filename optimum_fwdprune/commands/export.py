@@ -13,23 +13,41 @@ class ExportCommand(Command):
         Command.add_common_options(parser)
         parser.description = (
             "Write a pruned checkpoint in another program's format. stock: unmodified transformers loads it, and all "
-            "that load such checkpoints; every layer must have been cut alike (prune --layout stock). Example: "
-            "optimum-cli fwdprune export pruned exported --format stock"
+            "that load such checkpoints; every layer must have been cut alike (prune --layout stock). gguf: llama.cpp "
+            "runs it. Examples: optimum-cli fwdprune export pruned exported --format stock; optimum-cli fwdprune "
+            "export pruned pruned.gguf --format gguf --outtype q8_0"
         )
         parser.add_argument("model", help="Folder or Hub repository of the pruned model, a causal language model.")
-        parser.add_argument("output", help="Folder to write; new or empty.")
-        parser.add_argument("--format", choices=("stock",), default="stock", help="What to write (default: stock).")
+        parser.add_argument("output", help="Folder to write, new or empty; or file.")
+        parser.add_argument("--format", choices=("stock", "gguf"), default="stock", help="Default: stock.")
+        parser.add_argument(
+            "--outtype",
+            choices=("f32", "f16", "bf16", "q8_0"),
+            default="f16",
+            help="Dtype of a GGUF file's matrices (default: f16).",
+        )
+        parser.add_argument(
+            "--pre_tokenizer", help="llama.cpp's name of how text is split before BPE; by default found out."
+        )
         parser.add_argument("--overwrite", action="store_true", help="Replace an output that is there.")
         add_loading_options(parser)
 
     def execute(self) -> None:
-        from optimum_fwdprune.utils import check_output_folder
+        from optimum_fwdprune.utils import check_output_file, check_output_folder
 
-        check_output_folder(self.args.output, self.args.overwrite)
+        is_file = self.args.format == "gguf"
+        if is_file:
+            check_output_file(self.args.output)
+        else:
+            check_output_folder(self.args.output, self.args.overwrite)
 
-        from optimum_fwdprune.export import export_stock
+        from optimum_fwdprune.export import export_gguf, export_stock
 
         model = load_model(self.args.model, self.args)
         tokenizer = load_tokenizer(self.args.model, self.args)
-        written = export_stock(model, tokenizer, self.args.output, self.args.overwrite)
-        print(f"Written to {written}; its logits are those of {self.args.model}.")
+        if is_file:
+            options = (self.args.outtype, self.args.overwrite, self.args.pre_tokenizer)
+            print(f"Written to {export_gguf(model, tokenizer, self.args.output, *options)}.")
+        else:
+            written = export_stock(model, tokenizer, self.args.output, self.args.overwrite)
+            print(f"Written to {written}; its logits are those of {self.args.model}.")

@@ -105,6 +105,13 @@ def test_options_reach_the_request(cli, source, tmp_path):
     )
 
 
+def test_an_option_without_values_spares_no_layer(cli, source, tmp_path):
+    code, _, err = cli("prune", "-m", source, tmp_path / "out", "--skip_layers", "--method", "random", *SMALL)
+
+    assert code == 0, err
+    assert PruningConfig.from_pretrained(tmp_path / "out").skip_layers == []
+
+
 def test_options_of_a_method_reach_its_request(cli, source, tmp_path):
     code, _, err = cli(
         *("prune", "-m", source, tmp_path / "out", "--method", "mini_llm", "--draws", "6", "--epsilon", "0.02"),

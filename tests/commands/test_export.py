@@ -48,7 +48,8 @@ def test_a_stock_layout_is_pruned_and_exported(cli, folder, tokens, tmp_path):
     pruned, stock = (
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / each) for each in ("pruned", "stock")
     )
-    assert type(stock) is transformers.LlamaForCausalLM
+    # Five heads of 8 do not divide 48.
+    assert type(stock) is transformers.MistralForCausalLM
     assert torch.equal(pruned(tokens).logits, stock(tokens).logits)
     assert (tmp_path / "stock" / "tokenizer.json").exists()
     code, _, err = cli("export", tmp_path / "pruned", tmp_path / "stock")

@@ -1,0 +1,178 @@
+"""GGUF export: one file that llama.cpp runs, layers of different sizes included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..architectures import get_architecture
+from ..models.per_layer import stock_config
+from ..utils import check_output_file
+from .gguf_families import FAMILIES, GGUFFamily, LayerSizes
+from .gguf_tensors import GGUFTensor, write_tensors
+from .gguf_tokenizer import add_tokenizer
+
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+
+logger = logging.get_logger(__name__)
+
+# What the file calls itself by the dtype of its matrices.
+DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+
+
+def export_gguf(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    file: str | Path,
+    dtype: str = "f16",
+    overwrite: bool = False,
+    pre_tokenizer: str | None = None,
+) -> Path:
+    """Write a causal language model, dense or pruned, to a GGUF file.
+
+    The file appears whole or not at all; tensors are converted one at a time.
+
+    Args:
+        model (`PreTrainedModel`): LLaMA or Mistral, layers alike or not; Qwen2, Qwen3 or BLOOM, layers alike, Qwen2
+            and BLOOM with all their heads.
+        tokenizer (`PreTrainedTokenizerBase`): a fast BPE tokenizer, byte-level or SentencePiece's; its chat template
+            goes along.
+        file (`str` or `Path`): where to.
+        dtype (`str`, defaults to `"f16"`): of matrices: f32, f16, bf16 or q8_0 (f16 where rows are no multiples of
+            32); vectors stay in float32.
+        overwrite (`bool`, defaults to `False`): replace a file that is there.
+        pre_tokenizer (`str`, *optional*): llama.cpp's name of how text is split before byte-level BPE; by default
+            found out.
+
+    Raises:
+        ValueError: where llama.cpp cannot hold the model or its tokenizer, naming what is in the way.
+        FileExistsError: where the file is there.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError('The GGUF export needs gguf: pip install "optimum-fwdprune[gguf]".') from error
+    file = check_output_file(file)
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file} exists. Name another file, or pass overwrite to replace it.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    config = stock_config(model.config) if getattr(model.config, "per_layer_config", None) else model.config
+    family = _family_of(config, model)
+    modules = [layer for _, layer in get_architecture(model.config).layers(model)]
+    layers = [family.sizes(layer, config) for layer in modules]
+    name = _name_of(family, layers)
+    _check_heads(family, layers, config)
+    tensors = list(_tensors(model, config, family, dict(zip(modules, layers)), name))
+    unfinished = file.with_name(f".{file.name}.partial")
+    writer = gguf.GGUFWriter(unfinished, name)
+    try:
+        _add_sizes(writer, family, config, layers, dtype, uniform=name == family.uniform)
+        family.add_fields(writer, config)
+        embeddings: Any = model.get_input_embeddings()
+        add_tokenizer(writer, tokenizer, embeddings.weight.shape[0], pre_tokenizer)
+        write_tensors(writer, tensors, dtype)
+        unfinished.replace(file)
+    finally:
+        writer.close()
+        unfinished.unlink(missing_ok=True)
+    return file
+
+
+def _family_of(config: Any, model: PreTrainedModel) -> GGUFFamily:
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ValueError(
+            f"There is no GGUF export of {config.model_type} here; there is one of {', '.join(FAMILIES)}. "
+            f"llama.cpp has no OPT."
+        )
+    if not model.can_generate():
+        raise ValueError(f"GGUF files hold causal language models; this is a {type(model).__name__}.")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < family.context(config):
+        logger.warning(
+            "llama.cpp attends to the whole context where this model attends to the last %d tokens: beyond that "
+            "length the two differ.",
+            window,
+        )
+    return family
+
+
+def _name_of(family: GGUFFamily, layers: list[LayerSizes]) -> str:
+    differing = next((number for number, layer in enumerate(layers) if layer != layers[0]), None)
+    if differing is None:
+        return family.uniform
+    if family.per_layer is None:
+        raise ValueError(
+            f"llama.cpp's {family.uniform} has layers of one size, and layer {differing} differs from layer 0 "
+            f"({layers[differing]} and {layers[0]}). Prune every layer alike: scope='layer', skip_layers=[] "
+            f"(--scope layer --skip_layers)."
+        )
+    return family.per_layer
+
+
+def _check_heads(family: GGUFFamily, layers: list[LayerSizes], config: Any) -> None:
+    heads = config.num_attention_heads
+    if family.all_heads and layers[0].heads != heads:
+        raise ValueError(
+            f"llama.cpp's {family.uniform} takes its width from the number of heads: all {heads} must be there, and "
+            f"{layers[0].heads} of this model are left. Prune its MLPs alone: kinds=['mlp'] (--kinds mlp)."
+        )
+
+
+def _add_sizes(
+    writer: GGUFWriter, family: GGUFFamily, config: Any, layers: list[LayerSizes], dtype: str, uniform: bool
+) -> None:
+    import gguf
+
+    writer.add_name(Path(config._name_or_path).name or config.model_type)
+    writer.add_block_count(len(layers))
+    writer.add_context_length(family.context(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_vocab_size(config.vocab_size)
+    values: list[tuple[Callable, list[int]]] = [
+        (writer.add_head_count, [layer.heads for layer in layers]),
+        (writer.add_head_count_kv, [layer.kv_heads for layer in layers]),
+        (writer.add_feed_forward_length, [layer.channels for layer in layers]),
+    ]
+    for add, counts in values:
+        add(counts[0] if uniform else counts)
+    writer.add_file_type(getattr(gguf.LlamaFileType, DTYPES[dtype]))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _tensors(
+    model: PreTrainedModel, config: Any, family: GGUFFamily, layers: dict[nn.Module, LayerSizes], name: str
+) -> Iterator[GGUFTensor]:
+    import gguf
+
+    architecture = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
+    names = gguf.get_tensor_name_map(architecture, len(layers))
+    sizes = {
+        f"{path}.": layers[module] for path, module in model.named_modules(remove_duplicate=False) if module in layers
+    }
+    for source, parameter in model.named_parameters():
+        # Some families are known by their names without what wraps their base model.
+        short = source.removeprefix(f"{model.base_model_prefix}.")
+        target = names.get_name(source, (".weight", ".bias")) or names.get_name(short, (".weight", ".bias"))
+        if target is None or (target.endswith(("attn_output.bias", "ffn_down.bias")) and not family.output_biases):
+            raise ValueError(f"llama.cpp's {name} has no tensor for {source}.")
+        layer = next((own for path, own in sizes.items() if source.startswith(path)), None)
+        make = partial(_given, parameter) if layer is None else partial(family.convert, source, parameter, layer)
+        yield GGUFTensor(target, tuple(parameter.shape), make)
+    for target, tensor in family.more_tensors(config).items():
+        yield GGUFTensor(target, tuple(tensor.shape), partial(_given, tensor))
+
+
+def _given(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

@@ -1,0 +1,72 @@
+"""Tensors of GGUF files: the order of their rows, and how they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..utils import progress
+
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """A tensor's name in the file, its shape, and what makes it when it is written."""
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+
+def interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Bring rows of queries or keys from halves, which transformers rotates, to pairs, which llama.cpp does.
+
+    Args:
+        rows (`Tensor[heads * head_dim, ...]`): of a layer that has so many heads.
+        heads (`int`): its own number.
+    """
+    halves = rows.unflatten(0, (heads, 2, -1))
+    return halves.transpose(1, 2).flatten(0, 2)
+
+
+def separated(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Bring rows from a query, key and value of every head to all queries, all keys and all values.
+
+    Args:
+        rows (`Tensor[heads * 3 * head_dim, ...]`): of a layer that has so many heads.
+        heads (`int`): its own number.
+    """
+    return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def write_tensors(writer: GGUFWriter, tensors: list[GGUFTensor], dtype: str) -> None:
+    """Announce all tensors, then make, convert and write them one by one."""
+    import gguf
+    import numpy as np
+
+    kinds: list[GGMLQuantizationType] = []
+    for tensor in tensors:
+        shape = tensor.shape
+        kind = gguf.GGMLQuantizationType[dtype.upper()] if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+        if kind is gguf.GGMLQuantizationType.Q8_0 and shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            kind = gguf.GGMLQuantizationType.F16
+        kinds.append(kind)
+        stored = gguf.quant_shape_to_byte_shape(shape, kind)
+        whole = kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+        held = np.dtype(np.float32 if kind is gguf.GGMLQuantizationType.F32 else np.float16) if whole else np.uint8
+        size = int(np.prod(stored))
+        writer.add_tensor_info(tensor.name, shape if whole else stored, np.dtype(held), size, None if whole else kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor, kind in progress(list(zip(tensors, kinds)), "Writing tensors", unit="tensor"):
+        values = tensor.make().detach().cpu().float().numpy()
+        if kind is gguf.GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
+            raise ValueError(f"{tensor.name} has values beyond float16; write bf16 or f32 instead.")
+        writer.write_tensor_data(gguf.quantize(values, kind))

