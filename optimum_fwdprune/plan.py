@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .architectures.site import KINDS, Site, SiteKey
+from .architectures.site import ATTENTION_UNITS, KINDS, Site, SiteKey
 from .utils import write_text_atomically
 
 
@@ -31,7 +31,7 @@ class PruningPlan:
         metadata (`dict`, *optional*): how the plan came about; JSON values only, never read by surgery.
 
     Raises:
-        ValueError: where units are unsorted, repeated or out of range.
+        ValueError: where units are no integers, unsorted, repeated or out of range.
     """
 
     kept: dict[SiteKey, list[int]]
@@ -43,8 +43,18 @@ class PruningPlan:
     def __post_init__(self):
         if self.kept.keys() != self.num_units.keys():
             raise ValueError("kept and num_units must name the same sites.")
+        for name, kind_of_value in (("model_type", str), ("metadata", dict)):
+            if not isinstance(getattr(self, name), kind_of_value):
+                raise ValueError(f"{name} must be a {kind_of_value.__name__}; got {getattr(self, name)!r}.")
+        if self.attention_unit not in ATTENTION_UNITS:
+            raise ValueError(
+                f"attention_unit must be one of {', '.join(ATTENTION_UNITS)}; got {self.attention_unit!r}."
+            )
         for (layer, kind), units in self.kept.items():
             total = self.num_units[(layer, kind)]
+            # JSON knows true and 1.5, and Python would take them for numbers of units.
+            if not isinstance(units, (list, tuple)) or any(type(number) is not int for number in (total, *units)):
+                raise ValueError(f"Layer {layer} {kind}: units are a list of integers; got {units} of {total}.")
             if list(units) != sorted(set(units)) or not all(0 <= unit < total for unit in units):
                 raise ValueError(
                     f"Layer {layer} {kind}: kept units must be sorted, different and in [0, {total}); got {units}."
@@ -58,6 +68,19 @@ class PruningPlan:
         """Return the plan that does at once what this one and then `later`, on the pruned model, do; its metadata."""
         kept = {key: [units[unit] for unit in later.kept[key]] for key, units in self.kept.items()}
         return replace(self, kept=kept, metadata=later.metadata)
+
+    def check_left(self, sites: Iterable[Site]) -> None:
+        """Raise `ValueError` where the sites of a pruned model are not those that the plan left."""
+        found = {site.key: site.num_units for site in sites}
+        planned = {key: len(units) for key, units in self.kept.items()}
+        for layer, kind in sorted(found.keys() | planned.keys()):
+            key = (layer, kind)
+            if found.get(key) != planned.get(key):
+                raise ValueError(
+                    f"Layer {layer} {kind}: the plan leaves {planned.get(key, 'no such site')}, and the weights "
+                    f"beside it have {found.get(key, 'no such site')}. The plan was edited, or belongs to another "
+                    f"checkpoint."
+                )
 
     def check_matches(self, sites: Iterable[Site], model_type: str) -> None:
         """Raise `ValueError` where the plan was made for a model with other sites."""
@@ -107,11 +130,13 @@ class PruningPlan:
         """Read a plan from the file `path`, or from the checkpoint folder `path`.
 
         Raises:
-            ValueError: where the file is no plan.
+            ValueError: where the file is no plan, naming it.
         """
         path = _plan_file(path)
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
+            if document["format"] != 1:
+                raise ValueError(f"format {document['format']!r} is not known, 1 is")
             return cls(
                 kept=_flatten(document["kept"]),
                 num_units=_flatten(document["num_units"]),
@@ -119,8 +144,8 @@ class PruningPlan:
                 attention_unit=document["attention_unit"],
                 metadata=document.get("metadata", {}),
             )
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no pruning plan: {type(error).__name__}: {error}.") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no pruning plan: {type(error).__name__}: {error}") from error
 
 
 def _plan_file(path: str | Path) -> Path:

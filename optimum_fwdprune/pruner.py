@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .architectures import Site, SiteKey, find_sites, get_architecture
@@ -22,6 +22,7 @@ from .evaluation import Comparison
 from .export.stock import STOCK, check_stock_layout, check_stock_request
 from .hub import Base, check_name, upload
 from .latency import LatencyCost, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
+from .loading import WHERE, load_causal_lm
 from .methods import PruningConfig
 from .plan import PruningPlan
 from .planning import keeper, make_plan
@@ -91,20 +92,21 @@ class FwdPruner:
             model_id (`str` or `Path`): repository of the Hub, or folder.
             kwargs: for `AutoModelForCausalLM.from_pretrained`: `dtype` (the checkpoint's by default), `device_map`,
                 `attn_implementation`, `gguf_file`, `revision`, `token`, `trust_remote_code`, ...
+
+        Raises:
+            OSError: where a file is missing or damaged, naming it.
+            ValueError: where the family is not supported, or the plan of a pruned checkpoint is not that of its
+                weights.
         """
         kwargs.setdefault("dtype", "auto")
-        shared = {
-            name: kwargs[name]
-            for name in ("revision", "token", "trust_remote_code", "cache_dir", "subfolder", "local_files_only")
-            if name in kwargs
-        }
+        shared = {name: kwargs[name] for name in (*WHERE, "trust_remote_code") if name in kwargs}
         if "gguf_file" in kwargs:
             # Reading the config of a GGUF file costs as much as reading all of it.
             shared["gguf_file"] = kwargs["gguf_file"]
         else:
             # A family that is not supported fails before gigabytes are read.
             get_architecture(AutoConfig.from_pretrained(model_id, **shared))
-        model = AutoModelForCausalLM.from_pretrained(model_id, **kwargs)
+        model = load_causal_lm(model_id, **kwargs)
         try:
             tokenizer = AutoTokenizer.from_pretrained(model_id, **shared)
         except (OSError, ValueError) as error:
@@ -118,6 +120,8 @@ class FwdPruner:
         pruner._base = Base.of(model_id, **shared)
         if getattr(model.config, "per_layer_config", None):
             record = Record.of_checkpoint(model_id, **shared)
+            if record.plan is not None:
+                record.plan.check_left(find_sites(model, record.plan.attention_unit))
             pruner.config, pruner.plan, pruner.scores = record.config, record.plan, record.scores
             pruner._saved_as = str(model_id)
             if record.plan is not None and (source := record.plan.metadata.get("source")):

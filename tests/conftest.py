@@ -1,6 +1,10 @@
 """Shared fixtures: tiny random models, a tiny tokenizer, and no network."""
 
 import os
+import sys
+import sysconfig
+import venv
+from pathlib import Path
 
 
 # Before anything imports huggingface_hub, which reads it once.
@@ -11,6 +15,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import tiny
 import torch
+
+
+@pytest.fixture(scope="session")
+def python_without_the_package(tmp_path_factory):
+    """Interpreter of a virtual environment with all that is installed here but the package under test."""
+    folder = tmp_path_factory.mktemp("without")
+    venv.EnvBuilder(symlinks=True).create(folder)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    # In a folder that is named there, the file that an editable installation goes by is not read.
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,7 @@ ORDER = [
     "checkpoints",
     "calibration",
     "texts",
+    "loading",
     "budgets",
     "plan",
     "configuration",

@@ -41,12 +41,62 @@ def test_kept_and_totals_name_the_same_sites():
 
 @pytest.mark.parametrize(
     "document",
-    ["", "{}", "[]", "\x00\x01", '{"kept": {"0": {"heads": [0]}}, "num_units": {}, "model_type": "llama"}', '"text"'],
+    [
+        "",
+        "{}",
+        "[]",
+        "\x00\x01",
+        '"text"',
+        '{"format": 1, "kept": {"0": {"heads": [0]}}, "num_units": {}, "model_type": "llama"}',
+    ],
 )
 def test_files_that_hold_no_plan_are_named(document, tmp_path):
     (tmp_path / "plan.json").write_text(document)
     with pytest.raises(ValueError, match=r"plan\.json is no pruning plan"):
         PruningPlan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved["kept"]["0"].update(mlp=[0.5, 1.5]), "units are a list of integers"),
+        (lambda saved: saved["kept"]["0"].update(mlp=[False, True]), "units are a list of integers"),
+        (lambda saved: saved["kept"]["0"].update(mlp=3), "units are a list of integers"),
+        (lambda saved: saved["kept"]["0"].update(mlp=[-1]), r"in \[0, 64\)"),
+        (lambda saved: saved["num_units"]["0"].update(mlp="many"), "units are a list of integers"),
+        (lambda saved: saved["kept"].update(x=saved["kept"].pop("0")), "invalid literal"),
+        (lambda saved: saved["kept"].pop("1"), "must name the same sites"),
+        (lambda saved: saved.update(format=99), "format 99 is not known"),
+        (lambda saved: saved.update(metadata=[1]), "metadata must be"),
+        (lambda saved: saved.update(model_type=5), "model_type must be"),
+        (lambda saved: saved.update(attention_unit="rows"), "attention_unit must be"),
+    ],
+)
+def test_a_plan_edited_to_nonsense_is_named(change, message, tokens, tmp_path):
+    plan_of("llama_gqa_biases", tokens).save(tmp_path / "plan.json")
+    document = json.loads((tmp_path / "plan.json").read_text())
+    change(document)
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=rf"plan\.json is no pruning plan: .*{message}"):
+        PruningPlan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plan: plan.kept[1, "mlp"].pop(), r"Layer 1 mlp: the plan leaves \d+, and the weights beside it have"),
+        (lambda plan: (plan.kept.pop((2, "mlp")), plan.num_units.pop((2, "mlp"))), "Layer 2 mlp: .* no such site"),
+    ],
+)
+def test_a_plan_that_is_not_that_of_its_weights_is_refused(change, message, tokens, tmp_path):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(PruningConfig(sparsity=0.3), tokens)
+    pruner.save_pretrained(tmp_path)
+    plan = PruningPlan.load(tmp_path)
+    change(plan)
+    plan.save(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        FwdPruner.from_pretrained(tmp_path)
 
 
 def plan_of(name, tokens, **config):

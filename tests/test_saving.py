@@ -113,6 +113,20 @@ def test_a_file_that_holds_no_scores_is_named(tmp_path, metadata):
         Scores.load(tmp_path / "scores.safetensors")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda held: held[: len(held) // 2], lambda held: held[:-10], lambda held: b"\xff" * 64, lambda held: b""],
+)
+def test_damaged_weights_are_named_by_their_file(damage, pruner, tmp_path):
+    pruner.model.save_pretrained(tmp_path, max_shard_size="60KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    shards[1].write_bytes(damage(shards[1].read_bytes()))
+    with pytest.raises(OSError, match=rf"{shards[1].name} is damaged or incomplete") as error:
+        FwdPruner.from_pretrained(tmp_path)
+    assert shards[0].name not in str(error.value) and shards[2].name not in str(error.value)
+
+
 def test_saving_before_pruning_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"call prune\(\) first"):
         FwdPruner(tiny.make_model("llama_gqa_biases")).save_pretrained(tmp_path / "out")

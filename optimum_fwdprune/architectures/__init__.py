@@ -1,9 +1,9 @@
 """Model families: where each keeps its units, and nothing about how units are chosen."""
 
 from . import bloom, llama, mistral, opt, qwen2, qwen3  # noqa: F401  each registers itself
-from .layout import ATTENTION_UNITS, KV_GROUP, QUERY_HEAD, AttentionLayout, MLPLayout
+from .layout import AttentionLayout, MLPLayout
 from .registry import Architecture, find_sites, get_architecture, register_architecture, supported_architectures
-from .site import ATTENTION, KINDS, MLP, Coupling, Segment, Site, SiteKey
+from .site import ATTENTION, ATTENTION_UNITS, KINDS, KV_GROUP, MLP, QUERY_HEAD, Coupling, Segment, Site, SiteKey
 
 
 __all__ = [

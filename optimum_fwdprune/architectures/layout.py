@@ -8,11 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .site import ATTENTION, MLP, Coupling, Segment, Site
-
-
-KV_GROUP, QUERY_HEAD = "kv_group", "query_head"
-ATTENTION_UNITS = (KV_GROUP, QUERY_HEAD)
+from .site import ATTENTION, MLP, QUERY_HEAD, Coupling, Segment, Site
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .layout import ATTENTION_UNITS, QUERY_HEAD, AttentionLayout, MLPLayout
-from .site import ATTENTION, KINDS, Site
+from .layout import AttentionLayout, MLPLayout
+from .site import ATTENTION, ATTENTION_UNITS, KINDS, QUERY_HEAD, Site
 
 
 def _always(config: PreTrainedConfig) -> bool:

@@ -11,6 +11,8 @@ from torch import nn
 
 ATTENTION, MLP = "attention", "mlp"
 KINDS = (ATTENTION, MLP)
+KV_GROUP, QUERY_HEAD = "kv_group", "query_head"
+ATTENTION_UNITS = (KV_GROUP, QUERY_HEAD)
 
 SiteKey = tuple[int, str]
 

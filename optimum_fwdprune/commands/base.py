@@ -84,10 +84,10 @@ def naming_the_model(model: str) -> Iterator[None]:
 
 def load_model(model: str, args: Namespace) -> PreTrainedModel:
     """Load a causal language model, in its own dtype unless the options say otherwise."""
-    from transformers import AutoModelForCausalLM
+    from optimum_fwdprune.loading import load_causal_lm
 
     with naming_the_model(model):
-        return AutoModelForCausalLM.from_pretrained(model, **{"dtype": "auto"} | loading_options(args))
+        return load_causal_lm(model, **{"dtype": "auto"} | loading_options(args))
 
 
 def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:

@@ -13,8 +13,9 @@ import torch
 from datasets import Dataset, Features, List, Value, load_from_disk
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..loading import load_causal_lm
 from ..losses import LOGITS_AT_ONCE
 from ..utils import first_difference, folder_moved_into_place, progress
 from .data import collate
@@ -108,9 +109,7 @@ def load_teacher(options: RecoveryOptions, default: str | None, device: torch.de
     if name is None:
         raise ValueError("mode='distill' needs the dense model; name it as teacher.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=options.teacher_dtype, device_map=options.teacher_device_map
-        )
+        model = load_causal_lm(name, dtype=options.teacher_dtype, device_map=options.teacher_device_map)
     except OSError as error:
         raise OSError(f"Cannot load the teacher {name}: {error} Name another one as teacher.") from error
     return model if options.teacher_device_map else model.to(device)  # type: ignore[arg-type]

@@ -68,10 +68,10 @@ def save_checkpoint(folder, model, tokens, auto_class):
     return expected
 
 
-def reload_in_fresh_process(folder, route, tmp_path):
+def reload_in_fresh_process(folder, route, tmp_path, python=sys.executable):
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
-        [sys.executable, RELOAD, folder, route], env=environment, capture_output=True, text=True, timeout=600
+        [python, RELOAD, folder, route], env=environment, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return {path.parent.name: load_file(path) for path in folder.glob("*/outputs.safetensors")}
@@ -101,8 +101,8 @@ def test_sliced_equals_reloaded_in_a_fresh_process(tmp_path, tokens):
     assert_equal_bit_for_bit(actual, expected)
 
 
-def test_every_task_class_loads_as_remote_code_without_the_plugin(tmp_path, tokens):
-    """Each family's own head count of tasks; the plugin cannot be imported in the other process."""
+def test_every_task_class_loads_as_remote_code_without_the_plugin(tmp_path, tokens, python_without_the_package):
+    """Each family's own head count of tasks, in a virtual environment that does not contain the plugin."""
     expected = {}
     families = ["llama_gqa_biases", "mistral_sliding_window", "opt_pre_norm", "bloom", "qwen2", "qwen3"]
     for name in families:
@@ -115,7 +115,7 @@ def test_every_task_class_loads_as_remote_code_without_the_plugin(tmp_path, toke
             case = f"{name}.{task}"
             expected[case] = save_checkpoint(tmp_path / "saved" / case, pruned, tokens[:2], task)
 
-    actual = reload_in_fresh_process(tmp_path / "saved", "remote", tmp_path)
+    actual = reload_in_fresh_process(tmp_path / "saved", "remote", tmp_path, python_without_the_package)
 
     assert len(actual) == len(families) * len(TASKS) - 1
     assert_equal_bit_for_bit(actual, expected)
