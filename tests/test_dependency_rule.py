@@ -14,6 +14,7 @@ PACKAGE = Path(optimum_fwdprune.__file__).parent
 ORDER = [
     "commands",
     "pruner",
+    "serving",
     "export",
     "card",
     "hub",

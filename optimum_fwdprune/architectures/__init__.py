@@ -2,7 +2,14 @@
 
 from . import bloom, llama, mistral, opt, qwen2, qwen3  # noqa: F401  each registers itself
 from .layout import AttentionLayout, MLPLayout
-from .registry import Architecture, find_sites, get_architecture, register_architecture, supported_architectures
+from .registry import (
+    Architecture,
+    find_sites,
+    get_architecture,
+    register_architecture,
+    registered_architectures,
+    supported_architectures,
+)
 from .site import ATTENTION, ATTENTION_UNITS, KINDS, KV_GROUP, MLP, QUERY_HEAD, Coupling, Segment, Site, SiteKey
 
 
@@ -23,5 +30,6 @@ __all__ = [
     "find_sites",
     "get_architecture",
     "register_architecture",
+    "registered_architectures",
     "supported_architectures",
 ]

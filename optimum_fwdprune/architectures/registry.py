@@ -130,6 +130,11 @@ def register_architecture(architecture: Architecture) -> None:
         auto_class.register(architecture.config_class, model_class, exist_ok=True)
 
 
+def registered_architectures() -> list[Architecture]:
+    """Return all families, by name."""
+    return [_ARCHITECTURES[model_type] for model_type in supported_architectures()]
+
+
 def supported_architectures() -> list[str]:
     """Return the registered `model_type`s, pruned ones left out."""
     return sorted({architecture.model_type for architecture in _ARCHITECTURES.values()})

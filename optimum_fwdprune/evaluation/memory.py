@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +16,8 @@ class PeakMemory:
     """Measures by how much memory grows at most while the context is open.
 
     On CUDA this is what torch's allocator hands out, elsewhere the resident size of the process: on Linux by the
-    kernel's own mark, else sampled a hundred times a second.
+    kernel's own mark, else sampled a hundred times a second. Memory that was freed before but that the process still
+    holds, which the work would fill unseen, is given back first where the C library can (glibc).
 
     Args:
         device (`torch.device`): where the work happens.
@@ -32,6 +36,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
             return self
+        _give_back_what_is_free()
         self._before = self._highest = _resident()
         self._sampler = None if _forget_high_water() else threading.Thread(target=self._sample, daemon=True)
         self._done = threading.Event()
@@ -61,6 +66,13 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def _resident() -> int:
     return psutil.Process().memory_info().rss
+
+
+def _give_back_what_is_free() -> None:
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _forget_high_water() -> bool:

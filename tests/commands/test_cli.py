@@ -189,7 +189,7 @@ def test_a_replayed_plan_has_no_history(cli, source, tmp_path):
     cli("prune", "-m", source, tmp_path / "again", "--plan", tmp_path / "out")
     code, _, error = cli("inspect", tmp_path / "again", "--history")
 
-    assert code == 1 and "again has no fwdprune_scores.safetensors" in error
+    assert code == 1 and "again has no fwdprune/scores.safetensors" in error
 
 
 def test_a_method_that_does_not_learn_has_no_history(cli, source, tmp_path):

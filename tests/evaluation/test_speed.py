@@ -72,6 +72,17 @@ def test_peak_memory_is_what_the_work_held():
     assert 0.9 * 2**26 < peak.bytes < 1.5 * 2**26
 
 
+def test_memory_that_was_freed_before_counts_when_it_is_used_again():
+    # Once a block as large was freed, glibc keeps those of its size.
+    torch.ones(2**22)
+    held, last = [torch.ones(2**18) for _ in range(200)], torch.ones(1000)
+    del held
+    with PeakMemory(torch.device("cpu")) as peak:
+        held = [torch.ones(2**18) for _ in range(100)]
+    assert 0.9 * 2**20 * 100 < peak.bytes < 1.5 * 2**20 * 100
+    del held, last
+
+
 def test_peak_memory_is_sampled_where_the_kernel_keeps_no_mark(monkeypatch):
     import time
 
