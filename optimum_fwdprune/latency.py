@@ -23,7 +23,6 @@ from .budgets import Budget
 from .calibration import Calibration
 from .configuration import PruningConfig
 from .layerwise import Batch, LayerRunner
-from .plan import PruningPlan
 from .surgery import pruned_config
 from .utils import check_output_file, evaluating, first_difference, median_seconds, progress, write_text_atomically
 
@@ -236,11 +235,9 @@ def _variants(model: PreTrainedModel, sites: list[Site], site: Site, kept: list[
     pruned_class: Any = architecture.pruned_class(model)
     skeleton = copy.deepcopy(original).to("meta")
     everything = {each.key: list(range(each.num_units)) for each in sites}
-    counts = {each.key: each.num_units for each in sites}
     layers = []
     for units in kept:
-        plan = PruningPlan(everything | {site.key: units}, counts, model.config.model_type, "")
-        config = pruned_config(model, sites, plan, set())
+        config: Any = pruned_config(model, sites, everything | {site.key: units}, set())
         layer = copy.deepcopy(skeleton)
         pruned_class.resize(layer, list(config.per_layer_config)[site.layer])
         for name, parameter in list(layer.named_parameters()):

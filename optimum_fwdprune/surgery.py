@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import ATTENTION, MLP, Site, SiteKey, get_architecture
 from .gates import Projection
@@ -18,15 +18,15 @@ from .plan import PruningPlan
 Cuts = dict[str, list[tuple[int, torch.Tensor]]]
 
 
-def plan_cuts(sites: list[Site], plan: PruningPlan) -> Cuts:
-    """Translate a plan into positions to keep along the axes of named parameters."""
+def plan_cuts(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]]) -> Cuts:
+    """Translate what sites keep into positions to keep along the axes of named parameters."""
     cuts: Cuts = {}
     for site in sites:
-        kept = plan.kept[site.key]
-        if len(kept) == site.num_units:
+        units = kept[site.key]
+        if len(units) == site.num_units:
             continue
         for coupling in site.couplings:
-            index = coupling.kept_index(site.num_units, kept)
+            index = coupling.kept_index(site.num_units, units)
             for parameter, _ in coupling.parameters():
                 cuts.setdefault(f"{coupling.name}.{parameter}", []).append((coupling.axis, index))
     return cuts
@@ -39,13 +39,15 @@ def slice_tensor(name: str, tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
     return tensor
 
 
-def pruned_config(model: PreTrainedModel, sites: list[Site], plan: PruningPlan, with_bias: set[str]):
+def pruned_config(
+    model: PreTrainedModel, sites: list[Site], kept: Mapping[SiteKey, list[int]], with_bias: set[str]
+) -> PreTrainedConfig:
     """Build the config of the pruned model.
 
     Args:
         model (`PreTrainedModel`): the dense model.
         sites (`list[Site]`): all its sites.
-        plan (`PruningPlan`): what they keep.
+        kept (mapping of site key to `list[int]`): units that they keep.
         with_bias (`set[str]`): kinds whose projections have a bias after pruning where the family has none.
     """
     architecture = get_architecture(model.config)
@@ -57,7 +59,7 @@ def pruned_config(model: PreTrainedModel, sites: list[Site], plan: PruningPlan, 
     values["attention_output_bias"] = values.get("attention_output_bias", False) or ATTENTION in with_bias
     values["mlp_output_bias"] = values.get("mlp_output_bias", False) or MLP in with_bias
     config = architecture.config_class.from_dict(
-        {**values, "per_layer_config": architecture.layer_sizes(model, sites, plan.kept)}
+        {**values, "per_layer_config": architecture.layer_sizes(model, sites, dict(kept))}
     )
     config._attn_implementation = model.config._attn_implementation
     config._name_or_path = model.config._name_or_path
@@ -106,11 +108,11 @@ def prune_model(
         for (layer, kind), projection in projections.items()
         if projection.bias is not None and by_key[(layer, kind)].projection.bias is None
     }
-    config = pruned_config(model, sites, plan, with_bias)
+    config = pruned_config(model, sites, plan.kept, with_bias)
     with torch.device("meta"):
         pruned = architecture.pruned_class(model)(config)
 
-    cuts = plan_cuts(sites, plan)
+    cuts = plan_cuts(sites, plan.kept)
     replaced = {}
     for key, projection in projections.items():
         name = by_key[key].projection_name

@@ -128,7 +128,7 @@ def check_stock_layout(
     """
     losing = [site for site in sites if len(plan.kept[site.key]) < site.num_units]
     with_bias = {site.kind for site in losing if added_parameters([site], reconstruction)}
-    config = pruned_config(model, sites, plan, with_bias)
+    config = pruned_config(model, sites, plan.kept, with_bias)
     stock_form(config, get_architecture(model.config).pruned_class(model))
 
 
