@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,25 +83,37 @@ class Batch:
 
 
 class _StandIn(nn.Module):
-    """Stands for a decoder layer that was run before; all but its output is the layer's own."""
+    """Stands for a decoder layer that does not run; all but its output is the layer's own.
 
-    def __init__(self, layer: nn.Module, output: Any):
+    Args:
+        layer (`nn.Module`): the layer.
+        output (`Callable`): called with what the layer would be called with, returns what it would return.
+    """
+
+    def __init__(self, layer: nn.Module, output: Callable[..., Any]):
         super().__init__()
         # Not as attributes of a module, which would make the layer a part of this one.
         self.__dict__.update(_layer=layer, _output=output)
 
-    def forward(self, *_args, **_kwargs):
-        return self._output
+    def forward(self, *args, **kwargs):
+        return self._output(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)
 
 
 class LayerRunner:
-    """Runs decoder layers of `model` by themselves, called with what the whole model would call them with."""
+    """Runs decoder layers of `model` by themselves, called with what the whole model would call them with.
 
-    def __init__(self, model: PreTrainedModel):
+    Args:
+        model (`PreTrainedModel`): the model; the rest of it must be in memory.
+        resident (`Callable[[int], ContextManager]`, *optional*): what has a layer's parameters in memory while its
+            context is open, for layers that are not.
+    """
+
+    def __init__(self, model: PreTrainedModel, resident: Callable[[int], AbstractContextManager] | None = None):
         self._model = model
+        self.resident = resident or (lambda _layer: nullcontext())
         named = get_architecture(model.config).layers(model)
         self.layers = [layer for _, layer in named]
         self._container: Any = model.get_submodule(named[0][0].rpartition(".")[0])
@@ -131,17 +143,22 @@ class LayerRunner:
     @torch.no_grad()
     def logits(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the model makes of `hidden` behind its last layer, at all tokens or some: logits."""
-        container = self._container
-        stand_ins = [_StandIn(layer, (hidden,) if self._as_tuple else hidden) for layer in self.layers]
-        try:
-            for place, stand_in in enumerate(stand_ins):
-                container[place] = stand_in
+        output = (hidden,) if self._as_tuple else hidden
+        with self._standing_in(lambda *_args, **_kwargs: output):
             device = self._model.device
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
             return self._model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
+
+    @contextmanager
+    def _standing_in(self, output: Callable[..., Any]) -> Iterator[None]:
+        """Let no layer run in the block: each returns what `output` makes of what it is called with."""
+        try:
+            for place, layer in enumerate(self.layers):
+                self._container[place] = _StandIn(layer, output)
+            yield
         finally:
             for place, layer in enumerate(self.layers):
-                container[place] = layer
+                self._container[place] = layer
 
     def _embed(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         with stopped_before(self.layers[0]) as stop:
@@ -150,17 +167,21 @@ class LayerRunner:
 
     def _arguments(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[tuple, dict[str, Any]]]:
         calls: list[tuple[tuple, dict[str, Any]]] = []
+        shapes: list[torch.Size] = []
 
-        def record(_module, args, kwargs):
-            kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        def record(*args, **kwargs):
+            hidden = args[0] if args else kwargs.pop("hidden_states")
             calls.append((args[1:], kwargs))
+            shapes.append(hidden.shape)
+            # What a layer makes of it changes nothing in how the next one is called.
+            return (hidden,) if self._as_tuple else hidden
 
-        handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
-        try:
+        with self._standing_in(record):
             self._forward(input_ids, mask)
-        finally:
-            for handle in handles:
-                handle.remove()
+        if len(set(shapes)) > 1 and not self._as_tuple:
+            # The model took the first window for the first of what the layer returns.
+            self._as_tuple = True
+            return self._arguments(input_ids, mask)
         return calls
 
     def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:

@@ -131,53 +131,84 @@ def collect_statistics(
     Raises:
         ValueError: where a projection was bypassed, or saw a NaN or an infinity.
     """
-    sites, kinds = list(sites), set(kinds)
-    accumulators = {site.key: _Accumulator(site.projection, GRAM in kinds) for site in sites}
-    sources = {
-        coupling.name: (coupling.linear, _SquareSums(coupling.linear))
-        for site in sites
-        for coupling in site.couplings
-        if SOURCE_NORMS in kinds and coupling.axis == 0
-    }
-    mask: torch.Tensor | None = None
-
-    def watch(accumulator: _Accumulator | _SquareSums):
-        def hook(_module, args):
-            inputs = args[0].flatten(0, -2)
-            accumulator.add(inputs if mask is None else inputs[mask.to(inputs.device)])
-
-        return hook
-
-    watched = [(site.projection, watch(accumulators[site.key])) for site in sites]
-    watched += [(linear, watch(squares)) for linear, squares in sources.values()]
-    with _pre_hooks(watched):
+    observer = Observer(sites, kinds)
+    with observer.watching():
         batches = list(calibration.batches(batch_size))
         for input_ids, attention_mask in progress(batches, "Calibrating", unit="batch"):
-            mask = None if attention_mask is None else attention_mask.bool().flatten()
+            observer.attention_mask = attention_mask
             # The base model stops before the vocabulary projection, which no site needs.
             model.base_model(
                 input_ids=input_ids.to(model.device),
                 attention_mask=None if attention_mask is None else attention_mask.to(model.device),
                 use_cache=False,
             )
+    return observer.statistics()
 
-    statistics = {}
-    for site in sites:
-        if accumulators[site.key].count == 0:
-            raise ValueError(
-                f"The forward pass never called {site.projection_name}, so the {site} cannot be measured or cut. A "
-                f"fused or slow-but-exact attention path may bypass it; load the model with its plain implementation."
-            )
-        result = accumulators[site.key].result()
-        if not (result.mean.isfinite().all() and result.variance.isfinite().all()):
-            raise ValueError(
-                f"The activations before {site.projection_name} ({site}) contain NaN or infinity. Check the weights "
-                f"up to this layer; a float16 model that overflows runs in bfloat16 or float32."
-            )
-        names = [coupling.name for coupling in site.couplings if coupling.name in sources]
-        result.source_norms = {name: sources[name][1].norm() for name in names}
-        statistics[site.key] = result
-    return statistics
+
+class Observer:
+    """Watches the sites of a model, or of some of its layers, while it runs.
+
+    Args:
+        sites (iterable of `Site`): where to look.
+        kinds (iterable of `str`): what to gather, of `KINDS_OF_STATISTICS`.
+
+    Attributes:
+        attention_mask (`Tensor[windows, tokens]`, *optional*): of the batch that runs next; 0 where a token is
+            padding.
+    """
+
+    def __init__(self, sites: Iterable[Site], kinds: Iterable[str]):
+        self._sites, kinds = list(sites), set(kinds)
+        self._accumulators = {site.key: _Accumulator(site.projection, GRAM in kinds) for site in self._sites}
+        self._sources = {
+            coupling.name: (coupling.linear, _SquareSums(coupling.linear))
+            for site in self._sites
+            for coupling in site.couplings
+            if SOURCE_NORMS in kinds and coupling.axis == 0
+        }
+        self.attention_mask: torch.Tensor | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Gather while the context is open."""
+        watched = [(site.projection, self._adds_to(self._accumulators[site.key])) for site in self._sites]
+        watched += [(linear, self._adds_to(squares)) for linear, squares in self._sources.values()]
+        with _pre_hooks(watched):
+            yield
+
+    def _adds_to(self, sums: _Accumulator | _SquareSums):
+        def hook(_module, args):
+            inputs = args[0].flatten(0, -2)
+            if self.attention_mask is not None:
+                inputs = inputs[self.attention_mask.bool().flatten().to(inputs.device)]
+            sums.add(inputs)
+
+        return hook
+
+    def statistics(self) -> dict[SiteKey, SiteStatistics]:
+        """Return what was gathered.
+
+        Raises:
+            ValueError: where a projection was bypassed, or saw a NaN or an infinity.
+        """
+        found = {}
+        for site in self._sites:
+            if self._accumulators[site.key].count == 0:
+                raise ValueError(
+                    f"The forward pass never called {site.projection_name}, so the {site} cannot be measured or cut. "
+                    f"A fused or slow-but-exact attention path may bypass it; load the model with its plain "
+                    f"implementation."
+                )
+            result = self._accumulators[site.key].result()
+            if not (result.mean.isfinite().all() and result.variance.isfinite().all()):
+                raise ValueError(
+                    f"The activations before {site.projection_name} ({site}) contain NaN or infinity. Check the "
+                    f"weights up to this layer; a float16 model that overflows runs in bfloat16 or float32."
+                )
+            names = [coupling.name for coupling in site.couplings if coupling.name in self._sources]
+            result.source_norms = {name: self._sources[name][1].norm() for name in names}
+            found[site.key] = result
+        return found
 
 
 @contextmanager
