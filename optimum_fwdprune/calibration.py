@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
+from .offloading import lies_on_disk
 from .texts import PRESETS, detokenize, load_rows, open_texts
 from .utils import progress
 
@@ -196,6 +197,11 @@ def _sample_from_model(
     """Let the model write `n_samples` windows of `seq_len` tokens, from its BOS token at temperature 1."""
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} cannot write text for calibration={SELF!r}; name another source.")
+    if lies_on_disk(model):
+        raise ValueError(
+            f"calibration={SELF!r} would read all of the model from disk for every token that it writes; name another "
+            f"source, such as a text file."
+        )
     start = None
     for holder in (tokenizer, model.generation_config, model.config):
         for name in ("bos_token_id", "eos_token_id"):

@@ -37,14 +37,14 @@ class Divergence:
         self._sites = list(sites)
         self._runner = LayerRunner(model)
         self._batches = self._runner.batches(calibration, batch_size)
-        self._embedded = [batch.hidden for batch in self._batches]
+        self._embedded = [self._runner.embed(batch) for batch in self._batches]
         self._settled: list[list[torch.Tensor]] = []
         # Of the dense model: probabilities by batch, and the sum of the entropies.
         self._targets: list[torch.Tensor] = []
         self._entropy = 0.0
         self._tokens = 0
-        for batch in self._batches:
-            logits = self._logits(batch, self._through(batch, batch.hidden, 0, []))
+        for batch, embedded in zip(self._batches, self._embedded):
+            logits = self._logits(batch, self._through(batch, embedded, 0, []))
             log_probabilities = [part.float().log_softmax(-1) for part in logits.split(_at_once(logits))]
             target = torch.cat([part.exp().half() for part in log_probabilities])
             self._targets.append(target)
@@ -92,8 +92,7 @@ class Divergence:
 
     def _through(self, batch: Batch, hidden: torch.Tensor, first: int, seen: list[torch.Tensor]) -> torch.Tensor:
         for layer in range(first, self.layers):
-            batch.hidden = hidden
-            hidden = self._runner.run(layer, batch)
+            hidden = self._runner.run(layer, batch, hidden)
             seen.append(hidden)
         return hidden
 

@@ -162,12 +162,12 @@ def load_or_measure(model: PreTrainedModel, sites: Sequence[Site], config: Pruni
         return LatencyTable.load(path, measured_on)
     config = at_measured_widths(sites, replace(config, min_units_per_site=1))
     with evaluating(model):
-        batch = _prompt(model, config.latency_tokens)
+        batch, embedded = _prompt(model, config.latency_tokens)
         layer_seconds = {}
         for shape, site in progress(widest.items(), "Timing widths", unit="shape"):
             kept = [*reversed(levels_of(site, torch.zeros(site.num_units), config)), list(range(site.num_units))]
             layers = _variants(model, list(sites), site, kept)
-            runs = [_run_of(layer, site.layer, batch) for layer in layers]
+            runs = [_run_of(layer, site.layer, batch, embedded) for layer in layers]
             seconds = median_seconds(runs, REPEATS, site.projection.weight.device)
             layer_seconds[shape] = [(len(units), taken) for units, taken in zip(kept, seconds)]
         table = LatencyTable(prefill_seconds(model, config.latency_tokens), layer_seconds, measured_on)
@@ -214,15 +214,15 @@ def _prompt_ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
     return torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
 
 
-def _prompt(model: PreTrainedModel, tokens: int) -> tuple[LayerRunner, Batch]:
+def _prompt(model: PreTrainedModel, tokens: int) -> tuple[Batch, torch.Tensor]:
     runner = LayerRunner(model)
     (batch,) = runner.batches(Calibration(_prompt_ids(model, tokens)), 1)
-    return runner, batch
+    return batch, runner.embed(batch)
 
 
-def _run_of(layer: nn.Module, index: int, prompt: tuple[LayerRunner, Batch]) -> Callable[[], Any]:
-    args, kwargs = prompt[1].arguments[index]
-    return lambda: layer(prompt[1].hidden, *args, **kwargs)
+def _run_of(layer: nn.Module, index: int, batch: Batch, embedded: torch.Tensor) -> Callable[[], Any]:
+    args, kwargs = batch.arguments[index]
+    return lambda: layer(embedded, *args, **kwargs)
 
 
 def _variants(model: PreTrainedModel, sites: list[Site], site: Site, kept: list[list[int]]) -> list[nn.Module]:

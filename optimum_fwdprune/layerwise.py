@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import get_architecture
+from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
+from .offloading import is_offloaded, resident
+from .shelves import Shelf
+from .statistics import Observer, SiteStatistics, collect_statistics
+from .utils import progress
 
 
 class Stop(Exception):
@@ -65,13 +70,11 @@ class Batch:
     Args:
         input_ids (`Tensor[windows, tokens]`, int64): the tokens.
         attention_mask (`Tensor[windows, tokens]`, *optional*): 0 where a token is padding.
-        hidden (`Tensor[windows, tokens, hidden]`): what goes into the next layer.
-        arguments (`list[tuple[tuple, dict]]`): what else every layer is called with.
+        arguments (`list[tuple[tuple, dict]]`): what every layer is called with besides hidden states.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
-    hidden: torch.Tensor
     arguments: list[tuple[tuple, dict[str, Any]]]
 
     def tokens(self, values: torch.Tensor) -> torch.Tensor:
@@ -80,6 +83,10 @@ class Batch:
         return (
             values if self.attention_mask is None else values[self.attention_mask.bool().flatten().to(values.device)]
         )
+
+
+class _TakesTuples(Exception):
+    """The model takes more from its layers than hidden states."""
 
 
 class _StandIn(nn.Module):
@@ -102,26 +109,29 @@ class _StandIn(nn.Module):
         return getattr(self.__dict__["_layer"], name)
 
 
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the decoder layers of `model`, first to last."""
+    return [layer for _, layer in get_architecture(model.config).layers(model)]
+
+
 class LayerRunner:
-    """Runs decoder layers of `model` by themselves, called with what the whole model would call them with.
+    """Runs decoder layers of `model` by themselves, called with what the whole model would call them with."""
 
-    Args:
-        model (`PreTrainedModel`): the model; the rest of it must be in memory.
-        resident (`Callable[[int], ContextManager]`, *optional*): what has a layer's parameters in memory while its
-            context is open, for layers that are not.
-    """
-
-    def __init__(self, model: PreTrainedModel, resident: Callable[[int], AbstractContextManager] | None = None):
+    def __init__(self, model: PreTrainedModel):
         self._model = model
-        self.resident = resident or (lambda _layer: nullcontext())
-        named = get_architecture(model.config).layers(model)
-        self.layers = [layer for _, layer in named]
-        self._container: Any = model.get_submodule(named[0][0].rpartition(".")[0])
+        self.layers = decoder_layers(model)
+        first, _ = get_architecture(model.config).layers(model)[0]
+        self._container: Any = model.get_submodule(first.rpartition(".")[0])
         self._as_tuple = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go in."""
+        return self._model.device
 
     @torch.no_grad()
     def batches(self, calibration: Calibration, batch_size: int) -> list[Batch]:
-        """Return the windows in front of the first layer."""
+        """Return the windows, ready for any layer."""
         found = []
         arguments: dict[tuple[int, ...], list] = {}
         for windows in torch.arange(len(calibration.input_ids)).split(batch_size):
@@ -130,13 +140,20 @@ class LayerRunner:
             shape = tuple(input_ids.shape)
             if mask is not None or shape not in arguments:
                 arguments[shape] = self._arguments(input_ids, mask)
-            found.append(Batch(input_ids, mask, self._embed(input_ids, mask), arguments[shape]))
+            found.append(Batch(input_ids, mask, arguments[shape]))
         return found
 
-    def run(self, layer: int, batch: Batch) -> torch.Tensor:
-        """Return what layer number `layer` makes of the batch: `[windows, tokens, hidden]`."""
+    @torch.no_grad()
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """Return what goes into the first layer: `[windows, tokens, hidden]`."""
+        with stopped_before(self.layers[0]) as stop:
+            self._forward(batch.input_ids, batch.attention_mask)
+        return stop.inputs
+
+    def run(self, layer: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what layer number `layer` makes of the batch's hidden states: `[windows, tokens, hidden]`."""
         args, kwargs = batch.arguments[layer]
-        output = self.layers[layer](batch.hidden, *args, **kwargs)
+        output = self.layers[layer](hidden, *args, **kwargs)
         self._as_tuple = isinstance(output, tuple)
         return output[0] if isinstance(output, tuple) else output
 
@@ -160,26 +177,22 @@ class LayerRunner:
             for place, layer in enumerate(self.layers):
                 self._container[place] = layer
 
-    def _embed(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        with stopped_before(self.layers[0]) as stop:
-            self._forward(input_ids, mask)
-        return stop.inputs
-
     def _arguments(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[tuple, dict[str, Any]]]:
         calls: list[tuple[tuple, dict[str, Any]]] = []
-        shapes: list[torch.Size] = []
 
         def record(*args, **kwargs):
             hidden = args[0] if args else kwargs.pop("hidden_states")
+            if hidden.dim() < 3 and not self._as_tuple:
+                # The model took the first window for the first of what the layer returns.
+                raise _TakesTuples
             calls.append((args[1:], kwargs))
-            shapes.append(hidden.shape)
             # What a layer makes of it changes nothing in how the next one is called.
             return (hidden,) if self._as_tuple else hidden
 
-        with self._standing_in(record):
-            self._forward(input_ids, mask)
-        if len(set(shapes)) > 1 and not self._as_tuple:
-            # The model took the first window for the first of what the layer returns.
+        try:
+            with self._standing_in(record):
+                self._forward(input_ids, mask)
+        except _TakesTuples:
             self._as_tuple = True
             return self._arguments(input_ids, mask)
         return calls
@@ -191,3 +204,66 @@ class LayerRunner:
             attention_mask=None if mask is None else mask.to(device),
             use_cache=False,
         )
+
+
+@torch.no_grad()
+def statistics_by_layer(
+    model: PreTrainedModel,
+    sites: Iterable[Site],
+    texts: Sequence[Calibration],
+    batch_size: int,
+    kinds: Iterable[str],
+    shelf: Shelf | None = None,
+) -> Iterator[tuple[list[Site], list[dict[SiteKey, SiteStatistics]]]]:
+    """Yield the sites of every layer with their statistics on each of the texts, in one pass over the tokens.
+
+    The statistics of one layer and the hidden states of all tokens are held at a time; the layer's parameters are in
+    memory while its sites are out.
+
+    Args:
+        model (`PreTrainedModel`): the dense model; its layers may be offloaded.
+        sites (iterable of `Site`): where to look, layer by layer.
+        texts (sequence of `Calibration`): the tokens.
+        batch_size (`int`): windows per forward pass.
+        kinds (iterable of `str`): what to gather, of `KINDS_OF_STATISTICS`.
+        shelf (`Shelf`, *optional*): where hidden states wait; it settles after every layer, and a pass that was
+            interrupted goes on behind the last layer that it settled.
+    """
+    runner, shelf, kinds = LayerRunner(model), shelf or Shelf(), list(kinds)
+    batches = [runner.batches(text, batch_size) for text in texts]
+    places = [(text, number) for text, found in enumerate(batches) for number in range(len(found))]
+    first = shelf.settled
+    if first == 0:
+        for text, number in places:
+            shelf[f"0.{text}.{number}"] = runner.embed(batches[text][number])
+        shelf.settle(0)
+    by_layer = {layer: list(group) for layer, group in groupby(sites, key=lambda site: site.layer)}
+    for layer in range(first, len(runner.layers)):
+        of_layer = by_layer.get(layer, [])
+        observers = [Observer(of_layer, kinds) for _ in texts]
+        with resident(runner.layers[layer]):
+            # Nothing is to be seen behind the last site.
+            for text, number in places if layer <= max(by_layer, default=-1) else ():
+                batch = batches[text][number]
+                observers[text].attention_mask = batch.attention_mask
+                with observers[text].watching():
+                    hidden = runner.run(layer, batch, shelf.pop(f"{layer}.{text}.{number}"))
+                shelf[f"{layer + 1}.{text}.{number}"] = hidden
+            yield of_layer, [observer.statistics() for observer in observers]
+        shelf.settle(layer + 1)
+
+
+def gather_statistics(
+    model: PreTrainedModel, sites: Iterable[Site], texts: Sequence[Calibration], batch_size: int, kinds: Iterable[str]
+) -> list[dict[SiteKey, SiteStatistics]]:
+    """Return the statistics of every site on each of the texts, as `collect_statistics` does, reading layers that are
+    offloaded once and not once per batch."""
+    sites = list(sites)
+    if not is_offloaded(model.base_model):
+        return [collect_statistics(model, sites, text, batch_size, kinds) for text in texts]
+    found: list[dict[SiteKey, SiteStatistics]] = [{} for _ in texts]
+    layers = statistics_by_layer(model, sites, texts, batch_size, kinds)
+    for _, of_layer in progress(layers, "Calibrating", total=len(decoder_layers(model)), unit="layer"):
+        for all_layers, statistics in zip(found, of_layer):
+            all_layers |= statistics
+    return found

@@ -24,6 +24,7 @@ from .hub import Base, check_name, upload
 from .latency import LatencyCost, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
 from .loading import WHERE, load_causal_lm
 from .methods import PruningConfig
+from .offloading import check_readable, check_resident, device_map_on_disk
 from .plan import PruningPlan
 from .planning import keeper, make_plan
 from .reconstruction import NONE, added_parameters, check_reconstruction
@@ -32,7 +33,7 @@ from .report import PruningReport, Speedup
 from .rounds import Rounds
 from .scores import Scores, needs_calibration, score_units
 from .search import SEARCH, check_search
-from .surgery import check_resident
+from .streaming import Workspace, check_streamable, cut_streamed
 from .utils import evaluating, folder_moved_into_place
 
 
@@ -81,15 +82,23 @@ class FwdPruner:
         self.trainer: RecoveryTrainer | None = None
         self.comparison: Comparison | None = None
         self._base: Base | None = None
+        # Whether decoder layers stay on disk; where temporary files lie; and what was cut there.
+        self._low_memory = False
+        self._offload_folder: str | Path | None = None
+        self._workspace: Workspace | None = None
         # Where the pruned model lies as it is now: what adapters can name as their base.
         self._saved_as: str | None = None
 
     @classmethod
-    def from_pretrained(cls, model_id: str | Path, **kwargs) -> FwdPruner:
+    def from_pretrained(cls, model_id: str | Path, *, low_memory: bool = False, **kwargs) -> FwdPruner:
         """Load a causal language model and its tokenizer; of a pruned checkpoint also its plan and request.
 
         Args:
             model_id (`str` or `Path`): repository of the Hub, or folder.
+            low_memory (`bool`, defaults to `False`): leave the decoder layers on disk. `prune` then reads, cuts and
+                writes one after the other, and the pruned model's stay on disk too: one layer is in memory at a time,
+                beside embeddings, head and statistics. Temporary files lie in `offload_folder`, by default that of
+                the system.
             kwargs: for `AutoModelForCausalLM.from_pretrained`: `dtype` (the checkpoint's by default), `device_map`,
                 `attn_implementation`, `gguf_file`, `revision`, `token`, `trust_remote_code`, ...
 
@@ -105,7 +114,15 @@ class FwdPruner:
             shared["gguf_file"] = kwargs["gguf_file"]
         else:
             # A family that is not supported fails before gigabytes are read.
-            get_architecture(AutoConfig.from_pretrained(model_id, **shared))
+            config = AutoConfig.from_pretrained(model_id, **shared)
+            get_architecture(config)
+        if low_memory:
+            if "gguf_file" in kwargs or "device_map" in kwargs:
+                raise ValueError(
+                    "low_memory=True reads the decoder layers from safetensors files, one by one; leave out gguf_file "
+                    "and device_map."
+                )
+            kwargs["device_map"] = device_map_on_disk(config)
         model = load_causal_lm(model_id, **kwargs)
         try:
             tokenizer = AutoTokenizer.from_pretrained(model_id, **shared)
@@ -115,6 +132,7 @@ class FwdPruner:
             )
             tokenizer = None
         pruner = cls(model, tokenizer)
+        pruner._low_memory, pruner._offload_folder = low_memory, kwargs.get("offload_folder")
         for name in ("gguf_file", "trust_remote_code"):
             shared.pop(name, None)
         pruner._base = Base.of(model_id, **shared)
@@ -144,7 +162,7 @@ class FwdPruner:
             ValueError: on NaN in weights, activations or scores, naming where.
         """
         config = PruningConfig.from_preset(DEFAULT_PRESET) if config is None else config
-        check_resident(self.model)
+        check_readable(self.model)
         sites = find_sites(self.model, config.attention_unit)
         config, budget = self._settled(sites, config)
         with evaluating(self.model):
@@ -194,9 +212,12 @@ class FwdPruner:
                 reconstruction=reconstruction,
                 reconstruction_order=order,
             )
-        check_resident(self.model)
+        check_readable(self.model)
+        if self._low_memory:
+            check_streamable(config)
         check_reconstruction(self.model, config)
         if plan is None and config.scope == SEARCH:
+            check_resident(self.model)
             check_search(self.model, config)
         sites = find_sites(self.model, config.attention_unit)
         if config.layout == STOCK:
@@ -210,7 +231,7 @@ class FwdPruner:
             plan.check_matches(sites, self.model.config.model_type)
             if config.reconstruction != NONE:
                 calibration = self._calibration(config, dataset)
-            done = cut(self.model, sites, plan, config, calibration, {}, {}, inplace, seconds)
+            done = self._cut(self.model, sites, plan, config, calibration, {}, {}, inplace, seconds)
         else:
             with timed(seconds, "measure latencies"):
                 config, budget = self._settled(sites, config)
@@ -273,7 +294,7 @@ class FwdPruner:
             # Later rounds read the same tokens, which the dense model may have written.
             dataset = scores.calibration or dataset
             gathered = (scores.statistics, scores.grams)
-            now = cut(model, sites, plan, request, scores.calibration, *gathered, inplace or bool(done), seconds)
+            now = self._cut(model, sites, plan, request, scores.calibration, *gathered, inplace or bool(done), seconds)
             # Large, and of no use once the weights are cut.
             scores = dataclasses.replace(scores, grams={})
             done = now if done is None else now.after(done)
@@ -282,6 +303,15 @@ class FwdPruner:
                 self.model, self.plan = done.model, done.plan
         assert done is not None and scores is not None
         return done, scores
+
+    def _cut(self, model, sites, plan, request, calibration, statistics, grams, inplace, seconds) -> Cut:
+        if not self._low_memory:
+            return cut(model, sites, plan, request, calibration, statistics, grams, inplace, seconds)
+        workspace = Workspace(self._offload_folder)
+        done = cut_streamed(model, sites, plan, request, calibration, statistics, workspace.folder, seconds)
+        # The weights of the model are there.
+        self._workspace = workspace
+        return done
 
     def _score(
         self,
@@ -354,7 +384,8 @@ class FwdPruner:
         Args:
             folder (`str` or `Path`): where to; it must be new or empty.
             overwrite (`bool`, defaults to `False`): replace a folder that is not empty.
-            max_shard_size (`str`, defaults to `"5GB"`): largest weight file.
+            max_shard_size (`str`, defaults to `"5GB"`): largest weight file; with `low_memory` every decoder layer
+                has its own.
             name (`str`, *optional*): repository that the model card names; by default the folder.
 
         Raises:
@@ -366,8 +397,11 @@ class FwdPruner:
             raise ValueError("There is nothing to save yet; call prune() first.")
         whole = isinstance(self.model, PreTrainedModel)
         with folder_moved_into_place(folder, overwrite) as temporary:
-            options: dict[str, Any] = {"max_shard_size": max_shard_size} if whole else {}
-            self.model.save_pretrained(temporary, **options)
+            if self._workspace is not None and self._workspace.holds(self.model):
+                self._workspace.copy_checkpoint(temporary)
+            else:
+                options: dict[str, Any] = {"max_shard_size": max_shard_size} if whole else {}
+                self.model.save_pretrained(temporary, **options)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
             if whole:

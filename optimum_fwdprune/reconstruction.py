@@ -15,9 +15,12 @@ from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
 from .configuration import PruningConfig
 from .gates import Projection
-from .least_squares import NormalEquations, Refit, refit
-from .sequential import DENSE, LAYER, refit_in_sequence
-from .statistics import GRAM, MOMENTS, SiteStatistics, collect_statistics
+from .layerwise import decoder_layers, gather_statistics, statistics_by_layer
+from .least_squares import NormalEquations, refit
+from .offloading import is_offloaded, resident
+from .sequential import DENSE, LAYER, Refitted, refit_in_sequence
+from .shelves import Shelf
+from .statistics import GRAM, MOMENTS, SiteStatistics
 from .utils import progress
 
 
@@ -29,7 +32,7 @@ INDEPENDENT = "independent"
 # Statistics that scoring gathers along the way where this kind of reconstruction will follow.
 STATISTICS_OF: dict[str, tuple[str, ...]] = {NONE: (), BIAS: (MOMENTS,), LEAST_SQUARES: ()}
 
-# Gram matrices held at the same time. What does not fit waits for another pass over the calibration tokens.
+# Gram matrices that may be held at the same time, so that they come along with the statistics of scores.
 GRAM_BYTES = 2 * 2**30
 
 # Statistics with Gram matrices of every site: on the tokens to fit and on those held out.
@@ -77,6 +80,16 @@ def _adds_up(model: PreTrainedModel) -> bool:
     return get_architecture(model.config).residual_adds_up(model.config)
 
 
+def kinds_with_bias(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]], config: PruningConfig) -> set[str]:
+    """Return the kinds of sites whose projections get a bias that they do not have."""
+    losing = {site.kind for site in sites if len(kept[site.key]) < site.num_units}
+    return {
+        site.kind
+        for site in sites
+        if site.kind in losing and config.reconstruction_kind == BIAS and site.projection.bias is None
+    }
+
+
 @torch.no_grad()
 def reconstruct(
     model: PreTrainedModel,
@@ -107,45 +120,86 @@ def reconstruct(
         grams (`Grams`, *optional*): for independent least squares, where they were gathered before.
     """
     sites = list(sites)
-    losing = [site for site in sites if len(kept[site.key]) < site.num_units]
+    projections: dict[SiteKey, Projection] = {}
+    details: dict[str, Any] = {}
+    if any(len(kept[site.key]) < site.num_units for site in sites):
+        for found in reconstruct_by_layer(model, sites, kept, config, calibration, statistics, grams):
+            projections |= found.projections
+            details |= found.details
+    warn_of_unchanged(sites, kept, details)
+    return Reconstruction(projections, details)
+
+
+@torch.no_grad()
+def reconstruct_by_layer(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    kept: Mapping[SiteKey, list[int]],
+    config: PruningConfig,
+    calibration: Calibration | None,
+    statistics: Mapping[SiteKey, SiteStatistics] | None = None,
+    grams: Grams | None = None,
+    shelf: Shelf | None = None,
+) -> Iterator[Reconstruction]:
+    """Yield what `reconstruct` returns, layer after layer, each with the layer's parameters in memory meanwhile.
+
+    Args:
+        shelf (`Shelf`, *optional*): where hidden states wait, and how far an interrupted run came, which goes on
+            there; the other arguments are those of `reconstruct`.
+    """
     kind = config.reconstruction_kind
-    if kind == NONE or not losing:
-        return Reconstruction()
-    if calibration is None:
+    losing = [site for site in sites if len(kept[site.key]) < site.num_units]
+    if kind != NONE and losing and calibration is None:
         raise ValueError(f"reconstruction={kind!r} needs calibration tokens.")
-    if kind == BIAS:
+    shelf = shelf or Shelf()
+    if kind == LEAST_SQUARES and losing:
+        assert calibration is not None
+        warn_of_few_tokens(losing, kept, calibration)
+        fit, held_out = calibration.split(HELD_OUT_EVERY)
+        found: Iterable[Refitted]
+        if config.reconstruction_order == INDEPENDENT:
+            found = _refit_independently(model, losing, kept, config, (fit, held_out), grams, shelf)
+        else:
+            target = config.reconstruction_target or (DENSE if _adds_up(model) else LAYER)
+            texts = (fit, held_out)
+            found = refit_in_sequence(model, sites, kept, target, config.ridge, *texts, config.batch_size, shelf)
+        for projections, refits in found:
+            details = {f"{layer}.{kind}": refit.summary() for (layer, kind), refit in refits.items()}
+            yield Reconstruction(projections, details)
+        return
+    # A checkpoint has projection biases in all layers of a kind or in none.
+    biased = {site.kind for site in losing} if kind == BIAS else set()
+    if biased and not statistics:
         # Scores that were made for another reconstruction may lack the means.
-        statistics = statistics or collect_statistics(model, sites, calibration, config.batch_size, (MOMENTS,))
-        # A checkpoint has projection biases in all layers of a kind or in none.
-        kinds = {site.kind for site in losing}
-        return Reconstruction(
-            {
-                site.key: compensate_bias(site, kept[site.key], statistics[site.key])
-                for site in sites
-                if site.kind in kinds
-            }
-        )
-    _warn_of_few_tokens(losing, kept, calibration)
-    fit, held_out = calibration.split(HELD_OUT_EVERY)
-    if config.reconstruction_order != INDEPENDENT:
-        target = config.reconstruction_target or (DENSE if _adds_up(model) else LAYER)
-        projections, refits = refit_in_sequence(
-            model, sites, kept, target, config.ridge, fit, held_out, config.batch_size
-        )
-    else:
-        projections, refits = _refit_independently(model, losing, kept, config, (fit, held_out), grams)
+        assert calibration is not None
+        (statistics,) = gather_statistics(model, sites, [calibration], config.batch_size, (MOMENTS,))
+    for number, layer in enumerate(decoder_layers(model)):
+        if number < shelf.settled:
+            continue
+        of_layer = [site for site in sites if site.layer == number and site.kind in biased]
+        with resident(layer):
+            yield Reconstruction({site.key: _compensated(site, kept, statistics) for site in of_layer})
+        shelf.settle(number + 1)
+
+
+def _compensated(site: Site, kept: Mapping[SiteKey, list[int]], statistics: Any) -> Projection:
+    return compensate_bias(site, kept[site.key], statistics[site.key])
+
+
+def warn_of_unchanged(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]], details: Mapping[str, Any]) -> None:
+    """Say at which of the sites that lose units least squares was of no use."""
+    losing = [site for site in sites if len(kept[site.key]) < site.num_units]
     # Where nothing was lost, there was nothing to gain either.
-    lossy = {site.key: refits[site.key] for site in losing}
-    unchanged = [key for key, found in lossy.items() if found.change is None and found.error_before]
+    lossy = [(site, details[f"{site.layer}.{site.kind}"]) for site in losing if f"{site.layer}.{site.kind}" in details]
+    unchanged = [site for site, found in lossy if not found["refitted"] and found["held_out_error_before"]]
     if unchanged:
         logger.warning(
             "Least squares did not help on the held-out windows at %d of %d sites, which keep their columns as they "
             "are: %s. More or other calibration text may change that.",
             len(unchanged),
             len(lossy),
-            ", ".join(f"{kind} of layer {layer}" for layer, kind in unchanged),
+            ", ".join(f"{site.kind} of layer {site.layer}" for site in unchanged),
         )
-    return Reconstruction(projections, {f"{layer}.{kind}": found.summary() for (layer, kind), found in refits.items()})
 
 
 def _refit_independently(
@@ -155,24 +209,32 @@ def _refit_independently(
     config: PruningConfig,
     texts: tuple[Calibration, Calibration | None],
     grams: Grams | None,
-) -> tuple[dict[SiteKey, Projection], dict[SiteKey, Refit]]:
-    """Refit every site on what goes into it in the dense model."""
-    projections, refits = {}, {}
-    measured: Iterable[tuple[Site, list[SiteStatistics]]] = gram_statistics(model, sites, texts, config.batch_size)
+    shelf: Shelf,
+) -> Iterator[Refitted]:
+    """Refit every site on what goes into it in the dense model, layer by layer."""
+    present = [text for text in texts if text is not None]
+    measured: Iterable = statistics_by_layer(model, sites, present, config.batch_size, (GRAM,), shelf)
+    layers = decoder_layers(model)
     if grams:
-        measured = ((site, grams[site.key]) for site in sites)
-    for site, found in progress(measured, "Reconstructing", total=len(sites), unit="site"):
-        weight, columns = site.projection.weight, site.kept_features(kept[site.key])
-        equations = [NormalEquations.of_removed(_gram(each), each.count, weight, columns) for each in found]
-        refits[site.key] = refit(equations[0], equations[1] if len(equations) > 1 else None, config.ridge)
-        projections[site.key] = refits[site.key].projection(site, kept[site.key], weight[:, columns])
-    return projections, refits
+        by_layer = [[site for site in sites if site.layer == number] for number in range(len(layers))]
+        measured = ((of_layer, grams) for of_layer in by_layer)
+    for of_layer, found in progress(measured, "Reconstructing", total=len(layers), unit="layer"):
+        projections, refits = {}, {}
+        for site in of_layer:
+            weight, columns = site.projection.weight, site.kept_features(kept[site.key])
+            # What was just measured is taken out, so that a matrix is freed once it was used.
+            statistics = grams[site.key] if grams else [each.pop(site.key) for each in found]
+            equations = [NormalEquations.of_removed(_gram(each), each.count, weight, columns) for each in statistics]
+            refits[site.key] = refit(equations[0], equations[1] if len(equations) > 1 else None, config.ridge)
+            projections[site.key] = refits[site.key].projection(site, kept[site.key], weight[:, columns])
+        yield projections, refits
 
 
 def statistics_with_grams(
     model: PreTrainedModel, sites: Sequence[Site], calibration: Calibration, batch_size: int, kinds: Iterable[str]
 ) -> tuple[dict[SiteKey, SiteStatistics], Grams]:
-    """Gather what scores need and, in the same pass, what independent least squares will.
+    """Gather what scores need and, in the same pass, what independent least squares will; not the latter where the
+    model does not fit into memory, whose Gram matrices come layer by layer.
 
     Args:
         model (`PreTrainedModel`): the dense model.
@@ -182,33 +244,34 @@ def statistics_with_grams(
         kinds (iterable of `str`): of statistics that the scores need.
     """
     texts = [text for text in calibration.split(HELD_OUT_EVERY) if text is not None]
-    parts = [collect_statistics(model, sites, text, batch_size, {*kinds, GRAM}) for text in texts]
-    grams = {site.key: [part[site.key] for part in parts] for site in sites}
-    return {key: functools.reduce(SiteStatistics.with_more, found) for key, found in grams.items()}, grams
+    with_grams = not is_offloaded(model)
+    parts = gather_statistics(model, sites, texts, batch_size, {*kinds, GRAM} if with_grams else kinds)
+    found = {site.key: [part[site.key] for part in parts] for site in sites}
+    statistics = {key: functools.reduce(SiteStatistics.with_more, of_site) for key, of_site in found.items()}
+    return statistics, found if with_grams else {}
 
 
 def grams_fit(sites: Iterable[Site]) -> bool:
     """Whether the Gram matrices of all sites, of both texts, can be held at the same time."""
-    return len(list(_portions(sites, 2))) <= 1
+    return sum(2 * 4 * site.projection.in_features**2 for site in sites) <= GRAM_BYTES
 
 
 def gram_statistics(
     model: PreTrainedModel, sites: Iterable[Site], texts: Sequence[Calibration | None], batch_size: int
 ) -> Iterator[tuple[Site, list[SiteStatistics]]]:
-    """Yield every site with its Gram matrix on each of the texts that there are, in as many passes as memory asks for.
+    """Yield every site with its Gram matrix on each of the texts that there are, in one pass, a layer's at a time.
 
     Args:
         model (`PreTrainedModel`): the dense model.
-        sites (iterable of `Site`): whose.
+        sites (iterable of `Site`): whose, layer by layer.
         texts (sequence of `Calibration`): the tokens; `None` is left out.
         batch_size (`int`): windows per forward pass.
     """
     present = [text for text in texts if text is not None]
-    for portion in _portions(sites, len(present)):
-        measured = [collect_statistics(model, portion, text, batch_size, (GRAM,)) for text in present]
-        for site in portion:
+    for of_layer, found in statistics_by_layer(model, sites, present, batch_size, (GRAM,)):
+        for site in of_layer:
             # Taken out, so that a matrix is freed once it was used.
-            yield site, [found.pop(site.key) for found in measured]
+            yield site, [each.pop(site.key) for each in found]
 
 
 def _gram(statistics: SiteStatistics) -> torch.Tensor:
@@ -216,22 +279,7 @@ def _gram(statistics: SiteStatistics) -> torch.Tensor:
     return statistics.gram
 
 
-def _portions(sites: Iterable[Site], matrices: int) -> Iterator[list[Site]]:
-    """Split sites into runs whose Gram matrices, so many each, fit into `GRAM_BYTES`; one site at least."""
-    portion: list[Site] = []
-    size = 0
-    for site in sites:
-        needed = matrices * 4 * site.projection.in_features**2
-        if portion and size + needed > GRAM_BYTES:
-            yield portion
-            portion, size = [], 0
-        portion.append(site)
-        size += needed
-    if portion:
-        yield portion
-
-
-def _warn_of_few_tokens(sites: list[Site], kept: Mapping[SiteKey, list[int]], calibration: Calibration) -> None:
+def warn_of_few_tokens(sites: list[Site], kept: Mapping[SiteKey, list[int]], calibration: Calibration) -> None:
     widest = max(len(kept[site.key]) * site.unit_width for site in sites)
     if calibration.num_tokens < widest:
         windows, length = calibration.input_ids.shape

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey
 from .calibration import Calibration
+from .layerwise import gather_statistics
 from .methods import PruningConfig, ScoringInputs, UnitScores, get_method
+from .offloading import InTurn
 from .reconstruction import (
     INDEPENDENT,
     LEAST_SQUARES,
@@ -22,7 +24,7 @@ from .reconstruction import (
     grams_fit,
     statistics_with_grams,
 )
-from .statistics import SiteStatistics, collect_statistics
+from .statistics import SiteStatistics
 from .utils import load_tensors, save_tensors_atomically
 
 
@@ -61,8 +63,8 @@ def score_units(
     if needed and calibration is not None and _will_refit_independently(config) and grams_fit(sites):
         statistics, grams = statistics_with_grams(model, sites, calibration, config.batch_size, needed)
     elif needed and calibration is not None:
-        statistics = collect_statistics(model, sites, calibration, config.batch_size, needed)
-    found = method.score(ScoringInputs(model, sites, statistics, calibration, config, keep))
+        (statistics,) = gather_statistics(model, sites, [calibration], config.batch_size, needed)
+    found = method.score(ScoringInputs(model, InTurn(sites), statistics, calibration, config, keep))
     found = found if isinstance(found, UnitScores) else UnitScores(found)
     values = {key: value.detach().float().cpu() for key, value in found.values.items()}
     for site in sites:

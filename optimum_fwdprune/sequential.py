@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -14,10 +15,15 @@ from .calibration import Calibration
 from .gates import Projection, replaced_projections
 from .layerwise import Batch, LayerRunner, outputs_of, stopped_before
 from .least_squares import NormalEquations, Refit, refit
+from .offloading import resident
+from .shelves import Shelf
 from .utils import progress
 
 
 LAYER, DENSE = "layer", "dense"
+
+# Projections of one layer, and how each was settled.
+Refitted = tuple[dict[SiteKey, Projection], dict[SiteKey, Refit]]
 
 
 @torch.no_grad()
@@ -30,15 +36,17 @@ def refit_in_sequence(
     fit: Calibration,
     held_out: Calibration | None,
     batch_size: int,
-) -> tuple[dict[SiteKey, Projection], dict[SiteKey, Refit]]:
-    """Return new projection parameters, first layer to last: of every site that loses units and, where the target is
-    the dense model's stream, of every site behind the first of these, since all of them can make up for its loss.
+    shelf: Shelf | None = None,
+) -> Iterator[Refitted]:
+    """Yield, layer by layer, new projection parameters of every site that loses units and, where the target is the
+    dense model's stream, of every site behind the first of these, since all of them can make up for its loss.
 
     One projection's normal equations are in memory at a time, and the hidden states of all windows: three times for
-    the target `"dense"`. It costs about three passes of the layers over the tokens, four for `"dense"`.
+    the target `"dense"`. It costs about three passes of the layers over the tokens, four for `"dense"`. A layer's
+    parameters are in memory while its projections are out.
 
     Args:
-        model (`PreTrainedModel`): the dense model; it is not changed.
+        model (`PreTrainedModel`): the dense model; it is not changed. Its layers may be offloaded.
         sites (sequence of `Site`): its sites, in the order in which they write to the residual stream.
         kept (mapping of site key to `list[int]`): units that stay.
         target (`str`): `"layer"` fits what the whole projection makes of these inputs, `"dense"` what would undo the
@@ -46,88 +54,114 @@ def refit_in_sequence(
         ridge (`float`, *optional*): for all sites; by default chosen per site on `held_out`.
         fit, held_out (`Calibration`, the second *optional*): the tokens.
         batch_size (`int`): windows per forward pass.
+        shelf (`Shelf`, *optional*): where hidden states wait; it settles after every layer, and a pass that was
+            interrupted goes on behind the last layer that it settled.
     """
-    runner = LayerRunner(model)
-    streams = [(_Stream(batch, target), False) for batch in runner.batches(fit, batch_size)]
-    if held_out is not None:
-        streams += [(_Stream(batch, target), True) for batch in runner.batches(held_out, batch_size)]
-    projections: dict[SiteKey, Projection] = {}
-    refits: dict[SiteKey, Refit] = {}
-    lost = False
+    runner, shelf = LayerRunner(model), shelf or Shelf()
+    texts = [text for text in (fit, held_out) if text is not None]
+    streams = [
+        (_Stream(f"{held}.{number}", batch, runner, shelf, target == DENSE), held)
+        for held, text in enumerate(texts)
+        for number, batch in enumerate(runner.batches(text, batch_size))
+    ]
+    first_loss = next((place for place, site in enumerate(sites) if len(kept[site.key]) < site.num_units), len(sites))
+    behind = {site.key for site in sites[first_loss:]}
+    if shelf.settled == 0:
+        for stream, _ in streams:
+            stream.start()
+        shelf.settle(0)
     layers = [list(group) for _, group in groupby(sites, key=lambda site: site.layer)]
-    for of_layer in progress(layers, "Reconstructing", unit="layer"):
-        for stream, _ in streams:
-            stream.enter(runner, of_layer)
-        for place, site in enumerate(of_layer):
-            lost = lost or len(kept[site.key]) < site.num_units
-            if not lost or (target == LAYER and len(kept[site.key]) == site.num_units):
-                continue
-            columns = site.kept_features(kept[site.key])
-            weight = site.projection.weight[:, columns]
-            sums = [
-                NormalEquations.empty(weight.shape[1], weight.shape[0], weight.device)
-                for _ in range(1 + bool(held_out))
-            ]
-            for stream, is_held_out in streams:
-                inputs, residual = stream.observe(runner, of_layer, place, columns, projections)
-                sums[is_held_out].add(inputs, residual)
-            if not (sums[0].gram.isfinite().all() and sums[0].cross.isfinite().all()):
-                raise ValueError(
-                    f"The activations before {site.projection_name} ({site}) contain NaN or infinity once the layers "
-                    f"before it are pruned. A float16 model that overflows runs in bfloat16 or float32."
-                )
-            found = refit(sums[0], sums[1] if held_out else None, ridge)
-            refits[site.key] = found
-            projections[site.key] = found.projection(site, kept[site.key], weight)
-        for stream, _ in streams:
-            stream.leave(runner, of_layer, projections)
-    return projections, refits
+    for of_layer in progress(layers[shelf.settled :], "Reconstructing", unit="layer"):
+        projections: dict[SiteKey, Projection] = {}
+        refits: dict[SiteKey, Refit] = {}
+        with resident(runner.layers[of_layer[0].layer]):
+            for stream, _ in streams:
+                stream.enter(of_layer)
+            for place, site in enumerate(of_layer):
+                if site.key not in behind or (target == LAYER and len(kept[site.key]) == site.num_units):
+                    continue
+                columns = site.kept_features(kept[site.key])
+                weight = site.projection.weight[:, columns]
+                sums = [NormalEquations.empty(weight.shape[1], weight.shape[0], weight.device) for _ in texts]
+                for stream, held in streams:
+                    sums[held].add(*stream.observe(of_layer, place, columns, projections))
+                if not (sums[0].gram.isfinite().all() and sums[0].cross.isfinite().all()):
+                    raise ValueError(
+                        f"The activations before {site.projection_name} ({site}) contain NaN or infinity once the "
+                        f"layers before it are pruned. A float16 model that overflows runs in bfloat16 or float32."
+                    )
+                found = refit(sums[0], sums[1] if held_out else None, ridge)
+                refits[site.key] = found
+                projections[site.key] = found.projection(site, kept[site.key], weight)
+            for stream, _ in streams:
+                stream.leave(of_layer, projections)
+            yield projections, refits
+        shelf.settle(of_layer[0].layer + 1)
 
 
+@dataclass(frozen=True)
 class _Stream:
-    """A batch in the pruned model and, where the target needs it, the residual stream of the dense one."""
+    """A batch in the pruned model and, where the target needs it, the residual stream of the dense one.
 
-    def __init__(self, batch: Batch, target: str):
-        self._batch = batch
-        self._pruned = batch.hidden
-        # Of the dense model: in front of the layer at hand and then behind each of its sites that are still to come.
-        self._dense = [batch.hidden] if target == DENSE else []
+    On the shelf are, in front of layer number `l`: `"<l>.<name>.pruned"` and `"<l>.<name>.dense"`; and of the dense
+    model within the layer at hand, `"<name>.<place>"`: what its stream is in front of the layer (0) and behind each of
+    its sites.
+    """
 
-    def enter(self, runner: LayerRunner, sites: list[Site]) -> None:
-        if not self._dense:
+    name: str
+    batch: Batch
+    runner: LayerRunner
+    shelf: Shelf
+    follows_dense: bool
+
+    def start(self) -> None:
+        embedded = self.runner.embed(self.batch)
+        self.shelf[f"0.{self.name}.pruned"] = embedded
+        if self.follows_dense:
+            self.shelf[f"0.{self.name}.dense"] = embedded
+
+    def enter(self, sites: list[Site]) -> None:
+        if not self.follows_dense:
             return
-        self._batch.hidden = stream = self._dense.pop()
+        layer = sites[0].layer
+        stream = self.shelf.pop(f"{layer}.{self.name}.dense")
         with outputs_of(site.projection for site in sites) as outputs:
-            after = runner.run(sites[0].layer, self._batch)
-        for output in outputs[:-1]:
+            after = self.runner.run(layer, self.batch, stream)
+        for place, output in enumerate(outputs[:-1], start=1):
             stream = stream + output.view_as(stream).to(stream.device)
-            self._dense.append(stream)
-        self._dense.append(after)
+            self.shelf[f"{self.name}.{place}"] = stream
+        self.shelf[f"{layer + 1}.{self.name}.dense"] = after
 
-    def observe(self, runner, sites, place, columns, projections) -> tuple[torch.Tensor, torch.Tensor]:
+    def observe(self, sites, place, columns, projections) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the kept inputs of a projection, and what its kept weights leave of the target: `[tokens, ...]`."""
         site = sites[place]
-        self._batch.hidden = self._pruned
+        pruned = self.shelf[f"{site.layer}.{self.name}.pruned"]
         with (
             replaced_projections(sites, projections),
             outputs_of(earlier.projection for earlier in sites[:place]) as written,
             stopped_before(site.projection) as stop,
         ):
-            runner.run(site.layer, self._batch)
-        inputs = self._batch.tokens(stop.inputs)
+            self.runner.run(site.layer, self.batch, pruned)
+        inputs = self.batch.tokens(stop.inputs)
         weight, bias = site.projection.weight, site.projection.bias
-        if not self._dense:
+        if not self.follows_dense:
             return inputs[:, columns], F.linear(inputs[:, ~columns], weight[:, ~columns])
         device = weight.device
-        target = self._dense[place].to(device).float() - self._pruned.to(device).float()
+        target = self._dense_behind(sites, place).to(device).float() - pruned.to(device).float()
         for output in written:
             target -= output.view_as(target).to(device).float()
         said = F.linear(inputs[:, columns], weight[:, columns], bias)
-        return inputs[:, columns], self._batch.tokens(target) - said.float()
+        return inputs[:, columns], self.batch.tokens(target) - said.float()
 
-    def leave(self, runner, sites, projections) -> None:
-        self._batch.hidden = self._pruned
+    def _dense_behind(self, sites, place) -> torch.Tensor:
+        last = place == len(sites) - 1
+        return self.shelf[f"{sites[0].layer + 1}.{self.name}.dense" if last else f"{self.name}.{place + 1}"]
+
+    def leave(self, sites, projections) -> None:
+        layer = sites[0].layer
+        pruned = self.shelf.pop(f"{layer}.{self.name}.pruned")
         with replaced_projections(sites, projections):
-            self._pruned = runner.run(sites[0].layer, self._batch)
-        # What the next layer starts from.
-        self._dense = self._dense[-1:]
+            self.shelf[f"{layer + 1}.{self.name}.pruned"] = self.runner.run(layer, self.batch, pruned)
+        if self.follows_dense:
+            for place in range(1, len(sites)):
+                self.shelf.pop(f"{self.name}.{place}")

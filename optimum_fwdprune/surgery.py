@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import ATTENTION, MLP, Site, SiteKey, get_architecture
 from .gates import Projection
+from .offloading import lies_on_disk, read_parameter
 from .plan import PruningPlan
 
 
@@ -66,13 +67,29 @@ def pruned_config(
     return config
 
 
-def check_resident(model: PreTrainedModel) -> None:
-    """Raise `ValueError` where a parameter of `model` is offloaded, so that there is nothing in memory to cut."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"{name} is offloaded. Load the model without disk or CPU offload, for example with device_map=None."
-            )
+def empty_pruned_model(
+    model: PreTrainedModel, sites: list[Site], kept: Mapping[SiteKey, list[int]], with_bias: set[str]
+) -> PreTrainedModel:
+    """Build the pruned counterpart of `model` without weights, on the meta device; the arguments are those of
+    `pruned_config`."""
+    config = pruned_config(model, sites, kept, with_bias)
+    with torch.device("meta"):
+        pruned = get_architecture(model.config).pruned_class(model)(config)
+    if model.can_generate():
+        pruned.generation_config = model.generation_config
+    return pruned
+
+
+def replaced_parameters(sites: Iterable[Site], projections: Mapping[SiteKey, Projection]) -> dict[str, torch.Tensor]:
+    """Return the parameters of reconstructed projections by their names."""
+    replaced = {}
+    for site in sites:
+        if site.key in projections:
+            projection = projections[site.key]
+            replaced[f"{site.projection_name}.weight"] = projection.weight
+            if projection.bias is not None:
+                replaced[f"{site.projection_name}.bias"] = projection.bias
+    return replaced
 
 
 @torch.no_grad()
@@ -86,7 +103,7 @@ def prune_model(
     """Return the pruned model.
 
     Its class is the pruned counterpart of the model's class. Parameters move one by one, so that the peak is the dense
-    model and one tensor.
+    model and one tensor. Parameters that were offloaded to disk are in memory afterwards.
 
     Args:
         model (`PreTrainedModel`): the dense model. With `inplace` it is consumed: its cut tensors are freed and the
@@ -101,35 +118,25 @@ def prune_model(
     """
     projections = projections or {}
     plan.check_matches(sites, model.config.model_type)
-    architecture = get_architecture(model.config)
-    by_key = {site.key: site for site in sites}
     with_bias = {
-        kind
-        for (layer, kind), projection in projections.items()
-        if projection.bias is not None and by_key[(layer, kind)].projection.bias is None
+        site.kind
+        for site in sites
+        if site.key in projections and projections[site.key].bias is not None and site.projection.bias is None
     }
-    config = pruned_config(model, sites, plan.kept, with_bias)
-    with torch.device("meta"):
-        pruned = architecture.pruned_class(model)(config)
-
+    pruned = empty_pruned_model(model, sites, plan.kept, with_bias)
     cuts = plan_cuts(sites, plan.kept)
-    replaced = {}
-    for key, projection in projections.items():
-        name = by_key[key].projection_name
-        replaced[f"{name}.weight"] = projection.weight
-        if projection.bias is not None:
-            replaced[f"{name}.bias"] = projection.bias
+    replaced = replaced_parameters(sites, projections)
     for name, parameter in list(model.named_parameters()):
         value = replaced.pop(name, None)
         if value is None:
-            value = slice_tensor(name, parameter.data, cuts)
+            value = slice_tensor(name, read_parameter(model, name), cuts)
         if not inplace and value.data_ptr() == parameter.data_ptr():
             value = value.clone()
-        _set_parameter(pruned, name, value, parameter.requires_grad)
+        set_parameter(pruned, name, value, parameter.requires_grad)
         if inplace and value.shape != parameter.shape:
             parameter.data = parameter.data.new_empty(0)
     for name, value in replaced.items():
-        _set_parameter(pruned, name, value, requires_grad=True)
+        set_parameter(pruned, name, value, requires_grad=True)
     for name, buffer in model.named_buffers():
         parent, _, leaf = name.rpartition(".")
         setattr(pruned.get_submodule(parent), leaf, buffer if inplace else buffer.clone())
@@ -139,17 +146,20 @@ def prune_model(
         raise ValueError(f"{type(pruned).__name__} has the parameters {', '.join(left)}, which the dense model lacks.")
 
     pruned.train(model.training)
-    if model.can_generate():
-        pruned.generation_config = model.generation_config
     device_map: Any = getattr(model, "hf_device_map", None)
-    if device_map and len(set(device_map.values())) > 1:
+    if device_map and len(set(device_map.values())) > 1 and not lies_on_disk(model):
         from accelerate import dispatch_model
 
         pruned = dispatch_model(pruned, device_map=device_map)
     return pruned
 
 
-def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, requires_grad: bool) -> None:
+def set_parameter(model: nn.Module, name: str, value: torch.Tensor, requires_grad: bool) -> None:
+    """Give the parameter `name` of `model` a value of the shape that its class expects.
+
+    Raises:
+        ValueError: where the shape is another.
+    """
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     expected = getattr(module, leaf).shape

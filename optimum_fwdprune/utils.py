@@ -40,13 +40,21 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 def save_tensors_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
     """Write tensors and JSON values to a safetensors file through a temporary sibling."""
+    _save_atomically(path, tensors, {METADATA_KEY: json.dumps(metadata)})
+
+
+def save_weights_atomically(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file of weights, as transformers does, through a temporary sibling."""
+    _save_atomically(path, tensors, {"format": "pt"})
+
+
+def _save_atomically(path: Path, tensors: dict[str, torch.Tensor], entry: dict[str, str]) -> None:
+    # One entry: safetensors writes several in random order, and equal contents should be equal files.
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        # One entry: safetensors writes several in random order, and equal contents should be equal files.
-        entry = {METADATA_KEY: json.dumps(metadata)}
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, entry)
         partial.replace(path)
     finally:

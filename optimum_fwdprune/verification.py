@@ -57,17 +57,18 @@ def rounding_of(
     Args:
         expected (`Tensor`): these logits without it; the change is a fraction of their scale.
     """
-
-    def rounded(_module, _args, output):
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2 - 1
-        return output * (1 + torch.finfo(output.dtype).eps * signs).to(output.dtype)
-
-    handle = model.get_input_embeddings().register_forward_hook(rounded)
+    handle = model.get_input_embeddings().register_forward_hook(lambda _module, _args, output: rounded(output))
     try:
-        return _difference(expected, masked_logits(model, sites, plan, projections, probe))
+        return share_of_scale(expected, masked_logits(model, sites, plan, projections, probe))
     finally:
         handle.remove()
+
+
+def rounded(values: torch.Tensor) -> torch.Tensor:
+    """Return the values, each off by one rounding error of their dtype to either side."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, values.shape, generator=generator).to(values.device) * 2 - 1
+    return values * (1 + torch.finfo(values.dtype).eps * signs).to(values.dtype)
 
 
 @torch.no_grad()
@@ -78,7 +79,7 @@ def logits(model: PreTrainedModel, probe: torch.Tensor) -> torch.Tensor:
 
 
 def relative_difference(expected: torch.Tensor, actual: torch.Tensor, rounding: float = 0.0) -> float:
-    """Return the largest difference as a fraction of the largest expected value.
+    """Return `share_of_scale`, which must be no more than rounding.
 
     Args:
         expected, actual (`Tensor`): logits.
@@ -87,7 +88,7 @@ def relative_difference(expected: torch.Tensor, actual: torch.Tensor, rounding: 
     Raises:
         RuntimeError: where rounding in the tensors' dtype does not explain it.
     """
-    difference = _difference(expected, actual)
+    difference = share_of_scale(expected, actual)
     tolerance = TOLERANCE.get(expected.dtype, 1e-4)
     tolerance = max(tolerance, min(AMPLIFICATION * rounding, LIMIT))
     # Written so that NaN fails too.
@@ -100,6 +101,7 @@ def relative_difference(expected: torch.Tensor, actual: torch.Tensor, rounding: 
     return difference
 
 
-def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+def share_of_scale(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """Return the largest difference as a fraction of the largest expected value."""
     scale = float(expected.float().abs().max().clamp_min(1e-30))
     return float((expected.float() - actual.float()).abs().max()) / scale

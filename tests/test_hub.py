@@ -229,5 +229,5 @@ def test_the_command_uploads_what_it_saved(hub, run, dense, tmp_path):
     assert "Uploaded to tester/small" in result.stdout and hub.private == {"tester/small"}
     # A Llama licence asks for the name.
     assert 'has a name that begins with "Llama"' in result.stderr
-    local = {path.name for path in out.iterdir()}
+    local = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert local - hub.files["tester/small"].keys() == set()

@@ -140,8 +140,8 @@ def test_batches_of_any_size_give_the_same(tokens, options, batch_size):
     assert (other.model(tokens).logits - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
-def test_portions_give_the_same(tokens, monkeypatch):
-    """Where the Gram matrices do not fit into memory at once, more passes do it."""
+def test_gram_matrices_a_layer_at_a_time_give_the_same(tokens, monkeypatch):
+    """Where those of all layers do not fit into memory at once."""
     model = tiny.make_model("llama_gqa_biases")
     expected = pruned_by(model, tokens).model(tokens).logits
     monkeypatch.setattr(reconstruction, "GRAM_BYTES", 1)
@@ -156,13 +156,14 @@ def test_layers_one_by_one_make_what_the_model_makes(dense, tokens):
     runner = LayerRunner(dense)
     for calibration in (Calibration(tokens), Calibration(tokens, mask)):
         for batch in runner.batches(calibration, 7):
+            hidden = runner.embed(batch)
             for layer in range(len(runner.layers)):
-                batch.hidden = runner.run(layer, batch)
+                hidden = runner.run(layer, batch, hidden)
             ids, own = batch.input_ids, batch.attention_mask
             with outputs_of([runner.layers[-1]]) as outputs:
                 dense(input_ids=ids, attention_mask=own)
             expected = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
-            torch.testing.assert_close(batch.tokens(batch.hidden), batch.tokens(expected), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(batch.tokens(hidden), batch.tokens(expected), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

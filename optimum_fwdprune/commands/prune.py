@@ -33,6 +33,12 @@ class PruneCommand(Command):
         parser.add_argument("output", help="Folder for the pruned checkpoint; new or empty.")
         parser.add_argument("--overwrite", action="store_true", help="Replace an output folder that is not empty.")
         add_hub_options(parser)
+        parser.add_argument(
+            "--low-memory",
+            "--low_memory",
+            action="store_true",
+            help="Leave the decoder layers on disk and read, cut and write one after the other.",
+        )
         parser.add_argument("--plan", help="Replay this plan (a JSON file or a pruned checkpoint) instead of scoring.")
 
         add_loading_options(parser)
@@ -85,13 +91,17 @@ class PruneCommand(Command):
                         f"--{field.name} is an option of method {name}; the method asked for is {config_class.method}."
                     )
         config = PruningConfig(**preset | {name: value for name, value in given.items() if name in fields})
-        check_output_folder(self.args.output, self.args.overwrite)
+        output = check_output_folder(self.args.output, self.args.overwrite)
         plan = PruningPlan.load(self.args.plan) if self.args.plan else None
 
         from optimum_fwdprune.pruner import FwdPruner
 
         with naming_the_model(self.args.model):
-            pruner = FwdPruner.from_pretrained(self.args.model, **loading_options(self.args))
+            options = loading_options(self.args)
+            if self.args.low_memory:
+                # On the disk that the result goes to, where moving it is for free.
+                options |= {"low_memory": True, "offload_folder": output.parent}
+            pruner = FwdPruner.from_pretrained(self.args.model, **options)
         pruner.prune(config, plan=plan)
         pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
         print(pruner.report)

@@ -1,0 +1,109 @@
+"""Weights that live on disk, or beside the device, while nobody computes with them: accelerate's offload hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.accelerate import load_offloaded_parameter
+
+from .architectures import Site, get_architecture
+
+
+def device_map_on_disk(config: PreTrainedConfig) -> dict[str, str]:
+    """Return the `device_map` that leaves the decoder layers of a causal language model on disk and puts all else
+    where it computes: the accelerator, or the CPU where there is none."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return on_disk(model, accelerator or "cpu")
+
+
+def on_disk(model: PreTrainedModel, device: torch.device | str) -> dict[str, str]:
+    """Return the `device_map` that leaves the decoder layers of `model` on disk and puts all else on `device`."""
+    names = [name for name, _ in get_architecture(model.config).layers(model)]
+    container = names[0].rpartition(".")[0]
+    device_map = {container: "disk"}
+    for name, module in model.named_modules():
+        if container.startswith(f"{name}.") or not name:
+            # What contains the layers holds parameters and modules of its own, which are placed one by one.
+            children = [*module.named_children(), *module.named_parameters(recurse=False)]
+            paths = (f"{name}.{child}" if name else child for child, _ in children)
+            device_map |= {path: str(device) for path in paths if not f"{container}.".startswith(f"{path}.")}
+    return device_map
+
+
+def lies_on_disk(model: PreTrainedModel) -> bool:
+    """Whether parts of `model` are read from disk whenever they run."""
+    return "disk" in (getattr(model, "hf_device_map", None) or {}).values()
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a parameter of `module` is not in memory."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def check_resident(model: PreTrainedModel) -> None:
+    """Raise `ValueError` where a parameter of `model` is offloaded, so that whole models cannot be tried out."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is offloaded. Load the model without disk or CPU offload, for example with device_map=None."
+            )
+
+
+def check_readable(model: PreTrainedModel) -> None:
+    """Raise `ValueError` where a parameter of `model` has no values anywhere."""
+    if is_offloaded(model) and not any(_offloading_hooks(module) for module in model.modules()):
+        raise ValueError(
+            f"This {type(model).__name__} is on the meta device and has no weights; load it with from_pretrained."
+        )
+
+
+@contextmanager
+def resident(module: nn.Module) -> Iterator[None]:
+    """Have the parameters of `module` in memory, where it computes, while the context is open.
+
+    They are read once, however often the module runs meanwhile, and are to be looked at only: what is written to them
+    is gone afterwards.
+    """
+    fetched: list[tuple[AlignDevicesHook, nn.Module]] = []
+    try:
+        for each in module.modules():
+            for hook in _offloading_hooks(each):
+                # What accelerate does around a forward pass, with other things in between.
+                hook.pre_forward(each)
+                hook.offload = False
+                fetched.append((hook, each))
+        yield
+    finally:
+        for hook, each in fetched:
+            hook.offload = True
+            hook.post_forward(each, None)
+
+
+class InTurn(list):
+    """Sites which, while one iterates over them, have the linears of the one at hand in memory."""
+
+    def __iter__(self) -> Iterator[Site]:
+        for site in super().__iter__():
+            linears = [site.projection, *(coupling.linear for coupling in site.couplings)]
+            with resident(nn.ModuleList(linears)):
+                yield site
+
+
+def read_parameter(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """Return the parameter `name` of `model`, read from where it is offloaded to if it is."""
+    parameter = model.get_parameter(name)
+    return load_offloaded_parameter(model, name) if parameter.is_meta else parameter.data
+
+
+def _offloading_hooks(module: nn.Module) -> list[AlignDevicesHook]:
+    hook: Any = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return [each for each in hooks if isinstance(each, AlignDevicesHook) and each.offload]

@@ -1,0 +1,71 @@
+"""Tensors put aside: in memory, or in files of a folder, from where an interrupted run takes them up again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .utils import write_text_atomically
+
+
+class Shelf:
+    """Tensors by name. Without a folder they stay in memory; with one they lie in files while nobody looks at them.
+
+    What is taken from a folder stays there until the shelf is settled: a run that is killed in between finds all that
+    there was when it settled last.
+
+    Args:
+        folder (`Path`, *optional*): where to.
+
+    Attributes:
+        settled (`int`): number of the layer that the tensors are in front of; 0 at the start.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self._folder = folder
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._taken: list[str] = []
+        self.settled = 0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._marker.exists():
+                self.settled = json.loads(self._marker.read_text())
+
+    @property
+    def _marker(self) -> Path:
+        assert self._folder is not None
+        return self._folder / "settled.json"
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        if self._folder is None:
+            self._tensors[name] = tensor
+        else:
+            save_file({"tensor": tensor.contiguous()}, self._file(name))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if self._folder is None:
+            return self._tensors[name]
+        return load_file(self._file(name))["tensor"]
+
+    def pop(self, name: str) -> torch.Tensor:
+        """Return a tensor and forget it, in a folder as soon as the shelf is settled."""
+        if self._folder is None:
+            return self._tensors.pop(name)
+        self._taken.append(name)
+        return self[name]
+
+    def settle(self, layer: int) -> None:
+        """Let what is there now be what a run that starts again goes on from."""
+        self.settled = layer
+        if self._folder is not None:
+            write_text_atomically(self._marker, json.dumps(layer))
+            for name in self._taken:
+                self._file(name).unlink(missing_ok=True)
+            self._taken = []
+
+    def _file(self, name: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{name}.safetensors"

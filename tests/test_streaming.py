@@ -1,0 +1,133 @@
+"""Models that stay on disk: the same plan and the same weights as in memory, one layer in memory at a time."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune.layerwise import decoder_layers
+from optimum_fwdprune.offloading import InTurn, is_offloaded, resident
+
+
+REQUESTS = {
+    "random": {"method": "random"},
+    "magnitude": {"method": "magnitude", "scope": "global"},
+    "flap": {"method": "flap", "scope": "global", "budget": "joint"},
+    "wanda_sp": {"method": "wanda_sp", "reconstruction": "none"},
+    "independent": {"reconstruction": "least_squares", "reconstruction_order": "independent"},
+    "layer": {"reconstruction": "least_squares", "reconstruction_target": "layer"},
+    "sequential": {"reconstruction": "least_squares", "skip_layers": [0]},
+}
+
+
+def weights_of(folder):
+    """Everything in the weight files of a checkpoint, by name."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def json_of(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+@pytest.fixture
+def checkpoint(dense, tmp_path):
+    dense.save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.fixture
+def llama(tmp_path):
+    tiny.make_model("llama_gqa_biases").save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_streamed_equals_in_memory_bit_for_bit(checkpoint, tokens, tmp_path, name):
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    for folder in (memory, disk):
+        pruner = FwdPruner.from_pretrained(checkpoint, low_memory=folder == disk)
+        pruner.prune(PruningConfig(sparsity=0.4, **REQUESTS[name]), tokens)
+        pruner.save_pretrained(folder)
+        assert is_offloaded(pruner.model) == (folder == disk)
+        assert pruner.report.masked_difference < 1e-4
+        reloaded = AutoModelForCausalLM.from_pretrained(folder)
+        torch.testing.assert_close(pruner.model(tokens).logits, reloaded(tokens).logits)
+    expected, found = weights_of(memory), weights_of(disk)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+    for file in ("fwdprune_plan.json", "config.json", "generation_config.json"):
+        assert json_of(disk, file) == json_of(memory, file)
+
+
+def test_one_layer_at_a_time_is_in_memory(llama, tokens, monkeypatch):
+    pruner = FwdPruner.from_pretrained(llama, low_memory=True)
+    layers = decoder_layers(pruner.model)
+    # None of them where windows are only embedded, up to the first.
+    seen = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: seen.append([not is_offloaded(each) for each in layers]))
+    pruner.prune(PruningConfig(sparsity=0.4), tokens)
+
+    assert {sum(in_memory) for in_memory in seen} == {0, 1}
+
+
+def test_a_resident_layer_is_read_once_and_gone_afterwards(llama, tokens):
+    model = FwdPruner.from_pretrained(llama, low_memory=True).model
+    dense = AutoModelForCausalLM.from_pretrained(llama)
+    (layer, *others), expected = decoder_layers(model), decoder_layers(dense)[0]
+    with resident(layer):
+        with resident(layer):
+            pass
+        first = {name: parameter.data_ptr() for name, parameter in layer.named_parameters()}
+        torch.testing.assert_close(model(tokens).logits, dense(tokens).logits)
+        for name, parameter in layer.named_parameters():
+            assert parameter.data_ptr() == first[name]
+            assert torch.equal(parameter, expected.get_parameter(name))
+        assert all(map(is_offloaded, others))
+    assert all(parameter.is_meta for parameter in layer.parameters())
+
+
+def test_iterating_over_sites_has_each_in_memory(llama):
+    model = FwdPruner.from_pretrained(llama, low_memory=True).model
+    for site in InTurn(find_sites(model)):
+        assert not site.projection.weight.is_meta
+        assert not any(coupling.linear.weight.is_meta for coupling in site.couplings)
+    assert all(site.projection.weight.is_meta for site in find_sites(model))
+
+
+def test_a_pruned_checkpoint_is_pruned_again_from_disk(llama, tokens, tmp_path):
+    pruner = FwdPruner.from_pretrained(llama, low_memory=True)
+    request = PruningConfig(method="magnitude", sparsity=0.2)
+    pruner.prune(request)
+    pruner.prune(request)
+    pruner.save_pretrained(tmp_path / "twice")
+    again = FwdPruner.from_pretrained(llama)
+    again.prune(request)
+    expected = again.prune(request)
+
+    for name, tensor in weights_of(tmp_path / "twice").items():
+        assert torch.equal(tensor, expected.get_parameter(name))
+
+
+@pytest.mark.parametrize("option", [{"scope": "search"}, {"rounds": 2}, {"target_speedup": 1.2}], ids=str)
+def test_what_runs_whole_models_is_refused_before_anything_is_read(llama, tokens, option):
+    pruner = FwdPruner.from_pretrained(llama, low_memory=True)
+    with pytest.raises(ValueError, match=rf"{next(iter(option))}.*one decoder layer in memory"):
+        pruner.prune(PruningConfig(**option), tokens)
+
+
+def test_text_is_not_written_by_a_model_on_disk(llama):
+    pruner = FwdPruner.from_pretrained(llama, low_memory=True)
+    with pytest.raises(ValueError, match=r"calibration='self'.*every token"):
+        pruner.prune(PruningConfig(calibration="self"))
+
+
+@pytest.mark.parametrize("option", [{"device_map": "cpu"}, {"gguf_file": "model.gguf"}], ids=str)
+def test_what_contradicts_low_memory_is_refused(llama, option):
+    with pytest.raises(ValueError, match="leave out gguf_file and device_map"):
+        FwdPruner.from_pretrained(llama, low_memory=True, **option)
