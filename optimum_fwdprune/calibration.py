@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
+from . import ranks
 from .offloading import lies_on_disk
 from .texts import PRESETS, detokenize, load_rows, open_texts
-from .utils import progress
+from .utils import progress, seeded_generator
 
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class Calibration:
         most, others = (Calibration(*self.windows(part), self.source) for part in (~held_out, held_out))
         return most, others
 
+    def own_share(self) -> Calibration | None:
+        """Return the windows that this process of a run measures; `None` where there are fewer than processes."""
+        which = slice(ranks.rank(), None, ranks.world_size())
+        return Calibration(*self.windows(which), self.source) if which.start < len(self.input_ids) else None
+
     @property
     def num_tokens(self) -> int:
         """Tokens that are not padding."""
@@ -122,7 +128,7 @@ def load_calibration(
         return dataset
     source = config.calibration if dataset is None else dataset
     if source is None:
-        source = _default_source()
+        source = ranks.from_main(_default_source)
     if source == SELF:
         return Calibration(_sample_from_model(model, tokenizer, config), source=SELF)
     if tokenizer is None:
@@ -132,7 +138,8 @@ def load_calibration(
 
     options = (config.dataset_config, config.dataset_split, config.dataset_column)
     name, texts = open_texts(source, *options, seed=config.seed)
-    return Calibration(_windows(texts, tokenizer, config, name), source=name)
+    # A text that is sampled or fetched twice may not be the same twice.
+    return Calibration(ranks.tensor_from_main(lambda: _windows(texts, tokenizer, config, name)), source=name)
 
 
 def _default_source() -> str:
@@ -194,7 +201,10 @@ def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]
 def _sample_from_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: PruningConfig
 ) -> torch.Tensor:
-    """Let the model write `n_samples` windows of `seq_len` tokens, from its BOS token at temperature 1."""
+    """Let the model write `n_samples` windows of `seq_len` tokens, from its BOS token at temperature 1.
+
+    Every batch has a seed of its own, so that several processes write what one would.
+    """
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} cannot write text for calibration={SELF!r}; name another source.")
     if lies_on_disk(model):
@@ -212,29 +222,22 @@ def _sample_from_model(
         raise ValueError(f"The model has no BOS or EOS token to start from; calibration={SELF!r} needs one.")
 
     devices = [model.device] if model.device.type == "cuda" else []
-    windows = []
+    windows = torch.zeros(config.n_samples, config.seq_len, dtype=torch.int64)
+    # Wider batches than in scoring: a decoding step costs about the same for 8 sequences as for 32.
+    batches = ranks.own(list(enumerate(windows.split(4 * config.batch_size))))
     with torch.random.fork_rng(devices):
-        torch.manual_seed(config.seed)
-        # Wider batches than in scoring: a decoding step costs about the same for 8 sequences as for 32.
-        for size in progress(
-            _split(config.n_samples, 4 * config.batch_size), "Sampling calibration text", unit="batch"
-        ):
-            windows.append(
-                model.generate(  # type: ignore[operator]
-                    torch.full((size, 1), start, device=model.device),
-                    attention_mask=torch.ones((size, 1), dtype=torch.int64, device=model.device),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    # Equal lengths: without an EOS every sequence runs to the end of its window.
-                    min_new_tokens=config.seq_len,
-                    max_new_tokens=config.seq_len,
-                    pad_token_id=start,
-                )[:, 1:].cpu()
-            )
-    return torch.cat(windows)
-
-
-def _split(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)]
+        for number, batch in progress(batches, "Sampling calibration text", unit="batch"):
+            torch.manual_seed(seeded_generator(config.seed, number).initial_seed())
+            batch[:] = model.generate(  # type: ignore[operator]
+                torch.full((len(batch), 1), start, device=model.device),
+                attention_mask=torch.ones((len(batch), 1), dtype=torch.int64, device=model.device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                # Equal lengths: without an EOS every sequence runs to the end of its window.
+                min_new_tokens=config.seq_len,
+                max_new_tokens=config.seq_len,
+                pad_token_id=start,
+            )[:, 1:]
+    return ranks.summed(windows)

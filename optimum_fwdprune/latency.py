@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from . import ranks
 from .allocation import coarse_multiple, levels_of
 from .architectures import Site, get_architecture
 from .budgets import Budget
@@ -62,17 +63,21 @@ class LatencyTable:
             ValueError: where it was measured under other circumstances, naming the first difference, or is damaged.
         """
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            seconds = {
-                shape: [(int(units), float(taken)) for units, taken in pairs]
-                for shape, pairs in document["layer_seconds"].items()
-            }
-            table = cls(float(document["model_seconds"]), seconds, dict(document["measured_on"]))
+            table = cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no latency table: {type(error).__name__}: {error}.") from error
         if difference := first_difference(table.measured_on, json.loads(json.dumps(measured_on))):
             raise ValueError(f"{path} was measured elsewhere: {difference}. Name another file, or delete it.")
         return table
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> LatencyTable:
+        """Return the table whose `vars` these are, as JSON gives them back."""
+        seconds = {
+            shape: [(int(units), float(taken)) for units, taken in pairs]
+            for shape, pairs in document["layer_seconds"].items()
+        }
+        return cls(float(document["model_seconds"]), seconds, dict(document["measured_on"]))
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,10 @@ def _weights_of(site: Site):
     return [(coupling, parameter) for coupling, parameter in site.owned_parameters() if parameter.dim() == 2]
 
 
-@torch.no_grad()
 def load_or_measure(model: PreTrainedModel, sites: Sequence[Site], config: PruningConfig) -> LatencyTable:
     """Return the table of `config.latency_table` where that file exists, or measure one, and write it there.
+
+    With several processes the main one does, while the others keep still.
 
     One layer of every shape of site is timed with each width that the request allows at the table's resolution. Its
     weights are views of one buffer of random numbers, so the price is the memory of two layers.
@@ -151,6 +157,11 @@ def load_or_measure(model: PreTrainedModel, sites: Sequence[Site], config: Pruni
     Raises:
         ValueError: where the file belongs to another machine or model, or the prompt is too long for the model.
     """
+    return LatencyTable.from_dict(ranks.from_main(lambda: vars(_load_or_measure(model, sites, config))))
+
+
+@torch.no_grad()
+def _load_or_measure(model: PreTrainedModel, sites: Sequence[Site], config: PruningConfig) -> LatencyTable:
     widest: dict[str, Site] = {}
     for site in sites:
         shape = shape_of(site)

@@ -217,7 +217,8 @@ def statistics_by_layer(
 ) -> Iterator[tuple[list[Site], list[dict[SiteKey, SiteStatistics]]]]:
     """Yield the sites of every layer with their statistics on each of the texts, in one pass over the tokens.
 
-    The statistics of one layer and the hidden states of all tokens are held at a time; the layer's parameters are in
+    With several processes each runs a share of the windows, and all yield the statistics of all of them. The
+    statistics of one layer and the hidden states of all tokens are held at a time; the layer's parameters are in
     memory while its sites are out.
 
     Args:
@@ -230,7 +231,8 @@ def statistics_by_layer(
             interrupted goes on behind the last layer that it settled.
     """
     runner, shelf, kinds = LayerRunner(model), shelf or Shelf(), list(kinds)
-    batches = [runner.batches(text, batch_size) for text in texts]
+    shares = [text.own_share() for text in texts]
+    batches = [[] if share is None else runner.batches(share, batch_size) for share in shares]
     places = [(text, number) for text, found in enumerate(batches) for number in range(len(found))]
     first = shelf.settled
     if first == 0:
@@ -249,6 +251,8 @@ def statistics_by_layer(
                 with observers[text].watching():
                     hidden = runner.run(layer, batch, shelf.pop(f"{layer}.{text}.{number}"))
                 shelf[f"{layer + 1}.{text}.{number}"] = hidden
+            for observer in observers:
+                observer.pool()
             yield of_layer, [observer.statistics() for observer in observers]
         shelf.settle(layer + 1)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import ranks
 from .architectures import Site
 from .gates import Projection
 
@@ -70,6 +71,12 @@ class NormalEquations:
         return NormalEquations(
             self.gram + other.gram, self.cross + other.cross, self.energy + other.energy, self.count + other.count
         )
+
+    def pooled(self) -> NormalEquations:
+        """Return the sums over the tokens of all processes of a run; the own ones are used up."""
+        numbers = torch.tensor([self.energy, self.count], dtype=torch.float64)
+        energy, count = ranks.summed(numbers).tolist()
+        return NormalEquations(ranks.summed(self.gram), ranks.summed(self.cross), energy, int(count))
 
     def change(self, ridge: float) -> torch.Tensor:
         """Return the change of W, `Σ r xᵀ (Σ x xᵀ + λ I)⁻¹`, float64, with λ = `ridge` · mean(diag Σ x xᵀ).

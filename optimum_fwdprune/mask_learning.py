@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from . import ranks
 from .architectures import Site
 from .calibration import Calibration
 from .checkpoints import load_state, not_a_state, save_state
@@ -127,9 +128,8 @@ def learn_rates(
 ) -> Progress:
     """Minimise the expected loss over the policy's masks, step by step, within its budgets.
 
-    With several processes each evaluates its share of a step's masks; all start where the main one does and know all
-    losses, so every one of them ends with the rates that a single process would have, up to the rounding of
-    its batches.
+    With several processes each evaluates its share of a step's masks and windows, and all know all losses, so every
+    one of them ends with the rates that a single process would have, up to the rounding of its batches.
 
     Args:
         model (`PreTrainedModel`): a causal language model in eval mode; it is not changed.
@@ -144,15 +144,11 @@ def learn_rates(
     Raises:
         ValueError: where `MAX_SKIPPED` steps in a row have no usable loss.
     """
-    from accelerate import PartialState
-
-    processes = PartialState()
-    learner = _Learner(model, sites, calibration, policy, schedule, processes)
+    learner = _Learner(model, sites, calibration, policy, schedule)
     _extend_history(state, schedule.steps, len(sites))
-    _start_alike(state, processes)
 
     def save() -> None:
-        if checkpoint is not None and processes.is_main_process:
+        if checkpoint is not None and ranks.is_main():
             state.save(checkpoint, identity or {})
 
     bar = progress(range(state.step, schedule.steps), "Learning masks", unit="step")
@@ -189,7 +185,7 @@ def learn_rates(
 
 
 class _Learner:
-    def __init__(self, model, sites, calibration, policy: Policy, schedule: Schedule, processes):
+    def __init__(self, model, sites, calibration, policy: Policy, schedule: Schedule):
         self._model = model
         self._sites = list(sites)
         self._sizes = [site.num_units for site in sites]
@@ -197,7 +193,6 @@ class _Learner:
         self._calibration = calibration
         self._policy = policy
         self._schedule = schedule
-        self._processes = processes
         # The last epoch's order of the windows, which many steps share.
         self._order = (-1, torch.empty(0, dtype=torch.int64))
 
@@ -246,10 +241,9 @@ class _Learner:
 
     def _losses(self, masks: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """Mean negative log-likelihood under each mask, `[N]` float64, every sequence under its own mask."""
-        own = range(self._processes.process_index, len(masks), self._processes.num_processes)
         sums = torch.zeros(len(masks), dtype=torch.float64)
         counts = torch.zeros(len(masks), dtype=torch.float64)
-        rows = [(mask, window) for mask in own for window in windows.tolist()]
+        rows = ranks.own([(mask, window) for mask in range(len(masks)) for window in windows.tolist()])
         for start in range(0, len(rows), self._schedule.batch_size):
             of_masks, numbers = (torch.tensor(part) for part in zip(*rows[start : start + self._schedule.batch_size]))
             gates = masks[of_masks].float().split(self._sizes, dim=1)
@@ -257,24 +251,7 @@ class _Learner:
                 nll, tokens = model_nll(self._model, *self._calibration.windows(numbers))
             sums.index_add_(0, of_masks, nll.cpu())
             counts.index_add_(0, of_masks, tokens.double().cpu())
-        if self._processes.num_processes > 1:
-            both = torch.stack([sums, counts]).to(self._processes.device)
-            torch.distributed.all_reduce(both)
-            sums, counts = both.cpu()
-        return sums / counts
-
-
-def _start_alike(state: Progress, processes) -> None:
-    """Let every process start where the main one does: it alone may have found a checkpoint."""
-    if processes.num_processes == 1:
-        return
-    numbers = torch.tensor([state.step, state.skipped, state.rejected, state.baseline], dtype=torch.float64)
-    for tensor in (numbers, state.rates, *state.history.values()):
-        shared = tensor.to(processes.device)
-        torch.distributed.broadcast(shared, src=0)
-        tensor.copy_(shared)
-    state.step, state.skipped, state.rejected = (int(number) for number in numbers[:3])
-    state.baseline = float(numbers[3])
+        return ranks.summed(sums) / ranks.summed(counts)
 
 
 def _averaged(average: float, value: float, horizon: float) -> float:

@@ -12,6 +12,7 @@ from huggingface_hub import CommitInfo
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from . import ranks
 from .architectures import Site, SiteKey, find_sites, get_architecture
 from .budgets import Budget, removal_budget
 from .calibration import Calibration, load_calibration
@@ -379,7 +380,8 @@ class FwdPruner:
         """Save the pruned model with its tokenizer, plan, request, scores and a model card; of adapters that were not
         merged, these alone.
 
-        The folder appears whole or not at all: everything is written to a temporary sibling first.
+        The folder appears whole or not at all: everything is written to a temporary sibling first. With several
+        processes all of them call this, the main one writes, and the others wait for it.
 
         Args:
             folder (`str` or `Path`): where to; it must be new or empty.
@@ -393,6 +395,11 @@ class FwdPruner:
             OSError: where it cannot be written.
             ValueError: before `prune`.
         """
+        ranks.from_main(lambda: self._save(folder, overwrite, max_shard_size, name))
+        if isinstance(self.model, PreTrainedModel):
+            self._saved_as = str(folder)
+
+    def _save(self, folder: str | Path, overwrite: bool, max_shard_size: str, name: str | None) -> None:
         if self.plan is None and self.trainer is None:
             raise ValueError("There is nothing to save yet; call prune() first.")
         whole = isinstance(self.model, PreTrainedModel)
@@ -410,8 +417,6 @@ class FwdPruner:
                 recovery = None if self.trainer is None else self.trainer.summary()
                 about = (name or Path(folder).name, self.model, record, self.report, self._base, self.comparison)
                 write_card(temporary, *about, recovery)
-        if whole:
-            self._saved_as = str(folder)
 
     def push_to_hub(
         self,
@@ -425,6 +430,8 @@ class FwdPruner:
     ) -> CommitInfo:
         """Upload what `save_pretrained` writes to a repository of the Hub, creating it where it is missing.
 
+        With several processes all of them call this, and the main one does it.
+
         Args:
             repo_id (`str`): repository id.
             private (`bool`, *optional*): visibility of a new repository.
@@ -436,11 +443,16 @@ class FwdPruner:
         Raises:
             OSError: where the Hub refuses or fails; the pruned model stays as it is, so that it can be tried again.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = Path(folder) / "checkpoint"
-            self.save_pretrained(checkpoint, name=repo_id)
-            check_name(repo_id, self._base)
-            commit = upload(checkpoint, repo_id, private, token, revision, create_pr, commit_message)
+
+        def push() -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoint = Path(folder) / "checkpoint"
+                self._save(checkpoint, overwrite=False, max_shard_size="5GB", name=repo_id)
+                check_name(repo_id, self._base)
+                commit = upload(checkpoint, repo_id, private, token, revision, create_pr, commit_message)
+            return {each.name: getattr(commit, each.name) for each in dataclasses.fields(CommitInfo) if each.init}
+
+        commit = CommitInfo(**ranks.from_main(push))
         self._saved_as = repo_id
         return commit
 
@@ -482,4 +494,6 @@ class _Sizes:
 
 
 def _prefill_seconds(model: PreTrainedModel, config: PruningConfig) -> float:
-    return math.nan if config.target_speedup is None else prefill_seconds(model, config.latency_tokens)
+    if config.target_speedup is None:
+        return math.nan
+    return ranks.from_main(lambda: prefill_seconds(model, config.latency_tokens))

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from . import ranks
 from .allocation import ENDS, FEWEST_WITH_ENDS, LEVELS, coarse_multiple, fewest_units, levels_of, prunable_sites
 from .architectures import Site, SiteKey, get_architecture
 from .budgets import Cost
@@ -94,8 +95,9 @@ def search(
     Starts from the even share or, where that is nearer to a deep dense model, from the same with both ends spared. A
     sweep narrows every site in turn by a step and measures how far that takes the whole pruned model, all other sites
     as narrow as they are and reconstructed, from the dense one: errors of sites accumulate in it, and all candidates
-    are judged on the same tokens. Then all keep ratios are moved at once along the logarithm of what each saved unit
-    of cost took; of three lengths of that move the best stays where it gains, else the step is halved. An interrupt
+    are judged on the same tokens. With several processes each measures a share of the sites. Then all keep ratios are
+    moved at once along the logarithm of what each saved unit of cost took; of three lengths of that move the best
+    stays where it gains, else the step is halved. In a single process an interrupt
     (Ctrl-C) ends the search with the best so far.
 
     Args:
@@ -153,6 +155,9 @@ def search(
             try:
                 descent.run(state, price, config.search_windows, save)
             except KeyboardInterrupt:
+                if ranks.world_size() > 1:
+                    # The others may be anywhere in their sweep.
+                    raise
                 logger.warning(
                     "The search was interrupted after %d sweeps and goes on with the best it has found.", state.sweeps
                 )
@@ -301,7 +306,7 @@ class _Descent:
     def start(self, state: _State, starts: Sequence[torch.Tensor]) -> None:
         """Settle the best of the keep ratios to start from, the even share first."""
         found = [self._widths(rates) for rates in starts]
-        losses = [self._divergence.of(self._projections_of(widths)) for widths in found]
+        losses = self._divergences(found)
         best = losses.index(min(losses))
         state.even = losses[0]
         state.add(found[best] / self._sizes, self._settle(found[best]))
@@ -335,25 +340,25 @@ class _Descent:
             logarithms = own.clamp_min(SMALLEST_SLOPE * float(own[own > 0].median())).log()
             mean = (budget.weights @ logarithms) / budget.weights.sum()
             direction[budget.members] = (logarithms - mean).clamp(-1, 1)
-        tried: dict[tuple[int, ...], float] = {}
+        candidates: dict[tuple[int, ...], torch.Tensor] = {}
         for part in PARTS:
             moved = state.rates + part * state.step * direction
             for budget in self._budgets:
                 moved[budget.members] = project(moved[budget.members], budget)
             widths = self._widths(moved)
-            key = tuple(widths.long().tolist())
-            if key not in tried and not torch.equal(widths, (state.rates * self._sizes).round()):
-                tried[key] = self._divergence.of(self._projections_of(widths))
-        if not tried:
+            if not torch.equal(widths, (state.rates * self._sizes).round()):
+                candidates[tuple(widths.tolist())] = widths
+        if not candidates:
             return state.rates, math.inf
-        best = min(tried, key=lambda key: tried[key])
-        return torch.tensor(best, dtype=torch.float64) / self._sizes, tried[best]
+        losses = self._divergences(list(candidates.values()))
+        best = losses.index(min(losses))
+        return list(candidates.values())[best] / self._sizes, losses[best]
 
     def _slopes(self, state: _State) -> torch.Tensor:
         """What narrowing each site by a step adds to the divergence, by what it saves, `[sites]` float64."""
         slopes = torch.zeros(len(state.rates), dtype=torch.float64)
-        sites = self._ratios.sites
-        for place, site in enumerate(progress(sites, f"Searching, sweep {state.sweeps + 1}", unit="site")):
+        own = ranks.own(list(enumerate(self._ratios.sites)))
+        for place, site in progress(own, f"Searching, sweep {state.sweeps + 1}", unit="site"):
             width = round(float(state.rates[place] * site.num_units))
             other = self._neighbour(site, width, state.step)
             changed = dict(self._projections)
@@ -363,7 +368,7 @@ class _Descent:
             loss = self._divergence.of(changed, first=site.layer)
             before, after = self._cost.of(site, torch.tensor([width, other])).tolist()
             slopes[place] = (loss - state.losses[-1]) / (before - after)
-        return slopes
+        return ranks.summed(slopes)
 
     def _neighbour(self, site: Site, width: int, step: float) -> int:
         """The width nearest to one step below, or above where there is none below."""
@@ -383,6 +388,13 @@ class _Descent:
             if projection is not None:
                 found[site.key] = projection
         return found
+
+    def _divergences(self, candidates: Sequence[torch.Tensor]) -> list[float]:
+        """The divergence under each of several widths of all sites."""
+        found = torch.zeros(len(candidates), dtype=torch.float64)
+        for place in ranks.own(range(len(candidates))):
+            found[place] = self._divergence.of(self._projections_of(candidates[place]))
+        return ranks.summed(found).tolist()
 
     def _settle(self, widths: torch.Tensor) -> float:
         self._projections = self._projections_of(widths)

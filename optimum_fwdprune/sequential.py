@@ -41,6 +41,7 @@ def refit_in_sequence(
     """Yield, layer by layer, new projection parameters of every site that loses units and, where the target is the
     dense model's stream, of every site behind the first of these, since all of them can make up for its loss.
 
+    With several processes each carries a share of the windows along, and all fit alike on the sums over all of them.
     One projection's normal equations are in memory at a time, and the hidden states of all windows: three times for
     the target `"dense"`. It costs about three passes of the layers over the tokens, four for `"dense"`. A layer's
     parameters are in memory while its projections are out.
@@ -62,7 +63,8 @@ def refit_in_sequence(
     streams = [
         (_Stream(f"{held}.{number}", batch, runner, shelf, target == DENSE), held)
         for held, text in enumerate(texts)
-        for number, batch in enumerate(runner.batches(text, batch_size))
+        if (share := text.own_share()) is not None
+        for number, batch in enumerate(runner.batches(share, batch_size))
     ]
     first_loss = next((place for place, site in enumerate(sites) if len(kept[site.key]) < site.num_units), len(sites))
     behind = {site.key for site in sites[first_loss:]}
@@ -85,6 +87,7 @@ def refit_in_sequence(
                 sums = [NormalEquations.empty(weight.shape[1], weight.shape[0], weight.device) for _ in texts]
                 for stream, held in streams:
                     sums[held].add(*stream.observe(of_layer, place, columns, projections))
+                sums = [each.pooled() for each in sums]
                 if not (sums[0].gram.isfinite().all() and sums[0].cross.isfinite().all()):
                     raise ValueError(
                         f"The activations before {site.projection_name} ({site}) contain NaN or infinity once the "

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from . import ranks
 from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .utils import progress
@@ -72,6 +73,8 @@ class _Accumulator:
     def add(self, inputs: torch.Tensor) -> None:
         """Add `inputs`, `[tokens, in_features]` in any float dtype."""
         values = inputs.float()
+        if not len(values):
+            return
         ones = values.new_ones(len(values))
         if self.count == 0:
             self.shift.copy_(values.mean(0))
@@ -83,6 +86,23 @@ class _Accumulator:
         self.sum += (ones @ deviations).to(self.sum.device)
         self.squares += torch.linalg.vecdot(deviations, deviations, dim=0).to(self.sum.device)
         self.count += len(values)
+
+    def pool(self) -> None:
+        """Take in what the other processes have summed, around other shifts."""
+        mean = self.shift.double() + self.sum / max(1, self.count)
+        squares = self.squares - self.sum.square() / max(1, self.count)
+        counts, means, squares = ranks.gathered(
+            torch.stack([torch.full_like(mean, self.count), mean, squares])
+        ).unbind(1)
+        self.count = int(counts[:, 0].sum())
+        total = (counts / max(1, self.count) * means).sum(0)
+        self.shift.copy_(total)
+        deviation = total - self.shift
+        self.sum = self.count * deviation
+        self.squares = (squares + counts * (means - self.shift).square()).sum(0)
+        if self.with_gram:
+            gram = self.shift.new_zeros(2 * self.shift.shape) if self.gram is None else self.gram
+            self.gram = ranks.summed(gram)
 
     def result(self) -> SiteStatistics:
         mean_deviation = self.sum / self.count
@@ -102,6 +122,10 @@ class _SquareSums:
         values = inputs.float()
         self.squares += torch.linalg.vecdot(values, values, dim=0).to(self.squares.device)
 
+    def pool(self) -> None:
+        """Take in what the other processes have summed."""
+        self.squares = ranks.summed(self.squares)
+
     def norm(self) -> torch.Tensor:
         return self.squares.sqrt().float()
 
@@ -120,6 +144,8 @@ def collect_statistics(
 ) -> dict[SiteKey, SiteStatistics]:
     """Run the calibration tokens through `model` once and return the statistics of every site.
 
+    With several processes each runs a share of the windows, and all return the statistics of all of them.
+
     Args:
         model (`PreTrainedModel`): the dense model; it is not changed.
         sites (iterable of `Site`): where to look.
@@ -132,8 +158,9 @@ def collect_statistics(
         ValueError: where a projection was bypassed, or saw a NaN or an infinity.
     """
     observer = Observer(sites, kinds)
+    share = calibration.own_share()
     with observer.watching():
-        batches = list(calibration.batches(batch_size))
+        batches = list(share.batches(batch_size)) if share is not None else []
         for input_ids, attention_mask in progress(batches, "Calibrating", unit="batch"):
             observer.attention_mask = attention_mask
             # The base model stops before the vocabulary projection, which no site needs.
@@ -142,6 +169,7 @@ def collect_statistics(
                 attention_mask=None if attention_mask is None else attention_mask.to(model.device),
                 use_cache=False,
             )
+    observer.pool()
     return observer.statistics()
 
 
@@ -184,6 +212,14 @@ class Observer:
             sums.add(inputs)
 
         return hook
+
+    def pool(self) -> None:
+        """Put together what the processes of a run have gathered, each on windows of its own."""
+        if ranks.world_size() > 1:
+            for accumulator in self._accumulators.values():
+                accumulator.pool()
+            for _, squares in self._sources.values():
+                squares.pool()
 
     def statistics(self) -> dict[SiteKey, SiteStatistics]:
         """Return what was gathered.

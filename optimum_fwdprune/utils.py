@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import ranks
+
 
 if TYPE_CHECKING:
     import torch
@@ -180,11 +182,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def progress(iterable, description: str, total: int | None = None, unit: str = "it"):
-    """Wrap `iterable` in a progress bar; silent off a terminal and where transformers' progress bars are off."""
+    """Wrap `iterable` in a progress bar; silent off a terminal, where transformers' progress bars are off, and in all
+    processes of a run but the main one."""
     from tqdm.auto import tqdm
     from transformers.utils import logging
 
-    silent = not (sys.stderr.isatty() and logging.is_progress_bar_enabled())
+    silent = not (sys.stderr.isatty() and logging.is_progress_bar_enabled() and ranks.speaks())
     return tqdm(iterable, desc=description, total=total, unit=unit, disable=silent)
 
 

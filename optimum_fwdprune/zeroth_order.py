@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from . import ranks
 from .calibration import Calibration
 from .losses import model_nll
 from .perturbation import Perturbation
@@ -93,6 +94,7 @@ def draw_slopes(
 
     Draw `k` uses the `k`-th run of `windows_per_draw` calibration windows, from the start again after the last. Both
     signs, and as many draws as fit, share one batched forward pass; how many that are changes nothing but rounding.
+    With several processes each measures a share of the draws, and all know all of them.
 
     Args:
         model (`PreTrainedModel`): a causal language model in eval mode; it is not changed.
@@ -110,7 +112,8 @@ def draw_slopes(
             `MAX_REJECTED` of the draws met a loss that was not finite.
     """
     sampler = _Sampler(model, perturbation, calibration, windows_per_draw, batch_size)
-    at_once = max(1, batch_size // (2 * windows_per_draw))
+    in_a_batch = max(1, batch_size // (2 * windows_per_draw))
+    at_once = in_a_batch * ranks.world_size()
     accepted: list[int] = []
     losses: list[torch.Tensor] = []
     rejected, rounding_floor = 0, math.nan
@@ -137,7 +140,8 @@ def draw_slopes(
             )
         if not accepted and finite.any():
             _check_responds(sampler, portion, measured[finite], epsilon)
-            rounding_floor = sampler.rounding_floor(portion, epsilon, window_differences)
+            # On as many draws as a single process would take.
+            rounding_floor = sampler.rounding_floor(portion[:in_a_batch], epsilon, window_differences[:in_a_batch])
         accepted += [draw for draw, good in zip(portion, finite.tolist()) if good]
         losses += list(measured[finite])
         done = portion[-1] + 1
@@ -166,7 +170,7 @@ class _Sampler:
         counts = torch.zeros(len(draws), self._windows, dtype=torch.float64)
         rows = [
             (place, window, side)
-            for place in range(len(draws))
+            for place in ranks.own(range(len(draws)))
             for window in range(self._windows)
             for side in range(2)
         ]
@@ -182,6 +186,7 @@ class _Sampler:
                 sums, tokens = self._nll(numbers)
             nll[places, windows, sides] = sums
             counts[places, windows] = tokens
+        nll, counts = ranks.summed(nll), ranks.summed(counts)
         totals = counts.sum(1, keepdim=True)
         if not totals.all():
             raise ValueError("A draw met windows of nothing but padding; raise windows_per_draw or drop them.")

@@ -61,6 +61,7 @@ ORDER = [
     "architectures",
     "models",
     "utils",
+    "ranks",
     "version",
 ]
 # What nothing may import before a command or a score function runs.

@@ -1,9 +1,5 @@
 """Policy-gradient pruning as a whole: what it learns, that it can be stopped, and what it refuses."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
@@ -33,7 +29,7 @@ def test_every_mask_is_judged_as_if_it_were_alone(dense, tokens):
     schedule = module.Schedule(
         6, 0.1, "leave_one_out", 4, False, 3, 5.0, None, batch_size=7, seed=0, prunable_parameters=1
     )
-    learner = module._Learner(dense, sites, Calibration(tokens), UnitPolicy(sites, []), schedule, module_processes())
+    learner = module._Learner(dense, sites, Calibration(tokens), UnitPolicy(sites, []), schedule)
     masks = (torch.rand(4, sum(site.num_units for site in sites)) > 0.3).double()
     windows = torch.tensor([5, 0, 9])
     found = learner._losses(masks, windows)
@@ -44,12 +40,6 @@ def test_every_mask_is_judged_as_if_it_were_alone(dense, tokens):
         assert float(loss) == pytest.approx(float(expected), rel=1e-4)
 
 
-def module_processes():
-    from accelerate import PartialState
-
-    return PartialState()
-
-
 def test_an_epoch_takes_every_window_once(tokens):
     schedule = module.Schedule(
         6, 0.1, "leave_one_out", 2, False, 3, 5.0, None, batch_size=7, seed=0, prunable_parameters=1
@@ -57,7 +47,7 @@ def test_an_epoch_takes_every_window_once(tokens):
     model = tiny.make_model("llama_gqa_biases")
     sites = find_sites(model)
     policy = UnitPolicy(sites, [])
-    learner = module._Learner(model, sites, Calibration(tokens[:6]), policy, schedule, module_processes())
+    learner = module._Learner(model, sites, Calibration(tokens[:6]), policy, schedule)
     first = torch.cat([learner._windows(0), learner._windows(1)])
     second = torch.cat([learner._windows(2), learner._windows(3)])
 
@@ -447,37 +437,3 @@ def test_the_papers_preset_runs(tokens):
     assert (preset.estimator, preset.masks_per_step, preset.windows_per_step) == ("moving_average", 2, 8)
     assert (preset.learning_rate, preset.seq_len, preset.seed) == (2e-3, 128, 42)
     assert scores.details["steps"] == 3
-
-
-SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import tiny, torch
-from accelerate import PartialState
-from optimum_fwdprune import FwdPruner, PruningConfig
-
-state = PartialState(cpu=True)
-torch.manual_seed(state.process_index)
-tokens = torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(1))
-config = PruningConfig(
-    method="policy_gradient", parametrization=sys.argv[3], steps=6, sparsity=0.4, seed=3, learning_rate=0.1
-)
-scores = FwdPruner(tiny.make_model("llama_gqa_biases")).score(config, tokens)
-scores.save(f"{sys.argv[2]}/{state.process_index}.safetensors")
-"""
-
-
-@pytest.mark.parametrize("parametrization", ["unit", "ratio"])
-def test_two_processes_learn_what_one_does(tokens, tmp_path, parametrization):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [Path(tiny.__file__).parent, tmp_path, parametrization]
-    run = subprocess.run([*launch, script, *arguments], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    first, second = (Scores.load(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
-    alone = learn(tokens, parametrization=parametrization, learning_rate=0.1)
-
-    for key in alone.values:
-        assert torch.equal(first.values[key], second.values[key])
-        torch.testing.assert_close(first.values[key], alone.values[key], rtol=1e-4, atol=1e-5)

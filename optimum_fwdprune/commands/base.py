@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
 import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
+from optimum_fwdprune import ranks
 from optimum_fwdprune.configuration import field_type
 
 
@@ -39,8 +41,11 @@ class Command(BaseOptimumCLICommand):
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
 
     def run(self):
+        # Of several processes one speaks.
+        output = sys.stdout if ranks.speaks() else io.StringIO()
         try:
-            self.execute()
+            with redirect_stdout(output):
+                self.execute()
         except KeyboardInterrupt:
             sys.exit(130)
         except Exception as error:

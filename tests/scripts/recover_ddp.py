@@ -29,7 +29,7 @@ args = RecoveryArguments(
 )
 tokens = json.loads((Path(checkpoint).parent / "tokens.json").read_text())
 pruner.recover({"input_ids": tokens}, args)
+pruner.save_pretrained(output)
 if args.should_save:
-    pruner.save_pretrained(output)
     losses = [each["loss"] for each in pruner.trainer.state.log_history if "loss" in each]
     Path(f"{output}.json").write_text(json.dumps({"losses": losses, "processes": args.world_size}))

@@ -1,0 +1,86 @@
+"""Prune tiny models in every process of a run, each in every way, and write what each process ended with.
+
+accelerate launch --num_processes 2 prune_in_ranks.py OUTPUT
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny
+
+from optimum_fwdprune import FwdPruner, PruningConfig, ranks
+from optimum_fwdprune.utils import save_tensors_atomically
+
+
+# Name -> fields of a request. Batches of a size that no number of processes divides the windows by.
+CASES = {
+    "wanda_sp": {"reconstruction": "none"},
+    "flap": {"method": "flap", "scope": "global"},
+    "flap_padded": {"method": "flap"},
+    "flap_few_windows": {"method": "flap"},
+    "mini_llm_weights": {"method": "mini_llm", "draws": 7, "windows_per_draw": 2, "reconstruction": "none"},
+    "mini_llm_units": {"method": "mini_llm", "perturb": "units", "draws": 12, "stop_after": 5, "scope": "global"},
+    "policy_gradient_ratio": {"method": "policy_gradient", "steps": 4, "learning_rate": 0.1},
+    "policy_gradient_unit": {"method": "policy_gradient", "steps": 4, "parametrization": "unit", "antithetic": True},
+    "search": {"scope": "search", "search_windows": 120, "budget": "joint"},
+    "independent": {"reconstruction_order": "independent"},
+    "sequential_dense": {"reconstruction_target": "dense"},
+    "sequential_layer": {"reconstruction_target": "layer"},
+    "self": {"calibration": "self", "n_samples": 19, "seq_len": 12, "batch_size": 2, "reconstruction": "none"},
+    "builtin": {"calibration": "builtin", "n_samples": 8, "seq_len": 12, "reconstruction": "none"},
+    "speedup": {"target_speedup": 1.02, "latency_tokens": 16, "scope": "global", "reconstruction": "none"},
+}
+
+
+def dataset_of(name):
+    """Calibration of a case: 16 windows of 24, 16 of which two hold nothing but padding, or two windows."""
+    if name in ("self", "builtin"):
+        return None
+    tokens = torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(1))
+    if name == "flap_padded":
+        mask = torch.ones_like(tokens)
+        mask[1::2, 20:] = 0
+        mask[:2] = 0
+        return {"input_ids": tokens, "attention_mask": mask}
+    return tokens[:2] if name == "flap_few_windows" else tokens
+
+
+def run(name):
+    """Return a pruner that has pruned, and how many windows went through the last layer of the dense model."""
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"), tiny.make_tokenizer())
+    passed = []
+    layer = pruner.model.model.layers[-1]
+    layer.register_forward_hook(lambda _module, _args, output: passed.append(len(output)))
+    request = {"sparsity": 0.4, "seed": 3, "batch_size": 3, "attention_unit": "kv_group", **CASES[name]}
+    pruner.prune(PruningConfig(**request), dataset_of(name))
+    return pruner, sum(passed)
+
+
+def main(output):
+    """Run every case and write plans, scores and weights of this process."""
+    folder = output / str(ranks.rank())
+    folder.mkdir(parents=True)
+    passed = {}
+    for name in CASES:
+        torch.manual_seed(ranks.rank())
+        pruner, passed[name] = run(name)
+        pruner.plan.save(folder / f"{name}.json")
+        pruner.scores.save(folder / f"{name}.safetensors")
+        save_tensors_atomically(folder / f"{name}.weights", pruner.model.state_dict(), {})
+    (folder / "passed.json").write_text(json.dumps(passed))
+    pruner.save_pretrained(output / "saved")
+    # All are there once any of them goes on.
+    assert (output / "saved" / "config.json").exists()
+    try:
+        pruner.save_pretrained(output / "saved")
+    except Exception as error:
+        (folder / "refusal.json").write_text(json.dumps(f"{type(error).__name__}: {error}"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
