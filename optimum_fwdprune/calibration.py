@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging
 
 from . import ranks
+from .checkpoints import Checkpoint
 from .offloading import lies_on_disk
 from .texts import PRESETS, detokenize, load_rows, open_texts
 from .utils import progress, seeded_generator
@@ -84,6 +85,13 @@ class Calibration:
         which = slice(ranks.rank(), None, ranks.world_size())
         return Calibration(*self.windows(which), self.source) if which.start < len(self.input_ids) else None
 
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def after(self, count: int) -> Calibration:
+        """Return the windows behind the first `count`."""
+        return Calibration(*self.windows(slice(count, None)), self.source)
+
     @property
     def num_tokens(self) -> int:
         """Tokens that are not padding."""
@@ -99,7 +107,11 @@ class Calibration:
 
 
 def load_calibration(
-    config: PruningConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dataset: Any = None
+    config: PruningConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dataset: Any = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Calibration:
     """Turn whatever the user names into token windows.
 
@@ -110,6 +122,7 @@ def load_calibration(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for every source but tokens and `"self"`.
         dataset (*optional*): `str` (as `config.calibration`), list of strings, `datasets.Dataset`, int64 tensor
             `[n_samples, seq_len]`, or a mapping with `input_ids` and optionally `attention_mask` (a padded batch).
+        checkpoint (`Checkpoint`, *optional*): where text that the model writes is kept.
 
     Raises:
         ValueError: on an empty or too short source, or one that is not understood.
@@ -130,7 +143,7 @@ def load_calibration(
     if source is None:
         source = ranks.from_main(_default_source)
     if source == SELF:
-        return Calibration(_sample_from_model(model, tokenizer, config), source=SELF)
+        return Calibration(_sample_from_model(model, tokenizer, config, checkpoint or Checkpoint()), source=SELF)
     if tokenizer is None:
         raise ValueError(
             f"Calibrating on {source!r} needs a tokenizer: FwdPruner(model, tokenizer). {SELF!r} does not."
@@ -199,7 +212,10 @@ def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]
 
 @torch.no_grad()
 def _sample_from_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: PruningConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PruningConfig,
+    checkpoint: Checkpoint,
 ) -> torch.Tensor:
     """Let the model write `n_samples` windows of `seq_len` tokens, from its BOS token at temperature 1.
 
@@ -224,9 +240,17 @@ def _sample_from_model(
     devices = [model.device] if model.device.type == "cuda" else []
     windows = torch.zeros(config.n_samples, config.seq_len, dtype=torch.int64)
     # Wider batches than in scoring: a decoding step costs about the same for 8 sequences as for 32.
-    batches = ranks.own(list(enumerate(windows.split(4 * config.batch_size))))
+    size = 4 * config.batch_size
+    batches = ranks.own(list(enumerate(windows.split(size))))
+    stage = checkpoint.stage("calibration", own=True, size=size)
+
+    def take_up(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> int:
+        windows.copy_(tensors["windows"])
+        return numbers["batches"]
+
+    done = stage.load(take_up) or 0
     with torch.random.fork_rng(devices):
-        for number, batch in progress(batches, "Sampling calibration text", unit="batch"):
+        for number, batch in progress(batches[done:], "Sampling calibration text", unit="batch"):
             torch.manual_seed(seeded_generator(config.seed, number).initial_seed())
             batch[:] = model.generate(  # type: ignore[operator]
                 torch.full((len(batch), 1), start, device=model.device),
@@ -240,4 +264,6 @@ def _sample_from_model(
                 max_new_tokens=config.seq_len,
                 pad_token_id=start,
             )[:, 1:]
+            done += 1
+            stage.save_now_and_then(lambda: ({"windows": windows}, {"batches": done}))  # noqa: B023  called at once
     return ranks.summed(windows)

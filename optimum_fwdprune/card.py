@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
+from .configuration import OF_THE_MACHINE
 from .evaluation import Comparison
 from .hub import CARD_NAME, LICENSES_THAT_NAME, Base
 from .methods import PruningConfig
@@ -67,6 +68,8 @@ def command_of(config: PruningConfig, base: Base | None, output: str = "OUTPUT")
     """Return the command line that makes this request."""
     words = ["optimum-cli", "fwdprune", "prune", "-m", base.name if base else "MODEL", output]
     for declared in dataclasses.fields(config):
+        if declared.name in OF_THE_MACHINE:
+            continue
         value = getattr(config, declared.name)
         factory = declared.default_factory
         default = declared.default if factory is dataclasses.MISSING else factory()

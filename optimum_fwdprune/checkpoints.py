@@ -1,67 +1,158 @@
-"""States of long runs on disk: written whole, and taken up only by the run that they belong to."""
+"""States of long stages on disk: written whole, and taken up only by the run that they belong to."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load
 from transformers import PreTrainedModel
 
-from .calibration import Calibration
+from . import ranks
 from .configuration import PruningConfig
-from .utils import first_difference, load_tensors, save_tensors_atomically
+from .offloading import read_parameter
+from .utils import METADATA_KEY, check_output_file, first_difference, save_tensors_atomically
 
 
-def identity_of(
-    model: PreTrainedModel, calibration: Calibration, config: PruningConfig, without: Iterable[str]
-) -> dict[str, Any]:
-    """Return what a state belongs to, as JSON values: the weights, the tokens, and the request `without` some fields
-    that do not change the run."""
+if TYPE_CHECKING:
+    from .calibration import Calibration
+
+T = TypeVar("T")
+
+# A state: tensors and JSON values.
+State = tuple[dict[str, torch.Tensor], dict[str, Any]]
+
+# Fields of a request that do not change what is found, up to rounding.
+IMMATERIAL = ("batch_size",)
+
+# Writing takes no larger share of the time than one in so many.
+SHARE = 10
+
+
+class Checkpoint:
+    """The states of all stages of a run, a file each in one folder.
+
+    Args:
+        folder (`Path`, *optional*): where; without one nothing is kept, and nothing found.
+        identity (`dict`): what the states belong to, as JSON values.
+        seconds (`float`, defaults to 0): a stage writes its state at most so often.
+    """
+
+    def __init__(self, folder: Path | None = None, identity: dict[str, Any] | None = None, seconds: float = 0.0):
+        self._folder = folder
+        self._identity = identity or {}
+        self._seconds = seconds
+
+    @classmethod
+    def of(cls, config: PruningConfig, model: PreTrainedModel) -> Checkpoint:
+        """Return that of a request for a model, in `config.checkpoint`.
+
+        Raises:
+            OSError: where that is a file, or nothing can be written there.
+        """
+        if config.checkpoint is None:
+            return cls()
+        folder = Path(config.checkpoint)
+        # Whatever is wrong with the folder shows before anything is measured.
+        check_output_file(folder / "state")
+        request = {name: value for name, value in config.to_dict().items() if name not in IMMATERIAL}
+        name = model.config._name_or_path or type(model).__name__
+        identity = {"model": name, "weights": _digest(model), "request": request}
+        return cls(folder, identity, config.checkpoint_seconds)
+
+    def stage(self, name: str, calibration: Calibration | None = None, own: bool = False, **about) -> Stage:
+        """Return the state of one stage.
+
+        Args:
+            name (`str`): of its file.
+            calibration (`Calibration`, *optional*): the tokens that it runs.
+            own (`bool`, defaults to `False`): with several processes each has a state of its own; otherwise all have
+                the same, which the main one writes and reads.
+            about: what else it belongs to, as JSON values.
+        """
+        if self._folder is None:
+            return Stage(None, {}, 0.0, own)
+        if own and ranks.world_size() > 1:
+            name = f"{name}.{ranks.rank()}-of-{ranks.world_size()}"
+        identity = {**self._identity, **about}
+        if calibration is not None:
+            identity["tokens"] = calibration.fingerprint
+        return Stage(self._folder / f"{name}.safetensors", json.loads(json.dumps(identity)), self._seconds, own)
+
+
+class Stage:
+    """The state of one stage of a run; see [`Checkpoint.stage`]."""
+
+    def __init__(self, path: Path | None, identity: dict[str, Any], seconds: float, own: bool):
+        self._path = path
+        self._identity = identity
+        self._own = own
+        self._pause = self._seconds = seconds
+        self._written = time.monotonic()
+
+    def load(self, take: Callable[[dict[str, torch.Tensor], dict[str, Any]], T]) -> T | None:
+        """Return what `take` makes of the tensors and numbers of the state, or `None` where there is none.
+
+        Raises:
+            ValueError: where it belongs to another run, naming the first difference, or is damaged.
+        """
+        content = b"" if self._path is None else self._read(self._path)
+        if not content:
+            return None
+        try:
+            tensors, numbers = _parsed(content)
+            found = numbers.pop("identity")
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise self._not_a_state(error) from error
+        if difference := first_difference(found, self._identity):
+            raise ValueError(
+                f"{self._path} belongs to another run: {difference}. Name another folder, or delete it to start "
+                f"afresh."
+            )
+        try:
+            return take(tensors, numbers)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise self._not_a_state(error) from error
+
+    def save(self, state: Callable[[], State]) -> None:
+        """Write a state beside its file and rename it."""
+        if self._path is None or not (self._own or ranks.is_main()):
+            return
+        start = time.monotonic()
+        tensors, numbers = state()
+        save_tensors_atomically(self._path, tensors, {**numbers, "identity": self._identity})
+        self._written = time.monotonic()
+        self._pause = max(self._seconds, SHARE * (self._written - start) if self._seconds else 0.0)
+
+    def save_now_and_then(self, state: Callable[[], State]) -> None:
+        """Write a state unless that was done a short while ago."""
+        if time.monotonic() - self._written >= self._pause:
+            self.save(state)
+
+    def _read(self, path: Path) -> bytes:
+        def read() -> bytes:
+            return path.read_bytes() or b"\0" if path.exists() else b""
+
+        return read() if self._own else ranks.bytes_from_main(read() if ranks.is_main() else b"")
+
+    def _not_a_state(self, error: Exception) -> ValueError:
+        return ValueError(f"{self._path} is no checkpoint of a run: {type(error).__name__}: {error}.")
+
+
+def _parsed(content: bytes) -> State:
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return load(content), json.loads(header["__metadata__"][METADATA_KEY])
+
+
+def _digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        digest.update(
-            f"{name} {parameter.dtype} {float(parameter.detach().abs().sum(dtype=torch.float64))!r}".encode()
-        )
-    request = {name: value for name, value in config.to_dict().items() if name not in without}
-    return {
-        "model": model.config._name_or_path or type(model).__name__,
-        "weights": digest.hexdigest()[:16],
-        "tokens": calibration.fingerprint,
-        "request": request,
-    }
-
-
-def save_state(
-    path: Path, tensors: dict[str, torch.Tensor], numbers: dict[str, Any], identity: dict[str, Any]
-) -> None:
-    """Write a state beside `path` and rename it, with what it belongs to."""
-    save_tensors_atomically(path, tensors, {**numbers, "identity": identity})
-
-
-def load_state(path: Path, identity: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read the tensors and the numbers of a state.
-
-    Raises:
-        ValueError: where it belongs to another run, naming the first difference, or is damaged.
-    """
-    try:
-        tensors, numbers = load_tensors(path)
-        found = numbers.pop("identity")
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
-        raise not_a_state(path, error) from error
-    difference = first_difference(found, json.loads(json.dumps(identity)))
-    if difference:
-        raise ValueError(
-            f"{path} belongs to another run: {difference}. Name another file, or delete it to start afresh."
-        )
-    return tensors, numbers
-
-
-def not_a_state(path: Path, error: Exception) -> ValueError:
-    """Return the error that says that the file is damaged, or something else."""
-    return ValueError(f"{path} is no checkpoint of a run: {type(error).__name__}: {error}.")
+        values = read_parameter(model, name) if parameter.is_meta else parameter.detach()
+        digest.update(f"{name} {parameter.dtype} {float(values.abs().sum(dtype=torch.float64))!r}".encode())
+    return digest.hexdigest()[:16]

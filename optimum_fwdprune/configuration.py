@@ -41,7 +41,12 @@ NOT_THE_RECIPE = (
     "seq_len",
     "batch_size",
     "seed",
+    "checkpoint",
+    "checkpoint_seconds",
 )
+
+# Fields that say nothing of what comes of a request. Checkpoints get shared, home directories do not.
+OF_THE_MACHINE = ("checkpoint", "checkpoint_seconds")
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -117,9 +122,6 @@ class PruningConfig:
     search_windows: int = option(
         600, "Calibration windows that scope=search may pass through the model; the more, the better it ends."
     )
-    search_checkpoint: str | None = option(
-        None, "File to keep the state of scope=search in; a search that finds one there goes on from it."
-    )
     rounds: int = option(1, "Prune in so many rounds of equal size, and score what is left anew in each.")
     budget: str = option(
         "separate",
@@ -179,6 +181,10 @@ class PruningConfig:
     seq_len: int = option(256, "Tokens per calibration window.")
     batch_size: int = option(8, "Windows per forward pass.")
     seed: int = option(0, "Seed of everything random.")
+    checkpoint: str | None = option(
+        None, "Folder to keep the state of long stages in; the same request goes on from what it finds there."
+    )
+    checkpoint_seconds: float = option(60.0, "How often a stage writes its state; 0 writes after every step.")
 
     def __new__(cls, method: str | None = None, *args, **kwargs):
         if cls is PruningConfig:
@@ -212,6 +218,8 @@ class PruningConfig:
                 f"layout='stock' cuts every layer alike, and scope={self.scope!r} with skip_layers={self.skip_layers} "
                 f"does not; leave out scope and skip_layers."
             )
+        if self.checkpoint_seconds < 0:
+            raise ValueError(f"checkpoint_seconds must be at least 0; got {self.checkpoint_seconds}.")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}.")
         targets = [name for name in _TARGETS if getattr(self, name) is not None]
@@ -220,9 +228,6 @@ class PruningConfig:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if len(targets) > 1:
             raise ValueError(f"{' and '.join(targets)} are two budgets; give one of them.")
-        for name in ("checkpoint", "search_checkpoint"):
-            if self.rounds > 1 and getattr(self, name, None) is not None:
-                raise ValueError(f"{name} keeps one run, and rounds={self.rounds} makes one in each; leave one out.")
         if not self.kinds:
             raise ValueError("kinds must name attention, mlp or both; got none.")
         for kind in ("attention", "mlp"):
@@ -284,8 +289,9 @@ class PruningConfig:
         return cls(**{**preset, **fields, "method": method})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every field, and the version that wrote it, as JSON values."""
-        return {**dataclasses.asdict(self), "fwdprune_version": __version__}
+        """Return every field but where its state is kept, and the version that wrote it, as JSON values."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in OF_THE_MACHINE}
+        return {**values, "fwdprune_version": __version__}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PruningConfig:

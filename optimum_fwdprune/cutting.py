@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey
 from .calibration import Calibration
+from .checkpoints import Checkpoint
 from .configuration import PruningConfig
 from .plan import PruningPlan
 from .reconstruction import Grams, reconstruct
@@ -50,6 +51,7 @@ def cut(
     grams: Grams,
     inplace: bool,
     seconds: dict[str, float],
+    checkpoint: Checkpoint | None = None,
 ) -> Cut:
     """Reconstruct the projections, cut the model, and check it on a probe batch.
 
@@ -63,13 +65,14 @@ def cut(
         grams (`Grams`): for independent least squares, where they were gathered before.
         inplace (`bool`): consume the model.
         seconds (`dict[str, float]`): time by stage, added to.
+        checkpoint (`Checkpoint`, *optional*): where long stages keep their state.
 
     Raises:
         ValueError: where the plan does not fit the model.
         RuntimeError: where the pruned model does not compute what the masked one computes.
     """
     with timed(seconds, "reconstruct"), evaluating(model):
-        found = reconstruct(model, sites, plan.kept, config, calibration, statistics, grams)
+        found = reconstruct(model, sites, plan.kept, config, calibration, statistics, grams, checkpoint)
         if found.details:
             plan = dataclasses.replace(plan, metadata={**plan.metadata, "reconstructed": found.details})
     with timed(seconds, "verify"):

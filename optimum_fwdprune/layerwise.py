@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
+from .checkpoints import Checkpoint
 from .offloading import is_offloaded, resident
 from .shelves import Shelf
 from .statistics import Observer, SiteStatistics, collect_statistics
@@ -258,13 +259,18 @@ def statistics_by_layer(
 
 
 def gather_statistics(
-    model: PreTrainedModel, sites: Iterable[Site], texts: Sequence[Calibration], batch_size: int, kinds: Iterable[str]
+    model: PreTrainedModel,
+    sites: Iterable[Site],
+    texts: Sequence[Calibration],
+    batch_size: int,
+    kinds: Iterable[str],
+    checkpoint: Checkpoint | None = None,
 ) -> list[dict[SiteKey, SiteStatistics]]:
     """Return the statistics of every site on each of the texts, as `collect_statistics` does, reading layers that are
     offloaded once and not once per batch."""
     sites = list(sites)
     if not is_offloaded(model.base_model):
-        return [collect_statistics(model, sites, text, batch_size, kinds) for text in texts]
+        return [collect_statistics(model, sites, text, batch_size, kinds, checkpoint) for text in texts]
     found: list[dict[SiteKey, SiteStatistics]] = [{} for _ in texts]
     layers = statistics_by_layer(model, sites, texts, batch_size, kinds)
     for _, of_layer in progress(layers, "Calibrating", total=len(decoder_layers(model)), unit="layer"):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .allocation import levels_of
 from .architectures import Site, SiteKey
 from .calibration import Calibration
+from .checkpoints import Checkpoint
 from .configuration import PruningConfig
 from .gates import Projection
 from .least_squares import DEFAULT_RIDGE, NormalEquations, nested_changes, refit
@@ -32,6 +33,7 @@ class Levels:
         config (`PruningConfig`): the request, its `multiple_of` as coarse as the widths are to be.
         calibration (`Calibration`): the tokens to reconstruct on.
         folder (`Path`): where to keep refitted columns.
+        checkpoint (`Checkpoint`, *optional*): where sums of statistics are kept.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Levels:
         config: PruningConfig,
         calibration: Calibration,
         folder: Path,
+        checkpoint: Checkpoint | None = None,
     ):
         self._kept = {
             site.key: {len(units): units for units in levels_of(site, scores[site.key], config)} for site in sites
@@ -49,7 +52,7 @@ class Levels:
         self._moments, self._files = {}, {}
         cut = [site for site in sites if self._kept[site.key]]
         if config.reconstruction_kind == BIAS:
-            self._moments = collect_statistics(model, cut, calibration, config.batch_size, (MOMENTS,))
+            self._moments = collect_statistics(model, cut, calibration, config.batch_size, (MOMENTS,), checkpoint)
         if config.reconstruction_kind == LEAST_SQUARES:
             _check_space(cut, self._kept, folder)
             texts = calibration.split(HELD_OUT_EVERY)

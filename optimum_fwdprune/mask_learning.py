@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers.utils import logging
 from . import ranks
 from .architectures import Site
 from .calibration import Calibration
-from .checkpoints import load_state, not_a_state, save_state
+from .checkpoints import Stage, State
 from .gates import gated
 from .losses import model_nll
 from .policies import Policy, entropy
@@ -63,26 +62,18 @@ class Progress:
         finite = self.history["loss"][self.history["loss"].isfinite()]
         return float(finite[-max(1, len(finite) // 10) :].mean())
 
-    def save(self, path: Path, identity: dict[str, Any]) -> None:
-        """Write the state, with what it belongs to."""
+    def state(self) -> State:
+        """Return it as tensors and numbers."""
         tensors = {"rates": self.rates}
         tensors |= {f"history.{name}": values[: self.step] for name, values in self.history.items()}
-        save_state(path, tensors, {name: getattr(self, name) for name in _NUMBERS}, identity)
+        return tensors, {name: getattr(self, name) for name in _NUMBERS}
 
     @classmethod
-    def load(cls, path: Path, identity: dict[str, Any]) -> Progress:
-        """Read a state.
-
-        Raises:
-            ValueError: where it belongs to another run, naming the first difference, or is damaged.
-        """
-        tensors, numbers = load_state(path, identity)
-        try:
-            rates = tensors.pop("rates")
-            history = {name.removeprefix("history."): values for name, values in tensors.items()}
-            return cls(rates=rates, history=history, **{name: numbers[name] for name in _NUMBERS})
-        except KeyError as error:
-            raise not_a_state(path, error) from error
+    def of(cls, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> Progress:
+        """Return what [`state`] made these of."""
+        rates = tensors.pop("rates")
+        history = {name.removeprefix("history."): values for name, values in tensors.items()}
+        return cls(rates=rates, history=history, **{name: numbers[name] for name in _NUMBERS})
 
 
 def history_by_site(state: Progress, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
@@ -122,9 +113,7 @@ def learn_rates(
     policy: Policy,
     state: Progress,
     schedule: Schedule,
-    checkpoint: Path | None = None,
-    checkpoint_every: int = 100,
-    identity: dict[str, Any] | None = None,
+    stage: Stage,
 ) -> Progress:
     """Minimise the expected loss over the policy's masks, step by step, within its budgets.
 
@@ -138,18 +127,13 @@ def learn_rates(
         policy (`Policy`): what the masks are drawn from.
         state (`Progress`): where to start; it is changed and returned.
         schedule (`Schedule`): how.
-        checkpoint (`Path`, *optional*): where the state is written to, every `checkpoint_every` steps and at the end.
-        identity (`dict`): what the checkpoint belongs to.
+        stage (`Stage`): where the state is kept.
 
     Raises:
         ValueError: where `MAX_SKIPPED` steps in a row have no usable loss.
     """
     learner = _Learner(model, sites, calibration, policy, schedule)
     _extend_history(state, schedule.steps, len(sites))
-
-    def save() -> None:
-        if checkpoint is not None and ranks.is_main():
-            state.save(checkpoint, identity or {})
 
     bar = progress(range(state.step, schedule.steps), "Learning masks", unit="step")
     skipped_in_a_row = 0
@@ -168,9 +152,8 @@ def learn_rates(
         state.step = step + 1
         learner.record(state, step, loss)
         bar.set_postfix(loss=f"{loss:.3f}", sparsity=f"{float(state.history['expected_sparsity'][step]):.3f}")
-        if state.step % checkpoint_every == 0:
-            save()
-    save()
+        stage.save_now_and_then(state.state)
+    stage.save(state.state)
     if state.step and state.skipped == state.step:
         raise ValueError(f"None of {state.step} steps gave a finite loss, so nothing was learned.")
     if state.rejected:

@@ -13,6 +13,7 @@ from transformers import __version__ as transformers_version
 
 from .architectures import Site, SiteKey
 from .budgets import Budget
+from .checkpoints import Checkpoint
 from .configuration import PruningConfig, get_method
 from .plan import PruningPlan
 from .rounds import Rounds
@@ -31,7 +32,13 @@ def keeper(rounds: Rounds, sites: list[Site], config: PruningConfig, budget: Bud
 
 
 def make_plan(
-    model: PreTrainedModel, sites: list[Site], scores: Scores, rounds: Rounds, config: PruningConfig, budget: Budget
+    model: PreTrainedModel,
+    sites: list[Site],
+    scores: Scores,
+    rounds: Rounds,
+    config: PruningConfig,
+    budget: Budget,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[PruningPlan, Scores]:
     """Return the plan of a round, and the scores with the history of a search where there was one.
 
@@ -42,6 +49,7 @@ def make_plan(
         rounds (`Rounds`): what allocates.
         config (`PruningConfig`): the request of the round.
         budget (`Budget`): what the round removes.
+        checkpoint (`Checkpoint`, *optional*): where a search keeps its state.
     """
     if config.scope == SEARCH:
         assert scores.calibration is not None
@@ -49,7 +57,8 @@ def make_plan(
         def keep(values: Mapping[SiteKey, torch.Tensor], request: PruningConfig) -> dict[SiteKey, list[int]]:
             return rounds.keep(sites, values, request, budget, additive=False)
 
-        found = search(model, rounds.open_sites(sites), scores.values, config, scores.calibration, keep, budget.cost)
+        about = (scores.values, config, scores.calibration, keep, budget.cost, checkpoint or Checkpoint())
+        found = search(model, rounds.open_sites(sites), *about)
         kept = keep(found.scores, config)
         details = {**scores.details, "search": found.details}
         scores = dataclasses.replace(scores, details=details, history=found.history)

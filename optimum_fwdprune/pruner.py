@@ -17,6 +17,7 @@ from .architectures import Site, SiteKey, find_sites, get_architecture
 from .budgets import Budget, removal_budget
 from .calibration import Calibration, load_calibration
 from .card import write_card
+from .checkpoints import Checkpoint
 from .configuration import DEFAULT_PRESET
 from .cutting import Cut, cut, timed
 from .evaluation import Comparison
@@ -168,7 +169,9 @@ class FwdPruner:
         config, budget = self._settled(sites, config)
         with evaluating(self.model):
             rounds = Rounds(sites, config, budget)
-            self.scores = self._score(self.model, sites, rounds, *rounds.request(sites, 1), dataset)
+            request, budget = rounds.request(sites, 1)
+            checkpoint = Checkpoint.of(request, self.model)
+            self.scores = self._score(self.model, sites, rounds, request, budget, dataset, checkpoint)
         return self.scores
 
     def prune(
@@ -232,7 +235,8 @@ class FwdPruner:
             plan.check_matches(sites, self.model.config.model_type)
             if config.reconstruction != NONE:
                 calibration = self._calibration(config, dataset)
-            done = self._cut(self.model, sites, plan, config, calibration, {}, {}, inplace, seconds)
+            checkpoint = Checkpoint.of(config, self.model)
+            done = self._cut(self.model, sites, plan, config, calibration, {}, {}, inplace, seconds, checkpoint)
         else:
             with timed(seconds, "measure latencies"):
                 config, budget = self._settled(sites, config)
@@ -280,22 +284,27 @@ class FwdPruner:
             model = done.model if done else self.model
             sites = find_sites(model, config.attention_unit) if done else sites
             request, budget = rounds.request(sites, number)
+            checkpoint = Checkpoint.of(request, model)
             with evaluating(model):
                 with timed(seconds, "score"):
                     if scores is None or done:
-                        scores = self._score(model, sites, rounds, request, budget, dataset)
+                        scores = self._score(model, sites, rounds, request, budget, dataset, checkpoint)
                     # Whatever fails from here on, they can serve another request.
                     self.scores = scores
                     if scores.calibration is None and (request.scope == SEARCH or request.reconstruction_kind != NONE):
-                        scores = dataclasses.replace(scores, calibration=self._calibration(request, dataset))
+                        scores = dataclasses.replace(
+                            scores, calibration=self._calibration(request, dataset, checkpoint)
+                        )
                 with timed(seconds, "allocate"):
-                    plan, scores = make_plan(model, sites, scores, rounds, request, budget)
+                    plan, scores = make_plan(model, sites, scores, rounds, request, budget, checkpoint)
             if request.layout == STOCK:
                 check_stock_layout(model, sites, plan, request.reconstruction_kind)
             # Later rounds read the same tokens, which the dense model may have written.
             dataset = scores.calibration or dataset
             gathered = (scores.statistics, scores.grams)
-            now = self._cut(model, sites, plan, request, scores.calibration, *gathered, inplace or bool(done), seconds)
+            consumed = inplace or bool(done)
+            about = (request, scores.calibration, *gathered, consumed, seconds, checkpoint)
+            now = self._cut(model, sites, plan, *about)
             # Large, and of no use once the weights are cut.
             scores = dataclasses.replace(scores, grams={})
             done = now if done is None else now.after(done)
@@ -305,9 +314,9 @@ class FwdPruner:
         assert done is not None and scores is not None
         return done, scores
 
-    def _cut(self, model, sites, plan, request, calibration, statistics, grams, inplace, seconds) -> Cut:
+    def _cut(self, model, sites, plan, request, calibration, statistics, grams, inplace, seconds, checkpoint) -> Cut:
         if not self._low_memory:
-            return cut(model, sites, plan, request, calibration, statistics, grams, inplace, seconds)
+            return cut(model, sites, plan, request, calibration, statistics, grams, inplace, seconds, checkpoint)
         workspace = Workspace(self._offload_folder)
         done = cut_streamed(model, sites, plan, request, calibration, statistics, workspace.folder, seconds)
         # The weights of the model are there.
@@ -322,9 +331,10 @@ class FwdPruner:
         config: PruningConfig,
         budget: Budget,
         dataset: Any,
+        checkpoint: Checkpoint,
     ) -> Scores:
-        calibration = self._calibration(config, dataset) if needs_calibration(config) else None
-        return score_units(model, sites, config, calibration, keeper(rounds, sites, config, budget))
+        calibration = self._calibration(config, dataset, checkpoint) if needs_calibration(config) else None
+        return score_units(model, sites, config, calibration, keeper(rounds, sites, config, budget), checkpoint)
 
     def recover(
         self,
@@ -456,9 +466,9 @@ class FwdPruner:
         self._saved_as = repo_id
         return commit
 
-    def _calibration(self, config: PruningConfig, dataset: Any) -> Calibration:
+    def _calibration(self, config: PruningConfig, dataset: Any, checkpoint: Checkpoint | None = None) -> Calibration:
         with evaluating(self.model):
-            return load_calibration(config, self.model, self.tokenizer, dataset)
+            return load_calibration(config, self.model, self.tokenizer, dataset, checkpoint)
 
     def _settled(self, sites: list[Site], config: PruningConfig) -> tuple[PruningConfig, Budget]:
         """The request with what its budget implies, and the budget."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +16,7 @@ from transformers.utils import logging
 
 from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
+from .checkpoints import Checkpoint, State
 from .configuration import PruningConfig
 from .gates import Projection
 from .layerwise import decoder_layers, gather_statistics, statistics_by_layer
@@ -55,6 +59,36 @@ class Reconstruction:
 
     projections: dict[SiteKey, Projection] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+
+    def state(self) -> State:
+        """Return it as tensors and JSON values."""
+        tensors = {}
+        for (layer, kind), projection in self.projections.items():
+            tensors[f"{layer}.{kind}.weight"] = projection.weight.detach()
+            if projection.bias is not None:
+                tensors[f"{layer}.{kind}.bias"] = projection.bias.detach()
+        kept = [[layer, kind, projection.kept] for (layer, kind), projection in self.projections.items()]
+        return tensors, {"kept": kept, "details": self.details}
+
+    def placed_like(self, sites: Iterable[Site]) -> Reconstruction:
+        """Return it with every projection where that of its site is."""
+        placed = {}
+        for site in sites:
+            if site.key in self.projections:
+                found, device = self.projections[site.key], site.projection.weight.device
+                device = torch.device("cpu") if device.type == "meta" else device
+                bias = None if found.bias is None else found.bias.to(device)
+                placed[site.key] = Projection(found.kept, found.weight.to(device), bias)
+        return Reconstruction(placed, self.details)
+
+    @classmethod
+    def of(cls, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> Reconstruction:
+        """Return what [`state`] made these of."""
+        projections = {
+            (layer, kind): Projection(units, tensors[f"{layer}.{kind}.weight"], tensors.get(f"{layer}.{kind}.bias"))
+            for layer, kind, units in numbers["kept"]
+        }
+        return cls(projections, numbers["details"])
 
 
 def added_parameters(sites: Iterable[Site], kind: str) -> int:
@@ -99,6 +133,7 @@ def reconstruct(
     calibration: Calibration | None,
     statistics: Mapping[SiteKey, SiteStatistics] | None = None,
     grams: Grams | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Reconstruction:
     """Return new projection parameters for the sites.
 
@@ -118,14 +153,29 @@ def reconstruct(
         statistics (mapping of site key to `SiteStatistics`, *optional*): moments for `"bias"`, which gathers them
             where there are none.
         grams (`Grams`, *optional*): for independent least squares, where they were gathered before.
+        checkpoint (`Checkpoint`, *optional*): where the layers that are done are kept.
     """
     sites = list(sites)
     projections: dict[SiteKey, Projection] = {}
     details: dict[str, Any] = {}
     if any(len(kept[site.key]) < site.num_units for site in sites):
-        for found in reconstruct_by_layer(model, sites, kept, config, calibration, statistics, grams):
+        # The others are soon done again.
+        keeps = checkpoint if config.reconstruction_kind == LEAST_SQUARES else None
+        about = hashlib.sha256(json.dumps(sorted(kept.items())).encode()).hexdigest()[:16]
+        stages = [
+            (keeps or Checkpoint()).stage(f"reconstruction-{number}", calibration, kept=about)
+            for number in range(len(decoder_layers(model)))
+        ]
+        states = itertools.takewhile(bool, (stage.load(Reconstruction.of) for stage in stages))
+        done = [state.placed_like(sites) for state in states if state is not None]
+        by_layer: Iterable[Reconstruction] = done
+        if len(done) < len(stages):
+            by_layer = reconstruct_by_layer(model, sites, kept, config, calibration, statistics, grams, done=done)
+        for number, found in enumerate(by_layer):
             projections |= found.projections
             details |= found.details
+            if number >= len(done):
+                stages[number].save(found.state)
     warn_of_unchanged(sites, kept, details)
     return Reconstruction(projections, details)
 
@@ -140,12 +190,14 @@ def reconstruct_by_layer(
     statistics: Mapping[SiteKey, SiteStatistics] | None = None,
     grams: Grams | None = None,
     shelf: Shelf | None = None,
+    done: Sequence[Reconstruction] = (),
 ) -> Iterator[Reconstruction]:
     """Yield what `reconstruct` returns, layer after layer, each with the layer's parameters in memory meanwhile.
 
     Args:
         shelf (`Shelf`, *optional*): where hidden states wait, and how far an interrupted run came, which goes on
             there; the other arguments are those of `reconstruct`.
+        done (sequence of `Reconstruction`): of the first layers, where they are known.
     """
     kind = config.reconstruction_kind
     losing = [site for site in sites if len(kept[site.key]) < site.num_units]
@@ -162,8 +214,14 @@ def reconstruct_by_layer(
         else:
             target = config.reconstruction_target or (DENSE if _adds_up(model) else LAYER)
             texts = (fit, held_out)
-            found = refit_in_sequence(model, sites, kept, target, config.ridge, *texts, config.batch_size, shelf)
-        for projections, refits in found:
+            known = [each.projections for each in done]
+            found = refit_in_sequence(
+                model, sites, kept, target, config.ridge, *texts, config.batch_size, shelf, known
+            )
+        for number, (projections, refits) in enumerate(found):
+            if number < len(done):
+                yield done[number]
+                continue
             details = {f"{layer}.{kind}": refit.summary() for (layer, kind), refit in refits.items()}
             yield Reconstruction(projections, details)
         return
@@ -231,7 +289,12 @@ def _refit_independently(
 
 
 def statistics_with_grams(
-    model: PreTrainedModel, sites: Sequence[Site], calibration: Calibration, batch_size: int, kinds: Iterable[str]
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    calibration: Calibration,
+    batch_size: int,
+    kinds: Iterable[str],
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[dict[SiteKey, SiteStatistics], Grams]:
     """Gather what scores need and, in the same pass, what independent least squares will; not the latter where the
     model does not fit into memory, whose Gram matrices come layer by layer.
@@ -242,10 +305,11 @@ def statistics_with_grams(
         calibration (`Calibration`): the tokens.
         batch_size (`int`): windows per forward pass.
         kinds (iterable of `str`): of statistics that the scores need.
+        checkpoint (`Checkpoint`, *optional*): where the sums so far are kept.
     """
     texts = [text for text in calibration.split(HELD_OUT_EVERY) if text is not None]
     with_grams = not is_offloaded(model)
-    parts = gather_statistics(model, sites, texts, batch_size, {*kinds, GRAM} if with_grams else kinds)
+    parts = gather_statistics(model, sites, texts, batch_size, {*kinds, GRAM} if with_grams else kinds, checkpoint)
     found = {site.key: [part[site.key] for part in parts] for site in sites}
     statistics = {key: functools.reduce(SiteStatistics.with_more, of_site) for key, of_site in found.items()}
     return statistics, found if with_grams else {}

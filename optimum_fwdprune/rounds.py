@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ class Rounds:
         config, budget = self._config, self._budget
         if config.rounds == 1:
             return config, budget
+        if config.checkpoint is not None:
+            config = replace(config, checkpoint=str(Path(config.checkpoint) / f"round-{number}"))
         share = number / config.rounds
         removed = self.removed({site.key: site.num_units for site in sites})
         budget = replace(

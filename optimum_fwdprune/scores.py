@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey
 from .calibration import Calibration
+from .checkpoints import Checkpoint
 from .layerwise import gather_statistics
 from .methods import PruningConfig, ScoringInputs, UnitScores, get_method
 from .offloading import InTurn
@@ -43,6 +44,7 @@ def score_units(
     config: PruningConfig,
     calibration: Calibration | None,
     keep: Callable[[Mapping[SiteKey, torch.Tensor]], dict[SiteKey, list[int]]],
+    checkpoint: Checkpoint | None = None,
 ) -> Scores:
     """Score every unit, and gather what the request's reconstruction will need, without changing the model.
 
@@ -52,19 +54,21 @@ def score_units(
         config (`PruningConfig`): the request.
         calibration (`Calibration`, *optional*): the tokens, where the request `needs_calibration`.
         keep (`Callable`): scores of every unit in, out what the request would keep under them.
+        checkpoint (`Checkpoint`, *optional*): where long stages keep their state.
 
     Raises:
         ValueError: on NaN in weights, activations or scores, naming where.
     """
     _check_finite(model)
+    checkpoint = checkpoint or Checkpoint()
     method, needed = get_method(config.method), _needed(config)
     statistics: dict[SiteKey, SiteStatistics] = {}
     grams: Grams = {}
     if needed and calibration is not None and _will_refit_independently(config) and grams_fit(sites):
-        statistics, grams = statistics_with_grams(model, sites, calibration, config.batch_size, needed)
+        statistics, grams = statistics_with_grams(model, sites, calibration, config.batch_size, needed, checkpoint)
     elif needed and calibration is not None:
-        (statistics,) = gather_statistics(model, sites, [calibration], config.batch_size, needed)
-    found = method.score(ScoringInputs(model, InTurn(sites), statistics, calibration, config, keep))
+        (statistics,) = gather_statistics(model, sites, [calibration], config.batch_size, needed, checkpoint)
+    found = method.score(ScoringInputs(model, InTurn(sites), statistics, calibration, config, keep, checkpoint))
     found = found if isinstance(found, UnitScores) else UnitScores(found)
     values = {key: value.detach().float().cpu() for key, value in found.values.items()}
     for site in sites:

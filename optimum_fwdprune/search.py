@@ -18,7 +18,7 @@ from .allocation import ENDS, FEWEST_WITH_ENDS, LEVELS, coarse_multiple, fewest_
 from .architectures import Site, SiteKey, get_architecture
 from .budgets import Cost
 from .calibration import Calibration
-from .checkpoints import identity_of, load_state, not_a_state, save_state
+from .checkpoints import Checkpoint, Stage, State
 from .configuration import PruningConfig
 from .divergence import Divergence
 from .gates import Projection
@@ -26,7 +26,7 @@ from .levels import Levels
 from .policies import Ratios, budgets_of, even_rates
 from .policy_gradient import Budget, project
 from .reconstruction import HELD_OUT_EVERY
-from .utils import check_output_file, progress
+from .utils import progress
 
 
 logger = logging.get_logger(__name__)
@@ -45,9 +45,6 @@ SMALLEST_SLOPE = 1e-3
 
 # A search should be able to measure all sites about so often.
 SWEEPS = 6
-
-# Fields of a request that do not change what its search does.
-NOT_OF_THE_SEARCH = ("search_checkpoint", "batch_size", "reconstruction_order", "reconstruction_target")
 
 Keep = Callable[[Mapping[SiteKey, torch.Tensor], PruningConfig], dict[SiteKey, list[int]]]
 
@@ -76,8 +73,6 @@ def check_search(model: PreTrainedModel, config: PruningConfig) -> None:
             f"{type(model).__name__} predicts no next token, and scope='search' compares what whole models predict. "
             f"Search with its causal counterpart and replay the plan, or use scope='global'."
         )
-    if config.search_checkpoint is not None:
-        check_output_file(config.search_checkpoint)
 
 
 @torch.no_grad()
@@ -89,6 +84,7 @@ def search(
     calibration: Calibration,
     keep: Keep,
     cost: Cost,
+    checkpoint: Checkpoint,
 ) -> Found:
     """Move budget from the sites that bear it worst to those that bear it best, as long as the whole model gains.
 
@@ -108,6 +104,7 @@ def search(
         calibration (`Calibration`): the tokens: every eighth window judges, the others reconstruct.
         keep (`Callable`): scores and a request in, what that request keeps under them out.
         cost (`Cost`): what the budget is counted in.
+        checkpoint (`Checkpoint`): where the state is kept.
 
     Raises:
         ValueError: where nothing can move, or `search_windows` does not suffice for one sweep.
@@ -128,18 +125,13 @@ def search(
     price = _price(learned, len(get_architecture(model.config).layers(model)))
     judging = _as_many_as_allowed(judging or fit, learned, price, config)
 
-    state = _State(torch.zeros(0), FIRST_STEP)
-    checkpoint, identity = None, {}
-    if config.search_checkpoint is not None:
-        checkpoint = check_output_file(config.search_checkpoint)
-        identity = identity_of(model, calibration, config, NOT_OF_THE_SEARCH)
-        identity["scores"] = [float(scores[site.key].double().sum()) for site in learned]
-        identity["costs"] = [cost.total(site) for site in learned]
-        if checkpoint.exists():
-            state = _State.load(checkpoint, identity)
+    sums = [float(scores[site.key].double().sum()) for site in learned]
+    costs = [cost.total(site) for site in learned]
+    stage = checkpoint.stage("search", calibration, scores=sums, costs=costs)
+    state = stage.load(_State.of) or _State(torch.zeros(0), FIRST_STEP)
     with tempfile.TemporaryDirectory(prefix="fwdprune-levels-") as folder:
         if state.step >= LAST_STEP:
-            levels = Levels(model, learned, scores, coarse, fit, Path(folder))
+            levels = Levels(model, learned, scores, coarse, fit, Path(folder), checkpoint)
             divergence = Divergence(model, learned, judging, config.batch_size)
             descent = _Descent(ratios, budgets, levels, divergence, cost, len(judging.input_ids))
             if not len(state.rates):
@@ -148,12 +140,8 @@ def search(
                     starts.append(spared)
                 descent.start(state, starts)
 
-            def save() -> None:
-                if checkpoint is not None:
-                    state.save(checkpoint, identity)
-
             try:
-                descent.run(state, price, config.search_windows, save)
+                descent.run(state, price, config.search_windows, stage)
             except KeyboardInterrupt:
                 if ranks.world_size() > 1:
                     # The others may be anywhere in their sweep.
@@ -267,18 +255,14 @@ class _State:
             found[f"keep_rate.{site.layer}.{site.kind}"] = values
         return found
 
-    def save(self, path: Path, identity: dict[str, Any]) -> None:
+    def state(self) -> State:
         numbers = {"step": self.step, "windows": self.windows, "losses": self.losses, "even": self.even}
-        save_state(path, {"path": torch.stack(self.path)}, numbers, identity)
+        return {"path": torch.stack(self.path)}, numbers
 
     @classmethod
-    def load(cls, path: Path, identity: dict[str, Any]) -> _State:
-        tensors, numbers = load_state(path, identity)
-        try:
-            rates = list(tensors["path"])
-            return cls(rates[-1], numbers["step"], numbers["windows"], numbers["losses"], rates, numbers["even"])
-        except (KeyError, IndexError) as error:
-            raise not_a_state(path, error) from error
+    def of(cls, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> _State:
+        rates = list(tensors["path"])
+        return cls(rates[-1], numbers["step"], numbers["windows"], numbers["losses"], rates, numbers["even"])
 
 
 class _Descent:
@@ -312,12 +296,12 @@ class _Descent:
         state.add(found[best] / self._sizes, self._settle(found[best]))
         state.windows += (2 + len(starts)) * self._num_windows
 
-    def run(self, state: _State, price: float, allowed: int, save: Callable[[], Any]) -> None:
+    def run(self, state: _State, price: float, allowed: int, stage: Stage) -> None:
         """Sweep and move, at `price` for each window, until the windows allowed are used up or nothing helps."""
         price *= self._num_windows
         if not self._projections:
             self._settle((state.rates * self._sizes).round())
-        save()
+        stage.save(state.state)
         while state.step >= LAST_STEP and state.windows + price <= allowed:
             rates, loss = self._move(state)
             state.windows += price
@@ -326,7 +310,7 @@ class _Descent:
             else:
                 state.add(state.rates, state.losses[-1])
                 state.step /= 2
-            save()
+            stage.save(state.state)
 
     def _move(self, state: _State) -> tuple[torch.Tensor, float]:
         """The best of a few moves along the slopes of all sites, and its divergence."""

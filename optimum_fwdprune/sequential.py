@@ -37,6 +37,7 @@ def refit_in_sequence(
     held_out: Calibration | None,
     batch_size: int,
     shelf: Shelf | None = None,
+    known: Sequence[Mapping[SiteKey, Projection]] = (),
 ) -> Iterator[Refitted]:
     """Yield, layer by layer, new projection parameters of every site that loses units and, where the target is the
     dense model's stream, of every site behind the first of these, since all of them can make up for its loss.
@@ -57,6 +58,7 @@ def refit_in_sequence(
         batch_size (`int`): windows per forward pass.
         shelf (`Shelf`, *optional*): where hidden states wait; it settles after every layer, and a pass that was
             interrupted goes on behind the last layer that it settled.
+        known (sequence of mappings of site key to `Projection`): what was found for the first layers before.
     """
     runner, shelf = LayerRunner(model), shelf or Shelf()
     texts = [text for text in (fit, held_out) if text is not None]
@@ -79,7 +81,10 @@ def refit_in_sequence(
         with resident(runner.layers[of_layer[0].layer]):
             for stream, _ in streams:
                 stream.enter(of_layer)
-            for place, site in enumerate(of_layer):
+            is_known = of_layer[0].layer < len(known)
+            if is_known:
+                projections |= known[of_layer[0].layer]
+            for place, site in enumerate([] if is_known else of_layer):
                 if site.key not in behind or (target == LAYER and len(kept[site.key]) == site.num_units):
                     continue
                 columns = site.kept_features(kept[site.key])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +16,7 @@ from transformers import PreTrainedModel
 from . import ranks
 from .architectures import Site, SiteKey
 from .calibration import Calibration
+from .checkpoints import Checkpoint
 from .utils import progress
 
 
@@ -87,6 +91,17 @@ class _Accumulator:
         self.squares += torch.linalg.vecdot(deviations, deviations, dim=0).to(self.sum.device)
         self.count += len(values)
 
+    def state(self) -> dict[str, torch.Tensor]:
+        found = {"count": torch.tensor(self.count), "shift": self.shift, "sum": self.sum, "squares": self.squares}
+        return found if self.gram is None else {**found, "gram": self.gram}
+
+    def take_up(self, state: dict[str, torch.Tensor]) -> None:
+        self.count = int(state["count"])
+        for own, name in ((self.shift, "shift"), (self.sum, "sum"), (self.squares, "squares")):
+            own.copy_(state[name])
+        if self.with_gram and self.count:
+            self.gram = state["gram"].to(self.shift.device)
+
     def pool(self) -> None:
         """Take in what the other processes have summed, around other shifts."""
         mean = self.shift.double() + self.sum / max(1, self.count)
@@ -141,6 +156,7 @@ def collect_statistics(
     calibration: Calibration,
     batch_size: int,
     kinds: Iterable[str] = (MOMENTS,),
+    checkpoint: Checkpoint | None = None,
 ) -> dict[SiteKey, SiteStatistics]:
     """Run the calibration tokens through `model` once and return the statistics of every site.
 
@@ -153,14 +169,17 @@ def collect_statistics(
         batch_size (`int`): windows per forward pass.
         kinds (iterable of `str`): what to gather, of `KINDS_OF_STATISTICS`. Gram matrices take
             `in_features²` float32 numbers per site.
+        checkpoint (`Checkpoint`, *optional*): where the sums so far are kept.
 
     Raises:
         ValueError: where a projection was bypassed, or saw a NaN or an infinity.
     """
+    sites, kinds = list(sites), sorted(kinds)
     observer = Observer(sites, kinds)
-    share = calibration.own_share()
+    stage = (checkpoint or Checkpoint()).stage(*_name_of_pass(calibration, sites, kinds), own=True)
+    share, done = calibration.own_share(), stage.load(observer.take_up) or 0
     with observer.watching():
-        batches = list(share.batches(batch_size)) if share is not None else []
+        batches = list(share.after(done).batches(batch_size)) if share is not None and done < len(share) else []
         for input_ids, attention_mask in progress(batches, "Calibrating", unit="batch"):
             observer.attention_mask = attention_mask
             # The base model stops before the vocabulary projection, which no site needs.
@@ -169,8 +188,16 @@ def collect_statistics(
                 attention_mask=None if attention_mask is None else attention_mask.to(model.device),
                 use_cache=False,
             )
+            done += len(input_ids)
+            stage.save_now_and_then(lambda: (observer.sums(), {"windows": done}))  # noqa: B023  called at once
     observer.pool()
     return observer.statistics()
+
+
+def _name_of_pass(calibration: Calibration, sites: list[Site], kinds: list[str]) -> tuple[str, Calibration]:
+    """The stage of one pass over some tokens: a run may make several."""
+    about = json.dumps([calibration.fingerprint, [site.key for site in sites], kinds])
+    return f"statistics-{hashlib.sha256(about.encode()).hexdigest()[:12]}", calibration
 
 
 class Observer:
@@ -212,6 +239,23 @@ class Observer:
             sums.add(inputs)
 
         return hook
+
+    def sums(self) -> dict[str, torch.Tensor]:
+        """Return what was gathered so far, for [`take_up`]."""
+        found = {f"squares.{name}": squares.squares for name, (_, squares) in self._sources.items()}
+        for (layer, kind), accumulator in self._accumulators.items():
+            found |= {f"{layer}.{kind}.{name}": value for name, value in accumulator.state().items()}
+        return found
+
+    def take_up(self, sums: dict[str, torch.Tensor], numbers: dict[str, Any]) -> int:
+        """Go on from `sums` that were gathered before, and return over how many windows, which `numbers` say."""
+        for name, (_, squares) in self._sources.items():
+            squares.squares.copy_(sums[f"squares.{name}"])
+        for (layer, kind), accumulator in self._accumulators.items():
+            prefix = f"{layer}.{kind}."
+            own = {name.removeprefix(prefix): value for name, value in sums.items() if name.startswith(prefix)}
+            accumulator.take_up(own)
+        return numbers["windows"]
 
     def pool(self) -> None:
         """Put together what the processes of a run have gathered, each on windows of its own."""

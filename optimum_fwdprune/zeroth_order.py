@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from transformers.utils import logging
 
 from . import ranks
 from .calibration import Calibration
+from .checkpoints import Checkpoint, State
 from .losses import model_nll
 from .perturbation import Perturbation
 from .utils import progress
@@ -89,6 +91,7 @@ def draw_slopes(
     batch_size: int,
     is_converged: Callable[[Draws], bool] | None = None,
     check_every: int = 1,
+    checkpoint: Checkpoint | None = None,
 ) -> Draws:
     """Measure the loss on both sides of `draws` perturbations.
 
@@ -106,6 +109,7 @@ def draw_slopes(
         batch_size (`int`): sequences per forward pass, of both signs together.
         is_converged (*optional*): called with all draws so far, after every `check_every` of them; true ends it.
         check_every (`int`, defaults to 1): see `is_converged`.
+        checkpoint (`Checkpoint`, *optional*): where the draws so far are kept.
 
     Raises:
         ValueError: where epsilon is too small for the model's dtype, naming one that works; or where more than
@@ -116,20 +120,39 @@ def draw_slopes(
     at_once = in_a_batch * ranks.world_size()
     accepted: list[int] = []
     losses: list[torch.Tensor] = []
-    rejected, rounding_floor = 0, math.nan
+    done, rejected, rounding_floor = 0, 0, math.nan
+    stage = (checkpoint or Checkpoint()).stage("draws", calibration)
+
+    def state() -> State:
+        numbers = {"indices": accepted, "done": done, "rejected": rejected, "rounding_floor": rounding_floor}
+        return {"losses": torch.stack(losses) if losses else torch.zeros(0, 2, dtype=torch.float64)}, numbers
+
+    def take_up(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> tuple[int, int, float]:
+        losses.extend(tensors["losses"])
+        accepted.extend(numbers["indices"])
+        return numbers["done"], numbers["rejected"], numbers["rounding_floor"]
 
     def result(converged: bool = False) -> Draws:
         measured = torch.stack(losses)
         slopes = (measured[:, 0] - measured[:, 1]) / (2 * epsilon)
         return Draws(list(accepted), slopes, measured, rejected, epsilon, rounding_floor, converged)
 
+    done, rejected, rounding_floor = stage.load(take_up) or (0, 0, math.nan)
+    converged = False
+    if is_converged is not None and accepted:
+        # It compares what it is shown with what it was shown before the run was interrupted.
+        for checked in range(max(1, done // check_every - 1) * check_every, done + 1, check_every):
+            shown = result().part(0, sum(draw < checked for draw in accepted))
+            converged = bool(shown.indices) and is_converged(shown) and checked == done
     ends = draws if is_converged is None else check_every
     portions = [
         list(range(start, min(start + at_once, stretch + ends, draws)))
         for stretch in range(0, draws, ends)
         for start in range(stretch, min(stretch + ends, draws), at_once)
     ]
-    for portion in progress(portions, "Drawing perturbations", unit="batch"):
+    # Processes may have become more or fewer.
+    portions = [left for portion in portions if (left := [draw for draw in portion if draw >= done])]
+    for portion in progress([] if converged else portions, "Drawing perturbations", unit="batch"):
         measured, window_differences = sampler.losses(portion, epsilon)
         finite = measured.isfinite().all(1)
         rejected += int((~finite).sum())
@@ -145,11 +168,11 @@ def draw_slopes(
         accepted += [draw for draw, good in zip(portion, finite.tolist()) if good]
         losses += list(measured[finite])
         done = portion[-1] + 1
+        stage.save_now_and_then(state)
         if is_converged is not None and accepted and done % check_every == 0 and is_converged(result()):
-            found = result(converged=True)
+            converged = True
             break
-    else:
-        found = result()
+    found = result(converged)
     _report(found, model.dtype)
     return found
 

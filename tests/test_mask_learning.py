@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_to_the_same_result_bit_for_bit(
 ):
     options = {"antithetic": True, "parametrization": parametrization}
     whole = learn(tokens, **options)
-    file = tmp_path / "run" / "state.safetensors"
+    folder = tmp_path / "run"
     step = module._Learner.step
 
     def killed(self, state, number):
@@ -206,17 +206,17 @@ def test_a_killed_run_goes_on_to_the_same_result_bit_for_bit(
 
     monkeypatch.setattr(module._Learner, "step", killed)
     with pytest.raises(KeyboardInterrupt):
-        learn(tokens, checkpoint=str(file), checkpoint_every=1, **options)
+        learn(tokens, checkpoint=str(folder), checkpoint_seconds=0.0, **options)
     done = []
     monkeypatch.setattr(
         module._Learner, "step", lambda self, state, number: done.append(number) or step(self, state, number)
     )
-    resumed = learn(tokens, checkpoint=str(file), checkpoint_every=2, **options)
+    resumed = learn(tokens, checkpoint=str(folder), **options)
 
     assert done == list(range(stopped_after, 6))
     assert all(torch.equal(resumed.values[key], whole.values[key]) for key in whole.values)
     assert all(torch.equal(resumed.history[name], whole.history[name]) for name in whole.history)
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert not list(folder.glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -228,14 +228,14 @@ def test_a_killed_run_goes_on_to_the_same_result_bit_for_bit(
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tokens, tmp_path, change, difference):
-    file = str(tmp_path / "state.safetensors")
+    file = str(tmp_path / "state")
     learn(tokens, checkpoint=file)
     with pytest.raises(ValueError, match=f"belongs to another run: {difference}"):
         learn(tokens, checkpoint=file, **change)
 
 
 def test_a_checkpoint_of_another_model_or_text_is_refused(tokens, tmp_path):
-    file = str(tmp_path / "state.safetensors")
+    file = str(tmp_path / "state")
     learn(tokens, checkpoint=file)
     with pytest.raises(ValueError, match="another run: its weights is"):
         learn(tokens, tiny.make_model("llama_gqa_biases", seed=1), checkpoint=file)
@@ -254,20 +254,19 @@ def test_a_checkpoint_of_another_model_or_text_is_refused(tokens, tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"half"])
 def test_a_damaged_checkpoint_is_named(tokens, tmp_path, content):
-    file = tmp_path / "state.safetensors"
+    file = tmp_path / "policy_gradient.safetensors"
     file.write_bytes(content)
     with pytest.raises(ValueError, match="is no checkpoint of a run"):
-        learn(tokens, checkpoint=str(file))
+        learn(tokens, checkpoint=str(tmp_path))
     assert file.read_bytes() == content
 
 
 def test_a_checkpoint_that_cannot_be_written_fails_before_anything_is_measured(tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(module._Learner, "step", lambda *_: pytest.fail("it measured"))
-    with pytest.raises(OSError, match="is a folder; name a file"):
-        learn(tokens, checkpoint=str(tmp_path))
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"Cannot write beside .*state"):
-        learn(tokens, checkpoint=str(tmp_path / "file" / "state"))
+    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(OSError, match=r"Cannot write beside .*state"):
+            learn(tokens, checkpoint=str(path))
 
 
 def with_losses(monkeypatch, change):
@@ -369,7 +368,7 @@ def test_ratios_start_where_the_metric_ranks(tokens):
 
 def test_a_run_that_stopped_flat_stays_where_it_is(tokens, monkeypatch, tmp_path):
     with_losses(monkeypatch, lambda losses: losses * 0 + 2 + 0.001 * torch.arange(len(losses)))
-    file = str(tmp_path / "state.safetensors")
+    file = str(tmp_path / "state")
     first, second = (learn(tokens, steps=50, stop_when_flat=4, checkpoint=file) for _ in range(2))
 
     assert first.details == second.details

@@ -87,13 +87,30 @@ def test_each_process_passes_its_share_of_the_windows(folders, alone, name):
     assert max(passed) <= common + 1.3 * (expected - common) / len(folders), (passed, expected)
 
 
+@pytest.mark.parametrize("name", prune_in_ranks.RESUMED)
+def test_a_run_of_several_processes_goes_on(folders, name):
+    for folder in folders:
+        plan = json.loads((folder / f"{name}.json").read_text())
+        for time in ("first", "again"):
+            assert json.loads((folder / f"{name} {time}.json").read_text()) == plan
+        passed = json.loads((folder / "passed.json").read_text())
+        assert passed[f"{name} again"] < 0.7 * passed[f"{name} first"]
+    written = {path.name for path in (folder.parent / "state" / name).iterdir()}
+    own = {each for each in written if each.startswith(("statistics", "calibration"))}
+
+    # The sums of each are its own.
+    assert len(own) % len(folders) == 0 and own
+    assert all(f"-of-{len(folders)}.safetensors" in each for each in own)
+    assert not any("-of-" in each for each in written - own)
+
+
 def test_one_process_writes_and_all_learn_of_its_failure(folders):
     words = [json.loads((folder / "refusal.json").read_text()) for folder in folders]
     saved = folders[0].parent / "saved"
 
     assert words[0].startswith("FileExistsError:") and "is not empty" in words[0]
     assert all(each.startswith("RuntimeError: The main process failed: FileExistsError") for each in words[1:])
-    assert sorted(path.name for path in saved.parent.iterdir()) == [*map(str, range(len(folders))), "saved"]
+    assert sorted(path.name for path in saved.parent.iterdir()) == [*map(str, range(len(folders))), "saved", "state"]
 
 
 def test_the_command_writes_and_speaks_once(tmp_path):

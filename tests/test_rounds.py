@@ -38,8 +38,8 @@ def test_later_rounds_score_what_the_earlier_ones_left_on_the_same_tokens(tokens
     seen = []
     score_units = pruner_module.score_units
 
-    def watched(model, sites, config, calibration, keep):
-        found = score_units(model, sites, config, calibration, keep)
+    def watched(model, sites, config, calibration, keep, *rest):
+        found = score_units(model, sites, config, calibration, keep, *rest)
         seen.append((model, sum(site.num_units for site in sites), calibration.fingerprint, found))
         return found
 
@@ -116,11 +116,19 @@ def test_a_budget_beyond_reach_is_refused_before_anything_is_cut(tokens):
     assert {name: parameter.shape for name, parameter in dense.named_parameters()} == before
 
 
-def test_a_search_checkpoint_is_for_one_search():
-    with pytest.raises(ValueError, match="search_checkpoint keeps one run, and rounds=2"):
-        PruningConfig(rounds=2, search_checkpoint="state.safetensors")
-    with pytest.raises(ValueError, match="checkpoint keeps one run, and rounds=2"):
-        PruningConfig(method="policy_gradient", rounds=2, checkpoint="state.safetensors")
+def test_every_round_keeps_a_state_of_its_own(tokens, tmp_path):
+    request = PruningConfig(sparsity=0.4, rounds=2, checkpoint=str(tmp_path), checkpoint_seconds=0.0)
+    plans, passed = [], []
+    for _ in range(2):
+        model = tiny.make_model("llama_gqa_biases")
+        model.model.layers[0].register_forward_hook(lambda *_: passed[-1].append(1))
+        passed.append([])
+        pruner = FwdPruner(model)
+        pruner.prune(request, tokens)
+        plans.append(pruner.plan.kept)
+
+    assert plans[0] == plans[1] and len(passed[1]) < len(passed[0])
+    assert {path.name for path in tmp_path.iterdir()} == {"round-1", "round-2"}
 
 
 def test_a_failure_in_a_later_round_leaves_what_the_earlier_ones_came_to(tokens, monkeypatch):

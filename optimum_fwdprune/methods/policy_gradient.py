@@ -19,9 +19,6 @@ from .scoring import ScoringInputs, UnitScores
 # Units have thousands of times as many numbers to learn from the same losses: larger steps drown them in noise.
 LEARNING_RATES = {"ratio": 0.05, "unit": 0.02}
 
-# Where and how often the state is written, and how many sequences run at once, do not change a run.
-NOT_OF_THE_RUN = ("checkpoint", "checkpoint_every", "batch_size")
-
 
 @dataclass
 class PolicyGradientConfig(PruningConfig):
@@ -70,8 +67,6 @@ class PolicyGradientConfig(PruningConfig):
         "Stop once three stretches of so many steps in a row had a mean loss no lower than the best before. Default: "
         "never.",
     )
-    checkpoint: str | None = option(None, "File to keep the state in; a run that finds one there goes on from it.")
-    checkpoint_every: int = option(100, "Steps between checkpoints.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,7 +75,6 @@ class PolicyGradientConfig(PruningConfig):
             ("masks_per_step", 2),
             ("windows_per_step", 1),
             ("metric_samples", 1),
-            ("checkpoint_every", 1),
             ("stop_when_flat", 2),
         ):
             value = getattr(self, name)
@@ -136,20 +130,15 @@ def score(inputs: ScoringInputs) -> UnitScores:
     import torch
 
     from ..allocation import prunable_sites
-    from ..checkpoints import identity_of
     from ..mask_learning import Progress, Schedule, history_by_site, learn_rates
-    from ..utils import check_output_file
 
     config = inputs.config
     learned = prunable_sites(inputs.sites, config)
     if not learned:
         return UnitScores({site.key: torch.ones(site.num_units) for site in inputs.sites})
-    checkpoint, identity, found = None, None, None
-    if config.checkpoint is not None:
-        # Whatever is wrong with the file shows before anything is measured.
-        checkpoint = check_output_file(config.checkpoint)
-        identity = identity_of(inputs.model, inputs.calibration, config, NOT_OF_THE_RUN)
-        found = Progress.load(checkpoint, identity) if checkpoint.exists() else None
+    stage = inputs.checkpoint.stage("policy_gradient", inputs.calibration)
+    # Whatever is wrong with it shows before anything is measured.
+    found = stage.load(Progress.of)
     policy, rates = _policy(inputs, learned, _metric_scores(inputs))
     state = found or Progress(0, rates)
     own = {field.name for field in dataclasses.fields(config)}
@@ -159,17 +148,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
     options["prunable_parameters"] = sum(site.num_parameters for site in inputs.sites)
     options["learning_rate"] = config.learning_rate or LEARNING_RATES[config.parametrization]
     schedule = Schedule(**options)
-    learn_rates(
-        inputs.model,
-        learned,
-        inputs.calibration,
-        policy,
-        state,
-        schedule,
-        checkpoint,
-        config.checkpoint_every,
-        identity,
-    )
+    learn_rates(inputs.model, learned, inputs.calibration, policy, state, schedule, stage)
     scores = policy.scores(state.rates).split([site.num_units for site in learned])
     values = {site.key: part for site, part in zip(learned, scores)}
     # What the request leaves alone is kept for certain.
@@ -184,7 +163,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
 def _metric_scores(inputs: ScoringInputs) -> dict:
     """The scores that the probabilities start from, by the metric's own config and on its own statistics."""
     from ..calibration import Calibration
-    from ..statistics import collect_statistics
+    from ..layerwise import gather_statistics
 
     method = get_method(inputs.config.metric)
     shared = {field.name for field in dataclasses.fields(PruningConfig)} - {"method"}
@@ -193,7 +172,9 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
     tokens = Calibration(input_ids, attention_mask, inputs.calibration.source)
     statistics = {}
     if method.statistics:
-        statistics = collect_statistics(inputs.model, inputs.sites, tokens, config.batch_size, method.statistics)
+        (statistics,) = gather_statistics(
+            inputs.model, inputs.sites, [tokens], config.batch_size, method.statistics, inputs.checkpoint
+        )
     found = method.score(dataclasses.replace(inputs, config=config, calibration=tokens, statistics=statistics))
     return dict(found.values if isinstance(found, UnitScores) else found)
 

@@ -27,6 +27,7 @@ class ScoringInputs:
         config: the method's own config.
         keep (`Callable`): scores of every unit in, by site key; out what the request would keep under them, for
             methods that stop once that is settled.
+        checkpoint (`Checkpoint`): where methods that take long keep their state.
     """
 
     model: PreTrainedModel
@@ -35,6 +36,7 @@ class ScoringInputs:
     calibration: Any
     config: Any
     keep: Callable[[Mapping[SiteKey, Tensor]], dict[SiteKey, list[int]]]
+    checkpoint: Any
 
 
 @dataclass(frozen=True)
