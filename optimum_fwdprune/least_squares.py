@@ -18,6 +18,10 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 # What a ridge that was given is raised by, one after the other, while rounding leaves a Gram matrix indefinite.
 LAST_RIDGES = (1e-6, 1e-4, 1e-2)
 
+# Ridges are compared on so many random mixtures of the outputs where these are several times as many: the solution
+# for all of them costs most, and which ridge is best is a question to the features.
+MIXTURES = 256
+
 # Where no window can be held out.
 DEFAULT_RIDGE = 1e-2
 
@@ -78,6 +82,16 @@ class NormalEquations:
         energy, count = ranks.summed(numbers).tolist()
         return NormalEquations(ranks.summed(self.gram), ranks.summed(self.cross), energy, int(count))
 
+    def mixed(self) -> NormalEquations:
+        """Return what to compare ridges on: random mixtures of the outputs where they are many. `energy` stays that
+        of all."""
+        outputs = len(self.cross)
+        if outputs < 4 * MIXTURES:
+            return self
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (MIXTURES, outputs), generator=generator).to(self.cross) * 2 - 1
+        return NormalEquations(self.gram, signs @ self.cross, self.energy, self.count)
+
     def change(self, ridge: float) -> torch.Tensor:
         """Return the change of W, `Σ r xᵀ (Σ x xᵀ + λ I)⁻¹`, float64, with λ = `ridge` · mean(diag Σ x xᵀ).
 
@@ -135,11 +149,15 @@ def refit(fit: NormalEquations, held_out: NormalEquations | None, ridge: float |
     if held_out is None:
         ridge = DEFAULT_RIDGE if ridge is None else ridge
         return Refit(fit.change(ridge), ridge)
-    candidates = RIDGES if ridge is None else (ridge,)
-    errors = {candidate: held_out.error(fit.change(candidate)) for candidate in candidates}
-    best = min(errors, key=lambda candidate: errors[candidate])
-    change = (fit + held_out).change(best) if errors[best] < held_out.energy else None
-    return Refit(change, best, held_out.energy / held_out.count, errors[best] / held_out.count)
+    best = _best_ridge(fit.mixed(), held_out.mixed()) if ridge is None else ridge
+    error = held_out.error(fit.change(best))
+    change = (fit + held_out).change(best) if error < held_out.energy else None
+    return Refit(change, best, held_out.energy / held_out.count, error / held_out.count)
+
+
+def _best_ridge(fit: NormalEquations, held_out: NormalEquations) -> float:
+    errors = {candidate: held_out.error(fit.change(candidate)) for candidate in RIDGES}
+    return min(errors, key=lambda candidate: errors[candidate])
 
 
 def nested_changes(

@@ -9,9 +9,9 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites, reconstruction
+from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites, least_squares, reconstruction
 from optimum_fwdprune.layerwise import LayerRunner, outputs_of, stopped_before
-from optimum_fwdprune.least_squares import RIDGES
+from optimum_fwdprune.least_squares import RIDGES, NormalEquations, refit
 
 
 def sequential(target):
@@ -391,3 +391,22 @@ def test_the_fast_preset_passes_every_window_once(tokens, monkeypatch):
     assert sum(passed) > 2 * len(tokens)
     for name, parameter in once.named_parameters():
         torch.testing.assert_close(parameter, again.get_parameter(name), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_mixtures_of_many_outputs_choose_the_ridge_that_all_of_them_choose(monkeypatch):
+    """With tokens as scarce as here, the smallest and the largest ridge are both far from the best."""
+    generator = torch.Generator().manual_seed(0)
+    features, outputs = 24, 4096
+    weight = torch.randn(outputs, features, generator=generator) / features**0.5
+    fit, held_out = (NormalEquations.empty(features, outputs, torch.device("cpu")) for _ in range(2))
+    for sums, tokens in ((fit, 30), (held_out, 200)):
+        inputs = torch.randn(tokens, features, generator=generator)
+        sums.add(inputs, inputs @ weight.T + 2 * torch.randn(tokens, outputs, generator=generator))
+    mixed = refit(fit, held_out)
+    monkeypatch.setattr(least_squares, "MIXTURES", outputs)
+    exact = refit(fit, held_out)
+
+    assert len(fit.mixed().cross) == outputs and least_squares.RIDGES[0] < exact.ridge
+    assert mixed.ridge == exact.ridge
+    assert mixed.error_after == exact.error_after and torch.equal(mixed.change, exact.change)
