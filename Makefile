@@ -13,13 +13,17 @@ export XDG_CACHE_HOME := $(CACHE)
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test quality style benchmark study recovery vllm clean
+.PHONY: quickstart test fuzz quality style benchmark study recovery vllm clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --basetemp=$(CACHE)/tmp/pytest $(PYTEST_ARGS)
+
+# Half an hour: damaged and made-up checkpoints, ten times as many as in the tests.
+fuzz: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --hypothesis-profile=nightly tests/test_untrusted.py
 
 quality: $(VENV)/quality
 	$(BIN)/ruff check .

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from .integrity import check_checkpoint
 
 
 # Of `from_pretrained`: where files are looked for.
@@ -23,21 +23,10 @@ def load_causal_lm(model_id: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Raises:
         OSError: where a file is not there or, naming it, is damaged; nothing is loaded then.
+        ValueError: where its config and its weights contradict each other.
     """
-    try:
-        return AutoModelForCausalLM.from_pretrained(model_id, **kwargs)
-    except SafetensorError as error:
+    # Code of the repository may describe anything, and a GGUF file describes itself.
+    if "gguf_file" not in kwargs and not kwargs.get("trust_remote_code"):
         where = {name: kwargs[name] for name in WHERE if name in kwargs}
-        config = cached_file(str(model_id), "config.json", **where)
-        files = [] if config is None else sorted(Path(config).parent.glob("*.safetensors"))
-        damaged = ", ".join(str(file) for file in files if not _opens(file)) or f"A file of {model_id}"
-        raise OSError(f"{damaged} is damaged or incomplete ({error}). Copy or download it again.") from error
-
-
-def _opens(file: Path) -> bool:
-    """Whether a file's header is whole, and speaks of as many bytes as there are."""
-    try:
-        with safe_open(file, framework="pt"):
-            return True
-    except SafetensorError:
-        return False
+        check_checkpoint(model_id, AutoConfig.from_pretrained(model_id, **where), where)
+    return AutoModelForCausalLM.from_pretrained(model_id, **kwargs)

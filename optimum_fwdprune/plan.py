@@ -15,6 +15,9 @@ from .utils import write_text_atomically
 
 PLAN_NAME = "fwdprune_plan.json"
 
+# A file may claim any number.
+MOST_UNITS = 2**24
+
 
 @dataclass(frozen=True)
 class PruningPlan:
@@ -55,6 +58,10 @@ class PruningPlan:
             # JSON knows true and 1.5, and Python would take them for numbers of units.
             if not isinstance(units, (list, tuple)) or any(type(number) is not int for number in (total, *units)):
                 raise ValueError(f"Layer {layer} {kind}: units are a list of integers; got {units} of {total}.")
+            if total > MOST_UNITS:
+                raise ValueError(
+                    f"Layer {layer} {kind}: no layer has {total} units; at most {MOST_UNITS} are believed."
+                )
             if list(units) != sorted(set(units)) or not all(0 <= unit < total for unit in units):
                 raise ValueError(
                     f"Layer {layer} {kind}: kept units must be sorted, different and in [0, {total}); got {units}."
@@ -144,7 +151,7 @@ class PruningPlan:
                 attention_unit=document["attention_unit"],
                 metadata=document.get("metadata", {}),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no pruning plan: {type(error).__name__}: {error}") from error
 
 

@@ -36,7 +36,7 @@ from .rounds import Rounds
 from .scores import Scores, needs_calibration, score_units
 from .search import SEARCH, check_search
 from .streaming import Workspace, check_streamable, cut_streamed
-from .utils import evaluating, folder_moved_into_place
+from .utils import evaluating, folder_moved_into_place, naming_what_is_full
 
 
 if TYPE_CHECKING:
@@ -318,7 +318,8 @@ class FwdPruner:
         if not self._low_memory:
             return cut(model, sites, plan, request, calibration, statistics, grams, inplace, seconds, checkpoint)
         workspace = Workspace(self._offload_folder)
-        done = cut_streamed(model, sites, plan, request, calibration, statistics, workspace.folder, seconds)
+        with naming_what_is_full(workspace.folder):
+            done = cut_streamed(model, sites, plan, request, calibration, statistics, workspace.folder, seconds)
         # The weights of the model are there.
         self._workspace = workspace
         return done

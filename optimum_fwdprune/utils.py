@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -29,15 +30,16 @@ METADATA_KEY = "fwdprune"
 def write_text_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` through a temporary sibling, so that no reader ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with naming_what_is_full(path):
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
 
 
 def save_tensors_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
@@ -56,11 +58,12 @@ def _save_atomically(path: Path, tensors: dict[str, torch.Tensor], entry: dict[s
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, entry)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with naming_what_is_full(path):
+        try:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, entry)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -120,6 +123,36 @@ def _check_writable(parent: Path, wanted: Path) -> None:
         raise type(error)(f"Cannot write beside {wanted}: {error.strerror or error}.") from error
 
 
+class DiskFullError(OSError):
+    """There is no more room for a file."""
+
+
+# No space, over quota, larger than a file may be: `OSError` has them as numbers, safetensors in its message.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def naming_what_is_full(wanted: Path) -> Iterator[None]:
+    """Say in errors of a disk that is full what could not be written.
+
+    Raises:
+        DiskFullError: in their place.
+    """
+    try:
+        yield
+    except Exception as error:
+        numbers = {error.errno} if isinstance(error, OSError) else set()
+        full = isinstance(error, DiskFullError) or numbers & {*_FULL}
+        if not full and not any(f"os error {number})" in str(error) for number in _FULL):
+            raise
+        free = shutil.disk_usage(wanted.parent).free
+        raise DiskFullError(
+            f"There is no room for {wanted}: {free / 1e9:.2f} GB are free on that disk, or its quota or largest file "
+            f"size is reached. Nothing of it was left behind and nothing else was touched; make room or name another "
+            f"place."
+        ) from error
+
+
 @contextmanager
 def folder_moved_into_place(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `folder` that becomes it when the block succeeds and vanishes when it does not."""
@@ -127,7 +160,8 @@ def folder_moved_into_place(folder: str | Path, overwrite: bool = False) -> Iter
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
         temporary.chmod(0o777 & ~_umask())
-        yield temporary
+        with naming_what_is_full(folder):
+            yield temporary
         for file in temporary.rglob("*"):
             # Some writers make files that nobody else may read.
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())

@@ -15,6 +15,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import tiny
 import torch
+from hypothesis import settings
+
+
+# By hand, or every night: `make fuzz`.
+settings.register_profile("nightly", max_examples=1000)
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,7 @@ ORDER = [
     "checkpoints",
     "texts",
     "loading",
+    "integrity",
     "offloading",
     "shelves",
     "budgets",

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import multiprocessing
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -259,3 +261,36 @@ def test_a_text_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
         write_text_atomically(path, "new")
 
     assert path.read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+def under_a_file_size_limit(limit, work):
+    """Run `work` in a child whose files may not grow beyond `limit` bytes: to a writer, a disk that is full."""
+    process = multiprocessing.get_context("fork").Process(target=_limited, args=(limit, work))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _limited(limit, work):
+    # What is printed is captured in files.
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for as long as the child lives
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    work()
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("limit", [200, 3_000, 30_000])
+def test_a_full_disk_is_named_and_leaves_everything_as_it_was(tmp_path, limit, low_memory):
+    """Too full for a config, for code, for weights."""
+    tiny.make_model("llama_gqa_biases").save_pretrained(tmp_path / "dense")
+    source = {path.name: path.read_bytes() for path in (tmp_path / "dense").iterdir()}
+
+    def prune_and_save():
+        pruner = FwdPruner.from_pretrained(tmp_path / "dense", low_memory=low_memory, offload_folder=tmp_path)
+        with pytest.raises(OSError, match=r"no room for .*GB are free.*make room"):
+            pruner.prune(PruningConfig(method="magnitude", sparsity=0.2))
+            pruner.save_pretrained(tmp_path / "pruned")
+
+    assert under_a_file_size_limit(limit, prune_and_save) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "dense").iterdir()} == source
