@@ -85,6 +85,22 @@ class Checkpoint:
             identity["tokens"] = calibration.fingerprint
         return Stage(self._folder / f"{name}.safetensors", json.loads(json.dumps(identity)), self._seconds, own)
 
+    def folder(self, name: str, calibration: Calibration | None = None, **about) -> Path | None:
+        """Return a folder for what a stage keeps beside its state, or `None` where nothing is kept.
+
+        Args:
+            name, calibration, about: as for `stage`.
+
+        Raises:
+            ValueError: where there is one that belongs to another run, naming the first difference.
+        """
+        if self._folder is None:
+            return None
+        stage = self.stage(name, calibration, **about)
+        if stage.load(lambda _tensors, _numbers: True) is None:
+            stage.save(lambda: ({}, {}))
+        return self._folder / name
+
 
 class Stage:
     """The state of one stage of a run; see [`Checkpoint.stage`]."""

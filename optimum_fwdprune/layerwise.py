@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, State
 from .offloading import is_offloaded, resident
 from .shelves import Shelf
 from .statistics import Observer, SiteStatistics, collect_statistics
@@ -271,9 +271,47 @@ def gather_statistics(
     sites = list(sites)
     if not is_offloaded(model.base_model):
         return [collect_statistics(model, sites, text, batch_size, kinds, checkpoint) for text in texts]
-    found: list[dict[SiteKey, SiteStatistics]] = [{} for _ in texts]
-    layers = statistics_by_layer(model, sites, texts, batch_size, kinds)
-    for _, of_layer in progress(layers, "Calibrating", total=len(decoder_layers(model)), unit="layer"):
+    checkpoint = checkpoint or Checkpoint()
+    name, about = "statistics-by-layer", {"texts": [text.fingerprint for text in texts], "kinds": sorted(kinds)}
+    shelf = Shelf(checkpoint.folder(f"{name}-hidden-states", about=about))
+    stage = checkpoint.stage(name, about=about)
+    found = stage.load(_unpacked) or [{} for _ in texts]
+    layers = statistics_by_layer(model, sites, texts, batch_size, kinds, shelf)
+    total = len(decoder_layers(model))
+    for _, of_layer in progress(layers, "Calibrating", total=total, unit="layer", initial=shelf.settled):
         for all_layers, statistics in zip(found, of_layer):
             all_layers |= statistics
+        # Before hidden states move on: what lies behind them must be known.
+        stage.save(lambda: _packed(found))
+    shelf.clear()
+    return found
+
+
+def _packed(found: list[dict[SiteKey, SiteStatistics]]) -> State:
+    tensors: dict[str, torch.Tensor] = {}
+    counts = []
+    for text, statistics in enumerate(found):
+        counts.append(next((each.count for each in statistics.values()), 0))
+        for (layer, kind), each in statistics.items():
+            site = f"{text}.{layer}.{kind}"
+            tensors |= {f"{site}.mean": each.mean, f"{site}.variance": each.variance}
+            tensors |= {f"{site}.norm.{name}": norm for name, norm in each.source_norms.items()}
+    return tensors, {"counts": counts}
+
+
+def _unpacked(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> list[dict[SiteKey, SiteStatistics]]:
+    found: list[dict[SiteKey, SiteStatistics]] = [{} for _ in numbers["counts"]]
+    for name in tensors:
+        text, layer, kind, what = name.split(".", maxsplit=3)
+        if what == "mean":
+            site = name.removesuffix("mean")
+            norms = {
+                each.removeprefix(f"{site}norm."): norm
+                for each, norm in tensors.items()
+                if each.startswith(f"{site}norm.")
+            }
+            statistics = SiteStatistics(
+                numbers["counts"][int(text)], tensors[name], tensors[f"{site}variance"], source_norms=norms
+            )
+            found[int(text)][(int(layer), kind)] = statistics
     return found

@@ -317,7 +317,8 @@ class FwdPruner:
     def _cut(self, model, sites, plan, request, calibration, statistics, grams, inplace, seconds, checkpoint) -> Cut:
         if not self._low_memory:
             return cut(model, sites, plan, request, calibration, statistics, grams, inplace, seconds, checkpoint)
-        workspace = Workspace(self._offload_folder)
+        kept = {f"{layer}.{kind}": units for (layer, kind), units in plan.kept.items()}
+        workspace = Workspace(self._offload_folder, checkpoint.folder("streamed", calibration, kept=kept))
         with naming_what_is_full(workspace.folder):
             done = cut_streamed(model, sites, plan, request, calibration, statistics, workspace.folder, seconds)
         # The weights of the model are there.

@@ -66,6 +66,13 @@ class Shelf:
                 self._file(name).unlink(missing_ok=True)
             self._taken = []
 
+    def clear(self) -> None:
+        """Forget every tensor; what was settled stays known."""
+        self._tensors, self._taken = {}, []
+        if self._folder is not None:
+            for file in self._folder.glob("*.safetensors"):
+                file.unlink()
+
     def _file(self, name: str) -> Path:
         assert self._folder is not None
         return self._folder / f"{name}.safetensors"

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from . import ranks
 from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
 from .configuration import PruningConfig
@@ -38,13 +39,18 @@ CHECKPOINT = "checkpoint"
 
 
 class Workspace:
-    """A folder for what a model that stays on disk is cut into; it is removed with this object.
+    """A folder for what a model that stays on disk is cut into.
 
     Args:
-        parent (`str` or `Path`, *optional*): where to make it; by default where the system keeps temporary files.
+        parent (`str` or `Path`, *optional*): where to make one that is removed with this object; by default where the
+            system keeps temporary files.
+        kept (`Path`, *optional*): the folder itself, which stays, in its place.
     """
 
-    def __init__(self, parent: str | Path | None = None):
+    def __init__(self, parent: str | Path | None = None, kept: Path | None = None):
+        if kept is not None:
+            self.folder = kept
+            return
         if parent is not None:
             Path(parent).mkdir(parents=True, exist_ok=True)
         self._temporary = tempfile.TemporaryDirectory(prefix=".fwdprune-", dir=parent)
@@ -65,6 +71,11 @@ class Workspace:
 
 def check_streamable(config: PruningConfig) -> None:
     """Raise `ValueError` where a request asks for more than one layer of the model at a time."""
+    if ranks.world_size() > 1:
+        raise ValueError(
+            f"low_memory=True runs in one process, and this is one of {ranks.world_size()}: start it without "
+            f"accelerate launch, or leave low_memory out."
+        )
     whole = {
         f"scope={SEARCH!r}": config.scope == SEARCH,
         f"rounds={config.rounds}": config.rounds > 1,
@@ -127,16 +138,14 @@ def cut_streamed(
     with timed(seconds, "verify"):
         difference = probe.difference()
     details = weights.finish()
+    shelf.clear()
     warn_of_unchanged(sites, plan.kept, details)
     if details:
         plan = dataclasses.replace(plan, metadata={**plan.metadata, "reconstructed": details})
-    return Cut(load_streamed(weights.folder, type(pruned), model), plan, difference)
-
-
-def load_streamed(folder: Path, model_class: type[PreTrainedModel], like: PreTrainedModel) -> PreTrainedModel:
-    """Load what `cut_streamed` wrote, its layers left on disk, to where and as what `like` is."""
-    device_map = on_disk(like, like.device)
-    return model_class.from_pretrained(folder, device_map=device_map, dtype=like.dtype).train(like.training)
+    loaded: PreTrainedModel = type(pruned).from_pretrained(
+        weights.folder, device_map=on_disk(model, model.device), dtype=model.dtype
+    )
+    return Cut(loaded.train(model.training), plan, difference)
 
 
 def _timed(found: Iterable[Any], seconds: dict[str, float], stage: str) -> Iterator[Any]:

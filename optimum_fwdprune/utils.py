@@ -215,14 +215,14 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def progress(iterable, description: str, total: int | None = None, unit: str = "it"):
+def progress(iterable, description: str, total: int | None = None, unit: str = "it", initial: int = 0):
     """Wrap `iterable` in a progress bar; silent off a terminal, where transformers' progress bars are off, and in all
     processes of a run but the main one."""
     from tqdm.auto import tqdm
     from transformers.utils import logging
 
     silent = not (sys.stderr.isatty() and logging.is_progress_bar_enabled() and ranks.speaks())
-    return tqdm(iterable, desc=description, total=total, unit=unit, disable=silent)
+    return tqdm(iterable, desc=description, total=total, unit=unit, initial=initial, disable=silent)
 
 
 def render_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

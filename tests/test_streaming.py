@@ -1,6 +1,8 @@
 """Models that stay on disk: the same plan and the same weights as in memory, one layer in memory at a time."""
 
 import json
+import os
+import signal
 
 import pytest
 import tiny
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
 from optimum_fwdprune.layerwise import decoder_layers
 from optimum_fwdprune.offloading import InTurn, is_offloaded, resident
+from optimum_fwdprune.shelves import Shelf
 
 
 REQUESTS = {
@@ -131,3 +134,52 @@ def test_text_is_not_written_by_a_model_on_disk(llama):
 def test_what_contradicts_low_memory_is_refused(llama, option):
     with pytest.raises(ValueError, match="leave out gguf_file and device_map"):
         FwdPruner.from_pretrained(llama, low_memory=True, **option)
+
+
+def killed_at(shelf_writes, work):
+    """Run `work` in a child that is killed when it puts something aside for the so many-th time; whether it was."""
+    child = os.fork()
+    if child == 0:
+        try:
+            countdown = iter(range(shelf_writes))
+            put = Shelf.__setitem__
+
+            def put_or_die(shelf, name, tensor):
+                if next(countdown, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                put(shelf, name, tensor)
+
+            Shelf.__setitem__ = put_or_die
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("name", "puts"), [("independent", 11), ("sequential", 17)])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(llama, tokens, tmp_path, name, puts):
+    def prune(folder, **options):
+        pruner = FwdPruner.from_pretrained(llama, low_memory=True)
+        pruner.prune(PruningConfig(sparsity=0.4, batch_size=16, **REQUESTS[name], **options), tokens)
+        pruner.save_pretrained(folder)
+
+    state = {"checkpoint": str(tmp_path / "state")}
+    prune(tmp_path / "expected")
+    killed = 0
+    # Enough for the start and one layer, so every run gets further.
+    while killed_at(puts, lambda: prune(tmp_path / "found", **state)):
+        assert not (tmp_path / "found").exists() and killed < 20
+        killed += 1
+
+    assert killed >= 2
+    expected, found = weights_of(tmp_path / "expected"), weights_of(tmp_path / "found")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert json_of(tmp_path / "found", "fwdprune_plan.json") == json_of(tmp_path / "expected", "fwdprune_plan.json")
+
+
+def test_what_was_put_aside_for_another_run_is_refused(llama, tokens, tmp_path):
+    request = {"method": "wanda_sp", "sparsity": 0.4, "checkpoint": str(tmp_path / "state")}
+    FwdPruner.from_pretrained(llama, low_memory=True).prune(PruningConfig(**request), tokens)
+    with pytest.raises(ValueError, match=r"belongs to another run: its ridge is None, this one's is 0.1"):
+        FwdPruner.from_pretrained(llama, low_memory=True).prune(PruningConfig(**request, ridge=0.1), tokens)
