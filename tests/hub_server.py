@@ -19,11 +19,12 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         files (`dict[str, dict[str, bytes]]`): repository id to path to content.
         private (`set[str]`): repositories that were created private.
-        requests (`list[str]`): every request, as `"POST /api/repos/create"`.
+        requests (`list[str]`): every request, as `"POST /api/repos/create"`, with its query.
         refuse_commits (`bool`): answer commits with an error, as a Hub that is out of order.
         refuse_objects (`bool`): fail half-way: large files are not taken.
         large_from (`int`): bytes from which files go through LFS.
         token (`str`, *optional*): the only one that may write.
+        taken (`set[str]`): names that datasets have.
         branches (`list[str]`): created, as `"repository branch"`.
         objects (`dict[str, bytes]`): LFS objects by SHA-256.
     """
@@ -32,7 +33,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.private, self.requests, self.refuse_commits = {}, set(), [], False
         self.refuse_objects, self.large_from, self.token = False, 2**20, None
-        self.branches, self.objects = [], {}
+        self.branches, self.objects, self.taken = [], {}, set()
 
     @property
     def url(self):
@@ -55,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     def respond(self, send_body=True):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = unquote(urlsplit(self.path).path)
-        self.server.requests.append(f"{self.command} {path}")
+        self.server.requests.append(f"{self.command} {unquote(self.path)}")
         content = {"error": "no permission to write"}
         status, headers = self.refused(), {}
         if not status:
@@ -86,6 +87,8 @@ class Handler(BaseHTTPRequestHandler):
 def create(hub, body):
     values = json.loads(body)
     repo = f"{values.get('organization') or 'tester'}/{values['name']}"
+    if repo in hub.taken:
+        return 409, {}, {"error": "the name is taken", "url": f"{hub.url}/datasets/{repo}"}
     known = repo in hub.files
     hub.files.setdefault(repo, {})
     # What the client says depends on its version.

@@ -49,8 +49,10 @@ def dense(tmp_path, tokenizer):
     folder = tmp_path / "dense"
     tiny.make_model("llama_gqa_biases").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text("---\nlicense: llama3.2\nlicense_link: LICENSE\ntags: [tiny]\n---\n# Dense\n")
+    card = "---\nlicense: llama3.2\nlicense_name: kind\nlicense_link: LICENSE\ntags: [tiny]\n---\n# Dense\n"
+    (folder / "README.md").write_text(card)
     (folder / "LICENSE").write_text("Be kind.\n")
+    (folder / "NOTICE").write_text("Made by others.\n")
     return folder
 
 
@@ -133,10 +135,12 @@ def test_the_card_says_what_it_is_and_how_to_load_it(hub, run, dense):
     card = files["README.md"].decode()
     data = yaml.safe_load(card.split("---")[1])
 
-    assert data["license"] == "llama3.2" and data["license_link"] == "LICENSE"
+    assert (data["license"], data["license_name"], data["license_link"]) == ("llama3.2", "kind", "LICENSE")
+    # A folder is no name that others could load.
+    assert "base_model" not in data
     assert set(data["tags"]) == {"pruned", "optimum-fwdprune"}
     assert data["pipeline_tag"] == "text-generation" and data["library_name"] == "transformers"
-    assert files["LICENSE"] == b"Be kind.\n"
+    assert (files["LICENSE"], files["NOTICE"]) == (b"Be kind.\n", b"Made by others.\n")
     assert 'from_pretrained("tester/Llama-tiny", trust_remote_code=True)' in card
     assert "optimum-cli fwdprune prune -m dense OUTPUT --method wanda_sp --sparsity 0.3 --scope global" in card
     assert "Built with Llama" in card and "![kept units by layer](kept_units.png)" in card
@@ -179,7 +183,43 @@ def test_branches_and_pull_requests(hub, run, dense):
     )
 
     assert hub.branches == ["tester/branched half"]
-    assert "POST /api/models/tester/branched/commit/half" in hub.requests
+    commits = [request for request in hub.requests if "/commit/" in request]
+    assert commits == [
+        "POST /api/models/tester/branched/commit/half",
+        "POST /api/models/tester/branched/commit/main?create_pr=1",
+    ]
+
+
+def test_what_is_pruned_from_the_hub_names_its_base(hub, run, dense):
+    push = "from huggingface_hub import HfApi\nHfApi().create_repo('someone/dense')\n"
+    push += f"HfApi().upload_folder(repo_id='someone/dense', folder_path={str(dense)!r})\n"
+    run(push + PRUNE.format(dense="someone/dense") + "pruner.push_to_hub('tester/Llama-small')\nprint('{}')")
+    files = hub.files["tester/Llama-small"]
+    card = files["README.md"].decode()
+
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "someone/dense"
+    assert "optimum-cli fwdprune prune -m someone/dense OUTPUT" in card and files["LICENSE"] == b"Be kind.\n"
+
+
+def test_pruned_models_and_trainers_push_like_dense_ones(hub, run, dense, tmp_path):
+    """Without the pruner: what transformers itself uploads loads again, with the plugin and without it."""
+    logits = "print(json.dumps(model.eval()(torch.arange(12)[None]).logits.double().sum().item()))\n"
+    train = "from transformers import Trainer, TrainingArguments\nmodel.push_to_hub('tester/model')\n"
+    train += "rows = [{'input_ids': row, 'labels': row} for row in torch.arange(96).view(4, 24)]\n"
+    options = {"output_dir": str(tmp_path / "training"), "hub_model_id": "tester/trained", "use_cpu": True}
+    options |= {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no", "push_to_hub": True}
+    train += f"trainer = Trainer(model, TrainingArguments(**{options}), train_dataset=rows)\n"
+    train += "trainer.train()\ntrainer.push_to_hub()\n"
+    pushed = run(PRUNE.format(dense=str(dense)) + train + logits)
+    load = "import json, torch\n{first}from transformers import AutoModelForCausalLM\n"
+    load += "model = AutoModelForCausalLM.from_pretrained('tester/{name}', {options})\n" + logits
+    plugin = run(load.format(first="import optimum_fwdprune\n", name="trained", options=""), cache="first")
+    remote = run(load.format(first="", name="trained", options="trust_remote_code=True"), cache="second")
+    models = [hub.files[f"tester/{name}"] for name in ("model", "trained")]
+
+    assert pushed == plugin == remote
+    assert all({"pruned_llama.py", "per_layer.py"} <= files.keys() for files in models)
+    assert models[0]["model.safetensors"] != models[1]["model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +228,7 @@ def test_branches_and_pull_requests(hub, run, dense):
         ({"refuse_commits": True}, "503"),
         ({"refuse_objects": True, "large_from": 1000}, "403"),
         ({"token": "hf_another"}, "403"),
+        ({"taken": {"tester/Llama-x"}}, "the name is that of a dataset; choose another"),
     ],
 )
 def test_an_upload_that_fails_leaves_the_checkpoint_and_says_how_to_go_on(hub, run, dense, tmp_path, broken, message):
@@ -203,7 +244,7 @@ def test_an_upload_that_fails_leaves_the_checkpoint_and_says_how_to_go_on(hub, r
     assert f"The checkpoint is whole in {out}: `hf upload tester/Llama-x {out}` tries again." in error
     assert "fwdprune_plan.json" not in hub.files.get("tester/Llama-x", {})
     # The server is well again.
-    vars(hub).update({"refuse_commits": False, "refuse_objects": False, "token": None})
+    vars(hub).update({"refuse_commits": False, "refuse_objects": False, "token": None, "taken": set()})
     again = "from huggingface_hub import HfApi\nHfApi().create_repo('tester/Llama-x', exist_ok=True)\n"
     run(f"{again}HfApi().upload_folder(repo_id='tester/Llama-x', folder_path={str(out)!r})\nprint('{{}}')")
     assert {"model.safetensors", "README.md"} <= hub.files["tester/Llama-x"].keys()
@@ -222,12 +263,14 @@ def test_the_command_uploads_what_it_saved(hub, run, dense, tmp_path):
     out = tmp_path / "out"
     command = ["optimum-cli", "fwdprune", "prune", "-m", str(dense), str(out), "--calibration", "builtin"]
     command += ["--n_samples", "4", "--seq_len", "32", "--push-to-hub", "tester/small", "--private"]
+    command += ["--create-pr"]
     start = f"import sys; sys.argv = {command!r}\nfrom optimum.commands.optimum_cli import main; main()"
     result = run(start, check=False)
 
     assert result.returncode == 0, result.stderr
-    assert "Uploaded to tester/small" in result.stdout and hub.private == {"tester/small"}
+    assert f"Uploaded to {hub.url}/tester/small/discussions/1" in result.stdout and hub.private == {"tester/small"}
+    assert "POST /api/models/tester/small/commit/main?create_pr=1" in hub.requests
     # A Llama licence asks for the name.
     assert 'has a name that begins with "Llama"' in result.stderr
     local = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert local - hub.files["tester/small"].keys() == set()
+    assert "fwdprune/scores.safetensors" in local and local <= hub.files["tester/small"].keys()

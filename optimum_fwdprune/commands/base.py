@@ -110,8 +110,9 @@ def add_hub_options(parser: ArgumentParser) -> None:
     hub = parser.add_argument_group("hub")
     hub.add_argument("--push-to-hub", "--push_to_hub", metavar="REPO", help="Also upload the checkpoint there.")
     hub.add_argument("--private", action="store_true", default=None, help="A new repository is private.")
-    hub.add_argument("--push-revision", "--push_revision", metavar="BRANCH", help="Branch to upload to.")
-    hub.add_argument("--create-pr", "--create_pr", action="store_true", help="Open a pull request instead.")
+    where = hub.add_mutually_exclusive_group()
+    where.add_argument("--push-revision", "--push_revision", metavar="BRANCH", help="Branch to upload to.")
+    where.add_argument("--create-pr", "--create_pr", action="store_true", help="Open a pull request instead.")
 
 
 def push_to_hub(pruner: FwdPruner, args: Namespace) -> None:
