@@ -114,7 +114,9 @@ class RecoverCommand(Command):
         for name, value in own.items():
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         if self.args.gradient_checkpointing:
-            words += ["--activation_checkpointing", "true"]
+            # Later releases of transformers warn of the older name.
+            name = next(each for each in ("activation_checkpointing", "gradient_checkpointing") if each in known)
+            words += [f"--{name}", "true"]
         parser: Any = HfArgumentParser(RecoveryArguments)  # type: ignore[arg-type]
         (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", output_dir, *words])
         return parsed

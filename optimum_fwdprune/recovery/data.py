@@ -28,6 +28,8 @@ MAX_LENGTH = 512
 
 # Columns by which data says what it is, and how its rows become messages of a chat.
 CHATS = ("messages", "conversation", "conversations")
+# ShareGPT's words for who speaks, which are those of most data with `conversations`.
+SPEAKERS = {"human": "user", "gpt": "assistant"}
 # What asks and what answers; an optional input stands between the two.
 QUESTIONS = {"prompt": "completion", "instruction": "output", "question": "answer"}
 
@@ -41,7 +43,8 @@ def training_data(
 ) -> Dataset:
     """Return sequences to train on, with columns `input_ids` and `labels`.
 
-    Columns say what the data is: `input_ids` (and `labels`) are taken as they are; `messages` are a chat, and `prompt`
+    Columns say what the data is: `input_ids` (and `labels`) are taken as they are; `messages` are a chat (with `role`
+    and `content`, or ShareGPT's `from` and `value`), and `prompt`
     and `completion`, `instruction` (`input`) and `output`, or `question` and `answer` become one, put through the
     tokenizer's chat template where it has one, with the loss on the answers alone; anything else is text, packed end
     to end into sequences of `max_length` tokens.
@@ -103,7 +106,7 @@ def _chat_of(row: dict, column: str | None) -> Callable[[dict], list[dict]] | No
     """Return how rows like this one become messages, or `None` where they are plain text."""
     for name in CHATS if column is None else (column,):
         if isinstance(row.get(name), list):
-            return lambda row: row[name]
+            return lambda row: [_message(each, name) for each in row[name]]
     for question, answer in QUESTIONS.items():
         if column is None and isinstance(row.get(question), str) and isinstance(row.get(answer), str):
             return lambda row: [
@@ -111,6 +114,17 @@ def _chat_of(row: dict, column: str | None) -> Callable[[dict], list[dict]] | No
                 {"role": "assistant", "content": row[answer]},
             ]
     return None
+
+
+def _message(given: Any, column: str) -> dict:
+    """A message with `role` and `content`, which ShareGPT calls `from` and `value`."""
+    if isinstance(given, Mapping):
+        if given.keys() >= {"role", "content"}:
+            return dict(given)
+        if given.keys() >= {"from", "value"}:
+            return {"role": SPEAKERS.get(given["from"], given["from"]), "content": given["value"]}
+    found = ", ".join(given) if isinstance(given, Mapping) else f"a {type(given).__name__}"
+    raise ValueError(f"A message of a chat has role and content, or from and value; one in {column!r} has {found}.")
 
 
 def _packed(

@@ -82,15 +82,19 @@ class TestRecover:
             assert f"--{field.name}" in out
 
     def test_a_stopped_run_goes_on(self, cli, folder, tmp_path):
-        command = ["recover", folder / "pruned", tmp_path / "out", "--dataset", folder / "text.txt", *TRAIN[:4]]
+        command = ["recover", folder / "pruned", tmp_path / "out", "--dataset", folder / "text.txt", *TRAIN[:2]]
         command += ["--output_dir", tmp_path / "steps", "--save_steps", 3, "--overwrite"]
-        code, _, err = cli(*command, "--set", "use_cpu=true", "per_device_train_batch_size=2")
+        code, _, err = cli(*command, "--max_steps", 3, "--set", "use_cpu=true", "logging_steps=1")
         assert code == 0, err
-        code, _, err = cli(*command, "--resume_from_checkpoint", "true", "--set", "use_cpu=true")
+        command += ["--resume_from_checkpoint", "true", "--gradient_checkpointing", "--max_steps", 6]
+        code, _, err = cli(*command, "--set", "use_cpu=true", "logging_steps=1")
 
         assert code == 0, err
+        arguments = torch.load(tmp_path / "steps" / "checkpoint-6" / "training_args.bin", weights_only=False)
+        assert arguments.gradient_checkpointing
         state = json.loads((tmp_path / "steps" / "checkpoint-6" / "trainer_state.json").read_text())
-        assert state["global_step"] == 6
+        # What was logged before it stopped, and after.
+        assert [entry["step"] for entry in state["log_history"]] == [1, 2, 3, 4, 5, 6]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -100,6 +104,7 @@ class TestRecover:
             (["--dataset_column", "body"], "has no column 'body'; it has text."),
             (["--max_length", 100000], "max_length=100000 is more than the 128 positions"),
             (["--set", "weight_decayy=1"], "TrainingArguments has no 'weight_decayy'; the nearest are weight_decay"),
+            (["--report_to", "nowhere"], "nowhere"),
             (["--set", "weight_decay"], "--set takes NAME=VALUE; got 'weight_decay'."),
             (["--resume_from_checkpoint", "true"], "There is no checkpoint to resume from"),
             (["--mode", "full", "--teacher", "dense"], "A teacher is for mode='distill'"),

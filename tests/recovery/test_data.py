@@ -72,6 +72,7 @@ def test_no_more_is_read_than_training_wants(tokenizer):
     "row",
     [
         {"messages": CHAT[:2]},
+        {"conversations": [{"from": "human", "value": "the quick"}, {"from": "gpt", "value": "brown fox"}]},
         {"prompt": "the quick", "completion": "brown fox"},
         {"instruction": "the quick", "output": "brown fox"},
         {"question": "the quick", "answer": "brown fox"},
@@ -151,6 +152,8 @@ def test_batches_are_padded_behind_their_end_and_only_where_they_must():
         ([{"a": "x", "b": "y"}], {}, "rows has the columns a, b; name one"),
         ([{"a": "x", "b": "y"}], {"dataset_column": "text"}, "rows has no column 'text'; it has a, b"),
         ([{"messages": [{"role": "user", "content": "x"}]}], {}, "No row of rows has an answer"),
+        ([{"messages": [{"who": "me", "says": "x"}]}], {}, "one in 'messages' has who, says"),
+        ([{"turns": ["x", "y"]}], {"dataset_column": "turns"}, "one in 'turns' has a str"),
         ("nowhere.txt", {}, "There is no file nowhere.txt"),
         (3.5, {}, "Cannot read a float"),
     ],

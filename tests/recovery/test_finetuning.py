@@ -290,8 +290,9 @@ def test_equal_seeds_give_equal_models(tokenizer, tokens, tmp_path):
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
-def test_the_log_goes_where_it_is_asked_to(tokenizer, tokens, tmp_path):
+def test_the_log_goes_where_report_to_says(tokenizer, tokens, tmp_path, monkeypatch):
     from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
 
     class Log(TrainerCallback):
         seen = []
@@ -299,11 +300,27 @@ def test_the_log_goes_where_it_is_asked_to(tokenizer, tokens, tmp_path):
         def on_log(self, args, state, control, logs=None, **_):
             self.seen.append(logs)
 
-    from optimum_fwdprune.recovery import recover
+    # In the place of a service, as the Trainer looks them up.
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", Log)
+    pruner = pruner_of(tokenizer, tokens)
+    pruner.recover(TEXTS, arguments(tmp_path, logging_steps=4, report_to="trackio"))
+    assert [round(logs["loss"], 3) > 0 for logs in Log.seen if "loss" in logs] == [True] * 3
+
+
+def test_hidden_states_come_nearer_to_the_teacher_s(dense_model, tokenizer, tokens, tmp_path):
+    """With next to no other part in the loss, and gradient checkpointing, which runs layers twice."""
+
+    def apart(model):
+        with torch.no_grad():
+            own, wanted = (each(tokens, output_hidden_states=True).hidden_states for each in (model, dense_model))
+        return sum(float((a - b).square().mean() / b.square().mean()) for a, b in zip(own[1:], wanted[1:]))
 
     pruner = pruner_of(tokenizer, tokens)
-    recover(pruner.model, tokenizer, TEXTS, arguments(tmp_path, logging_steps=4), callbacks=[Log()])
-    assert [round(logs["loss"], 3) > 0 for logs in Log.seen if "loss" in logs] == [True] * 3
+    before = apart(pruner.model)
+    options = {"mode": "distill", "hidden_weight": 100.0, "max_steps": 30, "activation_checkpointing": True}
+    pruner.recover({"input_ids": tokens.repeat(8, 1)}, arguments(tmp_path, **options), teacher=dense_model)
+
+    assert apart(pruner.model) < 0.8 * before
 
 
 class TestBadInput:
