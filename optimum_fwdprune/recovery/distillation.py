@@ -77,13 +77,11 @@ def divergence(
         teacher_ids (`Tensor[places, k]`, *optional*): which tokens these are.
         temperature (`float`): both distributions are flattened by it.
     """
-    own = F.log_softmax(student.float() / temperature, -1)
-    if teacher_ids is None:
-        wanted = F.log_softmax(teacher.float() / temperature, -1)
-    else:
-        own = _with_rest(own.gather(-1, teacher_ids))
-        # Kept at temperature 1, where the rest is one more token.
-        wanted = F.log_softmax(_with_rest(teacher.float()) / temperature, -1)
+    own, wanted = student.float(), teacher.float()
+    if teacher_ids is not None:
+        # Both at temperature 1, where the teacher's was kept: the rest is one more token, and flattened like the others.
+        own, wanted = _with_rest(own.log_softmax(-1).gather(-1, teacher_ids)), _with_rest(wanted)
+    own, wanted = (F.log_softmax(each / temperature, -1) for each in (own, wanted))
     return temperature**2 * F.kl_div(own, wanted, reduction="sum", log_target=True)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -84,11 +87,28 @@ def recover(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    trainer.train(resume_from_checkpoint=resumed)
+    with _steps_reach_the_weights(trained):
+        trainer.train(resume_from_checkpoint=resumed)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if args.trains_adapters and args.merge_adapters:
         trained = merged(trained)
     return trained.eval(), trainer
+
+
+@contextmanager
+def _steps_reach_the_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Hold what is trained in float32 while the context is open: a 16-bit weight rounds most steps away."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    dtypes = [parameter.dtype for parameter in trained]
+    # The parameters alone: buffers such as rotary frequencies are float32 whatever the model's dtype.
+    for parameter in trained:
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in zip(trained, dtypes):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _sequences_of(args: RecoveryArguments) -> int | None:

@@ -88,8 +88,9 @@ class RecoveryTrainer(Trainer):
             # A mean over places, to be summed over the batches of a step as the other parts are.
             share = int(counted.sum()) / count
             loss = loss + self.args.hidden_weight * share * hidden_error(own, wanted)
-        tokens = max(1, int(counted.sum()))
-        for name, value in (("cross_entropy", cross_entropy), ("divergence", divergence)):
-            self._parts[name] = self._parts.get(name, 0.0) + float(value.detach()) / tokens
-        self._batches += 1
+        if self.model.training:
+            tokens = max(1, int(counted.sum()))
+            for name, value in (("cross_entropy", cross_entropy), ("divergence", divergence)):
+                self._parts[name] = self._parts.get(name, 0.0) + float(value.detach()) / tokens
+            self._batches += 1
         return loss

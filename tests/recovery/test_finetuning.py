@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
 from optimum_fwdprune.evaluation import texts_loss
-from optimum_fwdprune.recovery.distillation import TEACHER_IDS, kept_predictions
+from optimum_fwdprune.recovery.distillation import TEACHER_IDS, divergence, kept_predictions
 
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "the lazy dog and the brown fox are quick"] * 40
@@ -148,7 +148,30 @@ def test_accumulated_batches_are_one_batch(accumulation, dense_model, tokenizer,
     assert pruner.trainer.state.log_history[0]["loss"] == pytest.approx(total / counted, rel=1e-4)
 
 
+def test_steps_too_small_for_16_bits_reach_16_bit_weights(tokenizer, tokens, tmp_path):
+    """All weights, at the default learning rate: as if they had been float32 and rounded in the end."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        pruner = pruner_of(tokenizer, tokens)
+        for parameter in pruner.model.parameters():
+            parameter.data = parameter.data.bfloat16().to(dtype)
+        found[dtype] = pruner.recover(TEXTS, arguments(tmp_path, mode="full", learning_rate=None, max_steps=30))
+
+    expected = found[torch.float32].state_dict()
+    for name, value in found[torch.bfloat16].state_dict().items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, expected[name].bfloat16()), name
+
+
 class TestKeptPredictions:
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+    def test_a_student_that_predicts_the_same_is_at_no_distance(self, temperature):
+        logits = 2 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+        kept, ids = logits.log_softmax(-1).topk(5)
+
+        assert float(divergence(logits, kept, ids, temperature)) == pytest.approx(0, abs=1e-5)
+        assert float(divergence(logits.roll(1, -1), kept, ids, temperature)) > 0.1
+
     def test_with_the_whole_vocabulary_they_teach_what_the_live_teacher_does(
         self, dense_model, tokenizer, tokens, tmp_path
     ):
@@ -279,6 +302,19 @@ def test_held_out_text_is_evaluated_along_the_way(tokenizer, tokens, tmp_path):
     found = [each["eval_loss"] for each in pruner.trainer.state.log_history if "eval_loss" in each]
 
     assert len(found) == 2 and math.isfinite(found[0]) and found[1] < found[0]
+
+
+def test_what_is_logged_of_training_is_of_training(dense_model, tokenizer, tokens, tmp_path):
+    """Evaluation along the way leaves the logged parts of the loss as they are."""
+    options = {"mode": "distill", "max_steps": 4, "logging_steps": 2, "lora_dropout": 0.0}
+    logged = []
+    for evaluation in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        pruner = pruner_of(tokenizer, tokens)
+        args = arguments(tmp_path, **options, **evaluation)
+        pruner.recover(TEXTS, args, teacher=dense_model, eval_dataset=["a fox and a dog " * 40])
+        logged.append([each["divergence"] for each in pruner.trainer.state.log_history if "divergence" in each])
+
+    assert len(logged[0]) == 2 and logged[0] == pytest.approx(logged[1])
 
 
 def test_equal_seeds_give_equal_models(tokenizer, tokens, tmp_path):
