@@ -25,6 +25,7 @@ TASKS = (
     "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",
 )
+FAMILIES = ("llama_gqa_biases", "mistral_sliding_window", "opt_pre_norm", "bloom", "qwen2", "qwen3")
 # Uniform and per-layer sizes, both units of grouped-query attention, added biases, and half precision.
 REQUESTS = {
     "uniform": PruningConfig(method="wanda_sp", sparsity=0.4, scope="layer"),
@@ -104,8 +105,7 @@ def test_sliced_equals_reloaded_in_a_fresh_process(tmp_path, tokens):
 def test_every_task_class_loads_as_remote_code_without_the_plugin(tmp_path, tokens, python_without_the_package):
     """Each family's own head count of tasks, in a virtual environment that does not contain the plugin."""
     expected = {}
-    families = ["llama_gqa_biases", "mistral_sliding_window", "opt_pre_norm", "bloom", "qwen2", "qwen3"]
-    for name in families:
+    for name in FAMILIES:
         for task in TASKS:
             if not has_task(tiny.make_config(name), task):
                 assert (name, task) == ("opt_pre_norm", "AutoModelForTokenClassification")
@@ -117,17 +117,18 @@ def test_every_task_class_loads_as_remote_code_without_the_plugin(tmp_path, toke
 
     actual = reload_in_fresh_process(tmp_path / "saved", "remote", tmp_path, python_without_the_package)
 
-    assert len(actual) == len(families) * len(TASKS) - 1
+    assert len(actual) == len(FAMILIES) * len(TASKS) - 1
     assert_equal_bit_for_bit(actual, expected)
 
 
-def test_the_copied_files_are_the_packages_own(tmp_path, tokens):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_copied_files_are_the_packages_own(name, tmp_path, tokens):
     sources = Path(optimum_fwdprune.models.__file__).parent
-    pruned = FwdPruner(tiny.make_model("bloom")).prune(REQUESTS["per_layer"], tokens)
+    pruned = FwdPruner(tiny.make_model(name)).prune(REQUESTS["uniform"], tokens)
     pruned.save_pretrained(tmp_path)
     copied = sorted(path.name for path in tmp_path.glob("*.py"))
 
-    assert copied == ["per_layer.py", "pruned_bloom.py"]
+    assert copied == ["per_layer.py", f"pruned_{tiny.make_config(name).model_type}.py"]
     assert all(filecmp.cmp(tmp_path / name, sources / name, shallow=False) for name in copied)
 
 
