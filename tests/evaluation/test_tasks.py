@@ -1,13 +1,15 @@
 """The bridge to lm-evaluation-harness, offline, over tasks whose rows are made here."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
 from optimum_fwdprune.evaluation import TASK_PRESETS, evaluate_tasks
 
 
@@ -24,6 +26,7 @@ task: foxes_choice
 output_type: multiple_choice
 doc_to_text: "{{goal}}"
 doc_to_target: label
+target_delimiter: ""
 doc_to_choice: "{{[sol1, sol2]}}"
 metric_list:
   - metric: acc
@@ -33,8 +36,9 @@ metric_list:
 CLASSIFICATION = """
 task: foxes_classification
 output_type: multiple_choice
-doc_to_text: "{{goal}}{{sol1}}. Is that so?"
+doc_to_text: "Is it so? {{goal}}{{sol1}}:"
 doc_to_target: label
+target_delimiter: ""
 doc_to_choice: [" yes", " no"]
 metric_list:
   - metric: acc
@@ -43,8 +47,9 @@ GENERATION = """
 task: foxes_generation
 output_type: generate_until
 doc_to_text: "{{goal}}"
-doc_to_target: "{{sol1}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
+doc_to_target: "{{[sol1, sol2][label]}}"
+target_delimiter: ""
+generation_kwargs: {until: ["\\n"], max_gen_toks: 40, do_sample: false}
 metric_list:
   - metric: exact_match
     aggregation: mean
@@ -90,20 +95,50 @@ def test_all_tasks_of_a_folder_are_run_on_a_pruned_model(folder, tokenizer, toke
     assert scores["foxes_classification"].value in {0, 0.2, 0.4, 0.6, 0.8, 1}
 
 
-def test_a_model_that_knows_the_answers_scores_all_of_them(folder, tokenizer):
-    """Untrained models are right by chance; this one has learned the rows."""
+# What answers all three: the right ending of every row, and whether the first is it.
+ANSWERS = [row["goal"] + (row["sol1"], row["sol2"])[row["label"]] + "\n" for row in ROWS]
+ANSWERS += [f"Is it so? {row['goal']}{row['sol1']}:{(' yes', ' no')[row['label']]}\n" for row in ROWS]
+
+
+@pytest.fixture(scope="module")
+def learned(tokenizer):
+    """A model that knows the answers; untrained ones are right by chance."""
     model = tiny.make_model("llama_mha_tied")
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    texts = [row["goal"] + (row["sol1"], row["sol2"])[row["label"]] for row in ROWS]
     for _ in range(60):
-        for text in texts:
+        for text in ANSWERS:
             ids = torch.tensor(tokenizer(text)["input_ids"])[None]
             optimizer.zero_grad()
             model(ids, labels=ids).loss.backward()
             optimizer.step()
-    (score,) = (each for each in evaluate_tasks(model.eval(), tokenizer, [folder]) if each.task == "foxes_choice")
+    return model.eval()
 
-    assert score.value == 1
+
+def test_a_model_that_knows_the_answers_scores_all_of_them(learned, folder, tokenizer):
+    assert {score.value for score in evaluate_tasks(learned, tokenizer, [folder])} == {1}
+
+
+def test_mini_llm_s_protocol(learned, folder, tokenizer, tmp_path):
+    """Prune by gradients from forward passes, train LoRA adapters, and score all three families of tasks."""
+    pruner = FwdPruner(copy.deepcopy(learned), tokenizer)
+    request = {"method": "mini_llm", "draws": 8, "sparsity": 0.5, "n_samples": 4, "seq_len": 32}
+    pruner.prune(PruningConfig(**request), ANSWERS * 8)
+    pruned = [score.value for score in evaluate_tasks(pruner.model, tokenizer, [folder])]
+    args = RecoveryArguments(
+        output_dir=str(tmp_path / "training"),
+        max_steps=60,
+        per_device_train_batch_size=len(ANSWERS),
+        learning_rate=1e-2,
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    pruner.recover({"input_ids": [tokenizer(text)["input_ids"] for text in ANSWERS] * 60}, args)
+    pruner.save_pretrained(tmp_path / "recovered")
+    recovered = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
+
+    assert min(pruned) < 1
+    assert {score.value for score in evaluate_tasks(recovered, tokenizer, [folder])} == {1}
 
 
 def test_a_limit_takes_fewer_rows(folder, tokenizer):
