@@ -85,15 +85,18 @@ def seeded_generator(*numbers: int, device: torch.device | str = "cpu") -> torch
     return torch.Generator(device).manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
-def check_output_file(file: str | Path) -> Path:
+def check_output_file(file: str | Path, overwrite: bool = True) -> Path:
     """Return `file` as a path that can be written, and read where it exists.
 
     Raises:
+        FileExistsError: where it exists and `overwrite` is not set.
         OSError: where it is a folder, or nothing can be written beside it.
     """
     file = Path(file).expanduser().absolute()
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a folder; name a file.")
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file} exists. Name another file, or pass overwrite to replace it.")
     _check_writable(file.parent, file)
     return file
 

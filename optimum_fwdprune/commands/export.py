@@ -37,7 +37,7 @@ class ExportCommand(Command):
 
         is_file = self.args.format == "gguf"
         if is_file:
-            check_output_file(self.args.output)
+            check_output_file(self.args.output, self.args.overwrite)
         else:
             check_output_folder(self.args.output, self.args.overwrite)
 

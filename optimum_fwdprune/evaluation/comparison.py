@@ -124,10 +124,12 @@ def checked_format(file: str | Path) -> str:
 
     Raises:
         ValueError: where there is no such format.
+        OSError: where the file cannot be written; what is measured takes long.
     """
     ending = Path(file).suffix
     if ending not in FORMATS:
         raise ValueError(f"{file} must end in one of {', '.join(FORMATS)}; it says which format to write.")
+    check_output_file(file)
     return ending
 
 

@@ -62,9 +62,7 @@ def export_gguf(
         import gguf
     except ImportError as error:
         raise ImportError('The GGUF export needs gguf: pip install "optimum-fwdprune[gguf]".') from error
-    file = check_output_file(file)
-    if file.exists() and not overwrite:
-        raise FileExistsError(f"{file} exists. Name another file, or pass overwrite to replace it.")
+    file = check_output_file(file, overwrite)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
     config = stock_config(model.config) if getattr(model.config, "per_layer_config", None) else model.config

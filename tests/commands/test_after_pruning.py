@@ -169,12 +169,13 @@ class TestMeasure:
             (["evaluate", "PRUNED", "--text", "nowhere.txt"], "There is no file nowhere.txt"),
             (["evaluate", "nowhere", "--text", "builtin"], "nowhere"),
             (["compare", "PRUNED", "PRUNED", "-o", "x.doc"], "x.doc must end in one of .md, .json, .csv"),
+            (["benchmark", "PRUNED", "-o", "PRUNED/config.json/x.md"], "Cannot write beside"),
             (["benchmark", "PRUNED", "--repeats", "0"], "must be at least 1"),
             (["benchmark", "PRUNED", "--prompt_tokens", "999"], "more than the 128 positions"),
         ],
     )
     def test_a_users_error_is_one_readable_line(self, cli, folder, arguments, message):
-        code, _, err = cli(*(folder / "pruned" if each == "PRUNED" else each for each in arguments))
+        code, _, err = cli(*(each.replace("PRUNED", str(folder / "pruned")) for each in arguments))
         lines = [line for line in err.splitlines() if line.startswith("error")]
 
         assert code == 1 and len(lines) == 1 and message in lines[0] and "Traceback" not in err
