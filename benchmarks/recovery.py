@@ -132,7 +132,7 @@ class RecoveryStudy(Study):
         scores = self.pruned(SPARSITY).scores
         pruned = (self.pruned(sparsity, scores, reconstruction="none") for sparsity in TIMED)
         models = [self.model, *(each.model for each in pruned)]
-        found = benchmark(models, BATCHES, PROMPTS, repeats=REPEATS)
+        found = benchmark(models, BATCHES, PROMPTS, repeats=REPEATS, clock=time.process_time)
         return [
             {
                 "parameters": each.parameters,
@@ -196,7 +196,7 @@ def report(study, output):
     dense = study.cell("dense", lambda: study.quality(study.model))
     pruned = study.cell("pruned", lambda: study.quality(study.pruned(SPARSITY).model), sparsity=SPARSITY)
     # The shorter half first.
-    speeds = study.cell("speed", study.speed, timed=TIMED, sizes=(BATCHES, PROMPTS, REPEATS))
+    speeds = study.cell("speed", study.speed, timed=TIMED, sizes=(BATCHES, PROMPTS, REPEATS, "processor"))
     rows = [quality_row("dense", dense, pruned), quality_row(f"pruned by {SPARSITY:.0%}", pruned, pruned)]
     cells = {}
     for name, options in RUNS.items():
@@ -236,8 +236,8 @@ Distillation against LoRA, in nats over the same windows: {", ".join(apart)}.
 
 ## Speed
 
-Times as fast as the dense model: the ratio of medians of {REPEATS} runs that took turns, and in brackets what it would
-be between their quartiles.
+Times as fast as the dense model, by the processor's seconds on one thread (the machine was shared): the ratio of
+medians of {REPEATS} runs that took turns, and in brackets what it would be between their quartiles.
 
 {table(["removed", "prompts x tokens", "prefill", "decode"], speed_rows(speeds))}
 {table(["removed", "million parameters", "MB", "million MACs per token", "MB at the peak"], size_rows(speeds))}"""

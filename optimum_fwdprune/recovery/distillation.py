@@ -79,7 +79,7 @@ def divergence(
     """
     own, wanted = student.float(), teacher.float()
     if teacher_ids is not None:
-        # Both at temperature 1, where the teacher's was kept: the rest is one more token, and flattened like the others.
+        # Both at temperature 1, where the teacher's was kept; the rest is a token that is flattened like the others.
         own, wanted = _with_rest(own.log_softmax(-1).gather(-1, teacher_ids)), _with_rest(wanted)
     own, wanted = (F.log_softmax(each / temperature, -1) for each in (own, wanted))
     return temperature**2 * F.kl_div(own, wanted, reduction="sum", log_target=True)

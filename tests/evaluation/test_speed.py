@@ -1,5 +1,6 @@
 """Speed that tells a large model from a small one, sizes that are exact, and reasons where nothing is gained."""
 
+import itertools
 import json
 import math
 
@@ -9,7 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from optimum_fwdprune import FwdPruner, PruningConfig
-from optimum_fwdprune.evaluation import Evaluation, PeakMemory, TaskScore, TextLoss, benchmark, compare, slower_because
+from optimum_fwdprune.evaluation import (
+    Evaluation,
+    PeakMemory,
+    Spread,
+    TaskScore,
+    TextLoss,
+    benchmark,
+    compare,
+    slower_because,
+)
 from optimum_fwdprune.evaluation.comparison import Comparison
 
 
@@ -39,6 +49,13 @@ def test_every_pair_of_sizes_is_timed_with_its_spread():
         assert timing.prefill_tokens_per_second == pytest.approx(
             timing.batch_size * timing.prompt_tokens / timing.prefill.median
         )
+
+
+def test_time_is_what_the_clock_says():
+    # It goes on by a second whenever it is looked at.
+    (found,) = benchmark([tiny.make_model("bloom")], (1,), (8,), new_tokens=4, clock=itertools.count().__next__)
+
+    assert found.timings[0].prefill == Spread(1, 1, 1) and found.timings[0].decode == Spread(0.25, 0.25, 0.25)
 
 
 def test_sizes_are_those_of_the_weights_on_disk(architecture_name, tmp_path):
