@@ -57,6 +57,9 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 class RecoveryStudy(Study):
     """A pruned model after training of several kinds, and the speed of pruned models."""
 
+    # Cells that are not there are left out and not measured.
+    finished_only = False
+
     def __init__(self, calibration_file, evaluation_file, piqa_file, results):
         super().__init__(calibration_file, evaluation_file, results, **CALIBRATION)
         self.arguments = (calibration_file, evaluation_file, piqa_file, results)
@@ -80,9 +83,11 @@ class RecoveryStudy(Study):
         return FwdPruner.from_pretrained(folder)
 
     def cell(self, name, measured, **of):
-        """Measure something once: the cell's file holds what `measured()` returns."""
+        """Measure something once: the cell's file holds what `measured()` returns. `None` where it is left out."""
         texts = (self.calibration.fingerprint, self.evaluated_on, len(self.windows), len(self.others))
         file = self.cache / f"{file_name(name)}-{digest_of(of, texts)}.json"
+        if not file.exists() and self.finished_only:
+            return None
         if not file.exists():
             start = time.perf_counter()
             write_text_atomically(file, json.dumps(measured()) + "\n")
@@ -166,8 +171,8 @@ def quality_row(name, cell, reference):
 
 
 def speed_rows(cells):
-    dense, *others = cells
     rows = []
+    dense, *others = cells or [None]
     for sparsity, each in zip(TIMED, others):
         for old, new in zip(dense["timings"], each["timings"]):
             ratios = []
@@ -196,7 +201,7 @@ def report(study, output):
     dense = study.cell("dense", lambda: study.quality(study.model))
     pruned = study.cell("pruned", lambda: study.quality(study.pruned(SPARSITY).model), sparsity=SPARSITY)
     # The shorter half first.
-    speeds = study.cell("speed", study.speed, timed=TIMED, sizes=(BATCHES, PROMPTS, REPEATS, "processor"))
+    speeds = study.cell("speed", study.speed, timed=TIMED, sizes=(BATCHES, PROMPTS, REPEATS, "processor")) or []
     rows = [quality_row("dense", dense, pruned), quality_row(f"pruned by {SPARSITY:.0%}", pruned, pruned)]
     cells = {}
     for name, options in RUNS.items():
@@ -204,10 +209,13 @@ def report(study, output):
             measured = partial(study.in_a_fresh_process, options, seed)
             run = {**options, "steps": (STEPS, BATCH, LENGTH, LEARNING_RATE)}
             cell = study.cell(f"{name} {seed}", measured, run=run, seed=seed)
-            cells[name, seed] = cell
-            rows.append(quality_row(f"{name}, seed {seed}", cell, pruned))
+            if cell is not None:
+                cells[name, seed] = cell
+                rows.append(quality_row(f"{name}, seed {seed}", cell, pruned))
     apart = [
-        f"{losses_apart(*(cells[name, seed] for name in ('distillation', 'LoRA')))} (seed {seed})" for seed in SEEDS
+        f"{losses_apart(cells['distillation', seed], cells['LoRA', seed])} (seed {seed})"
+        for seed in SEEDS
+        if {("distillation", seed), ("LoRA", seed)} <= cells.keys()
     ]
     header = [
         "model",
@@ -232,7 +240,7 @@ PIQA on {sum(1 for _ in study.piqa.open())} rows. Seconds are those of the proce
 machine, and memory is what training took above the dense and the pruned model, which the process held before.
 
 {table(header, rows)}
-Distillation against LoRA, in nats over the same windows: {", ".join(apart)}.
+Distillation against LoRA, in nats over the same windows: {", ".join(apart) or "not measured yet"}.
 
 ## Speed
 
@@ -251,8 +259,11 @@ def main():
     parser.add_argument("piqa_file")
     parser.add_argument("--results", default="benchmarks/results/recovery")
     parser.add_argument("--output", default="docs/recovery_study.md")
+    parser.add_argument("--finished", action="store_true", help="Write what is finished, and measure nothing.")
     args = parser.parse_args()
-    report(RecoveryStudy(args.calibration_file, args.evaluation_file, args.piqa_file, args.results), args.output)
+    study = RecoveryStudy(args.calibration_file, args.evaluation_file, args.piqa_file, args.results)
+    study.finished_only = args.finished
+    report(study, args.output)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class RecoveryTrainer(Trainer):
             # A mean over places, to be summed over the batches of a step as the other parts are.
             share = int(counted.sum()) / count
             loss = loss + self.args.hidden_weight * share * hidden_error(own, wanted)
-        if self.model.training:
+        if outputs.logits.requires_grad:  # Not in an evaluation along the way.
             tokens = max(1, int(counted.sum()))
             for name, value in (("cross_entropy", cross_entropy), ("divergence", divergence)):
                 self._parts[name] = self._parts.get(name, 0.0) + float(value.detach()) / tokens
