@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from . import ranks
 from .checkpoints import Checkpoint
-from .offloading import lies_on_disk
+from .offloading import input_device, lies_on_disk
 from .texts import PRESETS, detokenize, load_rows, open_texts
 from .utils import progress, seeded_generator
 
@@ -237,7 +237,8 @@ def _sample_from_model(
     if start is None:
         raise ValueError(f"The model has no BOS or EOS token to start from; calibration={SELF!r} needs one.")
 
-    devices = [model.device] if model.device.type == "cuda" else []
+    device = input_device(model)
+    devices = [device] if device.type == "cuda" else []
     windows = torch.zeros(config.n_samples, config.seq_len, dtype=torch.int64)
     # Wider batches than in scoring: a decoding step costs about the same for 8 sequences as for 32.
     size = 4 * config.batch_size
@@ -253,8 +254,8 @@ def _sample_from_model(
         for number, batch in progress(batches[done:], "Sampling calibration text", unit="batch"):
             torch.manual_seed(seeded_generator(config.seed, number).initial_seed())
             batch[:] = model.generate(  # type: ignore[operator]
-                torch.full((len(batch), 1), start, device=model.device),
-                attention_mask=torch.ones((len(batch), 1), dtype=torch.int64, device=model.device),
+                torch.full((len(batch), 1), start, device=device),
+                attention_mask=torch.ones((len(batch), 1), dtype=torch.int64, device=device),
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
 from .checkpoints import Checkpoint, State
-from .offloading import is_offloaded, resident
+from .offloading import input_device, is_offloaded, resident
 from .shelves import Shelf
 from .statistics import Observer, SiteStatistics, collect_statistics
 from .utils import progress
@@ -128,7 +128,7 @@ class LayerRunner:
     @property
     def device(self) -> torch.device:
         """Where tokens go in."""
-        return self._model.device
+        return input_device(self._model)
 
     @torch.no_grad()
     def batches(self, calibration: Calibration, batch_size: int) -> list[Batch]:
@@ -163,7 +163,7 @@ class LayerRunner:
         """Return what the model makes of `hidden` behind its last layer, at all tokens or some: logits."""
         output = (hidden,) if self._as_tuple else hidden
         with self._standing_in(lambda *_args, **_kwargs: output):
-            device = self._model.device
+            device = self.device
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
             return self._model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
 
@@ -199,7 +199,7 @@ class LayerRunner:
         return calls
 
     def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-        device = self._model.device
+        device = self.device
         self._model.base_model(
             input_ids=input_ids.to(device),
             attention_mask=None if mask is None else mask.to(device),

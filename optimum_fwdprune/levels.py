@@ -18,6 +18,7 @@ from .checkpoints import Checkpoint
 from .configuration import PruningConfig
 from .gates import Projection
 from .least_squares import DEFAULT_RIDGE, NormalEquations, nested_changes, refit
+from .offloading import resident
 from .reconstruction import BIAS, HELD_OUT_EVERY, LEAST_SQUARES, compensate_bias, gram_statistics
 from .statistics import MOMENTS, collect_statistics
 from .utils import progress, save_tensors_atomically
@@ -74,14 +75,16 @@ class Levels:
         """Return the projection of `site` with so many units; `None` where that is all of them."""
         if width == site.num_units:
             return None
-        kept, weight = self._kept[site.key][width], site.projection.weight
-        if site.key in self._moments:
-            return compensate_bias(site, kept, self._moments[site.key])
-        if site.key in self._files:
-            columns = self._files[site.key].get_tensor(str(width)).to(weight.device)
-        else:
-            columns = weight[:, site.kept_features(kept)]
-        return Projection(kept, columns, site.projection.bias)
+        kept = self._kept[site.key][width]
+        with resident(site.projection):
+            weight = site.projection.weight
+            if site.key in self._moments:
+                return compensate_bias(site, kept, self._moments[site.key])
+            if site.key in self._files:
+                columns = self._files[site.key].get_tensor(str(width)).to(weight.device)
+            else:
+                columns = weight[:, site.kept_features(kept)]
+            return Projection(kept, columns, site.projection.bias)
 
 
 def _check_space(sites: Sequence[Site], kept: Mapping[SiteKey, dict[int, list[int]]], folder: Path) -> None:

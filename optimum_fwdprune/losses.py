@@ -6,6 +6,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .offloading import input_device
+
 
 # Logits that are turned into probabilities at once; a second copy of all of them would double the peak.
 LOGITS_AT_ONCE = 2**23
@@ -24,8 +26,9 @@ def model_nll(
             f"{type(model).__name__} predicts no next token; the loss needs a causal language model. Score its causal "
             f"counterpart and replay the plan."
         )
-    input_ids = input_ids.to(model.device)
-    attention_mask = None if attention_mask is None else attention_mask.to(model.device)
+    device = input_device(model)
+    input_ids = input_ids.to(device)
+    attention_mask = None if attention_mask is None else attention_mask.to(device)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     return next_token_nll(logits, input_ids, attention_mask, first)
 

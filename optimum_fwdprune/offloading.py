@@ -48,13 +48,13 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
 
-def check_resident(model: PreTrainedModel) -> None:
-    """Raise `ValueError` where a parameter of `model` is offloaded, so that whole models cannot be tried out."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"{name} is offloaded. Load the model without disk or CPU offload, for example with device_map=None."
-            )
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return where the tokens of a batch go, also where the embeddings are offloaded."""
+    if model.device.type != "meta":
+        return model.device
+    hook: Any = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device("cpu" if device is None else device)
 
 
 def check_readable(model: PreTrainedModel) -> None:

@@ -26,7 +26,7 @@ from .hub import Base, check_name, upload
 from .latency import LatencyCost, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
 from .loading import WHERE, load_causal_lm
 from .methods import PruningConfig
-from .offloading import check_readable, check_resident, device_map_on_disk
+from .offloading import check_readable, device_map_on_disk
 from .plan import PruningPlan
 from .planning import keeper, make_plan
 from .reconstruction import NONE, added_parameters, check_reconstruction
@@ -221,7 +221,6 @@ class FwdPruner:
             check_streamable(config)
         check_reconstruction(self.model, config)
         if plan is None and config.scope == SEARCH:
-            check_resident(self.model)
             check_search(self.model, config)
         sites = find_sites(self.model, config.attention_unit)
         if config.layout == STOCK:

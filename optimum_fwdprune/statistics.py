@@ -17,6 +17,7 @@ from . import ranks
 from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .checkpoints import Checkpoint
+from .offloading import input_device
 from .utils import progress
 
 
@@ -175,7 +176,7 @@ def collect_statistics(
         ValueError: where a projection was bypassed, or saw a NaN or an infinity.
     """
     sites, kinds = list(sites), sorted(kinds)
-    observer = Observer(sites, kinds)
+    observer, device = Observer(sites, kinds), input_device(model)
     stage = (checkpoint or Checkpoint()).stage(*_name_of_pass(calibration, sites, kinds), own=True)
     share, done = calibration.own_share(), stage.load(observer.take_up) or 0
     with observer.watching():
@@ -184,8 +185,8 @@ def collect_statistics(
             observer.attention_mask = attention_mask
             # The base model stops before the vocabulary projection, which no site needs.
             model.base_model(
-                input_ids=input_ids.to(model.device),
-                attention_mask=None if attention_mask is None else attention_mask.to(model.device),
+                input_ids=input_ids.to(device),
+                attention_mask=None if attention_mask is None else attention_mask.to(device),
                 use_cache=False,
             )
             done += len(input_ids)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .gates import Projection, gated, replaced_projections
+from .offloading import input_device
 from .plan import PruningPlan
 from .utils import evaluating
 
@@ -75,7 +76,7 @@ def rounded(values: torch.Tensor) -> torch.Tensor:
 def logits(model: PreTrainedModel, probe: torch.Tensor) -> torch.Tensor:
     """Return the first output of `model` for the probe: logits, or hidden states of a bare model."""
     with evaluating(model):
-        return model(input_ids=probe.to(model.device), use_cache=False)[0]
+        return model(input_ids=probe.to(input_device(model)), use_cache=False)[0]
 
 
 def relative_difference(expected: torch.Tensor, actual: torch.Tensor, rounding: float = 0.0) -> float:

@@ -124,14 +124,15 @@ def _known_gradient(inputs: ScoringInputs, perturbation) -> Callable:
     import torch
 
     from ..backprop import unit_gradients, weight_gradients
+    from ..offloading import input_device
     from ..perturbation import GAUSSIAN, Noise
 
     config = inputs.config
     if config.gradient == "ones":
-        return lambda index: [torch.ones(perturbation.shapes[index], device=inputs.model.device)]
+        return lambda index: [torch.ones(perturbation.shapes[index], device=input_device(inputs.model))]
     if config.gradient == "random":
         noise = Noise(config.seed, GAUSSIAN)
-        shapes, device = perturbation.shapes, inputs.model.device
+        shapes, device = perturbation.shapes, input_device(inputs.model)
         return lambda index: [noise.tensor(shapes[index], 0, index, torch.float32, device)]
     if config.perturb == "units":
         gates = unit_gradients(inputs.model, inputs.sites, inputs.calibration, config.batch_size)
