@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +11,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
-from .configuration import OF_THE_MACHINE
 from .evaluation import Comparison
 from .hub import CARD_NAME, LICENSES_THAT_NAME, Base
-from .methods import PruningConfig
-from .record import Record
+from .record import Record, command_of
 from .report import PruningReport, plan_table, plot_plan
 
 
@@ -62,23 +58,6 @@ def write_card(
     data = _metadata(name, model, base, comparison)
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
     (folder / CARD_NAME).write_text(text, encoding="utf-8")
-
-
-def command_of(config: PruningConfig, base: Base | None, output: str = "OUTPUT") -> str:
-    """Return the command line that makes this request."""
-    words = ["optimum-cli", "fwdprune", "prune", "-m", base.name if base else "MODEL", output]
-    for declared in dataclasses.fields(config):
-        if declared.name in OF_THE_MACHINE:
-            continue
-        value = getattr(config, declared.name)
-        factory = declared.default_factory
-        default = declared.default if factory is dataclasses.MISSING else factory()
-        if declared.name == "method" or value != default:
-            if isinstance(value, bool):
-                words.append(f"--{'' if value else 'no-'}{declared.name}")
-            elif value is not None:
-                words += [f"--{declared.name}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
 
 
 def _metadata(name: str, model: PreTrainedModel, base: Base | None, comparison: Comparison | None) -> ModelCardData:
@@ -186,7 +165,7 @@ def _kept(record: Record, picture: Path) -> str:
 def _reproduction(record: Record, base: Base | None, recovery: dict[str, Any] | None) -> str:
     if record.config is None:
         return ""
-    text = f"## Make it again\n\n```bash\n{command_of(record.config, base)}\n```\n\n"
+    text = f"## Make it again\n\n```bash\n{command_of(record.config, base.name if base else 'MODEL')}\n```\n\n"
     text += "`fwdprune_config.json` is the request and `fwdprune_plan.json` what it kept: `--plan` replays it."
     if recovery:
         lines = "\n".join(f"- `{name}`: {value}" for name, value in recovery.items())

@@ -32,6 +32,7 @@ from .planning import keeper, make_plan
 from .reconstruction import NONE, added_parameters, check_reconstruction
 from .record import Record
 from .report import PruningReport, Speedup
+from .report.checkpoint import report_of
 from .rounds import Rounds
 from .scores import Scores, needs_calibration, score_units
 from .search import SEARCH, check_search
@@ -63,10 +64,12 @@ class FwdPruner:
 
     Attributes:
         comparison (`Comparison`, *optional*): set it to what [`~optimum_fwdprune.evaluation.compare`] found, this
-            model last, and the model card shows it.
+            model last, and the model card and reports of the checkpoint show it; pruning or training the model anew
+            drops it.
         model (`PreTrainedModel`): the dense model, and the pruned one after `prune`.
         plan (`PruningPlan`, *optional*): what `prune` kept.
-        report (`PruningReport`, *optional*): what it did.
+        report (`PruningReport`, *optional*): what it did: `print` shows it, and `report.save("report.html")` writes a
+            page with pictures.
         scores (`Scores`, *optional*): the last scores, for another budget or to save; after several rounds those of
             the last, which are of the model before it.
         config (`PruningConfig`, *optional*): the last request.
@@ -143,6 +146,10 @@ class FwdPruner:
             if record.plan is not None:
                 record.plan.check_left(find_sites(model, record.plan.attention_unit))
             pruner.config, pruner.plan, pruner.scores = record.config, record.plan, record.scores
+            if record.plan is not None:
+                pruner.report = report_of(model, record)
+            if record.outcome.get("comparison"):
+                pruner.comparison = Comparison.from_list(record.outcome["comparison"])
             pruner._saved_as = str(model_id)
             if record.plan is not None and (source := record.plan.metadata.get("source")):
                 # Its card carries the licence of what was pruned.
@@ -250,7 +257,7 @@ class FwdPruner:
                 speedup = Speedup(config.target_speedup, budget.cost.speedup(removed), measured)
 
         self.model, self.plan, self.config, self.scores = done.model, done.plan, config, scores
-        self.trainer = self._saved_as = None
+        self.trainer = self._saved_as = self.comparison = None
         after = _Sizes.of(self.model, [])
         self.report = PruningReport(
             parameters_before=before.parameters,
@@ -264,6 +271,8 @@ class FwdPruner:
             seconds=seconds,
             calibration=calibration.source if calibration else None,
             speedup=speedup,
+            unit_parameters=before.per_unit,
+            record=Record(config, self.plan, scores),
         )
         return self.model
 
@@ -374,6 +383,8 @@ class FwdPruner:
         self.model, self.trainer = recover(
             self.model, self.tokenizer, dataset, args, teacher=teacher, eval_dataset=eval_dataset
         )
+        # What was measured was measured before.
+        self.comparison = None
         if keeps_adapters:
             self.model.peft_config["default"].base_model_name_or_path = self._saved_as
         else:
@@ -423,9 +434,14 @@ class FwdPruner:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
             if whole:
-                record = Record(self.config, self.plan, self.scores)
-                record.save(temporary)
                 recovery = None if self.trainer is None else self.trainer.summary()
+                outcome = {
+                    "report": self.report and self.report.to_dict(),
+                    "comparison": self.comparison and self.comparison.to_list(),
+                    "recovery": recovery,
+                }
+                record = Record(self.config, self.plan, self.scores, outcome)
+                record.save(temporary)
                 about = (name or Path(folder).name, self.model, record, self.report, self._base, self.comparison)
                 write_card(temporary, *about, recovery)
 

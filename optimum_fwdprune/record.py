@@ -1,25 +1,42 @@
-"""What a pruned checkpoint says of its pruning: the request, the plan, the scores."""
+"""What a pruned checkpoint says of its pruning: the request, the plan, the scores, and what came of it."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import cached_file
 
-from .configuration import CONFIG_NAME
+from .configuration import CONFIG_NAME, OF_THE_MACHINE
 from .methods import PruningConfig
 from .plan import PLAN_NAME, PruningPlan
 from .scores import SCORES_NAME, Scores
+from .utils import write_text_atomically
+
+
+OUTCOME_NAME = "fwdprune/outcome.json"
 
 
 @dataclass(frozen=True)
 class Record:
-    """The request, the plan and the scores of a pruning, as far as they are known."""
+    """What is known of a pruning.
+
+    Args:
+        config (`PruningConfig`, *optional*): the request.
+        plan (`PruningPlan`, *optional*): what was kept.
+        scores (`Scores`, *optional*): of all units, with the history of what learned.
+        outcome (`dict`): JSON values, each `None` or absent where it is not known: `report`, the sizes and checks of
+            [`PruningReport`]; `comparison`, what [`Comparison`] measured; `recovery`, how it was trained afterwards.
+    """
 
     config: PruningConfig | None
     plan: PruningPlan | None
     scores: Scores | None
+    outcome: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write a file for each of them."""
@@ -29,6 +46,8 @@ class Record:
             self.plan.save(folder / PLAN_NAME)
         if self.scores is not None:
             self.scores.save(folder / SCORES_NAME)
+        if any(self.outcome.values()):
+            write_text_atomically(folder / OUTCOME_NAME, json.dumps(self.outcome, indent=2) + "\n")
 
     @classmethod
     def of_checkpoint(cls, model_id: str | Path, **hub_kwargs) -> Record:
@@ -40,11 +59,39 @@ class Record:
         """
         found = [
             cached_file(str(model_id), name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-            for name in (CONFIG_NAME, PLAN_NAME, SCORES_NAME)
+            for name in (CONFIG_NAME, PLAN_NAME, SCORES_NAME, OUTCOME_NAME)
         ]
-        config, plan, scores = (None if file is None else Path(file) for file in found)
+        config, plan, scores, outcome = (None if file is None else Path(file) for file in found)
         return cls(
             None if config is None else PruningConfig.from_pretrained(config.parent),
             None if plan is None else PruningPlan.load(plan),
             None if scores is None else Scores.load(scores),
+            {} if outcome is None else _json_object(outcome),
         )
+
+
+def command_of(config: PruningConfig, model: str = "MODEL", output: str = "OUTPUT") -> str:
+    """Return the command line that makes this request of a model."""
+    words = ["optimum-cli", "fwdprune", "prune", "-m", model, output]
+    for declared in dataclasses.fields(config):
+        if declared.name in OF_THE_MACHINE:
+            continue
+        value = getattr(config, declared.name)
+        factory = declared.default_factory
+        default = declared.default if factory is dataclasses.MISSING else factory()
+        if declared.name == "method" or value != default:
+            if isinstance(value, bool):
+                words.append(f"--{'' if value else 'no-'}{declared.name}")
+            elif value is not None:
+                words += [f"--{declared.name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object; it holds a {type(found).__name__}.")
+    return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
 from .base import (
     Command,
@@ -14,6 +15,10 @@ from .base import (
     load_tokenizer,
     speed_options,
 )
+
+
+if TYPE_CHECKING:
+    from optimum_fwdprune.evaluation import Comparison
 
 
 def add_output_option(parser: ArgumentParser) -> None:
@@ -64,16 +69,21 @@ class CompareCommand(Command):
         add_loading_options(parser)
 
     def execute(self) -> None:
-        from optimum_fwdprune.evaluation import compare
         from optimum_fwdprune.evaluation.comparison import checked_format
 
         if self.args.output:
             checked_format(self.args.output)
-        options = evaluation_options(self.args)
-        names = [self.args.dense, *self.args.pruned]
-        tokenizer = load_tokenizer(self.args.dense, self.args)
-        models = {name: load_model(name, self.args) for name in names}
-        comparison = compare(models, tokenizer, **options, **speed_options(self.args))
+        comparison = compare_models([self.args.dense, *self.args.pruned], self.args)
         print(comparison)
         if self.args.output:
             comparison.save(self.args.output)
+
+
+def compare_models(names: list[str], args: Namespace) -> Comparison:
+    """Measure models against the first, with the options of quality, speed and loading."""
+    from optimum_fwdprune.evaluation import compare
+
+    options = evaluation_options(args)
+    tokenizer = load_tokenizer(names[0], args)
+    models = {name: load_model(name, args) for name in names}
+    return compare(models, tokenizer, **options, **speed_options(args))

@@ -10,6 +10,7 @@ from .export import ExportCommand
 from .inspect import InspectCommand
 from .prune import PruneCommand
 from .recover import RecoverCommand
+from .report import ReportCommand
 
 
 class FwdPruneCommand(BaseOptimumCLICommand):
@@ -18,6 +19,11 @@ class FwdPruneCommand(BaseOptimumCLICommand):
         CommandInfo(name="prune", help="Prune a model and save it as a checkpoint.", subcommand_class=PruneCommand),
         CommandInfo(
             name="inspect", help="Show what each layer of a pruned checkpoint kept.", subcommand_class=InspectCommand
+        ),
+        CommandInfo(
+            name="report",
+            help="Show all that is known of pruned checkpoints, as tables or as a page with pictures.",
+            subcommand_class=ReportCommand,
         ),
         CommandInfo(name="export", help="Write another program's format.", subcommand_class=ExportCommand),
         CommandInfo(name="recover", help="Train what pruning left.", subcommand_class=RecoverCommand),

@@ -8,12 +8,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils import check_output_file, render_table, write_text_atomically
 from .perplexity import TextLoss, texts_loss
-from .speed import Benchmark, benchmark
+from .speed import Benchmark, Spread, Timing, benchmark
 from .tasks import TaskScore, evaluate_tasks
 
 
@@ -74,9 +75,55 @@ class Comparison:
         first = self.evaluations[0] if len(self.evaluations) > 1 else None
         return [each.figures(first) for each in self.evaluations]
 
+    def of(self, name: str) -> Comparison | None:
+        """Return the first model beside the one called `name`; `None` where none is, or several are.
+
+        Args:
+            name (`str`): as it was given to `compare`, or another path with the same last part.
+        """
+        for called in (str, lambda path: Path(path).name):
+            found = [each for each in self.evaluations if called(each.name) == called(name)]
+            if len(found) == 1:
+                first = self.evaluations[0]
+                return Comparison(found if found[0] is first else [first, *found])
+        return None
+
     def to_json(self) -> str:
         """Return all that was measured, spreads included."""
-        return json.dumps([asdict(each) for each in self.evaluations], indent=2) + "\n"
+        return json.dumps(self.to_list(), indent=2) + "\n"
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Return all that was measured as JSON values, a model each."""
+        return [asdict(each) for each in self.evaluations]
+
+    @classmethod
+    def from_list(cls, values: Sequence[Mapping[str, Any]]) -> Comparison:
+        """Build the comparison that `to_list` returned.
+
+        Raises:
+            ValueError: where something is missing.
+        """
+        try:
+            found = [_evaluation(each) for each in values]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"This is not what models were measured as: {type(error).__name__}: {error}.") from error
+        if not found:
+            raise ValueError("This is not what models were measured as: there is no model.")
+        return cls(found)
+
+    @classmethod
+    def load(cls, file: str | Path) -> Comparison:
+        """Read the comparison that `save` wrote to a `.json` file.
+
+        Raises:
+            ValueError: where the file holds something else.
+        """
+        try:
+            return cls.from_list(json.loads(Path(file).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(
+                f"{file} holds no comparison; `optimum-cli fwdprune compare --output FILE.json` writes one. {error}"
+            ) from error
 
     def to_csv(self) -> str:
         """Return a line per model and a column per figure, unrounded."""
@@ -107,6 +154,18 @@ class Comparison:
             if not name.endswith("standard error"):
                 rows.append([name, *(_shown(figures, name) for figures in found)])
         return rows
+
+
+def _evaluation(values: Mapping[str, Any]) -> Evaluation:
+    speed = values["benchmark"]
+    if speed is not None:
+        timings = [
+            Timing(**{**timing, "prefill": Spread(**timing["prefill"]), "decode": Spread(**timing["decode"])})
+            for timing in speed["timings"]
+        ]
+        speed = Benchmark(**{**speed, "timings": timings})
+    texts = {name: TextLoss(**loss) for name, loss in values["texts"].items()}
+    return Evaluation(values["name"], texts, [TaskScore(**score) for score in values["tasks"]], speed)
 
 
 def _shown(figures: Mapping[str, float | None], name: str) -> str:

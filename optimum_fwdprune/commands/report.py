@@ -1,0 +1,113 @@
+"""`optimum-cli fwdprune report`: what is known of pruned checkpoints, on the terminal or as a page."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .base import (
+    Command,
+    add_evaluation_options,
+    add_loading_options,
+    add_speed_options,
+    loading_options,
+)
+from .compare import compare_models
+
+
+if TYPE_CHECKING:
+    from optimum_fwdprune.evaluation import Comparison
+
+# Of the options of loading, those that reading a config takes.
+WHERE = ("revision", "token", "trust_remote_code")
+
+
+class ReportCommand(Command):
+    EXAMPLES = (
+        "report pruned",
+        "report pruned-20 pruned-40 --html report.html --compare table.json",
+        "report pruned --html report.html --dense MODEL --text wikitext2",
+    )
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        Command.add_common_options(parser)
+        parser.description = (
+            "Show what is known of pruned checkpoints: kept units and parameters of every layer, scores, how masks "
+            "were learned, the request, and side by side what several of them cost and gain. Nothing is measured "
+            "unless --dense, --text or --tasks ask for it."
+        )
+        parser.add_argument("checkpoints", nargs="+", help="Folders or Hub repositories of pruned checkpoints.")
+        output = parser.add_argument_group("output")
+        output.add_argument(
+            "--html", help="Write a self-contained page with pictures, and beside it a .json file of its figures."
+        )
+        output.add_argument("--json", help="Write the figures to this .json file.")
+        output.add_argument("--overwrite", action="store_true", help="Replace files that are there.")
+        measured = parser.add_argument_group("quality and speed")
+        measured.add_argument(
+            "--compare",
+            metavar="FILE",
+            help="Take them from this .json file, which `fwdprune compare --output` wrote. Default: what a checkpoint "
+            "itself carries.",
+        )
+        measured.add_argument(
+            "--dense", metavar="MODEL", help="Measure now, against this model: its folder or Hub repository."
+        )
+        add_evaluation_options(parser)
+        add_speed_options(parser)
+        add_loading_options(parser)
+
+    def execute(self) -> None:
+        from optimum_fwdprune.report.page import check_new_file, check_page_file
+
+        given = self.args
+        measures = given.dense or given.text or given.tasks
+        if given.compare and measures:
+            raise ValueError("--compare takes what was measured before; leave it out, or --dense, --text and --tasks.")
+        # Whatever is wrong with the files shows before anything is measured.
+        if given.html:
+            check_page_file(given.html, given.overwrite)
+        if given.json:
+            check_new_file(given.json, given.overwrite)
+
+        from optimum_fwdprune.report import report_table
+        from optimum_fwdprune.report.checkpoint import describe_checkpoint
+        from optimum_fwdprune.report.document import document_of, measured_of
+        from optimum_fwdprune.report.page import to_json, write_page
+        from optimum_fwdprune.utils import write_text_atomically
+
+        where = {name: value for name, value in loading_options(given).items() if name in WHERE}
+        described = [describe_checkpoint(each, name=name, **where) for each, name in self._named()]
+        if measures or given.compare:
+            comparison = self._measured() if measures else self._read()
+            for each, description in zip(given.checkpoints, described):
+                description["measured"] = measured_of(comparison.of(each))
+        document = document_of(described)
+        print(report_table(document))
+        if given.html:
+            figures = write_page(document, given.html, given.overwrite)
+            print(f"Written to {given.html}, with its figures in {figures}.")
+        if given.json:
+            write_text_atomically(check_new_file(given.json, given.overwrite), to_json(document))
+            print(f"Figures written to {given.json}.")
+
+    def _named(self) -> list[tuple[str, str]]:
+        """Every checkpoint with the last part of its name, or all of it where these are not different."""
+        ids = self.args.checkpoints
+        short = [Path(each).name for each in ids]
+        return list(zip(ids, short if len(set(short)) == len(ids) else ids))
+
+    def _measured(self) -> Comparison:
+        dense = [self.args.dense] if self.args.dense else []
+        return compare_models([*dense, *self.args.checkpoints], self.args)
+
+    def _read(self) -> Comparison:
+        from optimum_fwdprune.evaluation import Comparison
+
+        comparison = Comparison.load(self.args.compare)
+        if not any(comparison.of(each) for each in self.args.checkpoints):
+            names = ", ".join(each.name for each in comparison.evaluations)
+            raise ValueError(f"{self.args.compare} measured {names}, and none of the checkpoints named.")
+        return comparison

@@ -1,0 +1,10 @@
+"""What pruning did, for people and for machines: figures, tables, pictures, and a page of all of them."""
+
+from ..utils import render_table as render_table
+from .pictures import plot_history as plot_history
+from .pictures import plot_plan as plot_plan
+from .pruning import PruningReport as PruningReport
+from .pruning import Speedup as Speedup
+from .tables import history_table as history_table
+from .tables import plan_table as plan_table
+from .tables import report_table as report_table

@@ -1,0 +1,182 @@
+"""What a report says, as JSON values: its page, its tables and its pictures show nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation import Comparison
+from ..plan import PruningPlan
+from ..record import Record, command_of
+from ..scores import Scores
+from ..version import __version__
+from .learning import learning_of
+from .pictures import KINDS
+from .pruning import PruningReport
+
+
+BINS = 32
+QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
+# Scores this far apart are shown by their order of magnitude.
+DECADES = 2
+
+
+def document_of(checkpoints: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a report of checkpoints that `describe` described, as JSON values."""
+    numbered = [{"number": number, **each} for number, each in enumerate(checkpoints, 1)]
+    return {"format": 1, "made_by": f"optimum-fwdprune {__version__}", "checkpoints": numbered}
+
+
+def models_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the models of a report in the order of its tables: what was compared with first, then the checkpoints.
+
+    Args:
+        document (mapping): of `document_of`.
+
+    Returns:
+        `list[dict]`: `number`, a checkpoint's own or `D` for what it is compared with; `name`; `is_dense`; `figures`,
+        empty where nothing was measured; `at`, where in the document these stand.
+    """
+    dense: list[dict[str, Any]] = []
+    pruned: list[dict[str, Any]] = []
+    for place, checkpoint in enumerate(document["checkpoints"]):
+        measured = checkpoint["measured"] or {"dense": None, "pruned": {"figures": {}}}
+        where = ["checkpoints", place, "measured"]
+        reference = measured["dense"]
+        if reference and not any(reference["figures"] == each["figures"] for each in dense):
+            dense.append({"number": "D", "is_dense": True, **reference, "at": [*where, "dense", "figures"]})
+        own = {"number": str(checkpoint["number"]), "name": checkpoint["name"], "is_dense": False}
+        pruned.append({**own, "figures": measured["pruned"]["figures"], "at": [*where, "pruned", "figures"]})
+    if len(dense) > 1:
+        dense = [{**each, "number": f"D{place}"} for place, each in enumerate(dense, 1)]
+    return dense + pruned
+
+
+def describe(
+    name: str, report: PruningReport | None, record: Record | None, comparison: Comparison | None
+) -> dict[str, Any]:
+    """Return what is known of a pruned model, as JSON values; `None` stands for what is not.
+
+    Args:
+        name (`str`): to show.
+        report (`PruningReport`, *optional*): sizes and checks.
+        record (`Record`, *optional*): request, plan and scores.
+        comparison (`Comparison`, *optional*): what was measured: this model last, and first what it is compared with.
+    """
+    record = record or Record(None, None, None)
+    plan, config, scores = record.plan, record.config, record.scores
+    about = plan.metadata if plan else {}
+    return {
+        "name": name,
+        "source": about.get("source"),
+        "model_type": plan.model_type if plan else None,
+        "method": about.get("method") or (config.method if config else None),
+        "reconstruction": about.get("reconstruction") or (config.reconstruction_kind if config else None),
+        "attention_unit": plan.attention_unit if plan else "query_head",
+        "calibration": about.get("calibration"),
+        "seed": about.get("seed"),
+        "rounds": about.get("rounds"),
+        "versions": about.get("versions"),
+        "request": config.to_dict() if config else None,
+        "command": command_of(config, about.get("source") or "MODEL") if config else None,
+        "recovery": record.outcome.get("recovery"),
+        "sizes": _sizes(report) if report else None,
+        "pruning": _pruning(report) if report else None,
+        "layers": _layers(plan, report) if plan else None,
+        "scores": _scores(scores, plan) if scores else None,
+        "learning": _learning(scores),
+        "measured": measured_of(comparison),
+    }
+
+
+def measured_of(comparison: Comparison | None) -> dict[str, Any] | None:
+    """Return every figure of the last model of a comparison, and of the first where that is another one."""
+    if comparison is None:
+        return None
+    found = [
+        {"name": Path(each.name).name, "figures": figures}
+        for each, figures in zip(comparison.evaluations, comparison.figures())
+    ]
+    return {"dense": found[0] if len(found) > 1 else None, "pruned": found[-1]}
+
+
+def _sizes(report: PruningReport) -> dict[str, Any]:
+    prunable = report.prunable_parameters
+    return {
+        "parameters": _change(report.parameters_before, report.parameters_after),
+        "prunable": _change(prunable, prunable - report.removed_parameters),
+        "bytes": _change(report.bytes_before, report.bytes_after),
+        "requested_sparsity": report.requested_sparsity,
+    }
+
+
+def _change(before: float, after: float) -> dict[str, float]:
+    return {"before": before, "after": after, "change": after / before - 1}
+
+
+def _pruning(report: PruningReport) -> dict[str, Any]:
+    figures = report.to_dict()
+    return {name: figures[name] for name in ("masked_difference", "seconds", "speedup")}
+
+
+def _layers(plan: PruningPlan, report: PruningReport | None) -> list[dict[str, Any]]:
+    per_unit = report.unit_parameters if report else {}
+    rows = []
+    for layer in sorted({layer for layer, _ in plan.kept}):
+        row: dict[str, Any] = {"layer": layer}
+        for kind in KINDS:
+            kept, units = len(plan.kept.get((layer, kind), ())), plan.num_units.get((layer, kind), 0)
+            each = per_unit.get((layer, kind))
+            known = {} if each is None else {"parameters": {"before": units * each, "after": kept * each}}
+            row[kind] = {"kept": kept, "units": units, "parameters": None, **known}
+        rows.append(row)
+    return rows
+
+
+def _scores(scores: Scores, plan: PruningPlan | None) -> dict[str, Any]:
+    """By kind: how many units have which score, and the quantiles of every layer's.
+
+    After several rounds the scores are of the last, whose units the plan does not number: kept and removed ones are
+    not told apart then.
+    """
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        values = {layer: value.double().numpy() for (layer, of), value in sorted(scores.values.items()) if of == kind}
+        if not values:
+            continue
+        everything = np.concatenate(list(values.values()))
+        is_log = bool(everything.min() > 0 and np.log10(everything.max() / everything.min()) > DECADES)
+        edges = np.geomspace if is_log else np.linspace
+        low, high = float(everything.min()), float(everything.max())
+        places = edges(low, high if high > low else low + 1, BINS + 1)
+        places[0], places[-1] = low, max(high, places[-1])
+        told_apart = plan is not None and all(
+            plan.num_units.get((layer, kind)) == len(value) for layer, value in values.items()
+        )
+        if told_apart:
+            assert plan is not None
+            kept = np.concatenate(
+                [np.isin(np.arange(len(value)), plan.kept[(layer, kind)]) for layer, value in values.items()]
+            )
+            parts = {"kept": everything[kept], "removed": everything[~kept]}
+        else:
+            parts = {"all": everything}
+        found[kind] = {
+            "is_log": is_log,
+            "edges": places.tolist(),
+            **{name: np.histogram(part, places)[0].tolist() for name, part in parts.items()},
+            "layers": [
+                {"layer": layer, **{name: float(np.quantile(value, at)) for name, at in QUANTILES.items()}}
+                for layer, value in values.items()
+            ],
+        }
+    return found
+
+
+def _learning(scores: Scores | None) -> dict[str, Any] | None:
+    if scores is None or "loss" not in scores.history or not len(scores.history["loss"]):
+        return None
+    return {"is_search": "search" in scores.details, **learning_of(scores.history)}

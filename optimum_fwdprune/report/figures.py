@@ -1,0 +1,217 @@
+"""The pictures of a report's page, drawn from its JSON values as SVG that takes its colours from the page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import pictures
+from .numbers import is_quality, is_speed
+from .pictures import KINDS, PALETTE, unit_name
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Inches: as wide as a phone, so that letters are as large there as they are drawn.
+WIDTH = 5.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the page.
+
+    Args:
+        title (`str`): what it shows.
+        caption (`str`): how to read it.
+        svg (`str`): an `<svg>` element.
+    """
+
+    title: str
+    caption: str
+    svg: str
+
+
+def pictures_of(checkpoint: Mapping[str, Any], name: str) -> dict[str, list[Picture]]:
+    """Draw a checkpoint: `layers`, `scores` and `learning`, each empty where there is nothing to show.
+
+    Args:
+        checkpoint (mapping): of [`describe`].
+        name (`str`): that no other checkpoint of the page has; identifiers in the SVG begin with it.
+    """
+    return {
+        "layers": _of_layers(checkpoint, name) if checkpoint["layers"] else [],
+        "scores": _of_scores(checkpoint, name) if checkpoint["scores"] else [],
+        "learning": _of_learning(checkpoint["learning"], name) if checkpoint["learning"] else [],
+    }
+
+
+def pictures_of_all(document: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> list[Picture]:
+    """Draw checkpoints side by side: quality against size and speed, and what each layer kept.
+
+    Args:
+        document (mapping): of [`document_of`].
+        models (sequence of mappings): `number`, `is_dense` and `figures` of every model that was measured.
+    """
+    found = []
+    names = list(dict.fromkeys(name for model in models for name in model["figures"]))
+    qualities, speeds = list(filter(is_quality, names)), list(filter(is_speed, names))
+    for quality in qualities:
+        for against, scale, label in (("parameters", 1e-6, "parameters, millions"), *((s, 1, s) for s in speeds[:1])):
+            points = [
+                (model["number"], model["is_dense"], scale * model["figures"][against], model["figures"][quality])
+                for model in models
+                if model["figures"].get(against) is not None and model["figures"].get(quality) is not None
+            ]
+            if len(points) > 1:
+
+                def draw(axis: Axes, points=points, label=label, quality=quality) -> None:
+                    pictures.draw_points(axis, points, label, quality)
+
+                of, side = ("speed", "right") if against in speeds else ("size", "left")
+                found.append(
+                    _draw(
+                        f"all-{quality}-{of}",
+                        f"Quality against {of}",
+                        f"Down and to the {side} is better.",
+                        [draw],
+                        3.1,
+                    )
+                )
+    checkpoints = [each for each in document["checkpoints"] if each["layers"]]
+    return found + ([_kept_of_all(checkpoints, kind) for kind in KINDS] if len(checkpoints) > 1 else [])
+
+
+def _kept_of_all(checkpoints: Sequence[Mapping[str, Any]], kind: str) -> Picture:
+    layers = [[row["layer"] for row in each["layers"]] for each in checkpoints]
+    shares = [[row[kind]["kept"] / max(1, row[kind]["units"]) for row in each["layers"]] for each in checkpoints]
+    labels = [str(each["number"]) for each in checkpoints]
+
+    def draw(axis: Axes) -> None:
+        pictures.draw_kept_of_several(axis, layers, shares, labels)
+        axis.set_xlabel("layer")
+
+    title = "Kept MLP channels" if kind == "mlp" else "Kept attention units"
+    return _draw(f"all-kept-{kind}", title, "A line per checkpoint, by its number.", [draw], 2.6)
+
+
+def _of_layers(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
+    rows = checkpoint["layers"]
+    layers = [row["layer"] for row in rows]
+
+    def kept(kind: str) -> Callable[[Axes], None]:
+        counts = [[row[kind][which] for row in rows] for which in ("kept", "units")]
+
+        def draw(axis: Axes) -> None:
+            pictures.draw_kept(axis, kind, layers, *counts, unit_name(kind, checkpoint["attention_unit"]))
+            if kind == "mlp":
+                axis.set_xlabel("layer")
+
+        return draw
+
+    drawn = [kept(kind) for kind in KINDS]
+    found = [
+        _draw(f"{name}-kept", "Kept units", "The share of its units that each layer kept.", drawn, 3.6, sharex=True)
+    ]
+    if all(row[kind]["parameters"] for row in rows for kind in KINDS):
+        before = [sum(row[kind]["parameters"]["before"] for kind in KINDS) for row in rows]
+        after = {kind: [row[kind]["parameters"]["after"] for row in rows] for kind in KINDS}
+
+        def parameters(axis: Axes) -> None:
+            pictures.draw_parameters(axis, layers, before, after)
+            axis.set_xlabel("layer")
+
+        text = "Prunable parameters of each layer: what is left, on what there was."
+        found.append(_draw(f"{name}-parameters", "Parameters", text, [parameters], 3.6))
+    return found
+
+
+def _of_scores(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
+    kinds = [kind for kind in KINDS if kind in checkpoint["scores"]]
+    named = {kind: unit_name(kind, checkpoint["attention_unit"]) for kind in kinds}
+
+    def histogram(kind: str) -> Callable[[Axes], None]:
+        return lambda axis: pictures.draw_histogram(axis, kind, checkpoint["scores"][kind], named[kind])
+
+    def by_layer(kind: str) -> Callable[[Axes], None]:
+        spread = checkpoint["scores"][kind]
+
+        def draw(axis: Axes) -> None:
+            pictures.draw_spread_by_layer(axis, kind, spread["layers"], spread["is_log"], named[kind])
+            if kind == kinds[-1]:
+                axis.set_xlabel("layer")
+
+        return draw
+
+    height = 1.5 + 1.15 * len(kinds)
+    return [
+        _draw(
+            f"{name}-histogram",
+            "How scores are spread",
+            "How many units have which score; a higher one is kept first.",
+            [histogram(kind) for kind in kinds],
+            height,
+        ),
+        _draw(
+            f"{name}-spread",
+            "Scores by layer",
+            "The median of each layer, with half and nine tenths of its units around it.",
+            [by_layer(kind) for kind in kinds],
+            height,
+            sharex=True,
+        ),
+    ]
+
+
+def _of_learning(learning: Mapping[str, Any], name: str) -> list[Picture]:
+    step = "sweep" if learning["is_search"] else "step"
+
+    def over_steps(draw: Callable[..., None], *what: Any) -> Callable[[Axes], None]:
+        def drawn(axis: Axes) -> None:
+            draw(axis, *what, learning)
+            axis.set_xlabel(step)
+
+        return drawn
+
+    found = [_draw(f"{name}-loss", "Loss", f"Over the {step}s.", [over_steps(pictures.draw_loss)], 3.0)]
+    if not learning["is_search"]:
+        text = "How undecided the masks are, and how much they remove."
+        found.append(_draw(f"{name}-masks", "Masks", text, [over_steps(pictures.draw_masks)], 3.0))
+    for kind, title in (("attention", "Attention"), ("mlp", "MLP")):
+        drawn = [over_steps(pictures.draw_rates, kind)]
+        text = f"The share that each layer keeps, over the {step}s."
+        found.append(_draw(f"{name}-rates-{kind}", f"{title} keep rates", text, drawn, 3.4))
+    return found
+
+
+def _draw(
+    name: str, title: str, caption: str, panels: Sequence[Callable[[Axes], None]], height: float, sharex: bool = False
+) -> Picture:
+    output = io.StringIO()
+    # Text stays text; identifiers depend on nothing but the picture.
+    with pictures.drawing(**{"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure = pictures.new_figure(WIDTH, height)
+        axes = figure.subplots(len(panels), 1, squeeze=False, sharex=sharex)[:, 0]
+        for axis, panel in zip(axes, panels):
+            axis.set_facecolor("none")
+            panel(axis)
+        figure.savefig(output, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return Picture(title, caption, _themed(output.getvalue(), title))
+
+
+def _themed(svg: str, title: str) -> str:
+    """The `<svg>` element alone, as wide as its place, in the page's colours and font."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
+    opening = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width} {height}" role="img"'
+    svg = re.sub(r"<svg[^>]*>", f'{opening} aria-label="{title}">', svg, count=1)
+    # Matplotlib numbers its groups alike in every picture, and nothing refers to those.
+    used = set(re.findall(r"(?:#|url\(#)([\w-]+)", svg))
+    svg = re.sub(r' id="([\w-]+)"', lambda match: match[0] if match[1] in used else "", svg)
+    for name, color in PALETTE.items():
+        svg = svg.replace(color, f"var(--{name})")
+    return re.sub(r"font: ([\d. a-z]*?)([\d.]+px) [^;\"]*", r"font: \1\2 var(--font)", svg)

@@ -1,0 +1,57 @@
+"""The history of a run that learned what to keep, thinned to what a picture or a table can show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def learning_of(history: Mapping[str, Tensor], points: int = 400) -> dict[str, Any]:
+    """Return a history as JSON values, in at most so many stretches of equally many steps.
+
+    Args:
+        history (mapping of `str` to `Tensor[steps]`): of [`Scores`].
+        points (`int`, defaults to 400): at most so many.
+
+    Returns:
+        `dict`: the last step of every stretch as `steps`; `loss`, the mean of the stretch, and `smooth_loss`, that of
+        the last twentieth of the run, `None` where nothing was finite; `entropy`, `expected_sparsity` and, by kind and
+        layer, `keep_rates` as they are at its last step; `smoothed_over`, how many steps a twentieth is.
+
+    Raises:
+        ValueError: where there is no history, because the method does not learn, or took no step.
+    """
+    steps = len(history["loss"]) if "loss" in history else 0
+    if not steps:
+        raise ValueError("There is no history of learning: the method does not learn, or took no step.")
+    stretch = -(-steps // points)
+    lasts = [min(first + stretch, steps) for first in range(0, steps, stretch)]
+    window = max(1, steps // 20)
+    loss = history["loss"].double()
+    keep_rates: dict[str, dict[str, list[float]]] = {"attention": {}, "mlp": {}}
+    for name, values in history.items():
+        if name.startswith("keep_rate."):
+            _, layer, kind = name.split(".")
+            keep_rates[kind][layer] = _at(values, lasts)
+    return {
+        "steps": lasts,
+        "loss": [_finite(float(loss[max(0, last - stretch) : last].nanmean())) for last in lasts],
+        "smooth_loss": [_finite(float(loss[max(0, last - window) : last].nanmean())) for last in lasts],
+        "smoothed_over": window,
+        "entropy": _at(history["entropy"], lasts),
+        "expected_sparsity": _at(history["expected_sparsity"], lasts),
+        "keep_rates": keep_rates,
+    }
+
+
+def _at(values: Tensor, lasts: list[int]) -> list[float]:
+    return [float(values[last - 1]) for last in lasts]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,81 @@
+"""Numbers of a report as people read them, each with its exact value and where in the JSON file it stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+# How a number is written, by what it is.
+WAYS = {
+    "count": lambda value: f"{value:,.0f}",
+    "millions": lambda value: f"{value / 1e6:,.1f} M",
+    "megabytes": lambda value: f"{value / 1e6:,.1f} MB",
+    "percent": lambda value: f"{value:.1%}",
+    "change": lambda value: f"{value:+.1%}".replace("-", "\N{MINUS SIGN}"),
+    "times": lambda value: f"{value:.2f}\N{MULTIPLICATION SIGN}",
+    "seconds": lambda value: f"{value:,.1f} s",
+    "tiny": lambda value: f"{value:.1e}",
+    "number": _rounded,
+}
+
+
+def shown_as(document: Mapping[str, Any], path: list[str | int], way: str, absent: str = "not measured") -> Markup:
+    """Return an HTML element that shows the number at `path` of a document.
+
+    Args:
+        document (mapping): the report.
+        path (list of `str` and `int`): keys and places on the way to the number; where one is missing or `None`, there
+            is no number.
+        way (`str`): how it is written, a key of `WAYS`.
+        absent (`str`): what to say where there is no number.
+    """
+    value: Any = document
+    for step in path:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            value = None
+    if value is None:
+        return Markup('<span class="absent">{}</span>').format(absent)
+    shown = '<data value="{}" data-at="{}" data-way="{}">{}</data>'
+    return Markup(shown).format(json.dumps(value), json.dumps(path), way, written(value, way))
+
+
+def written(value: float | None, way: str, absent: str = "not measured") -> str:
+    """Return a number as text, or what to say where there is none; `way` is a key of `WAYS`."""
+    return absent if value is None else WAYS[way](value)
+
+
+def figure_way(name: str) -> str:
+    """Return how a figure of a comparison is written."""
+    if name == "parameters" or name.startswith("MACs"):
+        return "millions"
+    return "megabytes" if name.endswith(", bytes") else "times" if name.endswith("times as fast") else "number"
+
+
+def figure_label(name: str) -> str:
+    """Return what a figure of a comparison is called where its unit stands with the number."""
+    return name.removesuffix(", bytes").replace(", times as fast", ", against dense")
+
+
+def is_quality(name: str) -> bool:
+    """Whether a figure of a comparison is a perplexity."""
+    return name.startswith("perplexity, ")
+
+
+def is_speed(name: str) -> bool:
+    """Whether a figure of a comparison is a speed against another model's."""
+    return name.endswith(", times as fast")
+
+
+def headline(figures: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Return the names of the first perplexity and of the first speed-up among the figures of a model."""
+    return next(filter(is_quality, figures), None), next(filter(is_speed, figures), None)

@@ -1,0 +1,113 @@
+"""A report as one HTML file that asks nobody for anything, with a JSON file of the same figures beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..utils import check_output_file, write_text_atomically
+from .document import models_of
+from .figures import pictures_of, pictures_of_all
+from .numbers import figure_label, figure_way, headline, is_quality, is_speed, shown_as
+from .pictures import PALETTE
+
+
+# What of the palette another colour stands for on a dark page.
+DARK = {
+    "ink": "#e8ebf1",
+    "muted": "#9aa6b8",
+    "grid": "#323a49",
+    "track": "#2a313e",
+    "attention": "#7aa5f7",
+    "mlp": "#eb9a58",
+    "removed": "#596476",
+    "accent": "#43bfa3",
+    "paper": "#12161e",
+}
+
+
+def write_page(document: Mapping[str, Any], file: str | Path, overwrite: bool = False) -> Path:
+    """Write a report's page, and beside it its JSON file; both appear whole or not at all.
+
+    Args:
+        document (mapping): of [`document_of`].
+        file (`str` or `Path`): the page, ending in .html; the JSON file has its name and ends in .json.
+        overwrite (`bool`, defaults to `False`): replace files that are there.
+
+    Returns:
+        `Path`: of the JSON file.
+
+    Raises:
+        ValueError: where `file` does not end in .html.
+        OSError: where a file exists, or cannot be written.
+        ImportError: where matplotlib is not installed.
+    """
+    page, figures = check_page_file(file, overwrite)
+    text = render_page(document)
+    write_text_atomically(figures, to_json(document))
+    write_text_atomically(page, text)
+    return figures
+
+
+def check_page_file(file: str | Path, overwrite: bool = False) -> tuple[Path, Path]:
+    """Return the paths of a page and of its JSON file.
+
+    Raises:
+        ValueError: where `file` does not end in .html.
+        OSError: where one of them exists and `overwrite` is not set, or cannot be written.
+    """
+    if Path(file).suffix not in (".html", ".htm"):
+        raise ValueError(f"{file} must end in .html.")
+    page = check_new_file(file, overwrite)
+    return page, check_new_file(page.with_suffix(".json"), overwrite)
+
+
+def check_new_file(file: str | Path, overwrite: bool = False) -> Path:
+    """Return `file` as a path that can be written.
+
+    Raises:
+        OSError: where it exists and `overwrite` is not set, or cannot be written.
+    """
+    path = check_output_file(file)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists. Name another file, or pass overwrite to replace it.")
+    return path
+
+
+def to_json(document: Mapping[str, Any]) -> str:
+    """Return a report as the text of its JSON file."""
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def render_page(document: Mapping[str, Any]) -> str:
+    """Return the page of a report; it depends on nothing but `document`.
+
+    Raises:
+        ImportError: where matplotlib is not installed.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(
+        shown=partial(shown_as, document),
+        label=figure_label,
+        way=figure_way,
+        headline=headline,
+        is_quality=is_quality,
+        is_speed=is_speed,
+    )
+    files = resources.files(__package__)
+    models = models_of(document)
+    return environment.from_string((files / "page.html").read_text(encoding="utf-8")).render(
+        document=document,
+        models=models,
+        together=pictures_of_all(document, models),
+        pictures=[pictures_of(each, f"c{place}") for place, each in enumerate(document["checkpoints"])],
+        style=(files / "page.css").read_text(encoding="utf-8"),
+        light=PALETTE,
+        dark=DARK,
+    )

@@ -1,0 +1,313 @@
+"""Pictures of plans, scores and learning: one set of drawings for model cards, files and the report's page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..plan import PruningPlan
+from .learning import learning_of
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+# Every colour by its part; the page turns them into custom properties, which its dark theme replaces.
+PALETTE = {
+    "ink": "#1d2433",
+    "muted": "#5f6b7d",
+    "grid": "#dfe3ea",
+    "track": "#e9ecf1",
+    "attention": "#3a6fd8",
+    "mlp": "#d5742b",
+    "removed": "#a9b2c0",
+    "accent": "#12866f",
+    "paper": "#fefefe",
+}
+
+NO_MATPLOTLIB = "Plots need matplotlib: pip install optimum-fwdprune[plots]."
+KINDS = ("attention", "mlp")
+
+
+def unit_name(kind: str, attention_unit: str) -> str:
+    """What a unit of a kind is called, in the plural."""
+    return "MLP channels" if kind == "mlp" else {"kv_group": "KV groups", "query_head": "query heads"}[attention_unit]
+
+
+def plot_plan(plan: PruningPlan, file: str | Path) -> None:
+    """Draw what each layer kept, as a share, into a file (.svg, .png or .pdf)."""
+    layers = sorted({layer for layer, _ in plan.kept})
+    figure = new_figure(8, 3.8)
+    with drawing():
+        for axis, kind in zip(figure.subplots(2, 1, sharex=True), KINDS):
+            kept = [len(plan.kept.get((layer, kind), ())) for layer in layers]
+            units = [plan.num_units.get((layer, kind), 0) for layer in layers]
+            draw_kept(axis, kind, layers, kept, units, unit_name(kind, plan.attention_unit))
+        axis.set_xlabel("layer")
+        save_figure(figure, file)
+
+
+def plot_history(history: Mapping[str, Tensor], file: str | Path) -> None:
+    """Draw the expected loss, the entropy of the masks, and the keep rate of every layer over the steps.
+
+    Args:
+        history (mapping of `str` to `Tensor[steps]`): of [`Scores`].
+        file (`str` or `Path`): picture to write; its ending (.svg, .png, .pdf) says which format.
+
+    Raises:
+        ValueError: where there is no history, or matplotlib does not know the ending.
+        ImportError: where matplotlib is not installed.
+    """
+    learning = learning_of(history)
+    figure = new_figure(10, 7)
+    with drawing():
+        (losses, masks), rates = figure.subplots(2, 2, sharex=True)
+        draw_loss(losses, learning)
+        draw_masks(masks, learning)
+        for axis, kind in zip(rates, KINDS):
+            draw_rates(axis, kind, learning)
+            axis.set_xlabel("step")
+        save_figure(figure, file)
+
+
+def draw_kept(
+    axis: Axes, kind: str, layers: Sequence[int], kept: Sequence[int], units: Sequence[int], name: str
+) -> None:
+    """Draw a bar per layer: the share of its units that stayed, on the track of all that there were."""
+    present = [place for place, total in enumerate(units) if total]
+    where = [layers[place] for place in present]
+    axis.bar(where, [1.0] * len(where), width=0.74, color=PALETTE["track"])
+    axis.bar(where, [kept[place] / units[place] for place in present], width=0.74, color=PALETTE[kind])
+    axis.set_title(f"{name}, {sum(kept):,} of {sum(units):,} kept")
+    axis.set_ylim(0, 1)
+    axis.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
+    _layer_axis(axis, layers)
+
+
+def draw_parameters(
+    axis: Axes, layers: Sequence[int], before: Sequence[int], after: Mapping[str, Sequence[int]]
+) -> None:
+    """Draw the prunable parameters of every layer in millions: what is left by kind, on the track of what there was.
+
+    Args:
+        axis (`Axes`): to draw on.
+        layers (sequence of `int`): their numbers.
+        before (sequence of `int`): of all kinds together.
+        after (mapping of kind to sequence of `int`): of each kind.
+    """
+    axis.bar(layers, [count / 1e6 for count in before], width=0.74, color=PALETTE["track"], label="removed")
+    floor = [0.0] * len(layers)
+    for kind, label in (("mlp", "MLP"), ("attention", "attention")):
+        height = [count / 1e6 for count in after[kind]]
+        axis.bar(layers, height, width=0.74, bottom=floor, color=PALETTE[kind], label=label)
+        floor = [low + more for low, more in zip(floor, height)]
+    axis.set_ylabel("parameters, millions")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    _layer_axis(axis, layers)
+
+
+def draw_histogram(axis: Axes, kind: str, spread: Mapping[str, Any], name: str) -> None:
+    """Draw how many units have which score, kept and removed ones on top of each other.
+
+    Args:
+        axis (`Axes`): to draw on.
+        kind (`str`): of the units.
+        spread (mapping): `edges`, `is_log` and counts of `kept` and `removed`, or of `all`.
+        name (`str`): of the units.
+    """
+    edges = spread["edges"]
+    widths = [high - low for low, high in pairwise(edges)]
+    floor = [0] * len(widths)
+    for part, color in (("removed", PALETTE["removed"]), ("kept", PALETTE[kind]), ("all", PALETTE[kind])):
+        if any(spread.get(part, ())):
+            axis.bar(edges[:-1], spread[part], widths, bottom=floor, align="edge", color=color, label=part)
+            floor = [low + more for low, more in zip(floor, spread[part])]
+    if spread["is_log"]:
+        axis.set_xscale("log")
+    axis.set_title(name)
+    axis.set_ylabel("units")
+    axis.legend(frameon=False, loc="best")
+
+
+def draw_spread_by_layer(axis: Axes, kind: str, rows: Sequence[Mapping[str, float]], is_log: bool, name: str) -> None:
+    """Draw what scores each layer's units have: the middle as a line, half and nine tenths of them as bands.
+
+    Args:
+        axis (`Axes`): to draw on.
+        kind (`str`): of the units.
+        rows (sequence of mappings): `layer`, and the quantiles `q05`, `q25`, `q50`, `q75` and `q95`.
+        is_log (`bool`): whether scores stand on a logarithmic axis.
+        name (`str`): of the units.
+    """
+    layers = [int(row["layer"]) for row in rows]
+    column = {name: [row[name] for row in rows] for name in ("q05", "q25", "q50", "q75", "q95")}
+    axis.fill_between(layers, column["q05"], column["q95"], color=PALETTE[kind], alpha=0.18, linewidth=0)
+    axis.fill_between(layers, column["q25"], column["q75"], color=PALETTE[kind], alpha=0.32, linewidth=0)
+    axis.plot(layers, column["q50"], color=PALETTE[kind], linewidth=1.8)
+    if is_log:
+        axis.set_yscale("log")
+    axis.set_title(name)
+    axis.set_ylabel("score")
+    _layer_axis(axis, layers)
+
+
+def draw_loss(axis: Axes, learning: Mapping[str, Any]) -> None:
+    """Draw the loss over the steps, each and smoothed."""
+    axis.plot(learning["steps"], _floats(learning["loss"]), color=PALETTE["removed"], linewidth=1, label="each step")
+    axis.plot(
+        learning["steps"],
+        _floats(learning["smooth_loss"]),
+        color=PALETTE["accent"],
+        linewidth=1.8,
+        label=f"mean of {learning['smoothed_over']}",
+    )
+    name = "divergence from dense" if learning.get("is_search") else "expected loss"
+    axis.set_ylabel(f"{name}, nats per token")
+    if learning["smoothed_over"] > 1:
+        axis.legend(frameon=False)
+
+
+def draw_masks(axis: Axes, learning: Mapping[str, Any]) -> None:
+    """Draw how undecided the masks are, and how much they remove."""
+    axis.plot(learning["steps"], learning["entropy"], color=PALETTE["accent"], linewidth=1.8, label="entropy, bits")
+    axis.plot(
+        learning["steps"],
+        learning["expected_sparsity"],
+        color=PALETTE["muted"],
+        linewidth=1.8,
+        linestyle="--",
+        label="removed share",
+    )
+    axis.set_ylim(0, 1)
+    axis.set_ylabel("of the masks, per unit")
+    axis.legend(frameon=False)
+
+
+def draw_rates(axis: Axes, kind: str, learning: Mapping[str, Any]) -> None:
+    """Draw the keep rate of every layer over the steps as a heat map; layers that were left alone stay blank."""
+    rates = {int(layer): values for layer, values in learning["keep_rates"][kind].items()}
+    steps = learning["steps"]
+    axis.set_title(f"keep rate, {'MLP' if kind == 'mlp' else kind}")
+    if not rates:
+        axis.text(0.5, 0.5, "not pruned", ha="center", va="center", transform=axis.transAxes, color=PALETTE["muted"])
+        return
+    blank = [float("nan")] * len(steps)
+    rows = [rates.get(layer, blank) for layer in range(max(rates) + 1)]
+    extent = (0.5, steps[-1] + 0.5, max(rates) + 0.5, -0.5)
+    image = axis.imshow(rows, aspect="auto", extent=extent, vmin=0, vmax=1, cmap="viridis", interpolation="none")
+    axis.grid(False)
+    axis.set_ylabel("layer")
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    bar = axis.figure.colorbar(image, ax=axis, ticks=[0, 0.5, 1])
+    bar.outline.set_visible(False)
+
+
+def draw_points(axis: Axes, points: Sequence[tuple[str, bool, float, float]], horizontal: str, vertical: str) -> None:
+    """Draw models as numbered points.
+
+    Args:
+        axis (`Axes`): to draw on.
+        points (sequence of `(label, is_dense, x, y)`): a model each.
+        horizontal, vertical (`str`): what is measured along the axes.
+    """
+    for label, is_dense, x, y in points:
+        color = PALETTE["muted"] if is_dense else PALETTE["accent"]
+        axis.plot([x], [y], "o", markersize=17, color=color)
+        axis.text(x, y, label, ha="center", va="center_baseline", color=PALETTE["paper"], weight="bold")
+    axis.margins(0.16)
+    axis.set_xlabel(horizontal)
+    axis.set_ylabel(vertical)
+
+
+def draw_kept_of_several(
+    axis: Axes, layers: Sequence[Sequence[int]], shares: Sequence[Sequence[float]], labels: Sequence[str]
+) -> None:
+    """Draw the kept share of every layer as a line per checkpoint."""
+    styles = ("-", "--", ":", "-.")
+    colors = ("accent", "attention", "mlp", "muted", "ink")
+    for place, (where, kept, label) in enumerate(zip(layers, shares, labels)):
+        color = PALETTE[colors[place % len(colors)]]
+        axis.plot(where, kept, color=color, linestyle=styles[place % len(styles)], linewidth=1.8, label=label)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6, frameon=False)
+    axis.set_ylim(0, 1.04)
+    axis.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
+    _layer_axis(axis, sorted({layer for where in layers for layer in where}))
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of so many inches.
+
+    Raises:
+        ImportError: where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(NO_MATPLOTLIB) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def drawing(**more: Any):
+    """Return a context in which matplotlib draws in our colours."""
+    import matplotlib
+
+    style = {
+        "axes.edgecolor": PALETTE["grid"],
+        "axes.labelcolor": PALETTE["muted"],
+        "axes.titlecolor": PALETTE["ink"],
+        "axes.titlelocation": "left",
+        "axes.titlesize": 11,
+        "axes.labelsize": 10.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": PALETTE["grid"],
+        "font.size": 10.5,
+        "legend.fontsize": 10.5,
+        "legend.labelcolor": PALETTE["ink"],
+        "legend.handlelength": 1.2,
+        "text.color": PALETTE["ink"],
+        "xtick.color": PALETTE["muted"],
+        "ytick.color": PALETTE["muted"],
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "xtick.minor.size": 0,
+        "ytick.minor.size": 0,
+    }
+    return matplotlib.rc_context(style | more)
+
+
+def save_figure(figure: Figure, file: str | Path) -> None:
+    """Write a figure to a file that appears whole or not at all.
+
+    Raises:
+        ValueError: where matplotlib does not know the file's ending.
+    """
+    file = Path(file)
+    endings = figure.canvas.get_supported_filetypes()
+    if file.suffix.removeprefix(".") not in endings:
+        raise ValueError(f"{file} must end in one of {', '.join(sorted(endings))}; it says which format to write.")
+    partial = file.with_name(f".{file.stem}.partial{file.suffix}")
+    try:
+        figure.savefig(partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _layer_axis(axis: Axes, layers: Sequence[int]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    if layers:
+        axis.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
+
+
+def _floats(values: Sequence[float | None]) -> list[float]:
+    return [float("nan") if value is None else value for value in values]

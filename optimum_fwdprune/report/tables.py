@@ -1,0 +1,140 @@
+"""What a terminal shows: what each layer kept, how it was learned, and checkpoints side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..plan import PruningPlan
+from ..utils import render_table
+from .document import models_of
+from .learning import learning_of
+from .numbers import figure_label, figure_way, is_quality, is_speed, written
+from .pictures import KINDS, unit_name
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def plan_table(plan: PruningPlan) -> str:
+    """Return a table of what each layer kept."""
+    layers = sorted({layer for layer, _ in plan.kept})
+    rows = []
+    for layer in layers:
+        row = [str(layer)]
+        for kind in KINDS:
+            total = plan.num_units.get((layer, kind), 0)
+            kept = len(plan.kept.get((layer, kind), ()))
+            share = kept / total if total else 1.0
+            row += [f"{kept} / {total}", f"{'█' * round(share * 20):<20} {share:4.0%}"]
+        rows.append(tuple(row))
+    return render_table(("layer", unit_name("attention", plan.attention_unit), "", "MLP channels", ""), rows)
+
+
+def report_table(document: Mapping[str, Any]) -> str:
+    """Return the tables of a report: checkpoints side by side, then each by itself.
+
+    Args:
+        document (mapping): of [`~optimum_fwdprune.report.document.document_of`].
+    """
+    models = models_of(document)
+    parts = [_side_by_side(document, models)] if len(document["checkpoints"]) > 1 else []
+    for checkpoint in document["checkpoints"]:
+        parts.append(_checkpoint(checkpoint))
+    if not any(model["figures"] for model in models):
+        parts.append(
+            "Perplexity and speed were not measured: --dense MODEL --text FILE measures them, --compare FILE.json "
+            "takes what `fwdprune compare` measured."
+        )
+    return "\n\n".join(parts)
+
+
+def history_table(history: Mapping[str, Tensor], rows: int = 10) -> str:
+    """Return a table of what happened while masks were learned, in `rows` stretches of equally many steps.
+
+    Args:
+        history (mapping of `str` to `Tensor[steps]`): of [`Scores`].
+        rows (`int`, defaults to 10): at most so many.
+
+    Raises:
+        ValueError: where there is no history, because the method does not learn, or took no step.
+    """
+    learning = learning_of(history, rows)
+    lines = []
+    for place, last in enumerate(learning["steps"]):
+        first = 1 + (learning["steps"][place - 1] if place else 0)
+        rates = []
+        for kind in KINDS:
+            now = [values[place] for values in learning["keep_rates"][kind].values()]
+            rates.append(f"{min(now):.2f} to {max(now):.2f}" if now else "")
+        loss = learning["loss"][place]
+        lines.append(
+            (
+                f"{first} to {last}",
+                "nan" if loss is None else f"{loss:.3f}",
+                f"{learning['entropy'][place]:.3f}",
+                f"{learning['expected_sparsity'][place]:.1%}",
+                *rates,
+            )
+        )
+    header = ("steps", "expected loss", "entropy, bits", "sparsity", "kept heads per layer", "kept channels per layer")
+    return render_table(header, lines)
+
+
+def _side_by_side(document: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for model in models for name in model["figures"]))
+    names = [name for name in names if is_quality(name) or is_speed(name)]
+    rows = []
+    for model in models:
+        sizes = None if model["is_dense"] else document["checkpoints"][model["at"][1]]["sizes"]
+        parameters = sizes["parameters"]["after"] if sizes else model["figures"].get("parameters")
+        rows.append(
+            (
+                f"{model['number']} {model['name']}",
+                written(parameters, "millions"),
+                written(sizes["prunable"]["change"], "change") if sizes else "",
+                *(written(model["figures"].get(name), figure_way(name)) for name in names),
+            )
+        )
+    return render_table(("", "parameters", "prunable", *map(figure_label, names)), rows)
+
+
+def _checkpoint(checkpoint: Mapping[str, Any]) -> str:
+    title = f"{checkpoint['number']} {checkpoint['name']}: {checkpoint['source'] or 'a dense model'} pruned by "
+    sections = [title + (checkpoint["method"] or "hand")]
+    rows = [*_sizes(checkpoint["sizes"]), *_measured(checkpoint["measured"])]
+    sections.append(render_table(("", "before", "after", "change"), rows) if rows else "Sizes were not recorded.")
+    units = unit_name("attention", checkpoint["attention_unit"])
+    layers = [
+        (str(row["layer"]), *(text for kind in KINDS for text in _site(row[kind]))) for row in checkpoint["layers"]
+    ]
+    sections.append(render_table(("layer", units, "parameters", "MLP channels", "parameters"), layers))
+    if checkpoint["command"]:
+        sections.append(f"Made by: {checkpoint['command']}")
+    return "\n\n".join(sections)
+
+
+def _sizes(sizes: Mapping[str, Any] | None) -> Iterator[tuple[str, ...]]:
+    ways = {"parameters": "count", "prunable": "count", "bytes": "megabytes"}
+    for key, name in (("parameters", "parameters"), ("prunable", "of them prunable"), ("bytes", "weights")):
+        if sizes:
+            before, after = (written(sizes[key][when], ways[key]) for when in ("before", "after"))
+            yield name, before, after, written(sizes[key]["change"], "change")
+
+
+def _measured(measured: Mapping[str, Any] | None) -> Iterator[tuple[str, ...]]:
+    figures = measured["pruned"]["figures"] if measured else {}
+    dense = measured["dense"]["figures"] if measured and measured["dense"] else {}
+    for name, value in figures.items():
+        # Sizes stand above.
+        if not name.endswith("standard error") and name not in ("parameters", "weights, bytes"):
+            before = dense.get(name)
+            ratio = written(value / before, "times") if before and not is_speed(name) else ""
+            way = figure_way(name)
+            yield figure_label(name), written(before, way), written(value, way), ratio
+
+
+def _site(site: Mapping[str, Any]) -> tuple[str, str]:
+    left = (site["parameters"] or {}).get("after")
+    return f"{site['kept']} / {site['units']}", written(left, "count", "not recorded")
