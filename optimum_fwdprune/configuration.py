@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .utils import write_text_atomically
+from .utils import did_you_mean, write_text_atomically
 from .version import __version__
 
 
@@ -49,11 +50,20 @@ NOT_THE_RECIPE = (
 OF_THE_MACHINE = ("checkpoint", "checkpoint_seconds")
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """Declare a config field with its default, its help text and, where it has them, its allowed values."""
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, group: str | None = None) -> Any:
+    """Declare a config field with its default, its help text and, where it has them, its allowed values.
+
+    Args:
+        default: its value where nobody says.
+        help (`str`): what it does, for the command line.
+        choices (`tuple[str, ...]`, *optional*): its allowed values.
+        group (`str`, *optional*): heading of the command line's help that it stands under; by default the method's.
+    """
     metadata: dict[str, Any] = {"help": help}
     if choices is not None:
         metadata["choices"] = choices
+    if group is not None:
+        metadata["group"] = group
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -68,6 +78,11 @@ def field_type(hint: Any) -> tuple[Any, bool, bool]:
         return typing.get_args(hint)[0], True, is_optional
     return hint, False, is_optional
 
+
+# Headings of the command line's help.
+METHOD, BUDGET, SHARES, SEARCH = "method", "budget", "how the budget is shared", "search, with --scope search"
+UNITS, RECONSTRUCTION, CALIBRATION = "what is pruned", "reconstruction", "calibration"
+RUNNING = "interrupt and resume"
 
 # Budgets for the whole model.
 _TARGETS = ("target_parameters", "target_bytes", "target_speedup")
@@ -98,97 +113,130 @@ class PruningConfig:
         ValueError: on a value out of range, naming the value and the way out.
     """
 
-    method: str = option(DEFAULT_METHOD, "How units are scored.")
-    sparsity: float = option(0.2, "Fraction of the prunable parameters (all that heads and channels own) to remove.")
-    target_parameters: int | None = option(None, "Instead of sparsity: parameters of the whole pruned model, at most.")
-    target_bytes: int | None = option(None, "Instead of sparsity: bytes of the pruned weights on disk, at most.")
+    method: str = option(DEFAULT_METHOD, "How units are scored.", group=METHOD)
+    sparsity: float = option(
+        0.2, "Fraction of the prunable parameters (all that heads and channels own) to remove.", group=BUDGET
+    )
+    target_parameters: int | None = option(
+        None, "Instead of sparsity: parameters of the whole pruned model, at most.", group=BUDGET
+    )
+    target_bytes: int | None = option(
+        None, "Instead of sparsity: bytes of the pruned weights on disk, at most.", group=BUDGET
+    )
     target_speedup: float | None = option(
         None,
         "Instead of sparsity: how many times as fast as the dense model the pruned one must be at a prefill, by "
         "latencies of layers that are measured on this machine.",
+        group=BUDGET,
     )
-    latency_tokens: int = option(512, "Length of the prompt, one alone, that target_speedup is for.")
+    latency_tokens: int = option(512, "Length of the prompt, one alone, that target_speedup is for.", group=BUDGET)
     latency_table: str | None = option(
-        None, "File to keep the measured latencies in; target_speedup uses one that it finds there."
+        None, "File to keep the measured latencies in; target_speedup uses one that it finds there.", group=BUDGET
     )
-    attention_sparsity: float | None = option(None, "A budget of their own for the attention units.")
-    mlp_sparsity: float | None = option(None, "A budget of their own for the MLP channels.")
+    attention_sparsity: float | None = option(None, "A budget of their own for the attention units.", group=BUDGET)
+    mlp_sparsity: float | None = option(None, "A budget of their own for the MLP channels.", group=BUDGET)
     scope: str = option(
         "layer",
         "Whether every layer gives the same share, layers compete for one budget, or the loss of whole pruned models "
         "decides what each site gives.",
         ("layer", "global", "search"),
+        group=SHARES,
     )
     search_windows: int = option(
-        600, "Calibration windows that scope=search may pass through the model; the more, the better it ends."
+        600,
+        "Calibration windows that scope=search may pass through the model; the more, the better it ends.",
+        group=SEARCH,
     )
-    rounds: int = option(1, "Prune in so many rounds of equal size, and score what is left anew in each.")
+    rounds: int = option(
+        1, "Prune in so many rounds of equal size, and score what is left anew in each.", group=SHARES
+    )
     budget: str = option(
         "separate",
         "Whether attention and MLP each give their share, or compete for one budget.",
         ("separate", "joint"),
+        group=SHARES,
     )
-    kinds: list[str] = option(["attention", "mlp"], "Which kinds of units to prune.", ("attention", "mlp"))
+    kinds: list[str] = option(
+        ["attention", "mlp"], "Which kinds of units to prune.", ("attention", "mlp"), group=UNITS
+    )
     attention_unit: str = option(
         "query_head",
         "Under grouped-query attention: query heads, as many in every group, or a KV group with all its query heads.",
         ("kv_group", "query_head"),
+        group=UNITS,
     )
     layout: str = option(
         "any",
         "stock: cut every layer alike, as far as a checkpoint that unmodified transformers loads can hold it.",
         ("any", "stock"),
+        group=UNITS,
     )
-    multiple_of: int = option(1, "Round every pruned MLP width to a multiple of this, for fast kernels.")
+    multiple_of: int = option(1, "Round every pruned MLP width to a multiple of this, for fast kernels.", group=UNITS)
     skip_layers: list[int] | None = option(
         None,
         "Layers that lose nothing; negative numbers count from the last, and an empty list spares none. Default: the "
         "first and last two of models of 12 layers and more where scope is layer and layout is any, else none.",
+        group=UNITS,
     )
-    min_units_per_site: int = option(1, "Heads and channels that every layer keeps at least.")
+    min_units_per_site: int = option(1, "Heads and channels that every layer keeps at least.", group=UNITS)
     reconstruction: str | None = option(
         None,
         "What the kept weights do about the removed ones. Default: the method's own, least_squares for wanda_sp.",
         ("none", "bias", "least_squares"),
+        group=RECONSTRUCTION,
     )
     reconstruction_order: str | None = option(
         None,
         "Whether least squares refits all projections on the dense model's activations, or layer by layer on those of "
         "the layers pruned before (default).",
         ("independent", "sequential"),
+        group=RECONSTRUCTION,
     )
     reconstruction_target: str | None = option(
         None,
         "What sequential least squares fits: what brings the residual stream back to the dense model's (default where "
         "the architecture allows it), or what the layer itself would have said.",
         ("dense", "layer"),
+        group=RECONSTRUCTION,
     )
     ridge: float | None = option(
         None,
         "Ridge of least squares, as a share of the mean squared activation. Default: chosen per projection on "
         "held-out calibration windows.",
+        group=RECONSTRUCTION,
     )
     calibration: str | None = option(
         None,
         "Calibration text: wikitext2, c4, self (sampled from the model), builtin (Python's documentation, for smoke "
         "runs), a .txt, .jsonl or .parquet file, or a dataset of the Hub. Default: wikitext2 where the Hub or its "
         "cache answers, else self.",
+        group=CALIBRATION,
     )
-    dataset_config: str | None = option(None, "Configuration name of a Hub dataset.")
-    dataset_split: str = option("train", "Split of a Hub dataset.")
-    dataset_column: str | None = option(None, "Text column of a dataset. Default: text, or the only string column.")
-    n_samples: int = option(128, "Calibration windows.")
-    seq_len: int = option(256, "Tokens per calibration window.")
-    batch_size: int = option(8, "Windows per forward pass.")
-    seed: int = option(0, "Seed of everything random.")
+    dataset_config: str | None = option(None, "Configuration name of a Hub dataset.", group=CALIBRATION)
+    dataset_split: str = option("train", "Split of a Hub dataset.", group=CALIBRATION)
+    dataset_column: str | None = option(
+        None, "Text column of a dataset. Default: text, or the only string column.", group=CALIBRATION
+    )
+    n_samples: int = option(128, "Calibration windows.", group=CALIBRATION)
+    seq_len: int = option(256, "Tokens per calibration window.", group=CALIBRATION)
+    batch_size: int = option(8, "Windows per forward pass.", group=CALIBRATION)
+    seed: int = option(0, "Seed of everything random.", group=CALIBRATION)
     checkpoint: str | None = option(
-        None, "Folder to keep the state of long stages in; the same request goes on from what it finds there."
+        None,
+        "Folder to keep the state of long stages in; the same request goes on from what it finds there.",
+        group=RUNNING,
     )
-    checkpoint_seconds: float = option(60.0, "How often a stage writes its state; 0 writes after every step.")
+    checkpoint_seconds: float = option(
+        60.0, "How often a stage writes its state; 0 writes after every step.", group=RUNNING
+    )
 
     def __new__(cls, method: str | None = None, *args, **kwargs):
         if cls is PruningConfig:
             cls = get_method(DEFAULT_METHOD if method is None else method).config_class
+        known = inspect.signature(cls.__init__).parameters
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"{cls.__name__} has no option {name!r}.{did_you_mean(name, known)}")
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -239,7 +287,8 @@ class PruningConfig:
             choices, value = declared.metadata.get("choices"), getattr(self, declared.name)
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if choices is not None and item is not None and item not in choices:
-                    raise ValueError(f"{declared.name} must be one of {', '.join(choices)}; got {item!r}.")
+                    near = did_you_mean(str(item), choices)
+                    raise ValueError(f"{declared.name} must be one of {', '.join(choices)}; got {item!r}.{near}")
 
     @property
     def reconstruction_kind(self) -> str:
@@ -408,7 +457,8 @@ def get_method(name: str) -> Method:
         ValueError: where there is none.
     """
     if name not in _METHODS:
-        raise ValueError(f"method must be one of {', '.join(registered_methods())}; got {name!r}.")
+        near = did_you_mean(str(name), _METHODS)
+        raise ValueError(f"method must be one of {', '.join(registered_methods())}; got {name!r}.{near}")
     return _METHODS[name]
 
 
@@ -445,7 +495,8 @@ def get_preset(name: str) -> Preset:
         ValueError: where there is none.
     """
     if name not in _PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(registered_presets())}; got {name!r}.")
+        near = did_you_mean(str(name), _PRESETS)
+        raise ValueError(f"preset must be one of {', '.join(registered_presets())}; got {name!r}.{near}")
     return _PRESETS[name]
 
 

@@ -193,6 +193,16 @@ def first_difference(found: Any, expected: Any, name: str = "content") -> str | 
     return None if found == expected else f"its {name} is {found!r}, this one's is {expected!r}"
 
 
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """Return a sentence, with a space before it, that names the nearest of `words`, or nothing where none is near."""
+    import difflib
+
+    # Underscores and dashes, and either case, mean the same to whoever types them.
+    spelt = {each.lower().replace("-", "_"): each for each in words}
+    near = difflib.get_close_matches(word.lower().replace("-", "_"), spelt, n=1)
+    return f" Did you mean {spelt[near[0]]}?" if near else ""
+
+
 def median_seconds(runs: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:
     """Return the median seconds of each run after one to warm up.
 

@@ -7,7 +7,7 @@ import io
 import sys
 import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from optimum.commands.base import BaseOptimumCLICommand
 
 from optimum_fwdprune import ranks
 from optimum_fwdprune.configuration import field_type
+
+from .parser import choice
 
 
 if TYPE_CHECKING:
@@ -34,11 +36,32 @@ LOADING = {
 
 
 class Command(BaseOptimumCLICommand):
-    """A command whose errors are one readable line, and a traceback only with `--debug`."""
+    """A command whose help can be read, whose errors are one readable line, and a traceback only with `--debug`.
+
+    A subclass sets:
+
+    - `USAGE` (`str`): what must be given;
+    - `DESCRIPTION` (`str`): what it does;
+    - `EXAMPLES` (`tuple[str, ...]`): command lines, without `optimum-cli fwdprune`;
+    - `add_options` and `execute`.
+    """
+
+    USAGE: str = ""
+    DESCRIPTION: str = ""
+    EXAMPLES: tuple[str, ...] = ()
+
+    def parse_args(self, parser: ArgumentParser) -> None:
+        """Describe the command to `parser`."""
+        parser.usage = f"%(prog)s {self.USAGE} [options]"
+        parser.description = self.DESCRIPTION
+        parser.epilog = "\n".join(["examples:", *(f"  optimum-cli fwdprune {example}" for example in self.EXAMPLES)])
+        self.add_options(parser)
+        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
 
     @staticmethod
-    def add_common_options(parser: ArgumentParser) -> None:
-        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    def add_options(parser: ArgumentParser) -> None:
+        """Add what the command takes."""
+        raise NotImplementedError
 
     def run(self):
         # Of several processes one speaks.
@@ -147,8 +170,12 @@ def add_evaluation_options(parser: ArgumentParser) -> None:
     quality.add_argument("--text_split", default="test", help="Split of Hub datasets (default: test).")
     quality.add_argument("--text_config", help="Configuration name of Hub datasets.")
     quality.add_argument("--text_column", help="Text column. Default: text, or the only string column.")
-    quality.add_argument("--max_length", type=int, help="Tokens per window (default: 512, or what the model knows).")
-    quality.add_argument("--stride", type=int, help="How far apart windows start; by default they are disjoint.")
+    quality.add_argument(
+        "--max_length", type=int, metavar="N", help="Tokens per window (default: 512, or what the model knows)."
+    )
+    quality.add_argument(
+        "--stride", type=int, metavar="N", help="How far apart windows start; by default they are disjoint."
+    )
     quality.add_argument(
         "--tasks",
         nargs="+",
@@ -156,10 +183,14 @@ def add_evaluation_options(parser: ArgumentParser) -> None:
         help="Tasks of lm-evaluation-harness by name, zero-shot for the set that papers on pruning report, or folders "
         "of task YAML files.",
     )
-    quality.add_argument("--num_fewshot", type=int, help="Examples in the prompt; by default the task's own number.")
-    quality.add_argument("--limit", type=int, help="Only so many rows of each task.")
+    quality.add_argument(
+        "--num_fewshot", type=int, metavar="N", help="Examples in the prompt; by default the task's own number."
+    )
+    quality.add_argument("--limit", type=int, metavar="N", help="Only so many rows of each task.")
     quality.add_argument("--apply_chat_template", action="store_true", help="Ask tasks through the chat template.")
-    quality.add_argument("--batch_size", type=int, default=4, help="Windows or requests at a time (default: 4).")
+    quality.add_argument(
+        "--batch_size", type=int, metavar="N", default=4, help="Windows or requests at a time (default: 4)."
+    )
 
 
 def evaluation_options(args: Namespace) -> dict[str, Any]:
@@ -178,13 +209,27 @@ def add_speed_options(parser: ArgumentParser) -> None:
     """Add what to measure speed with."""
     speed = parser.add_argument_group("speed")
     speed.add_argument(
-        "--batch_sizes", type=int, nargs="+", default=[1], help="Prompts at a time; each is timed (default: 1)."
+        "--batch_sizes",
+        type=int,
+        metavar="N",
+        nargs="+",
+        default=[1],
+        help="Prompts at a time; each is timed (default: 1).",
     )
     speed.add_argument(
-        "--prompt_tokens", type=int, nargs="+", default=[512], help="Lengths; each is timed (default: 512)."
+        "--prompt_tokens",
+        type=int,
+        metavar="N",
+        nargs="+",
+        default=[512],
+        help="Lengths; each is timed (default: 512).",
     )
-    speed.add_argument("--new_tokens", type=int, default=16, help="Decoding steps after each prefill (default: 16).")
-    speed.add_argument("--repeats", type=int, default=5, help="Runs, of which the median is kept (default: 5).")
+    speed.add_argument(
+        "--new_tokens", type=int, metavar="N", default=16, help="Decoding steps after each prefill (default: 16)."
+    )
+    speed.add_argument(
+        "--repeats", type=int, metavar="N", default=5, help="Runs, of which the median is kept (default: 5)."
+    )
 
 
 def speed_options(args: Namespace) -> dict[str, Any]:
@@ -192,10 +237,29 @@ def speed_options(args: Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("batch_sizes", "prompt_tokens", "new_tokens", "repeats")}
 
 
-def add_config_options(parser: ArgumentParser | _ArgumentGroup, config_class: type, known: set[str]) -> set[str]:
+def add_output_folder(parser: ArgumentParser, of: str) -> None:
+    """Add the folder that a checkpoint is written to."""
+    parser.add_argument("output", help=f"Folder for the {of} checkpoint; new or empty.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an output folder that is not empty.")
+
+
+def add_config_options(
+    parser: ArgumentParser,
+    config_class: type,
+    known: set[str],
+    heading_of: Callable[[dataclasses.Field], str],
+    groups: dict[str, _ArgumentGroup],
+) -> set[str]:
     """Add an option for every field of a config dataclass that is not `known` yet, and return the names added.
 
     Options that are not given are absent from the namespace, so that the config's own defaults hold.
+
+    Args:
+        parser (`ArgumentParser`): to add to.
+        config_class (`type`): the dataclass.
+        known (`set[str]`): names that are options already.
+        heading_of (`Callable`): which heading of the help a field stands under.
+        groups (`dict[str, _ArgumentGroup]`): groups by heading; new ones are added to it.
     """
     hints = typing.get_type_hints(config_class)
     added = set()
@@ -214,8 +278,12 @@ def add_config_options(parser: ArgumentParser | _ArgumentGroup, config_class: ty
         else:
             # Where the default is worked out, a list of nothing says something else.
             many = "*" if default is None else "+"
-            options = {"type": kind, "choices": field.metadata.get("choices"), "nargs": many if is_list else None}
-            options["metavar"] = None if options["choices"] else kind.__name__.upper()
-        parser.add_argument(f"--{field.name}", default=SUPPRESS, help=text.replace("%", "%%"), **options)
+            choices = field.metadata.get("choices")
+            options = choice(choices) if choices else {"type": kind, "metavar": kind.__name__.upper()}
+            options["nargs"] = many if is_list else None
+        title = heading_of(field)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(f"--{field.name}", default=SUPPRESS, help=text.replace("%", "%%"), **options)
         added.add(field.name)
     return added

@@ -27,13 +27,18 @@ def add_output_option(parser: ArgumentParser) -> None:
 
 
 class BenchmarkCommand(Command):
+    USAGE = "MODEL..."
+    DESCRIPTION = (
+        "Time models against each other, taking turns, and measure their size: prefill, decoding, memory, "
+        "multiplications."
+    )
+    EXAMPLES = (
+        "benchmark dense pruned --batch_sizes 1 8",
+        "benchmark dense pruned --prompt_tokens 128 512 -o speed.md",
+    )
+
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        Command.add_common_options(parser)
-        parser.description = (
-            "Time models against each other, taking turns, and measure their size: prefill, decoding, memory, "
-            "multiplications. Example: optimum-cli fwdprune benchmark dense pruned --batch_sizes 1 8"
-        )
+    def add_options(parser: ArgumentParser) -> None:
         parser.add_argument("models", nargs="+", help="Folders or Hub repositories; speed-ups are against the first.")
         add_output_option(parser)
         add_speed_options(parser)
@@ -54,13 +59,15 @@ class BenchmarkCommand(Command):
 
 
 class CompareCommand(Command):
+    USAGE = "DENSE PRUNED..."
+    DESCRIPTION = "Compare pruned models with their dense one: size, speed, perplexity and tasks in one table."
+    EXAMPLES = (
+        "compare dense pruned --text wikitext2 --output table.md",
+        "compare dense pruned-20 pruned-40 --text wikitext2 --tasks piqa --limit 200 --output table.json",
+    )
+
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        Command.add_common_options(parser)
-        parser.description = (
-            "Compare pruned models with their dense one: size, speed, perplexity and tasks in one table. Example: "
-            "optimum-cli fwdprune compare dense pruned --text wikitext2 --output table.md"
-        )
+    def add_options(parser: ArgumentParser) -> None:
         parser.add_argument("dense", help="Folder or Hub repository that speed-ups are against.")
         parser.add_argument("pruned", nargs="+", help="Folders or Hub repositories of the others.")
         add_output_option(parser)

@@ -16,13 +16,12 @@ from .compare import add_output_option
 
 
 class EvaluateCommand(Command):
+    USAGE = "MODEL"
+    DESCRIPTION = "Measure the perplexity of texts and the scores of tasks, of a dense or a pruned model."
+    EXAMPLES = ("evaluate pruned --text wikitext2", "evaluate pruned --tasks piqa arc_easy --limit 200")
+
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        Command.add_common_options(parser)
-        parser.description = (
-            "Measure the perplexity of texts and the scores of tasks, of a dense or a pruned model. Example: "
-            "optimum-cli fwdprune evaluate pruned --text wikitext2 --tasks piqa arc_easy"
-        )
+    def add_options(parser: ArgumentParser) -> None:
         parser.add_argument("model", help="Folder or Hub repository of the model.")
         add_output_option(parser)
         add_evaluation_options(parser)

@@ -5,28 +5,35 @@ from __future__ import annotations
 from argparse import ArgumentParser
 
 from .base import Command, add_loading_options, load_model, load_tokenizer
+from .parser import choice
 
 
 class ExportCommand(Command):
+    USAGE = "MODEL OUTPUT"
+    DESCRIPTION = (
+        "Write a pruned checkpoint in another program's format. stock: unmodified transformers loads it, and all that "
+        "load such checkpoints; every layer must have been cut alike (prune --layout stock). gguf: llama.cpp runs it."
+    )
+    EXAMPLES = (
+        "export pruned exported --format stock",
+        "export pruned pruned.gguf --format gguf --outtype q8_0",
+    )
+
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        Command.add_common_options(parser)
-        parser.description = (
-            "Write a pruned checkpoint in another program's format. stock: unmodified transformers loads it, and all "
-            "that load such checkpoints; every layer must have been cut alike (prune --layout stock). gguf: llama.cpp "
-            "runs it. Examples: optimum-cli fwdprune export pruned exported --format stock; optimum-cli fwdprune "
-            "export pruned pruned.gguf --format gguf --outtype q8_0"
-        )
+    def add_options(parser: ArgumentParser) -> None:
         parser.add_argument("model", help="Folder or Hub repository of the pruned model, a causal language model.")
         parser.add_argument("output", help="Folder to write, new or empty; or file.")
-        parser.add_argument("--format", choices=("stock", "gguf"), default="stock", help="Default: stock.")
         parser.add_argument(
-            "--outtype",
-            choices=("f32", "f16", "bf16", "q8_0"),
-            default="f16",
-            help="Dtype of a GGUF file's matrices (default: f16).",
+            "--format", **choice(("stock", "gguf")), default="stock", help="What to write (default: stock)."
         )
-        parser.add_argument(
+        gguf = parser.add_argument_group("GGUF files")
+        gguf.add_argument(
+            "--outtype",
+            **choice(("f32", "f16", "bf16", "q8_0")),
+            default="f16",
+            help="Dtype of the matrices (default: f16).",
+        )
+        gguf.add_argument(
             "--pre_tokenizer", help="llama.cpp's name of how text is split before BPE; by default found out."
         )
         parser.add_argument("--overwrite", action="store_true", help="Replace an output that is there.")

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from argparse import ArgumentParser
+from typing import Any, NoReturn
+
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from optimum_fwdprune.utils import did_you_mean
 
 from .compare import BenchmarkCommand, CompareCommand
 from .evaluate import EvaluateCommand
 from .export import ExportCommand
 from .inspect import InspectCommand
+from .parser import HelpFormatter, Parser
 from .prune import PruneCommand
 from .recover import RecoverCommand
 from .report import ReportCommand
 
 
 class FwdPruneCommand(BaseOptimumCLICommand):
+    """Its subcommands are parsed by a [`Parser`]."""
+
     COMMAND = CommandInfo(name="fwdprune", help="Structured pruning of language models with forward passes only.")
     SUBCOMMANDS = (
         CommandInfo(name="prune", help="Prune a model and save it as a checkpoint.", subcommand_class=PruneCommand),
@@ -37,3 +46,31 @@ class FwdPruneCommand(BaseOptimumCLICommand):
             subcommand_class=CompareCommand,
         ),
     )
+
+    def parse_args(self, parser: ArgumentParser) -> None:
+        parser.usage = "%(prog)s COMMAND [options]"
+        parser.formatter_class = HelpFormatter
+        parser.description = "Structured pruning of language models with forward passes only."
+        parser.epilog = "`optimum-cli fwdprune COMMAND --help` shows the options of a command, with examples."
+        show = parser.error
+
+        def error(message: str) -> NoReturn:
+            """Say also which command was likely meant."""
+            wrong = re.search(r"invalid choice: '([^']*)'", message)
+            names = [each.name for each in self.SUBCOMMANDS]
+            show(message + (did_you_mean(wrong[1], names) if wrong else ""))
+
+        parser.error = error  # type: ignore[method-assign]
+
+    @property
+    def subparsers(self) -> Any:
+        """Made where the first subcommand asks for it."""
+        if getattr(self, "_subparsers", None) is None:
+            self._subparsers = self.parser.add_subparsers(
+                title="commands", metavar="COMMAND", prog=self.parser.prog, parser_class=Parser
+            )
+        return self._subparsers
+
+    @subparsers.setter
+    def subparsers(self, subparsers: Any) -> None:
+        self._subparsers = subparsers

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 
 
 class InspectCommand(Command):
+    USAGE = "CHECKPOINT"
+    DESCRIPTION = "Show what each layer of a pruned checkpoint kept."
+    EXAMPLES = ("inspect pruned", "inspect pruned --history --plot history.svg")
+
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        Command.add_common_options(parser)
-        parser.description = "Show what each layer of a pruned checkpoint kept."
+    def add_options(parser: ArgumentParser) -> None:
         parser.add_argument("checkpoint", help="Folder or Hub repository of a pruned checkpoint.")
         parser.add_argument("--history", action="store_true", help="Also show how its masks were learned.")
         parser.add_argument("--plot", help="Draw how its masks were learned into this file (.svg, .png or .pdf).")

@@ -9,16 +9,29 @@ from .base import (
     add_config_options,
     add_hub_options,
     add_loading_options,
+    add_output_folder,
     loading_options,
     naming_the_model,
     push_to_hub,
 )
+from .parser import choice, listed
 
 
 class PruneCommand(Command):
+    USAGE = "-m MODEL OUTPUT"
+    DESCRIPTION = (
+        "Prune a model and save it as a checkpoint that from_pretrained loads. Without a word on how, the preset "
+        "balanced removes 20 % of the prunable parameters."
+    )
+    EXAMPLES = (
+        "prune -m HuggingFaceTB/SmolLM2-135M pruned --sparsity 0.3",
+        "prune -m MODEL pruned --preset best --target_parameters 100000000",
+        "prune -m MODEL pruned --method flap --scope global --calibration my_text.txt",
+    )
+
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        from optimum_fwdprune.configuration import DEFAULT_METHOD
+    def add_options(parser: ArgumentParser) -> None:
+        from optimum_fwdprune.configuration import DEFAULT_METHOD, METHOD
         from optimum_fwdprune.methods import (
             PruningConfig,
             get_method,
@@ -27,12 +40,8 @@ class PruneCommand(Command):
             registered_presets,
         )
 
-        Command.add_common_options(parser)
-        parser.description = "Prune a model and save it as a checkpoint that from_pretrained loads."
         parser.add_argument("-m", "--model", required=True, help="Hub repository or folder of the model to prune.")
-        parser.add_argument("output", help="Folder for the pruned checkpoint; new or empty.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace an output folder that is not empty.")
-        add_hub_options(parser)
+        add_output_folder(parser, "pruned")
         parser.add_argument(
             "--low-memory",
             "--low_memory",
@@ -41,27 +50,29 @@ class PruneCommand(Command):
         )
         parser.add_argument("--plan", help="Replay this plan (a JSON file or a pruned checkpoint) instead of scoring.")
 
-        add_loading_options(parser)
-
-        request = parser.add_argument_group("pruning")
-        presets = registered_presets()
+        presets, methods = registered_presets(), registered_methods()
+        request = parser.add_argument_group(METHOD, listed({name: get_preset(name).help for name in presets}))
         request.add_argument(
             "--preset",
-            choices=presets,
-            help="Start from a named request; the options given change it. Default: balanced where no option "
-            "says how to prune, else none. " + " ".join(f"{name}: {get_preset(name).help}" for name in presets),
+            **choice(presets),
+            help="Start from one of the requests above; the options given change it. Default: balanced where no "
+            "option says how to prune, else none.",
         )
-        methods = registered_methods()
         request.add_argument(
             "--method",
-            choices=methods,
+            **choice(methods),
             default=SUPPRESS,
             help=f"How units are scored (default: {DEFAULT_METHOD}).",
         )
-        known = {"method"} | add_config_options(request, PruningConfig, known={"method"})
+        groups = {METHOD: request}
+        known = {"method"} | add_config_options(
+            parser, PruningConfig, {"method"}, lambda field: field.metadata["group"], groups
+        )
         for name in methods:
-            own = parser.add_argument_group(f"options of {name}")
-            known |= add_config_options(own, get_method(name).config_class, known)
+            own = f"method {name}"
+            known |= add_config_options(parser, get_method(name).config_class, known, lambda _, own=own: own, groups)
+        add_loading_options(parser)
+        add_hub_options(parser)
 
     def execute(self) -> None:
         import dataclasses

@@ -10,6 +10,7 @@ from .base import (
     add_config_options,
     add_hub_options,
     add_loading_options,
+    add_output_folder,
     loading_options,
     naming_the_model,
     push_to_hub,
@@ -31,33 +32,36 @@ TRAINING = {
 
 
 class RecoverCommand(Command):
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        from optimum_fwdprune.recovery.options import RecoveryOptions
+    USAGE = "MODEL OUTPUT --dataset TEXT"
+    DESCRIPTION = (
+        "Train a pruned model by the text alone or towards the dense model, and save it. Several devices: accelerate "
+        "launch -m optimum.commands.optimum_cli fwdprune recover ..."
+    )
+    EXAMPLES = (
+        "recover pruned recovered --dataset wikitext2",
+        "recover pruned recovered --dataset wikitext2 --mode distill --max_steps 200",
+    )
 
-        Command.add_common_options(parser)
-        parser.description = (
-            "Train a pruned model by the text alone or towards the dense model, and save it. Example: optimum-cli "
-            "fwdprune recover pruned recovered --dataset wikitext2 --mode distill --max_steps 200. Several devices: "
-            "accelerate launch -m optimum.commands.optimum_cli fwdprune recover ..."
-        )
+    @staticmethod
+    def add_options(parser: ArgumentParser) -> None:
+        from optimum_fwdprune.recovery.options import HEADINGS, RecoveryOptions
+
         parser.add_argument("model", help="Folder or Hub repository of the pruned model.")
-        parser.add_argument("output", help="Folder for the recovered checkpoint; new or empty.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace an output folder that is not empty.")
+        add_output_folder(parser, "recovered")
         parser.add_argument(
             "--dataset",
             required=True,
             help="What to train on: a .txt, .jsonl or .parquet file, wikitext2, c4, builtin (Python's documentation), "
             "or a dataset of the Hub: text, chat messages, or questions with answers.",
         )
-        add_hub_options(parser)
         parser.add_argument(
             "--output_dir", help="Folder for the Trainer's checkpoints. Default: OUTPUT with -training behind it."
         )
-        add_config_options(parser.add_argument_group("recovery"), RecoveryOptions, known=set())
+        headings = {name: heading for heading, names in HEADINGS.items() for name in names}
+        add_config_options(parser, RecoveryOptions, set(), lambda field: headings[field.name], {})
         training = parser.add_argument_group("training")
         for name, text in TRAINING.items():
-            training.add_argument(f"--{name}", help=text)
+            training.add_argument(f"--{name}", metavar="VALUE", help=text)
         training.add_argument("--gradient_checkpointing", action="store_true", help="Less memory for more time.")
         training.add_argument(
             "--set",
@@ -67,6 +71,7 @@ class RecoverCommand(Command):
             help="Any other argument of transformers.TrainingArguments, such as weight_decay=0.1 fsdp=full_shard.",
         )
         add_loading_options(parser)
+        add_hub_options(parser)
 
     def execute(self) -> None:
         import dataclasses

@@ -24,6 +24,12 @@ WHERE = ("revision", "token", "trust_remote_code")
 
 
 class ReportCommand(Command):
+    USAGE = "CHECKPOINT..."
+    DESCRIPTION = (
+        "Show what is known of pruned checkpoints: kept units and parameters of every layer, scores, how masks were "
+        "learned, the request, and side by side what several of them cost and gain. Nothing is measured unless "
+        "--dense, --text or --tasks ask for it."
+    )
     EXAMPLES = (
         "report pruned",
         "report pruned-20 pruned-40 --html report.html --compare table.json",
@@ -31,13 +37,7 @@ class ReportCommand(Command):
     )
 
     @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        Command.add_common_options(parser)
-        parser.description = (
-            "Show what is known of pruned checkpoints: kept units and parameters of every layer, scores, how masks "
-            "were learned, the request, and side by side what several of them cost and gain. Nothing is measured "
-            "unless --dense, --text or --tasks ask for it."
-        )
+    def add_options(parser: ArgumentParser) -> None:
         parser.add_argument("checkpoints", nargs="+", help="Folders or Hub repositories of pruned checkpoints.")
         output = parser.add_argument_group("output")
         output.add_argument(

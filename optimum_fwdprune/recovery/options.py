@@ -9,6 +9,23 @@ from ..configuration import option
 
 LORA, FULL, DISTILL = "lora", "full", "distill"
 
+# Headings of the command line's help. They are not in the fields' metadata, all of which `HfArgumentParser` hands on.
+HEADINGS = {
+    "recovery": ("mode", "adapters"),
+    "adapters": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "merge_adapters"),
+    "distillation, with --mode distill": (
+        "teacher",
+        "teacher_dtype",
+        "teacher_device_map",
+        "teacher_cache",
+        "teacher_top_k",
+        "temperature",
+        "distill_weight",
+        "hidden_weight",
+    ),
+    "data": ("max_length", "dataset_config", "dataset_split", "dataset_column"),
+}
+
 # LLM-Pruner's (arXiv 2305.11627) for adapters; all weights bear a smaller one.
 LEARNING_RATES = {True: 1e-4, False: 2e-5}
 

@@ -73,15 +73,17 @@ def report_of(model: PreTrainedModel, record: Record) -> PruningReport | None:
     """
     plan = record.plan
     assert plan is not None
-    per_unit = {site.key: site.unit_parameters for site in find_sites(model, plan.attention_unit)}
     if record.outcome.get("report"):
         try:
-            return PruningReport.from_dict(record.outcome["report"], per_unit, record)
+            return PruningReport.from_dict(record.outcome["report"], record)
         except ValueError as error:
             raise ValueError(f"{OUTCOME_NAME} is damaged. {error}") from error
     dense = _dense_skeleton(model)
-    if {site.key: site.num_units for site in find_sites(dense, plan.attention_unit)} != plan.num_units:
+    sites = find_sites(dense, plan.attention_unit)
+    if {site.key: site.num_units for site in sites} != plan.num_units:
         return None
+    # Not those of the pruned model: a query head that is left alone with its keys and values owns them there.
+    per_unit = {site.key: site.unit_parameters for site in sites}
     calibration = plan.metadata.get("calibration") or {}
     return PruningReport(
         parameters_before=_count(dense),
@@ -114,7 +116,7 @@ def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _dense_skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    stock = get_architecture(model.config).pruned_class(model).__bases__[-1]
+    stock: Any = get_architecture(model.config).pruned_class(model).__bases__[-1]
     with torch.device("meta"):
         return stock._from_config(stock_config(model.config))
 

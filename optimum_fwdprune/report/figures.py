@@ -103,10 +103,10 @@ def _of_layers(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
     layers = [row["layer"] for row in rows]
 
     def kept(kind: str) -> Callable[[Axes], None]:
-        counts = [[row[kind][which] for row in rows] for which in ("kept", "units")]
+        counts, units = ([row[kind][which] for row in rows] for which in ("kept", "units"))
 
         def draw(axis: Axes) -> None:
-            pictures.draw_kept(axis, kind, layers, *counts, unit_name(kind, checkpoint["attention_unit"]))
+            pictures.draw_kept(axis, kind, layers, counts, units, unit_name(kind, checkpoint["attention_unit"]))
             if kind == "mlp":
                 axis.set_xlabel("layer")
 
@@ -173,6 +173,8 @@ def _of_learning(learning: Mapping[str, Any], name: str) -> list[Picture]:
         def drawn(axis: Axes) -> None:
             draw(axis, *what, learning)
             axis.set_xlabel(step)
+            # The page has titles of its own.
+            axis.set_title("")
 
         return drawn
 
@@ -211,7 +213,7 @@ def _themed(svg: str, title: str) -> str:
     svg = re.sub(r"<svg[^>]*>", f'{opening} aria-label="{title}">', svg, count=1)
     # Matplotlib numbers its groups alike in every picture, and nothing refers to those.
     used = set(re.findall(r"(?:#|url\(#)([\w-]+)", svg))
-    svg = re.sub(r' id="([\w-]+)"', lambda match: match[0] if match[1] in used else "", svg)
+    svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", svg)
     for name, color in PALETTE.items():
         svg = svg.replace(color, f"var(--{name})")
     return re.sub(r"font: ([\d. a-z]*?)([\d.]+px) [^;\"]*", r"font: \1\2 var(--font)", svg)

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..utils import check_output_file, write_text_atomically
+from ..utils import check_output_file, progress, write_text_atomically
 from .document import models_of
 from .figures import pictures_of, pictures_of_all
 from .numbers import figure_label, figure_way, headline, is_quality, is_speed, shown_as
@@ -21,7 +21,7 @@ DARK = {
     "ink": "#e8ebf1",
     "muted": "#9aa6b8",
     "grid": "#323a49",
-    "track": "#2a313e",
+    "track": "#303948",
     "attention": "#7aa5f7",
     "mlp": "#eb9a58",
     "removed": "#596476",
@@ -106,7 +106,10 @@ def render_page(document: Mapping[str, Any]) -> str:
         document=document,
         models=models,
         together=pictures_of_all(document, models),
-        pictures=[pictures_of(each, f"c{place}") for place, each in enumerate(document["checkpoints"])],
+        pictures=[
+            pictures_of(each, f"c{place}")
+            for place, each in enumerate(progress(document["checkpoints"], "Drawing", unit="checkpoint"))
+        ],
         style=(files / "page.css").read_text(encoding="utf-8"),
         light=PALETTE,
         dark=DARK,

@@ -21,7 +21,7 @@ PALETTE = {
     "ink": "#1d2433",
     "muted": "#5f6b7d",
     "grid": "#dfe3ea",
-    "track": "#e9ecf1",
+    "track": "#e6e9ef",
     "attention": "#3a6fd8",
     "mlp": "#d5742b",
     "removed": "#a9b2c0",
@@ -189,6 +189,8 @@ def draw_masks(axis: Axes, learning: Mapping[str, Any]) -> None:
 
 def draw_rates(axis: Axes, kind: str, learning: Mapping[str, Any]) -> None:
     """Draw the keep rate of every layer over the steps as a heat map; layers that were left alone stay blank."""
+    from matplotlib.ticker import MaxNLocator
+
     rates = {int(layer): values for layer, values in learning["keep_rates"][kind].items()}
     steps = learning["steps"]
     axis.set_title(f"keep rate, {'MLP' if kind == 'mlp' else kind}")
@@ -201,7 +203,7 @@ def draw_rates(axis: Axes, kind: str, learning: Mapping[str, Any]) -> None:
     image = axis.imshow(rows, aspect="auto", extent=extent, vmin=0, vmax=1, cmap="viridis", interpolation="none")
     axis.grid(False)
     axis.set_ylabel("layer")
-    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     bar = axis.figure.colorbar(image, ax=axis, ticks=[0, 0.5, 1])
     bar.outline.set_visible(False)
 
@@ -255,7 +257,7 @@ def drawing(**more: Any):
     """Return a context in which matplotlib draws in our colours."""
     import matplotlib
 
-    style = {
+    style: dict[Any, Any] = {
         "axes.edgecolor": PALETTE["grid"],
         "axes.labelcolor": PALETTE["muted"],
         "axes.titlecolor": PALETTE["ink"],

@@ -48,7 +48,7 @@ class PruningReport:
         seconds (`dict[str, float]`): time spent, by stage; empty where a checkpoint does not tell.
         calibration (`str`, *optional*): what the scores were calibrated on.
         speedup (`Speedup`, *optional*): where a speed-up was asked for.
-        unit_parameters (`dict[tuple[int, str], int]`): parameters that one unit of a site owns.
+        unit_parameters (`dict[tuple[int, str], int]`): parameters that one unit of a site owns in the dense model.
         record (`Record`, *optional*): the request, the plan and the scores behind it.
     """
 
@@ -80,12 +80,12 @@ class PruningReport:
         """Return all figures as JSON values."""
         found = {name: getattr(self, name) for name in FIGURES}
         speedup = None if self.speedup is None else dataclasses.asdict(self.speedup)
-        return {**found, "speedup": speedup, "sparsity": self.sparsity, "model_sparsity": self.model_sparsity}
+        per_unit = {f"{layer}.{kind}": each for (layer, kind), each in self.unit_parameters.items()}
+        shares = {"sparsity": self.sparsity, "model_sparsity": self.model_sparsity}
+        return {**found, "speedup": speedup, **shares, "unit_parameters": per_unit}
 
     @classmethod
-    def from_dict(
-        cls, values: Mapping[str, Any], unit_parameters: dict[SiteKey, int], record: Record | None = None
-    ) -> PruningReport:
+    def from_dict(cls, values: Mapping[str, Any], record: Record | None = None) -> PruningReport:
         """Build the report of what `to_dict` returned.
 
         Raises:
@@ -94,9 +94,11 @@ class PruningReport:
         try:
             speedup = None if values["speedup"] is None else Speedup(**values["speedup"])
             figures = {name: values[name] for name in FIGURES}
-        except (KeyError, TypeError) as error:
+            named = [(name.split("."), each) for name, each in values["unit_parameters"].items()]
+            per_unit = {(int(layer), kind): each for (layer, kind), each in named}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"These are not the figures of a pruning: {type(error).__name__}: {error}.") from error
-        return cls(**figures, speedup=speedup, unit_parameters=unit_parameters, record=record)
+        return cls(**figures, speedup=speedup, unit_parameters=per_unit, record=record)
 
     def save(
         self,

@@ -1,0 +1,364 @@
+"""A report says what the checkpoint's files say, and its page shows nothing but its JSON file."""
+
+import dataclasses
+import html.parser
+import json
+import re
+import shutil
+
+import pytest
+import tiny
+import torch
+
+from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan
+from optimum_fwdprune.evaluation import Benchmark, Comparison, Evaluation, Spread, TextLoss, Timing
+from optimum_fwdprune.methods import registered_methods
+from optimum_fwdprune.record import OUTCOME_NAME
+from optimum_fwdprune.report import report_table
+from optimum_fwdprune.report.checkpoint import describe_checkpoint
+from optimum_fwdprune.report.document import describe, document_of, measured_of, models_of
+from optimum_fwdprune.report.figures import pictures_of, pictures_of_all
+from optimum_fwdprune.report.numbers import WAYS
+from optimum_fwdprune.report.page import DARK, render_page, to_json, write_page
+from optimum_fwdprune.report.pictures import PALETTE
+from optimum_fwdprune.scores import SCORES_NAME
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokens):
+    """Checkpoints of a tiny model: scored, learned, searched, in rounds, and from a plan alone."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    requests = {
+        "scored": {"sparsity": 0.4},
+        "learned": {"method": "policy_gradient", "sparsity": 0.3, "steps": 30},
+        "searched": {"scope": "search", "search_windows": 100},
+        "rounds": {"method": "magnitude", "rounds": 2, "sparsity": 0.4},
+        # One query head per group is left, which then owns keys and values alone.
+        "heads": {"method": "random", "kinds": ["attention"], "sparsity": 0.16},
+    }
+    for name, fields in requests.items():
+        pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+        pruner.prune(PruningConfig(**fields), tokens)
+        pruner.save_pretrained(folder / name)
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(plan=PruningPlan.load(folder / "scored"))
+    pruner.save_pretrained(folder / "replayed")
+    return folder
+
+
+def measured(*names):
+    """A comparison whose every figure differs."""
+    found = []
+    for place, name in enumerate(names):
+        timing = Timing(1, 64, *(Spread(0.1 / (place + k), 0.05, 0.2) for k in (1, 2)))
+        speed = Benchmark(
+            parameters=10**6 - place, bytes=10**7 - place, macs_per_token=5e5, peak_bytes=10**8, timings=[timing]
+        )
+        found.append(Evaluation(name, {"text": TextLoss(300.0 + 20 * place, 100)}, [], speed))
+    return Comparison(found)
+
+
+def at(document, path):
+    for step in path:
+        document = document[step]
+    return document
+
+
+class Numbers(html.parser.HTMLParser):
+    """Every number of a page: where in the JSON it stands, its exact value, how it is written, and what is shown."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.is_open = False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "data":
+            given = dict(attributes)
+            self.found.append([json.loads(given["data-at"]), json.loads(given["value"]), given["data-way"], ""])
+            self.is_open = True
+
+    def handle_endtag(self, tag):
+        self.is_open = self.is_open and tag != "data"
+
+    def handle_data(self, text):
+        if self.is_open:
+            self.found[-1][-1] += text
+
+
+@pytest.fixture(scope="module")
+def document(folder):
+    comparison = measured("dense", "scored", "learned")
+    return document_of([describe_checkpoint(folder / name, comparison.of(name)) for name in ("scored", "learned")])
+
+
+@pytest.fixture(scope="module")
+def page(document):
+    return render_page(document)
+
+
+class TestThePage:
+    def test_shows_the_figures_of_the_json_file_and_no_others(self, document, page, tmp_path, monkeypatch):
+        monkeypatch.setattr("optimum_fwdprune.report.page.render_page", lambda given: page)
+        figures = write_page(document, tmp_path / "report.html")
+        read = json.loads(figures.read_text())
+
+        assert figures == tmp_path / "report.json" and read == document
+        assert (tmp_path / "report.html").read_text() == page
+        numbers = Numbers(page).found
+        assert len(numbers) > 90
+        for path, value, way, text in numbers:
+            assert at(read, path) == value, path
+            assert text == WAYS[way](value), path
+        shown = {json.dumps(path) for path, *_ in numbers}
+        assert json.dumps(["checkpoints", 0, "measured", "pruned", "figures", "perplexity, text"]) in shown
+        assert json.dumps(["checkpoints", 1, "sizes", "parameters", "after"]) in shown
+
+    def test_depends_on_the_json_file_alone(self, document, page):
+        """Pictures included: the page of what the file says is the page."""
+        assert render_page(json.loads(to_json(document))) == page
+
+    def test_every_picture_is_drawn_from_it(self, document):
+        changed = json.loads(to_json(document))
+        for checkpoint in changed["checkpoints"]:
+            checkpoint["layers"][1]["attention"].update(kept=1, parameters={"before": 1000, "after": 500})
+            checkpoint["layers"][1]["mlp"].update(kept=1)
+            for spread in checkpoint["scores"].values():
+                spread["kept"].reverse()
+                spread["layers"][0]["q50"] *= 1.1
+            checkpoint["measured"]["pruned"]["figures"]["perplexity, text"] += 10
+        learning = changed["checkpoints"][1]["learning"]
+        for name in ("smooth_loss", "entropy"):
+            learning[name] = [0.5 * value for value in learning[name]]
+        for rates in learning["keep_rates"].values():
+            rates["1"] = [0.0] * len(rates["1"])
+        before, after = (
+            {
+                (place, picture.title): picture.svg
+                for place, drawn in enumerate(
+                    [pictures_of_all(found, models_of(found)), *pictures_of(found["checkpoints"][1], "c1").values()]
+                )
+                for picture in drawn
+            }
+            for found in (document, changed)
+        )
+
+        assert before.keys() == after.keys() and len(before) == 12
+        assert [name for name, svg in before.items() if after[name] == svg] == []
+
+    def test_asks_nobody_for_anything(self, page):
+        assert "<script" not in page
+        assert set(re.findall(r"https?://[\w.]+", page)) <= {"http://www.w3.org"}
+        assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)
+
+    def test_takes_every_colour_of_its_pictures_from_its_theme(self, page):
+        """So that they follow it into the dark; heat maps have a scale of their own."""
+        drawings = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
+
+        assert DARK.keys() == PALETTE.keys()
+        assert set(re.findall(r"var\(--(\w+)\)", drawings)) - {"font"} <= PALETTE.keys()
+        assert not re.findall(r"(?:fill|stroke): #\w+", drawings)
+
+    def test_identifiers_are_unique(self, page):
+        found = re.findall(r' id="([^"]+)"', page)
+
+        assert len(found) == len(set(found))
+
+    def test_names_are_text_whatever_they_hold(self, folder):
+        found = describe_checkpoint(folder / "scored", name="<b>&\"'")
+
+        assert "<b>&\"'" not in render_page(document_of([found]))
+
+    def test_an_existing_file_is_kept_unless_told_otherwise(self, document, tmp_path, monkeypatch):
+        monkeypatch.setattr("optimum_fwdprune.report.page.render_page", lambda _: "page")
+        (tmp_path / "report.json").write_text("mine")
+        with pytest.raises(FileExistsError, match=r"report\.json exists.*overwrite"):
+            write_page(document, tmp_path / "report.html")
+        assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+        write_page(document, tmp_path / "report.html", overwrite=True)
+        assert json.loads((tmp_path / "report.json").read_text()) == document
+
+
+class TestACheckpoint:
+    def test_sizes_are_those_of_the_dense_and_of_the_pruned_model(self, folder):
+        for name in ("scored", "heads", "replayed"):
+            found = describe_checkpoint(folder / name)
+            dense, pruned = tiny.make_model("llama_gqa_biases"), FwdPruner.from_pretrained(folder / name).model
+            sizes = found["sizes"]
+            before, after = (sum(weight.numel() for weight in model.parameters()) for model in (dense, pruned))
+            removed = sum(
+                row[kind]["parameters"]["before"] - row[kind]["parameters"]["after"]
+                for row in found["layers"]
+                for kind in ("attention", "mlp")
+            )
+            assert (sizes["parameters"]["before"], sizes["parameters"]["after"]) == (before, after)
+            assert sizes["bytes"] == {**sizes["parameters"], "before": 4 * before, "after": 4 * after}
+            assert removed == before - after == sizes["prunable"]["before"] - sizes["prunable"]["after"]
+
+    def test_older_checkpoints_say_the_same_of_sizes(self, folder, tmp_path):
+        """They do not carry what came of their pruning; the dense model's config tells."""
+        for name in ("scored", "heads"):
+            now = describe_checkpoint(folder / name)
+            shutil.copytree(folder / name, tmp_path / name)
+            (tmp_path / name / OUTCOME_NAME).unlink()
+            older = describe_checkpoint(tmp_path / name)
+
+            assert (older["sizes"], older["layers"]) == (now["sizes"], now["layers"])
+            assert older["pruning"]["masked_difference"] is None and older["pruning"]["seconds"] == {}
+            assert "not recorded" in render_page(document_of([older]))
+
+    def test_layers_keep_what_the_plan_keeps(self, folder):
+        plan = PruningPlan.load(folder / "learned")
+        for row in describe_checkpoint(folder / "learned")["layers"]:
+            for kind in ("attention", "mlp"):
+                assert row[kind]["kept"] == len(plan.kept[(row["layer"], kind)])
+                assert row[kind]["units"] == plan.num_units[(row["layer"], kind)]
+
+    def test_scores_are_counted_once_each(self, folder):
+        found = describe_checkpoint(folder / "scored")
+        for kind in ("attention", "mlp"):
+            spread = found["scores"][kind]
+            for part in ("kept", "units"):
+                counted = (
+                    spread["kept"]
+                    if part == "kept"
+                    else [sum(pair) for pair in zip(spread["kept"], spread["removed"])]
+                )
+                assert sum(counted) == sum(row[kind][part] for row in found["layers"])
+            assert spread["edges"] == sorted(spread["edges"])
+
+    def test_after_rounds_kept_and_removed_scores_are_not_told_apart(self, folder):
+        spread = describe_checkpoint(folder / "rounds")["scores"]["mlp"]
+
+        assert "kept" not in spread and sum(spread["all"]) > 0
+
+    def test_learning_is_shown_where_there_was_any(self, folder):
+        learned, searched = (describe_checkpoint(folder / name)["learning"] for name in ("learned", "searched"))
+
+        assert len(learned["loss"]) == 30 and not learned["is_search"]
+        assert searched["is_search"] and searched["loss"][-1] <= searched["loss"][0]
+        drawn = pictures_of(describe_checkpoint(folder / "searched"), "c")["learning"]
+        assert "sweep" in drawn[0].svg and "divergence from dense" in drawn[0].svg
+        assert describe_checkpoint(folder / "scored")["learning"] is None
+
+    def test_long_runs_are_thinned_to_means(self):
+        from optimum_fwdprune.report.learning import learning_of
+
+        steps = 1000
+        history = {"loss": torch.arange(steps).float(), "entropy": torch.ones(steps)}
+        history |= {"expected_sparsity": torch.ones(steps), "keep_rate.0.mlp": torch.arange(steps).float()}
+        found = learning_of(history, points=100)
+
+        assert found["steps"] == list(range(10, 1001, 10))
+        assert found["loss"][0] == 4.5 and found["loss"][-1] == 994.5
+        assert found["smooth_loss"][-1] == 974.5
+        assert found["keep_rates"] == {"attention": {}, "mlp": {"0": [float(step - 1) for step in found["steps"]]}}
+
+    def test_what_is_not_known_is_said_to_be_not(self, folder):
+        replayed = describe_checkpoint(folder / "replayed")
+        page = render_page(document_of([replayed]))
+
+        assert replayed["scores"] is None and replayed["measured"] is None
+        assert "carries no scores" in page and page.count("not measured") >= 3
+        assert "not measured" in report_table(document_of([replayed]))
+
+    def test_what_was_measured_is_saved_with_the_checkpoint(self, folder, tmp_path, tokens):
+        pruner = FwdPruner.from_pretrained(folder / "scored")
+        pruner.comparison = measured("dense", "this")
+        pruner.save_pretrained(tmp_path / "out")
+        found = describe_checkpoint(tmp_path / "out")["measured"]
+
+        assert found == measured_of(pruner.comparison)
+        assert found["dense"]["figures"]["prefill 1 x 64, times as fast"] == 1
+        again = FwdPruner.from_pretrained(tmp_path / "out")
+        assert again.comparison == pruner.comparison
+        again.prune(PruningConfig(sparsity=0.1, method="magnitude"))
+        assert again.comparison is None
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda path: (path / "config.json").unlink(), "has no config.json"),
+            (lambda path: (path / "fwdprune_plan.json").unlink(), "has no fwdprune_plan.json: it is dense"),
+            (lambda path: (path / "fwdprune_plan.json").write_text("{}"), "fwdprune_plan.json is no pruning plan"),
+            (lambda path: (path / "fwdprune_config.json").write_text("{"), "fwdprune_config.json is not JSON"),
+            (lambda path: (path / SCORES_NAME).write_bytes(b"\xff" * 64), "scores.safetensors holds no scores"),
+            (lambda path: (path / OUTCOME_NAME).write_text("[]"), "outcome.json must hold a JSON object"),
+            (lambda path: (path / OUTCOME_NAME).write_text('{"report": {"seconds": {}}}'), "outcome.json is damaged"),
+            (lambda path: (path / OUTCOME_NAME).write_text('{"comparison": [{}]}'), "KeyError"),
+        ],
+    )
+    def test_missing_and_damaged_files_are_named(self, folder, tmp_path, damage, message):
+        shutil.copytree(folder / "scored", tmp_path / "out")
+        damage(tmp_path / "out")
+
+        with pytest.raises(ValueError, match=message):
+            describe_checkpoint(tmp_path / "out")
+
+    def test_a_plan_of_another_model_is_refused(self, folder, tmp_path):
+        shutil.copytree(folder / "scored", tmp_path / "out")
+        shutil.copy(folder / "learned" / "fwdprune_plan.json", tmp_path / "out")
+
+        with pytest.raises(ValueError, match=r"out: Layer .* the plan leaves"):
+            describe_checkpoint(tmp_path / "out")
+
+    def test_weights_and_request_may_be_missing(self, folder, tmp_path):
+        shutil.copytree(folder / "scored", tmp_path / "out")
+        (tmp_path / "out" / "model.safetensors").unlink()
+        (tmp_path / "out" / "fwdprune_config.json").unlink()
+        found = describe_checkpoint(tmp_path / "out")
+
+        assert found["request"] is None and found["sizes"] == describe_checkpoint(folder / "scored")["sizes"]
+        assert "The request was not recorded" in render_page(document_of([found]))
+
+
+def test_every_architecture_is_described(dense, tokens, tmp_path):
+    pruner = FwdPruner(dense)
+    before = sum(weight.numel() for weight in dense.parameters())
+    pruner.prune(PruningConfig(method="magnitude", sparsity=0.3, reconstruction="bias"), tokens)
+    pruner.save_pretrained(tmp_path / "out")
+    with_outcome = describe_checkpoint(tmp_path / "out")
+    (tmp_path / "out" / OUTCOME_NAME).unlink()
+
+    assert with_outcome["sizes"]["parameters"]["before"] == before
+    assert describe_checkpoint(tmp_path / "out")["sizes"] == with_outcome["sizes"]
+    render_page(document_of([with_outcome]))
+
+
+@pytest.mark.parametrize("method", registered_methods())
+def test_every_method_is_described(method, tokens, tmp_path):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(PruningConfig(method=method, sparsity=0.3, **tiny.SHORT.get(method, {})), tokens)
+    figures = pruner.report.save(tmp_path / "report.html", name="mine")
+
+    (found,) = json.loads(figures.read_text())["checkpoints"]
+    assert found["method"] == method and found["name"] == "mine" and found["scores"]
+    assert found["request"] == pruner.config.to_dict()
+
+
+def test_the_pruners_report_is_that_of_the_checkpoint(folder, tmp_path, tokens):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(PruningConfig(sparsity=0.3), tokens)
+    pruner.save_pretrained(tmp_path / "out")
+    reloaded = FwdPruner.from_pretrained(tmp_path / "out")
+    described = [describe("x", each.report, each.report.record, None) for each in (pruner, reloaded)]
+
+    assert described[0] == described[1] == describe_checkpoint(tmp_path / "out", name="x")
+    assert str(reloaded.report) == str(pruner.report)
+    assert reloaded.report == dataclasses.replace(pruner.report, record=None)
+
+
+def test_tables_show_checkpoints_side_by_side_and_each_alone(document):
+    text = report_table(document)
+
+    assert re.search(r"D dense .* 1\.00. .* 20\.09", text)
+    assert re.search(r"1 scored .* 2\.00.", text)
+    assert "1 scored: a dense model pruned by wanda_sp" in text
+    assert text.count("Made by: optimum-cli fwdprune prune") == 2
