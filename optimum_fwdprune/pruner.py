@@ -435,9 +435,11 @@ class FwdPruner:
                 self.tokenizer.save_pretrained(temporary)
             if whole:
                 recovery = None if self.trainer is None else self.trainer.summary()
+                measured = self.comparison.to_list() if self.comparison else []
                 outcome = {
                     "report": self.report and self.report.to_dict(),
-                    "comparison": self.comparison and self.comparison.to_list(),
+                    # Checkpoints get shared, and home directories do not.
+                    "comparison": [{**each, "name": Path(each["name"]).name} for each in measured] or None,
                     "recovery": recovery,
                 }
                 record = Record(self.config, self.plan, self.scores, outcome)

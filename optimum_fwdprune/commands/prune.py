@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser
+from functools import partial
+from typing import Any
 
 from .base import (
     Command,
@@ -69,8 +71,8 @@ class PruneCommand(Command):
             parser, PruningConfig, {"method"}, lambda field: field.metadata["group"], groups
         )
         for name in methods:
-            own = f"method {name}"
-            known |= add_config_options(parser, get_method(name).config_class, known, lambda _, own=own: own, groups)
+            config_class = get_method(name).config_class
+            known |= add_config_options(parser, config_class, known, partial(_of_method, name), groups)
         add_loading_options(parser)
         add_hub_options(parser)
 
@@ -118,3 +120,7 @@ class PruneCommand(Command):
         print(pruner.report)
         push_to_hub(pruner, self.args)
         print(f"Saved to {self.args.output}. `optimum-cli fwdprune inspect {self.args.output}` shows every layer.")
+
+
+def _of_method(name: str, _field: Any) -> str:
+    return f"method {name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def models_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         if reference and not any(reference["figures"] == each["figures"] for each in dense):
             dense.append({"number": "D", "is_dense": True, **reference, "at": [*where, "dense", "figures"]})
         own = {"number": str(checkpoint["number"]), "name": checkpoint["name"], "is_dense": False}
-        pruned.append({**own, "figures": measured["pruned"]["figures"], "at": [*where, "pruned", "figures"]})
+        figures = dict(measured["pruned"]["figures"])
+        pruned.append({**own, "figures": figures, "at": [*where, "pruned", "figures"]})
+        if figures and checkpoint["sizes"]:
+            figures.setdefault("parameters", checkpoint["sizes"]["parameters"]["after"])
     if len(dense) > 1:
         dense = [{**each, "number": f"D{place}"} for place, each in enumerate(dense, 1)]
     return dense + pruned
@@ -69,6 +73,7 @@ def describe(
     record = record or Record(None, None, None)
     plan, config, scores = record.plan, record.config, record.scores
     about = plan.metadata if plan else {}
+    calibration = about.get("calibration")
     return {
         "name": name,
         "source": about.get("source"),
@@ -76,7 +81,7 @@ def describe(
         "method": about.get("method") or (config.method if config else None),
         "reconstruction": about.get("reconstruction") or (config.reconstruction_kind if config else None),
         "attention_unit": plan.attention_unit if plan else "query_head",
-        "calibration": about.get("calibration"),
+        "calibration": {name: calibration.get(name) for name in ("source", "fingerprint")} if calibration else None,
         "seed": about.get("seed"),
         "rounds": about.get("rounds"),
         "versions": about.get("versions"),
@@ -97,7 +102,13 @@ def measured_of(comparison: Comparison | None) -> dict[str, Any] | None:
     if comparison is None:
         return None
     found = [
-        {"name": Path(each.name).name, "figures": figures}
+        # JSON has no word for what a broken model measures.
+        {
+            "name": Path(each.name).name,
+            "figures": {
+                name: value if value is None or math.isfinite(value) else str(value) for name, value in figures.items()
+            },
+        }
         for each, figures in zip(comparison.evaluations, comparison.figures())
     ]
     return {"dense": found[0] if len(found) > 1 else None, "pruned": found[-1]}

@@ -64,7 +64,7 @@ def pictures_of_all(document: Mapping[str, Any], models: Sequence[Mapping[str, A
             points = [
                 (model["number"], model["is_dense"], scale * model["figures"][against], model["figures"][quality])
                 for model in models
-                if model["figures"].get(against) is not None and model["figures"].get(quality) is not None
+                if all(isinstance(model["figures"].get(name), (int, float)) for name in (against, quality))
             ]
             if len(points) > 1:
 
@@ -179,7 +179,7 @@ def _of_learning(learning: Mapping[str, Any], name: str) -> list[Picture]:
         return drawn
 
     found = [_draw(f"{name}-loss", "Loss", f"Over the {step}s.", [over_steps(pictures.draw_loss)], 3.0)]
-    if not learning["is_search"]:
+    if not learning["is_search"] and learning["entropy"] and learning["expected_sparsity"]:
         text = "How undecided the masks are, and how much they remove."
         found.append(_draw(f"{name}-masks", "Masks", text, [over_steps(pictures.draw_masks)], 3.0))
     for kind, title in (("attention", "Attention"), ("mlp", "MLP")):

@@ -49,9 +49,12 @@ def shown_as(document: Mapping[str, Any], path: list[str | int], way: str, absen
     return Markup(shown).format(json.dumps(value), json.dumps(path), way, written(value, way))
 
 
-def written(value: float | None, way: str, absent: str = "not measured") -> str:
-    """Return a number as text, or what to say where there is none; `way` is a key of `WAYS`."""
-    return absent if value is None else WAYS[way](value)
+def written(value: float | str | None, way: str, absent: str = "not measured") -> str:
+    """Return a number as text, or what to say where there is none; `way` is a key of `WAYS`.
+
+    Text is that of a number that JSON does not know, such as `nan`.
+    """
+    return absent if value is None else value if isinstance(value, str) else WAYS[way](value)
 
 
 def figure_way(name: str) -> str:

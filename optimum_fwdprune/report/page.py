@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -13,7 +14,7 @@ from ..utils import check_output_file, progress, write_text_atomically
 from .document import models_of
 from .figures import pictures_of, pictures_of_all
 from .numbers import figure_label, figure_way, headline, is_quality, is_speed, shown_as
-from .pictures import PALETTE
+from .pictures import NO_MATPLOTLIB, PALETTE
 
 
 # What of the palette another colour stands for on a dark page.
@@ -54,12 +55,15 @@ def write_page(document: Mapping[str, Any], file: str | Path, overwrite: bool = 
 
 
 def check_page_file(file: str | Path, overwrite: bool = False) -> tuple[Path, Path]:
-    """Return the paths of a page and of its JSON file.
+    """Return the paths of a page and of its JSON file, where both can be made.
 
     Raises:
+        ImportError: where matplotlib is not installed.
         ValueError: where `file` does not end in .html.
         OSError: where one of them exists and `overwrite` is not set, or cannot be written.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(NO_MATPLOTLIB)
     if Path(file).suffix not in (".html", ".htm"):
         raise ValueError(f"{file} must end in .html.")
     page = check_new_file(file, overwrite)

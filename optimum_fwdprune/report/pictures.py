@@ -173,18 +173,15 @@ def draw_loss(axis: Axes, learning: Mapping[str, Any]) -> None:
 
 def draw_masks(axis: Axes, learning: Mapping[str, Any]) -> None:
     """Draw how undecided the masks are, and how much they remove."""
-    axis.plot(learning["steps"], learning["entropy"], color=PALETTE["accent"], linewidth=1.8, label="entropy, bits")
-    axis.plot(
-        learning["steps"],
-        learning["expected_sparsity"],
-        color=PALETTE["muted"],
-        linewidth=1.8,
-        linestyle="--",
-        label="removed share",
-    )
+    for name, label, color, style in (
+        ("entropy", "entropy, bits", "accent", "-"),
+        ("expected_sparsity", "removed share", "muted", "--"),
+    ):
+        if learning[name]:
+            axis.plot(learning["steps"], learning[name], style, color=PALETTE[color], linewidth=1.8, label=label)
+            axis.legend(frameon=False)
     axis.set_ylim(0, 1)
     axis.set_ylabel("of the masks, per unit")
-    axis.legend(frameon=False)
 
 
 def draw_rates(axis: Axes, kind: str, learning: Mapping[str, Any]) -> None:

@@ -73,8 +73,8 @@ def history_table(history: Mapping[str, Tensor], rows: int = 10) -> str:
             (
                 f"{first} to {last}",
                 "nan" if loss is None else f"{loss:.3f}",
-                f"{learning['entropy'][place]:.3f}",
-                f"{learning['expected_sparsity'][place]:.1%}",
+                f"{learning['entropy'][place]:.3f}" if learning["entropy"] else "",
+                f"{learning['expected_sparsity'][place]:.1%}" if learning["expected_sparsity"] else "",
                 *rates,
             )
         )
@@ -130,7 +130,8 @@ def _measured(measured: Mapping[str, Any] | None) -> Iterator[tuple[str, ...]]:
         # Sizes stand above.
         if not name.endswith("standard error") and name not in ("parameters", "weights, bytes"):
             before = dense.get(name)
-            ratio = written(value / before, "times") if before and not is_speed(name) else ""
+            is_ratio = is_speed(name) or not before or isinstance(before, str) or isinstance(value, str)
+            ratio = "" if is_ratio else written(value / before, "times")
             way = figure_way(name)
             yield figure_label(name), written(before, way), written(value, way), ratio
 

@@ -18,6 +18,7 @@ from optimum_fwdprune.report import report_table
 from optimum_fwdprune.report.checkpoint import describe_checkpoint
 from optimum_fwdprune.report.document import describe, document_of, measured_of, models_of
 from optimum_fwdprune.report.figures import pictures_of, pictures_of_all
+from optimum_fwdprune.report.learning import learning_of
 from optimum_fwdprune.report.numbers import WAYS
 from optimum_fwdprune.report.page import DARK, render_page, to_json, write_page
 from optimum_fwdprune.report.pictures import PALETTE
@@ -152,6 +153,13 @@ class TestThePage:
         assert before.keys() == after.keys() and len(before) == 12
         assert [name for name, svg in before.items() if after[name] == svg] == []
 
+    def test_quality_stands_against_size_where_speed_was_not_measured(self, folder):
+        comparison = Comparison([Evaluation(name, {"text": TextLoss(9.0, 9)}, []) for name in ("dense", "x")])
+        document = document_of([describe_checkpoint(folder / name, comparison) for name in ("scored", "learned")])
+        drawn = pictures_of_all(document, models_of(document))
+
+        assert [picture.title for picture in drawn[:2]] == ["Quality against size", "Kept attention units"]
+
     def test_asks_nobody_for_anything(self, page):
         assert "<script" not in page
         assert set(re.findall(r"https?://[\w.]+", page)) <= {"http://www.w3.org"}
@@ -248,9 +256,25 @@ class TestACheckpoint:
         assert "sweep" in drawn[0].svg and "divergence from dense" in drawn[0].svg
         assert describe_checkpoint(folder / "scored")["learning"] is None
 
-    def test_long_runs_are_thinned_to_means(self):
-        from optimum_fwdprune.report.learning import learning_of
+    def test_a_history_of_losses_alone_is_shown(self, folder):
+        """Methods of others may learn without masks."""
+        learning = learning_of({"loss": torch.tensor([3.0, float("nan"), 1.0])})
+        found = {**describe_checkpoint(folder / "scored"), "learning": {"is_search": False, **learning}}
 
+        assert learning["loss"] == [3.0, None, 1.0] and learning["entropy"] is None
+        json.dumps(found, allow_nan=False)
+        drawn = pictures_of(found, "c")["learning"]
+        assert [picture.title for picture in drawn] == ["Loss", "Attention keep rates", "MLP keep rates"]
+        assert "not pruned" in drawn[1].svg
+
+    def test_what_a_broken_model_measures_is_shown_as_it_is(self, folder):
+        comparison = Comparison([Evaluation(name, {"text": TextLoss(float("nan"), 9)}, []) for name in ("dense", "x")])
+        document = document_of([describe_checkpoint(folder / "scored", comparison)] * 2)
+
+        assert ">nan</data>" in render_page(json.loads(to_json(document)))
+        assert "nan" in report_table(document)
+
+    def test_long_runs_are_thinned_to_means(self):
         steps = 1000
         history = {"loss": torch.arange(steps).float(), "entropy": torch.ones(steps)}
         history |= {"expected_sparsity": torch.ones(steps), "keep_rate.0.mlp": torch.arange(steps).float()}
@@ -329,18 +353,29 @@ def test_every_architecture_is_described(dense, tokens, tmp_path):
 
     assert with_outcome["sizes"]["parameters"]["before"] == before
     assert describe_checkpoint(tmp_path / "out")["sizes"] == with_outcome["sizes"]
-    render_page(document_of([with_outcome]))
 
 
 @pytest.mark.parametrize("method", registered_methods())
-def test_every_method_is_described(method, tokens, tmp_path):
+def test_every_method_is_described(method, tokens):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     pruner.prune(PruningConfig(method=method, sparsity=0.3, **tiny.SHORT.get(method, {})), tokens)
-    figures = pruner.report.save(tmp_path / "report.html", name="mine")
+    found = describe("mine", pruner.report, pruner.report.record, None)
 
-    (found,) = json.loads(figures.read_text())["checkpoints"]
-    assert found["method"] == method and found["name"] == "mine" and found["scores"]
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["method"] == method and found["scores"].keys() == {"attention", "mlp"}
     assert found["request"] == pruner.config.to_dict()
+    assert (found["learning"] is not None) == (method == "policy_gradient")
+
+
+def test_the_pruner_writes_its_report(tokens, tmp_path):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(PruningConfig(sparsity=0.3), tokens)
+    figures = pruner.report.save(tmp_path / "report.html", name="mine", comparison=measured("dense", "mine"))
+    (found,) = json.loads(figures.read_text())["checkpoints"]
+
+    assert found["sizes"]["parameters"]["after"] == pruner.report.parameters_after
+    assert found["name"] == "mine" and found["measured"] == measured_of(measured("dense", "mine"))
+    assert ">mine</h1>" in (tmp_path / "report.html").read_text()
 
 
 def test_the_pruners_report_is_that_of_the_checkpoint(folder, tmp_path, tokens):
