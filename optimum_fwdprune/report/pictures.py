@@ -106,7 +106,7 @@ def draw_parameters(
         axis.bar(layers, height, width=0.74, bottom=floor, color=PALETTE[kind], label=label)
         floor = [low + more for low, more in zip(floor, height)]
     axis.set_ylabel("parameters, millions")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    _legend(axis)
     _layer_axis(axis, layers)
 
 
@@ -130,7 +130,7 @@ def draw_histogram(axis: Axes, kind: str, spread: Mapping[str, Any], name: str) 
         axis.set_xscale("log")
     axis.set_title(name)
     axis.set_ylabel("units")
-    axis.legend(frameon=False, loc="best")
+    _legend(axis)
 
 
 def draw_spread_by_layer(axis: Axes, kind: str, rows: Sequence[Mapping[str, float]], is_log: bool, name: str) -> None:
@@ -168,7 +168,7 @@ def draw_loss(axis: Axes, learning: Mapping[str, Any]) -> None:
     name = "divergence from dense" if learning.get("is_search") else "expected loss"
     axis.set_ylabel(f"{name}, nats per token")
     if learning["smoothed_over"] > 1:
-        axis.legend(frameon=False)
+        _legend(axis)
 
 
 def draw_masks(axis: Axes, learning: Mapping[str, Any]) -> None:
@@ -179,7 +179,7 @@ def draw_masks(axis: Axes, learning: Mapping[str, Any]) -> None:
     ):
         if learning[name]:
             axis.plot(learning["steps"], learning[name], style, color=PALETTE[color], linewidth=1.8, label=label)
-            axis.legend(frameon=False)
+            _legend(axis)
     axis.set_ylim(0, 1)
     axis.set_ylabel("of the masks, per unit")
 
@@ -231,7 +231,7 @@ def draw_kept_of_several(
     for place, (where, kept, label) in enumerate(zip(layers, shares, labels)):
         color = PALETTE[colors[place % len(colors)]]
         axis.plot(where, kept, color=color, linestyle=styles[place % len(styles)], linewidth=1.8, label=label)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6, frameon=False)
+    _legend(axis)
     axis.set_ylim(0, 1.04)
     axis.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
     _layer_axis(axis, sorted({layer for where in layers for layer in where}))
@@ -298,6 +298,11 @@ def save_figure(figure: Figure, file: str | Path) -> None:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _legend(axis: Axes) -> None:
+    """Above the picture, where it covers nothing, and right of the title."""
+    axis.legend(loc="lower right", bbox_to_anchor=(1.02, 0.97), ncols=6, frameon=False, columnspacing=1.2)
 
 
 def _layer_axis(axis: Axes, layers: Sequence[int]) -> None:
