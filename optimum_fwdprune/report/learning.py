@@ -21,8 +21,8 @@ def learning_of(history: Mapping[str, Tensor], points: int = 400) -> dict[str, A
     Returns:
         `dict`: the last step of every stretch as `steps`; `loss`, the mean of the stretch, and `smooth_loss`, that of
         the last twentieth of the run, `None` where nothing was finite; `entropy`, `expected_sparsity`, each `None`
-        where there is none, and, by kind and layer, `keep_rates` as they are at its last step; `smoothed_over`, how
-        many steps a twentieth is.
+        where there is none, and, by kind and layer, `keep_rates` as they are at its last step; `stretch` and
+        `smoothed_over`, how many steps a stretch and a twentieth are.
 
     Raises:
         ValueError: where there is no history, because the method does not learn, or took no step.
@@ -43,6 +43,7 @@ def learning_of(history: Mapping[str, Tensor], points: int = 400) -> dict[str, A
         "steps": lasts,
         "loss": [_finite(float(loss[max(0, last - stretch) : last].nanmean())) for last in lasts],
         "smooth_loss": [_finite(float(loss[max(0, last - window) : last].nanmean())) for last in lasts],
+        "stretch": stretch,
         "smoothed_over": window,
         **{name: _at(history[name], lasts) if name in history else None for name in ("entropy", "expected_sparsity")},
         "keep_rates": keep_rates,

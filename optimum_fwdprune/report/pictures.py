@@ -156,15 +156,13 @@ def draw_spread_by_layer(axis: Axes, kind: str, rows: Sequence[Mapping[str, floa
 
 
 def draw_loss(axis: Axes, learning: Mapping[str, Any]) -> None:
-    """Draw the loss over the steps, each and smoothed."""
-    axis.plot(learning["steps"], _floats(learning["loss"]), color=PALETTE["removed"], linewidth=1, label="each step")
-    axis.plot(
-        learning["steps"],
-        _floats(learning["smooth_loss"]),
-        color=PALETTE["accent"],
-        linewidth=1.8,
-        label=f"mean of {learning['smoothed_over']}",
-    )
+    """Draw the loss over the steps, each or in stretches, and smoothed."""
+    for name, over, color, width in (
+        ("loss", learning["stretch"], "removed", 1.0),
+        ("smooth_loss", learning["smoothed_over"], "accent", 1.8),
+    ):
+        label = "each step" if over == 1 else f"mean of {over}"
+        axis.plot(learning["steps"], _floats(learning[name]), color=PALETTE[color], linewidth=width, label=label)
     name = "divergence from dense" if learning.get("is_search") else "expected loss"
     axis.set_ylabel(f"{name}, nats per token")
     if learning["smoothed_over"] > 1:

@@ -128,7 +128,8 @@ class TestThePage:
     def test_every_picture_is_drawn_from_it(self, document):
         changed = json.loads(to_json(document))
         for checkpoint in changed["checkpoints"]:
-            checkpoint["layers"][1]["attention"].update(kept=1, parameters={"before": 1000, "after": 500})
+            checkpoint["layers"][1]["attention"].update(kept=1)
+            checkpoint["layers"][1]["mlp"]["parameters"]["after"] = 1
             checkpoint["layers"][1]["mlp"].update(kept=1)
             for spread in checkpoint["scores"].values():
                 spread["kept"].reverse()
@@ -280,7 +281,7 @@ class TestACheckpoint:
         history |= {"expected_sparsity": torch.ones(steps), "keep_rate.0.mlp": torch.arange(steps).float()}
         found = learning_of(history, points=100)
 
-        assert found["steps"] == list(range(10, 1001, 10))
+        assert found["steps"] == list(range(10, 1001, 10)) and found["stretch"] == 10
         assert found["loss"][0] == 4.5 and found["loss"][-1] == 994.5
         assert found["smooth_loss"][-1] == 974.5
         assert found["keep_rates"] == {"attention": {}, "mlp": {"0": [float(step - 1) for step in found["steps"]]}}
