@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from ..architectures.site import KINDS
 from ..evaluation import Comparison
 from ..plan import PruningPlan
 from ..record import Record, command_of
 from ..scores import Scores
 from ..version import __version__
 from .learning import learning_of
-from .pictures import KINDS
 from .pruning import PruningReport
 
 

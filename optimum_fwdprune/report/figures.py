@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..architectures.site import KINDS
 from . import pictures
 from .numbers import is_quality, is_speed
-from .pictures import KINDS, PALETTE, unit_name
+from .pictures import PALETTE, unit_name
 
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..architectures.site import KINDS
 from ..plan import PruningPlan
 from .learning import learning_of
 
@@ -30,7 +31,6 @@ PALETTE = {
 }
 
 NO_MATPLOTLIB = "Plots need matplotlib: pip install optimum-fwdprune[plots]."
-KINDS = ("attention", "mlp")
 
 
 def unit_name(kind: str, attention_unit: str) -> str:
