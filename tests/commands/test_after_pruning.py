@@ -99,7 +99,7 @@ class TestRecover:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--mode", "lore"], "invalid choice: 'lore'"),
+            (["--mode", "lore"], "'lore' is not one of lora, full, distill. Did you mean lora?"),
             (["--lora_dropout", 2], "error: lora_dropout must be in [0, 1]; got 2.0."),
             (["--dataset_column", "body"], "has no column 'body'; it has text."),
             (["--max_length", 100000], "max_length=100000 is more than the 128 positions"),
