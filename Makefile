@@ -13,7 +13,7 @@ export XDG_CACHE_HOME := $(CACHE)
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test fuzz quality style benchmark study recovery runtimes vllm clean
+.PHONY: quickstart test fuzz quality style docs benchmark study recovery runtimes vllm clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -33,6 +33,10 @@ quality: $(VENV)/quality
 style: $(VENV)/quality
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, into .cache/site; a broken link or a docstring that contradicts its signature is an error.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 benchmark: $(VENV)/installed
 	$(BIN)/python benchmarks/cost.py
@@ -86,4 +90,8 @@ $(CACHE)/vllm/installed: setup.cfg Makefile
 
 $(VENV)/quality: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[quality]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[docs]"
 	touch $@

@@ -18,11 +18,15 @@ class AttentionLayout:
     Args:
         module (`str`): name of the attention module inside the decoder layer; it has a `head_dim` attribute.
         output (`str`): name of the output projection inside it.
-        query, key, value (`str`): names of separate projections.
+        query (`str`): name of the query projection, where the three are separate.
+        key (`str`): name of the key projection.
+        value (`str`): name of the value projection.
         fused (`str`): instead of them, the name of one linear that makes all three.
         interleaved (`bool`, defaults to `False`): the fused rows are `[head, 3, head_dim]` (BLOOM) rather than all
             query rows, then all key rows, then all value rows (Phi-3).
-        heads_key, kv_heads_key (`str`): config keys; `kv_heads_key=None` where every head has its own keys and values.
+        heads_key (`str`, defaults to `"num_attention_heads"`): config key of the number of query heads.
+        kv_heads_key (`str`, *optional*, defaults to `"num_key_value_heads"`): likewise of KV heads; `None` where every
+            head has its own keys and values.
         kept_heads_key (`str`, *optional*): config key for the original ids of the kept heads, for models whose heads
             differ by their position (ALiBi). The pruned attention module carries them as `kept_heads`.
     """

@@ -237,8 +237,13 @@ def compare(
     Args:
         models (mapping of `str` to `PreTrainedModel`): by name, of one vocabulary; speed-ups are against the first.
         tokenizer (`PreTrainedTokenizerBase`): theirs.
-        texts, tasks, evaluation_options: see [`evaluate`].
-        batch_sizes, prompt_tokens, new_tokens, repeats: see [`benchmark`].
+        texts (mapping of `str` to sequence of `str`, *optional*): see [`evaluate`].
+        tasks (sequence of `str` or `Path`): likewise.
+        batch_sizes (sequence of `int`, defaults to `(1,)`): see [`benchmark`].
+        prompt_tokens (sequence of `int`, defaults to `(512,)`): likewise.
+        new_tokens (`int`, defaults to 16): likewise.
+        repeats (`int`, defaults to 5): likewise.
+        evaluation_options: more for [`evaluate`].
 
     Raises:
         ValueError: where the vocabularies differ, so that perplexities would not compare.

@@ -115,7 +115,8 @@ def benchmark(
     Args:
         models (sequence of `PreTrainedModel`): causal language models; the first is what others are compared with, and
             a warning says where one is not faster, with the likely reason.
-        batch_sizes, prompt_tokens (sequences of `int`): every pair of them is timed.
+        batch_sizes (sequence of `int`, defaults to `(1,)`): each is timed with each of `prompt_tokens`.
+        prompt_tokens (sequence of `int`, defaults to `(512,)`): lengths of the prompts.
         new_tokens (`int`, defaults to 16): decoding steps after each prefill.
         repeats (`int`, defaults to 5): runs of each, of which median and quartiles are kept.
         clock (`Callable`, defaults to `time.perf_counter`): seconds. On a CPU that others use too, and on one thread,

@@ -37,8 +37,10 @@ class PruningReport:
     """Sizes before and after, and how the result was checked.
 
     Args:
-        parameters_before, parameters_after (`int`): of the whole model, tied weights counted once.
-        bytes_before, bytes_after (`int`): of its weights.
+        parameters_before (`int`): of the whole model, tied weights counted once.
+        parameters_after (`int`): likewise.
+        bytes_before (`int`): of its weights.
+        bytes_after (`int`): likewise.
         prunable_parameters (`int`): owned by units before pruning.
         removed_parameters (`int`): of those, removed.
         requested_sparsity (`float`, *optional*): the fraction asked for; `None` where attention and MLP had
