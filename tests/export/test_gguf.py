@@ -98,6 +98,13 @@ def test_llama_cpp_computes_what_transformers_does(name, changes, fields, archit
     check_llama_cpp_agrees(model, file, tokens, 2e-3 if name == "bloom" else 2e-4)
 
 
+def test_a_dense_model_exports_too(tokens, tokenizer, tmp_path):
+    model = tiny.make_model("llama_gqa_biases", **NO_BIASES)
+    file = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="f32")
+
+    check_llama_cpp_agrees(model, file, tokens, 2e-4)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 0.02), ("bf16", 0.1), ("q8_0", 0.3)])
 def test_smaller_dtypes_are_as_close_as_they_can_be(dtype, tolerance, tokens, tokenizer, tmp_path):
     changes = {
