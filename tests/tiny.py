@@ -109,3 +109,12 @@ def make_tokenizer():
     trained.train_from_iterator(["the quick brown fox jumps over the lazy dog"], vocab_size=VOCAB - 2, min_frequency=1)
     trained.add_special_tokens(["<s>", "</s>"])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def counted_seconds(runs, repeats, device):
+    """In the place of `latency.median_seconds`: what a layer or model holds is what it takes: no noise, no waiting."""
+    found = []
+    for run in runs:
+        owner = next(cell.cell_contents for cell in run.__closure__ if hasattr(cell.cell_contents, "parameters"))
+        found.append(1e-9 * sum(parameter.numel() for parameter in owner.parameters()))
+    return found

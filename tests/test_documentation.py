@@ -1,0 +1,190 @@
+"""Every Python and shell block of README.md and docs/ runs, on tiny models in the place of real ones.
+
+Blocks of a page run in order, in one namespace and one empty folder, as a reader would run them. A block that cannot run
+here says why in an HTML comment before it, `<!-- not run: REASON -->`; anything else that fails is an error. Found and
+evaluated with Sybil.
+"""
+
+import configparser
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import third_party_phi3
+import tiny
+import torch
+from datasets import Dataset
+from optimum.commands.optimum_cli import main
+from sybil import Document, Region
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
+
+from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments, latency, texts
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^>]*) -->\s*\Z")
+
+# Dense models that pages name, and pruned ones that a page takes for granted because another page made them.
+# A checkpoint names a folder that it was made from by its last part.
+DENSE = ("MODEL", "dense", "HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M")
+PRUNED = {
+    "evaluation.md": ("pruned", "pruned-30", "pruned-50"),
+    "gguf.md": ("pruned",),
+    "recovery.md": ("smollm2-pruned",),
+    "serving.md": ("smollm2-recovered", "pruned"),
+}
+# Options of commands whose defaults would time tiny models for long.
+QUICKER = dict.fromkeys(("benchmark", "compare"), ("--repeats", "1", "--new_tokens", "2"))
+# The same requests, made smaller where they would take long.
+SMALLER = {"n_samples": 8, "seq_len": 32, "batch_size": 8, "steps": 3, "draws": 3, "search_windows": 20}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_a_page_runs(page, stand_ins, models):
+    document = Document.parse(str(page), blocks)
+    for name in PRUNED.get(page.name, ()):
+        shutil.copytree(models / "pruned", name)
+    document.namespace.update(names_of(page))
+
+    for example in document.examples():
+        example.evaluate()
+
+
+def test_a_block_that_fails_is_an_error_unless_it_is_marked(tmp_path):
+    page = tmp_path / "page.md"
+    block = "```python\nraise ZeroDivisionError\n```\n"
+    page.write_text(f"<!-- not run: needs a GPU -->\n{block}")
+    assert not list(Document.parse(str(page), blocks))
+
+    for text in (block, f"<!-- not run: -->\n{block}", f"<!-- not run: needs a GPU -->\n\nText.\n{block}"):
+        page.write_text(text)
+        with pytest.raises(ZeroDivisionError):
+            list(Document.parse(str(page), blocks))[0].evaluate()
+    page.write_text("```bash\nrm -r everything\n```\n")
+    with pytest.raises(AssertionError, match="no stand-in for `rm`"):
+        list(Document.parse(str(page), blocks))[0].evaluate()
+
+
+def blocks(document):
+    """Parse the fenced blocks that run: Python and shell without a marker; a fence in no known language is an error."""
+    for region in FencedCodeBlockLexer(r"\w*")(document):
+        language = region.lexemes["language"]
+        assert language in (*EVALUATORS, "", "bibtex"), f"{document.path}: what is {language!r}?"
+        if language in EVALUATORS and not marked(document, region):
+            source = region.lexemes["source"]
+            yield Region(region.start, region.end, parsed=source, evaluator=EVALUATORS[language])
+
+
+def marked(document, region):
+    found = NOT_RUN.search(document.text[: region.start])
+    return bool(found and found["reason"].strip())
+
+
+def shell(example):
+    """Run a block's commands: `optimum-cli` in this process; what would install or take hours is only checked."""
+    for line in example.parsed.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            assert words[0] in COMMANDS, f"{example.path}, line {example.line}: no stand-in for `{words[0]}`"
+            COMMANDS[words[0]](words[1:])
+
+
+def optimum_cli(arguments):
+    for word in arguments[2:]:
+        # A reader's own name, written anew by the next command.
+        if word == "OUTPUT" and arguments[1] == "prune":
+            shutil.rmtree(word, ignore_errors=True)
+    before, sys.argv = sys.argv, ["optimum-cli", *arguments, *QUICKER.get(arguments[1], ())]
+    try:
+        main()
+    except SystemExit as error:
+        assert not error.code, f"{shlex.join(sys.argv)} ended with {error.code}"
+    finally:
+        sys.argv = before
+
+
+def make(arguments):
+    """The target exists, and its recipe can be put together."""
+    subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
+
+
+def pip(arguments):
+    """Every extra that is named exists."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    named = {name for word in arguments for group in re.findall(r"\[(.+)\]", word) for name in group.split(",")}
+    assert named <= set(setup["options.extras_require"]), f"no such extra among {named}"
+
+
+COMMANDS = {"optimum-cli": optimum_cli, "make": make, "pip": pip}
+EVALUATORS = {"python": PythonEvaluator(), "bash": shell}
+
+
+def names_of(page):
+    """What the text around a page's blocks has introduced."""
+    if page.name == "add_an_architecture.md":
+        return {**vars(third_party_phi3), "sys": sys}
+    pruner = FwdPruner.from_pretrained("MODEL")
+    rows = [row["text"] for row in wikitext(None)]
+    return {
+        "FwdPruner": FwdPruner,
+        "PruningConfig": PruningConfig,
+        "input_ids": torch.arange(900) % tiny.VOCAB,
+        "model": pruner.model,
+        "my_texts": rows,
+        "pruner": pruner,
+        "texts": rows,
+    }
+
+
+def wikitext(path, name=None, split="train"):
+    """In the place of datasets of the Hub."""
+    words = "the quick brown fox jumps over the lazy dog".split()
+    rows = [" ".join(words[number * place % 9] for place in range(1, 60)) for number in range(1, 60)]
+    return Dataset.from_dict({"text": rows})
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory, tokenizer):
+    """A dense and a pruned checkpoint."""
+    folder = tmp_path_factory.mktemp("models")
+    model = tiny.make_model("llama_gqa_biases", max_position_embeddings=2048, attention_bias=False, mlp_bias=False)
+    model.save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
+    pruner = FwdPruner.from_pretrained(folder / "dense")
+    pruner.prune(PruningConfig(method="random", scope="global", sparsity=0.3, kinds=["mlp"], multiple_of=4))
+    pruner.save_pretrained(folder / "pruned")
+    return folder
+
+
+@pytest.fixture
+def stand_ins(monkeypatch, tmp_path, models):
+    """An empty folder with the dense models, small requests, a text for every dataset, and a clock that counts."""
+    monkeypatch.chdir(tmp_path)
+    for name in DENSE:
+        shutil.copytree(models / "dense", name)
+    monkeypatch.setattr(texts, "load_rows", wikitext)
+    monkeypatch.setattr("optimum_fwdprune.calibration.load_rows", wikitext)
+    make_smaller(monkeypatch, PruningConfig, SMALLER)
+    make_smaller(monkeypatch, RecoveryArguments, {"max_steps": 2})
+    # How long a layer takes is what it multiplies: a busy machine changes no plan.
+    monkeypatch.setattr(latency, "median_seconds", tiny.counted_seconds)
+
+
+def make_smaller(monkeypatch, config_class, limits):
+    settle = config_class.__post_init__
+
+    def settle_smaller(self):
+        for name, most in limits.items():
+            value = getattr(self, name, None)
+            if value is not None and not 0 < value <= most:
+                setattr(self, name, most)
+        settle(self)
+
+    monkeypatch.setattr(config_class, "__post_init__", settle_smaller)
