@@ -17,22 +17,20 @@ import pytest
 import third_party_phi3
 import tiny
 import torch
-from datasets import Dataset
 from optimum.commands.optimum_cli import main
+from stand_ins import models, stand_ins, wikitext  # noqa: F401
 from sybil import Document, Region
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 
-from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments, latency, texts
+from optimum_fwdprune import FwdPruner, PruningConfig
 
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^>]*) -->\s*\Z")
 
-# Dense models that pages name, and pruned ones that a page takes for granted because another page made them.
-# A checkpoint names a folder that it was made from by its last part.
-DENSE = ("MODEL", "dense", "HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M")
+# Pruned models that a page takes for granted because another page made them.
 PRUNED = {
     "evaluation.md": ("pruned", "pruned-30", "pruned-50"),
     "gguf.md": ("pruned",),
@@ -41,8 +39,6 @@ PRUNED = {
 }
 # Options of commands whose defaults would time tiny models for long.
 QUICKER = dict.fromkeys(("benchmark", "compare"), ("--repeats", "1", "--new_tokens", "2"))
-# The same requests, made smaller where they would take long.
-SMALLER = {"n_samples": 8, "seq_len": 32, "batch_size": 8, "steps": 3, "draws": 3, "search_windows": 20}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -131,7 +127,7 @@ def names_of(page):
     if page.name == "add_an_architecture.md":
         return {**vars(third_party_phi3), "sys": sys}
     pruner = FwdPruner.from_pretrained("MODEL")
-    rows = [row["text"] for row in wikitext(None)]
+    rows = [row["text"] for row in wikitext()]
     return {
         "FwdPruner": FwdPruner,
         "PruningConfig": PruningConfig,
@@ -141,50 +137,3 @@ def names_of(page):
         "pruner": pruner,
         "texts": rows,
     }
-
-
-def wikitext(path, name=None, split="train"):
-    """In the place of datasets of the Hub."""
-    words = "the quick brown fox jumps over the lazy dog".split()
-    rows = [" ".join(words[number * place % 9] for place in range(1, 60)) for number in range(1, 60)]
-    return Dataset.from_dict({"text": rows})
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory, tokenizer):
-    """A dense and a pruned checkpoint."""
-    folder = tmp_path_factory.mktemp("models")
-    model = tiny.make_model("llama_gqa_biases", max_position_embeddings=2048, attention_bias=False, mlp_bias=False)
-    model.save_pretrained(folder / "dense")
-    tokenizer.save_pretrained(folder / "dense")
-    pruner = FwdPruner.from_pretrained(folder / "dense")
-    pruner.prune(PruningConfig(method="random", scope="global", sparsity=0.3, kinds=["mlp"], multiple_of=4))
-    pruner.save_pretrained(folder / "pruned")
-    return folder
-
-
-@pytest.fixture
-def stand_ins(monkeypatch, tmp_path, models):
-    """An empty folder with the dense models, small requests, a text for every dataset, and a clock that counts."""
-    monkeypatch.chdir(tmp_path)
-    for name in DENSE:
-        shutil.copytree(models / "dense", name)
-    monkeypatch.setattr(texts, "load_rows", wikitext)
-    monkeypatch.setattr("optimum_fwdprune.calibration.load_rows", wikitext)
-    make_smaller(monkeypatch, PruningConfig, SMALLER)
-    make_smaller(monkeypatch, RecoveryArguments, {"max_steps": 2})
-    # How long a layer takes is what it multiplies: a busy machine changes no plan.
-    monkeypatch.setattr(latency, "median_seconds", tiny.counted_seconds)
-
-
-def make_smaller(monkeypatch, config_class, limits):
-    settle = config_class.__post_init__
-
-    def settle_smaller(self):
-        for name, most in limits.items():
-            value = getattr(self, name, None)
-            if value is not None and not 0 < value <= most:
-                setattr(self, name, most)
-        settle(self)
-
-    monkeypatch.setattr(config_class, "__post_init__", settle_smaller)
