@@ -65,7 +65,7 @@ def draw_stream(axis, ink):
 
 
 def draw_site(axis, ink, left, sources, output, units, count, removed, color):
-    """Sources with their rows, one block per unit, the output projection with its columns, and the way between them."""
+    """Sources with their rows, one block per unit, and the output projection with its columns."""
     size, gap, bottom = 1.75, 0.35, 3.6
     width = (len(sources) + 1) * (size + gap) + 0.7
     frame = FancyBboxPatch((left, 1.7), width, 6.6, boxstyle="round,pad=0.05,rounding_size=0.3", fill=False)

@@ -68,6 +68,8 @@ EVERYWHERE = ("flap, per layer", BASELINE, "balanced")
 # Windows of each evaluation text, evenly spread over it: (text, tokens per window) -> how many.
 EVALUATIONS = {("wikitext", 512): 64, ("wikitext", 128): 64, ("python", 512): 16, ("python", 128): 32}
 MAIN = "wikitext, 512"
+# Perplexity that the plot ends at.
+HIGHEST = 1500
 
 
 class QualityStudy(Study):
@@ -272,9 +274,12 @@ def plot(study, file):
         points = [(s, perplexity(cell)) for s in SPARSITIES if (cell := study.measured(name, s))]
         if points:
             style = {"linewidth": 2.5} if name in OURS else {"linestyle": "--", "linewidth": 1.2}
-            axis.plot(*zip(*points), marker="o", label=name, **style)
+            # What is far above would leave no room for the others.
+            unseen = " (above)" if min(found for _, found in points) > HIGHEST else ""
+            axis.plot(*zip(*points), marker="o", label=name + unseen, **style)
     axis.axhline(perplexity(study.measured("dense")), color="0.6", label="dense")
     axis.set_yscale("log")
+    axis.set_ylim(top=HIGHEST)
     ticks = (30, 50, 100, 200, 500, 1000)
     axis.set_yticks(ticks, map(str, ticks))
     axis.set_xticks(SPARSITIES, [f"{s:.0%}" for s in SPARSITIES])

@@ -1,6 +1,6 @@
 """Prune the same model by several methods, all with the same budget, text and reconstruction, and compare.
 
-    python examples/compare_methods.py --methods wanda_sp flap magnitude random
+python examples/compare_methods.py --methods wanda_sp flap magnitude random
 """
 
 import argparse

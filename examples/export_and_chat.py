@@ -1,7 +1,7 @@
 """Write a pruned checkpoint as one GGUF file, and talk to it through llama.cpp, which knows nothing of pruning.
 
-    pip install "optimum-fwdprune[gguf]" xllamacpp
-    python examples/export_and_chat.py pruned pruned.gguf "What is a residual stream?"
+pip install "optimum-fwdprune[gguf]" xllamacpp
+python examples/export_and_chat.py pruned pruned.gguf "What is a residual stream?"
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Learn what each layer gives by policy gradient, with forward passes only, and draw how the learning went.
 
-    python examples/policy_gradient_history.py learned --steps 300
+python examples/policy_gradient_history.py learned --steps 300
 """
 
 import argparse

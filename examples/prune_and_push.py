@@ -1,7 +1,7 @@
 """Prune a model, measure what that cost, and push the result to the Hub with a card that tells all of it.
 
-    hf auth login
-    python examples/prune_and_push.py me/smollm2-135m-pruned
+hf auth login
+python examples/prune_and_push.py me/smollm2-135m-pruned
 """
 
 import argparse
@@ -30,7 +30,10 @@ def main():
     # Python's documentation is at hand everywhere, and nothing was calibrated on it.
     held_out = "".join(open_texts(BUILTIN)[1])[:20_000]
     pruner.comparison = compare(
-        {"dense": dense, "pruned": pruned}, pruner.tokenizer, {"Python's documentation": [held_out]}, prompt_tokens=(128,)
+        {"dense": dense, "pruned": pruned},
+        pruner.tokenizer,
+        {"Python's documentation": [held_out]},
+        prompt_tokens=(128,),
     )
     print(pruner.comparison)
 

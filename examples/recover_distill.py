@@ -1,6 +1,6 @@
 """Distil the dense model into a pruned one: its predictions are kept on disk, so only one model is in memory.
 
-    python examples/recover_distill.py pruned distilled --max_steps 500
+python examples/recover_distill.py pruned distilled --max_steps 500
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Prune, then train LoRA adapters on text and merge them: the smallest recovery, on the Trainer.
 
-    python examples/recover_lora.py recovered --max_steps 200
+python examples/recover_lora.py recovered --max_steps 200
 """
 
 import argparse

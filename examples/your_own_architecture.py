@@ -66,7 +66,7 @@ def main():
 
 
 if __name__ == "__main__":
-    # As a module, whose file is copied beside the weights so that they load with trust_remote_code=True; a script's is not.
+    # As a module: its file is copied beside the weights, which load with trust_remote_code=True; a script's is not.
     from your_own_architecture import main as main_of_the_module
 
     main_of_the_module()

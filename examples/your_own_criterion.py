@@ -1,6 +1,6 @@
-"""A criterion of your own, in a dozen lines: it gets options, allocation, reconstruction and the command line for nothing.
+"""A criterion of your own, in a dozen lines: options, allocation, reconstruction and the rest come for nothing.
 
-    python examples/your_own_criterion.py pruned --weigh_columns 0.5
+python examples/your_own_criterion.py pruned --weigh_columns 0.5
 """
 
 import argparse

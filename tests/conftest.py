@@ -55,3 +55,22 @@ def architecture_name(request):
 def dense(architecture_name):
     """A dense tiny causal language model of every architecture in turn, in eval mode."""
     return tiny.make_model(architecture_name)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, tokenizer):
+    """A folder with the checkpoints `dense` and `pruned`."""
+    import stand_ins
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    stand_ins.save_checkpoints(folder, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def workplace(monkeypatch, tmp_path, checkpoints):
+    """An empty folder, the current one, where documentation and examples run with stand-ins for what is large."""
+    import stand_ins
+
+    stand_ins.install(monkeypatch, tmp_path, checkpoints)
+    return tmp_path

@@ -1,12 +1,11 @@
-"""What documentation and examples meet when they are run by a test: tiny models by the names of real ones, little work."""
+"""What documentation and examples meet when a test runs them: tiny models by the names of real ones, little work."""
 
 import shutil
 
-import pytest
 import tiny
 from datasets import Dataset
 
-from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments, latency, texts
+from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments, configuration, latency, texts
 
 
 # A checkpoint names a folder that it was made from by its last part.
@@ -15,25 +14,22 @@ DENSE = ("MODEL", "dense", "HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M")
 SMALLER = {"n_samples": 8, "seq_len": 32, "batch_size": 8, "steps": 3, "draws": 3, "search_windows": 20}
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory, tokenizer):
-    """A folder with a dense and a pruned checkpoint."""
-    folder = tmp_path_factory.mktemp("models")
+def save_checkpoints(folder, tokenizer):
+    """Save a dense and a pruned checkpoint into a folder."""
     model = tiny.make_model("llama_gqa_biases", max_position_embeddings=2048, attention_bias=False, mlp_bias=False)
     model.save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
     pruner = FwdPruner.from_pretrained(folder / "dense")
     pruner.prune(PruningConfig(method="random", scope="global", sparsity=0.3, kinds=["mlp"], multiple_of=4))
     pruner.save_pretrained(folder / "pruned")
-    return folder
 
 
-@pytest.fixture
-def stand_ins(monkeypatch, tmp_path, models):
-    """An empty folder with the dense models, small requests, a text for every dataset, and a clock that counts."""
-    monkeypatch.chdir(tmp_path)
+def install(monkeypatch, folder, checkpoints):
+    """Go to a folder with the dense models; make requests small, a text of every dataset, and the clock count."""
+    monkeypatch.chdir(folder)
     for name in DENSE:
-        shutil.copytree(models / "dense", name)
+        shutil.copytree(checkpoints / "dense", name)
+    monkeypatch.setattr(configuration, "_METHODS", dict(configuration._METHODS))
     monkeypatch.setattr(texts, "load_rows", wikitext)
     monkeypatch.setattr("optimum_fwdprune.calibration.load_rows", wikitext)
     make_smaller(monkeypatch, PruningConfig, SMALLER)
@@ -44,7 +40,7 @@ def stand_ins(monkeypatch, tmp_path, models):
 
 def wikitext(path=None, name=None, split="train"):
     """In the place of datasets of the Hub."""
-    words = "the quick brown fox jumps over the lazy dog".split()
+    words = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog")
     rows = [" ".join(words[number * place % 9] for place in range(1, 60)) for number in range(1, 60)]
     return Dataset.from_dict({"text": rows})
 

@@ -1,11 +1,12 @@
 """Every Python and shell block of README.md and docs/ runs, on tiny models in the place of real ones.
 
-Blocks of a page run in order, in one namespace and one empty folder, as a reader would run them. A block that cannot run
-here says why in an HTML comment before it, `<!-- not run: REASON -->`; anything else that fails is an error. Found and
-evaluated with Sybil.
+Blocks of a page run in order, in one namespace and one empty folder, as a reader would run them. A block that cannot
+run here says why in an HTML comment before it, `<!-- not run: REASON -->`; anything else that fails is an error.
+Found and evaluated with Sybil.
 """
 
 import configparser
+import os
 import re
 import shlex
 import shutil
@@ -18,7 +19,7 @@ import third_party_phi3
 import tiny
 import torch
 from optimum.commands.optimum_cli import main
-from stand_ins import models, stand_ins, wikitext  # noqa: F401
+from stand_ins import wikitext
 from sybil import Document, Region
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
@@ -42,10 +43,10 @@ QUICKER = dict.fromkeys(("benchmark", "compare"), ("--repeats", "1", "--new_toke
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_block_of_a_page_runs(page, stand_ins, models):
+def test_every_block_of_a_page_runs(page, workplace, checkpoints):
     document = Document.parse(str(page), blocks)
     for name in PRUNED.get(page.name, ()):
-        shutil.copytree(models / "pruned", name)
+        shutil.copytree(checkpoints / "pruned", name)
     document.namespace.update(names_of(page))
 
     for example in document.examples():
@@ -61,14 +62,14 @@ def test_a_block_that_fails_is_an_error_unless_it_is_marked(tmp_path):
     for text in (block, f"<!-- not run: -->\n{block}", f"<!-- not run: needs a GPU -->\n\nText.\n{block}"):
         page.write_text(text)
         with pytest.raises(ZeroDivisionError):
-            list(Document.parse(str(page), blocks))[0].evaluate()
+            next(iter(Document.parse(str(page), blocks))).evaluate()
     page.write_text("```bash\nrm -r everything\n```\n")
     with pytest.raises(AssertionError, match="no stand-in for `rm`"):
-        list(Document.parse(str(page), blocks))[0].evaluate()
+        next(iter(Document.parse(str(page), blocks))).evaluate()
 
 
 def blocks(document):
-    """Parse the fenced blocks that run: Python and shell without a marker; a fence in no known language is an error."""
+    """Parse the fenced blocks that run: Python and shell without a marker; other languages must be known."""
     for region in FencedCodeBlockLexer(r"\w*")(document):
         language = region.lexemes["language"]
         assert language in (*EVALUATORS, "", "bibtex"), f"{document.path}: what is {language!r}?"
@@ -137,3 +138,12 @@ def names_of(page):
         "pruner": pruner,
         "texts": rows,
     }
+
+
+def test_the_page_of_options_is_that_of_the_fields():
+    # In a process of its own: other tests register methods in this one.
+    command = [sys.executable, "-c", "import options; print(options.page(), end='')"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "benchmarks", ROOT)))}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+
+    assert (ROOT / "docs" / "options.md").read_text() == found.stdout, "run: python benchmarks/options.py"

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 import tiny
 import transformers
-from stand_ins import models, stand_ins, wikitext  # noqa: F401
+from stand_ins import wikitext
 
 from optimum_fwdprune import FwdPruner, PruningPlan
 
@@ -25,7 +25,7 @@ NOT_HERE = {"quickstart.py"}
 
 
 @pytest.fixture
-def run(stand_ins, models, monkeypatch, capsys):
+def run(workplace, monkeypatch, capsys):
     """Run a script with these arguments in this process; returns what it printed."""
 
     def run(name, *arguments):
@@ -62,17 +62,17 @@ def test_policy_gradient_draws_its_history(run):
 @pytest.mark.parametrize(
     ("name", "arguments"), [("recover_lora.py", ["recovered"]), ("recover_distill.py", ["{pruned}", "recovered"])]
 )
-def test_recovered_models_are_plain_pruned_ones_that_were_trained(run, models, name, arguments):
+def test_recovered_models_are_plain_pruned_ones_that_were_trained(run, checkpoints, name, arguments):
     if name == "recover_distill.py":
-        arguments = [*(argument.format(pruned=models / "pruned") for argument in arguments), "--teacher", "MODEL"]
+        arguments = [*(argument.format(pruned=checkpoints / "pruned") for argument in arguments), "--teacher", "MODEL"]
     out = run(name, *arguments)
 
     assert re.search(r"[Ll]oss: \d+\.\d+", out)
     assert type(FwdPruner.from_pretrained("recovered").model).__name__ == "PrunedLlamaForCausalLM"
 
 
-def test_llama_cpp_answers(run, models):
-    out = run("export_and_chat.py", models / "pruned", "pruned.gguf", "the quick brown", "--tokens", 4)
+def test_llama_cpp_answers(run, checkpoints):
+    out = run("export_and_chat.py", checkpoints / "pruned", "pruned.gguf", "the quick brown", "--tokens", 4)
 
     assert re.search(r"pruned\.gguf: \d+\.\d MB\n> the quick brown\n.", out)
 
@@ -94,10 +94,10 @@ def test_an_architecture_of_ones_own_prunes_and_loads(run, tokenizer):
     assert Path("pruned/your_own_architecture.py").exists()
 
 
-def test_what_is_pushed_loads_from_the_hub(models, tmp_path):
+def test_what_is_pushed_loads_from_the_hub(checkpoints, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(row["text"] for row in wikitext()) * 12)
-    command = [sys.executable, str(EXAMPLES / "prune_and_push.py"), "me/tiny", "--model", str(models / "dense")]
+    command = [sys.executable, str(EXAMPLES / "prune_and_push.py"), "me/tiny", "--model", str(checkpoints / "dense")]
     with hub_server.running() as hub:
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
@@ -115,15 +115,18 @@ def test_what_is_pushed_loads_from_the_hub(models, tmp_path):
         assert b"Python's documentation" in hub.files["me/tiny"]["README.md"] and hub.private == {"me/tiny"}
 
 
-def test_the_notebook_runs_and_ends_in_pictures(models, tmp_path, monkeypatch):
+def test_the_notebook_runs_and_ends_in_pictures(checkpoints, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(row["text"] for row in wikitext()))
-    for name, value in {"MODEL": models / "dense", "CALIBRATION": text, "WINDOWS": 8}.items():
+    for name, value in {"MODEL": checkpoints / "dense", "CALIBRATION": text, "WINDOWS": 8}.items():
         monkeypatch.setenv(name, str(value))
     notebook = nbformat.read(EXAMPLES / "look_inside.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))
 
     pictures = [
-        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
     ]
     assert len(pictures) == 4

@@ -17,7 +17,7 @@ register_preset(
 register_preset(
     "best",
     "As balanced, and how many channels each layer gives is searched for with whole pruned models: the longest, and "
-    "no better than balanced on the one model it was measured on (docs/quality.md).",
+    "better than balanced on text like the calibration text alone (docs/quality.md).",
     kinds=["mlp"],
     scope="search",
     search_windows=1500,
