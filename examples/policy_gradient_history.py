@@ -24,9 +24,8 @@ def main():
         sparsity=args.sparsity,
         steps=args.steps,
         calibration=args.calibration,
-        # A run that was stopped goes on from this file, bit for bit.
-        checkpoint=f"{args.output}.run.safetensors",
-        checkpoint_every=20,
+        # A run that was stopped goes on from this folder, bit for bit.
+        checkpoint=f"{args.output}-run",
     )
     pruner = FwdPruner.from_pretrained(args.model)
     pruner.prune(config)
