@@ -1,6 +1,7 @@
 """Stock export: what it writes loads where this package is not, and computes the same."""
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -64,7 +65,8 @@ def test_every_family_and_task_loads_without_the_package(tokens, tmp_path, pytho
             expected[folder] = (model(tokens[:1])[0], generated)
     script = [python_without_the_package, "-c", LOAD, str(tmp_path)]
     # Where the checkout is not the working directory, which Python imports from.
-    done = subprocess.run(script, capture_output=True, text=True, timeout=300, cwd=tmp_path.parent)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(script, capture_output=True, text=True, timeout=300, cwd=tmp_path.parent, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
     for folder, (first, generated) in expected.items():

@@ -71,6 +71,8 @@ def save_checkpoint(folder, model, tokens, auto_class):
 
 def reload_in_fresh_process(folder, route, tmp_path, python=sys.executable):
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    if route == "remote":
+        environment.pop("PYTHONPATH", None)
     result = subprocess.run(
         [python, RELOAD, folder, route], env=environment, capture_output=True, text=True, timeout=600
     )
