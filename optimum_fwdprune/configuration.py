@@ -416,6 +416,8 @@ class Method:
             removal, so that units of unequal size compete by score per parameter; otherwise by score alone. A
             function where it depends on the options.
         reconstruction (`str`): what follows the method unless the config says otherwise.
+        differentiates (`Callable[[PruningConfig], bool]`): whether it back-propagates under the options of a config,
+            which no offloaded weight allows.
     """
 
     config_class: type[PruningConfig]
@@ -424,6 +426,7 @@ class Method:
     calibrated: bool = False
     additive: bool | Callable[[PruningConfig], bool] = True
     reconstruction: str = "none"
+    differentiates: Callable[[PruningConfig], bool] = lambda _config: False
 
     def is_additive(self, config: PruningConfig) -> bool:
         """Whether its scores add up under the options of `config`."""
@@ -441,12 +444,13 @@ def register_method(
     calibrated: bool = False,
     additive: bool | Callable[[PruningConfig], bool] = True,
     reconstruction: str = "none",
+    differentiates: Callable[[PruningConfig], bool] = lambda _config: False,
 ) -> None:
     """Make a criterion known under `config_class.method`; the arguments are those of [`Method`]."""
     if config_class is PruningConfig or not issubclass(config_class, PruningConfig):
         raise ValueError("config_class must be a dataclass that extends PruningConfig and sets the field `method`.")
     _METHODS[config_class.method] = Method(
-        config_class, score, tuple(statistics), calibrated, additive, reconstruction
+        config_class, score, tuple(statistics), calibrated, additive, reconstruction, differentiates
     )
 
 

@@ -34,7 +34,7 @@ from .record import Record
 from .report import PruningReport, Speedup
 from .report.checkpoint import report_of
 from .rounds import Rounds
-from .scores import Scores, needs_calibration, score_units
+from .scores import Scores, check_scoring, needs_calibration, score_units
 from .search import SEARCH, check_search
 from .streaming import Workspace, check_streamable, cut_streamed
 from .utils import evaluating, folder_moved_into_place, naming_what_is_full
@@ -343,6 +343,7 @@ class FwdPruner:
         dataset: Any,
         checkpoint: Checkpoint,
     ) -> Scores:
+        check_scoring(model, config)
         calibration = self._calibration(config, dataset, checkpoint) if needs_calibration(config) else None
         return score_units(model, sites, config, calibration, keeper(rounds, sites, config, budget), checkpoint)
 

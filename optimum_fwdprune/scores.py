@@ -16,7 +16,7 @@ from .calibration import Calibration
 from .checkpoints import Checkpoint
 from .layerwise import gather_statistics
 from .methods import PruningConfig, ScoringInputs, UnitScores, get_method
-from .offloading import InTurn
+from .offloading import InTurn, is_offloaded
 from .reconstruction import (
     INDEPENDENT,
     LEAST_SQUARES,
@@ -36,6 +36,15 @@ SCORES_NAME = "fwdprune/scores.safetensors"
 def needs_calibration(config: PruningConfig) -> bool:
     """Whether the request's scores, or its reconstruction, need calibration tokens."""
     return bool(_needed(config)) or get_method(config.method).calibrated
+
+
+def check_scoring(model: PreTrainedModel, config: PruningConfig) -> None:
+    """Raise `ValueError` where `model` does not allow the scores that the request asks for, before anything runs."""
+    if is_offloaded(model) and get_method(config.method).differentiates(config):
+        raise ValueError(
+            f"method={config.method!r} back-propagates here, which cannot reach offloaded weights. Load the model "
+            f"without offloading, or use method='mini_llm' with gradient='zeroth_order', which runs forward passes."
+        )
 
 
 def score_units(

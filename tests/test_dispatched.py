@@ -76,3 +76,12 @@ def test_dispatched_models_end_where_those_in_memory_do(name, offloading, tokens
     for parameter, value in expected.model.named_parameters():
         torch.testing.assert_close(read_parameter(found.model, parameter), value, rtol=5e-3, atol=5e-4)
     torch.testing.assert_close(found.model(tokens).logits, expected.model(tokens).logits, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("fields", [{"method": "taylor"}, {"method": "mini_llm", "gradient": "exact"}])
+def test_back_propagation_is_refused_before_anything_runs(fields, tokens, tmp_path):
+    model = disk_offload(tiny.make_model("llama_gqa_biases"), tmp_path, torch.device("cpu"))
+    model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    with pytest.raises(ValueError, match=r"cannot reach offloaded weights\. Load the model without offloading"):
+        FwdPruner(model).prune(request_of(fields), tokens)

@@ -147,10 +147,15 @@ def _is_additive(config) -> bool:
     return config.perturb == "units" or config.aggregation == "sum"
 
 
+def _differentiates(config) -> bool:
+    return config.gradient == "exact"
+
+
 register_method(
     MiniLlmConfig,
     score,
     statistics=("moments", "source_norms"),
     additive=_is_additive,
     reconstruction="least_squares",
+    differentiates=_differentiates,
 )

@@ -35,4 +35,6 @@ def score(inputs: ScoringInputs) -> dict:
     return {key: value.abs() for key, value in scores.items()}
 
 
-register_method(TaylorConfig, score, calibrated=True, reconstruction="least_squares")
+register_method(
+    TaylorConfig, score, calibrated=True, reconstruction="least_squares", differentiates=lambda _config: True
+)
