@@ -1,4 +1,4 @@
-"""The request: `PruningConfig`, and the registry of methods that its subclasses belong to."""
+"""The request: `PruningConfig`, whose subclasses are those of methods."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .registry import METHODS, Method, get_method, get_preset
 from .utils import did_you_mean, write_text_atomically
 from .version import __version__
 
@@ -293,7 +294,7 @@ class PruningConfig:
     @property
     def reconstruction_kind(self) -> str:
         """The reconstruction asked for, or the method's own."""
-        registered = _METHODS.get(self.method)
+        registered = METHODS.get(self.method)
         return self.reconstruction or (registered.reconstruction if registered else "none")
 
     @property
@@ -401,41 +402,6 @@ class PruningConfig:
         return api.upload_file(path_or_fileobj=content, path_in_repo=CONFIG_NAME, repo_id=repo_id, **commit_kwargs)
 
 
-@dataclass(frozen=True)
-class Method:
-    """A registered criterion.
-
-    Args:
-        config_class (`type[PruningConfig]`): its config; the class attribute `method` is its name.
-        score (`Callable[[ScoringInputs], dict[SiteKey, Tensor] | UnitScores]`): higher scores are kept; one float
-            tensor `[num_units]` per site.
-        statistics (`tuple[str, ...]`): what it needs measured on the calibration tokens, of
-            `optimum_fwdprune.statistics.KINDS_OF_STATISTICS`.
-        calibrated (`bool`): it needs the calibration tokens themselves; statistics imply them.
-        additive (`bool` or `Callable[[PruningConfig], bool]`): scores of different units add up to the score of their
-            removal, so that units of unequal size compete by score per parameter; otherwise by score alone. A
-            function where it depends on the options.
-        reconstruction (`str`): what follows the method unless the config says otherwise.
-        differentiates (`Callable[[PruningConfig], bool]`): whether it back-propagates under the options of a config,
-            which no offloaded weight allows.
-    """
-
-    config_class: type[PruningConfig]
-    score: Callable[..., Any]
-    statistics: tuple[str, ...] = ()
-    calibrated: bool = False
-    additive: bool | Callable[[PruningConfig], bool] = True
-    reconstruction: str = "none"
-    differentiates: Callable[[PruningConfig], bool] = lambda _config: False
-
-    def is_additive(self, config: PruningConfig) -> bool:
-        """Whether its scores add up under the options of `config`."""
-        return self.additive(config) if callable(self.additive) else self.additive
-
-
-_METHODS: dict[str, Method] = {}
-
-
 def register_method(
     config_class: type[PruningConfig],
     score: Callable[..., Any],
@@ -449,61 +415,6 @@ def register_method(
     """Make a criterion known under `config_class.method`; the arguments are those of [`Method`]."""
     if config_class is PruningConfig or not issubclass(config_class, PruningConfig):
         raise ValueError("config_class must be a dataclass that extends PruningConfig and sets the field `method`.")
-    _METHODS[config_class.method] = Method(
+    METHODS[config_class.method] = Method(
         config_class, score, tuple(statistics), calibrated, additive, reconstruction, differentiates
     )
-
-
-def get_method(name: str) -> Method:
-    """Return the method registered as `name`.
-
-    Raises:
-        ValueError: where there is none.
-    """
-    if name not in _METHODS:
-        near = did_you_mean(str(name), _METHODS)
-        raise ValueError(f"method must be one of {', '.join(registered_methods())}; got {name!r}.{near}")
-    return _METHODS[name]
-
-
-def registered_methods() -> list[str]:
-    """Return the names of the registered methods."""
-    return sorted(_METHODS)
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A named request.
-
-    Args:
-        fields (`dict[str, Any]`): of its config; the others keep their defaults. Without `method` it goes with all.
-        help (`str`): what it is for, in one line.
-    """
-
-    fields: dict[str, Any]
-    help: str
-
-
-_PRESETS: dict[str, Preset] = {}
-
-
-def register_preset(name: str, help: str, **fields) -> None:
-    """Make a request known under `name`, for `PruningConfig.from_preset` and `--preset`."""
-    _PRESETS[name] = Preset(fields, help)
-
-
-def get_preset(name: str) -> Preset:
-    """Return the preset registered as `name`.
-
-    Raises:
-        ValueError: where there is none.
-    """
-    if name not in _PRESETS:
-        near = did_you_mean(str(name), _PRESETS)
-        raise ValueError(f"preset must be one of {', '.join(registered_presets())}; got {name!r}.{near}")
-    return _PRESETS[name]
-
-
-def registered_presets() -> list[str]:
-    """Return the names of the registered presets."""
-    return sorted(_PRESETS)

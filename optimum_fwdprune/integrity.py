@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .architectures import is_pruned
+
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -46,7 +48,7 @@ def check_checkpoint(model_id: str | Path, config: PreTrainedConfig, where: Mapp
                 f"config.json; one of the two was changed, or belongs to another model."
             )
     missing = sorted(described.keys() - found.keys())
-    if missing and getattr(config, "per_layer_config", None):
+    if missing and is_pruned(config):
         raise ValueError(
             f"The weights of {model_id} lack {len(missing)} of the parameters that its config.json describes, such as "
             f"{missing[0]}; copy or download it again."

@@ -14,8 +14,9 @@ from transformers import __version__ as transformers_version
 from .architectures import Site, SiteKey
 from .budgets import Budget
 from .checkpoints import Checkpoint
-from .configuration import PruningConfig, get_method
+from .configuration import PruningConfig
 from .plan import PruningPlan
+from .registry import get_method
 from .rounds import Rounds
 from .scores import Scores
 from .search import SEARCH, search

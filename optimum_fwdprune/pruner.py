@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.utils import logging
 
 from . import ranks
-from .architectures import Site, SiteKey, find_sites, get_architecture
+from .architectures import Site, SiteKey, find_sites, get_architecture, is_pruned
 from .budgets import Budget, removal_budget
 from .calibration import Calibration, load_calibration
 from .card import write_card
@@ -141,7 +141,7 @@ class FwdPruner:
         for name in ("gguf_file", "trust_remote_code"):
             shared.pop(name, None)
         pruner._base = Base.of(model_id, **shared)
-        if getattr(model.config, "per_layer_config", None):
+        if is_pruned(model.config):
             record = Record.of_checkpoint(model_id, **shared)
             if record.plan is not None:
                 record.plan.check_left(find_sites(model, record.plan.attention_unit))

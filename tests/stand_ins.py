@@ -5,7 +5,7 @@ import shutil
 import tiny
 from datasets import Dataset
 
-from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments, configuration, latency, texts
+from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments, configuration, latency, registry, texts
 
 
 # A checkpoint names a folder that it was made from by its last part.
@@ -29,7 +29,10 @@ def install(monkeypatch, folder, checkpoints):
     monkeypatch.chdir(folder)
     for name in DENSE:
         shutil.copytree(checkpoints / "dense", name)
-    monkeypatch.setattr(configuration, "_METHODS", dict(configuration._METHODS))
+    # A block's own method would be known to the next one.
+    known = dict(registry.METHODS)
+    monkeypatch.setattr(registry, "METHODS", known)
+    monkeypatch.setattr(configuration, "METHODS", known)
     monkeypatch.setattr(texts, "load_rows", wikitext)
     monkeypatch.setattr("optimum_fwdprune.calibration.load_rows", wikitext)
     make_smaller(monkeypatch, PruningConfig, SMALLER)

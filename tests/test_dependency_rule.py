@@ -59,6 +59,7 @@ ORDER = [
     "budgets",
     "plan",
     "configuration",
+    "registry",
     "architectures",
     "models",
     "utils",

@@ -5,8 +5,8 @@ import tiny
 import torch
 
 from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, find_sites
-from optimum_fwdprune.configuration import registered_methods
 from optimum_fwdprune.gates import gated
+from optimum_fwdprune.registry import registered_methods
 from optimum_fwdprune.verification import masked_logits, relative_difference, rounding_of
 
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
-from optimum_fwdprune.configuration import registered_methods
+from optimum_fwdprune.registry import registered_methods
 
 
 RECONSTRUCTIONS = ("none", "bias", "least_squares")

@@ -176,6 +176,12 @@ def test_a_pruned_checkpoint_that_lacks_weights_is_refused(pruned, tmp_path):
         FwdPruner.from_pretrained(tmp_path / "less")
 
 
+def test_a_bare_dense_model_is_given_its_head_by_transformers(tmp_path):
+    """With a warning of transformers' own: what dense checkpoints lack is theirs to judge."""
+    tiny.make_model("llama_mqa").model.save_pretrained(tmp_path / "bare")
+    assert FwdPruner.from_pretrained(tmp_path / "bare").plan is None
+
+
 def test_nothing_here_reads_or_writes_pickles():
     """By name: `pickle`, `torch.load`, `torch.save`, `eval` and `exec` stand nowhere in the package."""
     forbidden = {"pickle", "cloudpickle", "dill", "joblib", "eval", "exec"}

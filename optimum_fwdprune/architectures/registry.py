@@ -140,6 +140,12 @@ def supported_architectures() -> list[str]:
     return sorted({architecture.model_type for architecture in _ARCHITECTURES.values()})
 
 
+def is_pruned(config: PreTrainedConfig) -> bool:
+    """Whether `config` is that of a pruned model of a registered family."""
+    architecture = _ARCHITECTURES.get(config.model_type)
+    return architecture is not None and isinstance(config, architecture.config_class)
+
+
 def get_architecture(config: PreTrainedConfig) -> Architecture:
     """Return the architecture of `config`.
 

@@ -1,14 +1,7 @@
 """Criteria, one file each. Importing this package registers them all."""
 
-from ..configuration import (
-    PruningConfig,
-    get_method,
-    get_preset,
-    register_method,
-    register_preset,
-    registered_methods,
-    registered_presets,
-)
+from ..configuration import PruningConfig, register_method
+from ..registry import get_method, get_preset, register_preset, registered_methods, registered_presets
 from . import presets  # noqa: F401  each registers itself
 from .flap import FlapConfig
 from .magnitude import MagnitudeConfig

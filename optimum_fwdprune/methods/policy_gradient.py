@@ -5,14 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ..configuration import (
-    PruningConfig,
-    get_method,
-    option,
-    register_method,
-    register_preset,
-    registered_methods,
-)
+from ..configuration import PruningConfig, option, register_method
+from ..registry import get_method, register_preset, registered_methods
 from .scoring import ScoringInputs, UnitScores
 
 

@@ -1,6 +1,6 @@
 """Named requests by what they cost; the study behind them is docs/quality.md."""
 
-from ..configuration import register_preset
+from ..registry import register_preset
 
 
 register_preset(

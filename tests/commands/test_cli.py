@@ -15,8 +15,8 @@ import transformers
 from optimum.commands.optimum_cli import main
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, PruningPlan
-from optimum_fwdprune.configuration import get_method, registered_methods
 from optimum_fwdprune.methods import PolicyGradientConfig
+from optimum_fwdprune.registry import get_method, registered_methods
 from optimum_fwdprune.scores import Scores
 
 

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites, register_method
-from optimum_fwdprune.configuration import _METHODS
+from optimum_fwdprune.registry import METHODS
 
 
 @pytest.fixture(params=["kv_group", "query_head"])
@@ -124,7 +124,8 @@ def test_a_criterion_of_ones_own(tokens, monkeypatch):
         sign = -1 if inputs.config.reverse else 1
         return {site.key: sign * torch.arange(float(site.num_units)) for site in inputs.sites}
 
-    monkeypatch.setattr("optimum_fwdprune.configuration._METHODS", dict(_METHODS))
+    # Forgotten afterwards.
+    monkeypatch.setitem(METHODS, "keep_last", METHODS["random"])
     register_method(LastConfig, score, additive=False)
     for reverse in (False, True):
         pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
@@ -143,9 +144,9 @@ def test_a_criterion_of_ones_own(tokens, monkeypatch):
     ],
 )
 def test_a_criterion_that_scores_nonsense_is_named(scores, message, monkeypatch):
-    method = _METHODS["random"]
+    method = METHODS["random"]
     changed = type(method)(method.config_class, lambda inputs: scores(inputs.sites), additive=False)
-    monkeypatch.setitem(_METHODS, "random", changed)
+    monkeypatch.setitem(METHODS, "random", changed)
     with pytest.raises(ValueError, match=f"Method 'random' {message}"):
         FwdPruner(tiny.make_model("llama_gqa_biases")).score(PruningConfig(method="random"))
 
