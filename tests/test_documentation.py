@@ -35,6 +35,7 @@ NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^>]*) -->\s*\Z")
 PRUNED = {
     "evaluation.md": ("pruned", "pruned-30", "pruned-50"),
     "gguf.md": ("pruned",),
+    "report.md": ("pruned", "pruned-20", "pruned-40"),
     "recovery.md": ("smollm2-pruned",),
     "serving.md": ("smollm2-recovered", "pruned"),
 }
@@ -131,6 +132,7 @@ def names_of(page):
     rows = [row["text"] for row in wikitext()]
     return {
         "FwdPruner": FwdPruner,
+        "config": PruningConfig(),
         "PruningConfig": PruningConfig,
         "input_ids": torch.arange(900) % tiny.VOCAB,
         "model": pruner.model,
