@@ -3,8 +3,9 @@
     python benchmarks/scaling.py
 
 Launches itself with one and with two processes of one thread each, in turns, so that a busy machine slows both. The
-model has SmolLM2-135M's layers, eight of them, with random weights: times do not depend on the weights. What it prints
-is worth as much as the cores that were free meanwhile, so it prints the load as well.
+model has SmolLM2-135M's layers, eight of them, with random weights: times do not depend on the weights. On a machine
+that others use, two processes get more of it than one, so the ratio of seconds says less than that of processor time:
+what one process alone spends over what the busiest of two does. The load is printed as well.
 """
 
 import argparse
@@ -54,10 +55,12 @@ def measure(output):
     for name, fields in STAGES.items():
         dataset = None if "calibration" in fields else Calibration(tokens)
         ranks.from_main(lambda: None)
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         FwdPruner(model).prune(PruningConfig(sparsity=0.3, **fields), dataset, inplace=False)
-        ranks.from_main(lambda: None)
-        seconds[name] = time.perf_counter() - start
+        own = torch.tensor(time.process_time() - worked)
+        # Of the process that had most to do.
+        busiest = float(ranks.gathered(own).max())
+        seconds[name] = time.perf_counter() - start, busiest
     if ranks.is_main():
         Path(output).write_text(json.dumps(seconds))
 
@@ -86,14 +89,20 @@ def main():
         for found, processes in ((one, 1), (two, 2)):
             loads.append(os.getloadavg()[0])
             found.append(launch(processes))
-            print(f"{processes} process(es): {sum(found[-1].values()):.0f} s, load {loads[-1]:.1f}", flush=True)
+            print(
+                f"{processes} process(es): {sum(wall for wall, _ in found[-1].values()):.0f} s, load {loads[-1]:.1f}",
+                flush=True,
+            )
     rows = []
     for name in STAGES:
         alone, together = ([each[name] for each in found] for found in (one, two))
-        ratios = [single / double for single, double in zip(alone, together)]
-        times = f"{statistics.median(alone):.1f}", f"{statistics.median(together):.1f}"
-        rows.append((name, *times, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"))
-    print(render_table(["Stage", "1 process, s", "2 processes, s", "ratio, median", "range"], rows))
+        row = [name]
+        for kind in range(2):
+            ratios = [single[kind] / double[kind] for single, double in zip(alone, together)]
+            row.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        row += [f"{statistics.median(wall for wall, _ in found):.1f}" for found in (alone, together)]
+        rows.append(row)
+    print(render_table(["Stage", "ratio of seconds", "of processor time", "1 process, s", "2 processes, s"], rows))
     print(f"{os.cpu_count()} cores, load {min(loads):.1f} to {max(loads):.1f} in front of a launch.")
 
 
