@@ -226,15 +226,6 @@ def test_scoring_holds_a_handful_of_copies_of_one_linear(tokens, monkeypatch):
     assert weights == 9 and 8 <= max(held) - weights <= 8 + 3
 
 
-def test_offloaded_models_are_refused_before_any_forward(tokens):
-    from accelerate import cpu_offload
-
-    model = cpu_offload(tiny.make_model("llama_gqa_biases"), execution_device="cpu")
-    for method in ("mini_llm", "taylor", "policy_gradient"):
-        with pytest.raises(ValueError, match="offloaded"):
-            FwdPruner(model).score(PruningConfig(method=method), tokens)
-
-
 def test_drawing_stops_once_the_kept_set_is_settled(tokens):
     """With a margin between the units the set settles early; the draws made are those of a shorter run."""
     model = tiny.make_model("llama_mha_tied", intermediate_size=8)
