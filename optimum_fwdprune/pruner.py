@@ -91,6 +91,7 @@ class FwdPruner:
         self._low_memory = False
         self._offload_folder: str | Path | None = None
         self._workspace: Workspace | None = None
+        self._streamed: PreTrainedModel | None = None
         # Where the pruned model lies as it is now: what adapters can name as their base.
         self._saved_as: str | None = None
 
@@ -330,7 +331,7 @@ class FwdPruner:
         with naming_what_is_full(workspace.folder):
             done = cut_streamed(model, sites, plan, request, calibration, statistics, workspace.folder, seconds)
         # The weights of the model are there.
-        self._workspace = workspace
+        self._workspace, self._streamed = workspace, done.model
         return done
 
     def _score(
@@ -427,7 +428,7 @@ class FwdPruner:
             raise ValueError("There is nothing to save yet; call prune() first.")
         whole = isinstance(self.model, PreTrainedModel)
         with folder_moved_into_place(folder, overwrite) as temporary:
-            if self._workspace is not None and self._workspace.holds(self.model):
+            if self._workspace is not None and self.model is self._streamed:
                 self._workspace.copy_checkpoint(temporary)
             else:
                 options: dict[str, Any] = {"max_shard_size": max_shard_size} if whole else {}

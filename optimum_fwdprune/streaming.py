@@ -56,10 +56,6 @@ class Workspace:
         self._temporary = tempfile.TemporaryDirectory(prefix=".fwdprune-", dir=parent)
         self.folder = Path(self._temporary.name)
 
-    def holds(self, model: PreTrainedModel) -> bool:
-        """Whether `model` is what was cut here."""
-        return model.config._name_or_path == str(self.folder / CHECKPOINT)
-
     def copy_checkpoint(self, folder: Path) -> None:
         """Copy the checkpoint to `folder`, which is no more than another name for the files on the same disk."""
         for file in (self.folder / CHECKPOINT).iterdir():
@@ -145,6 +141,8 @@ def cut_streamed(
     loaded: PreTrainedModel = type(pruned).from_pretrained(
         weights.folder, device_map=on_disk(model, model.device), dtype=model.dtype
     )
+    # Where it lies now is nobody's business.
+    loaded.config._name_or_path = model.config._name_or_path
     return Cut(loaded.train(model.training), plan, difference)
 
 

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
-from optimum_fwdprune import FwdPruner, PruningConfig, ranks
+from optimum_fwdprune import FwdPruner, PruningConfig, latency, ranks
 from optimum_fwdprune.utils import save_tensors_atomically
 
 
@@ -33,9 +33,17 @@ CASES = {
     "sequential_layer": {"reconstruction_target": "layer"},
     "self": {"calibration": "self", "n_samples": 19, "seq_len": 12, "batch_size": 2, "reconstruction": "none"},
     "builtin": {"calibration": "builtin", "n_samples": 8, "seq_len": 12, "reconstruction": "none"},
-    "speedup": {"target_speedup": 1.02, "latency_tokens": 16, "scope": "global", "reconstruction": "none"},
+    "speedup": {"target_speedup": 1.1, "latency_tokens": 16, "scope": "global", "reconstruction": "none"},
 }
 
+
+def another_clock(runs, repeats, device):
+    """What a layer holds is what it takes, by a clock that runs otherwise in every process: the main one's counts."""
+    counted = tiny.counted_seconds(runs, repeats, device)
+    return [seconds * (1 + ranks.rank() * number) for number, seconds in enumerate(counted)]
+
+
+latency.median_seconds = another_clock
 
 RESUMED = ["mini_llm_units", "policy_gradient_ratio", "search", "sequential_dense", "self"]
 
