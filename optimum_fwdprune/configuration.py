@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .registry import METHODS, Method, get_method, get_preset
-from .utils import did_you_mean, write_text_atomically
+from .utils import did_you_mean, public_name, write_text_atomically
 from .version import __version__
 
 
@@ -48,7 +48,7 @@ NOT_THE_RECIPE = (
 )
 
 # Fields that say nothing of what comes of a request. Checkpoints get shared, home directories do not.
-OF_THE_MACHINE = ("checkpoint", "checkpoint_seconds")
+OF_THE_MACHINE = ("checkpoint", "checkpoint_seconds", "latency_table")
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None, group: str | None = None) -> Any:
@@ -339,8 +339,11 @@ class PruningConfig:
         return cls(**{**preset, **fields, "method": method})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every field but where its state is kept, and the version that wrote it, as JSON values."""
+        """Return every field that is not of this machine, and the version that wrote it, as JSON values; of a file to
+        calibrate on its name."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in OF_THE_MACHINE}
+        if self.calibration is not None:
+            values["calibration"] = public_name(self.calibration)
         return {**values, "fwdprune_version": __version__}
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from .registry import get_method
 from .rounds import Rounds
 from .scores import Scores
 from .search import SEARCH, search
+from .utils import public_name
 from .version import __version__
 
 
@@ -77,7 +77,7 @@ def make_plan(
 
 def _metadata(model: PreTrainedModel, scores: Scores, rounds: Rounds, config: PruningConfig) -> dict[str, Any]:
     return {
-        "source": _public_name(model.config._name_or_path),
+        "source": public_name(model.config._name_or_path),
         "method": config.method,
         "reconstruction": config.reconstruction_kind,
         "requested_sparsity": rounds.requested_sparsity,
@@ -100,8 +100,3 @@ def _metadata(model: PreTrainedModel, scores: Scores, rounds: Rounds, config: Pr
             "torch": torch.__version__,
         },
     }
-
-
-def _public_name(name_or_path: str) -> str:
-    """A Hub repository as it is, a folder by its last part: checkpoints get shared, home directories do not."""
-    return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path

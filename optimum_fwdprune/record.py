@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from .configuration import CONFIG_NAME, OF_THE_MACHINE
+from .configuration import CONFIG_NAME
 from .methods import PruningConfig
 from .plan import PLAN_NAME, PruningPlan
 from .scores import SCORES_NAME, Scores
@@ -73,10 +73,11 @@ class Record:
 def command_of(config: PruningConfig, model: str = "MODEL", output: str = "OUTPUT") -> str:
     """Return the command line that makes this request of a model."""
     words = ["optimum-cli", "fwdprune", "prune", "-m", model, output]
+    values = config.to_dict()
     for declared in dataclasses.fields(config):
-        if declared.name in OF_THE_MACHINE:
+        if declared.name not in values:
             continue
-        value = getattr(config, declared.name)
+        value = values[declared.name]
         factory = declared.default_factory
         default = declared.default if factory is dataclasses.MISSING else factory()
         if declared.name == "method" or value != default:

@@ -185,6 +185,12 @@ def folder_moved_into_place(folder: str | Path, overwrite: bool = False) -> Iter
         raise
 
 
+def public_name(name_or_path: str) -> str:
+    """Return a Hub repository as it is, a file or folder by its last part: checkpoints get shared, home directories do
+    not."""
+    return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path
+
+
 def first_difference(found: Any, expected: Any, name: str = "content") -> str | None:
     """Say where two JSON values differ first, or return `None` where they are equal."""
     if isinstance(found, dict) and isinstance(expected, dict):

@@ -294,3 +294,17 @@ def test_a_full_disk_is_named_and_leaves_everything_as_it_was(tmp_path, limit, l
     assert under_a_file_size_limit(limit, prune_and_save) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "dense").iterdir()} == source
+
+
+def test_a_checkpoint_says_what_it_was_calibrated_on_and_not_where_that_was(tokenizer, tmp_path):
+    text = tmp_path / "somebody" / "my text.txt"
+    text.parent.mkdir()
+    text.write_text("the quick brown fox jumps over the lazy dog " * 200)
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"), tokenizer)
+    pruner.prune(PruningConfig(calibration=str(text), n_samples=4, seq_len=16, sparsity=0.2))
+    pruner.save_pretrained(tmp_path / "out")
+
+    assert PruningConfig.from_pretrained(tmp_path / "out").calibration == "my text.txt"
+    assert "--calibration 'my text.txt'" in (tmp_path / "out" / "README.md").read_text()
+    for file in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
+        assert b"somebody" not in file.read_bytes(), file
