@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
 from .integrity import check_checkpoint
 
@@ -25,8 +26,9 @@ def load_causal_lm(model_id: str | Path, **kwargs: Any) -> PreTrainedModel:
         OSError: where a file is not there or, naming it, is damaged; nothing is loaded then.
         ValueError: where its config and its weights contradict each other.
     """
-    # Code of the repository may describe anything, and a GGUF file describes itself.
-    if "gguf_file" not in kwargs and not kwargs.get("trust_remote_code"):
-        where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    # Code of the repository may describe anything, a GGUF file describes itself, and adapters name their base.
+    unchecked = "gguf_file" in kwargs or kwargs.get("trust_remote_code")
+    if not unchecked and find_adapter_config_file(str(model_id), **where) is None:
         check_checkpoint(model_id, AutoConfig.from_pretrained(model_id, **where), where)
     return AutoModelForCausalLM.from_pretrained(model_id, **kwargs)
