@@ -139,13 +139,16 @@ def report(found):
     rows = [
         [
             name,
+            str(cell["layers"]),
             f"{cell['peak_rss'] / GIB:.2f} (aim {REQUESTS[name][1]})",
             f"{cell['peak_anonymous'] / GIB:.2f}",
             *(f"{cell['seconds'].get(stage, 0):.0f}" for stage in stages),
         ]
         for name, cell in found.items()
     ]
-    return table(["request", "peak GiB", "of which not mapped files", *(f"{stage}, s" for stage in stages)], rows)
+    return table(
+        ["request", "layers", "peak GiB", "of which not mapped files", *(f"{stage}, s" for stage in stages)], rows
+    )
 
 
 def main():
