@@ -48,7 +48,8 @@ def main():
     print("Calibrating and pruning ...", flush=True)
     dense = pruner.model
     # The dense model is kept for the comparison; without inplace=False pruning would consume it.
-    pruned = pruner.prune(PruningConfig(sparsity=arguments.sparsity, n_samples=16), inplace=False)
+    request = PruningConfig.from_preset("balanced", sparsity=arguments.sparsity, n_samples=16)
+    pruned = pruner.prune(request, inplace=False)
     pruner.save_pretrained(arguments.output, overwrite=True)
     print("Measuring both models ...", flush=True)
     before, after = (perplexity(model, held_out) for model in (dense, pruned))
