@@ -3,12 +3,10 @@
 import csv
 import dataclasses
 import json
-import sys
 
 import pytest
 import tiny
 import torch
-from optimum.commands.optimum_cli import main
 from transformers import AutoModelForCausalLM
 
 from optimum_fwdprune import FwdPruner, PruningConfig
@@ -28,23 +26,6 @@ def folder(tmp_path_factory, tokenizer):
     pruner.save_pretrained(folder / "pruned")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
     return folder
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command in this process; returns `(exit code, stdout, stderr)`."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "fwdprune", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as error:
-            code = error.code
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 TRAIN = ["--max_length", 16, "--max_steps", 6, "--per_device_train_batch_size", 4, "--set", "use_cpu=true"]

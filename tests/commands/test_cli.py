@@ -12,7 +12,6 @@ import pytest
 import tiny
 import torch
 import transformers
-from optimum.commands.optimum_cli import main
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, PruningPlan
 from optimum_fwdprune.methods import PolicyGradientConfig
@@ -29,23 +28,6 @@ def source(tmp_path, tokenizer):
     tiny.make_model("llama_gqa_biases", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     return str(tmp_path / "dense")
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command in this process; returns `(exit code, stdout, stderr)`."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "fwdprune", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as error:
-            code = error.code
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 def test_the_installed_command_prunes_and_inspects(source, tmp_path):

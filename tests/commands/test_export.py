@@ -1,12 +1,9 @@
 """`optimum-cli fwdprune export`, and `prune --layout stock` before it."""
 
-import sys
-
 import pytest
 import tiny
 import torch
 import transformers
-from optimum.commands.optimum_cli import main
 
 
 @pytest.fixture(scope="module")
@@ -16,23 +13,6 @@ def folder(tmp_path_factory, tokenizer):
     tiny.make_model("llama_mqa").save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
     return folder
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command in this process; returns `(exit code, stdout, stderr)`."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "fwdprune", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as error:
-            code = error.code
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 SMALL = ["--calibration", "builtin", "--n_samples", "4", "--seq_len", "32"]

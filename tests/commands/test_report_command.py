@@ -1,12 +1,10 @@
 """`optimum-cli fwdprune report`, as a user runs it."""
 
 import json
-import sys
 
 import pytest
 import tiny
 import torch
-from optimum.commands.optimum_cli import main
 
 from optimum_fwdprune import FwdPruner, PruningConfig
 from optimum_fwdprune.evaluation import Comparison, Evaluation, TextLoss
@@ -31,34 +29,23 @@ def folder(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys, folder):
-    """Run a command in this process, in the folder; returns `(exit code, stdout, stderr)`."""
-
-    def run(*arguments):
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["optimum-cli", "fwdprune", "report", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as error:
-            code = error.code
-        return (code, *capsys.readouterr())
-
-    return run
+def report(cli, monkeypatch, folder):
+    """Run `report` in this process, in the folder; returns `(exit code, stdout, stderr)`."""
+    monkeypatch.chdir(folder)
+    return lambda *arguments: cli("report", *arguments)
 
 
-def test_without_files_it_is_a_table(cli):
-    code, out, err = cli("pruned-20")
+def test_without_files_it_is_a_table(report):
+    code, out, err = report("pruned-20")
 
     assert code == 0, err
     assert "1 pruned-20: dense pruned by wanda_sp" in out and "of them prunable" in out
     assert "Perplexity and speed were not measured: --dense MODEL --text FILE measures them" in out
 
 
-def test_a_page_and_its_figures_are_written_side_by_side(cli, tmp_path):
+def test_a_page_and_its_figures_are_written_side_by_side(report, tmp_path):
     page, other = tmp_path / "deep" / "report.html", tmp_path / "other.json"
-    code, out, err = cli("pruned-20", "pruned-40", "--compare", "table.json", "--html", page, "--json", other)
+    code, out, err = report("pruned-20", "pruned-40", "--compare", "table.json", "--html", page, "--json", other)
     figures = json.loads(page.with_suffix(".json").read_text())
 
     assert code == 0, err
@@ -75,9 +62,11 @@ def test_a_page_and_its_figures_are_written_side_by_side(cli, tmp_path):
     assert {path.name for path in page.parent.iterdir()} == {"report.html", "report.json"}
 
 
-def test_it_measures_where_it_is_told_to(cli, tmp_path):
+def test_it_measures_where_it_is_told_to(report, tmp_path):
     short = ["--prompt_tokens", 16, "--new_tokens", 2, "--repeats", 1, "--max_length", 32]
-    code, out, err = cli("pruned-40", "--dense", "dense", "--text", "text.txt", *short, "--json", tmp_path / "r.json")
+    code, out, err = report(
+        "pruned-40", "--dense", "dense", "--text", "text.txt", *short, "--json", tmp_path / "r.json"
+    )
     (found,) = json.loads((tmp_path / "r.json").read_text())["checkpoints"]
     figures = found["measured"]["pruned"]["figures"]
 
@@ -88,10 +77,10 @@ def test_it_measures_where_it_is_told_to(cli, tmp_path):
     assert figures["perplexity, text.txt"] > 1 and figures["prefill 1 x 16, times as fast"] > 0
 
 
-def test_a_checkpoint_that_the_table_leaves_out_is_not_measured(cli, folder, tmp_path):
+def test_a_checkpoint_that_the_table_leaves_out_is_not_measured(report, folder, tmp_path):
     comparison = Comparison.load(folder / "table.json")
     Comparison(comparison.evaluations[:2]).save(tmp_path / "table.json")
-    code, out, _ = cli("pruned-20", folder / "pruned-40", "--compare", tmp_path / "table.json")
+    code, out, _ = report("pruned-20", folder / "pruned-40", "--compare", tmp_path / "table.json")
 
     assert code == 0
     (line,) = (line for line in out.splitlines() if line.strip().startswith("2 pruned-40  "))
@@ -115,26 +104,26 @@ def test_a_checkpoint_that_the_table_leaves_out_is_not_measured(cli, folder, tmp
         (["pruned-20", "--compare", "table.json", "--text", "text.txt"], "--compare takes what was measured before"),
     ],
 )
-def test_a_users_error_is_one_readable_line(cli, folder, arguments, message):
+def test_a_users_error_is_one_readable_line(report, folder, arguments, message):
     before = sorted(path.name for path in folder.iterdir())
-    code, _, err = cli(*arguments)
+    code, _, err = report(*arguments)
 
     assert code == 1 and message in " ".join(err.split()) and "Traceback" not in err
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_a_table_of_other_models_is_refused(cli, folder, tmp_path):
+def test_a_table_of_other_models_is_refused(report, folder, tmp_path):
     Comparison([Evaluation("this", {}, []), Evaluation("that", {}, [])]).save(tmp_path / "table.json")
-    code, _, err = cli("pruned-20", "--compare", tmp_path / "table.json")
+    code, _, err = report("pruned-20", "--compare", tmp_path / "table.json")
 
     assert code == 1 and "measured this, that, and none of the checkpoints named" in err
 
 
-def test_files_that_are_there_stop_it_before_anything_is_measured(cli, folder, tmp_path, monkeypatch):
+def test_files_that_are_there_stop_it_before_anything_is_measured(report, folder, tmp_path, monkeypatch):
     (tmp_path / "report.html").write_text("mine")
     monkeypatch.setattr("optimum_fwdprune.commands.report.compare_models", lambda *_: pytest.fail("measured"))
-    code, _, err = cli("pruned-20", "--dense", "dense", "--html", tmp_path / "report.html")
+    code, _, err = report("pruned-20", "--dense", "dense", "--html", tmp_path / "report.html")
 
     assert code == 1 and "report.html exists" in err
     assert (tmp_path / "report.html").read_text() == "mine"
-    assert cli("pruned-20", "--html", tmp_path / "report.html", "--overwrite")[0] == 0
+    assert report("pruned-20", "--html", tmp_path / "report.html", "--overwrite")[0] == 0
