@@ -45,6 +45,7 @@ REQUESTS = {
     "wanda_sp, none": {"reconstruction": "none"},
     "taylor, none": {"method": "taylor", "reconstruction": "none"},
     # One thing at a time around `balanced`.
+    "sources too": {"refit_sources": True, "kinds": ["mlp"]},
     "heads too": {},
     "bias": {"reconstruction": "bias", "kinds": ["mlp"]},
     "layer's own target": {"reconstruction_target": "layer", "kinds": ["mlp"]},

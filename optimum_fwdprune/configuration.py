@@ -200,6 +200,13 @@ class PruningConfig:
         ("dense", "layer"),
         group=RECONSTRUCTION,
     )
+    refit_sources: bool = option(
+        False,
+        "Let sequential least squares refit what makes the features too: queries, keys and values so that they say "
+        "what they said in the dense model, the linears before an activation so that the projection behind it comes "
+        "nearer to its target.",
+        group=RECONSTRUCTION,
+    )
     ridge: float | None = option(
         None,
         "Ridge of least squares, as a share of the mean squared activation. Default: chosen per projection on "
@@ -261,6 +268,16 @@ class PruningConfig:
                 f"reconstruction_order='sequential' refits weights, and reconstruction is "
                 f"{self.reconstruction_kind!r} here; ask for reconstruction='least_squares', or leave the order "
                 f"'independent'."
+            )
+        if self.refit_sources and (
+            self.reconstruction_kind != "least_squares"
+            or self.reconstruction_order == "independent"
+            or self.reconstruction_target == "layer"
+        ):
+            raise ValueError(
+                "refit_sources goes with least squares layer by layer towards the dense model: leave out "
+                "reconstruction_order='independent' and reconstruction_target='layer', and let reconstruction be "
+                "'least_squares'."
             )
         if self.layout == "stock" and (self.scope != "layer" or self.skip_layers):
             raise ValueError(

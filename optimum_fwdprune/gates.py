@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
-from .architectures import Site, SiteKey
+from .architectures import Coupling, Site, SiteKey
 
 
 @contextmanager
@@ -74,22 +75,30 @@ def _gate(site: Site, mask: torch.Tensor, calls: dict[SiteKey, int]):
 
 @dataclass(frozen=True)
 class Projection:
-    """New parameters of one output projection.
+    """New parameters of one output projection, and of the sources of its features where these are new too.
 
     Args:
         kept (`list[int]`): kept units.
         weight (`Tensor[out_features, kept features]`): in the projection's dtype.
         bias (`Tensor[out_features]`, *optional*): `None` where the projection has none and needs none.
+        sources (mapping of `str` to `Tensor[kept rows, in_features]`): new weights of linears that make the features,
+            by their names; the others stay as they are.
     """
 
     kept: list[int]
     weight: torch.Tensor
     bias: torch.Tensor | None
+    sources: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def kept_projection(site: Site, kept: list[int]) -> Projection:
+    """Return the projection of `site` as it is, on the features of the units `kept`."""
+    return Projection(kept, site.projection.weight[:, site.kept_features(kept)], site.projection.bias)
 
 
 @contextmanager
 def replaced_projections(sites: Iterable[Site], replacements: Mapping[SiteKey, Projection]) -> Iterator[None]:
-    """Let projections compute with other weights on their kept features, as if they had been reconstructed already.
+    """Let projections and their sources compute with other weights, as if they had been reconstructed already.
 
     Args:
         sites (iterable of `Site`): the sites of the model.
@@ -100,6 +109,9 @@ def replaced_projections(sites: Iterable[Site], replacements: Mapping[SiteKey, P
         for site in sites:
             if site.key in replacements:
                 new = replacements[site.key]
+                handles += [
+                    _replaced_source(site, source, new) for source in site.sources if source.name in new.sources
+                ]
                 columns = site.feature_mask(site.unit_mask(new.kept)).nonzero().flatten().to(new.weight.device)
 
                 def hook(_module, args, _output, new=new, columns=columns):
@@ -110,3 +122,17 @@ def replaced_projections(sites: Iterable[Site], replacements: Mapping[SiteKey, P
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _replaced_source(site: Site, source: Coupling, new: Projection) -> RemovableHandle:
+    """Let the rows that stay of a source speak with their new weights; those that go are read by nobody."""
+    weight = new.sources[source.name]
+    rows = source.kept_index(site.num_units, new.kept).to(weight.device)
+    bias = source.linear.bias
+
+    def hook(_module, args, output):
+        said = F.linear(args[0], weight, None if bias is None else bias[rows])
+        return output.index_copy(-1, rows, said)
+
+    # Whoever looks at the outputs or changes them as well is to find the new ones.
+    return source.linear.register_forward_hook(hook, prepend=True)

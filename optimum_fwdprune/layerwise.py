@@ -64,6 +64,18 @@ def outputs_of(modules: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
             handle.remove()
 
 
+@contextmanager
+def inputs_of(modules: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """Gather what the modules are called with in the block, in the order in which they are called."""
+    seen: list[torch.Tensor] = []
+    handles = [module.register_forward_pre_hook(lambda _module, args: seen.append(args[0])) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass
 class Batch:
     """Some windows on their way through the model.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from . import ranks
-from .architectures import Site
 from .gates import Projection
 
 
@@ -115,27 +114,37 @@ class Refit:
         ridge (`float`): share of the mean diagonal.
         error_before, error_after (`float`, *optional*): mean ‖r‖² of a held-out token without a change and under the
             best one that the other tokens gave; `None` where none were held out.
+        sources (`bool`, *optional*): whether the sources of the features changed too; `None` where they may not.
     """
 
     change: torch.Tensor | None
     ridge: float
     error_before: float | None = None
     error_after: float | None = None
+    sources: bool | None = None
 
-    def projection(self, site: Site, kept: list[int], weight: torch.Tensor) -> Projection:
-        """Return the projection of `site` with its kept columns `weight` changed."""
-        if self.change is not None:
-            weight = (weight.double() + self.change).to(weight.dtype)
-        return Projection(kept, weight, site.projection.bias)
+    def projection(self, before: Projection) -> Projection:
+        """Return the projection `before` with its weight changed."""
+        if self.change is None:
+            return before
+        return replace(before, weight=(before.weight.double() + self.change).to(before.weight.dtype))
+
+    def followed_by(self, later: Refit) -> Refit:
+        """Return both changes as one, the second fitted after other features had changed."""
+        if later.change is None:
+            return replace(self, error_after=later.error_before)
+        change = later.change if self.change is None else self.change + later.change
+        return replace(later, change=change, error_before=self.error_before)
 
     def summary(self) -> dict[str, float | bool | None]:
         """Return how the change was settled, as JSON values."""
-        return {
+        found = {
             "refitted": self.change is not None,
             "ridge": self.ridge,
             "held_out_error_before": self.error_before,
             "held_out_error_after": self.error_after,
         }
+        return found if self.sources is None else {**found, "sources_refitted": self.sources}
 
 
 def refit(fit: NormalEquations, held_out: NormalEquations | None, ridge: float | None = None) -> Refit:

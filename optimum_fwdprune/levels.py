@@ -16,7 +16,7 @@ from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .checkpoints import Checkpoint
 from .configuration import PruningConfig
-from .gates import Projection
+from .gates import Projection, kept_projection
 from .least_squares import DEFAULT_RIDGE, NormalEquations, nested_changes, refit
 from .offloading import resident
 from .reconstruction import BIAS, HELD_OUT_EVERY, LEAST_SQUARES, compensate_bias, gram_statistics
@@ -77,14 +77,12 @@ class Levels:
             return None
         kept = self._kept[site.key][width]
         with resident(site.projection):
-            weight = site.projection.weight
             if site.key in self._moments:
                 return compensate_bias(site, kept, self._moments[site.key])
             if site.key in self._files:
-                columns = self._files[site.key].get_tensor(str(width)).to(weight.device)
-            else:
-                columns = weight[:, site.kept_features(kept)]
-            return Projection(kept, columns, site.projection.bias)
+                columns = self._files[site.key].get_tensor(str(width)).to(site.projection.weight.device)
+                return Projection(kept, columns, site.projection.bias)
+            return kept_projection(site, kept)
 
 
 def _check_space(sites: Sequence[Site], kept: Mapping[SiteKey, dict[int, list[int]]], folder: Path) -> None:

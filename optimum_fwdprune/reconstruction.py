@@ -18,7 +18,7 @@ from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
 from .checkpoints import Checkpoint, State
 from .configuration import PruningConfig
-from .gates import Projection
+from .gates import Projection, kept_projection
 from .layerwise import decoder_layers, gather_statistics, statistics_by_layer
 from .least_squares import NormalEquations, refit
 from .offloading import is_offloaded, resident
@@ -67,6 +67,7 @@ class Reconstruction:
             tensors[f"{layer}.{kind}.weight"] = projection.weight.detach()
             if projection.bias is not None:
                 tensors[f"{layer}.{kind}.bias"] = projection.bias.detach()
+            tensors |= {f"{layer}.{kind}.source.{name}": weight for name, weight in projection.sources.items()}
         kept = [[layer, kind, projection.kept] for (layer, kind), projection in self.projections.items()]
         return tensors, {"kept": kept, "details": self.details}
 
@@ -78,16 +79,23 @@ class Reconstruction:
                 found, device = self.projections[site.key], site.projection.weight.device
                 device = torch.device("cpu") if device.type == "meta" else device
                 bias = None if found.bias is None else found.bias.to(device)
-                placed[site.key] = Projection(found.kept, found.weight.to(device), bias)
+                sources = {name: weight.to(device) for name, weight in found.sources.items()}
+                placed[site.key] = Projection(found.kept, found.weight.to(device), bias, sources)
         return Reconstruction(placed, self.details)
 
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> Reconstruction:
         """Return what [`state`] made these of."""
-        projections = {
-            (layer, kind): Projection(units, tensors[f"{layer}.{kind}.weight"], tensors.get(f"{layer}.{kind}.bias"))
-            for layer, kind, units in numbers["kept"]
-        }
+        projections = {}
+        for layer, kind, units in numbers["kept"]:
+            site = f"{layer}.{kind}"
+            sources = {
+                name.removeprefix(f"{site}.source."): weight
+                for name, weight in tensors.items()
+                if name.startswith(f"{site}.source.")
+            }
+            weight, bias = tensors[f"{site}.weight"], tensors.get(f"{site}.bias")
+            projections[layer, kind] = Projection(units, weight, bias, sources)
         return cls(projections, numbers["details"])
 
 
@@ -215,8 +223,15 @@ def reconstruct_by_layer(
             target = config.reconstruction_target or (DENSE if _adds_up(model) else LAYER)
             texts = (fit, held_out)
             known = [each.projections for each in done]
+            with_sources = config.refit_sources and target == DENSE
+            if config.refit_sources and not with_sources:
+                logger.warning(
+                    "refit_sources aims at the dense model's residual stream, which %s normalizes in between: only "
+                    "projections are refitted.",
+                    model.config.model_type,
+                )
             found = refit_in_sequence(
-                model, sites, kept, target, config.ridge, *texts, config.batch_size, shelf, known
+                model, sites, kept, target, config.ridge, *texts, config.batch_size, shelf, known, with_sources
             )
         for number, (projections, refits) in enumerate(found):
             if number < len(done):
@@ -284,7 +299,7 @@ def _refit_independently(
             statistics = grams[site.key] if grams else [each.pop(site.key) for each in found]
             equations = [NormalEquations.of_removed(_gram(each), each.count, weight, columns) for each in statistics]
             refits[site.key] = refit(equations[0], equations[1] if len(equations) > 1 else None, config.ridge)
-            projections[site.key] = refits[site.key].projection(site, kept[site.key], weight[:, columns])
+            projections[site.key] = refits[site.key].projection(kept_projection(site, kept[site.key]))
         yield projections, refits
 
 

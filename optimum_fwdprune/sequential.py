@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from . import ranks
 from .architectures import Site, SiteKey
 from .calibration import Calibration
-from .gates import Projection, replaced_projections
-from .layerwise import Batch, LayerRunner, outputs_of, stopped_before
+from .gates import Projection, kept_projection
+from .gauss_newton import Linearized, gauss_newton_changes
+from .layerwise import LayerRunner
 from .least_squares import NormalEquations, Refit, refit
 from .offloading import resident
 from .shelves import Shelf
+from .streams import Stream
 from .utils import progress
 
 
 LAYER, DENSE = "layer", "dense"
+
+# Parts of a Gauss-Newton step that are tried: the whole of it where the activation bends little.
+PARTS = (1.0, 0.5, 0.25)
 
 # Projections of one layer, and how each was settled.
 Refitted = tuple[dict[SiteKey, Projection], dict[SiteKey, Refit]]
@@ -38,6 +43,7 @@ def refit_in_sequence(
     batch_size: int,
     shelf: Shelf | None = None,
     known: Sequence[Mapping[SiteKey, Projection]] = (),
+    with_sources: bool = False,
 ) -> Iterator[Refitted]:
     """Yield, layer by layer, new projection parameters of every site that loses units and, where the target is the
     dense model's stream, of every site behind the first of these, since all of them can make up for its loss.
@@ -59,117 +65,154 @@ def refit_in_sequence(
         shelf (`Shelf`, *optional*): where hidden states wait; it settles after every layer, and a pass that was
             interrupted goes on behind the last layer that it settled.
         known (sequence of mappings of site key to `Projection`): what was found for the first layers before.
+        with_sources (`bool`, defaults to `False`): refit the sources of the features too, for the target `"dense"`:
+            all of them so that they say of the pruned stream what they said of the dense one, and those of pointwise
+            sites by Gauss-Newton steps towards the projection's target, after which the projection is fitted once
+            more. It takes about three more passes, and what pointwise sources read and do at all tokens in memory.
     """
     runner, shelf = LayerRunner(model), shelf or Shelf()
     texts = [text for text in (fit, held_out) if text is not None]
-    streams = [
-        (_Stream(f"{held}.{number}", batch, runner, shelf, target == DENSE), held)
-        for held, text in enumerate(texts)
-        if (share := text.own_share()) is not None
-        for number, batch in enumerate(runner.batches(share, batch_size))
-    ]
+    streams: list[list[Stream]] = [[] for _ in texts]
+    for held, text in enumerate(texts):
+        if (share := text.own_share()) is not None:
+            for number, batch in enumerate(runner.batches(share, batch_size)):
+                stream = Stream(f"{held}.{number}", batch, runner, shelf, target == DENSE, with_sources)
+                streams[held].append(stream)
+    every_stream = [stream for of_text in streams for stream in of_text]
     first_loss = next((place for place, site in enumerate(sites) if len(kept[site.key]) < site.num_units), len(sites))
     behind = {site.key for site in sites[first_loss:]}
     if shelf.settled == 0:
-        for stream, _ in streams:
+        for stream in every_stream:
             stream.start()
         shelf.settle(0)
     layers = [list(group) for _, group in groupby(sites, key=lambda site: site.layer)]
     for of_layer in progress(layers[shelf.settled :], "Reconstructing", unit="layer"):
-        projections: dict[SiteKey, Projection] = {}
-        refits: dict[SiteKey, Refit] = {}
-        with resident(runner.layers[of_layer[0].layer]):
-            for stream, _ in streams:
+        number = of_layer[0].layer
+        layer = _Layer(of_layer, streams, ridge, with_sources)
+        with resident(runner.layers[number]):
+            for stream in every_stream:
                 stream.enter(of_layer)
-            is_known = of_layer[0].layer < len(known)
-            if is_known:
-                projections |= known[of_layer[0].layer]
-            for place, site in enumerate([] if is_known else of_layer):
-                if site.key not in behind or (target == LAYER and len(kept[site.key]) == site.num_units):
-                    continue
-                columns = site.kept_features(kept[site.key])
-                weight = site.projection.weight[:, columns]
-                sums = [NormalEquations.empty(weight.shape[1], weight.shape[0], weight.device) for _ in texts]
-                for stream, held in streams:
-                    sums[held].add(*stream.observe(of_layer, place, columns, projections))
-                sums = [each.pooled() for each in sums]
-                if not (sums[0].gram.isfinite().all() and sums[0].cross.isfinite().all()):
-                    raise ValueError(
-                        f"The activations before {site.projection_name} ({site}) contain NaN or infinity once the "
-                        f"layers before it are pruned. A float16 model that overflows runs in bfloat16 or float32."
-                    )
-                found = refit(sums[0], sums[1] if held_out else None, ridge)
-                refits[site.key] = found
-                projections[site.key] = found.projection(site, kept[site.key], weight)
-            for stream, _ in streams:
-                stream.leave(of_layer, projections)
-            yield projections, refits
-        shelf.settle(of_layer[0].layer + 1)
+            if number < len(known):
+                layer.projections |= known[number]
+            for place, site in enumerate([] if number < len(known) else of_layer):
+                if site.key in behind and (target == DENSE or len(kept[site.key]) < site.num_units):
+                    layer.settle(place, kept_projection(site, kept[site.key]))
+            for stream in every_stream:
+                stream.leave(of_layer, layer.projections)
+            yield layer.projections, layer.refits
+        shelf.settle(number + 1)
 
 
-@dataclass(frozen=True)
-class _Stream:
-    """A batch in the pruned model and, where the target needs it, the residual stream of the dense one.
+@dataclass
+class _Layer:
+    """The sites of a layer, and what was found for them.
 
-    On the shelf are, in front of layer number `l`: `"<l>.<name>.pruned"` and `"<l>.<name>.dense"`; and of the dense
-    model within the layer at hand, `"<name>.<place>"`: what its stream is in front of the layer (0) and behind each of
-    its sites.
+    Args:
+        sites (sequence of `Site`): in the order in which they write.
+        streams (sequence of lists of `Stream`): of the text to fit and, where there is one, of the one held out.
+        ridge (`float`, *optional*): for all sites.
+        with_sources (`bool`): refit sources too.
     """
 
-    name: str
-    batch: Batch
-    runner: LayerRunner
-    shelf: Shelf
-    follows_dense: bool
+    sites: Sequence[Site]
+    streams: Sequence[Sequence[Stream]]
+    ridge: float | None
+    with_sources: bool
+    projections: dict[SiteKey, Projection] = field(default_factory=dict)
+    refits: dict[SiteKey, Refit] = field(default_factory=dict)
 
-    def start(self) -> None:
-        embedded = self.runner.embed(self.batch)
-        self.shelf[f"0.{self.name}.pruned"] = embedded
-        if self.follows_dense:
-            self.shelf[f"0.{self.name}.dense"] = embedded
+    def settle(self, place: int, projection: Projection) -> None:
+        """Find the parameters of a site, which are those of `projection` so far."""
+        site = self.sites[place]
+        self.projections[site.key] = projection
+        if self.with_sources:
+            self._correct_inputs(place)
+        found = self._fit(place)
+        if self.with_sources and site.pointwise and len(self.streams) > 1 and self._bend_features(place):
+            found = found.followed_by(self._fit(place))
+        if self.with_sources:
+            found = replace(found, sources=bool(self.projections[site.key].sources))
+        self.refits[site.key] = found
 
-    def enter(self, sites: list[Site]) -> None:
-        if not self.follows_dense:
-            return
-        layer = sites[0].layer
-        stream = self.shelf.pop(f"{layer}.{self.name}.dense")
-        with outputs_of(site.projection for site in sites) as outputs:
-            after = self.runner.run(layer, self.batch, stream)
-        for place, output in enumerate(outputs[:-1], start=1):
-            stream = stream + output.view_as(stream).to(stream.device)
-            self.shelf[f"{self.name}.{place}"] = stream
-        self.shelf[f"{layer + 1}.{self.name}.dense"] = after
+    def _fit(self, place: int) -> Refit:
+        """Fit the projection to what it leaves of its target."""
+        site = self.sites[place]
+        now = self.projections[site.key]
+        found = self._solved(site, now.weight.shape, lambda each: each.observe(self.sites, place, self.projections))
+        self.projections[site.key] = found.projection(now)
+        return found
 
-    def observe(self, sites, place, columns, projections) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the kept inputs of a projection, and what its kept weights leave of the target: `[tokens, ...]`."""
-        site = sites[place]
-        pruned = self.shelf[f"{site.layer}.{self.name}.pruned"]
-        with (
-            replaced_projections(sites, projections),
-            outputs_of(earlier.projection for earlier in sites[:place]) as written,
-            stopped_before(site.projection) as stop,
-        ):
-            self.runner.run(site.layer, self.batch, pruned)
-        inputs = self.batch.tokens(stop.inputs)
-        weight, bias = site.projection.weight, site.projection.bias
-        if not self.follows_dense:
-            return inputs[:, columns], F.linear(inputs[:, ~columns], weight[:, ~columns])
-        device = weight.device
-        target = self._dense_behind(sites, place).to(device).float() - pruned.to(device).float()
-        for output in written:
-            target -= output.view_as(target).to(device).float()
-        said = F.linear(inputs[:, columns], weight[:, columns], bias)
-        return inputs[:, columns], self.batch.tokens(target) - said.float()
+    def _correct_inputs(self, place: int) -> None:
+        """Let the sources read M x for x, which is what they would read in the dense model as far as x tells."""
+        site = self.sites[place]
+        width = site.sources[0].linear.in_features
+        found = self._solved(site, (width, width), lambda each: each.read(self.sites, place, self.projections))
+        if found.change is not None:
+            now = self.projections[site.key]
+            weights = _source_weights(site, now)
+            change = found.change
+            sources = {name: (each.double() @ change + each.double()).to(each.dtype) for name, each in weights.items()}
+            self.projections[site.key] = replace(now, sources=sources)
 
-    def _dense_behind(self, sites, place) -> torch.Tensor:
-        last = place == len(sites) - 1
-        return self.shelf[f"{sites[0].layer + 1}.{self.name}.dense" if last else f"{self.name}.{place + 1}"]
+    def _solved(self, site: Site, shape: Sequence[int], observe: Callable[[Stream], tuple]) -> Refit:
+        """Least squares for a matrix `[outputs, inputs]` over what `observe` returns of every stream."""
+        outputs, inputs = shape
+        sums = [NormalEquations.empty(inputs, outputs, site.projection.weight.device) for _ in self.streams]
+        for total, streams in zip(sums, self.streams):
+            for stream in streams:
+                total.add(*observe(stream))
+        sums = [each.pooled() for each in sums]
+        if not (sums[0].gram.isfinite().all() and sums[0].cross.isfinite().all()):
+            raise ValueError(
+                f"The activations before {site.projection_name} ({site}) contain NaN or infinity once the layers "
+                f"before it are pruned. A float16 model that overflows runs in bfloat16 or float32."
+            )
+        return refit(sums[0], sums[1] if len(sums) > 1 else None, self.ridge)
 
-    def leave(self, sites, projections) -> None:
-        layer = sites[0].layer
-        pruned = self.shelf.pop(f"{layer}.{self.name}.pruned")
-        with replaced_projections(sites, projections):
-            self.shelf[f"{layer + 1}.{self.name}.pruned"] = self.runner.run(layer, self.batch, pruned)
-        if self.follows_dense:
-            for place in range(1, len(sites)):
-                self.shelf.pop(f"{self.name}.{place}")
+    def _bend_features(self, place: int) -> bool:
+        """Change the sources of a pointwise site so that its features serve the target better; whether they do."""
+        site = self.sites[place]
+        now = self.projections[site.key]
+        weight = now.weight.float()
+        fit, held_out = (self._linearized(place, streams) for streams in self.streams)
+        changes = gauss_newton_changes(fit, held_out, weight)
+        if changes is None:
+            return False
+        best, lowest = now, self._left(place, now)
+        weights = _source_weights(site, now)
+        for part in PARTS:
+            rows = (part * changes).flatten(0, 1).split([len(each) for each in weights.values()])
+            sources = {
+                name: (each.float() + change).to(each.dtype) for (name, each), change in zip(weights.items(), rows)
+            }
+            candidate = replace(now, sources=sources)
+            left = self._left(place, candidate)
+            if left < lowest:
+                best, lowest = candidate, left
+        self.projections[site.key] = best
+        return best is not now
+
+    def _linearized(self, place: int, streams: Sequence[Stream]) -> Linearized:
+        # A process may have no share of the windows.
+        nothing = Linearized.empty(self.sites[place], self.projections[self.sites[place].key].weight)
+        parts = [stream.linearize(self.sites, place, self.projections) for stream in streams]
+        return Linearized.cat([nothing, *parts])
+
+    def _left(self, place: int, candidate: Projection) -> float:
+        """What a candidate leaves of the target on held-out tokens: summed squares."""
+        projections = {**self.projections, self.sites[place].key: candidate}
+        left = torch.zeros(1, dtype=torch.float64)
+        for stream in self.streams[1]:
+            _, residual = stream.observe(self.sites, place, projections)
+            left += residual.square().sum(dtype=torch.float64).cpu()
+        return float(ranks.summed(left))
+
+
+def _source_weights(site: Site, projection: Projection) -> dict[str, torch.Tensor]:
+    """The weights of the rows that stay of every source."""
+    return {
+        source.name: projection.sources[source.name]
+        if source.name in projection.sources
+        else source.linear.weight[source.kept_index(site.num_units, projection.kept).to(source.linear.weight.device)]
+        for source in site.sources
+    }

@@ -81,7 +81,7 @@ def empty_pruned_model(
 
 
 def replaced_parameters(sites: Iterable[Site], projections: Mapping[SiteKey, Projection]) -> dict[str, torch.Tensor]:
-    """Return the parameters of reconstructed projections by their names."""
+    """Return the parameters of reconstructed projections, and of refitted sources, by their names."""
     replaced = {}
     for site in sites:
         if site.key in projections:
@@ -89,6 +89,7 @@ def replaced_parameters(sites: Iterable[Site], projections: Mapping[SiteKey, Pro
             replaced[f"{site.projection_name}.weight"] = projection.weight
             if projection.bias is not None:
                 replaced[f"{site.projection_name}.bias"] = projection.bias
+            replaced |= {f"{name}.weight": weight for name, weight in projection.sources.items()}
     return replaced
 
 

@@ -24,6 +24,7 @@ REQUESTS = {
     "independent": {"reconstruction": "least_squares", "reconstruction_order": "independent"},
     "layer": {"reconstruction": "least_squares", "reconstruction_target": "layer"},
     "sequential": {"reconstruction": "least_squares", "skip_layers": [0]},
+    "sources": {"reconstruction": "least_squares", "kinds": ["mlp"], "sparsity": 0.3, "refit_sources": True},
 }
 
 
@@ -53,7 +54,7 @@ def test_streamed_equals_in_memory_bit_for_bit(checkpoint, tokens, tmp_path, nam
     memory, disk = tmp_path / "memory", tmp_path / "disk"
     for folder in (memory, disk):
         pruner = FwdPruner.from_pretrained(checkpoint, low_memory=folder == disk)
-        pruner.prune(PruningConfig(sparsity=0.4, **REQUESTS[name]), tokens)
+        pruner.prune(PruningConfig(**{"sparsity": 0.4, **REQUESTS[name]}), tokens)
         pruner.save_pretrained(folder)
         assert is_offloaded(pruner.model) == (folder == disk)
         assert pruner.report.masked_difference < 1e-4

@@ -56,9 +56,10 @@ class AttentionLayout:
         def coupling(name: str, axis: int, *segments: Segment) -> Coupling:
             return Coupling(f"{path}.{self.module}.{name}", module.get_submodule(name), axis, segments)
 
+        whole: list[Coupling] = []
         if not self.fused:
-            names = (self.query,) if single_heads else (self.query, self.key, self.value)
-            sources = [coupling(name, 0, query if name == self.query else shared) for name in names]
+            sources = [coupling(self.query, 0, query)]
+            (whole if single_heads else sources).extend(coupling(name, 0, shared) for name in (self.key, self.value))
         elif self.interleaved:
             sources = [coupling(self.fused, 0, Segment(3 * head_dim))]
         else:
@@ -72,6 +73,7 @@ class AttentionLayout:
             num_units=num_units,
             couplings=(*sources, output),
             num_groups=kv_heads if single_heads else 1,
+            shared=tuple(whole),
         )
 
     def sizes(self, layer: nn.Module, site: Site, kept: Sequence[int]) -> dict:
@@ -127,6 +129,7 @@ class MLPLayout:
             projection=output.linear,
             num_units=output.linear.in_features,
             couplings=(*sources, output),
+            pointwise=True,
         )
 
     def sizes(self, kept: Sequence[int]) -> dict:

@@ -96,6 +96,10 @@ class Site:
         couplings (`tuple[Coupling, ...]`): every tensor that the units own a part of, the projection included.
         num_groups (`int`, defaults to 1): units form this many equal runs, and each run must keep the same number
             (query heads that share keys and values).
+        shared (`tuple[Coupling, ...]`, *optional*): linears that read what the sources read and that no unit owns a
+            part of, so that they stay whole (keys and values of query heads that share them).
+        pointwise (`bool`, defaults to `False`): the feature of a unit is a function of the row of that unit in every
+            source, at one token.
     """
 
     layer: int
@@ -105,6 +109,8 @@ class Site:
     num_units: int
     couplings: tuple[Coupling, ...]
     num_groups: int = 1
+    shared: tuple[Coupling, ...] = ()
+    pointwise: bool = False
 
     @property
     def key(self) -> SiteKey:
@@ -114,6 +120,11 @@ class Site:
     def unit_width(self) -> int:
         """Input features of the projection per unit."""
         return self.projection.in_features // self.num_units
+
+    @property
+    def sources(self) -> list[Coupling]:
+        """The linears that make the units' features, all from one input."""
+        return [*(coupling for coupling in self.couplings if coupling.axis == 0), *self.shared]
 
     @property
     def unit_parameters(self) -> int:

@@ -16,9 +16,10 @@ register_preset(
 )
 register_preset(
     "best",
-    "As balanced, and how many channels each layer gives is searched for with whole pruned models: the longest, and "
-    "better than balanced on text like the calibration text alone (docs/quality.md).",
+    "As balanced, how many channels each layer gives is searched for with whole pruned models, and what makes the "
+    "features is refitted too: the longest (docs/quality.md).",
     kinds=["mlp"],
     scope="search",
     search_windows=1500,
+    refit_sources=True,
 )

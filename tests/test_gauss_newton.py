@@ -1,0 +1,218 @@
+"""Steps of the sources of pointwise sites, against finite differences and against numpy."""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites, gauss_newton
+from optimum_fwdprune.gates import kept_projection
+from optimum_fwdprune.gauss_newton import FACTOR_DAMPING, PULL, Linearized, gauss_newton_changes
+from optimum_fwdprune.layerwise import LayerRunner
+from optimum_fwdprune.shelves import Shelf
+from optimum_fwdprune.streams import Stream
+
+
+REQUEST = {"sparsity": 0.3, "kinds": ["mlp"], "refit_sources": True}
+
+# The other one's stream is normalized on its way.
+AIMING = [name for name in tiny.CONFIGS if name != "opt_post_norm_projected"]
+
+
+@pytest.fixture
+def long_tokens():
+    """Enough text that what is fitted to it holds on windows that were kept out."""
+    return torch.randint(0, tiny.VOCAB, (96, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def linearized():
+    generator = torch.Generator().manual_seed(0)
+    inputs, slopes, residual = (torch.randn(*shape, generator=generator) for shape in ((50, 4), (2, 50, 3), (50, 5)))
+    return Linearized(inputs, slopes, residual), torch.randn(5, 3, generator=generator)
+
+
+def jacobian(linearized, weight):
+    """Everything that a change of one weight does to the outputs, column by column, float64."""
+    shape = (len(linearized.slopes), weight.shape[1], linearized.inputs.shape[1])
+    units = torch.eye(int(np.prod(shape)), dtype=weight.dtype).view(-1, *shape)
+    return torch.stack([linearized.outputs(unit, weight).flatten() for unit in units], dim=1).double().numpy()
+
+
+def test_the_gradient_is_the_transpose_of_the_outputs(linearized):
+    found, weight = linearized
+    expected = jacobian(found, weight).T @ found.residual.flatten().double().numpy()
+    actual = found.gradient(found.residual, weight).flatten().numpy()
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_steps_end_at_the_damped_least_squares_solution(linearized, monkeypatch):
+    """Solved by numpy: JᵀJ d + PULL P d = Jᵀ r, with P block by block the damped product of two Gram matrices."""
+    monkeypatch.setattr(gauss_newton, "STEPS", 200)
+    found, weight = linearized
+    found, weight = replace(found, inputs=found.inputs.double()), weight.double()
+    found = replace(found, slopes=found.slopes.double(), residual=found.residual.double())
+
+    def damped(factor):
+        return factor + FACTOR_DAMPING * np.trace(factor) / len(factor) * np.eye(len(factor))
+
+    inputs, slopes, columns = found.inputs.numpy(), found.slopes.numpy(), weight.numpy()
+    blocks = [np.kron(damped(s.T @ s * (columns.T @ columns) / 50), damped(inputs.T @ inputs)) for s in slopes]
+    pull = PULL * np.block([[blocks[0], np.zeros_like(blocks[0])], [np.zeros_like(blocks[0]), blocks[1]]])
+    every = jacobian(found, weight)
+    expected = np.linalg.solve(every.T @ every + pull, every.T @ found.residual.flatten().numpy())
+
+    *_, actual = gauss_newton._conjugate_gradients(found, weight)
+    np.testing.assert_allclose(actual.flatten().numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_stop_where_held_out_tokens_gain_no_more(linearized):
+    found, weight = linearized
+    every = list(gauss_newton._conjugate_gradients(found, weight))
+    errors = [found.error(changes, weight) for changes in every]
+    assert errors == sorted(errors, reverse=True) and len(errors) == gauss_newton.STEPS
+    torch.testing.assert_close(gauss_newton_changes(found, found, weight), every[-1])
+
+    # Tokens that already have what they want, or want the opposite, lose by every step.
+    opposite = replace(found, residual=-found.residual)
+    assert gauss_newton_changes(found, opposite, weight) is None
+    # Ones that want what the first step gives lose by the second.
+    first = replace(found, residual=found.outputs(every[0], weight))
+    torch.testing.assert_close(gauss_newton_changes(found, first, weight), every[0])
+
+
+def test_features_that_are_never_used_and_tokens_without_error_change_nothing(linearized):
+    found, weight = linearized
+    dead = replace(found, slopes=torch.zeros_like(found.slopes))
+    assert gauss_newton_changes(dead, dead, weight) is None
+    perfect = replace(found, residual=torch.zeros_like(found.residual))
+    assert gauss_newton_changes(perfect, perfect, weight) is None
+    half = replace(found, slopes=found.slopes * torch.tensor([1.0, 0.0, 1.0]))
+    changes = gauss_newton_changes(half, half, weight)
+    assert changes.isfinite().all() and not changes[:, 1].any() and changes[:, 0].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", AIMING)
+def test_linearized_outputs_are_finite_differences(name, tokens):
+    """Of the whole layer, whatever its activation, with some rows changed beforehand."""
+    dense = tiny.make_model(name).double()
+    sites = [site for site in find_sites(dense) if site.layer == 1]
+    place = next(place for place, site in enumerate(sites) if site.pointwise)
+    site, kept = sites[place], [1, 4, 7]
+    assert site.kind == "mlp" and not any(each.pointwise for each in sites if each is not site)
+    runner = LayerRunner(dense)
+    (batch,) = runner.batches(Calibration(tokens), len(tokens))
+    stream = Stream("0", batch, runner, Shelf(), follows_dense=True, follows_inputs=True)
+    stream.start()
+    for layer in range(2):
+        of_layer = [each for each in find_sites(dense) if each.layer == layer]
+        stream.enter(of_layer)
+        if layer == 0:
+            stream.leave(of_layer, {})
+
+    generator = torch.Generator().manual_seed(2)
+    now = kept_projection(site, kept)
+    rows = {source.name: source.linear.weight[source.kept_index(site.num_units, kept)] for source in site.sources}
+
+    def moved(by):
+        changes = {
+            name: by * torch.randn(each.shape, generator=generator, dtype=each.dtype) for name, each in rows.items()
+        }
+        return changes, replace(now, sources={name: rows[name] + change for name, change in changes.items()})
+
+    _, start = moved(0.1)
+    step, _ = moved(1e-4)
+    ahead, behind = (
+        replace(start, sources={name: each + sign * step[name] for name, each in start.sources.items()})
+        for sign in (1, -1)
+    )
+    left = [stream.observe(sites, place, {site.key: each})[1].double() for each in (ahead, behind)]
+    expected = (left[1] - left[0]) / 2
+
+    found = stream.linearize(sites, place, {site.key: start})
+    assert not torch.is_grad_enabled() and not found.slopes.requires_grad
+    changes = torch.cat([step[source.name] for source in site.sources]).view(len(found.slopes), len(kept), -1)
+    actual = found.outputs(changes.float(), start.weight.float())
+    # A few tokens sit where a ReLU bends.
+    assert (actual - expected).norm() < 4e-2 * expected.norm() and expected.norm() > 0
+    torch.testing.assert_close(found.residual, stream.observe(sites, place, {site.key: start})[1].float())
+
+
+@pytest.mark.parametrize("name", AIMING)
+def test_sources_bring_a_pointwise_site_nearer_to_its_target(name, long_tokens):
+    dense, found = tiny.make_model(name), {}
+    for with_sources in (False, True):
+        pruner = FwdPruner(dense)
+        pruner.prune(PruningConfig(**{**REQUEST, "refit_sources": with_sources}), long_tokens, inplace=False)
+        found[with_sources] = pruner.plan.metadata["reconstructed"]
+        assert pruner.report.masked_difference < 1e-4
+        assert all(("sources_refitted" in each) == with_sources for each in found[with_sources].values())
+    # The first site that loses anything sees the same inputs and has the same target either way.
+    plain, bent = (found[each]["0.mlp"] for each in (False, True))
+    assert bent["sources_refitted"] and bent["held_out_error_before"] == pytest.approx(plain["held_out_error_before"])
+    assert bent["held_out_error_after"] < plain["held_out_error_after"]
+
+    changed = {
+        f"{site.layer}.{site.kind}"
+        for site, before in zip(find_sites(pruner.model), find_sites(dense))
+        if any(
+            not torch.equal(new.linear.weight, old.linear.weight[rows])
+            for new, old in zip(site.sources, before.sources)
+            for rows in [old.kept_index(before.num_units, pruner.plan.kept[before.key])]
+        )
+    }
+    assert changed == {name for name, each in found[True].items() if each["sources_refitted"]}
+    assert "0.attention" not in changed
+
+
+@torch.no_grad()
+def test_sources_read_corrected_inputs(long_tokens):
+    """Queries, keys and values of layer 1 are W (I + D), D the ridge regression of the missing inputs on those there
+    are, or untouched where held-out windows said so."""
+    dense = tiny.make_model("llama_gqa_biases")
+    pruner = FwdPruner(dense)
+    pruner.prune(PruningConfig(**REQUEST, ridge=1.0), long_tokens, inplace=False)
+    inputs = []
+    for model in (dense, pruner.model):
+        module = model.model.layers[1].input_layernorm
+        handle = module.register_forward_hook(lambda _module, _args, output: inputs.append(output.flatten(0, 1)))
+        model(long_tokens)
+        handle.remove()
+    wanted, there = (each.double() for each in inputs)
+    gram = there.T @ there
+    gram.diagonal().add_(1.0 * gram.diagonal().mean())
+    change = (wanted - there).T @ there @ torch.linalg.inv(gram)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        before, after = (getattr(model.model.layers[1].self_attn, name).weight for model in (dense, pruner.model))
+        expected = before.double() @ (torch.eye(len(change), dtype=torch.float64) + change)
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_where_the_stream_is_normalized_only_projections_are_refitted(caplog, long_tokens):
+    pruner = FwdPruner(tiny.make_model("opt_post_norm_projected"))
+    with caplog.at_level(logging.WARNING):
+        pruner.prune(PruningConfig(**REQUEST), long_tokens)
+    assert "refit_sources aims at the dense model's residual stream" in caplog.text
+    assert all("sources_refitted" not in each for each in pruner.plan.metadata["reconstructed"].values())
+
+
+def test_without_held_out_windows_only_inputs_are_corrected():
+    tokens = torch.randint(0, tiny.VOCAB, (1, 200), generator=torch.Generator().manual_seed(1))
+    pruner = FwdPruner(tiny.make_model("llama_mqa"))
+    pruner.prune(PruningConfig(**REQUEST), tokens)
+    found = pruner.plan.metadata["reconstructed"]
+    assert found["1.attention"]["sources_refitted"] and found["1.mlp"]["held_out_error_after"] is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"reconstruction": "none"}, {"reconstruction_order": "independent"}, {"reconstruction_target": "layer"}],
+)
+def test_refused_where_there_is_nothing_to_aim_at(fields):
+    with pytest.raises(ValueError, match="refit_sources goes with least squares layer by layer"):
+        PruningConfig(refit_sources=True, **fields)
