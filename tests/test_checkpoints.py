@@ -19,6 +19,7 @@ from optimum_fwdprune.utils import load_tensors
 # Name -> fields of a request; each keeps at least one long stage busy.
 CASES = {
     "statistics and sequential least squares": {"batch_size": 2},
+    "sources": {"batch_size": 2, "sparsity": 0.3, "kinds": ["mlp"], "refit_sources": True, "ridge": 3.0},
     "independent least squares": {"batch_size": 2, "reconstruction_order": "independent"},
     "text from the model": {"calibration": "self", "n_samples": 40, "seq_len": 8, "batch_size": 1},
     "draws": {"method": "mini_llm", "draws": 24, "batch_size": 2, "windows_per_draw": 2, "reconstruction": "none"},
@@ -63,9 +64,15 @@ def assert_same(found, expected):
         assert torch.equal(found.model.state_dict()[name], value), name
 
 
+def test_refitted_sources_are_taken_up_again(tokens, tmp_path):
+    expected = run(CASES["sources"], tokens, tmp_path)
+    assert any(each["sources_refitted"] for each in expected.plan.metadata["reconstructed"].values())
+    assert_same(run(CASES["sources"], tokens, tmp_path), expected)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_killed_at_any_moment_ends_where_it_would_have(name, tokens, tmp_path):
-    """24 kills over all cases; each run is killed until it was often enough, and then left to finish."""
+    """27 kills over all cases; each run is killed until it was often enough, and then left to finish."""
     start = time.monotonic()
     expected = run(CASES[name], tokens)
     seconds = time.monotonic() - start

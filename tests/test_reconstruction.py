@@ -11,7 +11,7 @@ import torch
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites, least_squares, reconstruction
 from optimum_fwdprune.layerwise import LayerRunner, outputs_of, stopped_before
-from optimum_fwdprune.least_squares import RIDGES, NormalEquations, refit
+from optimum_fwdprune.least_squares import RIDGES, NormalEquations, Refit, refit
 
 
 def sequential(target):
@@ -410,3 +410,16 @@ def test_mixtures_of_many_outputs_choose_the_ridge_that_all_of_them_choose(monke
     assert len(fit.mixed().cross) == outputs and least_squares.RIDGES[0] < exact.ridge
     assert mixed.ridge == exact.ridge
     assert mixed.error_after == exact.error_after and torch.equal(mixed.change, exact.change)
+
+
+def test_a_refit_that_follows_another_is_told_as_one():
+    first = Refit(torch.ones(2, 3, dtype=torch.float64), 0.1, 4.0, 3.0)
+    second = Refit(torch.full((2, 3), 2.0, dtype=torch.float64), 1.0, 2.5, 2.0)
+    both = first.followed_by(second)
+    assert torch.equal(both.change, first.change + second.change)
+    assert (both.ridge, both.error_before, both.error_after) == (1.0, 4.0, 2.0)
+    # One that was of no use leaves what there was, at the error that it found.
+    useless = Refit(None, 1.0, 2.5, 2.6)
+    kept = first.followed_by(useless)
+    assert kept.change is first.change and (kept.error_before, kept.error_after) == (4.0, 2.5)
+    assert useless.followed_by(second).change is second.change

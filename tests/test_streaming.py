@@ -24,7 +24,13 @@ REQUESTS = {
     "independent": {"reconstruction": "least_squares", "reconstruction_order": "independent"},
     "layer": {"reconstruction": "least_squares", "reconstruction_target": "layer"},
     "sequential": {"reconstruction": "least_squares", "skip_layers": [0]},
-    "sources": {"reconstruction": "least_squares", "kinds": ["mlp"], "sparsity": 0.3, "refit_sources": True},
+    "sources": {
+        "reconstruction": "least_squares",
+        "kinds": ["mlp"],
+        "sparsity": 0.3,
+        "refit_sources": True,
+        "ridge": 3.0,
+    },
 }
 
 
