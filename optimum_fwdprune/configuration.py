@@ -275,9 +275,9 @@ class PruningConfig:
             or self.reconstruction_target == "layer"
         ):
             raise ValueError(
-                "refit_sources goes with least squares layer by layer towards the dense model: leave out "
-                "reconstruction_order='independent' and reconstruction_target='layer', and let reconstruction be "
-                "'least_squares'."
+                f"refit_sources goes with least squares layer by layer towards the dense model, and reconstruction is "
+                f"{self.reconstruction_kind!r}, its order {self.reconstruction_order!r}, its target "
+                f"{self.reconstruction_target!r} here; set refit_sources=False, or leave these out."
             )
         if self.layout == "stock" and (self.scope != "layer" or self.skip_layers):
             raise ValueError(

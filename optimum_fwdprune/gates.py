@@ -81,8 +81,8 @@ class Projection:
         kept (`list[int]`): kept units.
         weight (`Tensor[out_features, kept features]`): in the projection's dtype.
         bias (`Tensor[out_features]`, *optional*): `None` where the projection has none and needs none.
-        sources (mapping of `str` to `Tensor[kept rows, in_features]`): new weights of linears that make the features,
-            by their names; the others stay as they are.
+        sources (mapping of `str` to `Tensor[kept rows, ...]`): all weights and biases of the linears that make the
+            features, by the names of the parameters, where these are new; else nothing.
     """
 
     kept: list[int]
@@ -94,6 +94,15 @@ class Projection:
 def kept_projection(site: Site, kept: list[int]) -> Projection:
     """Return the projection of `site` as it is, on the features of the units `kept`."""
     return Projection(kept, site.projection.weight[:, site.kept_features(kept)], site.projection.bias)
+
+
+def kept_sources(site: Site, kept: list[int]) -> dict[str, torch.Tensor]:
+    """Return the parameters of the sources of `site` as they are, the rows that stay, by their names."""
+    found = {}
+    for source in site.sources:
+        for name, value in source.parameters():
+            found[f"{source.name}.{name}"] = value[source.kept_index(site.num_units, kept).to(value.device)]
+    return found
 
 
 @contextmanager
@@ -109,9 +118,7 @@ def replaced_projections(sites: Iterable[Site], replacements: Mapping[SiteKey, P
         for site in sites:
             if site.key in replacements:
                 new = replacements[site.key]
-                handles += [
-                    _replaced_source(site, source, new) for source in site.sources if source.name in new.sources
-                ]
+                handles += [_replaced_source(site, source, new) for source in site.sources if new.sources]
                 columns = site.feature_mask(site.unit_mask(new.kept)).nonzero().flatten().to(new.weight.device)
 
                 def hook(_module, args, _output, new=new, columns=columns):
@@ -126,13 +133,11 @@ def replaced_projections(sites: Iterable[Site], replacements: Mapping[SiteKey, P
 
 def _replaced_source(site: Site, source: Coupling, new: Projection) -> RemovableHandle:
     """Let the rows that stay of a source speak with their new weights; those that go are read by nobody."""
-    weight = new.sources[source.name]
+    weight, bias = new.sources[f"{source.name}.weight"], new.sources.get(f"{source.name}.bias")
     rows = source.kept_index(site.num_units, new.kept).to(weight.device)
-    bias = source.linear.bias
 
     def hook(_module, args, output):
-        said = F.linear(args[0], weight, None if bias is None else bias[rows])
-        return output.index_copy(-1, rows, said)
+        return output.index_copy(-1, rows, F.linear(args[0], weight, bias))
 
     # Whoever looks at the outputs or changes them as well is to find the new ones.
     return source.linear.register_forward_hook(hook, prepend=True)

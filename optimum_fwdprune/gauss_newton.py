@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from . import ranks
-from .architectures import Site
 
 
 # Of the Kronecker-factored curvature: what its factors' mean diagonals are raised by, and how much of it, beside the
@@ -23,6 +22,8 @@ STEPS = 6
 class Linearized:
     """What small changes D_k of the sources do to the output y = W a on some tokens: Σ_k W (s_k ∘ D_k x).
 
+    A source that holds the rows of several, as one linear for gate and up, counts as several.
+
     Args:
         inputs (`Tensor[tokens, in_features]`, float32): x, what all sources read.
         slopes (`Tensor[sources, tokens, kept]`, float32): s_k, derivatives of the features a by the sources' outputs.
@@ -33,41 +34,66 @@ class Linearized:
     slopes: torch.Tensor
     residual: torch.Tensor
 
-    @classmethod
-    def empty(cls, site: Site, weight: torch.Tensor) -> Linearized:
-        """Return no tokens yet of a site whose projection has the kept columns `weight`."""
-        inputs = torch.zeros(0, site.sources[0].linear.in_features, device=weight.device)
-        rows = sum(len(source.segments) for source in site.sources)
-        slopes = torch.zeros(rows, 0, weight.shape[1], device=weight.device)
-        return cls(inputs, slopes, torch.zeros(0, weight.shape[0], device=weight.device))
-
-    @classmethod
-    def cat(cls, parts: Sequence[Linearized]) -> Linearized:
-        """Return all tokens of `parts`."""
-        return cls(
-            torch.cat([part.inputs for part in parts]),
-            torch.cat([part.slopes for part in parts], dim=1),
-            torch.cat([part.residual for part in parts]),
-        )
-
     def outputs(self, changes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return what `changes`, `[sources, kept, in_features]`, do to the output: `[tokens, out_features]`."""
         features = sum(slope * (self.inputs @ change.T) for slope, change in zip(self.slopes, changes))
         return features @ weight.T
 
     def gradient(self, outputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the transpose of [`outputs`]: `[tokens, out_features]` -> `[sources, kept, in_features]`, summed over
-        the tokens of all processes."""
+        """Return the transpose of [`outputs`]: `[tokens, out_features]` -> `[sources, kept, in_features]`."""
         features = outputs @ weight
-        return ranks.summed(torch.stack([(features * slope).T @ self.inputs for slope in self.slopes]))
-
-    def error(self, changes: torch.Tensor, weight: torch.Tensor) -> float:
-        """Return the summed squares of what `changes` leave of the residual, over the tokens of all processes."""
-        left = self.residual - self.outputs(changes, weight)
-        return float(ranks.summed(left.square().sum(dtype=torch.float64)))
+        return torch.stack([(features * slope).T @ self.inputs for slope in self.slopes])
 
 
-def gauss_newton_changes(fit: Linearized, held_out: Linearized, weight: torch.Tensor) -> torch.Tensor | None:
+@dataclass(frozen=True)
+class LeastSquares:
+    """The linearized problem: changes of the sources that leave least of the residual on all tokens of all processes.
+
+    Args:
+        batches (sequence of `Linearized`): the tokens of this process; none where it has no share of them.
+        weight (`Tensor[out_features, kept]`, float32): W.
+        shape (`tuple[int, int, int]`): of the changes: sources, kept, in_features.
+    """
+
+    batches: Sequence[Linearized]
+    weight: torch.Tensor
+    shape: tuple[int, int, int]
+
+    def error(self, changes: torch.Tensor | None = None) -> float:
+        """Return the summed squares of what `changes` leave of the residual; by default no changes."""
+        total = torch.zeros(1, dtype=torch.float64)
+        for batch in self.batches:
+            left = batch.residual if changes is None else batch.residual - batch.outputs(changes, self.weight)
+            total += left.square().sum(dtype=torch.float64).cpu()
+        return float(ranks.summed(total))
+
+    def gradient(self) -> torch.Tensor:
+        """Return the direction in which the error falls fastest, halved: `[sources, kept, in_features]`."""
+        return self._summed(self.shape, (batch.gradient(batch.residual, self.weight) for batch in self.batches))
+
+    def curved(self, changes: torch.Tensor) -> torch.Tensor:
+        """Return by how much `changes` take away of the gradient, of their shape."""
+        moved = (batch.gradient(batch.outputs(changes, self.weight), self.weight) for batch in self.batches)
+        return self._summed(self.shape, moved)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the Kronecker factors of the curvature: Σ s_k s_kᵀ ∘ Wᵀ W per token, `[sources, kept, kept]`, and
+        Σ x xᵀ, `[in_features, in_features]`, both damped."""
+        sources, kept, width = self.shape
+        inputs = self._summed((width, width), (batch.inputs.T @ batch.inputs for batch in self.batches))
+        slopes = self._summed((sources, kept, kept), (batch.slopes.mT @ batch.slopes for batch in self.batches))
+        tokens = self._summed((1,), (inputs.new_tensor([len(batch.inputs)]) for batch in self.batches))
+        features = slopes / tokens * (self.weight.T @ self.weight)
+        return torch.stack([_damped(factor) for factor in features]), _damped(inputs)
+
+    def _summed(self, shape: Sequence[int], parts: Iterable[torch.Tensor]) -> torch.Tensor:
+        total = self.weight.new_zeros(shape)
+        for part in parts:
+            total += part
+        return ranks.summed(total)
+
+
+def gauss_newton_changes(fit: LeastSquares, held_out: LeastSquares) -> torch.Tensor | None:
     """Return changes of the sources' weights that bring the output nearer to what is wanted.
 
     Conjugate gradients on the linearized least squares, preconditioned by, and pulled to no change by, its
@@ -75,39 +101,33 @@ def gauss_newton_changes(fit: Linearized, held_out: Linearized, weight: torch.Te
     tokens gain no more.
 
     Args:
-        fit (`Linearized`): most of the tokens.
-        held_out (`Linearized`): the others.
-        weight (`Tensor[out_features, kept]`, float32): W.
+        fit (`LeastSquares`): most of the tokens.
+        held_out (`LeastSquares`): the others.
 
     Returns:
         `Tensor[sources, kept, in_features]`, or `None` where the first step already makes held-out tokens worse.
     """
-    best = None
-    best_error = float(ranks.summed(held_out.residual.square().sum(dtype=torch.float64)))
-    for changes in _conjugate_gradients(fit, weight):
-        error = held_out.error(changes, weight)
+    best, lowest = None, held_out.error()
+    for changes in _conjugate_gradients(fit):
+        error = held_out.error(changes)
         # Neither is NaN an improvement.
-        if not error < best_error:
+        if not error < lowest:
             break
-        best, best_error = changes, error
+        best, lowest = changes, error
     return best
 
 
-def _conjugate_gradients(fit: Linearized, weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    counts = ranks.summed(torch.tensor(float(len(fit.inputs)), dtype=torch.float64))
-    inputs = _damped(ranks.summed(fit.inputs.T @ fit.inputs))
-    features = torch.stack([slope.T @ slope for slope in fit.slopes]) * (weight.T @ weight)
-    features = torch.stack([_damped(factor / float(counts)) for factor in ranks.summed(features)])
+def _conjugate_gradients(fit: LeastSquares) -> Iterator[torch.Tensor]:
+    features, inputs = fit.factors()
     inverses = [torch.linalg.inv(factor.double()).to(factor.dtype) for factor in (features, inputs)]
-
-    residual = fit.gradient(fit.residual, weight)
+    residual = fit.gradient()
     changes = torch.zeros_like(residual)
     direction = preconditioned = inverses[0] @ residual @ inverses[1]
     norm = (residual * preconditioned).sum()
     for _ in range(STEPS):
         if not norm > 0:
             return
-        curved = fit.gradient(fit.outputs(direction, weight), weight) + PULL * (features @ direction @ inputs)
+        curved = fit.curved(direction) + PULL * (features @ direction @ inputs)
         length = norm / (direction * curved).sum()
         changes = changes + length * direction
         yield changes

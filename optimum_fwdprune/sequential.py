@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from . import ranks
 from .architectures import Site, SiteKey
 from .calibration import Calibration
-from .gates import Projection, kept_projection
-from .gauss_newton import Linearized, gauss_newton_changes
+from .gates import Projection, kept_projection, kept_sources
+from .gauss_newton import LeastSquares, gauss_newton_changes
 from .layerwise import LayerRunner
 from .least_squares import NormalEquations, Refit, refit
 from .offloading import resident
@@ -43,7 +43,7 @@ def refit_in_sequence(
     batch_size: int,
     shelf: Shelf | None = None,
     known: Sequence[Mapping[SiteKey, Projection]] = (),
-    with_sources: bool = False,
+    refit_sources: bool = False,
 ) -> Iterator[Refitted]:
     """Yield, layer by layer, new projection parameters of every site that loses units and, where the target is the
     dense model's stream, of every site behind the first of these, since all of them can make up for its loss.
@@ -65,10 +65,11 @@ def refit_in_sequence(
         shelf (`Shelf`, *optional*): where hidden states wait; it settles after every layer, and a pass that was
             interrupted goes on behind the last layer that it settled.
         known (sequence of mappings of site key to `Projection`): what was found for the first layers before.
-        with_sources (`bool`, defaults to `False`): refit the sources of the features too, for the target `"dense"`:
+        refit_sources (`bool`, defaults to `False`): refit the sources of the features too, for the target `"dense"`:
             all of them so that they say of the pruned stream what they said of the dense one, and those of pointwise
             sites by Gauss-Newton steps towards the projection's target, after which the projection is fitted once
-            more. It takes about three more passes, and what pointwise sources read and do at all tokens in memory.
+            more. It takes about three more passes, two more hidden states of all windows, and of one pointwise site at
+            a time, in float32, what its sources read, their slopes, and the residual at all tokens.
     """
     runner, shelf = LayerRunner(model), shelf or Shelf()
     texts = [text for text in (fit, held_out) if text is not None]
@@ -76,7 +77,7 @@ def refit_in_sequence(
     for held, text in enumerate(texts):
         if (share := text.own_share()) is not None:
             for number, batch in enumerate(runner.batches(share, batch_size)):
-                stream = Stream(f"{held}.{number}", batch, runner, shelf, target == DENSE, with_sources)
+                stream = Stream(f"{held}.{number}", batch, runner, shelf, target == DENSE, refit_sources)
                 streams[held].append(stream)
     every_stream = [stream for of_text in streams for stream in of_text]
     first_loss = next((place for place, site in enumerate(sites) if len(kept[site.key]) < site.num_units), len(sites))
@@ -88,7 +89,7 @@ def refit_in_sequence(
     layers = [list(group) for _, group in groupby(sites, key=lambda site: site.layer)]
     for of_layer in progress(layers[shelf.settled :], "Reconstructing", unit="layer"):
         number = of_layer[0].layer
-        layer = _Layer(of_layer, streams, ridge, with_sources)
+        layer = _Layer(of_layer, streams, ridge, refit_sources)
         with resident(runner.layers[number]):
             for stream in every_stream:
                 stream.enter(of_layer)
@@ -111,13 +112,13 @@ class _Layer:
         sites (sequence of `Site`): in the order in which they write.
         streams (sequence of lists of `Stream`): of the text to fit and, where there is one, of the one held out.
         ridge (`float`, *optional*): for all sites.
-        with_sources (`bool`): refit sources too.
+        refit_sources (`bool`): refit sources too.
     """
 
     sites: Sequence[Site]
     streams: Sequence[Sequence[Stream]]
     ridge: float | None
-    with_sources: bool
+    refit_sources: bool
     projections: dict[SiteKey, Projection] = field(default_factory=dict)
     refits: dict[SiteKey, Refit] = field(default_factory=dict)
 
@@ -125,14 +126,16 @@ class _Layer:
         """Find the parameters of a site, which are those of `projection` so far."""
         site = self.sites[place]
         self.projections[site.key] = projection
-        if self.with_sources:
-            self._correct_inputs(place)
+        self.refits[site.key] = self._fit_all(place) if self.refit_sources else self._fit(place)
+
+    def _fit_all(self, place: int) -> Refit:
+        """Fit the projection and its sources."""
+        site = self.sites[place]
+        self._correct_inputs(place)
         found = self._fit(place)
-        if self.with_sources and site.pointwise and len(self.streams) > 1 and self._bend_features(place):
+        if site.pointwise and len(self.streams) > 1 and self._bend_features(place):
             found = found.followed_by(self._fit(place))
-        if self.with_sources:
-            found = replace(found, sources=bool(self.projections[site.key].sources))
-        self.refits[site.key] = found
+        return replace(found, sources=bool(self.projections[site.key].sources))
 
     def _fit(self, place: int) -> Refit:
         """Fit the projection to what it leaves of its target."""
@@ -143,16 +146,17 @@ class _Layer:
         return found
 
     def _correct_inputs(self, place: int) -> None:
-        """Let the sources read M x for x, which is what they would read in the dense model as far as x tells."""
+        """Let the sources read (I + D) x for x, which is what they would read in the dense model as far as x tells."""
         site = self.sites[place]
+        now = self.projections[site.key]
         width = site.sources[0].linear.in_features
-        found = self._solved(site, (width, width), lambda each: each.read(self.sites, place, self.projections))
-        if found.change is not None:
-            now = self.projections[site.key]
-            weights = _source_weights(site, now)
-            change = found.change
-            sources = {name: (each.double() @ change + each.double()).to(each.dtype) for name, each in weights.items()}
-            self.projections[site.key] = replace(now, sources=sources)
+        change = self._solved(site, (width, width), lambda each: each.read(self.sites, place, self.projections)).change
+        if change is None or not change.any():
+            return
+        sources = kept_sources(site, now.kept)
+        for name, weight in _weights(sources):
+            sources[name] = (weight.double() + weight.double() @ change).to(weight.dtype)
+        self.projections[site.key] = replace(now, sources=sources)
 
     def _solved(self, site: Site, shape: Sequence[int], observe: Callable[[Stream], tuple]) -> Refit:
         """Least squares for a matrix `[outputs, inputs]` over what `observe` returns of every stream."""
@@ -172,31 +176,36 @@ class _Layer:
     def _bend_features(self, place: int) -> bool:
         """Change the sources of a pointwise site so that its features serve the target better; whether they do."""
         site = self.sites[place]
-        now = self.projections[site.key]
-        weight = now.weight.float()
-        fit, held_out = (self._linearized(place, streams) for streams in self.streams)
-        changes = gauss_newton_changes(fit, held_out, weight)
+        best = now = self.projections[site.key]
+        sources = dict(now.sources) or kept_sources(site, now.kept)
+        changes, lowest = self._changes_and_error(place, sources)
         if changes is None:
             return False
-        best, lowest = now, self._left(place, now)
-        weights = _source_weights(site, now)
+        weights = _weights(sources)
+        rows = changes.flatten(0, 1).split([len(weight) for _, weight in weights])
         for part in PARTS:
-            rows = (part * changes).flatten(0, 1).split([len(each) for each in weights.values()])
-            sources = {
-                name: (each.float() + change).to(each.dtype) for (name, each), change in zip(weights.items(), rows)
+            moved = {
+                name: (weight.float() + part * change).to(weight.dtype)
+                for (name, weight), change in zip(weights, rows)
             }
-            candidate = replace(now, sources=sources)
+            candidate = replace(now, sources=sources | moved)
             left = self._left(place, candidate)
             if left < lowest:
                 best, lowest = candidate, left
         self.projections[site.key] = best
         return best is not now
 
-    def _linearized(self, place: int, streams: Sequence[Stream]) -> Linearized:
-        # A process may have no share of the windows.
-        nothing = Linearized.empty(self.sites[place], self.projections[self.sites[place].key].weight)
-        parts = [stream.linearize(self.sites, place, self.projections) for stream in streams]
-        return Linearized.cat([nothing, *parts])
+    def _changes_and_error(self, place: int, sources: dict[str, torch.Tensor]) -> tuple[torch.Tensor | None, float]:
+        """What Gauss-Newton would change of the sources' weights, and what is left of the target on held-out tokens
+        without it: summed squares. What they are found by is freed on return."""
+        weight = self.projections[self.sites[place].key].weight.float()
+        rows = sum(len(each) for _, each in _weights(sources))
+        shape = (rows // weight.shape[1], weight.shape[1], self.sites[place].sources[0].linear.in_features)
+        fit, held_out = (
+            LeastSquares([each.linearize(self.sites, place, self.projections) for each in streams], weight, shape)
+            for streams in self.streams
+        )
+        return gauss_newton_changes(fit, held_out), held_out.error()
 
     def _left(self, place: int, candidate: Projection) -> float:
         """What a candidate leaves of the target on held-out tokens: summed squares."""
@@ -208,11 +217,6 @@ class _Layer:
         return float(ranks.summed(left))
 
 
-def _source_weights(site: Site, projection: Projection) -> dict[str, torch.Tensor]:
-    """The weights of the rows that stay of every source."""
-    return {
-        source.name: projection.sources[source.name]
-        if source.name in projection.sources
-        else source.linear.weight[source.kept_index(site.num_units, projection.kept).to(source.linear.weight.device)]
-        for source in site.sources
-    }
+def _weights(sources: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """The weights among the parameters of sources."""
+    return [(name, value) for name, value in sources.items() if value.dim() == 2]

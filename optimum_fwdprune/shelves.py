@@ -52,10 +52,16 @@ class Shelf:
 
     def pop(self, name: str) -> torch.Tensor:
         """Return a tensor and forget it, in a folder as soon as the shelf is settled."""
+        tensor = self[name]
+        self.forget(name)
+        return tensor
+
+    def forget(self, name: str) -> None:
+        """Forget a tensor, in a folder as soon as the shelf is settled."""
         if self._folder is None:
-            return self._tensors.pop(name)
-        self._taken.append(name)
-        return self[name]
+            del self._tensors[name]
+        else:
+            self._taken.append(name)
 
     def settle(self, layer: int) -> None:
         """Let what is there now be what a run that starts again goes on from."""

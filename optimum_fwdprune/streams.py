@@ -25,8 +25,8 @@ class Stream:
     """A batch in the pruned model and, where it is followed, in the dense one.
 
     On the shelf are, in front of layer number `l`: `"<l>.<name>.pruned"` and `"<l>.<name>.dense"`; and of the dense
-    model within the layer at hand, `"<name>.<place>"`: what its stream is in front of the layer (0) and behind each of
-    its sites, and `"<name>.<place>.inputs"`: what the sources of that site read.
+    model within the layer at hand, `"<name>.<place>"`: what its stream is in front of the site of that place (from 1),
+    and `"<name>.<place>.inputs"`: what the sources of that site read.
 
     Args:
         name (`str`): on the shelf.
@@ -86,15 +86,17 @@ class Stream:
         """Return what small changes of the sources of a pointwise site do to its projection's output."""
         site = sites[place]
         kept = projections[site.key].kept
-        with inputs_of([site.sources[0].linear]) as read, _leaves(source.linear for source in site.sources) as leaves:
+        linears = [source.linear for source in site.sources]
+        with torch.inference_mode(False), torch.no_grad(), inputs_of(linears[:1]) as read, _leaves(linears) as outputs:
             features, written = self._run_before(site.projection, sites, place, projections)
+            leaves = [outputs[linear] for linear in linears]
             # A feature sees its own row alone, so the gradient of their sum holds the derivatives of all of them.
             derivatives = torch.autograd.grad(features, leaves, torch.ones_like(features), materialize_grads=True)
         slopes = [
             self.batch.tokens(derivative)[:, source.kept_index(site.num_units, kept).to(derivative.device)]
             for source, derivative in zip(site.sources, derivatives)
         ]
-        # A source may hold the rows of several, one behind the other.
+        # A source may hold the rows of several, one behind the other: its segments.
         by_row = [each for found in slopes for each in found.float().split(len(kept), dim=1)]
         _, residual = self._kept_and_left(sites, place, projections, features.detach(), written)
         return Linearized(self.batch.tokens(read[0]).float(), torch.stack(by_row), residual.float())
@@ -107,9 +109,9 @@ class Stream:
             self.shelf[f"{layer + 1}.{self.name}.pruned"] = self.runner.run(layer, self.batch, pruned)
         for place in range(len(sites)):
             if self.follows_dense and place:
-                self.shelf.pop(f"{self.name}.{place}")
+                self.shelf.forget(f"{self.name}.{place}")
             if self.follows_inputs:
-                self.shelf.pop(f"{self.name}.{place}.inputs")
+                self.shelf.forget(f"{self.name}.{place}.inputs")
 
     def _run_before(
         self, module: nn.Module, sites: Sequence[Site], place: int, projections: Projections
@@ -142,15 +144,16 @@ class Stream:
 
 
 @contextmanager
-def _leaves(linears: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
+def _leaves(linears: Iterable[nn.Module]) -> Iterator[dict[nn.Module, torch.Tensor]]:
     """Gather the outputs of `linears` in the block, and let what is computed from them, and nothing before, be
     differentiable by them."""
-    before, leaves = torch.is_grad_enabled(), []
+    before, leaves = torch.is_grad_enabled(), {}
 
-    def hook(_module, _args, output):
-        leaves.append(output.detach().requires_grad_())
+    def hook(module, _args, output):
+        # A copy, since outputs of inference mode cannot be differentiated by.
+        leaves[module] = output.detach().clone().requires_grad_()
         torch.set_grad_enabled(True)
-        return leaves[-1]
+        return leaves[module]
 
     handles = [linear.register_forward_hook(hook) for linear in linears]
     try:

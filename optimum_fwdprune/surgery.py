@@ -89,7 +89,7 @@ def replaced_parameters(sites: Iterable[Site], projections: Mapping[SiteKey, Pro
             replaced[f"{site.projection_name}.weight"] = projection.weight
             if projection.bias is not None:
                 replaced[f"{site.projection_name}.bias"] = projection.bias
-            replaced |= {f"{name}.weight": weight for name, weight in projection.sources.items()}
+            replaced |= projection.sources
     return replaced
 
 
@@ -104,14 +104,15 @@ def prune_model(
     """Return the pruned model.
 
     Its class is the pruned counterpart of the model's class. Parameters move one by one, so that the peak is the dense
-    model and one tensor. Parameters that were offloaded to disk are in memory afterwards.
+    model, `projections`, and one tensor. Parameters that were offloaded to disk are in memory afterwards.
 
     Args:
-        model (`PreTrainedModel`): the dense model. With `inplace` it is consumed: its cut tensors are freed and the
-            rest is shared with the result.
+        model (`PreTrainedModel`): the dense model. With `inplace` it is consumed: its tensors that were cut or
+            replaced are freed and the rest is shared with the result.
         sites (`list[Site]`): all its sites.
         plan (`PruningPlan`): what they keep.
-        projections (mapping of site key to `Projection`, *optional*): reconstructed output projections.
+        projections (mapping of site key to `Projection`, *optional*): reconstructed output projections, with their
+            sources where these are new.
         inplace (`bool`, defaults to `True`): `False` leaves the dense model whole and copies what both need.
 
     Raises:
@@ -134,7 +135,7 @@ def prune_model(
         if not inplace and value.data_ptr() == parameter.data_ptr():
             value = value.clone()
         set_parameter(pruned, name, value, parameter.requires_grad)
-        if inplace and value.shape != parameter.shape:
+        if inplace and value.data_ptr() != parameter.data_ptr():
             parameter.data = parameter.data.new_empty(0)
     for name, value in replaced.items():
         set_parameter(pruned, name, value, requires_grad=True)

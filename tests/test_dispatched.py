@@ -26,6 +26,7 @@ CASES = {
     "search without reconstruction": {"scope": "search", "search_windows": 80, "reconstruction": "none"},
     "search with biases": {"scope": "search", "search_windows": 80, "reconstruction": "bias"},
     "rounds": {"rounds": 2},
+    "sources": {"refit_sources": True, "ridge": 3.0, "kinds": ["mlp"], "sparsity": 0.3},
 }
 
 

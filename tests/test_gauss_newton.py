@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites, gauss_newton
-from optimum_fwdprune.gates import kept_projection
-from optimum_fwdprune.gauss_newton import FACTOR_DAMPING, PULL, Linearized, gauss_newton_changes
+from optimum_fwdprune.gates import kept_projection, kept_sources
+from optimum_fwdprune.gauss_newton import FACTOR_DAMPING, PULL, LeastSquares, Linearized, gauss_newton_changes
 from optimum_fwdprune.layerwise import LayerRunner
 from optimum_fwdprune.shelves import Shelf
 from optimum_fwdprune.streams import Stream
@@ -29,70 +30,81 @@ def long_tokens():
 
 
 @pytest.fixture
-def linearized():
+def problem():
+    """50 tokens in two batches, 2 sources, 3 features, 4 inputs, 5 outputs; float64."""
     generator = torch.Generator().manual_seed(0)
-    inputs, slopes, residual = (torch.randn(*shape, generator=generator) for shape in ((50, 4), (2, 50, 3), (50, 5)))
-    return Linearized(inputs, slopes, residual), torch.randn(5, 3, generator=generator)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    batches = [Linearized(random(count, 4), random(2, count, 3), random(count, 5)) for count in (30, 20)]
+    return LeastSquares(batches, random(5, 3), (2, 3, 4))
 
 
-def jacobian(linearized, weight):
-    """Everything that a change of one weight does to the outputs, column by column, float64."""
-    shape = (len(linearized.slopes), weight.shape[1], linearized.inputs.shape[1])
-    units = torch.eye(int(np.prod(shape)), dtype=weight.dtype).view(-1, *shape)
-    return torch.stack([linearized.outputs(unit, weight).flatten() for unit in units], dim=1).double().numpy()
+def with_batches(problem, change):
+    """The same problem with every batch changed."""
+    return replace(problem, batches=[replace(batch, **change(batch)) for batch in problem.batches])
 
 
-def test_the_gradient_is_the_transpose_of_the_outputs(linearized):
-    found, weight = linearized
-    expected = jacobian(found, weight).T @ found.residual.flatten().double().numpy()
-    actual = found.gradient(found.residual, weight).flatten().numpy()
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+def jacobian(problem):
+    """Everything that a change of one weight does to the outputs, column by column."""
+    units = torch.eye(24, dtype=torch.float64).view(-1, *problem.shape)
+    return torch.stack(
+        [torch.cat([batch.outputs(unit, problem.weight) for batch in problem.batches]).flatten() for unit in units], 1
+    ).numpy()
 
 
-def test_the_steps_end_at_the_damped_least_squares_solution(linearized, monkeypatch):
+def residual_of(problem):
+    return torch.cat([batch.residual for batch in problem.batches]).flatten().numpy()
+
+
+def test_the_gradient_is_the_transpose_of_the_outputs(problem):
+    expected = jacobian(problem).T @ residual_of(problem)
+    np.testing.assert_allclose(problem.gradient().flatten().numpy(), expected)
+    assert problem.error() == pytest.approx(np.square(residual_of(problem)).sum())
+
+
+def test_the_steps_end_at_the_damped_least_squares_solution(problem, monkeypatch):
     """Solved by numpy: JᵀJ d + PULL P d = Jᵀ r, with P block by block the damped product of two Gram matrices."""
     # As many as there are weights are enough for conjugate gradients.
     monkeypatch.setattr(gauss_newton, "STEPS", 24)
-    found, weight = linearized
-    found, weight = replace(found, inputs=found.inputs.double()), weight.double()
-    found = replace(found, slopes=found.slopes.double(), residual=found.residual.double())
 
     def damped(factor):
         return factor + FACTOR_DAMPING * np.trace(factor) / len(factor) * np.eye(len(factor))
 
-    inputs, slopes, columns = found.inputs.numpy(), found.slopes.numpy(), weight.numpy()
+    inputs = torch.cat([batch.inputs for batch in problem.batches]).numpy()
+    slopes = torch.cat([batch.slopes for batch in problem.batches], dim=1).numpy()
+    columns = problem.weight.numpy()
     blocks = [np.kron(damped(s.T @ s * (columns.T @ columns) / 50), damped(inputs.T @ inputs)) for s in slopes]
     pull = PULL * np.block([[blocks[0], np.zeros_like(blocks[0])], [np.zeros_like(blocks[0]), blocks[1]]])
-    every = jacobian(found, weight)
-    expected = np.linalg.solve(every.T @ every + pull, every.T @ found.residual.flatten().numpy())
+    every = jacobian(problem)
+    expected = np.linalg.solve(every.T @ every + pull, every.T @ residual_of(problem))
 
-    *_, actual = gauss_newton._conjugate_gradients(found, weight)
+    *_, actual = gauss_newton._conjugate_gradients(problem)
     np.testing.assert_allclose(actual.flatten().numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_steps_stop_where_held_out_tokens_gain_no_more(linearized):
-    found, weight = linearized
-    every = list(gauss_newton._conjugate_gradients(found, weight))
-    errors = [found.error(changes, weight) for changes in every]
+def test_steps_stop_where_held_out_tokens_gain_no_more(problem):
+    every = list(gauss_newton._conjugate_gradients(problem))
+    errors = [problem.error(changes) for changes in every]
     assert errors == sorted(errors, reverse=True) and len(errors) == gauss_newton.STEPS
-    torch.testing.assert_close(gauss_newton_changes(found, found, weight), every[-1])
+    torch.testing.assert_close(gauss_newton_changes(problem, problem), every[-1])
 
-    # Tokens that already have what they want, or want the opposite, lose by every step.
-    opposite = replace(found, residual=-found.residual)
-    assert gauss_newton_changes(found, opposite, weight) is None
+    # Tokens that want the opposite lose by every step.
+    opposite = with_batches(problem, lambda batch: {"residual": -batch.residual})
+    assert gauss_newton_changes(problem, opposite) is None
     # Ones that want what the first step gives lose by the second.
-    first = replace(found, residual=found.outputs(every[0], weight))
-    torch.testing.assert_close(gauss_newton_changes(found, first, weight), every[0])
+    first = with_batches(problem, lambda batch: {"residual": batch.outputs(every[0], problem.weight)})
+    torch.testing.assert_close(gauss_newton_changes(problem, first), every[0])
 
 
-def test_features_that_are_never_used_and_tokens_without_error_change_nothing(linearized):
-    found, weight = linearized
-    dead = replace(found, slopes=torch.zeros_like(found.slopes))
-    assert gauss_newton_changes(dead, dead, weight) is None
-    perfect = replace(found, residual=torch.zeros_like(found.residual))
-    assert gauss_newton_changes(perfect, perfect, weight) is None
-    half = replace(found, slopes=found.slopes * torch.tensor([1.0, 0.0, 1.0]))
-    changes = gauss_newton_changes(half, half, weight)
+def test_features_that_are_never_used_and_tokens_without_error_change_nothing(problem):
+    dead = with_batches(problem, lambda batch: {"slopes": torch.zeros_like(batch.slopes)})
+    assert gauss_newton_changes(dead, dead) is None
+    perfect = with_batches(problem, lambda batch: {"residual": torch.zeros_like(batch.residual)})
+    assert gauss_newton_changes(perfect, perfect) is None
+    half = with_batches(problem, lambda batch: {"slopes": batch.slopes * torch.tensor([1.0, 0.0, 1.0])})
+    changes = gauss_newton_changes(half, half)
     assert changes.isfinite().all() and not changes[:, 1].any() and changes[:, 0].any()
 
 
@@ -117,11 +129,12 @@ def test_linearized_outputs_are_finite_differences(name, tokens):
 
     generator = torch.Generator().manual_seed(2)
     now = kept_projection(site, kept)
-    rows = {source.name: source.linear.weight[source.kept_index(site.num_units, kept)] for source in site.sources}
+    rows = kept_sources(site, kept)
 
     def moved(by):
         changes = {
-            name: by * torch.randn(each.shape, generator=generator, dtype=each.dtype) for name, each in rows.items()
+            name: by * torch.randn(each.shape, generator=generator, dtype=each.dtype) * (each.dim() == 2)
+            for name, each in rows.items()
         }
         return changes, replace(now, sources={name: rows[name] + change for name, change in changes.items()})
 
@@ -136,7 +149,7 @@ def test_linearized_outputs_are_finite_differences(name, tokens):
 
     found = stream.linearize(sites, place, {site.key: start})
     assert not torch.is_grad_enabled() and not found.slopes.requires_grad
-    changes = torch.cat([step[source.name] for source in site.sources]).view(len(found.slopes), len(kept), -1)
+    changes = torch.cat([each for each in step.values() if each.dim() == 2]).view(len(found.slopes), len(kept), -1)
     actual = found.outputs(changes.float(), start.weight.float())
     # A few tokens sit where a ReLU bends.
     assert (actual - expected).norm() < 4e-2 * expected.norm() and expected.norm() > 0
@@ -202,12 +215,50 @@ def test_where_the_stream_is_normalized_only_projections_are_refitted(caplog, lo
     assert all("sources_refitted" not in each for each in pruner.plan.metadata["reconstructed"].values())
 
 
+def test_slopes_belong_to_their_source_whatever_the_order_of_calls(monkeypatch, long_tokens):
+    def up_before_gate(mlp, x):
+        up = mlp.up_proj(x)
+        return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * up)
+
+    def sources_after():
+        pruner = FwdPruner(tiny.make_model("llama_mqa"))
+        pruner.prune(PruningConfig(**REQUEST), long_tokens)
+        return pruner.model.model.layers[0].mlp.gate_proj.weight
+
+    expected = sources_after()
+    monkeypatch.setattr(LlamaMLP, "forward", up_before_gate)
+    torch.testing.assert_close(sources_after(), expected)
+
+
+def test_in_inference_mode_too(long_tokens):
+    pruner, expected = (FwdPruner(tiny.make_model("bloom")) for _ in range(2))
+    expected.prune(PruningConfig(**REQUEST), long_tokens)
+    with torch.inference_mode():
+        pruner.prune(PruningConfig(**REQUEST), long_tokens)
+    assert pruner.plan.metadata["reconstructed"] == expected.plan.metadata["reconstructed"]
+
+
+@pytest.mark.parametrize("unit", ["query_head", "kv_group"])
+def test_twice_in_bfloat16_with_padding(unit, long_tokens):
+    """Heads and channels of a model that was pruned before."""
+    mask = torch.ones_like(long_tokens)
+    mask[::3, 20:] = 0
+    rows = {"input_ids": long_tokens, "attention_mask": mask}
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases", dtype=torch.bfloat16))
+    for _ in range(2):
+        pruner.prune(PruningConfig(sparsity=0.2, refit_sources=True, attention_unit=unit), rows)
+        assert any(each["sources_refitted"] for each in pruner.plan.metadata["reconstructed"].values())
+        assert pruner.model.dtype == torch.bfloat16
+
+
 def test_without_held_out_windows_only_inputs_are_corrected():
     tokens = torch.randint(0, tiny.VOCAB, (1, 200), generator=torch.Generator().manual_seed(1))
     pruner = FwdPruner(tiny.make_model("llama_mqa"))
     pruner.prune(PruningConfig(**REQUEST), tokens)
     found = pruner.plan.metadata["reconstructed"]
     assert found["1.attention"]["sources_refitted"] and found["1.mlp"]["held_out_error_after"] is None
+    # The first MLP reads what it read in the dense model.
+    assert not found["0.mlp"]["sources_refitted"]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def test_every_process_ends_where_one_alone_does(folders, alone, name):
             torch.testing.assert_close(weights[parameter], value, **WEIGHTS)
 
 
+def test_processes_take_gauss_newton_steps_together(folders):
+    """Of three processes one holds out no window."""
+    for folder in folders:
+        found = PruningPlan.load(folder / "sources.json").metadata["reconstructed"]
+        # The first MLP reads what it read in the dense model.
+        assert found["0.mlp"]["sources_refitted"]
+
+
 @pytest.mark.parametrize("name", prune_in_ranks.CASES)
 def test_processes_agree_bit_for_bit(folders, name):
     plans = [json.loads((folder / f"{name}.json").read_text()) for folder in folders]

@@ -107,12 +107,15 @@ class MLPLayout:
         output (`str`): the projection back to the hidden size.
         segments (`int`, defaults to 1): 2 where one source holds gate rows and then up rows.
         width_key (`str`, defaults to `"intermediate_size"`): config key of the number of channels.
+        pointwise (`bool`, defaults to `True`): a channel is a function of its own row of every source, and all sources
+            read the same input; `False` where channels are normalized together in between.
     """
 
     sources: tuple[str, ...]
     output: str
     segments: int = 1
     width_key: str = "intermediate_size"
+    pointwise: bool = True
 
     def site(self, layer_index: int, path: str, layer: Any) -> Site:
         """Describe the MLP site of `layer`, whose name inside the model is `path`."""
@@ -129,7 +132,7 @@ class MLPLayout:
             projection=output.linear,
             num_units=output.linear.in_features,
             couplings=(*sources, output),
-            pointwise=True,
+            pointwise=self.pointwise,
         )
 
     def sizes(self, kept: Sequence[int]) -> dict:
