@@ -5,7 +5,7 @@ from ..registry import register_preset
 
 register_preset(
     "fast",
-    "MLP channels, refitted all at once: about three times the forward passes over the calibration text.",
+    "MLP channels, refitted all at once: about twice the time of the forward passes over the calibration text.",
     kinds=["mlp"],
     reconstruction_order="independent",
 )
@@ -21,5 +21,6 @@ register_preset(
     kinds=["mlp"],
     scope="search",
     search_windows=1500,
+    reconstruction="least_squares",
     refit_sources=True,
 )
