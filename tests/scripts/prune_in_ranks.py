@@ -50,7 +50,7 @@ RESUMED = ["mini_llm_units", "policy_gradient_ratio", "search", "sequential_dens
 
 
 def dataset_of(name):
-    """Calibration of a case: 16 windows of 24, 16 of which two hold nothing but padding, or two windows."""
+    """Calibration of a case: 16 windows of 24 (96 for sources), 16 of which two hold nothing but padding, or two."""
     if name in ("self", "builtin"):
         return None
     # Sources need more for what is fitted to hold on windows that were kept out.
