@@ -24,7 +24,7 @@ from study import Study, difference, digest_of, file_name, in_dtype, log, python
 from optimum_fwdprune import FwdPruner, PruningConfig
 from optimum_fwdprune.calibration import load_calibration
 from optimum_fwdprune.evaluation import PeakMemory, window_losses
-from optimum_fwdprune.registry import get_preset
+from optimum_fwdprune.registry import get_method, get_preset
 from optimum_fwdprune.utils import write_text_atomically
 
 
@@ -36,39 +36,58 @@ PACKAGES = ("optipfair", "torch-pruning")
 # The strong simple baseline is the preset.
 BASELINE = "fast"
 OURS = ("balanced", "best")
+METHODS = ("magnitude", "wanda_sp", "flap", "taylor", "mini_llm", "policy_gradient")
+RECONSTRUCTIONS = {
+    "none": {"reconstruction": "none"},
+    "bias": {"reconstruction": "bias"},
+    "independent": {"reconstruction": "least_squares", "reconstruction_order": "independent"},
+    "sequential": {"reconstruction": "least_squares"},
+}
+# Presets are the default method's.
+NAMED = {("wanda_sp", "independent"): BASELINE, ("wanda_sp", "sequential"): "balanced"}
+
+
+def selected_by(method, reconstruction):
+    """The name of the cell in which this method chooses channels and this reconstruction follows."""
+    return NAMED.get((method, reconstruction), f"{method}, {reconstruction}")
+
+
 REQUESTS = {
     "flap, per layer": {"method": "flap", "reconstruction": "bias", "skip_layers": []},
     "flap, global": {"method": "flap", "reconstruction": "bias", "scope": "global", "budget": "joint"},
     **{name: get_preset(name).fields for name in (BASELINE, *OURS)},
-    "taylor": {"method": "taylor", "reconstruction": "least_squares", "kinds": ["mlp"]},
-    # Without reconstruction, heads included.
-    "wanda_sp, none": {"reconstruction": "none"},
-    "taylor, none": {"method": "taylor", "reconstruction": "none"},
+    # Every method with every reconstruction.
+    **{
+        selected_by(method, name): {"method": method, **how, "kinds": ["mlp"]}
+        for method in METHODS
+        for name, how in RECONSTRUCTIONS.items()
+        if (method, name) not in NAMED
+    },
+    # The published methods, heads included.
+    "wanda_sp, heads too, none": {"reconstruction": "none"},
+    "taylor, heads too, none": {"method": "taylor", "reconstruction": "none"},
     # One thing at a time around `balanced`.
     "sources too": {"refit_sources": True, "kinds": ["mlp"]},
     "heads too": {},
-    "bias": {"reconstruction": "bias", "kinds": ["mlp"]},
     "layer's own target": {"reconstruction_target": "layer", "kinds": ["mlp"]},
-    "flap": {"method": "flap", "reconstruction": "least_squares", "kinds": ["mlp"]},
-    "magnitude": {"method": "magnitude", "reconstruction": "least_squares", "kinds": ["mlp"]},
     "ends pruned": {"skip_layers": [], "kinds": ["mlp"]},
     "global": {"scope": "global", "kinds": ["mlp"]},
     "search, heads too": {"scope": "search", "budget": "joint"},
     "3 rounds": {"rounds": 3, "kinds": ["mlp"]},
     "another seed": {"seed": 1, "kinds": ["mlp"]},
     "a third seed": {"seed": 2, "kinds": ["mlp"]},
-    "MINI-LLM": {"method": "mini_llm", "reconstruction": "least_squares", "kinds": ["mlp"]},
-    "policy gradient": {"method": "policy_gradient", "reconstruction": "least_squares", "kinds": ["mlp"]},
 }
+VARIATIONS = tuple(REQUESTS)[tuple(REQUESTS).index("sources too") :]
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
 # Where all recipes are measured that targets speak of, and where one thing is varied at a time.
 TARGETED, VARIED = (0.2, 0.4, 0.5), 0.4
-COMPARED = (*FLAP, *PACKAGES, BASELINE, *OURS, "taylor", "wanda_sp, none", "taylor, none")
+WITHOUT = ("wanda_sp, none", "taylor, none", "wanda_sp, heads too, none", "taylor, heads too, none")
+COMPARED = (*FLAP, *PACKAGES, BASELINE, *OURS, "sources too", "taylor, sequential", *WITHOUT)
 EVERYWHERE = ("flap, per layer", BASELINE, "balanced")
 
 # Windows of each evaluation text, evenly spread over it: (text, tokens per window) -> how many.
 EVALUATIONS = {("wikitext", 512): 64, ("wikitext", 128): 64, ("python", 512): 16, ("python", 128): 32}
-MAIN = "wikitext, 512"
+MAIN, ELSEWHERE = "wikitext, 512", "python, 512"
 # Perplexity that the plot ends at.
 HIGHEST = 1500
 
@@ -135,12 +154,14 @@ class QualityStudy(Study):
         if name in PACKAGES:
             return {"optipfair": self._optipfair, "torch-pruning": self._torch_pruning}[name](sparsity)
         config = PruningConfig(**{**CALIBRATION, **REQUESTS[name], "sparsity": sparsity})
-        return FwdPruner(self.model).prune(config, scores=self._score(config), inplace=False)
+        calibration, scores = self._calibration_of(config.seed), self._score(config)
+        return FwdPruner(self.model).prune(config, calibration, scores=scores, inplace=False)
 
     def _score(self, config):
         """Scores of a method serve every budget; what they took counts in the time of each."""
-        # Independent least squares has its Gram matrices gathered along the way.
-        key = (config.method, config.reconstruction_kind, config.reconstruction_order, config.seed)
+        # Statistics come with the Gram matrices of independent least squares, where that will follow.
+        with_grams = config.reconstruction_kind == "least_squares" and config.reconstruction_order == "independent"
+        key = (config.method, config.seed, with_grams and bool(get_method(config.method).statistics))
         if key not in self._scores:
             start = time.perf_counter()
             # Gradients by back-propagation lose too much in bfloat16.
@@ -258,11 +279,21 @@ def varied_table(study):
     """One thing at a time around the default, where methods differ most."""
     rows = []
     default = study.measured("balanced", VARIED)
-    for name in REQUESTS:
+    for name in (BASELINE, *OURS, *VARIATIONS):
         cell = study.measured(name, VARIED)
-        if cell and default and name not in (*FLAP, BASELINE):
-            rows.append([name, f"{perplexity(cell):.1f}", "" if name == "balanced" else ratio(cell, default)])
-    return table(["recipe", f"perplexity at {VARIED:.0%}", "against balanced"], rows)
+        if cell and default:
+            against = "" if name == "balanced" else ratio(cell, default)
+            rows.append([name, f"{perplexity(cell):.1f}", against, f"{perplexity(cell, ELSEWHERE):.1f}"])
+    return table(["recipe", f"perplexity at {VARIED:.0%}", "against balanced", ELSEWHERE], rows)
+
+
+def crossed_table(study, evaluation):
+    """Perplexity of every method with every reconstruction."""
+    rows = []
+    for method in METHODS:
+        cells = [study.measured(selected_by(method, name), VARIED) for name in RECONSTRUCTIONS]
+        rows.append([f"`{method}`", *(f"{perplexity(cell, evaluation):.1f}" if cell else "" for cell in cells)])
+    return table([evaluation, *RECONSTRUCTIONS], rows)
 
 
 def plot(study, file):
@@ -271,7 +302,7 @@ def plot(study, file):
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axis = figure.subplots()
-    for name in (*FLAP, *PACKAGES, BASELINE, "taylor", *OURS):
+    for name in (*FLAP, *PACKAGES, BASELINE, "taylor, sequential", *OURS):
         points = [(s, perplexity(cell)) for s in SPARSITIES if (cell := study.measured(name, s))]
         if points:
             style = {"linewidth": 2.5} if name in OURS else {"linestyle": "--", "linewidth": 1.2}
@@ -314,6 +345,12 @@ are the requests of the script, presets by their names.
 ## One thing at a time around `balanced`
 
 {varied_table(study)}
+## Every method with every reconstruction
+
+MLP channels at {VARIED:.0%}, the first and last two layers spared. `sequential` and `independent` are least squares.
+
+{crossed_table(study, MAIN)}
+{crossed_table(study, ELSEWHERE)}
 ## Every cell
 
 Seconds are on one thread of a shared machine, scoring included, and say no more than an order; memory is the peak
