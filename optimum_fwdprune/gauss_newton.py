@@ -61,11 +61,10 @@ class LeastSquares:
 
     def error(self, changes: torch.Tensor | None = None) -> float:
         """Return the summed squares of what `changes` leave of the residual; by default no changes."""
-        total = torch.zeros(1, dtype=torch.float64)
-        for batch in self.batches:
-            left = batch.residual if changes is None else batch.residual - batch.outputs(changes, self.weight)
-            total += left.square().sum(dtype=torch.float64).cpu()
-        return float(ranks.summed(total))
+        return summed_squares(
+            batch.residual if changes is None else batch.residual - batch.outputs(changes, self.weight)
+            for batch in self.batches
+        )
 
     def gradient(self) -> torch.Tensor:
         """Return the direction in which the error falls fastest, halved: `[sources, kept, in_features]`."""
@@ -93,7 +92,15 @@ class LeastSquares:
         return ranks.summed(total)
 
 
-def gauss_newton_changes(fit: LeastSquares, held_out: LeastSquares) -> torch.Tensor | None:
+def summed_squares(parts: Iterable[torch.Tensor]) -> float:
+    """Return the sum of squares over the tensors of all processes, one at a time."""
+    total = torch.zeros(1, dtype=torch.float64)
+    for part in parts:
+        total += part.square().sum(dtype=torch.float64).cpu()
+    return float(ranks.summed(total))
+
+
+def gauss_newton_changes(fit: LeastSquares, held_out: LeastSquares) -> tuple[torch.Tensor | None, float]:
     """Return changes of the sources' weights that bring the output nearer to what is wanted.
 
     Conjugate gradients on the linearized least squares, preconditioned by, and pulled to no change by, its
@@ -105,16 +112,18 @@ def gauss_newton_changes(fit: LeastSquares, held_out: LeastSquares) -> torch.Ten
         held_out (`LeastSquares`): the others.
 
     Returns:
-        `Tensor[sources, kept, in_features]`, or `None` where the first step already makes held-out tokens worse.
+        `Tensor[sources, kept, in_features]`, or `None` where the first step already makes held-out tokens worse; and
+        what held-out tokens miss without them, summed squares.
     """
-    best, lowest = None, held_out.error()
+    before = held_out.error()
+    best, lowest = None, before
     for changes in _conjugate_gradients(fit):
         error = held_out.error(changes)
         # Neither is NaN an improvement.
         if not error < lowest:
             break
         best, lowest = changes, error
-    return best
+    return best, before
 
 
 def _conjugate_gradients(fit: LeastSquares) -> Iterator[torch.Tensor]:

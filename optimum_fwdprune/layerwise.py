@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey, get_architecture
@@ -52,23 +53,26 @@ def stopped_before(module: nn.Module) -> Iterator[Stop]:
         handle.remove()
 
 
-@contextmanager
-def outputs_of(modules: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
+def outputs_of(modules: Iterable[nn.Module]) -> AbstractContextManager[list[torch.Tensor]]:
     """Gather what the modules return in the block, in the order in which they are called."""
-    seen: list[torch.Tensor] = []
-    handles = [module.register_forward_hook(lambda _module, _args, output: seen.append(output)) for module in modules]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    return _gathering(
+        modules, lambda module, seen: module.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    )
+
+
+def inputs_of(modules: Iterable[nn.Module]) -> AbstractContextManager[list[torch.Tensor]]:
+    """Gather what the modules are called with in the block, in the order in which they are called."""
+    return _gathering(
+        modules, lambda module, seen: module.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    )
 
 
 @contextmanager
-def inputs_of(modules: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """Gather what the modules are called with in the block, in the order in which they are called."""
+def _gathering(
+    modules: Iterable[nn.Module], watch: Callable[[nn.Module, list[torch.Tensor]], RemovableHandle]
+) -> Iterator[list[torch.Tensor]]:
     seen: list[torch.Tensor] = []
-    handles = [module.register_forward_pre_hook(lambda _module, args: seen.append(args[0])) for module in modules]
+    handles = [watch(module, seen) for module in modules]
     try:
         yield seen
     finally:

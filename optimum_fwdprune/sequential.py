@@ -9,11 +9,10 @@ from itertools import groupby
 import torch
 from transformers import PreTrainedModel
 
-from . import ranks
 from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .gates import Projection, kept_projection, kept_sources
-from .gauss_newton import LeastSquares, gauss_newton_changes
+from .gauss_newton import LeastSquares, gauss_newton_changes, summed_squares
 from .layerwise import LayerRunner
 from .least_squares import NormalEquations, Refit, refit
 from .offloading import resident
@@ -205,16 +204,12 @@ class _Layer:
             LeastSquares([each.linearize(self.sites, place, self.projections) for each in streams], weight, shape)
             for streams in self.streams
         )
-        return gauss_newton_changes(fit, held_out), held_out.error()
+        return gauss_newton_changes(fit, held_out)
 
     def _left(self, place: int, candidate: Projection) -> float:
         """What a candidate leaves of the target on held-out tokens: summed squares."""
         projections = {**self.projections, self.sites[place].key: candidate}
-        left = torch.zeros(1, dtype=torch.float64)
-        for stream in self.streams[1]:
-            _, residual = stream.observe(self.sites, place, projections)
-            left += residual.square().sum(dtype=torch.float64).cpu()
-        return float(ranks.summed(left))
+        return summed_squares(stream.observe(self.sites, place, projections)[1] for stream in self.streams[1])
 
 
 def _weights(sources: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:

@@ -88,23 +88,25 @@ def test_steps_stop_where_held_out_tokens_gain_no_more(problem):
     every = list(gauss_newton._conjugate_gradients(problem))
     errors = [problem.error(changes) for changes in every]
     assert errors == sorted(errors, reverse=True) and len(errors) == gauss_newton.STEPS
-    torch.testing.assert_close(gauss_newton_changes(problem, problem), every[-1])
+    changes, before = gauss_newton_changes(problem, problem)
+    torch.testing.assert_close(changes, every[-1])
+    assert before == pytest.approx(float(np.square(residual_of(problem)).sum()))
 
     # Tokens that want the opposite lose by every step.
     opposite = with_batches(problem, lambda batch: {"residual": -batch.residual})
-    assert gauss_newton_changes(problem, opposite) is None
+    assert gauss_newton_changes(problem, opposite)[0] is None
     # Ones that want what the first step gives lose by the second.
     first = with_batches(problem, lambda batch: {"residual": batch.outputs(every[0], problem.weight)})
-    torch.testing.assert_close(gauss_newton_changes(problem, first), every[0])
+    torch.testing.assert_close(gauss_newton_changes(problem, first)[0], every[0])
 
 
 def test_features_that_are_never_used_and_tokens_without_error_change_nothing(problem):
     dead = with_batches(problem, lambda batch: {"slopes": torch.zeros_like(batch.slopes)})
-    assert gauss_newton_changes(dead, dead) is None
+    assert gauss_newton_changes(dead, dead)[0] is None
     perfect = with_batches(problem, lambda batch: {"residual": torch.zeros_like(batch.residual)})
-    assert gauss_newton_changes(perfect, perfect) is None
+    assert gauss_newton_changes(perfect, perfect) == (None, 0.0)
     half = with_batches(problem, lambda batch: {"slopes": batch.slopes * torch.tensor([1.0, 0.0, 1.0])})
-    changes = gauss_newton_changes(half, half)
+    changes, _ = gauss_newton_changes(half, half)
     assert changes.isfinite().all() and not changes[:, 1].any() and changes[:, 0].any()
 
 
