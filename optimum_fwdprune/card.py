@@ -28,7 +28,6 @@ def write_card(
     report: PruningReport | None,
     base: Base | None,
     comparison: Comparison | None,
-    recovery: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint's model card, its picture, and the base's licence into its folder.
 
@@ -36,11 +35,10 @@ def write_card(
         folder (`Path`): of the checkpoint.
         name (`str`): what it is loaded by: a repository, or a folder's name.
         model (`PreTrainedModel`): the pruned model.
-        record (`Record`): how it was pruned.
+        record (`Record`): how it was pruned, and trained afterwards.
         report (`PruningReport`, *optional*): sizes before and after.
         base (`Base`, *optional*): what was pruned.
         comparison (`Comparison`, *optional*): what was measured; the last model is this one.
-        recovery (`dict`, *optional*): how it was trained afterwards, as JSON values.
     """
     if record.plan is not None and importlib.util.find_spec("matplotlib"):
         plot_plan(record.plan, folder / PICTURE_NAME)
@@ -52,7 +50,7 @@ def write_card(
         _sizes(report),
         _measured(comparison),
         _kept(record, folder / PICTURE_NAME),
-        _reproduction(record, base, recovery),
+        _reproduction(record, base),
         _limits(base),
     ]
     data = _metadata(name, model, base, comparison)
@@ -162,12 +160,12 @@ def _kept(record: Record, picture: Path) -> str:
     return f"## What each layer kept\n\n{shown}```\n{plan_table(record.plan)}\n```"
 
 
-def _reproduction(record: Record, base: Base | None, recovery: dict[str, Any] | None) -> str:
+def _reproduction(record: Record, base: Base | None) -> str:
     if record.config is None:
         return ""
     text = f"## Make it again\n\n```bash\n{command_of(record.config, base.name if base else 'MODEL')}\n```\n\n"
     text += "`fwdprune_config.json` is the request and `fwdprune_plan.json` what it kept: `--plan` replays it."
-    if recovery:
+    if recovery := record.outcome.get("recovery"):
         lines = "\n".join(f"- `{name}`: {value}" for name, value in recovery.items())
         text += f"\n\nTrained afterwards (`optimum-cli fwdprune recover`):\n\n{lines}"
     return text

@@ -74,6 +74,8 @@ class FwdPruner:
             the last, which are of the model before it.
         config (`PruningConfig`, *optional*): the last request.
         trainer (`RecoveryTrainer`, *optional*): of the last `recover`; its `state.log_history` says how it went.
+        recovery (`dict`, *optional*): how the model was trained after it was pruned, here or before it was loaded:
+            JSON values.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
@@ -85,6 +87,7 @@ class FwdPruner:
         self.scores: Scores | None = None
         self.config: PruningConfig | None = None
         self.trainer: RecoveryTrainer | None = None
+        self.recovery: dict[str, Any] | None = None
         self.comparison: Comparison | None = None
         self._base: Base | None = None
         # Whether decoder layers stay on disk; where temporary files lie; and what was cut there.
@@ -151,6 +154,7 @@ class FwdPruner:
                 pruner.report = report_of(model, record)
             if record.outcome.get("comparison"):
                 pruner.comparison = Comparison.from_list(record.outcome["comparison"])
+            pruner.recovery = record.outcome.get("recovery")
             pruner._saved_as = str(model_id)
             if record.plan is not None and (source := record.plan.metadata.get("source")):
                 # Its card carries the licence of what was pruned.
@@ -258,7 +262,7 @@ class FwdPruner:
                 speedup = Speedup(config.target_speedup, budget.cost.speedup(removed), measured)
 
         self.model, self.plan, self.config, self.scores = done.model, done.plan, config, scores
-        self.trainer = self._saved_as = self.comparison = None
+        self.trainer = self.recovery = self._saved_as = self.comparison = None
         after = _Sizes.of(self.model, [])
         self.report = PruningReport(
             parameters_before=before.parameters,
@@ -385,6 +389,7 @@ class FwdPruner:
         self.model, self.trainer = recover(
             self.model, self.tokenizer, dataset, args, teacher=teacher, eval_dataset=eval_dataset
         )
+        self.recovery = self.trainer.summary()
         # What was measured was measured before.
         self.comparison = None
         if keeps_adapters:
@@ -436,18 +441,17 @@ class FwdPruner:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
             if whole:
-                recovery = None if self.trainer is None else self.trainer.summary()
                 measured = self.comparison.to_list() if self.comparison else []
                 outcome = {
                     "report": self.report and self.report.to_dict(),
                     # Checkpoints get shared, and home directories do not.
                     "comparison": [{**each, "name": Path(each["name"]).name} for each in measured] or None,
-                    "recovery": recovery,
+                    "recovery": self.recovery,
                 }
                 record = Record(self.config, self.plan, self.scores, outcome)
                 record.save(temporary)
-                about = (name or Path(folder).name, self.model, record, self.report, self._base, self.comparison)
-                write_card(temporary, *about, recovery)
+                name = name or Path(folder).name
+                write_card(temporary, name, self.model, record, self.report, self._base, self.comparison)
 
     def push_to_hub(
         self,

@@ -279,7 +279,12 @@ def test_a_saved_pruned_model_is_recovered_after_loading(tokenizer, tokens, tmp_
     assert again.plan.kept == pruner.plan.kept and again.config == pruner.config
     again.recover(TEXTS, arguments(tmp_path, mode="full"))
     again.save_pretrained(tmp_path / "recovered")
-    assert FwdPruner.from_pretrained(tmp_path / "recovered").plan.kept == pruner.plan.kept
+    recovered = FwdPruner.from_pretrained(tmp_path / "recovered")
+    assert recovered.plan.kept == pruner.plan.kept
+    # Nor is how it was trained lost where it is only read and saved again.
+    recovered.save_pretrained(tmp_path / "copy")
+    assert FwdPruner.from_pretrained(tmp_path / "copy").recovery == again.trainer.summary()
+    assert "- `mode`: full" in (tmp_path / "copy" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
