@@ -67,7 +67,7 @@ REQUESTS = {
     "wanda_sp, heads too, none": {"reconstruction": "none"},
     "taylor, heads too, none": {"method": "taylor", "reconstruction": "none"},
     # One thing at a time around `balanced`.
-    "sources too": {"refit_sources": True, "kinds": ["mlp"]},
+    "best, searched": {**get_preset("best").fields, "scope": "search", "search_windows": 1500},
     "heads too": {},
     "layer's own target": {"reconstruction_target": "layer", "kinds": ["mlp"]},
     "ends pruned": {"skip_layers": [], "kinds": ["mlp"]},
@@ -77,12 +77,12 @@ REQUESTS = {
     "another seed": {"seed": 1, "kinds": ["mlp"]},
     "a third seed": {"seed": 2, "kinds": ["mlp"]},
 }
-VARIATIONS = tuple(REQUESTS)[tuple(REQUESTS).index("sources too") :]
+VARIATIONS = tuple(REQUESTS)[tuple(REQUESTS).index("best, searched") :]
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
 # Where all recipes are measured that targets speak of, and where one thing is varied at a time.
 TARGETED, VARIED = (0.2, 0.4, 0.5), 0.4
 WITHOUT = ("wanda_sp, none", "taylor, none", "wanda_sp, heads too, none", "taylor, heads too, none")
-COMPARED = (*FLAP, *PACKAGES, BASELINE, *OURS, "sources too", "taylor, sequential", *WITHOUT)
+COMPARED = (*FLAP, *PACKAGES, BASELINE, *OURS, "best, searched", "taylor, sequential", *WITHOUT)
 EVERYWHERE = ("flap, per layer", BASELINE, "balanced")
 
 # Windows of each evaluation text, evenly spread over it: (text, tokens per window) -> how many.

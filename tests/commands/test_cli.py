@@ -124,16 +124,16 @@ def test_the_papers_preset_and_the_default_run(cli, source, tmp_path):
 
 
 def test_presets_by_cost_run_with_other_methods(cli, source, tmp_path):
-    for name, method, scope, order in (
-        ("fast", "magnitude", "layer", "independent"),
-        ("best", "flap", "search", None),
+    for name, method, order, sources in (
+        ("fast", "magnitude", "independent", False),
+        ("best", "flap", None, True),
     ):
         code, _, error = cli(
             "prune", "-m", source, tmp_path / name, "--preset", name, "--method", method, *SMALL, "--sparsity", 0.3
         )
         found = PruningConfig.from_pretrained(tmp_path / name)
         assert code == 0, error
-        assert (found.method, found.scope, found.reconstruction_order) == (method, scope, order)
+        assert (found.method, found.reconstruction_order, found.refit_sources) == (method, order, sources)
 
 
 def test_a_preset_of_another_method_is_an_error(cli, source, tmp_path):
