@@ -352,7 +352,8 @@ def report(study, output):
 Written by `benchmarks/quality.py`; [what they say](quality.md).
 
 SmolLM2-135M-Instruct in bfloat16, {study.calibration.input_ids.shape[0]} x {study.calibration.input_ids.shape[1]}
-calibration tokens for every recipe, one seed. Perplexity on {counts}; ratios and differences in nats are paired
+calibration tokens for every recipe, seed 0 but in the table of seeds.
+Perplexity on {counts}; ratios and differences in nats are paired
 over the windows of {MAIN} tokens, with their standard error. `{BASELINE}`, the strong simple baseline, is Wanda-sp on
 the MLPs alone, the first and last two layers spared, with independent least squares; optipfair (MAW with the
 calibration tokens) and torch-pruning (group magnitude) prune MLPs alone too, by as much as makes up for it. Recipes

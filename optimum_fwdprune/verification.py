@@ -94,10 +94,16 @@ def relative_difference(expected: torch.Tensor, actual: torch.Tensor, rounding: 
     tolerance = max(tolerance, min(AMPLIFICATION * rounding, LIMIT))
     # Written so that NaN fails too.
     if not difference <= tolerance:
+        cause = "The architecture's layout and its pruned class disagree; please report it."
+        if expected.dtype.itemsize < 4:
+            cause = (
+                "Prune it in float32: if that passes, a model that was cut too deep made this of rounding; if it "
+                f"does not, {cause[0].lower()}{cause[1:]}"
+            )
         raise RuntimeError(
             f"The pruned model does not compute what the masked dense model computes: logits differ by "
             f"{difference:.2g} of their scale, more than the {tolerance:.2g} that {expected.dtype} rounding explains. "
-            f"The architecture's layout and its pruned class disagree; please report it."
+            f"{cause}"
         )
     return difference
 

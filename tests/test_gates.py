@@ -136,6 +136,9 @@ def test_rounding_that_the_model_amplifies_is_no_disagreement(tokens):
     assert relative_difference(expected, actual, rounding=1e-4) == pytest.approx(5e-4, rel=1e-3)
     with pytest.raises(RuntimeError, match=r"more than the 0\.01 that"):
         relative_difference(expected, torch.tensor([1.0, 2.1]), rounding=1.0)
+    # In 16 bit it may be that and no error, and float32 tells.
+    with pytest.raises(RuntimeError, match=r"Prune it in float32: .* if it does not, the architecture's layout"):
+        relative_difference(expected.bfloat16(), torch.tensor([1.0, 2.5], dtype=torch.bfloat16))
 
     def rounding(scale):
         model = tiny.make_model("llama_gqa_biases")
