@@ -48,19 +48,20 @@ class _Steps:
         # Units of a site all have the same parameters, and the lowest scores go first: convex as it is.
         pooled = additive and cost is not PARAMETERS
         places = _convex(sums[gone], saved) if pooled else torch.arange(1, len(gone))
-        self.ends = ends[places - 1]
         self.costs = saved[places].diff(prepend=saved[:1])
-        sizes = self.ends.diff(prepend=gone[:1])
-        self.keys = sums[self.ends].diff(prepend=sums[:1]) / (self.costs if additive else sizes)
+        sizes = gone[places].diff(prepend=gone[:1])
+        self.keys = sums[gone[places]].diff(prepend=sums[:1]) / (self.costs if additive else sizes)
         self.total = int(costs[0])
         self.site = site
+        # All the cuts there are, of which steps may take several at once.
+        self.gone, self.saved, self.lost = gone, saved, sums[gone]
+        self.stops = torch.cat([places.new_zeros(1), places])
 
-    def kept(self, steps: int) -> list[int]:
-        removed = int(self.ends[steps - 1]) if steps else 0
-        return self.order[removed:].sort().values.tolist()
+    def kept(self, cut: int) -> list[int]:
+        return self.order[int(self.gone[cut]) :].sort().values.tolist()
 
     def removable(self) -> int:
-        return int(self.costs.sum())
+        return int(self.saved[-1])
 
 
 def _convex(lost: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
@@ -109,13 +110,13 @@ def _layers_to_skip(config: PruningConfig, num_layers: int) -> list[int]:
 def levels_of(site: Site, scores: torch.Tensor, config: PruningConfig) -> list[list[int]]:
     """Return the units that stay after each of the cuts that the request allows, the smallest cut first."""
     steps = _Steps(site, scores, config, additive=False)
-    return [steps.kept(count) for count in range(1, len(steps.ends) + 1)]
+    return [steps.kept(cut) for cut in range(1, len(steps.gone))]
 
 
 def fewest_units(site: Site, config: PruningConfig) -> int:
     """Return how many units `site` keeps at least under the request."""
     steps = _Steps(site, torch.zeros(site.num_units), config, additive=False)
-    return site.num_units - (int(steps.ends[-1]) if len(steps.ends) else 0)
+    return site.num_units - int(steps.gone[-1])
 
 
 def coarse_multiple(sites: Sequence[Site], config: PruningConfig) -> int:
@@ -166,14 +167,17 @@ def allocate(
     else:
         parts = [(list(steps), budget)]
 
-    taken = dict.fromkeys(steps, 0)
+    cuts = dict.fromkeys(steps, 0)
     for keys, part in parts:
         pools = _pools([steps[key] for key in keys], part, config.scope)
         _check_reachable(pools, part, prunable, config, 1 + max(site.layer for site in sites))
+        # Rounded up in every layer, a target would be overshot as often as there are layers.
+        surplus, alike = 0, not part.at_least or config.layout == "stock"
         for pool, target in pools:
-            _fill(pool, target, taken, config.budget)
+            left = _fill(pool, replace(target, amount=target.amount - surplus), cuts, config.budget)
+            surplus = 0 if alike else left
     return {
-        site.key: steps[site.key].kept(taken[site.key]) if site.key in steps else list(range(site.num_units))
+        site.key: steps[site.key].kept(cuts[site.key]) if site.key in steps else list(range(site.num_units))
         for site in sites
     }
 
@@ -224,12 +228,20 @@ def _check_reachable(pools: list[_Pool], part: Budget, prunable: int, config: Pr
     )
 
 
-def _fill(pool: list[_Steps], target: Budget, taken: dict[SiteKey, int], mode: str) -> None:
-    """Take steps from `pool` until `target` is met to within one step."""
+def _fill(pool: list[_Steps], target: Budget, cuts: dict[SiteKey, int], mode: str) -> int:
+    """Cut the sites of `pool` until `target` is met to within one step, and return how much more went than that."""
+    taken = {step.site.key: 0 for step in pool}
+    removed = _take(pool, target, taken, mode)
+    cuts |= {step.site.key: int(step.stops[taken[step.site.key]]) for step in pool}
+    surplus = removed - target.amount
+    return _give_back(pool, surplus, cuts) if target.at_least else surplus
+
+
+def _take(pool: list[_Steps], target: Budget, taken: dict[SiteKey, int], mode: str) -> int:
+    """Take steps from `pool` as `mode` divides the target over the kinds, and return how much was removed."""
     kinds = {step.site.kind for step in pool}
     if mode == "joint" or len(kinds) == 1:
-        _spend(pool, target.amount, taken, target.at_least)
-        return
+        return _spend(pool, target.amount, taken, target.at_least)
     attention = [step for step in pool if step.site.kind == ATTENTION]
     mlp = [step for step in pool if step.site.kind == MLP]
     share = _prunable(attention) / _prunable(pool)
@@ -237,7 +249,27 @@ def _fill(pool: list[_Steps], target: Budget, taken: dict[SiteKey, int], mode: s
     removed += _spend(mlp, target.amount - removed, taken, target.at_least)
     if removed < target.amount:
         # The channels ran out (or half a channel is missing); heads take the rest where one of them is closer.
-        _spend(attention, target.amount - removed, taken, target.at_least)
+        removed += _spend(attention, target.amount - removed, taken, target.at_least)
+    return removed
+
+
+def _give_back(pool: list[_Steps], surplus: int, cuts: dict[SiteKey, int]) -> int:
+    """Return units to the sites of `pool` while the surplus pays for them, and return what remains of it.
+
+    The dearest are the first: a step may have gone past smaller cuts that would have done for the target.
+    """
+    while True:
+        found = []
+        for step in pool:
+            cut = cuts[step.site.key]
+            smaller = int(torch.searchsorted(step.saved, step.saved[cut] - surplus))
+            if smaller < cut:
+                found.append((float(step.lost[cut] - step.lost[smaller]), smaller, step))
+        if not found:
+            return surplus
+        _, smaller, step = max(found, key=lambda entry: entry[0])
+        surplus -= int(step.saved[cuts[step.site.key]] - step.saved[smaller])
+        cuts[step.site.key] = smaller
 
 
 def _spend(pool: list[_Steps], target: int, taken: dict[SiteKey, int], at_least: bool = False) -> int:

@@ -6,6 +6,8 @@ import math
 import pytest
 import tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from optimum_fwdprune import FwdPruner, PruningConfig, find_sites, latency
 from optimum_fwdprune.allocation import allocate
@@ -23,6 +25,11 @@ def request_of(**fields):
 @pytest.fixture
 def clock(monkeypatch):
     monkeypatch.setattr(latency, "median_seconds", tiny.counted_seconds)
+
+
+@pytest.fixture(scope="module")
+def llama_sites():
+    return find_sites(tiny.make_model("llama_mha_tied"))
 
 
 def made_up_table(sites, model_seconds=1.0):
@@ -95,6 +102,40 @@ def test_time_is_spent_and_not_parameters():
     saved = sum(cost.total(s) - int(cost.of(s, torch.tensor([len(kept[s.key])]))) for s in sites)
     assert saved >= 0.06e9 * (1 - 1e-6)
     assert cost.speedup(saved) >= 1 / (1 - 0.06) * (1 - 1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 999), st.sampled_from(["layer", "global"]), st.booleans(), st.floats(0.05, 0.95))
+def test_a_plan_is_no_faster_than_asked_for(llama_sites, seed, scope, additive, share):
+    """However uneven the table: one width less cut from one site, and the target would be missed."""
+    generator = torch.Generator().manual_seed(seed)
+    times = torch.rand(16, generator=generator).tolist()
+    widths = range(4, 65, 4)
+    mlps = [site for site in llama_sites if site.kind == "mlp"]
+    cost = LatencyCost(LatencyTable(1.0, {shape_of(mlps[0]): list(zip(widths, times))}, {}))
+    scores = {site.key: torch.rand(site.num_units, generator=generator) for site in llama_sites}
+    request = PruningConfig(scope=scope, kinds=["mlp"], multiple_of=4, skip_layers=[], min_units_per_site=4)
+    saving = [cost.of(site, torch.tensor([site.num_units])) - cost.of(site, torch.tensor(widths)) for site in mlps]
+    amount = int(share * sum(int(each[0]) for each in saving))
+    kept = allocate(mlps, scores, request, Budget(amount, at_least=True, cost=cost), additive)
+
+    places = [len(kept[site.key]) // 4 - 1 for site in mlps]
+    surplus = sum(int(each[place]) for each, place in zip(saving, places)) - amount
+    given_back = [int(each[place] - each[place + 1]) for each, place in zip(saving, places) if place < 15]
+    assert 0 <= surplus < (min if scope == "global" else max)(given_back)
+
+
+def test_layers_make_up_for_what_others_round_up():
+    """Three layers that can save 10 ms or nothing save 20 ms of the 15 asked for, and all alike 30."""
+    sites = find_sites(tiny.make_model("llama_mha_tied"))
+    mlps = [site for site in sites if site.kind == "mlp"]
+    cost = LatencyCost(LatencyTable(1.0, {shape_of(mlps[0]): [(32, 0.0), (64, 0.01)]}, {}))
+    scores = {site.key: torch.rand(site.num_units) for site in sites}
+    budget = Budget(int(0.015 * 1e9), at_least=True, cost=cost)
+    for layout, widths in (("any", [32, 64, 32]), ("stock", [32, 32, 32])):
+        request = PruningConfig(kinds=["mlp"], multiple_of=32, skip_layers=[], layout=layout)
+        kept = allocate(mlps, scores, request, budget)
+        assert [len(kept[site.key]) for site in mlps] == widths
 
 
 def test_a_width_that_is_slower_than_a_larger_one_saves_nothing():
