@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -15,12 +16,27 @@ from .plan import PruningPlan
 from .utils import evaluating
 
 
-# Largest difference between masked and sliced logits, as a fraction of their scale: rounding, and nothing else.
-# Where the model itself makes more of a rounding error, it is allowed that much more.
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+class Allowance(NamedTuple):
+    """How far masked and sliced logits may be apart, as fractions of their scale: rounding, and nothing else.
 
-# How much further apart the two may be than outputs of inputs that differ by one rounding error, and at the very most.
-AMPLIFICATION, LIMIT = 20.0, 1e-2
+    Args:
+        always (`float`): whatever the model.
+        amplification (`float`): as many times what one rounding error in the embeddings becomes, where a model makes
+            more of such errors. Linears sum in float32 or better: in 16 bit the order of sums adds nothing to them.
+        limit (`float`): the most that amplification may come to.
+    """
+
+    always: float
+    amplification: float
+    limit: float
+
+
+ALLOWANCES = {
+    torch.float64: Allowance(1e-8, 20.0, 1e-2),
+    torch.float32: Allowance(1e-4, 20.0, 1e-2),
+    torch.float16: Allowance(2e-2, 1.0, 0.5),
+    torch.bfloat16: Allowance(8e-2, 1.0, 0.5),
+}
 
 
 def probe_batch(model: PreTrainedModel, calibration: Calibration | None) -> torch.Tensor:
@@ -90,8 +106,7 @@ def relative_difference(expected: torch.Tensor, actual: torch.Tensor, rounding: 
         RuntimeError: where rounding in the tensors' dtype does not explain it.
     """
     difference = share_of_scale(expected, actual)
-    tolerance = TOLERANCE.get(expected.dtype, 1e-4)
-    tolerance = max(tolerance, min(AMPLIFICATION * rounding, LIMIT))
+    tolerance = tolerance_of(expected.dtype, rounding)
     # Written so that NaN fails too.
     if not difference <= tolerance:
         cause = "The architecture's layout and its pruned class disagree; please report it."
@@ -106,6 +121,12 @@ def relative_difference(expected: torch.Tensor, actual: torch.Tensor, rounding: 
             f"{cause}"
         )
     return difference
+
+
+def tolerance_of(dtype: torch.dtype, rounding: float = 0.0) -> float:
+    """Return what rounding in `dtype` explains of `share_of_scale`; `rounding` as in `relative_difference`."""
+    allowed = ALLOWANCES.get(dtype, ALLOWANCES[torch.float32])
+    return max(allowed.always, min(allowed.amplification * rounding, allowed.limit))
 
 
 def share_of_scale(expected: torch.Tensor, actual: torch.Tensor) -> float:

@@ -139,6 +139,13 @@ def test_rounding_that_the_model_amplifies_is_no_disagreement(tokens):
     # In 16 bit it may be that and no error, and float32 tells.
     with pytest.raises(RuntimeError, match=r"Prune it in float32: .* if it does not, the architecture's layout"):
         relative_difference(expected.bfloat16(), torch.tensor([1.0, 2.5], dtype=torch.bfloat16))
+    # A model that makes 0.4 of one rounding error explains a quarter; one that makes 0.1 of it does not.
+    coarse = expected.bfloat16(), torch.tensor([1.0, 2.5], dtype=torch.bfloat16)
+    assert relative_difference(*coarse, rounding=0.4) == 0.25
+    with pytest.raises(RuntimeError, match=r"more than the 0\.1 that"):
+        relative_difference(*coarse, rounding=0.1)
+    with pytest.raises(RuntimeError, match=r"more than the 0\.5 that"):
+        relative_difference(coarse[0], torch.tensor([1.0, 4.0], dtype=torch.bfloat16), rounding=3.0)
 
     def rounding(scale):
         model = tiny.make_model("llama_gqa_biases")

@@ -17,7 +17,7 @@ from ..plan import PruningPlan
 from ..reconstruction import NONE, added_parameters
 from ..surgery import pruned_config
 from ..utils import folder_moved_into_place
-from ..verification import TOLERANCE, logits, probe_batch
+from ..verification import logits, probe_batch, share_of_scale, tolerance_of
 
 
 # Families whose stock classes compute the same and may hold what a family's own cannot, tried in this order: Mistral's
@@ -64,10 +64,9 @@ def export_stock(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         written = model_class.from_pretrained(temporary, dtype=model.dtype).to(model.device)
-        expected, found = (logits(each, probe).float() for each in (model, written))
-        difference = float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-30))
+        difference = share_of_scale(logits(model, probe), logits(written, probe))
         # Written so that NaN fails too.
-        if not difference <= TOLERANCE.get(model.dtype, 1e-4):
+        if not difference <= tolerance_of(model.dtype):
             raise RuntimeError(
                 f"The stock {config.model_type} computes something else than the pruned model: logits differ by "
                 f"{difference:.2g} of their scale. Nothing was written; please report it."
