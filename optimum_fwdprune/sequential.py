@@ -68,7 +68,7 @@ def refit_in_sequence(
             all of them so that they say of the pruned stream what they said of the dense one, and those of pointwise
             sites by Gauss-Newton steps towards the projection's target, after which the projection is fitted once
             more. It takes about three more passes, two more hidden states of all windows, and of one pointwise site at
-            a time, in float32, what its sources read, their slopes, and the residual at all tokens.
+            a time what its sources read, their slopes, and in float32 the residual at all tokens.
     """
     runner, shelf = LayerRunner(model), shelf or Shelf()
     texts = [text for text in (fit, held_out) if text is not None]

@@ -97,9 +97,10 @@ class Stream:
             for source, derivative in zip(site.sources, derivatives)
         ]
         # A source may hold the rows of several, one behind the other: its segments.
-        by_row = [each for found in slopes for each in found.float().split(len(kept), dim=1)]
+        by_row = [each for found in slopes for each in found.split(len(kept), dim=1)]
         _, residual = self._kept_and_left(sites, place, projections, features.detach(), written)
-        return Linearized(self.batch.tokens(read[0]).float(), torch.stack(by_row), residual.float())
+        inputs, by_source = (_in_float32_at_most(each) for each in (self.batch.tokens(read[0]), torch.stack(by_row)))
+        return Linearized(inputs, by_source, residual.float())
 
     def leave(self, sites: Sequence[Site], projections: Projections) -> None:
         """Take the pruned model's stream through the layer of `sites`."""
@@ -141,6 +142,10 @@ class Stream:
     def _dense_behind(self, sites, place) -> torch.Tensor:
         last = place == len(sites) - 1
         return self.shelf[f"{sites[0].layer + 1}.{self.name}.dense" if last else f"{self.name}.{place + 1}"]
+
+
+def _in_float32_at_most(values: torch.Tensor) -> torch.Tensor:
+    return values.float() if values.dtype.itemsize > 4 else values
 
 
 @contextmanager

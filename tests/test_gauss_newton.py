@@ -110,15 +110,8 @@ def test_features_that_are_never_used_and_tokens_without_error_change_nothing(pr
     assert changes.isfinite().all() and not changes[:, 1].any() and changes[:, 0].any()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", AIMING)
-def test_linearized_outputs_are_finite_differences(name, tokens):
-    """Of the whole layer, whatever its activation, with some rows changed beforehand."""
-    dense = tiny.make_model(name).double()
-    sites = [site for site in find_sites(dense) if site.layer == 1]
-    place = next(place for place, site in enumerate(sites) if site.pointwise)
-    site, kept = sites[place], [1, 4, 7]
-    assert site.kind == "mlp" and not any(each.pointwise for each in sites if each is not site)
+def in_front_of_the_second_layer(dense, tokens):
+    """The sites of that layer, and a stream that has entered it."""
     runner = LayerRunner(dense)
     (batch,) = runner.batches(Calibration(tokens), len(tokens))
     stream = Stream("0", batch, runner, Shelf(), follows_dense=True, follows_inputs=True)
@@ -128,6 +121,36 @@ def test_linearized_outputs_are_finite_differences(name, tokens):
         stream.enter(of_layer)
         if layer == 0:
             stream.leave(of_layer, {})
+    return of_layer, stream
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("dtype", "held"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float64, torch.float32)],
+    ids=str,
+)
+def test_what_is_held_of_all_tokens_is_no_wider_than_the_model(dtype, held, tokens):
+    """The products are wider: 16 bit are held because no more was computed."""
+    sites, stream = in_front_of_the_second_layer(tiny.make_model("llama_gqa_biases").to(dtype), tokens)
+    now = kept_projection(sites[1], list(range(0, 64, 2)))
+    found = stream.linearize(sites, 1, {sites[1].key: now})
+    assert (found.inputs.dtype, found.slopes.dtype, found.residual.dtype) == (held, held, torch.float32)
+    weight = now.weight.float()
+    fit = LeastSquares([found], weight, (2, 32, found.inputs.shape[1]))
+    wide = LeastSquares([replace(found, inputs=found.inputs.float(), slopes=found.slopes.float())], weight, fit.shape)
+    for narrow, exact in zip((fit.gradient(), *fit.factors()), (wide.gradient(), *wide.factors())):
+        assert torch.equal(narrow, exact) and narrow.dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", AIMING)
+def test_linearized_outputs_are_finite_differences(name, tokens):
+    """Of the whole layer, whatever its activation, with some rows changed beforehand."""
+    sites, stream = in_front_of_the_second_layer(tiny.make_model(name).double(), tokens)
+    place = next(place for place, site in enumerate(sites) if site.pointwise)
+    site, kept = sites[place], [1, 4, 7]
+    assert site.kind == "mlp" and not any(each.pointwise for each in sites if each is not site)
 
     generator = torch.Generator().manual_seed(2)
     now = kept_projection(site, kept)
