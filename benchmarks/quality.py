@@ -93,7 +93,7 @@ SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
 TARGETED, VARIED = (0.2, 0.4, 0.5), 0.4
 WITHOUT = ("wanda_sp, none", "taylor, none", "wanda_sp, heads too, none", "taylor, heads too, none")
 COMPARED = (*FLAP, *PACKAGES, BASELINE, *OURS, "best, searched", "taylor, sequential", *WITHOUT)
-EVERYWHERE = ("flap, per layer", BASELINE, "balanced")
+EVERYWHERE = ("flap, per layer", BASELINE, *OURS, "wanda_sp, none", "taylor, none", "taylor, sequential")
 
 # Windows of each evaluation text, evenly spread over it: (text, tokens per window) -> how many.
 EVALUATIONS = {("wikitext", 512): 64, ("wikitext", 128): 64, ("python", 512): 16, ("python", 128): 32}

@@ -35,6 +35,9 @@ REPEATS = 7
 
 NANOSECONDS = 1e9
 
+# How far the layers, timed one by one, may be from the whole model that they make up.
+AGREEMENT = 1.25
+
 
 @dataclass(frozen=True)
 class LatencyTable:
@@ -50,6 +53,11 @@ class LatencyTable:
     model_seconds: float
     layer_seconds: dict[str, list[tuple[int, float]]]
     measured_on: dict[str, Any]
+
+    def seconds(self, site: Site) -> float:
+        """Return the seconds of the site's layer as it is."""
+        units, seconds = (np.array(values, dtype=float) for values in zip(*self.layer_seconds[shape_of(site)]))
+        return float(np.interp(site.num_units, units, seconds))
 
     def save(self, path: Path) -> None:
         """Write the table as JSON."""
@@ -182,9 +190,26 @@ def _load_or_measure(model: PreTrainedModel, sites: Sequence[Site], config: Prun
             seconds = median_seconds(runs, REPEATS, site.projection.weight.device)
             layer_seconds[shape] = [(len(units), taken) for units, taken in zip(kept, seconds)]
         table = LatencyTable(prefill_seconds(model, config.latency_tokens), layer_seconds, measured_on)
+    warn_of_disagreement(table, sites)
     if path is not None:
         table.save(path)
     return table
+
+
+def warn_of_disagreement(table: LatencyTable, sites: Sequence[Site]) -> None:
+    """Say where the layers of a table and the model that they make up were not as fast as each other."""
+    for kind in sorted({site.kind for site in sites}):
+        of_kind = [site for site in sites if site.kind == kind]
+        layers = sum(table.seconds(site) for site in of_kind)
+        if not 1 / AGREEMENT < layers / table.model_seconds < AGREEMENT:
+            logger.warning(
+                "The layers' latencies add up to %.3g s and the whole model's is %.3g s: the machine was busy with "
+                "other things, or layers are too small to be timed alone. Speed-ups may come out other than "
+                "predicted; measure anew when the machine is idle, after deleting the latency_table if there is one.",
+                layers,
+                table.model_seconds,
+            )
+            return
 
 
 @torch.no_grad()
