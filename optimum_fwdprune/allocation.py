@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 
@@ -152,10 +153,10 @@ def allocate(
     Raises:
         ValueError: where the constraints do not allow the budget, naming them and the largest sparsity they allow.
     """
-    cost = budget.cost
-    steps = {
-        site.key: _Steps(site, scores[site.key], config, additive, cost) for site in prunable_sites(sites, config)
-    }
+    cost, open_sites = budget.cost, prunable_sites(sites, config)
+    if config.layout == "stock":
+        scores = _alike(open_sites, scores)
+    steps = {site.key: _Steps(site, scores[site.key], config, additive, cost) for site in open_sites}
     prunable = sum(cost.total(site) for site in sites)
 
     if config.has_budget_per_kind:
@@ -180,6 +181,23 @@ def allocate(
         site.key: steps[site.key].kept(cuts[site.key]) if site.key in steps else list(range(site.num_units))
         for site in sites
     }
+
+
+def _alike(sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, torch.Tensor]:
+    """Return scores under which layers are cut alike: the units of a site, from the lowest to the highest, score what
+    those of their rank in all layers score on average."""
+    found: dict[SiteKey, torch.Tensor] = {}
+    for _, group in groupby(sorted(sites, key=_shape), key=_shape):
+        of_shape = list(group)
+        grouped = torch.stack([scores[site.key].double().view(site.num_groups, -1) for site in of_shape])
+        ascending, ranked = grouped.sort(dim=2, stable=True)
+        same = torch.zeros_like(grouped).scatter_(2, ranked, ascending.mean(dim=0).expand_as(grouped))
+        found |= {site.key: values.flatten() for site, values in zip(of_shape, same)}
+    return found
+
+
+def _shape(site: Site) -> tuple[str, int, int]:
+    return site.kind, site.num_units, site.num_groups
 
 
 # Sites that compete, and what they give up together.
@@ -241,15 +259,16 @@ def _take(pool: list[_Steps], target: Budget, taken: dict[SiteKey, int], mode: s
     """Take steps from `pool` as `mode` divides the target over the kinds, and return how much was removed."""
     kinds = {step.site.kind for step in pool}
     if mode == "joint" or len(kinds) == 1:
-        return _spend(pool, target.amount, taken, target.at_least)
+        return _spend(pool, target, taken)
     attention = [step for step in pool if step.site.kind == ATTENTION]
     mlp = [step for step in pool if step.site.kind == MLP]
     share = _prunable(attention) / _prunable(pool)
-    removed = _spend(attention, min(round(target.amount * share), target.amount), taken)
-    removed += _spend(mlp, target.amount - removed, taken, target.at_least)
+    of_heads = replace(target, amount=min(round(target.amount * share), target.amount), at_least=False)
+    removed = _spend(attention, of_heads, taken)
+    removed += _spend(mlp, replace(target, amount=target.amount - removed), taken)
     if removed < target.amount:
         # The channels ran out (or half a channel is missing); heads take the rest where one of them is closer.
-        removed += _spend(attention, target.amount - removed, taken, target.at_least)
+        removed += _spend(attention, replace(target, amount=target.amount - removed), taken)
     return removed
 
 
@@ -272,11 +291,13 @@ def _give_back(pool: list[_Steps], surplus: int, cuts: dict[SiteKey, int]) -> in
         cuts[step.site.key] = smaller
 
 
-def _spend(pool: list[_Steps], target: int, taken: dict[SiteKey, int], at_least: bool = False) -> int:
-    """Take the lowest-ranked steps of `pool` up to `target` parameters and return how many were removed.
+def _spend(pool: list[_Steps], budget: Budget, taken: dict[SiteKey, int]) -> int:
+    """Take the lowest-ranked steps of `pool` up to the budget and return how much was removed.
 
-    The last step is taken where that brings the sum closer to the target, or always with `at_least`.
+    The last step is taken where that brings the sum closer to the budget; always with `at_least`, never with
+    `at_most`.
     """
+    target = budget.amount
     keys = torch.cat([step.keys[taken[step.site.key] :] for step in pool])
     costs = torch.cat([step.costs[taken[step.site.key] :] for step in pool])
     owners = torch.cat(
@@ -303,7 +324,7 @@ def _spend(pool: list[_Steps], target: int, taken: dict[SiteKey, int], at_least:
         removed += cost
     if removed < target and (remaining := next_steps()):
         _, cost, step = min(remaining, key=lambda entry: (entry[1], entry[0]))
-        if at_least or 2 * (target - removed) > cost:
+        if budget.at_least or (not budget.at_most and 2 * (target - removed) > cost):
             taken[step.site.key] += 1
             removed += cost
     return removed

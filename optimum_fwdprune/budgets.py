@@ -53,14 +53,15 @@ class Budget:
 
     Args:
         amount (`int`): of the cost.
-        at_least (`bool`, defaults to `False`): round up, for a target that the model must fit into; otherwise to the
-            nearest number that whole units allow.
+        at_least, at_most (`bool`, default to `False`): round up, for a target that the model must fit into, or down,
+            on the way to one; otherwise to the nearest number that whole units allow.
         cost (`Cost`): by default parameters.
         as_far_as_possible (`bool`, defaults to `False`): remove less where the constraints leave less to remove.
     """
 
     amount: int
     at_least: bool = False
+    at_most: bool = False
     cost: Cost = PARAMETERS
     as_far_as_possible: bool = False
 

@@ -24,6 +24,7 @@ from .budgets import Budget
 from .calibration import Calibration
 from .configuration import PruningConfig
 from .layerwise import Batch, LayerRunner
+from .offloading import is_offloaded
 from .surgery import pruned_config
 from .utils import check_output_file, evaluating, first_difference, median_seconds, progress, write_text_atomically
 
@@ -163,8 +164,14 @@ def load_or_measure(model: PreTrainedModel, sites: Sequence[Site], config: Pruni
         config (`PruningConfig`): `latency_tokens` and `latency_table`.
 
     Raises:
-        ValueError: where the file belongs to another machine or model, or the prompt is too long for the model.
+        ValueError: where the file belongs to another machine or model, the prompt is too long for the model, or parts
+            of the model are offloaded.
     """
+    if is_offloaded(model):
+        raise ValueError(
+            "target_speedup times layers where they compute, and parts of this model are offloaded. Load it without "
+            "device_map where it fits, or ask for target_bytes."
+        )
     return LatencyTable.from_dict(ranks.from_main(lambda: vars(_load_or_measure(model, sites, config))))
 
 

@@ -36,7 +36,7 @@ class Rounds:
         self._budget = budget
         # By the number of units kept. Surgery consumes the dense model, and with it what its sites know.
         self._costs = {site.key: budget.cost.of(site, torch.arange(site.num_units + 1)) for site in sites}
-        self._groups = {site.key: site.num_groups for site in sites}
+        self._units = {site.key: (site.num_groups, site.unit_parameters) for site in sites}
         if config.rounds > 1:
             # What cannot be had in the end should be refused before the first cut.
             zeros = {site.key: torch.zeros(site.num_units) for site in sites}
@@ -71,6 +71,8 @@ class Rounds:
             budget,
             amount=max(0, round(budget.amount * share) - removed),
             at_least=budget.at_least and number == config.rounds,
+            # What was rounded up on the way could not be given back.
+            at_most=budget.at_least and number < config.rounds,
             # All rounds together can come to the request. What is left for the last may be less than half a step.
             as_far_as_possible=not (budget.at_least and number == config.rounds),
         )
@@ -92,7 +94,7 @@ class Rounds:
 
         A KV group with one query head left would go with its keys and values, which no plan of query heads can say.
         """
-        return [site for site in sites if site.num_groups == self._groups[site.key]]
+        return [site for site in sites if (site.num_groups, site.unit_parameters) == self._units[site.key]]
 
     def keep(
         self,

@@ -40,11 +40,15 @@ ALLOWANCES = {
 
 
 def probe_batch(model: PreTrainedModel, calibration: Calibration | None) -> torch.Tensor:
-    """Return a few tokens to compare on, `[2, at most 32]` int64: calibration text where there is some."""
+    """Return a few tokens to compare on, `[1 or 2, at most 32]` int64: calibration text where there is some."""
+    config = model.config.get_text_config()
+    # Classifiers take several rows only where they can tell padding.
+    rows = 1 if config.pad_token_id is None else 2
     if calibration is not None and calibration.attention_mask is None:
-        return calibration.input_ids[:2, :32]
+        return calibration.input_ids[:rows, :32]
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.get_text_config().vocab_size, (2, 32), generator=generator)
+    tokens = min(32, getattr(config, "max_position_embeddings", 32))
+    return torch.randint(config.vocab_size, (rows, tokens), generator=generator)
 
 
 def masked_logits(

@@ -125,6 +125,26 @@ def test_with_channels_to_spare_the_budget_is_met_within_half_a_channel(layers, 
         assert abs(removed(pool, kept) - budget * len(pool) / len(sites)) <= CHANNEL_COST / 2 + 1
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 99), st.sampled_from(["separate", "joint"]), st.booleans(), st.floats(0.05, 0.8))
+def test_layers_are_cut_alike_for_a_stock_checkpoint(seed, budget, additive, sparsity):
+    """The lowest of each layer go, and how many of which kind the layers decide together."""
+    generator = torch.Generator().manual_seed(seed)
+    sites = [make_site(layer, *kind) for layer in range(3) for kind in ((ATTENTION, 6, 2), (MLP, 30))]
+    scores = {site.key: torch.rand(site.num_units, generator=generator) * (1 + site.layer) for site in sites}
+    config = PruningConfig(layout="stock", budget=budget, sparsity=sparsity)
+    kept = allocate(sites, scores, config, Budget(round(sparsity * prunable(sites))), additive)
+
+    for kind in (ATTENTION, MLP):
+        of_kind = [site for site in sites if site.kind == kind]
+        assert len({len(kept[site.key]) for site in of_kind}) == 1
+        for site in of_kind:
+            grouped = scores[site.key].view(site.num_groups, -1)
+            count = len(kept[site.key]) // site.num_groups
+            expected = grouped.topk(count, dim=1).indices + torch.arange(site.num_groups)[:, None] * grouped.shape[1]
+            assert kept[site.key] == sorted(expected.flatten().tolist())
+
+
 def test_a_ceiling_holds_where_the_shares_of_layers_round_down():
     """A third of 28 is 9.33: rounded to one channel of 9 per layer, the model would be a parameter too large."""
     sites = [make_site(layer, MLP, 10) for layer in range(3)]

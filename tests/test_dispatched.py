@@ -86,3 +86,9 @@ def test_back_propagation_is_refused_before_anything_runs(fields, tokens, tmp_pa
     model.model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
     with pytest.raises(ValueError, match=r"cannot reach offloaded weights\. Load the model without offloading"):
         FwdPruner(model).prune(request_of(fields), tokens)
+
+
+def test_layers_are_not_timed_where_they_do_not_lie(tokens):
+    model = cpu_offload(tiny.make_model("llama_gqa_biases"), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"parts of this model are offloaded\. Load it without device_map"):
+        FwdPruner(model).prune(request_of({"target_speedup": 1.1, "latency_tokens": 16}), tokens)

@@ -1,5 +1,6 @@
 """Latency as a budget: tables that are measured and kept, and plans that save what was asked for."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -139,6 +140,42 @@ def test_layers_make_up_for_what_others_round_up():
         request = PruningConfig(kinds=["mlp"], multiple_of=32, skip_layers=[], layout=layout)
         kept = allocate(mlps, scores, request, budget)
         assert [len(kept[site.key]) for site in mlps] == widths
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 8])
+def test_rounds_do_not_overshoot_on_the_way(rounds, clock):
+    """Rounded to the nearest in every round and layer, eight rounds would cut all eight layers, for 1.13."""
+    pruner = FwdPruner(tiny.make_model("llama_mha_tied", num_hidden_layers=8))
+    request = request_of(target_speedup=1.07, method="magnitude", reconstruction="none", kinds=["mlp"], multiple_of=16)
+    pruner.prune(dataclasses.replace(request, rounds=rounds))
+    assert [len(pruner.plan.kept[(layer, "mlp")]) for layer in range(8)].count(48) == 5
+    assert pruner.report.speedup.predicted == pytest.approx(1.0768, abs=1e-4)
+
+
+def test_a_query_head_that_is_the_last_stays_in_later_rounds(clock):
+    """Under multi-query attention it would be a KV group, which no table of query heads knows."""
+    request = request_of(target_speedup=1.5, method="magnitude", reconstruction="none", scope="global", budget="joint")
+    pruner = FwdPruner(tiny.make_model("llama_mqa"))
+    pruner.prune(dataclasses.replace(request, rounds=2))
+    assert pruner.report.speedup.predicted >= 1.5
+    assert any(len(pruner.plan.kept[(layer, "attention")]) == 1 for layer in range(3))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_layers_are_cut_alike_whatever_the_table(seed, monkeypatch):
+    """Which width is worth it depends on the scores, and those on the layer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noisy(*about):
+        counted = tiny.counted_seconds(*about)
+        return [each * (1 + 0.2 * float(torch.rand((), generator=generator))) for each in counted]
+
+    monkeypatch.setattr(latency, "median_seconds", noisy)
+    pruner = FwdPruner(tiny.make_model("llama_mha_tied", seed=seed))
+    pruner.prune(request_of(method="magnitude", reconstruction="none", layout="stock", budget="joint"))
+    for kind in ("attention", "mlp"):
+        assert len({len(pruner.plan.kept[(layer, kind)]) for layer in range(3)}) == 1
+    assert pruner.report.speedup.predicted >= 1.2
 
 
 def test_a_width_that_is_slower_than_a_larger_one_saves_nothing():

@@ -113,8 +113,8 @@ def _name_of(family: GGUFFamily, layers: list[LayerSizes]) -> str:
     if family.per_layer is None:
         raise ValueError(
             f"llama.cpp's {family.uniform} has layers of one size, and layer {differing} differs from layer 0 "
-            f"({layers[differing]} and {layers[0]}). Prune every layer alike: scope='layer', skip_layers=[] "
-            f"(--scope layer --skip_layers)."
+            f"({layers[differing]} and {layers[0]}). Prune every layer alike: scope='layer', skip_layers=[], "
+            f"and a sparsity, no target (--scope layer --skip_layers --sparsity 0.3)."
         )
     return family.per_layer
 

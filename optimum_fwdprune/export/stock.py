@@ -53,8 +53,7 @@ def export_stock(
         FileExistsError: where the folder is not empty.
     """
     config, model_class = stock_form(model.config, get_architecture(model.config).pruned_class(model))
-    # One row: classifiers of several want a padding token.
-    probe = probe_batch(model, None)[:1]
+    probe = probe_batch(model, None)
     with folder_moved_into_place(folder, overwrite) as temporary:
         stock = model_class.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
         if model.can_generate():
@@ -151,8 +150,10 @@ def _half(site: Site) -> list[int]:
 
 
 def _entries(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    per_layer: dict[str, dict] = config.to_dict()["per_layer_config"]
-    return [per_layer[number] for number in sorted(per_layer, key=int)]
+    """What layers differ in, of every layer: a config writes down only what is not the same as in its own fields."""
+    written: dict[str, dict] = config.to_dict()["per_layer_config"]
+    keys = sorted({key for entry in written.values() for key in entry})
+    return [{key: getattr(layer, key) for key in keys} for layer in config.per_layer_config]
 
 
 def _candidates(dense: PreTrainedConfig, layer: dict[str, Any]) -> Iterator[tuple[PreTrainedConfig | None, str]]:

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, find_sites
 from optimum_fwdprune.export import export_stock
 
 
@@ -180,3 +180,21 @@ def test_deep_models_spare_no_layer_under_a_stock_layout(tokens):
     pruner.prune(PruningConfig(method="magnitude", sparsity=0.3, layout="stock", kinds=["mlp"]), tokens)
 
     assert len({len(pruner.plan.kept[layer, "mlp"]) for layer in range(12)}) == 1
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+def test_a_first_layer_that_is_whole_is_a_layer_like_others(kind, tmp_path):
+    """Its config writes down nothing of it."""
+    model = tiny.make_model("llama_mha_tied")
+    sites = find_sites(model)
+    counts = {site.key: site.num_units for site in sites}
+    cut = [site.key for site in sites if site.layer > 0 or site.kind != kind]
+    kept = {key: list(range(count // 2 if key in cut else count)) for key, count in counts.items()}
+    pruner = FwdPruner(model)
+    pruner.prune(plan=PruningPlan(kept, counts, "llama", "query_head", {}))
+    name, whole, half = {
+        "attention": ("num_attention_heads", 6, 3),
+        "mlp": ("intermediate_size", 64, 32),
+    }[kind]
+    with pytest.raises(ValueError, match=f"layer 1 has {name}={half} where layer 0 has {whole}"):
+        export_stock(pruner.model, None, tmp_path / "stock")

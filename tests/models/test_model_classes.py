@@ -40,6 +40,20 @@ def test_every_task_head_is_pruned_saved_and_reloaded(name, task, tokens, tmp_pa
             assert torch.equal(expected, actual)
 
 
+def test_classifiers_that_cannot_tell_padding_are_pruned(tokens):
+    """They take one row at a time."""
+    dense = tiny.make_model("llama_gqa_biases", transformers.AutoModelForSequenceClassification, pad_token_id=None)
+    pruner = FwdPruner(dense)
+    pruner.prune(PruningConfig(sparsity=0.3), tokens)
+    assert pruner.report.masked_difference < 1e-4
+
+
+def test_models_of_few_positions_are_pruned_without_text():
+    pruner = FwdPruner(tiny.make_model("opt_pre_norm", max_position_embeddings=16))
+    pruner.prune(PruningConfig(method="magnitude", reconstruction="none", sparsity=0.3))
+    assert pruner.report.masked_difference < 1e-4
+
+
 @torch.no_grad()
 def test_pruning_a_pruned_model_composes(dense, tokens):
     """Two prunings compute what the dense model computes under both plans' masks."""
