@@ -36,6 +36,9 @@ REPEATS = 7
 
 NANOSECONDS = 1e9
 
+# Elements.
+ALIGNMENT = 64
+
 # How far the layers, timed one by one, may be from the whole model that they make up.
 AGREEMENT = 1.25
 
@@ -150,7 +153,9 @@ def _weights_of(site: Site):
     return [(coupling, parameter) for coupling, parameter in site.owned_parameters() if parameter.dim() == 2]
 
 
-def load_or_measure(model: PreTrainedModel, sites: Sequence[Site], config: PruningConfig) -> LatencyTable:
+def load_or_measure(
+    model: PreTrainedModel, sites: Sequence[Site], config: PruningConfig, known: LatencyTable | None = None
+) -> LatencyTable:
     """Return the table of `config.latency_table` where that file exists, or measure one, and write it there.
 
     With several processes the main one does, while the others keep still.
@@ -162,6 +167,7 @@ def load_or_measure(model: PreTrainedModel, sites: Sequence[Site], config: Pruni
         model (`PreTrainedModel`): the dense model; it is not changed.
         sites (sequence of `Site`): all its sites.
         config (`PruningConfig`): `latency_tokens` and `latency_table`.
+        known (`LatencyTable`, *optional*): one that was measured before, which serves where it is of the same.
 
     Raises:
         ValueError: where the file belongs to another machine or model, the prompt is too long for the model, or parts
@@ -172,34 +178,49 @@ def load_or_measure(model: PreTrainedModel, sites: Sequence[Site], config: Pruni
             "target_speedup times layers where they compute, and parts of this model are offloaded. Load it without "
             "device_map where it fits, or ask for target_bytes."
         )
-    return LatencyTable.from_dict(ranks.from_main(lambda: vars(_load_or_measure(model, sites, config))))
+    return LatencyTable.from_dict(ranks.from_main(lambda: vars(_load_or_measure(model, sites, config, known))))
 
 
-@torch.no_grad()
-def _load_or_measure(model: PreTrainedModel, sites: Sequence[Site], config: PruningConfig) -> LatencyTable:
+def _load_or_measure(
+    model: PreTrainedModel, sites: Sequence[Site], config: PruningConfig, known: LatencyTable | None
+) -> LatencyTable:
     widest: dict[str, Site] = {}
     for site in sites:
         shape = shape_of(site)
         if shape not in widest or site.num_units > widest[shape].num_units:
             widest[shape] = site
+    config = at_measured_widths(sites, replace(config, min_units_per_site=1))
     measured_on = _circumstances(model, widest, config)
     path = None if config.latency_table is None else check_output_file(config.latency_table)
     if path is not None and path.exists():
         return LatencyTable.load(path, measured_on)
-    config = at_measured_widths(sites, replace(config, min_units_per_site=1))
+    table = known
+    if table is None or table.measured_on != measured_on:
+        table = _measure(model, list(sites), widest, config, measured_on)
+    if path is not None:
+        table.save(path)
+    return table
+
+
+@torch.no_grad()
+def _measure(
+    model: PreTrainedModel,
+    sites: list[Site],
+    widest: dict[str, Site],
+    config: PruningConfig,
+    measured_on: dict[str, Any],
+) -> LatencyTable:
     with evaluating(model):
         batch, embedded = _prompt(model, config.latency_tokens)
         layer_seconds = {}
         for shape, site in progress(widest.items(), "Timing widths", unit="shape"):
             kept = [*reversed(levels_of(site, torch.zeros(site.num_units), config)), list(range(site.num_units))]
-            layers = _variants(model, list(sites), site, kept)
+            layers = _variants(model, sites, site, kept)
             runs = [_run_of(layer, site.layer, batch, embedded) for layer in layers]
             seconds = median_seconds(runs, REPEATS, site.projection.weight.device)
             layer_seconds[shape] = [(len(units), taken) for units, taken in zip(kept, seconds)]
         table = LatencyTable(prefill_seconds(model, config.latency_tokens), layer_seconds, measured_on)
     warn_of_disagreement(table, sites)
-    if path is not None:
-        table.save(path)
     return table
 
 
@@ -273,8 +294,8 @@ def _variants(model: PreTrainedModel, sites: list[Site], site: Site, kept: list[
     architecture = get_architecture(model.config)
     original = architecture.layers(model)[site.layer][1]
     weight = site.projection.weight
-    buffer = torch.randn(max(p.numel() for p in original.parameters()), device=weight.device).mul_(0.02)
-    buffer = buffer.to(weight.dtype)
+    size = sum(_aligned(parameter.numel()) for parameter in original.parameters())
+    buffer = torch.randn(size, device=weight.device).mul_(0.02).to(weight.dtype)
     pruned_class: Any = architecture.pruned_class(model)
     skeleton = copy.deepcopy(original).to("meta")
     everything = {each.key: list(range(each.num_units)) for each in sites}
@@ -283,12 +304,20 @@ def _variants(model: PreTrainedModel, sites: list[Site], site: Site, kept: list[
         config: Any = pruned_config(model, sites, everything | {site.key: units}, set())
         layer = copy.deepcopy(skeleton)
         pruned_class.resize(layer, list(config.per_layer_config)[site.layer])
+        # One behind the other: what overlaps would be read from a cache.
+        start = 0
         for name, parameter in list(layer.named_parameters()):
             parent, _, leaf = name.rpartition(".")
-            values = buffer[: parameter.numel()].view(parameter.shape)
+            values = buffer[start : start + parameter.numel()].view(parameter.shape)
             setattr(layer.get_submodule(parent), leaf, nn.Parameter(values, requires_grad=False))
+            start += _aligned(parameter.numel())
         for name, _ in list(layer.named_buffers()):
             parent, _, leaf = name.rpartition(".")
             setattr(layer.get_submodule(parent), leaf, original.get_buffer(name))
         layers.append(layer.eval())
     return layers
+
+
+def _aligned(count: int) -> int:
+    """The next multiple of what kernels like tensors to start at."""
+    return -(-count // ALIGNMENT) * ALIGNMENT

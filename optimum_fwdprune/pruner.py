@@ -23,7 +23,7 @@ from .cutting import Cut, cut, timed
 from .evaluation import Comparison
 from .export.stock import STOCK, check_stock_layout, check_stock_request
 from .hub import Base, check_name, upload
-from .latency import LatencyCost, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
+from .latency import LatencyCost, LatencyTable, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
 from .loading import WHERE, load_causal_lm
 from .methods import PruningConfig
 from .offloading import check_readable, device_map_on_disk
@@ -95,6 +95,8 @@ class FwdPruner:
         self._offload_folder: str | Path | None = None
         self._workspace: Workspace | None = None
         self._streamed: PreTrainedModel | None = None
+        # Of the dense model, so that scoring and pruning measure it once.
+        self._latencies: LatencyTable | None = None
         # Where the pruned model lies as it is now: what adapters can name as their base.
         self._saved_as: str | None = None
 
@@ -240,7 +242,7 @@ class FwdPruner:
         if scores is not None:
             scores.check_matches(sites, config)
             config = scores.options_into(config)
-        before, seconds = _Sizes.of(self.model, sites), dict[str, float]()
+        asked, before, seconds = config, _Sizes.of(self.model, sites), dict[str, float]()
         calibration, speedup = None, None
         if plan is not None:
             plan.check_matches(sites, self.model.config.model_type)
@@ -261,7 +263,7 @@ class FwdPruner:
                 removed = rounds.removed({key: len(units) for key, units in done.plan.kept.items()})
                 speedup = Speedup(config.target_speedup, budget.cost.speedup(removed), measured)
 
-        self.model, self.plan, self.config, self.scores = done.model, done.plan, config, scores
+        self.model, self.plan, self.config, self.scores = done.model, done.plan, asked, scores
         self.trainer = self.recovery = self._saved_as = self.comparison = None
         after = _Sizes.of(self.model, [])
         self.report = PruningReport(
@@ -277,7 +279,7 @@ class FwdPruner:
             calibration=calibration.source if calibration else None,
             speedup=speedup,
             unit_parameters=before.per_unit,
-            record=Record(config, self.plan, scores),
+            record=Record(asked, self.plan, scores),
         )
         return self.model
 
@@ -502,8 +504,8 @@ class FwdPruner:
             losing = (site for site in sites if site.kind in config.kinds)
             added = added_parameters(losing, config.reconstruction_kind)
             return config, removal_budget(config, sites, dense.parameters, dense.file_bytes, added)
-        table = load_or_measure(self.model, sites, config)
-        return at_measured_widths(sites, config), speed_budget(table, config.target_speedup)
+        self._latencies = load_or_measure(self.model, sites, config, self._latencies)
+        return at_measured_widths(sites, config), speed_budget(self._latencies, config.target_speedup)
 
 
 @dataclasses.dataclass(frozen=True)

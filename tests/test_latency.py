@@ -1,6 +1,7 @@
 """Latency as a budget: tables that are measured and kept, and plans that save what was asked for."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -203,11 +204,31 @@ def test_a_table_is_measured_once_and_kept(tokens, clock, tmp_path, monkeypatch)
     pruner = FwdPruner(model)
     pruner.prune(request_of(latency_table=str(file)), tokens, inplace=False)
     assert pruner.report.speedup.predicted >= 1.2
+    # The request that it keeps is the user's, which asks for the same again.
+    assert pruner.config == request_of(latency_table=str(file))
     with pytest.raises(ValueError, match="was measured elsewhere: its tokens is 16, this one's is 8"):
         FwdPruner(model).prune(request_of(latency_table=str(file), latency_tokens=8), tokens)
     file.write_text("{}")
     with pytest.raises(ValueError, match="is no latency table"):
         FwdPruner(model).prune(request_of(latency_table=str(file)), tokens)
+
+
+def test_scores_and_what_is_pruned_by_them_share_a_table(tokens, clock, tmp_path, monkeypatch):
+    pruner = FwdPruner(tiny.make_model("llama_mha_tied"))
+    scores = pruner.score(request_of(), tokens)
+    monkeypatch.setattr(latency, "_variants", lambda *_: pytest.fail("measured again"))
+    file = tmp_path / "latency.json"
+    pruner.prune(request_of(latency_table=str(file)), scores=scores)
+    assert pruner.report.speedup.predicted >= 1.2 and file.exists()
+
+
+def test_timed_layers_hold_their_own_weights(dense):
+    """Matrices that share memory would be read from a cache."""
+    sites = find_sites(dense)
+    for site in sites[:2]:
+        for layer in latency._variants(dense, sites, site, [[*range(site.num_groups)], list(range(site.num_units))]):
+            spans = sorted((each.data_ptr(), each.data_ptr() + each.nbytes) for each in layer.parameters())
+            assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 def test_a_table_of_the_dense_model_is_not_one_of_the_pruned(tokens, clock, tmp_path):
