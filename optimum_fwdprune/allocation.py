@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -10,7 +9,7 @@ from itertools import groupby
 import torch
 
 from .architectures import ATTENTION, MLP, Site, SiteKey
-from .budgets import PARAMETERS, Budget, Cost
+from .budgets import PARAMETERS, Budget, Cost, ParameterCost
 from .configuration import PruningConfig
 
 
@@ -47,7 +46,7 @@ class _Steps:
         costs = cost.of(site, site.num_units - gone)
         saved = costs[0] - costs
         # Units of a site all have the same parameters, and the lowest scores go first: convex as it is.
-        pooled = additive and cost is not PARAMETERS
+        pooled = additive and not isinstance(cost, ParameterCost)
         places = _convex(sums[gone], saved) if pooled else torch.arange(1, len(gone))
         self.costs = saved[places].diff(prepend=saved[:1])
         sizes = gone[places].diff(prepend=gone[:1])
@@ -157,21 +156,23 @@ def allocate(
     if config.layout == "stock":
         scores = _alike(open_sites, scores)
     steps = {site.key: _Steps(site, scores[site.key], config, additive, cost) for site in open_sites}
-    prunable = sum(cost.total(site) for site in sites)
-
     if config.has_budget_per_kind:
         parts = []
         for kind in config.kinds:
             of_kind = sum(site.num_parameters for site in sites if site.kind == kind)
-            amount = round(config.sparsity_of(kind) * of_kind)
-            parts.append(([key for key in steps if key[1] == kind], replace(budget, amount=amount, at_least=False)))
+            part = Budget(
+                round(config.sparsity_of(kind) * of_kind),
+                cost=ParameterCost(kind, config.field_of(kind)),
+                as_far_as_possible=budget.as_far_as_possible,
+            )
+            parts.append(([key for key in steps if key[1] == kind], part, of_kind))
     else:
-        parts = [(list(steps), budget)]
+        parts = [(list(steps), budget, sum(cost.total(site) for site in sites))]
 
     cuts = dict.fromkeys(steps, 0)
-    for keys, part in parts:
+    for keys, part, total in parts:
         pools = _pools([steps[key] for key in keys], part, config.scope)
-        _check_reachable(pools, part, prunable, config, 1 + max(site.layer for site in sites))
+        _check_reachable(pools, part, total, config, 1 + max(site.layer for site in sites))
         # Rounded up in every layer, a target would be overshot as often as there are layers.
         surplus, alike = 0, not part.at_least or config.layout == "stock"
         for pool, target in pools:
@@ -209,18 +210,17 @@ def _pools(steps: list[_Steps], budget: Budget, scope: str) -> list[_Pool]:
     by_layer: dict[int, list[_Steps]] = {}
     for step in steps:
         by_layer.setdefault(step.site.layer if scope == "layer" else 0, []).append(step)
-    total = sum(_prunable(pool) for pool in by_layer.values())
-    rounded = math.ceil if budget.at_least else round
-    return [
-        (pool, replace(budget, amount=rounded(budget.amount * _prunable(pool) / total))) for pool in by_layer.values()
-    ]
+    amounts = budget.by_layer if scope == "layer" else None
+    if amounts is None:
+        amounts = budget.divided({layer: _prunable(pool) for layer, pool in by_layer.items()})
+    return [(pool, replace(budget, amount=amounts[layer])) for layer, pool in by_layer.items()]
 
 
 def _prunable(pool: list[_Steps]) -> int:
     return sum(step.total for step in pool)
 
 
-def _check_reachable(pools: list[_Pool], part: Budget, prunable: int, config: PruningConfig, num_layers: int) -> None:
+def _check_reachable(pools: list[_Pool], part: Budget, total: int, config: PruningConfig, num_layers: int) -> None:
     """Raise `ValueError` where a pool cannot give its share of `part`, naming the largest share that all can give."""
     shares = []
     for pool, target in pools:
@@ -241,8 +241,8 @@ def _check_reachable(pools: list[_Pool], part: Budget, prunable: int, config: Pr
     constraints += [f"skip_layers={skip_layers}{default}"] * bool(skip_layers)
     constraints += [f"kinds={config.kinds}"] * (len(config.kinds) == 1)
     raise ValueError(
-        f"{part.cost.asked(part.amount, prunable)} is more than {where} can give under {', '.join(constraints)}: the "
-        f"largest possible {part.cost.most(share * part.amount, prunable)}. Ask for less, or relax the constraint."
+        f"{part.cost.asked(part.amount, total)} is more than {where} can give under {', '.join(constraints)}: the "
+        f"largest possible {part.cost.most(share * part.amount, total)}. Ask for less, or relax the constraint."
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,8 +29,17 @@ class Cost(Protocol):
         """Say in the user's words that at most `amount` can be."""
 
 
+@dataclass(frozen=True)
 class ParameterCost:
-    """The parameters that units own."""
+    """The parameters that units own.
+
+    Args:
+        of_what (`str`, defaults to `"prunable"`): which parameters are counted, for messages.
+        field (`str`, defaults to `"sparsity"`): of `PruningConfig`, that asks for a share of them.
+    """
+
+    of_what: str = "prunable"
+    field: str = "sparsity"
 
     def of(self, site: Site, units: torch.Tensor) -> torch.Tensor:
         return units * site.unit_parameters
@@ -38,10 +48,38 @@ class ParameterCost:
         return site.num_parameters
 
     def asked(self, amount: int, total: int) -> str:
-        return f"Removing {amount / total:.4g} of the prunable parameters"
+        return f"Removing {amount / total:.4g} of the {self.of_what} parameters"
 
     def most(self, amount: float, total: int) -> str:
-        return f"sparsity is {int(amount / total * 1e4) / 1e4:g}"
+        return f"{self.field} is {_floored(amount, total):g}"
+
+
+@dataclass(frozen=True)
+class TargetCost(ParameterCost):
+    """Parameters that go so that the model fits into a target.
+
+    Args:
+        target, size (`int`): what the model may have and, without loss of any unit, would have.
+        per_parameter (`int`): of that.
+        unit (`str`): what is counted: parameters or bytes.
+    """
+
+    target: int = 0
+    size: int = 0
+    per_parameter: int = 1
+    unit: str = "parameters"
+
+    def asked(self, amount: int, total: int) -> str:
+        return f"target_{self.unit}={self.target}, which removes {amount / total:.4g} of the prunable parameters,"
+
+    def most(self, amount: float, total: int) -> str:
+        smallest = math.ceil(self.size - _floored(amount, total) * total * self.per_parameter)
+        return f"{super().most(amount, total)}, for target_{self.unit}={smallest}"
+
+
+def _floored(amount: float, total: int) -> float:
+    """The share, rounded so that it is no more."""
+    return int(amount / total * 1e4) / 1e4
 
 
 PARAMETERS = ParameterCost()
@@ -57,6 +95,8 @@ class Budget:
             on the way to one; otherwise to the nearest number that whole units allow.
         cost (`Cost`): by default parameters.
         as_far_as_possible (`bool`, defaults to `False`): remove less where the constraints leave less to remove.
+        by_layer (`dict[int, int]`, *optional*): what each layer gives with `scope="layer"`; by default the same share
+            of its cost.
     """
 
     amount: int
@@ -64,6 +104,13 @@ class Budget:
     at_most: bool = False
     cost: Cost = PARAMETERS
     as_far_as_possible: bool = False
+    by_layer: dict[int, int] | None = None
+
+    def divided(self, sizes: Mapping[int, int]) -> dict[int, int]:
+        """Return the parts of those of such sizes, in proportion and rounded as the whole is."""
+        total = sum(sizes.values())
+        rounded = math.ceil if self.at_least else math.floor if self.at_most else round
+        return {layer: rounded(self.amount * size / total) for layer, size in sizes.items()}
 
 
 def removal_budget(
@@ -92,5 +139,6 @@ def removal_budget(
         return Budget(round(config.sparsity * prunable))
     if target > size:
         raise ValueError(f"target_{unit} is {target:,} and the model has only {size:,} {unit}; nothing to prune.")
-    excess = size + added_parameters * per_parameter - target
-    return Budget(-(-excess // per_parameter), at_least=True)
+    size += added_parameters * per_parameter
+    cost = TargetCost(target=target, size=size, per_parameter=per_parameter, unit=unit)
+    return Budget(-(-(size - target) // per_parameter), at_least=True, cost=cost)

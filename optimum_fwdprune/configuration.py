@@ -269,6 +269,11 @@ class PruningConfig:
                 f"{self.reconstruction_kind!r} here; ask for reconstruction='least_squares', or leave the order "
                 f"'independent'."
             )
+        if self.reconstruction_target is not None and self.reconstruction_order == "independent":
+            raise ValueError(
+                f"reconstruction_target={self.reconstruction_target!r} is for least squares layer by layer, and "
+                f"reconstruction_order is 'independent' here; leave one of them out."
+            )
         if self.refit_sources and (
             self.reconstruction_kind != "least_squares"
             or self.reconstruction_order == "independent"
@@ -321,8 +326,12 @@ class PruningConfig:
 
     def sparsity_of(self, kind: str) -> float:
         """Return the sparsity asked for `"attention"` or `"mlp"`."""
-        own: float | None = getattr(self, f"{kind}_sparsity")
-        return self.sparsity if own is None else own
+        sparsity: float = getattr(self, self.field_of(kind))
+        return sparsity
+
+    def field_of(self, kind: str) -> str:
+        """Return the name of the field that `sparsity_of` is from."""
+        return "sparsity" if getattr(self, f"{kind}_sparsity") is None else f"{kind}_sparsity"
 
     def _check_types(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():

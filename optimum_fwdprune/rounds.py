@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from .allocation import allocate
+from .allocation import allocate, prunable_sites
 from .architectures import Site, SiteKey
-from .budgets import PARAMETERS, Budget
+from .budgets import Budget, ParameterCost
 from .configuration import PruningConfig
 
 
@@ -37,6 +37,10 @@ class Rounds:
         # By the number of units kept. Surgery consumes the dense model, and with it what its sites know.
         self._costs = {site.key: budget.cost.of(site, torch.arange(site.num_units + 1)) for site in sites}
         self._units = {site.key: (site.num_groups, site.unit_parameters) for site in sites}
+        # What layers give shares of.
+        self._layers: dict[int, int] = {}
+        for site in prunable_sites(sites, config):
+            self._layers[site.layer] = self._layers.get(site.layer, 0) + budget.cost.total(site)
         if config.rounds > 1:
             # What cannot be had in the end should be refused before the first cut.
             zeros = {site.key: torch.zeros(site.num_units) for site in sites}
@@ -45,7 +49,7 @@ class Rounds:
     @property
     def requested_sparsity(self) -> float | None:
         """The fraction of the prunable parameters asked for; `None` where the request was for something else."""
-        if self._config.has_budget_per_kind or self._budget.cost is not PARAMETERS:
+        if self._config.has_budget_per_kind or not isinstance(self._budget.cost, ParameterCost):
             return None
         return self._budget.amount / sum(int(costs[-1]) for costs in self._costs.values())
 
@@ -65,17 +69,24 @@ class Rounds:
             return config, budget
         if config.checkpoint is not None:
             config = replace(config, checkpoint=str(Path(config.checkpoint) / f"round-{number}"))
+        counts = {site.key: site.num_units for site in sites}
         share = number / config.rounds
-        removed = self.removed({site.key: site.num_units for site in sites})
+        is_last = number == config.rounds
         budget = replace(
             budget,
-            amount=max(0, round(budget.amount * share) - removed),
-            at_least=budget.at_least and number == config.rounds,
+            amount=round(budget.amount * share),
+            at_least=budget.at_least and is_last,
             # What was rounded up on the way could not be given back.
-            at_most=budget.at_least and number < config.rounds,
+            at_most=budget.at_least and not is_last,
             # All rounds together can come to the request. What is left for the last may be less than half a step.
-            as_far_as_possible=not (budget.at_least and number == config.rounds),
+            as_far_as_possible=not (budget.at_least and is_last),
         )
+        # What a layer gave before counts, that of sites included which are closed by now.
+        left = budget.divided(self._layers)
+        for site in sites:
+            if site.layer in left:
+                left[site.layer] -= self.removed({site.key: site.num_units})
+        budget = replace(budget, amount=max(0, budget.amount - self.removed(counts)), by_layer=left)
         if config.has_budget_per_kind:
             fields: dict[str, Any] = {f"{kind}_sparsity": self._sparsity(sites, kind, share) for kind in config.kinds}
             config = replace(config, **fields)

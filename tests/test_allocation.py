@@ -189,6 +189,39 @@ def test_two_budgets_of_their_own():
     assert [len(kept[site.key]) for site in sites] == [18, 10, 18, 10]
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"mlp_sparsity": 0.95},
+            r"Removing 0\.95 of the mlp parameters .* the largest possible mlp_sparsity is 0\.75\.",
+        ),
+        # The other kind's share is that of the whole.
+        ({"mlp_sparsity": 0.1, "sparsity": 0.9}, r"0\.9 of the attention parameters .* possible sparsity is 0\.75\."),
+        ({"sparsity": 0.9}, r"0\.9 of the prunable parameters .* possible sparsity is 0\.75\."),
+        (
+            {"target_parameters": 1100},
+            r"target_parameters=1100, which removes 0\.9184 .* sparsity is 0\.75, for target_parameters=1265\.",
+        ),
+        (
+            {"target_bytes": 4100},
+            r"target_bytes=4100, which removes 0\.9949 .* sparsity is 0\.75, for target_bytes=5060\.",
+        ),
+    ],
+)
+def test_what_cannot_be_had_is_refused_in_the_words_of_the_request(fields, message):
+    sites = [make_site(layer, kind, 20) for layer in range(1) for kind in (ATTENTION, MLP)]
+    config = PruningConfig(min_units_per_site=5, **fields)
+    budget = removal_budget(config, sites, 2000, 8000)
+    with pytest.raises(ValueError, match=message):
+        allocate(sites, {site.key: torch.rand(20) for site in sites}, config, budget)
+    # What it names can be had.
+    for unit, smallest in (("parameters", 1265), ("bytes", 5060)):
+        request = PruningConfig(min_units_per_site=5, **{f"target_{unit}": smallest})
+        budget = removal_budget(request, sites, 2000, 8000)
+        allocate(sites, {site.key: torch.rand(20) for site in sites}, request, budget)
+
+
 def test_a_layer_that_does_not_exist_cannot_be_skipped():
     sites = [make_site(0, MLP, 4)]
     for layer in (1, -2):
@@ -200,10 +233,14 @@ def test_a_target_is_a_ceiling_and_biases_that_reconstruction_adds_count():
     sites = [make_site(0, MLP, 20)]
     config = PruningConfig(target_parameters=100)
 
-    assert removal_budget(config, sites, 400, 1600) == Budget(300, at_least=True)
-    assert removal_budget(config, sites, 400, 1600, added_parameters=7) == Budget(307, at_least=True)
+    def budget(config, **added):
+        found = removal_budget(config, sites, 400, 1600, **added)
+        return found.amount, found.at_least
+
+    assert budget(config) == (300, True)
+    assert budget(config, added_parameters=7) == (307, True)
     # 4 bytes per float32 parameter, rounded up.
-    assert removal_budget(PruningConfig(target_bytes=1597), sites, 400, 1600) == Budget(1, at_least=True)
+    assert budget(PruningConfig(target_bytes=1597)) == (1, True)
     with pytest.raises(ValueError, match="target_parameters is 500 and the model has only 400 parameters"):
         removal_budget(PruningConfig(target_parameters=500), sites, 400, 1600)
 

@@ -87,6 +87,10 @@ def test_unknown_keys_warn_with_the_version_that_wrote_them(tmp_path, caplog):
         ({"n_samples": 2.5}, "n_samples must be an int; got 2.5"),
         ({"skip_layers": [0.5]}, r"skip_layers must be a list of int; got \[0.5\]"),
         ({"seed": None}, "seed must be an int; got None"),
+        (
+            {"reconstruction_order": "independent", "reconstruction_target": "dense"},
+            "reconstruction_target='dense' is for least squares layer by layer, and reconstruction_order is",
+        ),
     ],
 )
 def test_bad_values_are_named_with_the_way_out(values, message):

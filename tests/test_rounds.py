@@ -187,3 +187,22 @@ def test_what_less_than_half_a_step_is_left_for_is_no_error():
         pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
         pruner.prune(PruningConfig(rounds=rounds, **request))
         assert all(len(pruner.plan.kept[layer, "attention"]) == 3 for layer in range(3))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.7, 0.78])
+def test_layers_stay_even_over_rounds_where_groups_are_down_to_one_head(share, seed, tokens):
+    """What such a layer gave counts, although its heads are no longer open."""
+    model = tiny.make_model("llama_gqa_biases", num_hidden_layers=4)
+    # Pruning consumes the sites.
+    each = {site.key: site.unit_parameters for site in find_sites(model)}
+    counts = {site.key: site.num_units for site in find_sites(model)}
+    sizes = [sum(each[key] * counts[key] for key in each if key[0] == layer) for layer in range(4)]
+    removed = int(share * sum(sizes))
+    target = sum(parameter.numel() for parameter in model.parameters()) - removed
+    pruner = FwdPruner(model)
+    fields = {"method": "random", "reconstruction": "none", "budget": "joint", "rounds": 3, "seed": seed}
+    pruner.prune(PruningConfig(target_parameters=target, **fields), tokens)
+    gone = {key: len(pruner.plan.removed(key)) * each[key] for key in each}
+    shares = [sum(gone[key] for key in each if key[0] == layer) / sizes[layer] for layer in range(4)]
+    assert max(shares) - min(shares) < 0.04 and sum(gone.values()) >= removed
