@@ -163,7 +163,8 @@ def _kept(record: Record, picture: Path) -> str:
 def _reproduction(record: Record, base: Base | None) -> str:
     if record.config is None:
         return ""
-    text = f"## Make it again\n\n```bash\n{command_of(record.config, base.name if base else 'MODEL')}\n```\n\n"
+    command = command_of(record.config, base.name if base else "MODEL", plan=record.plan)
+    text = f"## Make it again\n\n```bash\n{command}\n```\n\n"
     text += "`fwdprune_config.json` is the request and `fwdprune_plan.json` what it kept: `--plan` replays it."
     if recovery := record.outcome.get("recovery"):
         lines = "\n".join(f"- `{name}`: {value}" for name, value in recovery.items())

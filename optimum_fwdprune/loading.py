@@ -14,6 +14,9 @@ from .integrity import check_checkpoint
 # Of `from_pretrained`: where files are looked for.
 WHERE = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 
+# And what holds for other repositories of the same user.
+ACCESS = ("token", "cache_dir", "local_files_only", "trust_remote_code")
+
 
 def load_causal_lm(model_id: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a causal language model, dense or pruned.

@@ -24,7 +24,7 @@ from .evaluation import Comparison
 from .export.stock import STOCK, check_stock_layout, check_stock_request
 from .hub import Base, check_name, upload
 from .latency import LatencyCost, LatencyTable, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
-from .loading import WHERE, load_causal_lm
+from .loading import ACCESS, WHERE, load_causal_lm
 from .methods import PruningConfig
 from .offloading import check_readable, device_map_on_disk
 from .plan import PruningPlan
@@ -97,6 +97,8 @@ class FwdPruner:
         self._streamed: PreTrainedModel | None = None
         # Of the dense model, so that scoring and pruning measure it once.
         self._latencies: LatencyTable | None = None
+        # What opened the repository opens that of a teacher.
+        self._access: dict[str, Any] = {}
         # Where the pruned model lies as it is now: what adapters can name as their base.
         self._saved_as: str | None = None
 
@@ -147,6 +149,7 @@ class FwdPruner:
         for name in ("gguf_file", "trust_remote_code"):
             shared.pop(name, None)
         pruner._base = Base.of(model_id, **shared)
+        pruner._access = {name: kwargs[name] for name in ACCESS if name in kwargs}
         if is_pruned(model.config):
             record = Record.of_checkpoint(model_id, **shared)
             if record.plan is not None:
@@ -246,6 +249,7 @@ class FwdPruner:
         calibration, speedup = None, None
         if plan is not None:
             plan.check_matches(sites, self.model.config.model_type)
+            plan = dataclasses.replace(plan, metadata={**plan.metadata, "replayed": True})
             if config.reconstruction != NONE:
                 calibration = self._calibration(config, dataset)
             checkpoint = Checkpoint.of(config, self.model)
@@ -389,7 +393,7 @@ class FwdPruner:
         if teacher is None and self.plan is not None:
             teacher = self.plan.metadata.get("source")
         self.model, self.trainer = recover(
-            self.model, self.tokenizer, dataset, args, teacher=teacher, eval_dataset=eval_dataset
+            self.model, self.tokenizer, dataset, args, teacher=teacher, eval_dataset=eval_dataset, access=self._access
         )
         self.recovery = self.trainer.summary()
         # What was measured was measured before.
@@ -444,8 +448,13 @@ class FwdPruner:
                 self.tokenizer.save_pretrained(temporary)
             if whole:
                 measured = self.comparison.to_list() if self.comparison else []
+                report = self.report
+                if report is not None:
+                    # Training may have changed the dtype since.
+                    now = _Sizes.of(self.model, [])
+                    report = dataclasses.replace(report, parameters_after=now.parameters, bytes_after=now.bytes)
                 outcome = {
-                    "report": self.report and self.report.to_dict(),
+                    "report": report and report.to_dict(),
                     # Checkpoints get shared, and home directories do not.
                     "comparison": [{**each, "name": Path(each["name"]).name} for each in measured] or None,
                     "recovery": self.recovery,
@@ -453,7 +462,7 @@ class FwdPruner:
                 record = Record(self.config, self.plan, self.scores, outcome)
                 record.save(temporary)
                 name = name or Path(folder).name
-                write_card(temporary, name, self.model, record, self.report, self._base, self.comparison)
+                write_card(temporary, name, self.model, record, report, self._base, self.comparison)
 
     def push_to_hub(
         self,

@@ -70,9 +70,13 @@ class Record:
         )
 
 
-def command_of(config: PruningConfig, model: str = "MODEL", output: str = "OUTPUT") -> str:
-    """Return the command line that makes this request of a model."""
+def command_of(
+    config: PruningConfig, model: str = "MODEL", output: str = "OUTPUT", plan: PruningPlan | None = None
+) -> str:
+    """Return the command line that makes this request of a model; of a plan that was replayed, one that replays it."""
     words = ["optimum-cli", "fwdprune", "prune", "-m", model, output]
+    replays = plan is not None and plan.metadata.get("replayed")
+    words += ["--plan", PLAN_NAME] * bool(replays)
     values = config.to_dict()
     for declared in dataclasses.fields(config):
         if declared.name not in values:
@@ -80,7 +84,7 @@ def command_of(config: PruningConfig, model: str = "MODEL", output: str = "OUTPU
         value = values[declared.name]
         factory = declared.default_factory
         default = declared.default if factory is dataclasses.MISSING else factory()
-        if declared.name == "method" or value != default:
+        if (declared.name == "method" and not replays) or value != default:
             if isinstance(value, bool):
                 words.append(f"--{'' if value else 'no-'}{declared.name}")
             elif value is not None:

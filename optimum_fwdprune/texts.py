@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -93,7 +94,9 @@ def _file_rows(path: Path) -> Iterable[dict]:
         raise FileNotFoundError(f"There is no file {path}.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty.")
-    return load_dataset(FILE_LOADERS[path.suffix], data_files=str(path), split="train", streaming=True)
+    # It takes names for patterns, and `data[1].jsonl` is how browsers name a second download.
+    literal = glob.escape(str(path.absolute()))
+    return load_dataset(FILE_LOADERS[path.suffix], data_files=literal, split="train", streaming=True)
 
 
 def _shuffled(rows: Any, seed: int) -> Any:
@@ -108,8 +111,16 @@ def _column_texts(rows: Iterable[dict], column: str | None, source: str, separat
         if column is None:
             strings = [name for name, value in row.items() if isinstance(value, str)]
             column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-        if column is None or not isinstance(row.get(column), str):
+        if column is None or column not in row:
             raise ValueError(f"{source} has the columns {', '.join(row)}; name one of text as dataset_column.")
+        if row[column] is None:
+            # A row of no text, as data that was gathered has them.
+            continue
+        if not isinstance(row[column], str):
+            raise ValueError(
+                f"{source} has a {type(row[column]).__name__} in the column {column}; name one of text as "
+                f"dataset_column."
+            )
         yield row[column] + separator
 
 

@@ -250,13 +250,15 @@ def render_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        # What does not fit is broken and not cut: the ends of names are what tells them apart.
+        table.add_column(escape(name), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     output = io.StringIO()
     # A fixed width: the text is the same on a terminal, in a file and in a test.
     Console(file=output, width=110).print(table)

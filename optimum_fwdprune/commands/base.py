@@ -7,7 +7,7 @@ import io
 import sys
 import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,8 @@ def naming_the_model(model: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"Cannot load {model}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"Cannot load {model}: {error}") from error
 
 
 def load_model(model: str, args: Namespace) -> PreTrainedModel:
@@ -197,12 +199,21 @@ def evaluation_options(args: Namespace) -> dict[str, Any]:
     """Return these, with the texts read, for `evaluate` and `compare`."""
     from optimum_fwdprune.texts import open_texts
 
-    texts = {}
-    for source in args.text:
-        name, pieces = open_texts(source, args.text_config, args.text_split, args.text_column)
-        texts[name] = list(pieces)
-    names = ("tasks", "max_length", "stride", "batch_size", "num_fewshot", "limit", "apply_chat_template")
-    return {"texts": texts} | {name: getattr(args, name) for name in names}
+    texts: dict[str, list[str]] = {}
+    opened = [open_texts(source, args.text_config, args.text_split, args.text_column) for source in args.text]
+    names = [name for name, _ in opened]
+    for source, (name, pieces) in zip(args.text, opened):
+        # Files of one name in two folders are two texts.
+        texts[check_new(source if names.count(name) > 1 else name, texts, "--text")] = list(pieces)
+    others = ("tasks", "max_length", "stride", "batch_size", "num_fewshot", "limit", "apply_chat_template")
+    return {"texts": texts} | {name: getattr(args, name) for name in others}
+
+
+def check_new(name: str, known: Collection[str], given_as: str) -> str:
+    """Return `name`, which must not be among the others that were given."""
+    if name in known:
+        raise ValueError(f"{given_as} names {name} twice.")
+    return name
 
 
 def add_speed_options(parser: ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from .base import (
     add_evaluation_options,
     add_loading_options,
     add_speed_options,
+    check_new,
     evaluation_options,
     load_model,
     load_tokenizer,
@@ -18,6 +19,8 @@ from .base import (
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from optimum_fwdprune.evaluation import Comparison
 
 
@@ -92,5 +95,7 @@ def compare_models(names: list[str], args: Namespace) -> Comparison:
 
     options = evaluation_options(args)
     tokenizer = load_tokenizer(names[0], args)
-    models = {name: load_model(name, args) for name in names}
+    models: dict[str, PreTrainedModel] = {}
+    for name in names:
+        models[check_new(name, models, "This comparison")] = load_model(name, args)
     return compare(models, tokenizer, **options, **speed_options(args))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from pathlib import Path
 
 from .base import Command, add_loading_options, load_model, load_tokenizer
 from .parser import choice
@@ -24,7 +25,9 @@ class ExportCommand(Command):
         parser.add_argument("model", help="Folder or Hub repository of the pruned model, a causal language model.")
         parser.add_argument("output", help="Folder to write, new or empty; or file.")
         parser.add_argument(
-            "--format", **choice(("stock", "gguf")), default="stock", help="What to write (default: stock)."
+            "--format",
+            **choice(("stock", "gguf")),
+            help="What to write. Default: gguf where OUTPUT ends in .gguf, else stock.",
         )
         gguf = parser.add_argument_group("GGUF files")
         gguf.add_argument(
@@ -42,7 +45,7 @@ class ExportCommand(Command):
     def execute(self) -> None:
         from optimum_fwdprune.utils import check_output_file, check_output_folder
 
-        is_file = self.args.format == "gguf"
+        is_file = (self.args.format or Path(self.args.output).suffix.lstrip(".")) == "gguf"
         if is_file:
             check_output_file(self.args.output, self.args.overwrite)
         else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentError, ArgumentParser
+from pathlib import Path
 from typing import Any
 
 from .base import (
@@ -83,6 +84,7 @@ class RecoverCommand(Command):
         own = {field.name: given[field.name] for field in dataclasses.fields(RecoveryOptions) if field.name in given}
         RecoveryOptions(**own).check()
         check_output_folder(self.args.output, self.args.overwrite)
+        self._training_folder()
 
         from optimum_fwdprune.pruner import FwdPruner
 
@@ -94,6 +96,17 @@ class RecoverCommand(Command):
             pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
             push_to_hub(pruner, self.args)
             print(f"Saved to {self.args.output}.")
+
+    def _training_folder(self) -> str:
+        """Where the Trainer keeps its checkpoints: not where the model is to go, which must stay empty until then."""
+        output = Path(self.args.output).resolve()
+        folder = Path(self.args.output_dir or f"{str(self.args.output).rstrip('/')}-training")
+        if output in (folder.resolve(), *folder.resolve().parents):
+            raise ValueError(
+                f"--output_dir {folder} lies in {self.args.output}, which the trained model is to fill; name a folder "
+                f"outside of it."
+            )
+        return str(folder)
 
     def _arguments(self, own: dict):
         """The Trainer's arguments, its own parser reading what was given of them."""
@@ -114,7 +127,6 @@ class RecoverCommand(Command):
 
                 nearest = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
                 raise ValueError(f"TrainingArguments has no {name!r}; the nearest are {nearest}.")
-        output_dir = self.args.output_dir or f"{str(self.args.output).rstrip('/')}-training"
         words = [word for name, value in texts.items() for word in (f"--{name}", value)]
         for name, value in own.items():
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -122,6 +134,11 @@ class RecoverCommand(Command):
             # Later releases of transformers warn of the older name.
             name = next(each for each in ("activation_checkpointing", "gradient_checkpointing") if each in known)
             words += [f"--{name}", "true"]
-        parser: Any = HfArgumentParser(RecoveryArguments)  # type: ignore[arg-type]
-        (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", output_dir, *words])
+        output_dir = self._training_folder()
+        parser: Any = HfArgumentParser(RecoveryArguments, exit_on_error=False)  # type: ignore[arg-type]
+        try:
+            (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", output_dir, *words])
+        except ArgumentError as error:
+            # Not with the usage of all that TrainingArguments knows.
+            raise ValueError(str(error)) from error
         return parsed

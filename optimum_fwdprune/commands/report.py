@@ -53,7 +53,7 @@ class ReportCommand(Command):
             "itself carries.",
         )
         measured.add_argument(
-            "--dense", metavar="MODEL", help="Measure now, against this model: its folder or Hub repository."
+            "--dense", metavar="MODEL", help="Measure now, and compare with this model: its folder or Hub repository."
         )
         add_evaluation_options(parser)
         add_speed_options(parser)
@@ -67,9 +67,12 @@ class ReportCommand(Command):
         if given.compare and measures:
             raise ValueError("--compare takes what was measured before; leave it out, or --dense, --text and --tasks.")
         # Whatever is wrong with the files shows before anything is measured.
-        if given.html:
-            check_page_file(given.html, given.overwrite)
+        figures = check_page_file(given.html, given.overwrite)[1] if given.html else None
         if given.json:
+            if figures is not None and figures.resolve() == Path(given.json).resolve():
+                raise ValueError(
+                    f"--html {given.html} writes {given.json} too, with the same figures; leave out --json."
+                )
             check_new_file(given.json, given.overwrite)
 
         from optimum_fwdprune.report import report_table
@@ -82,8 +85,11 @@ class ReportCommand(Command):
         described = [describe_checkpoint(each, name=name, **where) for each, name in self._named()]
         if measures or given.compare:
             comparison = self._measured() if measures else self._read()
+            # Without a dense model nothing is compared: the first checkpoint is not what the others were.
+            alone = measures and not given.dense
             for each, description in zip(given.checkpoints, described):
-                description["measured"] = measured_of(comparison.of(each))
+                found = comparison.of(each)
+                description["measured"] = measured_of(found.last() if found and alone else found)
         document = document_of(described)
         print(report_table(document))
         if given.html:

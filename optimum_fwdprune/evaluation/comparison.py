@@ -81,12 +81,18 @@ class Comparison:
         Args:
             name (`str`): as it was given to `compare`, or another path with the same last part.
         """
-        for called in (str, lambda path: Path(path).name):
-            found = [each for each in self.evaluations if called(each.name) == called(name)]
+        first, *others = self.evaluations
+        # A dense model that is called alike somewhere else is not it.
+        last_parts = (others or [first], lambda path: Path(path).name)
+        for candidates, called in ((self.evaluations, str), last_parts):
+            found = [each for each in candidates if called(each.name) == called(name)]
             if len(found) == 1:
-                first = self.evaluations[0]
                 return Comparison(found if found[0] is first else [first, *found])
         return None
+
+    def last(self) -> Comparison:
+        """Return the last model alone."""
+        return Comparison(self.evaluations[-1:])
 
     def to_json(self) -> str:
         """Return all that was measured, spreads included."""
@@ -137,7 +143,8 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """Return a table with a row per figure and a column per model."""
-        return "\n".join(f"| {' | '.join(row)} |" for row in self._rows()) + "\n"
+        rows = ([cell.replace("|", "\\|") for cell in row] for row in self._rows())
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
     def __str__(self) -> str:
         header, _, *rows = self._rows()

@@ -68,6 +68,7 @@ def text_loss(
     Raises:
         ValueError: where the text is too short to predict anything, or the windows too long for the model.
     """
+    _check_batch_size(batch_size)
     max_length, stride = _checked_windows(model, input_ids, max_length, stride)
     total = TextLoss(0.0, 0)
     batches = list(_batches(len(input_ids), max_length, stride, batch_size))
@@ -106,6 +107,7 @@ def window_losses(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: i
     """
     if input_ids.dim() != 2 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids must be [windows, seq_len] with seq_len >= 2; got {tuple(input_ids.shape)}.")
+    _check_batch_size(batch_size)
     losses = []
     for batch in progress(input_ids.split(batch_size), "Perplexity", unit="batch"):
         sums, counts = model_nll(model, batch)
@@ -119,6 +121,11 @@ def perplexity(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: int 
     The arguments are those of [`window_losses`].
     """
     return math.exp(float(window_losses(model, input_ids, batch_size).mean()))
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
 
 
 def _checked_windows(

@@ -83,6 +83,8 @@ def stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) ->
     Raises:
         ValueError: where there are none, naming what is in the way.
     """
+    if "per_layer_config" not in config.to_dict():
+        raise ValueError(f"This {config.model_type} was not pruned here: unmodified transformers loads it as it is.")
     dense = stock_config(config)
     # What only a pruned config knows shows in the shapes.
     known = type(dense)().to_dict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,16 @@ def _with_rest(log_probabilities: torch.Tensor) -> torch.Tensor:
     return torch.cat([log_probabilities, rest], -1)
 
 
-def load_teacher(options: RecoveryOptions, default: str | None, device: torch.device) -> PreTrainedModel:
+def load_teacher(
+    options: RecoveryOptions, default: str | None, device: torch.device, access: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """Load the dense model in its own dtype and where its device map says, or onto `device`.
 
     Args:
         options (`RecoveryOptions`): `teacher`, `teacher_dtype` and `teacher_device_map`.
         default (`str`, *optional*): the model to take where the options name none.
         device (`torch.device`): where training happens.
+        access (mapping, *optional*): for `from_pretrained`: `token`, `trust_remote_code` and the like.
 
     Raises:
         ValueError: where no teacher is known.
@@ -107,7 +110,8 @@ def load_teacher(options: RecoveryOptions, default: str | None, device: torch.de
     if name is None:
         raise ValueError("mode='distill' needs the dense model; name it as teacher.")
     try:
-        model = load_causal_lm(name, dtype=options.teacher_dtype, device_map=options.teacher_device_map)
+        placed = {"dtype": options.teacher_dtype, "device_map": options.teacher_device_map}
+        model = load_causal_lm(name, **placed, **(access or {}))
     except OSError as error:
         raise OSError(f"Cannot load the teacher {name}: {error} Name another one as teacher.") from error
     return model if options.teacher_device_map else model.to(device)  # type: ignore[arg-type]
@@ -164,8 +168,10 @@ def hidden_error(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor
 def identity_of_teacher(data: Dataset, name: str, top_k: int) -> dict[str, Any]:
     """Return what kept predictions belong to, as JSON values."""
     digest = hashlib.sha256()
-    for ids in data.with_format("numpy")["input_ids"]:
-        digest.update(ids.astype("int64").tobytes() + b".")
+    # The labels are kept with the predictions: what is trained on is a question to the data.
+    for column in ("input_ids", "labels"):
+        for values in data.with_format("numpy")[column]:
+            digest.update(values.astype("int64").tobytes() + b".")
     return {"teacher": name, "top_k": top_k, "tokens": digest.hexdigest()[:16]}
 
 

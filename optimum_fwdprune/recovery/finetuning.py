@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def recover(
     teacher: PreTrainedModel | str | None = None,
     eval_dataset: Any = None,
     callbacks: list | None = None,
+    access: Mapping[str, Any] | None = None,
 ) -> tuple[Any, RecoveryTrainer]:
     """Train a pruned model: adapters or all weights, by the text alone or towards the dense model too.
 
@@ -48,6 +49,7 @@ def recover(
             from where `args.teacher` does not say.
         eval_dataset (*optional*): of the same kinds as `dataset`, for `eval_strategy`.
         callbacks (`list`, *optional*): the Trainer's.
+        access (mapping, *optional*): for loading a teacher by name: `token`, `trust_remote_code` and the like.
 
     Returns:
         the trained model, in eval mode: a plain one, or a `PeftModel` where `args.merge_adapters` is off; and the
@@ -63,7 +65,7 @@ def recover(
     if args.mode == DISTILL:
         if isinstance(teacher, PreTrainedModel):
             check_same_vocabulary(teacher, model)
-        data, live = _taught(data, model, args, teacher)
+        data, live = _taught(data, model, args, teacher, access)
         if held_out is not None and live is None:
             raise ValueError("teacher_cache keeps no predictions for eval_dataset; leave one of them out.")
     trained: Any = model
@@ -87,7 +89,7 @@ def recover(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    with _steps_reach_the_weights(trained):
+    with _steps_reach_the_weights(trained), _keeping_use_cache(model):
         trainer.train(resume_from_checkpoint=resumed)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if args.trains_adapters and args.merge_adapters:
@@ -111,6 +113,18 @@ def _steps_reach_the_weights(model: torch.nn.Module) -> Iterator[None]:
             parameter.data = parameter.data.to(dtype)
 
 
+@contextmanager
+def _keeping_use_cache(model: PreTrainedModel) -> Iterator[None]:
+    """The Trainer switches the key-value cache off in the config, which would be saved so."""
+    config: Any = model.config
+    before = getattr(config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
+
+
 def _sequences_of(args: RecoveryArguments) -> int | None:
     """How many sequences a run of so many steps reads, so that a stream is not read further."""
     if args.max_steps <= 0:
@@ -119,12 +133,18 @@ def _sequences_of(args: RecoveryArguments) -> int | None:
 
 
 def _taught(
-    data: Dataset, student: PreTrainedModel, args: RecoveryArguments, teacher: PreTrainedModel | str | None
+    data: Dataset,
+    student: PreTrainedModel,
+    args: RecoveryArguments,
+    teacher: PreTrainedModel | str | None,
+    access: Mapping[str, Any] | None,
 ) -> tuple[Dataset, Teacher | None]:
     """The data with what the teacher predicts, or the teacher itself."""
 
     def loaded() -> PreTrainedModel:
-        found = teacher if isinstance(teacher, PreTrainedModel) else load_teacher(args, teacher, args.device)
+        found = teacher
+        if not isinstance(found, PreTrainedModel):
+            found = load_teacher(args, found, args.device, access)
         check_same_vocabulary(found, student)
         return found
 

@@ -41,6 +41,9 @@ def describe_checkpoint(
         raise ValueError(f"{path} has no config.json: it is no checkpoint, or a part of one.")
     where = {key: value for key, value in hub_kwargs.items() if key != "trust_remote_code"}
     record = Record.of_checkpoint(model_id, **where)
+    if record.plan is None and not path.exists():
+        # Says so where there is no such repository.
+        AutoConfig.from_pretrained(model_id, **hub_kwargs)
     if record.plan is None:
         raise ValueError(f"{model_id} has no {PLAN_NAME}: it is dense, or was pruned by other means.")
     try:

@@ -86,7 +86,7 @@ def describe(
         "rounds": about.get("rounds"),
         "versions": about.get("versions"),
         "request": config.to_dict() if config else None,
-        "command": command_of(config, about.get("source") or "MODEL") if config else None,
+        "command": command_of(config, about.get("source") or "MODEL", plan=plan) if config else None,
         "recovery": record.outcome.get("recovery"),
         "sizes": _sizes(report) if report else None,
         "pruning": _pruning(report) if report else None,

@@ -216,8 +216,9 @@ def draw_points(axis: Axes, points: Sequence[tuple[str, bool, float, float]], ho
         axis.plot([x], [y], "o", markersize=17, color=color)
         axis.text(x, y, label, ha="center", va="center_baseline", color=PALETTE["paper"], weight="bold")
     axis.margins(0.16)
-    axis.set_xlabel(horizontal)
-    axis.set_ylabel(vertical)
+    # Names of texts are the user's, and no formulas.
+    axis.set_xlabel(horizontal, parse_math=False)
+    axis.set_ylabel(vertical, parse_math=False)
 
 
 def draw_kept_of_several(
