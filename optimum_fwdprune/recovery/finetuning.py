@@ -79,18 +79,19 @@ def recover(
     resumed = _checkpoint_of(args)
     if resumed is not None and args.trains_adapters:
         check_adapters(resumed, trained)
-    trainer = RecoveryTrainer(
-        model=trained,
-        args=args,
-        teacher=live,
-        distills=args.mode == DISTILL,
-        train_dataset=data.with_format("torch"),
-        eval_dataset=None if held_out is None else held_out.with_format("torch"),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-    with _steps_reach_the_weights(trained), _keeping_use_cache(model):
-        trainer.train(resume_from_checkpoint=resumed)
+    with _keeping_use_cache(model):
+        trainer = RecoveryTrainer(
+            model=trained,
+            args=args,
+            teacher=live,
+            distills=args.mode == DISTILL,
+            train_dataset=data.with_format("torch"),
+            eval_dataset=None if held_out is None else held_out.with_format("torch"),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        with _steps_reach_the_weights(trained):
+            trainer.train(resume_from_checkpoint=resumed)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if args.trains_adapters and args.merge_adapters:
         trained = merged(trained)

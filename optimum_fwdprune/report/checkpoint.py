@@ -42,8 +42,10 @@ def describe_checkpoint(
     where = {key: value for key, value in hub_kwargs.items() if key != "trust_remote_code"}
     record = Record.of_checkpoint(model_id, **where)
     if record.plan is None and not path.exists():
-        # Says so where there is no such repository.
-        AutoConfig.from_pretrained(model_id, **hub_kwargs)
+        try:
+            AutoConfig.from_pretrained(model_id, **hub_kwargs)
+        except OSError as error:
+            raise OSError(f"There is no folder {model_id}, nor a repository to be read: {error}") from error
     if record.plan is None:
         raise ValueError(f"{model_id} has no {PLAN_NAME}: it is dense, or was pruned by other means.")
     try:

@@ -89,10 +89,17 @@ class TestRecover:
             (["--set", "weight_decay"], "--set takes NAME=VALUE; got 'weight_decay'."),
             (["--resume_from_checkpoint", "true"], "There is no checkpoint to resume from"),
             (["--mode", "full", "--teacher", "dense"], "A teacher is for mode='distill'"),
+            (
+                ["--learning_rate", "fast"],
+                "error: argument --learning_rate/--learning-rate: invalid float value: 'fast'",
+            ),
+            (["--output_dir", "OUT/training"], "out/training lies in"),
+            (["--output_dir", "OUT"], "which the trained model is to fill; name a folder outside of it."),
         ],
     )
     def test_a_users_error_is_one_readable_line(self, cli, folder, tmp_path, arguments, message):
         command = ["recover", folder / "pruned", tmp_path / "out", "--dataset", folder / "text.txt"]
+        arguments = [str(each).replace("OUT", str(tmp_path / "out")) for each in arguments]
         code, _, err = cli(*command, *TRAIN[2:4], *arguments)
 
         assert code in (1, 2) and message in " ".join(err.split()) and "Traceback" not in err
@@ -115,6 +122,18 @@ class TestMeasure:
         assert "perplexity, text.txt" in out
         loss = json.loads(table.read_text())[0]["texts"]["text.txt"]
         assert loss["tokens"] > 300 and loss["nll"] > 0
+
+    def test_files_of_one_name_are_two_texts(self, cli, folder, tmp_path):
+        for language, words in (("en", "the quick brown fox "), ("de", "dog lazy the over ")):
+            (tmp_path / language).mkdir()
+            (tmp_path / language / "test.txt").write_text(words * 40)
+        texts = [str(tmp_path / language / "test.txt") for language in ("en", "de")]
+        command = ["evaluate", folder / "pruned", "--max_length", 32, "-o", tmp_path / "table.json", "--text"]
+        code, _, err = cli(*command, *texts)
+        assert code == 0, err
+        assert list(json.loads((tmp_path / "table.json").read_text())[0]["texts"]) == texts
+        code, _, err = cli(*command, texts[0], texts[0])
+        assert code == 1 and f"--text names {texts[0]} twice." in " ".join(err.split())
 
     def test_evaluate_runs_a_folder_of_tasks(self, cli, folder, tmp_path):
         rows = [{"goal": "the quick", "sol1": " fox", "sol2": " dog", "label": 0}] * 3
@@ -149,6 +168,7 @@ class TestMeasure:
             (["evaluate", "PRUNED", "--tasks", "hellaswagg"], "There is no task 'hellaswagg'; the nearest are"),
             (["evaluate", "PRUNED", "--text", "nowhere.txt"], "There is no file nowhere.txt"),
             (["evaluate", "nowhere", "--text", "builtin"], "nowhere"),
+            (["compare", "PRUNED", "PRUNED", "--text", "builtin"], "pruned twice. (--debug"),
             (["compare", "PRUNED", "PRUNED", "-o", "x.doc"], "x.doc must end in one of .md, .json, .csv"),
             (["benchmark", "PRUNED", "-o", "PRUNED/config.json/x.md"], "Cannot write beside"),
             (["benchmark", "PRUNED", "--repeats", "0"], "must be at least 1"),

@@ -77,6 +77,17 @@ def test_it_measures_where_it_is_told_to(report, tmp_path):
     assert figures["perplexity, text.txt"] > 1 and figures["prefill 1 x 16, times as fast"] > 0
 
 
+def test_without_a_dense_model_nothing_is_compared(report, tmp_path):
+    """The first checkpoint is not what the second was before."""
+    options = ["--text", "text.txt", "--max_length", "32", "--json", tmp_path / "r.json"]
+    options += ["--prompt_tokens", 16, "--new_tokens", 2, "--repeats", 1]
+    code, _, err = report("pruned-20", "pruned-40", *options)
+    assert code == 0, err
+    for found in json.loads((tmp_path / "r.json").read_text())["checkpoints"]:
+        assert found["measured"]["dense"] is None
+        assert found["measured"]["pruned"]["figures"]["perplexity, text.txt"] > 1
+
+
 def test_a_checkpoint_that_the_table_leaves_out_is_not_measured(report, folder, tmp_path):
     comparison = Comparison.load(folder / "table.json")
     Comparison(comparison.evaluations[:2]).save(tmp_path / "table.json")
@@ -98,6 +109,10 @@ def test_a_checkpoint_that_the_table_leaves_out_is_not_measured(report, folder, 
         (["pruned-20", "--json", "table.json"], "table.json exists. Name another file, or pass overwrite"),
         (["pruned-20", "--html", "text.txt/report.html"], "Cannot write beside"),
         (["pruned-20", "--json", "dense"], "is a folder; name a file."),
+        (
+            ["pruned-20", "--html", "x.html", "--json", "x.json"],
+            "--html x.html writes x.json too, with the same figures",
+        ),
         (["pruned-20", "--compare", "text.txt"], "text.txt holds no comparison; `optimum-cli fwdprune compare"),
         (["pruned-20", "--compare", "dense/config.json"], "holds no comparison"),
         (["pruned-20", "--compare", "missing.json"], "missing.json"),

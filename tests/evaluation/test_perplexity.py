@@ -143,3 +143,12 @@ class TestMetric:
     def test_a_text_without_tokens_is_named(self, metric, tokenizer):
         with pytest.raises(ValueError, match="Text 1 has 0 tokens"):
             metric.compute(predictions=["the fox", ""], model=tiny.make_model("llama_mqa"), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batches_of_nothing_are_refused(text, batch_size):
+    model = tiny.make_model("llama_mqa")
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1; got {batch_size}"):
+        text_loss(model, text, batch_size=batch_size)
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1; got {batch_size}"):
+        window_losses(model, text[:64].view(2, 32), batch_size)

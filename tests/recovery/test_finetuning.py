@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
 from optimum_fwdprune.evaluation import texts_loss
 from optimum_fwdprune.loading import load_causal_lm
+from optimum_fwdprune.record import OUTCOME_NAME
 from optimum_fwdprune.recovery.distillation import TEACHER_IDS, divergence, kept_predictions
 
 
@@ -215,6 +216,14 @@ class TestKeptPredictions:
             pruner_of(tokenizer, tokens).recover(
                 {"input_ids": tokens.flip(0)}, arguments(tmp_path, **options), teacher=dense_model
             )
+        # Labels are kept too, and say what is trained on.
+        answers = {"input_ids": tokens, "labels": tokens.masked_fill(torch.arange(tokens.shape[1]) < 12, -100)}
+        with pytest.raises(ValueError, match="other sequences or another teacher: its tokens is"):
+            pruner_of(tokenizer, tokens).recover(
+                {name: values.tolist() for name, values in answers.items()},
+                arguments(tmp_path, **options),
+                teacher=dense_model,
+            )
         with pytest.raises(ValueError, match="its top_k is 64, this one's is 3"):
             pruner_of(tokenizer, tokens).recover(
                 {"input_ids": tokens}, arguments(tmp_path, **options, teacher_top_k=3), teacher=dense_model
@@ -227,6 +236,35 @@ class TestKeptPredictions:
                 arguments(tmp_path, **options | {"teacher_cache": str(tmp_path / "other")}),
                 teacher=dense_model,
             )
+
+
+def test_what_opened_the_model_opens_its_teacher_and_the_config_is_left_as_it_was(
+    dense_model, tokenizer, tokens, tmp_path, monkeypatch
+):
+    dense_model.save_pretrained(tmp_path / "dense")
+    pruner_of(tokenizer, tokens).save_pretrained(tmp_path / "pruned")
+    pruner = FwdPruner.from_pretrained(tmp_path / "pruned", token="hf_x", trust_remote_code=True)
+    opened = []
+
+    def loading(name, **options):
+        opened.append((name, options.get("token"), options.get("trust_remote_code")))
+        return load_causal_lm(name, **options)
+
+    monkeypatch.setattr("optimum_fwdprune.recovery.distillation.load_causal_lm", loading)
+    pruner.recover(
+        {"input_ids": tokens}, arguments(tmp_path, mode="distill", max_steps=1, teacher=str(tmp_path / "dense"))
+    )
+    assert opened == [(str(tmp_path / "dense"), "hf_x", True)]
+    # The Trainer switches the cache off.
+    assert pruner.model.config.use_cache is True
+
+
+def test_sizes_on_disk_are_those_of_the_dtype_that_is_saved(tokenizer, tokens, tmp_path):
+    pruner = pruner_of(tokenizer, tokens)
+    pruner.model.to(torch.bfloat16)
+    pruner.save_pretrained(tmp_path / "half")
+    report = json.loads((tmp_path / "half" / OUTCOME_NAME).read_text())["report"]
+    assert report["bytes_after"] == 2 * report["parameters_after"] and report["bytes_before"] > report["bytes_after"]
 
 
 @pytest.mark.parametrize("mode", ["lora", "full", "distill"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import io
 import json
 import re
 import shutil
@@ -13,8 +14,8 @@ import torch
 from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan
 from optimum_fwdprune.evaluation import Benchmark, Comparison, Evaluation, Spread, TextLoss, Timing
 from optimum_fwdprune.methods import registered_methods
-from optimum_fwdprune.record import OUTCOME_NAME
-from optimum_fwdprune.report import report_table
+from optimum_fwdprune.record import OUTCOME_NAME, command_of
+from optimum_fwdprune.report import pictures, render_table, report_table
 from optimum_fwdprune.report.checkpoint import describe_checkpoint
 from optimum_fwdprune.report.document import describe, document_of, measured_of, models_of
 from optimum_fwdprune.report.figures import pictures_of, pictures_of_all
@@ -398,3 +399,33 @@ def test_tables_show_checkpoints_side_by_side_and_each_alone(document):
     assert re.search(r"1 scored .* 2\.00.", text)
     assert "1 scored: a dense model pruned by wanda_sp" in text
     assert text.count("Made by: optimum-cli fwdprune prune") == 2
+
+
+def test_names_of_texts_are_no_formulas():
+    figure = pictures.new_figure(3, 3)
+    pictures.draw_points(figure.subplots(), [("1", False, 1.0, 2.0)], "x", "perplexity, pay$x^{$.txt")
+    figure.savefig(io.BytesIO(), format="svg")
+
+
+def test_a_plan_that_was_replayed_is_made_again_by_replaying_it(tokens):
+    source = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    source.prune(PruningConfig(method="random", sparsity=0.5, reconstruction="none"))
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(plan=source.plan)
+    for each, words in ((source, "--method random"), (pruner, "--plan fwdprune_plan.json")):
+        command = command_of(each.config, plan=each.plan)
+        assert words in command and ("--method" in command) == (each is source)
+
+
+def test_a_dense_model_that_is_called_alike_elsewhere_is_not_the_checkpoint():
+    compared = Comparison([Evaluation(name, {"text": TextLoss(1.0, 2)}, []) for name in ("base/smol", "pruned/other")])
+    assert compared.of("elsewhere/smol") is None
+    assert compared.of("base/smol").evaluations == compared.evaluations[:1]
+    assert compared.of("elsewhere/other").evaluations == compared.evaluations
+    assert "| perplexity, a\\|b |" in Comparison([Evaluation("p", {"a|b": TextLoss(1.0, 2)}, [])]).to_markdown()
+
+
+def test_tables_show_names_as_they_are_and_to_their_ends():
+    names = [f"models/of-some-length/smollm-135m-pruned-{number}0[en]" for number in range(8)]
+    shown = render_table(["", *names], [["perplexity", *"12345678"]])
+    assert shown.count("]") == 8 and "…" not in shown
