@@ -205,15 +205,21 @@ def _shape(site: Site) -> tuple[str, int, int]:
 _Pool = tuple[list[_Steps], Budget]
 
 
+def pool_of(site: Site, scope: str) -> int:
+    """Return the key of the pool that the site competes in: one per layer, or one for all."""
+    return site.layer if scope == "layer" else 0
+
+
 def _pools(steps: list[_Steps], budget: Budget, scope: str) -> list[_Pool]:
-    """Split the budget over groups of sites that compete: one per layer, or one for all."""
-    by_layer: dict[int, list[_Steps]] = {}
+    """Split the budget over the pools."""
+    pools: dict[int, list[_Steps]] = {}
     for step in steps:
-        by_layer.setdefault(step.site.layer if scope == "layer" else 0, []).append(step)
-    amounts = budget.by_layer if scope == "layer" else None
-    if amounts is None:
-        amounts = budget.divided({layer: _prunable(pool) for layer, pool in by_layer.items()})
-    return [(pool, replace(budget, amount=amounts[layer])) for layer, pool in by_layer.items()]
+        pools.setdefault(pool_of(step.site, scope), []).append(step)
+    if budget.by_pool is not None:
+        parts = ((pool, *budget.by_pool[key]) for key, pool in pools.items())
+        return [(pool, replace(budget, amount=amount, heads=heads)) for pool, amount, heads in parts]
+    amounts = budget.divided({key: _prunable(pool) for key, pool in pools.items()})
+    return [(pool, replace(budget, amount=amounts[key])) for key, pool in pools.items()]
 
 
 def _prunable(pool: list[_Steps]) -> int:
@@ -262,9 +268,8 @@ def _take(pool: list[_Steps], target: Budget, taken: dict[SiteKey, int], mode: s
         return _spend(pool, target, taken)
     attention = [step for step in pool if step.site.kind == ATTENTION]
     mlp = [step for step in pool if step.site.kind == MLP]
-    share = _prunable(attention) / _prunable(pool)
-    of_heads = replace(target, amount=min(round(target.amount * share), target.amount), at_least=False)
-    removed = _spend(attention, of_heads, taken)
+    heads = round(target.amount * _prunable(attention) / _prunable(pool)) if target.heads is None else target.heads
+    removed = _spend(attention, replace(target, amount=min(heads, target.amount), at_least=False), taken)
     removed += _spend(mlp, replace(target, amount=target.amount - removed), taken)
     if removed < target.amount:
         # The channels ran out (or half a channel is missing); heads take the rest where one of them is closer.

@@ -95,8 +95,9 @@ class Budget:
             on the way to one; otherwise to the nearest number that whole units allow.
         cost (`Cost`): by default parameters.
         as_far_as_possible (`bool`, defaults to `False`): remove less where the constraints leave less to remove.
-        by_layer (`dict[int, int]`, *optional*): what each layer gives with `scope="layer"`; by default the same share
-            of its cost.
+        heads (`int`, *optional*): what of it heads give with `budget="separate"`; by default their share of the cost.
+        by_pool (`dict[int, tuple[int, int]]`, *optional*): what the sites of each pool give, and what of it their
+            heads: by layer with `scope="layer"`, else all under 0. By default each gives the same share of its cost.
     """
 
     amount: int
@@ -104,13 +105,14 @@ class Budget:
     at_most: bool = False
     cost: Cost = PARAMETERS
     as_far_as_possible: bool = False
-    by_layer: dict[int, int] | None = None
+    heads: int | None = None
+    by_pool: dict[int, tuple[int, int]] | None = None
 
     def divided(self, sizes: Mapping[int, int]) -> dict[int, int]:
         """Return the parts of those of such sizes, in proportion and rounded as the whole is."""
         total = sum(sizes.values())
         rounded = math.ceil if self.at_least else math.floor if self.at_most else round
-        return {layer: rounded(self.amount * size / total) for layer, size in sizes.items()}
+        return {key: rounded(self.amount * size / total) for key, size in sizes.items()}
 
 
 def removal_budget(

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .allocation import allocate, prunable_sites
-from .architectures import Site, SiteKey
+from .allocation import allocate, pool_of, prunable_sites
+from .architectures import ATTENTION, MLP, Site, SiteKey
 from .budgets import Budget, ParameterCost
 from .configuration import PruningConfig
 
@@ -37,10 +37,11 @@ class Rounds:
         # By the number of units kept. Surgery consumes the dense model, and with it what its sites know.
         self._costs = {site.key: budget.cost.of(site, torch.arange(site.num_units + 1)) for site in sites}
         self._units = {site.key: (site.num_groups, site.unit_parameters) for site in sites}
-        # What layers give shares of.
-        self._layers: dict[int, int] = {}
+        # What pools, and the heads of each, give shares of.
+        self._pools: dict[int, dict[str, int]] = {}
         for site in prunable_sites(sites, config):
-            self._layers[site.layer] = self._layers.get(site.layer, 0) + budget.cost.total(site)
+            of_kinds = self._pools.setdefault(pool_of(site, config.scope), dict.fromkeys((ATTENTION, MLP), 0))
+            of_kinds[site.kind] += budget.cost.total(site)
         if config.rounds > 1:
             # What cannot be had in the end should be refused before the first cut.
             zeros = {site.key: torch.zeros(site.num_units) for site in sites}
@@ -81,16 +82,31 @@ class Rounds:
             # All rounds together can come to the request. What is left for the last may be less than half a step.
             as_far_as_possible=not (budget.at_least and is_last),
         )
-        # What a layer gave before counts, that of sites included which are closed by now.
-        left = budget.divided(self._layers)
-        for site in sites:
-            if site.layer in left:
-                left[site.layer] -= self.removed({site.key: site.num_units})
-        budget = replace(budget, amount=max(0, budget.amount - self.removed(counts)), by_layer=left)
+        by_pool = self._left(sites, budget)
+        budget = replace(budget, amount=max(0, budget.amount - self.removed(counts)), by_pool=by_pool)
         if config.has_budget_per_kind:
             fields: dict[str, Any] = {f"{kind}_sparsity": self._sparsity(sites, kind, share) for kind in config.kinds}
             config = replace(config, **fields)
         return config, budget
+
+    def _left(self, sites: Sequence[Site], budget: Budget) -> dict[int, tuple[int, int]]:
+        """What is missing of every pool's part of `budget`, and of its heads' part of that.
+
+        Of all that was given before, by sites included which are closed by now. Parts of a round alone would be
+        rounded in each: where a head is more than twice of one, none would ever go.
+        """
+        given: dict[int, dict[str, int]] = {pool: dict.fromkeys((ATTENTION, MLP), 0) for pool in self._pools}
+        for site in sites:
+            if (pool := pool_of(site, self._config.scope)) in given:
+                given[pool][site.kind] += self.removed({site.key: site.num_units})
+        sizes = {pool: sum(of_kinds.values()) for pool, of_kinds in self._pools.items()}
+        return {
+            pool: (
+                part - sum(given[pool].values()),
+                round(part * self._pools[pool][ATTENTION] / sizes[pool]) - given[pool][ATTENTION],
+            )
+            for pool, part in budget.divided(sizes).items()
+        }
 
     def _sparsity(self, sites: Sequence[Site], kind: str, share: float) -> float:
         """The sparsity of the open sites of a kind that brings all of them to this share of their request."""

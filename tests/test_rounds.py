@@ -206,3 +206,21 @@ def test_layers_stay_even_over_rounds_where_groups_are_down_to_one_head(share, s
     gone = {key: len(pruner.plan.removed(key)) * each[key] for key in each}
     shares = [sum(gone[key] for key in each if key[0] == layer) / sizes[layer] for layer in range(4)]
     assert max(shares) - min(shares) < 0.04 and sum(gone.values()) >= removed
+
+
+@pytest.mark.parametrize("rounds", [2, 3, 8])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_heads_give_their_part_where_a_head_is_more_than_that_of_a_round(rounds, scope):
+    """Rounded in every round anew, no heads would go and the MLPs would give for them."""
+    dense = tiny.make_model("llama_gqa_biases", num_attention_heads=8, num_key_value_heads=2, intermediate_size=96)
+    kept = {}
+    for number in (1, rounds):
+        pruner = FwdPruner(dense)
+        request = {"method": "magnitude", "reconstruction": "none", "skip_layers": [], "scope": scope}
+        pruner.prune(PruningConfig(sparsity=0.27, rounds=number, **request), inplace=False)
+        kept[number] = {
+            kind: sum(len(units) for (_, of_kind), units in pruner.plan.kept.items() if of_kind == kind)
+            for kind in ("attention", "mlp")
+        }
+    assert kept[1]["attention"] == 18
+    assert kept[rounds]["attention"] == 18 and abs(kept[rounds]["mlp"] - kept[1]["mlp"]) <= 1
