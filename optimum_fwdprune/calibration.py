@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from . import ranks
 from .checkpoints import Checkpoint
+from .losses import counted_targets
 from .offloading import input_device, lies_on_disk
 from .texts import PRESETS, detokenize, load_rows, open_texts
 from .utils import progress, seeded_generator
@@ -39,7 +44,7 @@ class Calibration:
     """Token windows, and where they came from.
 
     Args:
-        input_ids (`Tensor[n_samples, seq_len]`, int64): the tokens.
+        input_ids (`Tensor[n_samples, seq_len]`, int64): the tokens; other integers are converted.
         attention_mask (`Tensor[n_samples, seq_len]`, *optional*): 0 where a token is padding.
         source (`str`): where they came from, for the record.
     """
@@ -53,8 +58,11 @@ class Calibration:
             raise ValueError(
                 f"Calibration tokens must be [n_samples, seq_len] and not empty; got {tuple(self.input_ids.shape)}."
             )
-        if self.input_ids.is_floating_point():
-            raise ValueError(f"Calibration tokens must be int64 token ids; got {self.input_ids.dtype}.")
+        dtype = self.input_ids.dtype
+        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+            raise ValueError(f"Calibration tokens must be int64 token ids; got {dtype}. Give a tokenizer's input_ids.")
+        # Embeddings and losses take few of the integer types that tokens are kept in.
+        object.__setattr__(self, "input_ids", self.input_ids.long())
         if self.attention_mask is not None and self.attention_mask.shape != self.input_ids.shape:
             raise ValueError("attention_mask must have the shape of input_ids.")
 
@@ -120,34 +128,105 @@ def load_calibration(
             `seed` and the `dataset_*` fields say what to take.
         model (`PreTrainedModel`): the dense model; it writes the text itself for `"self"`.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for every source but tokens and `"self"`.
-        dataset (*optional*): `str` (as `config.calibration`), list of strings, `datasets.Dataset`, int64 tensor
-            `[n_samples, seq_len]`, or a mapping with `input_ids` and optionally `attention_mask` (a padded batch).
+        dataset (*optional*): `str` (as `config.calibration`), list of strings, `datasets.Dataset`, a `DatasetDict` (of
+            which `dataset_split` is taken), pandas rows or strings, integer tensor or array `[n_samples, seq_len]`, or
+            a mapping with `input_ids` and optionally `attention_mask` (a padded batch).
         checkpoint (`Checkpoint`, *optional*): where text that the model writes is kept.
 
     Raises:
-        ValueError: on an empty or too short source, or one that is not understood.
+        ValueError: on a source that is empty, too short or not understood, and on tokens that the model has no
+            embedding for or that leave nothing to predict.
     """
-    if isinstance(dataset, torch.Tensor):
-        dataset = Calibration(dataset)
+    if isinstance(dataset, torch.Tensor) or (isinstance(dataset, np.ndarray) and dataset.dtype.kind not in "OSTU"):
+        dataset = Calibration(_as_tensor(dataset, "dataset"))
     elif isinstance(dataset, Mapping) and "input_ids" in dataset:
-        dataset = Calibration(dataset["input_ids"], dataset.get("attention_mask"))
-    if isinstance(dataset, Calibration):
-        largest, vocab_size = int(dataset.input_ids.max()), model.config.get_text_config().vocab_size
-        if largest >= vocab_size:
-            raise ValueError(
-                f"The calibration tokens hold token {largest}, beyond the model's vocabulary of {vocab_size}; were "
-                f"they made by another tokenizer?"
-            )
-        return dataset
+        input_ids, mask = _as_tensor(dataset["input_ids"], "input_ids"), dataset.get("attention_mask")
+        dataset = Calibration(input_ids, None if mask is None else _as_tensor(mask, "attention_mask"))
+    if not isinstance(dataset, Calibration):
+        # Before a model has written them or a dataset is read.
+        _check_length(config.seq_len, model)
+        dataset = _from_text(config, model, tokenizer, dataset, checkpoint)
+    _check_tokens(dataset, model)
+    return dataset
+
+
+def _as_tensor(values: Any, name: str) -> torch.Tensor:
+    """What tokenizers return: a tensor, an array, or a list of lists, tensors or arrays of one length."""
+    if isinstance(values, torch.Tensor):
+        return values
+    try:
+        if isinstance(values, np.ndarray):
+            # A copy, since PyTorch takes no array that runs backwards or has its bytes in another order.
+            return torch.tensor(values.astype(values.dtype.newbyteorder("="), order="C"))
+        return torch.tensor([row.tolist() if hasattr(row, "tolist") else row for row in values])
+    except (TypeError, ValueError, RuntimeError) as error:
+        lengths = {len(row) for row in values if hasattr(row, "__len__")}
+        what = f"rows of {min(lengths)} to {max(lengths)} tokens" if len(lengths) > 1 else "what is no number"
+        raise ValueError(
+            f"{name} has {what}, so that it is no table [n_samples, seq_len]; pad the rows, or give text."
+        ) from error
+
+
+def _check_tokens(calibration: Calibration, model: PreTrainedModel) -> None:
+    """Refuse what would end in an index error, or in a loss of no tokens."""
+    input_ids, mask = calibration.input_ids, calibration.attention_mask
+    smallest, largest = int(input_ids.min()), int(input_ids.max())
+    vocab_size = model.config.get_text_config().vocab_size
+    if smallest < 0:
+        raise ValueError(
+            f"The calibration tokens hold token {smallest}, and tokens start at 0; give input_ids rather than labels, "
+            f"and an attention_mask that is 0 where there is padding."
+        )
+    if largest >= vocab_size:
+        raise ValueError(
+            f"The calibration tokens hold token {largest}, beyond the model's vocabulary of {vocab_size}; were they "
+            f"made by another tokenizer? Use the model's own, or make room with model.resize_token_embeddings()."
+        )
+    # Padding takes no position.
+    _check_length(input_ids.shape[1] if mask is None else int(mask.bool().sum(1).max()), model)
+    if not counted_targets(input_ids, mask).any():
+        windows = f"{len(input_ids)} windows of seq_len {input_ids.shape[1]}"
+        masked = "" if mask is None else f" with {calibration.num_tokens} tokens that attention_mask does not hide"
+        raise ValueError(
+            f"The calibration has no token to predict from the one before it: it is {windows}{masked}. Give windows "
+            f"of two tokens or more{'' if mask is None else ', and a mask that is 1 where they are no padding'}."
+        )
+
+
+def _check_length(tokens: int, model: PreTrainedModel) -> None:
+    positions = _learned_positions(model)
+    if positions is not None and tokens > positions:
+        raise ValueError(
+            f"Calibration windows of {tokens} tokens are longer than the {positions} positions that the model has "
+            f"learned; lower seq_len to {positions} or less, or cut the tokens."
+        )
+
+
+def _learned_positions(model: PreTrainedModel) -> int | None:
+    """Positions that the model has an embedding for; `None` where it computes them, whatever its config says."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not words)
+    # OPT's has rows before its first position.
+    learned = any(table.num_embeddings - getattr(table, "offset", 0) == longest for table in tables)
+    return longest if learned else None
+
+
+def _from_text(
+    config: PruningConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dataset: Any,
+    checkpoint: Checkpoint | None,
+) -> Calibration:
     source = config.calibration if dataset is None else dataset
     if source is None:
         source = ranks.from_main(_default_source)
-    if source == SELF:
+    if isinstance(source, str) and source == SELF:
         return Calibration(_sample_from_model(model, tokenizer, config, checkpoint or Checkpoint()), source=SELF)
     if tokenizer is None:
-        raise ValueError(
-            f"Calibrating on {source!r} needs a tokenizer: FwdPruner(model, tokenizer). {SELF!r} does not."
-        )
+        name = repr(str(source)) if isinstance(source, (str, Path)) else f"a {type(source).__name__}"
+        raise ValueError(f"Calibrating on {name} needs a tokenizer: FwdPruner(model, tokenizer). {SELF!r} does not.")
 
     options = (config.dataset_config, config.dataset_split, config.dataset_column)
     name, texts = open_texts(source, *options, seed=config.seed)
@@ -250,21 +329,38 @@ def _sample_from_model(
         return numbers["batches"]
 
     done = stage.load(take_up) or 0
-    with torch.random.fork_rng(devices):
+    # Equal lengths: without an EOS every sequence runs to the end of its window.
+    length = {"min_new_tokens": config.seq_len, "max_new_tokens": config.seq_len}
+    with torch.random.fork_rng(devices), _plain_sampling(model, pad_token_id=start, **length) as plain:
         for number, batch in progress(batches[done:], "Sampling calibration text", unit="batch"):
             torch.manual_seed(seeded_generator(config.seed, number).initial_seed())
-            batch[:] = model.generate(  # type: ignore[operator]
+            written = model.generate(  # type: ignore[operator]
                 torch.full((len(batch), 1), start, device=device),
                 attention_mask=torch.ones((len(batch), 1), dtype=torch.int64, device=device),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                # Equal lengths: without an EOS every sequence runs to the end of its window.
-                min_new_tokens=config.seq_len,
-                max_new_tokens=config.seq_len,
-                pad_token_id=start,
+                generation_config=plain,
             )[:, 1:]
+            if written.shape != batch.shape:
+                raise ValueError(
+                    f"{type(model).__name__}.generate() wrote {list(written.shape)} tokens where {list(batch.shape)} "
+                    f"were asked for; name another source than calibration={SELF!r}."
+                )
+            batch[:] = written
             done += 1
             stage.save_now_and_then(lambda: ({"windows": windows}, {"batches": done}))  # noqa: B023  called at once
     return ranks.summed(windows)
+
+
+@contextmanager
+def _plain_sampling(model: PreTrainedModel, **options: Any) -> Iterator[GenerationConfig]:
+    """Let the model write at temperature 1, and take nothing but its EOS from its own generation config.
+
+    That one is put aside, since `generate()` fills in from it whatever is not asked for: penalties, beams, stops.
+    """
+    own = model.generation_config
+    eos = getattr(own, "eos_token_id", None)
+    plain = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=eos, **options)
+    model.generation_config = plain
+    try:
+        yield plain
+    finally:
+        model.generation_config = own

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 PRESETS = {
@@ -22,12 +24,14 @@ def open_rows(source: Any, config: str | None = None, split: str = "train") -> t
 
     Args:
         source: `wikitext2`, `c4`, `builtin` (Python's documentation), a .txt, .jsonl or .parquet file, a dataset of
-            the Hub, a `datasets.Dataset` or another iterable with `column_names`, or a list of strings or of mappings.
+            the Hub, a `datasets.Dataset` or another iterable with `column_names`, a `DatasetDict`, a `DataFrame` or
+            `Series` of pandas, or a list of strings or of mappings.
         config (`str`, *optional*): configuration name of a Hub dataset.
-        split (`str`, defaults to `"train"`): split of a Hub dataset.
+        split (`str`, defaults to `"train"`): split of a Hub dataset or of a `DatasetDict`.
 
     Raises:
-        ValueError: where the source is not understood, or empty.
+        ValueError: where the source is not understood, or empty, or has no such split; while they are read, where
+            a file's content is not what its name says.
         FileNotFoundError: where there is no such file.
     """
     if isinstance(source, (str, Path)):
@@ -39,6 +43,16 @@ def open_rows(source: Any, config: str | None = None, split: str = "train") -> t
         if path.suffix in FILE_LOADERS or path.exists():
             return path.name, _file_rows(path)
         return str(source), load_rows(str(source), config, split)
+    if isinstance(source, Mapping) and source and all(hasattr(rows, "column_names") for rows in source.values()):
+        if split not in source:
+            raise ValueError(
+                f"The dataset has no split {split!r}; it has {', '.join(map(str, source))}. Name one as dataset_split."
+            )
+        source = source[split]
+    elif hasattr(source, "iterrows") or hasattr(source, "to_frame"):
+        source = _pandas_rows(source)
+    elif isinstance(source, np.ndarray):
+        source = source.tolist()
     if isinstance(source, Sequence) and all(isinstance(text, str) for text in source):
         return "strings", [{"text": text} for text in source]
     if isinstance(source, Sequence) and all(isinstance(row, dict) for row in source):
@@ -65,7 +79,8 @@ def open_texts(
         seed (`int`, *optional*): shuffle a dataset of the Hub; files and what is in memory stay in order.
     """
     name, rows = open_rows(source, config, split)
-    if seed is not None and isinstance(source, str) and name == source and name != BUILTIN:
+    # Of what has a name, only datasets of the Hub can shuffle.
+    if seed is not None and isinstance(source, str) and hasattr(rows, "shuffle"):
         rows = _shuffled(rows, seed)
     # Lines of a text file are its own; rows are texts apart from each other.
     separator = "\n" if isinstance(source, (str, Path)) and str(source).endswith(".txt") else "\n\n"
@@ -85,18 +100,40 @@ def detokenize(text: str) -> str:
     return re.sub(r" ?<unk>", "", re.sub(r" @([-,.])@ ", r"\1", text))
 
 
-def _file_rows(path: Path) -> Iterable[dict]:
-    from datasets import load_dataset
+def _pandas_rows(frame: Any) -> Any:
+    from datasets import Dataset
 
+    if hasattr(frame, "to_frame"):
+        frame = frame.to_frame("text")
+    # Not `to_dict`, where a text that is missing would be a number, NaN.
+    return Dataset.from_pandas(frame, preserve_index=False)
+
+
+def _file_rows(path: Path) -> Iterable[dict]:
     if path.suffix not in FILE_LOADERS:
         raise ValueError(f"{path} must end in one of {', '.join(FILE_LOADERS)}.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty.")
+    return _read_rows(path)
+
+
+def _read_rows(path: Path) -> Iterator[dict]:
+    from datasets import load_dataset
+
     # It takes names for patterns, and `data[1].jsonl` is how browsers name a second download.
     literal = glob.escape(str(path.absolute()))
-    return load_dataset(FILE_LOADERS[path.suffix], data_files=literal, split="train", streaming=True)
+    try:
+        yield from load_dataset(FILE_LOADERS[path.suffix], data_files=literal, split="train", streaming=True)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(
+            f"{path} is not UTF-8: it holds the byte {byte:#04x} where none can be. Save it as UTF-8."
+        ) from error
+    # Whatever Arrow makes of malformed files says at which row, but not of which file.
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from error
 
 
 def _shuffled(rows: Any, seed: int) -> Any:
@@ -110,6 +147,9 @@ def _column_texts(rows: Iterable[dict], column: str | None, source: str, separat
     for row in rows:
         if column is None:
             strings = [name for name, value in row.items() if isinstance(value, str)]
+            if ("text" in row and row["text"] is None) or (not strings and None in row.values()):
+                # What is missing here may be there in the next row.
+                continue
             column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
         if column is None or column not in row:
             raise ValueError(f"{source} has the columns {', '.join(row)}; name one of text as dataset_column.")

@@ -3,6 +3,8 @@
 import json
 
 import datasets
+import numpy as np
+import pandas
 import pytest
 import tiny
 import torch
@@ -83,6 +85,148 @@ def test_a_batch_of_the_tokenizer_is_taken_with_its_padding(model, tokenizer):
     assert found.attention_mask.sum(1).unique().numel() > 1
 
 
+@pytest.mark.parametrize("kind", ["list", "np", "rows of arrays", "rows of tensors"])
+def test_a_batch_need_not_be_of_tensors(kind, model, tokens):
+    mask = (tokens > 20).long()
+    make = {
+        "list": torch.Tensor.tolist,
+        "np": torch.Tensor.numpy,
+        "rows of arrays": lambda rows: list(rows.numpy()),
+        "rows of tensors": list,
+    }[kind]
+    found = windows(model, None, {"input_ids": make(tokens), "attention_mask": make(mask)})
+
+    assert torch.equal(found.input_ids, tokens) and torch.equal(found.attention_mask, mask)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int16", "uint16", "int64", ">i4"])
+def test_tokens_of_other_integers_and_arrays_become_int64(dtype, model, tokens):
+    array = tokens.numpy().astype(dtype)[::-1]
+    array.flags.writeable = False
+    given = [array.astype(dtype)] if dtype == ">i4" else [array, torch.tensor(array.copy())]
+    for source in given:
+        found = windows(model, None, source)
+
+        assert found.input_ids.dtype == torch.int64 and torch.equal(found.input_ids, tokens.flip(0))
+
+
+def test_a_split_of_several_is_taken(model, tokenizer):
+    data = datasets.Dataset.from_dict({"text": TEXTS})
+    other = datasets.Dataset.from_dict({"text": ["something else"]})
+    expected = windows(model, tokenizer, data).input_ids
+    streams = {"train": other.to_iterable_dataset(), "mine": data.to_iterable_dataset()}
+    for source in (datasets.DatasetDict(train=other, mine=data), datasets.IterableDatasetDict(streams)):
+        assert torch.equal(windows(model, tokenizer, source, dataset_split="mine").input_ids, expected)
+        with pytest.raises(ValueError, match=r"no split 'test'; it has train, mine\. Name one as dataset_split"):
+            windows(model, tokenizer, source, dataset_split="test")
+
+
+def test_strings_of_pandas_and_numpy_are_read(model, tokenizer):
+    expected = windows(model, tokenizer, TEXTS).input_ids
+    frame = pandas.DataFrame({"id": range(61), "text": [None, *TEXTS]})
+    for source in (frame, frame.text, pandas.Series(TEXTS), np.array(TEXTS), np.array(TEXTS, dtype=object)):
+        assert torch.equal(windows(model, tokenizer, source).input_ids, expected)
+
+
+@pytest.mark.parametrize("column", ["text", "story"])
+@pytest.mark.parametrize("place", [0, 1, 60])
+def test_rows_without_a_text_are_skipped(column, place, model, tokenizer):
+    expected = windows(model, tokenizer, TEXTS).input_ids
+    data = datasets.Dataset.from_dict({column: [*TEXTS[:place], None, *TEXTS[place:]], "id": range(61)})
+
+    assert torch.equal(windows(model, tokenizer, data).input_ids, expected)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_name_that_is_a_pattern_is_read_itself(suffix, model, tokenizer, tmp_path):
+    write(tmp_path, f"g1{suffix}", ["something else"] * 60)
+    path = write(tmp_path, f"g[1]{suffix}")
+
+    assert "quick brown" in tokenizer.decode(windows(model, tokenizer, calibration=path).input_ids.flatten())
+
+
+def test_a_file_gives_the_same_windows_from_any_folder(model, tokenizer, tmp_path, monkeypatch):
+    path = write(tmp_path, "rows.jsonl")
+    expected = windows(model, tokenizer, calibration=path).input_ids
+    monkeypatch.chdir(tmp_path)
+
+    assert torch.equal(windows(model, tokenizer, calibration="rows.jsonl").input_ids, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "café\n".encode("latin-1") * 99, r"a\.txt is not UTF-8: it holds the byte 0xe9"),
+        ("a.jsonl", '{"text": "café"}\n'.encode("latin-1"), r"a\.jsonl is not UTF-8: it holds the byte 0xe9"),
+        ("a.jsonl", b"{not json\n", r"a\.jsonl cannot be read as \.jsonl: JSON parse error"),
+        ("a.parquet", b"no parquet at all", r"a\.parquet cannot be read as \.parquet: Parquet magic bytes"),
+    ],
+)
+def test_malformed_files_are_named(name, content, message, model, tokenizer, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        windows(model, tokenizer, calibration=str(tmp_path / name))
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_refused(model, tokenizer):
+    model.resize_token_embeddings(200)
+    with pytest.raises(ValueError, match=r"hold token 2\d\d, beyond the model's vocabulary of 200"):
+        windows(model, tokenizer, TEXTS)
+
+
+@pytest.mark.parametrize("source", ["self", "text", "tokens"])
+def test_windows_beyond_learned_positions_are_refused(source, tokenizer, monkeypatch):
+    model = tiny.make_model("opt_pre_norm")
+    dataset = {"self": None, "text": TEXTS * 20, "tokens": torch.ones(2, 129, dtype=torch.int64)}[source]
+    request = {"calibration": "self", "n_samples": 2}
+    # What reaches the last position works.
+    fitting = dataset[:, :128] if source == "tokens" else dataset
+    assert windows(model, tokenizer, fitting, seq_len=128, **request).input_ids.shape == (2, 128)
+
+    def unexpected(*_, **__):
+        raise AssertionError("Nothing should be read or written.")
+
+    monkeypatch.setattr(module, "open_texts", unexpected)
+    monkeypatch.setattr(module, "_sample_from_model", unexpected)
+    with pytest.raises(ValueError, match="windows of 129 tokens are longer than the 128 positions"):
+        windows(model, tokenizer, dataset, seq_len=129, **request)
+
+
+def test_padding_takes_no_learned_position():
+    model = tiny.make_model("opt_pre_norm")
+    ids, mask = torch.ones(2, 150, dtype=torch.int64), torch.ones(2, 150, dtype=torch.int64)
+    mask[:, :22] = 0
+
+    assert windows(model, None, {"input_ids": ids, "attention_mask": mask}).input_ids is ids
+    assert model(ids, attention_mask=mask).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["llama_gqa_biases", "bloom"])
+def test_positions_that_are_computed_have_no_end(name):
+    """A vocabulary as large as the positions is no table of them."""
+    model = tiny.make_model(name, max_position_embeddings=tiny.VOCAB)
+    ids = torch.ones(2, tiny.VOCAB + 1, dtype=torch.int64)
+
+    assert windows(model, None, ids).input_ids is ids
+
+
+@pytest.mark.parametrize("source", ["one token", "no mask", "lone tokens", "text"])
+def test_windows_with_nothing_to_predict_are_refused(source, model, tokenizer, tokens):
+    mask = torch.zeros_like(tokens)
+    if source == "lone tokens":
+        mask[:, ::2] = 1
+    dataset = {"one token": tokens[:, :1], "text": TEXTS}.get(source, {"input_ids": tokens, "attention_mask": mask})
+    with pytest.raises(ValueError, match=r"no token to predict from the one before it: it is .* windows of seq_len"):
+        windows(model, tokenizer, dataset, seq_len=1)
+
+
+def test_a_source_without_its_tokenizer_is_named_briefly(model):
+    with pytest.raises(ValueError, match="Calibrating on a list needs a tokenizer"):
+        windows(model, None, TEXTS)
+    with pytest.raises(ValueError, match=r"Calibrating on 'text\.txt' needs a tokenizer"):
+        windows(model, None, "text.txt")
+
+
 def test_a_tokenizer_without_a_padding_token_prunes_and_saves(model, tokenizer, tmp_path):
     assert tokenizer.pad_token is None
     pruner = FwdPruner(model, tokenizer)
@@ -106,10 +250,16 @@ def test_a_named_column_is_taken(model, tokenizer, tmp_path):
     assert "quick brown" in tokenizer.decode(found.input_ids.flatten())
 
 
-@pytest.mark.parametrize("column", ["nothing", "id"])
-def test_a_column_that_is_missing_or_no_text_is_refused(column, model, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("nothing", "has the columns text, id; name one of text as dataset_column"),
+        ("id", "has a int in the column id; name one of text as dataset_column"),
+    ],
+)
+def test_a_column_that_is_missing_or_no_text_is_refused(column, message, model, tokenizer, tmp_path):
     path = write(tmp_path, "rows.jsonl")
-    with pytest.raises(ValueError, match=r"has the columns text, id; name one of text as dataset_column"):
+    with pytest.raises(ValueError, match=message):
         windows(model, tokenizer, calibration=path, dataset_column=column)
 
 
@@ -143,6 +293,40 @@ def test_self_draws_from_the_models_distribution():
 
     assert set(ids.unique().tolist()) == {11, 12}
     assert (ids == 11).float().mean().item() == pytest.approx(7 / 8, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "suppress_tokens": list(range(100))},
+        {"typical_p": 0.3, "min_p": 0.2, "epsilon_cutoff": 0.01},
+        {"num_beams": 3},
+        {"max_time": 0.0},
+        {"stop_strings": ["a"]},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"cache_implementation": "static", "use_cache": False},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_self_is_written_whatever_the_model_is_set_to_generate_with(options, model):
+    expected = windows(model, None, calibration="self").input_ids
+    for name, value in options.items():
+        setattr(model.generation_config, name, value)
+    own = model.generation_config
+
+    assert torch.equal(windows(model, None, calibration="self").input_ids, expected)
+    assert model.generation_config is own and getattr(own, name) == value
+
+
+def test_self_puts_the_generation_config_back_where_writing_fails(model, monkeypatch):
+    own = model.generation_config
+    monkeypatch.setattr(type(model), "generate", lambda *_, **__: torch.ones(6, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"generate\(\) wrote \[6, 3\] tokens where \[6, 16\] were asked for"):
+        windows(model, None, calibration="self")
+
+    assert model.generation_config is own
 
 
 def test_self_needs_a_model_that_writes(tokens):
@@ -211,6 +395,15 @@ def test_wikitexts_marks_are_undone():
         (torch.zeros(0, 4, dtype=torch.int64), r"must be \[n_samples, seq_len\] and not empty; got \(0, 4\)"),
         (torch.zeros(4, dtype=torch.int64), r"must be \[n_samples, seq_len\] and not empty; got \(4,\)"),
         (torch.zeros(2, 4), "must be int64 token ids; got torch.float32"),
+        (torch.ones(2, 4, dtype=torch.bool), "must be int64 token ids; got torch.bool"),
+        (np.zeros((2, 4)), "must be int64 token ids; got torch.float64"),
+        (np.zeros(4, dtype=int), r"must be \[n_samples, seq_len\] and not empty; got \(4,\)"),
+        ({"input_ids": [[1, 2], [3, 4, 5]]}, "input_ids has rows of 2 to 3 tokens.*pad the rows, or give text"),
+        ({"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1], [1, 1]]}, "attention_mask has rows of 1 to 2 tokens"),
+        ({"input_ids": ["a", "b"]}, "input_ids has what is no number"),
+        (pandas.DataFrame({"id": [1], "length": [2]}), "has the columns id, length; name one of text"),
+        (pandas.Series([1, 2]), "has the columns text; name one of text"),
+        (torch.full((2, 4), -100), "hold token -100, and tokens start at 0"),
         (torch.full((2, 4), 300), r"token 300.*vocabulary of 300"),
     ],
 )
