@@ -22,6 +22,10 @@ from .statistics import Observer, SiteStatistics, collect_statistics
 from .utils import progress
 
 
+# A model is run for its hidden states or logits, whatever else its config asks for: stand-ins return no attentions.
+_PLAINLY = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
+
+
 class Stop(Exception):
     """Ends a forward pass in front of a module.
 
@@ -181,7 +185,7 @@ class LayerRunner:
         with self._standing_in(lambda *_args, **_kwargs: output):
             device = self.device
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-            return self._model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
+            return self._model(input_ids=batch.input_ids.to(device), attention_mask=mask, **_PLAINLY).logits
 
     @contextmanager
     def _standing_in(self, output: Callable[..., Any]) -> Iterator[None]:
@@ -219,7 +223,7 @@ class LayerRunner:
         self._model.base_model(
             input_ids=input_ids.to(device),
             attention_mask=None if mask is None else mask.to(device),
-            use_cache=False,
+            **_PLAINLY,
         )
 
 

@@ -29,7 +29,15 @@ def model_nll(
     device = input_device(model)
     input_ids = input_ids.to(device)
     attention_mask = None if attention_mask is None else attention_mask.to(device)
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        use_cache=False,
+        # Whatever the config asks for: states and attentions of every layer would be held for nothing.
+        output_attentions=False,
+        output_hidden_states=False,
+        return_dict=True,
+    ).logits
     return next_token_nll(logits, input_ids, attention_mask, first)
 
 

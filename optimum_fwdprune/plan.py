@@ -66,6 +66,8 @@ class PruningPlan:
                 raise ValueError(
                     f"Layer {layer} {kind}: kept units must be sorted, different and in [0, {total}); got {units}."
                 )
+        # As they come back from a file, and as torch takes an index along one axis, which a tuple is not.
+        object.__setattr__(self, "kept", {key: list(units) for key, units in self.kept.items()})
 
     def removed(self, key: SiteKey) -> list[int]:
         """Return the units of a site that go, sorted."""

@@ -339,7 +339,7 @@ class FwdPruner:
         kept = {f"{layer}.{kind}": units for (layer, kind), units in plan.kept.items()}
         workspace = Workspace(self._offload_folder, checkpoint.folder("streamed", calibration, kept=kept))
         with naming_what_is_full(workspace.folder):
-            done = cut_streamed(model, sites, plan, request, calibration, statistics, workspace.folder, seconds)
+            done = cut_streamed(model, sites, plan, request, calibration, statistics, workspace, seconds)
         # The weights of the model are there.
         self._workspace, self._streamed = workspace, done.model
         return done

@@ -56,6 +56,10 @@ class Workspace:
         self._temporary = tempfile.TemporaryDirectory(prefix=".fwdprune-", dir=parent)
         self.folder = Path(self._temporary.name)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
+        # Copies of a model read from the same files.
+        return self
+
     def copy_checkpoint(self, folder: Path) -> None:
         """Copy the checkpoint to `folder`, which is no more than another name for the files on the same disk."""
         for file in (self.folder / CHECKPOINT).iterdir():
@@ -93,13 +97,13 @@ def cut_streamed(
     config: PruningConfig,
     calibration: Calibration | None,
     statistics: Mapping[SiteKey, SiteStatistics],
-    folder: Path,
+    workspace: Workspace,
     seconds: dict[str, float],
 ) -> Cut:
     """Reconstruct, cut, check and write layer after layer, and return the pruned model, whose layers stay on disk.
 
-    What one layer needs is in memory at a time, beside embeddings and head. In `folder` are then the checkpoint, in
-    one file of weights per layer and one for the rest, and what a run that was interrupted goes on from.
+    What one layer needs is in memory at a time, beside embeddings and head. In the workspace are then the checkpoint,
+    in one file of weights per layer and one for the rest, and what a run that was interrupted goes on from.
 
     Args:
         model (`PreTrainedModel`): the dense model, its layers offloaded; it is not changed.
@@ -108,7 +112,7 @@ def cut_streamed(
         config (`PruningConfig`): the reconstruction.
         calibration (`Calibration`, *optional*): the tokens that it needs.
         statistics (mapping of site key to `SiteStatistics`): moments, where they were gathered before.
-        folder (`Path`): where to work.
+        workspace (`Workspace`): where to work; it lives as long as the pruned model.
         seconds (`dict[str, float]`): time by stage, added to.
 
     Raises:
@@ -116,6 +120,7 @@ def cut_streamed(
         RuntimeError: where the pruned model does not compute what the masked one computes.
     """
     plan.check_matches(sites, model.config.model_type)
+    folder = workspace.folder
     pruned = empty_pruned_model(model, sites, plan.kept, kinds_with_bias(sites, plan.kept, config))
     weights = _Weights(folder / CHECKPOINT, model, pruned)
     cuts = plan_cuts(sites, plan.kept)
@@ -139,8 +144,13 @@ def cut_streamed(
     if details:
         plan = dataclasses.replace(plan, metadata={**plan.metadata, "reconstructed": details})
     loaded: PreTrainedModel = type(pruned).from_pretrained(
-        weights.folder, device_map=on_disk(model, model.device), dtype=model.dtype
+        weights.folder,
+        device_map=on_disk(model, model.device),
+        dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
     )
+    # It reads its layers there whenever it runs, also when its pruner is gone.
+    loaded.__dict__["_workspace"] = workspace
     # Where it lies now is nobody's business.
     loaded.config._name_or_path = model.config._name_or_path
     return Cut(loaded.train(model.training), plan, difference)

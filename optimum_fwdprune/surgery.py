@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -71,13 +72,45 @@ def empty_pruned_model(
     model: PreTrainedModel, sites: list[Site], kept: Mapping[SiteKey, list[int]], with_bias: set[str]
 ) -> PreTrainedModel:
     """Build the pruned counterpart of `model` without weights, on the meta device; the arguments are those of
-    `pruned_config`."""
+    `pruned_config`.
+
+    Raises:
+        ValueError: where the weights of `model` are not those that its class and config say.
+    """
+    _check_tie(model)
     config = pruned_config(model, sites, kept, with_bias)
     with torch.device("meta"):
         pruned = get_architecture(model.config).pruned_class(model)(config)
     if model.can_generate():
-        pruned.generation_config = model.generation_config
+        pruned.generation_config = copy.deepcopy(model.generation_config)
+    _check_names(model, pruned)
     return pruned
+
+
+def _check_tie(model: PreTrainedModel) -> None:
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    # Offloaded weights are not told apart by where they lie.
+    if head is None or embeddings is None or head.weight.is_meta or embeddings.weight.is_meta:
+        return
+    # A class that never ties has no such keys, whatever its config says.
+    tied = bool(model.get_expanded_tied_weights_keys())  # type: ignore[operator]
+    shared = head.weight.data_ptr() == embeddings.weight.data_ptr()
+    if tied != shared:
+        raise ValueError(
+            f"The config has tie_word_embeddings={tied}, and the head and the embeddings are "
+            f"{'one tensor' if shared else 'two tensors'}. Set model.config.tie_word_embeddings to {shared} first."
+        )
+
+
+def _check_names(model: PreTrainedModel, pruned: PreTrainedModel) -> None:
+    known = {name for name, _ in pruned.named_parameters(remove_duplicate=False)}
+    added = [name for name, _ in model.named_parameters() if name not in known]
+    if added:
+        raise ValueError(
+            f"The model has {len(added)} parameters that {type(pruned).__name__} lacks, {added[0]} the first. Remove "
+            f"what added them to {type(model).__name__}, or merge it into the weights, and prune then."
+        )
 
 
 def replaced_parameters(sites: Iterable[Site], projections: Mapping[SiteKey, Projection]) -> dict[str, torch.Tensor]:
@@ -116,7 +149,8 @@ def prune_model(
         inplace (`bool`, defaults to `True`): `False` leaves the dense model whole and copies what both need.
 
     Raises:
-        ValueError: where the plan does not fit the model.
+        ValueError: where the plan does not fit the model, or its weights are not those that its class and config say;
+            the model is whole then.
     """
     projections = projections or {}
     plan.check_matches(sites, model.config.model_type)
@@ -138,7 +172,9 @@ def prune_model(
         if inplace and value.data_ptr() != parameter.data_ptr():
             parameter.data = parameter.data.new_empty(0)
     for name, value in replaced.items():
-        set_parameter(pruned, name, value, requires_grad=True)
+        # Biases that the dense model lacks; a frozen one stays frozen.
+        weight = pruned.get_parameter(f"{name.rpartition('.')[0]}.weight")
+        set_parameter(pruned, name, value, weight.requires_grad)
     for name, buffer in model.named_buffers():
         parent, _, leaf = name.rpartition(".")
         setattr(pruned.get_submodule(parent), leaf, buffer if inplace else buffer.clone())

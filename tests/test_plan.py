@@ -1,5 +1,6 @@
 """Plans on disk, and plans that fit no model."""
 
+import dataclasses
 import json
 
 import pytest
@@ -21,6 +22,18 @@ def test_a_plan_survives_the_disk(plan, tmp_path):
 
     assert PruningPlan.load(tmp_path / "plan.json") == plan
     assert PruningPlan.load(tmp_path) == plan
+
+
+def test_units_may_be_tuples(plan):
+    tuples = dataclasses.replace(plan, kept={key: tuple(units) for key, units in plan.kept.items()})
+
+    assert tuples == plan
+
+
+def test_a_site_keeps_the_units_of_a_tuple():
+    site = find_sites(tiny.make_model("llama_gqa_biases"))[1]
+
+    assert site.unit_mask((0, 3)).nonzero().flatten().tolist() == [0, 3]
 
 
 def test_removed_units(plan):

@@ -1,5 +1,7 @@
 """Models that stay on disk: the same plan and the same weights as in memory, one layer in memory at a time."""
 
+import copy
+import gc
 import json
 import os
 import signal
@@ -72,6 +74,44 @@ def test_streamed_equals_in_memory_bit_for_bit(checkpoint, tokens, tmp_path, nam
         assert torch.equal(found[key], tensor), key
     for file in ("fwdprune_plan.json", "config.json", "generation_config.json"):
         assert json_of(disk, file) == json_of(memory, file)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_model_keeps_its_files_as_long_as_it_lives(llama, tokens, tokenizer, tmp_path, copied):
+    # The warning that there is none would be recorded, and with it the error and all that its frames hold.
+    tokenizer.save_pretrained(llama)
+    work = tmp_path / "work"
+    pruner = FwdPruner.from_pretrained(llama, low_memory=True, offload_folder=work)
+    model = pruner.prune(PruningConfig(method="magnitude", reconstruction="none", sparsity=0.4))
+    expected = model(tokens).logits
+    if copied:
+        model = copy.deepcopy(model)
+    del pruner
+    gc.collect()
+
+    assert torch.equal(model(tokens).logits, expected)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(tokens).logits, expected)
+    del model
+    gc.collect()
+    assert not list(work.glob(".fwdprune-*"))
+
+
+def test_the_attention_implementation_stays(llama):
+    pruner = FwdPruner.from_pretrained(llama, low_memory=True, attn_implementation="eager")
+    model = pruner.prune(PruningConfig(method="magnitude", reconstruction="none", sparsity=0.4))
+
+    assert model.config._attn_implementation == "eager"
+    assert {layer.self_attn.config._attn_implementation for layer in decoder_layers(model)} == {"eager"}
+
+
+def test_a_config_that_ties_what_the_checkpoint_has_apart_is_refused(llama):
+    config = json_of(llama, "config.json")
+    (llama / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    pruner = FwdPruner.from_pretrained(llama, low_memory=True)
+    with pytest.raises(ValueError, match=r"tie_word_embeddings=True.*two tensors"):
+        pruner.prune(PruningConfig(method="magnitude", reconstruction="none"))
 
 
 def test_one_layer_at_a_time_is_in_memory(llama, tokens, monkeypatch):

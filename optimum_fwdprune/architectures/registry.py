@@ -77,15 +77,18 @@ class Architecture:
         """Return every site of `model`, layer by layer, attention before MLP."""
         if attention_unit not in ATTENTION_UNITS:
             raise ValueError(f"attention_unit must be one of {', '.join(ATTENTION_UNITS)}; got {attention_unit!r}.")
+        _check_no_adapters(model)
         found = []
         for index, (path, layer) in enumerate(self.layers(model)):
             found += [self.attention.site(index, path, layer, attention_unit), self.mlp.site(index, path, layer)]
         for site in found:
-            if not isinstance(site.projection, nn.Linear) or not site.projection.weight.is_floating_point():
-                raise ValueError(
-                    f"{site.projection_name} is a {type(site.projection).__name__} with "
-                    f"{site.projection.weight.dtype} weights, which cannot be cut. Load the model unquantized."
-                )
+            for coupling in (*site.couplings, *site.shared):
+                linear = coupling.linear
+                if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+                    raise ValueError(
+                        f"{coupling.name} is a {type(linear).__name__} with {linear.weight.dtype} weights, which "
+                        f"cannot be cut. Load the model unquantized."
+                    )
         return found
 
     def layer_sizes(self, model: PreTrainedModel, sites: list[Site], kept: dict) -> dict[int, dict]:
@@ -101,6 +104,18 @@ class Architecture:
             )
             sizes[site.layer].update(entry)
         return sizes
+
+
+def _check_no_adapters(model: PreTrainedModel) -> None:
+    """Raise `ValueError` where PEFT has put adapters around modules of `model`."""
+    for name, _ in model.named_parameters():
+        # What PEFT calls the module inside an adapter, and the one beside a trained copy.
+        for inner in (".base_layer.", ".original_module."):
+            if inner in name:
+                raise ValueError(
+                    f"{name.partition(inner)[0]} has an adapter around it, which cannot be cut: merge the adapters "
+                    f"first (merge_and_unload)."
+                )
 
 
 _ARCHITECTURES: dict[str, Architecture] = {}

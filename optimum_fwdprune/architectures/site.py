@@ -151,7 +151,8 @@ class Site:
     def unit_mask(self, kept: Sequence[int]) -> torch.Tensor:
         """Return a bool tensor `[num_units]`, true for the units `kept`."""
         mask = torch.zeros(self.num_units, dtype=torch.bool)
-        mask[kept] = True
+        # A tuple would be one index along several axes.
+        mask[list(kept)] = True
         return mask
 
     def feature_mask(self, unit_mask: torch.Tensor) -> torch.Tensor:
