@@ -19,7 +19,9 @@ from .architectures import is_pruned
 Shapes = dict[str, tuple[int, ...]]
 
 
-def check_checkpoint(model_id: str | Path, config: PreTrainedConfig, where: Mapping[str, Any]) -> None:
+def check_checkpoint(
+    model_id: str | Path, config: PreTrainedConfig, where: Mapping[str, Any], auto_class: Any = AutoModelForCausalLM
+) -> None:
     """Compare what the config describes with the headers of the safetensors files: names, shapes, and how much there
     is in all. What a config alone claims could fill any memory, and what it leaves out would be drawn at random.
 
@@ -29,6 +31,7 @@ def check_checkpoint(model_id: str | Path, config: PreTrainedConfig, where: Mapp
         model_id (`str` or `Path`): folder, or repository of the Hub, whose files are fetched into the cache.
         config (`PreTrainedConfig`): its config.
         where (mapping): `revision`, `token`, `cache_dir`, `subfolder` and the like.
+        auto_class (`type`, defaults to `AutoModelForCausalLM`): of the task that it is loaded for.
 
     Raises:
         OSError: where a file is damaged or not there, naming it.
@@ -38,7 +41,7 @@ def check_checkpoint(model_id: str | Path, config: PreTrainedConfig, where: Mapp
     if not files:
         return
     found = _shapes_of(files)
-    described = _described_by(config, len(found), files[0].parent)
+    described = _described_by(config, auto_class, len(found), files[0].parent)
     if getattr(config, "quantization_config", None) is not None:
         return
     for name in sorted(described.keys() & found.keys()):
@@ -99,7 +102,7 @@ def _shapes_of(files: Iterable[Path]) -> Shapes:
     return shapes
 
 
-def _described_by(config: PreTrainedConfig, tensors: int, folder: Path) -> Shapes:
+def _described_by(config: PreTrainedConfig, auto_class: Any, tensors: int, folder: Path) -> Shapes:
     """Names and shapes of the parameters that a config describes; those that are tied count once."""
     layers = config.get_text_config().num_hidden_layers
     # Even without weights a layer takes time and memory.
@@ -107,7 +110,7 @@ def _described_by(config: PreTrainedConfig, tensors: int, folder: Path) -> Shape
         raise ValueError(f"{folder / 'config.json'} describes {layers} layers, and the weights are {tensors} tensors.")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class.from_config(config)
     except Exception as error:
         raise ValueError(f"{folder / 'config.json'} describes no model: {type(error).__name__}: {error}.") from error
     tied = getattr(model, "all_tied_weights_keys", {})

@@ -15,11 +15,11 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from .architectures import Site, get_architecture
 
 
-def device_map_on_disk(config: PreTrainedConfig) -> dict[str, str]:
-    """Return the `device_map` that leaves the decoder layers of a causal language model on disk and puts all else
+def device_map_on_disk(config: PreTrainedConfig, auto_class: Any = AutoModelForCausalLM) -> dict[str, str]:
+    """Return the `device_map` that leaves the decoder layers of a model of this task on disk and puts all else
     where it computes: the accelerator, or the CPU where there is none."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class.from_config(config)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return on_disk(model, accelerator or "cpu")
 

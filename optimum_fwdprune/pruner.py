@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from . import ranks
@@ -24,7 +24,7 @@ from .evaluation import Comparison
 from .export.stock import STOCK, check_stock_layout, check_stock_request
 from .hub import Base, check_name, upload
 from .latency import LatencyCost, LatencyTable, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
-from .loading import ACCESS, WHERE, load_causal_lm
+from .loading import ACCESS, WHERE, auto_class_of, load_for_task
 from .methods import PruningConfig
 from .offloading import check_readable, device_map_on_disk
 from .plan import PruningPlan
@@ -104,7 +104,9 @@ class FwdPruner:
 
     @classmethod
     def from_pretrained(cls, model_id: str | Path, *, low_memory: bool = False, **kwargs) -> FwdPruner:
-        """Load a causal language model and its tokenizer; of a pruned checkpoint also its plan and request.
+        """Load a model and its tokenizer; of a pruned checkpoint also its plan and request.
+
+        It is loaded for the task that the checkpoint was saved for, a causal language model where it does not say.
 
         Args:
             model_id (`str` or `Path`): repository of the Hub, or folder.
@@ -112,7 +114,7 @@ class FwdPruner:
                 writes one after the other, and the pruned model's stay on disk too: one layer is in memory at a time,
                 beside embeddings, head and statistics. Temporary files lie in `offload_folder`, by default that of
                 the system.
-            kwargs: for `AutoModelForCausalLM.from_pretrained`: `dtype` (the checkpoint's by default), `device_map`,
+            kwargs: for the Auto class's `from_pretrained`: `dtype` (the checkpoint's by default), `device_map`,
                 `attn_implementation`, `gguf_file`, `revision`, `token`, `trust_remote_code`, ...
 
         Raises:
@@ -122,21 +124,22 @@ class FwdPruner:
         """
         kwargs.setdefault("dtype", "auto")
         shared = {name: kwargs[name] for name in (*WHERE, "trust_remote_code") if name in kwargs}
+        auto_class: Any = AutoModelForCausalLM
         if "gguf_file" in kwargs:
             # Reading the config of a GGUF file costs as much as reading all of it.
             shared["gguf_file"] = kwargs["gguf_file"]
         else:
             # A family that is not supported fails before gigabytes are read.
             config = AutoConfig.from_pretrained(model_id, **shared)
-            get_architecture(config)
+            auto_class = auto_class_of(config)
         if low_memory:
             if "gguf_file" in kwargs or "device_map" in kwargs:
                 raise ValueError(
                     "low_memory=True reads the decoder layers from safetensors files, one by one; leave out gguf_file "
                     "and device_map."
                 )
-            kwargs["device_map"] = device_map_on_disk(config)
-        model = load_causal_lm(model_id, **kwargs)
+            kwargs["device_map"] = device_map_on_disk(config, auto_class)
+        model = load_for_task(model_id, auto_class, **kwargs)
         try:
             tokenizer = AutoTokenizer.from_pretrained(model_id, **shared)
         except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import optimum_fwdprune.models
 from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune.loading import load_causal_lm
 
 
 RELOAD = Path(__file__).parents[1] / "scripts" / "reload.py"
@@ -191,3 +192,34 @@ def test_beam_search_equals_that_of_the_masked_dense_model(tokens, architecture_
         expected = dense.generate(**prompt, **options)
 
     assert torch.equal(pruned.generate(**prompt, **options), expected)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize(("name", "task"), [*(("llama_mha_tied", task) for task in TASKS), ("bloom", TASKS[2])])
+@torch.no_grad()
+def test_the_pruner_opens_a_checkpoint_for_the_task_that_it_was_saved_for(name, task, low_memory, tokens, tmp_path):
+    """A head that was dropped, or drawn at random, would be noticed by nobody."""
+    model = tiny.make_model(name, getattr(transformers, task), pad_token_id=0)
+    # Beside tied embeddings a bare model is a whole language model.
+    dense_class = type(tiny.make_model(name)) if task == "AutoModel" else type(model)
+    model.save_pretrained(tmp_path / "dense")
+    opened = FwdPruner.from_pretrained(tmp_path / "dense", low_memory=low_memory)
+    assert type(opened.model) is dense_class
+    assert torch.equal(opened.model.base_model(tokens)[0], model.base_model(tokens)[0])
+
+    pruner = FwdPruner(model)
+    pruned = pruner.prune(REQUESTS["uniform"], tokens)
+    pruner.save_pretrained(tmp_path / "pruned")
+    again = FwdPruner.from_pretrained(tmp_path / "pruned", low_memory=low_memory)
+    assert type(again.model) is type(pruned)
+    assert torch.equal(again.model(tokens)[0], pruned(tokens)[0])
+
+
+def test_a_pruned_classifier_is_no_language_model(tokens, tmp_path):
+    pruner = FwdPruner(tiny.make_model("llama_mqa", transformers.AutoModelForSequenceClassification, pad_token_id=0))
+    pruner.prune(REQUESTS["uniform"], tokens)
+    pruner.save_pretrained(tmp_path / "pruned")
+    with pytest.raises(
+        ValueError, match=r"PrunedLlamaForSequenceClassification, and .*AutoModelForSequenceClassification loads it"
+    ):
+        load_causal_lm(tmp_path / "pruned")
