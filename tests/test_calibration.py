@@ -123,7 +123,8 @@ def test_a_split_of_several_is_taken(model, tokenizer):
 
 def test_strings_of_pandas_and_numpy_are_read(model, tokenizer):
     expected = windows(model, tokenizer, TEXTS).input_ids
-    frame = pandas.DataFrame({"id": range(61), "text": [None, *TEXTS]})
+    # A title is not taken for the text that the first row lacks.
+    frame = pandas.DataFrame({"title": ["some title"] * 61, "text": [None, *TEXTS]})
     for source in (frame, frame.text, pandas.Series(TEXTS), np.array(TEXTS), np.array(TEXTS, dtype=object)):
         assert torch.equal(windows(model, tokenizer, source).input_ids, expected)
 
