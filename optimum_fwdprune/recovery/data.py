@@ -65,7 +65,8 @@ def training_data(
         raise ValueError(f"max_length={length} is more than the {longest} positions that the model knows.")
     if hasattr(source, "tolist"):
         source = {"input_ids": source.tolist()}
-    if isinstance(source, Mapping):
+    # Of a mapping of splits one is taken below.
+    if isinstance(source, Mapping) and not any(hasattr(values, "column_names") for values in source.values()):
         source = Dataset.from_dict(dict(source))
     name, rows = open_rows(source, options.dataset_config, options.dataset_split)
     iterator = iter(rows)

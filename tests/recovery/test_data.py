@@ -180,3 +180,15 @@ def test_templates_that_rewrite_what_came_before_are_refused(chatty):
     chatty.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="changes what stands before an answer"):
         training_data([{"messages": CHAT}], chatty, options(max_length=64))
+
+
+def test_of_a_dataset_of_splits_the_named_one_is_taken(tokenizer):
+    splits = {
+        name: datasets.Dataset.from_dict({"text": [f"the {name} fox jumps over"] * 9}) for name in ("train", "test")
+    }
+    both = datasets.DatasetDict(splits)
+    for name in splits:
+        found = training_data(both, tokenizer, options(dataset_split=name))
+        assert found.to_dict() == training_data(splits[name], tokenizer, options()).to_dict()
+    with pytest.raises(ValueError, match="has no split 'dev'; it has train, test"):
+        training_data(both, tokenizer, options(dataset_split="dev"))
