@@ -43,7 +43,7 @@ def probe_batch(model: PreTrainedModel, calibration: Calibration | None) -> torc
     """Return a few tokens to compare on, `[1 or 2, at most 32]` int64: calibration text where there is some."""
     config = model.config.get_text_config()
     # Classifiers take several rows only where they can tell padding.
-    rows = 1 if config.pad_token_id is None else 2
+    rows = 2 if model.can_generate() or config.pad_token_id is not None else 1
     if calibration is not None and calibration.attention_mask is None:
         return calibration.input_ids[:rows, :32]
     generator = torch.Generator().manual_seed(0)
