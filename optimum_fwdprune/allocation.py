@@ -174,10 +174,11 @@ def allocate(
         pools = _pools([steps[key] for key in keys], part, config.scope)
         _check_reachable(pools, part, total, config, 1 + max(site.layer for site in sites))
         # Rounded up in every layer, a target would be overshot as often as there are layers.
-        surplus, alike = 0, not part.at_least or config.layout == "stock"
+        makes_up = part.at_least and config.layout != "stock"
+        surplus = 0
         for pool, target in pools:
             left = _fill(pool, replace(target, amount=target.amount - surplus), cuts, config.budget)
-            surplus = 0 if alike else left
+            surplus = left if makes_up else 0
     return {
         site.key: steps[site.key].kept(cuts[site.key]) if site.key in steps else list(range(site.num_units))
         for site in sites

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -20,7 +20,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def check_checkpoint(
-    model_id: str | Path, config: PreTrainedConfig, where: Mapping[str, Any], auto_class: Any = AutoModelForCausalLM
+    model_id: str | Path, config: PreTrainedConfig, where: Mapping[str, Any], auto_class: Any
 ) -> None:
     """Compare what the config describes with the headers of the safetensors files: names, shapes, and how much there
     is in all. What a config alone claims could fill any memory, and what it leaves out would be drawn at random.
@@ -31,7 +31,7 @@ def check_checkpoint(
         model_id (`str` or `Path`): folder, or repository of the Hub, whose files are fetched into the cache.
         config (`PreTrainedConfig`): its config.
         where (mapping): `revision`, `token`, `cache_dir`, `subfolder` and the like.
-        auto_class (`type`, defaults to `AutoModelForCausalLM`): of the task that it is loaded for.
+        auto_class (`type`): of the task that it is loaded for.
 
     Raises:
         OSError: where a file is damaged or not there, naming it.

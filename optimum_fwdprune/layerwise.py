@@ -19,11 +19,7 @@ from .checkpoints import Checkpoint, State
 from .offloading import input_device, is_offloaded, resident
 from .shelves import Shelf
 from .statistics import Observer, SiteStatistics, collect_statistics
-from .utils import progress
-
-
-# A model is run for its hidden states or logits, whatever else its config asks for: stand-ins return no attentions.
-_PLAINLY = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
+from .utils import PLAIN_OUTPUTS, progress
 
 
 class Stop(Exception):
@@ -185,7 +181,7 @@ class LayerRunner:
         with self._standing_in(lambda *_args, **_kwargs: output):
             device = self.device
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-            return self._model(input_ids=batch.input_ids.to(device), attention_mask=mask, **_PLAINLY).logits
+            return self._model(input_ids=batch.input_ids.to(device), attention_mask=mask, **PLAIN_OUTPUTS).logits
 
     @contextmanager
     def _standing_in(self, output: Callable[..., Any]) -> Iterator[None]:
@@ -223,7 +219,7 @@ class LayerRunner:
         self._model.base_model(
             input_ids=input_ids.to(device),
             attention_mask=None if mask is None else mask.to(device),
-            **_PLAINLY,
+            **PLAIN_OUTPUTS,
         )
 
 

@@ -25,10 +25,11 @@ def auto_class_of(config: PreTrainedConfig) -> Any:
 
     A dense bare model counts as a causal language model: where embeddings are tied nothing is missing.
     """
+    pruned = is_pruned(config)
     for candidate in get_architecture(config).model_classes:
-        known = (candidate.__name__,) if is_pruned(config) else (candidate.__bases__[-1].__name__,)
+        known = candidate if pruned else candidate.__bases__[-1]
         found = getattr(transformers, str(candidate._auto_class))
-        if (config.architectures or [""])[0] in known and (is_pruned(config) or found is not AutoModel):
+        if known.__name__ in (config.architectures or [])[:1] and (pruned or found is not AutoModel):
             return found
     return AutoModelForCausalLM
 
@@ -55,10 +56,10 @@ def load_for_task(model_id: str | Path, auto_class: Any, **kwargs: Any) -> PreTr
     unchecked = "gguf_file" in kwargs or kwargs.get("trust_remote_code")
     if not unchecked and find_adapter_config_file(str(model_id), **where) is None:
         config = AutoConfig.from_pretrained(model_id, **where)
-        if is_pruned(config) and auto_class_of(config) is not auto_class:
+        if is_pruned(config) and (own := auto_class_of(config)) is not auto_class:
             raise ValueError(
                 f"{model_id} is a {config.architectures[0]}, and {auto_class.__name__} would load something else; "
-                f"{auto_class_of(config).__name__} loads it."
+                f"{own.__name__} loads it."
             )
         check_checkpoint(model_id, config, where, auto_class)
     return auto_class.from_pretrained(model_id, **kwargs)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .offloading import input_device
+from .utils import PLAIN_OUTPUTS
 
 
 # Logits that are turned into probabilities at once; a second copy of all of them would double the peak.
@@ -29,15 +30,7 @@ def model_nll(
     device = input_device(model)
     input_ids = input_ids.to(device)
     attention_mask = None if attention_mask is None else attention_mask.to(device)
-    logits = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        use_cache=False,
-        # Whatever the config asks for: states and attentions of every layer would be held for nothing.
-        output_attentions=False,
-        output_hidden_states=False,
-        return_dict=True,
-    ).logits
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, **PLAIN_OUTPUTS).logits
     return next_token_nll(logits, input_ids, attention_mask, first)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from .architectures import Site, get_architecture
 
 
-def device_map_on_disk(config: PreTrainedConfig, auto_class: Any = AutoModelForCausalLM) -> dict[str, str]:
+def device_map_on_disk(config: PreTrainedConfig, auto_class: Any) -> dict[str, str]:
     """Return the `device_map` that leaves the decoder layers of a model of this task on disk and puts all else
     where it computes: the accelerator, or the CPU where there is none."""
     with torch.device("meta"):

@@ -43,7 +43,7 @@ def open_rows(source: Any, config: str | None = None, split: str = "train") -> t
         if path.suffix in FILE_LOADERS or path.exists():
             return path.name, _file_rows(path)
         return str(source), load_rows(str(source), config, split)
-    if isinstance(source, Mapping) and source and all(hasattr(rows, "column_names") for rows in source.values()):
+    if holds_splits(source):
         if split not in source:
             raise ValueError(
                 f"The dataset has no split {split!r}; it has {', '.join(map(str, source))}. Name one as dataset_split."
@@ -61,6 +61,13 @@ def open_rows(source: Any, config: str | None = None, split: str = "train") -> t
         return "dataset", source
     raise ValueError(
         f"Cannot read a {type(source).__name__}. Give a name, a file, a list of strings or a datasets.Dataset."
+    )
+
+
+def holds_splits(source: Any) -> bool:
+    """Whether a source is a mapping of datasets, of which `split` names one."""
+    return (
+        isinstance(source, Mapping) and bool(source) and all(hasattr(each, "column_names") for each in source.values())
     )
 
 

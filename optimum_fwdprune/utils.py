@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 # The one metadata entry of our safetensors files.
 METADATA_KEY = "fwdprune"
 
+# How models are run for hidden states or logits, whatever else their configs ask for: states and attentions of every
+# layer would be held for nothing, and layers that stand in for others return none.
+PLAIN_OUTPUTS = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
+
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` through a temporary sibling, so that no reader ever sees half of it."""

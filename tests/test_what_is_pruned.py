@@ -64,21 +64,15 @@ def test_parameters_that_the_family_lacks_are_refused():
     assert refused(model, r"1 parameters that PrunedLlamaForCausalLM lacks, model\.norm\.bias")
 
 
-def test_a_config_that_ties_two_tensors_is_refused():
-    model = tiny.make_model("llama_gqa_biases")
-    model.config.tie_word_embeddings = True
-    assert refused(model, "tie_word_embeddings=True.*two tensors")
+@pytest.mark.parametrize(
+    ("name", "claimed", "found"), [("llama_gqa_biases", True, "two tensors"), ("llama_mha_tied", False, "one tensor")]
+)
+def test_a_config_that_contradicts_the_tie_is_refused(name, claimed, found):
+    model = tiny.make_model(name)
+    model.config.tie_word_embeddings = claimed
+    assert refused(model, f"tie_word_embeddings={claimed}.*{found}")
 
-    model.config.tie_word_embeddings = False
-    FwdPruner(model).prune(DATA_FREE)
-
-
-def test_a_config_that_does_not_tie_one_tensor_is_refused():
-    model = tiny.make_model("llama_mha_tied")
-    model.config.tie_word_embeddings = False
-    assert refused(model, "tie_word_embeddings=False.*one tensor")
-
-    model.config.tie_word_embeddings = True
+    model.config.tie_word_embeddings = not claimed
     FwdPruner(model).prune(DATA_FREE)
 
 

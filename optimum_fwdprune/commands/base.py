@@ -7,7 +7,7 @@ import io
 import sys
 import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -199,21 +199,21 @@ def evaluation_options(args: Namespace) -> dict[str, Any]:
     """Return these, with the texts read, for `evaluate` and `compare`."""
     from optimum_fwdprune.texts import open_texts
 
-    texts: dict[str, list[str]] = {}
     opened = [open_texts(source, args.text_config, args.text_split, args.text_column) for source in args.text]
-    names = [name for name, _ in opened]
-    for source, (name, pieces) in zip(args.text, opened):
-        # Files of one name in two folders are two texts.
-        texts[check_new(source if names.count(name) > 1 else name, texts, "--text")] = list(pieces)
-    others = ("tasks", "max_length", "stride", "batch_size", "num_fewshot", "limit", "apply_chat_template")
-    return {"texts": texts} | {name: getattr(args, name) for name in others}
+    short = [name for name, _ in opened]
+    # Files of one name in two folders are two texts.
+    called = [source if short.count(name) > 1 else name for source, name in zip(args.text, short)]
+    check_different(called, "--text")
+    texts = {name: list(pieces) for name, (_, pieces) in zip(called, opened)}
+    names = ("tasks", "max_length", "stride", "batch_size", "num_fewshot", "limit", "apply_chat_template")
+    return {"texts": texts} | {name: getattr(args, name) for name in names}
 
 
-def check_new(name: str, known: Collection[str], given_as: str) -> str:
-    """Return `name`, which must not be among the others that were given."""
-    if name in known:
-        raise ValueError(f"{given_as} names {name} twice.")
-    return name
+def check_different(names: Sequence[str], given_as: str) -> None:
+    """Raise `ValueError` where a name is given twice."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{given_as} names {name} twice.")
 
 
 def add_speed_options(parser: ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from .base import (
     add_evaluation_options,
     add_loading_options,
     add_speed_options,
-    check_new,
+    check_different,
     evaluation_options,
     load_model,
     load_tokenizer,
@@ -19,8 +19,6 @@ from .base import (
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from optimum_fwdprune.evaluation import Comparison
 
 
@@ -93,9 +91,8 @@ def compare_models(names: list[str], args: Namespace) -> Comparison:
     """Measure models against the first, with the options of quality, speed and loading."""
     from optimum_fwdprune.evaluation import compare
 
+    check_different(names, "This comparison")
     options = evaluation_options(args)
     tokenizer = load_tokenizer(names[0], args)
-    models: dict[str, PreTrainedModel] = {}
-    for name in names:
-        models[check_new(name, models, "This comparison")] = load_model(name, args)
+    models = {name: load_model(name, args) for name in names}
     return compare(models, tokenizer, **options, **speed_options(args))

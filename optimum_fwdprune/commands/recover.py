@@ -84,7 +84,6 @@ class RecoverCommand(Command):
         own = {field.name: given[field.name] for field in dataclasses.fields(RecoveryOptions) if field.name in given}
         RecoveryOptions(**own).check()
         check_output_folder(self.args.output, self.args.overwrite)
-        self._training_folder()
 
         from optimum_fwdprune.pruner import FwdPruner
 
@@ -134,10 +133,9 @@ class RecoverCommand(Command):
             # Later releases of transformers warn of the older name.
             name = next(each for each in ("activation_checkpointing", "gradient_checkpointing") if each in known)
             words += [f"--{name}", "true"]
-        output_dir = self._training_folder()
         parser: Any = HfArgumentParser(RecoveryArguments, exit_on_error=False)  # type: ignore[arg-type]
         try:
-            (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", output_dir, *words])
+            (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", self._training_folder(), *words])
         except ArgumentError as error:
             # Not with the usage of all that TrainingArguments knows.
             raise ValueError(str(error)) from error

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..texts import detokenize, open_rows
+from ..texts import detokenize, holds_splits, open_rows
 from .options import RecoveryOptions
 
 
@@ -65,8 +65,7 @@ def training_data(
         raise ValueError(f"max_length={length} is more than the {longest} positions that the model knows.")
     if hasattr(source, "tolist"):
         source = {"input_ids": source.tolist()}
-    # Of a mapping of splits one is taken below.
-    if isinstance(source, Mapping) and not any(hasattr(values, "column_names") for values in source.values()):
+    if isinstance(source, Mapping) and not holds_splits(source):
         source = Dataset.from_dict(dict(source))
     name, rows = open_rows(source, options.dataset_config, options.dataset_split)
     iterator = iter(rows)
