@@ -23,7 +23,8 @@ class Linearized:
     """What small changes D_k of the sources do to the output y = W a on some tokens: Σ_k W (s_k ∘ D_k x).
 
     A source that holds the rows of several, as one linear for gate and up, counts as several. What a 16-bit model
-    computed stays in 16 bit, which halves most of the memory; sums and products are in the dtype of W, float32.
+    computed stays in 16 bit, which halves most of the memory. Products are in bfloat16 where the model is, several times
+    as fast as in float32: steps are few and damped, and held-out tokens judge them. Sums over batches are in float32.
 
     Args:
         inputs (`Tensor[tokens, in_features]`): x, what all sources read.
@@ -37,14 +38,20 @@ class Linearized:
 
     def outputs(self, changes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return what `changes`, `[sources, kept, in_features]`, do to the output: `[tokens, out_features]`."""
-        inputs = self.inputs.to(weight.dtype)
+        inputs, weight, changes = self._to_multiply(self.inputs, weight, changes)
         features = sum(slope * (inputs @ change.T) for slope, change in zip(self.slopes, changes))
-        return features @ weight.T
+        return (features @ weight.T).to(self.residual.dtype)
 
     def gradient(self, outputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return the transpose of [`outputs`]: `[tokens, out_features]` -> `[sources, kept, in_features]`."""
-        features, inputs = outputs @ weight, self.inputs.to(weight.dtype)
-        return torch.stack([(features * slope).T @ inputs for slope in self.slopes])
+        inputs, weight, outputs = self._to_multiply(self.inputs, weight, outputs)
+        features = outputs @ weight
+        return torch.stack([(features * slope).T @ inputs for slope in self.slopes]).to(self.residual.dtype)
+
+    def _to_multiply(self, inputs: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+        """The factors in one dtype."""
+        dtype = torch.bfloat16 if inputs.dtype == torch.bfloat16 else self.residual.dtype
+        return [each.to(dtype) for each in (inputs, *others)]
 
 
 @dataclass(frozen=True)
