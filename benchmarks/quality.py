@@ -105,7 +105,13 @@ SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
 TARGETED, VARIED = (0.2, 0.4, 0.5), 0.4
 WITHOUT = ("wanda_sp, none", "taylor, none", "wanda_sp, heads too, none", "taylor, heads too, none")
 COMPARED = (*FLAP, *PACKAGES, BASELINE, *OURS, "best, searched", "taylor, sequential", *WITHOUT)
-EVERYWHERE = ("flap, per layer", BASELINE, *OURS, "wanda_sp, none", "taylor, none", "taylor, sequential")
+# Methods whose scores cost no more than statistics, or one gradient: crossed with every reconstruction everywhere.
+CROSSED = METHODS[:4]
+EVERYWHERE = (
+    "flap, per layer",
+    *(selected_by(method, name) for method in CROSSED for name in RECONSTRUCTIONS),
+    *OURS,
+)
 
 # Windows of each evaluation text, evenly spread over it: (text, tokens per window) -> how many.
 EVALUATIONS = {("wikitext", 512): 64, ("wikitext", 128): 64, ("python", 512): 16, ("python", 128): 32}
@@ -313,13 +319,14 @@ def varied_table(study):
     return table(["recipe", f"perplexity at {VARIED:.0%}", "against balanced", ELSEWHERE], rows)
 
 
-def crossed_table(study, evaluation):
+def crossed_table(study, evaluation, sparsity):
     """Perplexity of every method with every reconstruction."""
     rows = []
     for method in METHODS:
-        cells = [study.measured(selected_by(method, name), VARIED) for name in RECONSTRUCTIONS]
-        rows.append([f"`{method}`", *(f"{perplexity(cell, evaluation):.1f}" if cell else "" for cell in cells)])
-    return table([evaluation, *RECONSTRUCTIONS], rows)
+        cells = [study.measured(selected_by(method, name), sparsity) for name in RECONSTRUCTIONS]
+        if any(cells):
+            rows.append([f"`{method}`", *(f"{perplexity(cell, evaluation):.1f}" if cell else "" for cell in cells)])
+    return table([f"{sparsity:.0%}: {evaluation}", *RECONSTRUCTIONS], rows)
 
 
 def seeds_table(study):
@@ -366,6 +373,8 @@ def report(study, output):
     counts = ", ".join(f"{len(windows)} windows of {name} tokens" for name, windows in study.evaluations.items())
     picture = Path(output).with_suffix(".svg")
     plot(study, picture)
+    crossed = [crossed_table(study, MAIN, sparsity) for sparsity in SPARSITIES]
+    crossed.append(crossed_table(study, ELSEWHERE, VARIED))
     text = f"""# Tables of the quality study
 
 Written by `benchmarks/quality.py`; [what they say](quality.md).
@@ -398,10 +407,10 @@ Perplexity at {VARIED:.0%} with other windows of the calibration text.
 {seeds_table(study)}
 ## Every method with every reconstruction
 
-MLP channels at {VARIED:.0%}, the first and last two layers spared. `sequential` and `independent` are least squares.
+MLP channels, the first and last two layers spared. `sequential` and `independent` are least squares. The last table is
+of another text.
 
-{crossed_table(study, MAIN)}
-{crossed_table(study, ELSEWHERE)}
+{chr(10).join(crossed)}
 ## Every cell
 
 Seconds are on one thread of a shared machine, scoring included, and say no more than an order; memory is the peak
