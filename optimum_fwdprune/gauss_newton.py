@@ -23,8 +23,9 @@ class Linearized:
     """What small changes D_k of the sources do to the output y = W a on some tokens: Σ_k W (s_k ∘ D_k x).
 
     A source that holds the rows of several, as one linear for gate and up, counts as several. What a 16-bit model
-    computed stays in 16 bit, which halves most of the memory. Products are in bfloat16 where the model is, several times
-    as fast as in float32: steps are few and damped, and held-out tokens judge them. Sums over batches are in float32.
+    computed stays in 16 bit, which halves most of the memory. Products are in bfloat16 where the model is, several
+    times as fast as in float32: steps are few and damped, and held-out tokens judge them. Sums over batches are in
+    float32.
 
     Args:
         inputs (`Tensor[tokens, in_features]`): x, what all sources read.
