@@ -131,6 +131,7 @@ class QualityStudy(Study):
         texts = {"wikitext": Path(evaluation_file).read_text(encoding="utf-8"), "python": python_documentation()}
         tokens = {name: self.dense.tokenizer(text, verbose=False)["input_ids"] for name, text in texts.items()}
         self._scores = {}
+        self._calibrations = {(CALIBRATION["n_samples"], 0): self.calibration}
         self.prunable = sum(site.num_parameters for site in self.sites)
         self.linears = prunable_parameters(self.model)
         self.evaluations = {}
@@ -182,10 +183,10 @@ class QualityStudy(Study):
         if name == "torch-pruning":
             return self._torch_pruning(sparsity)
         if name in (*PACKAGES, *PACKAGES_WITH_MORE):
-            more = {"n_samples": MORE_SAMPLES} if name in PACKAGES_WITH_MORE else {}
-            return self._optipfair(sparsity, self._calibration_of(PruningConfig(**{**CALIBRATION, **more})))
+            n_samples = MORE_SAMPLES if name in PACKAGES_WITH_MORE else CALIBRATION["n_samples"]
+            return self._optipfair(sparsity, self._calibration_of(n_samples, seed=0))
         config = PruningConfig(**{**CALIBRATION, **REQUESTS[name], "sparsity": sparsity})
-        calibration, scores = self._calibration_of(config), self._score(config)
+        calibration, scores = self._calibration_of(config.n_samples, config.seed), self._score(config)
         return FwdPruner(self.model).prune(config, calibration, scores=scores, inplace=False)
 
     def _score(self, config):
@@ -197,16 +198,20 @@ class QualityStudy(Study):
             start = time.perf_counter()
             # Gradients by back-propagation lose too much in bfloat16.
             with in_dtype(self.model, torch.float32 if config.method == "taylor" else torch.bfloat16):
-                found = FwdPruner(self.model).score(config, self._calibration_of(config))
+                found = FwdPruner(self.model).score(config, self._calibration_of(config.n_samples, config.seed))
             found.details["seconds"] = time.perf_counter() - start
             self._scores[key] = found
         found = self._scores[key]
         self.scoring_seconds = found.details["seconds"]
         return dataclasses.replace(found, config=config)
 
-    def _calibration_of(self, config):
-        request = dataclasses.replace(config, calibration=self.calibration_file)
-        return load_calibration(request, self.model, self.dense.tokenizer)
+    def _calibration_of(self, n_samples, seed):
+        """Windows of the calibration text, which is tokenized once for each."""
+        if (n_samples, seed) not in self._calibrations:
+            fields = {**CALIBRATION, "n_samples": n_samples, "seed": seed}
+            request = PruningConfig(calibration=self.calibration_file, **fields)
+            self._calibrations[n_samples, seed] = load_calibration(request, self.model, self.dense.tokenizer)
+        return self._calibrations[n_samples, seed]
 
     def _mlp_share(self, sparsity):
         """The share of MLP channels that makes up so much of all prunable parameters."""
@@ -373,8 +378,7 @@ def report(study, output):
     counts = ", ".join(f"{len(windows)} windows of {name} tokens" for name, windows in study.evaluations.items())
     picture = Path(output).with_suffix(".svg")
     plot(study, picture)
-    crossed = [crossed_table(study, MAIN, sparsity) for sparsity in SPARSITIES]
-    crossed.append(crossed_table(study, ELSEWHERE, VARIED))
+    crossed = "\n".join(crossed_table(study, MAIN, sparsity) for sparsity in SPARSITIES)
     text = f"""# Tables of the quality study
 
 Written by `benchmarks/quality.py`; [what they say](quality.md).
@@ -410,7 +414,8 @@ Perplexity at {VARIED:.0%} with other windows of the calibration text.
 MLP channels, the first and last two layers spared. `sequential` and `independent` are least squares. The last table is
 of another text.
 
-{chr(10).join(crossed)}
+{crossed}
+{crossed_table(study, ELSEWHERE, VARIED)}
 ## Every cell
 
 Seconds are on one thread of a shared machine, scoring included, and say no more than an order; memory is the peak
