@@ -6,11 +6,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import Phi3Config, Phi3ForCausalLM, Phi3Model
 
 from optimum_fwdprune import Architecture, AttentionLayout, MLPLayout, register_architecture
-from optimum_fwdprune.models.per_layer import PerLayerMixin, resize_linear
+from optimum_fwdprune.models.per_layer import PerLayerConfigMixin, PerLayerMixin, resize_linear
 
 
 @strict
-class PrunedPhi3Config(Phi3Config):
+class PrunedPhi3Config(PerLayerConfigMixin, Phi3Config):
     model_type = "pruned_phi3"
 
     attention_output_bias: bool = False
@@ -20,9 +20,6 @@ class PrunedPhi3Config(Phi3Config):
     def __post_init__(self, **kwargs):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
-
-    def validate_rope(self):
-        """The stock check derives the head width from a number of heads that now differs by layer."""
 
 
 class PrunedPhi3Mixin(PerLayerMixin):

@@ -58,8 +58,11 @@ class Architecture:
 
     def pruned_class(self, model: PreTrainedModel) -> type[PreTrainedModel]:
         """Return the pruned class for the task of `model`, which may be pruned already."""
+        pruned = is_pruned(model.config)
         for candidate in self.model_classes:
-            if isinstance(model, candidate) or type(model) is candidate.__bases__[-1]:
+            stock = candidate.__bases__[-1]
+            # Code that was copied beside the weights defines classes of the same names.
+            if type(model).__name__ == candidate.__name__ if pruned else type(model) is stock:
                 return candidate
         supported = ", ".join(sorted(candidate.__bases__[-1].__name__ for candidate in self.model_classes))
         raise ValueError(
@@ -156,9 +159,13 @@ def supported_architectures() -> list[str]:
 
 
 def is_pruned(config: PreTrainedConfig) -> bool:
-    """Whether `config` is that of a pruned model of a registered family."""
+    """Whether `config` is that of a pruned model of a registered family, also where the model was loaded with the code
+    beside its weights (`trust_remote_code=True`)."""
     architecture = _ARCHITECTURES.get(config.model_type)
-    return architecture is not None and isinstance(config, architecture.config_class)
+    if architecture is None:
+        return False
+    pruned_class = architecture.config_class
+    return (type(config).__name__, config.model_type) == (pruned_class.__name__, pruned_class.model_type)
 
 
 def get_architecture(config: PreTrainedConfig) -> Architecture:
@@ -174,7 +181,7 @@ def get_architecture(config: PreTrainedConfig) -> Architecture:
             f"Another family takes one call to optimum_fwdprune.register_architecture; see "
             f"docs/add_an_architecture.md."
         )
-    if config.is_heterogeneous and not isinstance(config, architecture.config_class):
+    if config.is_heterogeneous and not is_pruned(config):
         raise ValueError(
             f"This {config.model_type!r} config has per-layer sizes of another tool in per_layer_config, which "
             f"transformers' {config.model_type} classes ignore, so the weights are not what the config says. Load the "

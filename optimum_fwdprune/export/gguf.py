@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..architectures import get_architecture
-from ..models.per_layer import PerLayerMixin, stock_config
+from ..architectures import get_architecture, is_pruned
+from ..models.per_layer import stock_config
 from ..utils import check_output_file
 from .gguf_families import FAMILIES, GGUFFamily, LayerSizes
 from .gguf_tensors import GGUFTensor, write_tensors
@@ -65,7 +65,7 @@ def export_gguf(
     file = check_output_file(file, overwrite)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
-    config = stock_config(model.config) if isinstance(model, PerLayerMixin) else model.config
+    config = stock_config(model.config) if is_pruned(model.config) else model.config
     family = _family_of(config, model)
     modules = [layer for _, layer in get_architecture(model.config).layers(model)]
     layers = [family.sizes(layer, config) for layer in modules]

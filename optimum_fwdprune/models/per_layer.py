@@ -4,6 +4,7 @@ import sys
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 
 # Keys of a pruned config that its stock config does not have or must not inherit.
@@ -20,11 +21,37 @@ _NOT_STOCK = (
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the stock config of the dense model that a pruned `config` was cut from."""
-    stock_class = type(config).__bases__[0]
+    stock_class = next(base for base in type(config).__bases__ if issubclass(base, PreTrainedConfig))
     values = {key: value for key, value in config.to_dict().items() if key not in _NOT_STOCK}
     stock = stock_class.from_dict(values)
     stock._attn_implementation = config._attn_implementation
     return stock
+
+
+class PerLayerConfigMixin:
+    """First base of a pruned config class, in front of the stock config.
+
+    The sizes at the top of a pruned config are those of the dense model, and `per_layer_config` has those of each
+    layer. An attribute that has the same value in every layer is read from the config as that value; transformers
+    raises `AmbiguousGlobalPerLayerAttributeError` for one that differs between layers.
+    """
+
+    def __getattribute__(self, key: str):
+        try:
+            return super().__getattribute__(key)
+        except AmbiguousGlobalPerLayerAttributeError:
+            first, *others = (getattr(layer_config, key) for layer_config in self.per_layer_config)
+            if any(value != first for value in others):
+                raise
+            return first
+
+    # The stock checks read sizes that differ between layers here. They run on the dense sizes when the model is built,
+    # by `stock_config`.
+    def validate_architecture(self) -> None:
+        """Nothing to check: a pruned layer keeps its `head_dim`, whatever number of heads is left."""
+
+    def validate_rope(self) -> None:
+        """Nothing to check: a pruned layer keeps its `head_dim`, and with it the rotary embeddings."""
 
 
 class PerLayerMixin:

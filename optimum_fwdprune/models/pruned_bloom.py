@@ -11,11 +11,11 @@ from transformers.models.bloom.modeling_bloom import (
     BloomModel,
 )
 
-from .per_layer import PerLayerMixin, resize_linear
+from .per_layer import PerLayerConfigMixin, PerLayerMixin, resize_linear
 
 
 @strict
-class PrunedBloomConfig(BloomConfig):
+class PrunedBloomConfig(PerLayerConfigMixin, BloomConfig):
     model_type = "pruned_bloom"
 
     attention_output_bias: bool = False

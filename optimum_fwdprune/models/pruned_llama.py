@@ -10,18 +10,15 @@ from transformers.models.llama.modeling_llama import (
     LlamaModel,
 )
 
-from .per_layer import PerLayerMixin, resize_llama_layer
+from .per_layer import PerLayerConfigMixin, PerLayerMixin, resize_llama_layer
 
 
 @strict
-class PrunedLlamaConfig(LlamaConfig):
+class PrunedLlamaConfig(PerLayerConfigMixin, LlamaConfig):
     model_type = "pruned_llama"
 
     attention_output_bias: bool = False
     mlp_output_bias: bool = False
-
-    def validate_architecture(self):
-        """Nothing to check: a pruned layer keeps its `head_dim`, whatever number of heads is left."""
 
 
 class PrunedLlamaMixin(PerLayerMixin):

@@ -10,11 +10,11 @@ from transformers.models.mistral.modeling_mistral import (
     MistralModel,
 )
 
-from .per_layer import PerLayerMixin, resize_llama_layer
+from .per_layer import PerLayerConfigMixin, PerLayerMixin, resize_llama_layer
 
 
 @strict
-class PrunedMistralConfig(MistralConfig):
+class PrunedMistralConfig(PerLayerConfigMixin, MistralConfig):
     model_type = "pruned_mistral"
 
     attention_output_bias: bool = False

@@ -9,11 +9,11 @@ from transformers.models.opt.modeling_opt import (
     OPTModel,
 )
 
-from .per_layer import PerLayerMixin, resize_linear
+from .per_layer import PerLayerConfigMixin, PerLayerMixin, resize_linear
 
 
 @strict
-class PrunedOPTConfig(OPTConfig):
+class PrunedOPTConfig(PerLayerConfigMixin, OPTConfig):
     model_type = "pruned_opt"
 
     attention_output_bias: bool = False

@@ -10,11 +10,11 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2Model,
 )
 
-from .per_layer import PerLayerMixin, resize_llama_layer
+from .per_layer import PerLayerConfigMixin, PerLayerMixin, resize_llama_layer
 
 
 @strict
-class PrunedQwen2Config(Qwen2Config):
+class PrunedQwen2Config(PerLayerConfigMixin, Qwen2Config):
     model_type = "pruned_qwen2"
 
     attention_output_bias: bool = False

@@ -10,11 +10,11 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Model,
 )
 
-from .per_layer import PerLayerMixin, resize_llama_layer
+from .per_layer import PerLayerConfigMixin, PerLayerMixin, resize_llama_layer
 
 
 @strict
-class PrunedQwen3Config(Qwen3Config):
+class PrunedQwen3Config(PerLayerConfigMixin, Qwen3Config):
     model_type = "pruned_qwen3"
 
     attention_output_bias: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..architectures import find_sites, get_architecture
+from ..architectures import find_sites, get_architecture, is_pruned
 from ..evaluation import Comparison
 from ..models.per_layer import stock_config
 from ..plan import PLAN_NAME
@@ -113,7 +113,7 @@ def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
         ValueError: where the config is not that of a pruned model.
     """
     architecture = get_architecture(config)
-    if not isinstance(config, architecture.config_class):
+    if not is_pruned(config):
         raise ValueError(f"model_type {config.model_type!r} is a dense one, and a plan lies beside it.")
     named = [each for each in architecture.model_classes if each.__name__ in (config.architectures or ())]
     with torch.device("meta"):

@@ -12,9 +12,11 @@ import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import optimum_fwdprune.models
 from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.loading import load_causal_lm
 
 
@@ -223,3 +225,33 @@ def test_a_pruned_classifier_is_no_language_model(tokens, tmp_path):
         ValueError, match=r"PrunedLlamaForSequenceClassification, and .*AutoModelForSequenceClassification loads it"
     ):
         load_causal_lm(tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("name", ["llama_gqa_biases", "bloom"])
+@torch.no_grad()
+def test_a_model_with_the_code_beside_its_weights_is_known_as_pruned(name, tokens, tmp_path):
+    """As `trust_remote_code=True` loads it where the package was not imported before."""
+    pruned = FwdPruner(tiny.make_model(name)).prune(REQUESTS["per_layer"], tokens)
+    pruned.save_pretrained(tmp_path / "once")
+    reference = json.loads((tmp_path / "once" / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
+    remote_class = get_class_from_dynamic_module(reference, tmp_path / "once")
+    remote = remote_class.from_pretrained(tmp_path / "once")
+    assert not isinstance(remote, type(pruned))
+
+    pruner = FwdPruner(remote)
+    twice = pruner.prune(PruningConfig(method="flap", sparsity=0.3), tokens)
+    pruner.save_pretrained(tmp_path / "twice")
+    loaded = load_causal_lm(tmp_path / "twice")
+
+    assert isinstance(twice, type(pruned))
+    assert torch.equal(loaded(tokens).logits, twice(tokens).logits)
+    expected = FwdPruner(pruned).prune(PruningConfig(method="flap", sparsity=0.3), tokens)
+    assert torch.equal(twice(tokens).logits, expected(tokens).logits)
+
+
+def test_a_class_of_another_tool_is_not_taken_for_a_pruned_one():
+    class PrunedConfig(transformers.LlamaConfig):
+        model_type = "pruned_llama"
+
+    with pytest.raises(ValueError, match="per-layer sizes of another tool"):
+        get_architecture(PrunedConfig(num_hidden_layers=2, per_layer_config={0: {"intermediate_size": 8}}))

@@ -1,11 +1,13 @@
 """Pruned classes behave like the stock classes they stand for."""
 
 import dataclasses
+import json
 
 import pytest
 import tiny
 import torch
 import transformers
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
@@ -13,6 +15,7 @@ from optimum_fwdprune.gates import gated
 
 
 HETEROGENEOUS = PruningConfig(sparsity=0.4, scope="global", attention_unit="kv_group", reconstruction="none")
+WITH_ROPE = ("mistral_sliding_window", "qwen2", "qwen3", "phi3_third_party")
 FAMILIES = ("llama_gqa_biases", "mistral_sliding_window", "opt_pre_norm", "bloom", "qwen2", "qwen3")
 TASKS = (
     "AutoModel",
@@ -114,6 +117,57 @@ def test_the_config_names_the_width_of_a_head(dense, tokens, tmp_path):
     FwdPruner(dense).prune(HETEROGENEOUS, tokens).save_pretrained(tmp_path)
 
     assert transformers.AutoConfig.from_pretrained(tmp_path).head_dim == head_dim
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_the_config_has_a_number_where_every_layer_has_the_same_one(scope, dense, tokens):
+    pruner = FwdPruner(dense)
+    config = pruner.prune(dataclasses.replace(HETEROGENEOUS, scope=scope, skip_layers=[]), tokens).config
+    sizes = json.loads(config.to_json_string())["per_layer_config"]
+
+    for name in {name for layer in sizes.values() for name in layer}:
+        values = [getattr(layer, name) for layer in config.per_layer_config]
+        if values.count(values[0]) == len(values):
+            assert getattr(config, name) == values[0]
+        else:
+            with pytest.raises(AmbiguousGlobalPerLayerAttributeError):
+                getattr(config, name)
+    # Whatever the names that the family has for them.
+    if scope == "layer":
+        assert config.num_attention_heads == config.per_layer_config[0].num_attention_heads
+    # The stock skeleton is built at the dense sizes.
+    assert config.to_dict()[config.attribute_map.get("num_attention_heads", "num_attention_heads")] == 6
+
+
+ROPES = {
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16},
+    "yarn": {"original_max_position_embeddings": 16},
+    "dynamic": {},
+    "linear": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"), [*(("llama_gqa_biases", rope) for rope in ROPES), *((name, "longrope") for name in WITH_ROPE)]
+)
+@torch.no_grad()
+def test_rotary_embeddings_that_read_the_config_allow_layers_with_different_heads(name, rope, tokens, tmp_path):
+    head_dim = 8 if name != "qwen3" else 16
+    factors = {key: [value[0]] * (head_dim // 2) for key, value in ROPES[rope].items() if isinstance(value, list)}
+    # Phi-3 has no factor, which its positions tell.
+    factor = {} if name == "phi3_third_party" else {"factor": 8.0}
+    parameters = {"rope_type": rope, "rope_theta": 10000.0, **factor, **ROPES[rope], **factors}
+    dense = tiny.make_model(name, rope_parameters=parameters)
+    # Scores that differ from layer to layer, so that heads do.
+    dense.model.layers[0].self_attn.o_proj.weight.mul_(0.1)
+    pruner = FwdPruner(dense)
+    pruned = pruner.prune(dataclasses.replace(HETEROGENEOUS, kinds=["attention"], sparsity=0.2), tokens)
+    pruned.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert len({layer.num_attention_heads for layer in loaded.config.per_layer_config}) > 1
+    assert torch.equal(loaded(tokens).logits, pruned(tokens).logits)
+    assert loaded.generate(tokens[:1, :4], max_new_tokens=4).shape == (1, 8)
 
 
 def test_gradient_checkpointing_changes_no_gradient(architecture_name, tokens):
