@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,55 @@ def auto_class_of(config: PreTrainedConfig) -> Any:
         if known.__name__ in (config.architectures or [])[:1] and (pruned or found is not AutoModel):
             return found
     return AutoModelForCausalLM
+
+
+def check_is_model(model_id: Any, where: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where `model_id` does not name a model: an object in memory, or adapters without their base.
+
+    Args:
+        model_id (`str` or `Path`): what a user passed.
+        where (mapping): `revision`, `token`, `cache_dir`, `subfolder` and the like.
+    """
+    if not isinstance(model_id, (str, Path)):
+        raise ValueError(
+            f"from_pretrained takes a folder or a repository of the Hub; got a {type(model_id).__name__}. "
+            f"FwdPruner(model, tokenizer) takes a model in memory."
+        )
+    file = find_adapter_config_file(str(model_id), **where)
+    if file is None:
+        return
+    try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    raise ValueError(
+        f"{model_id} holds adapters{f' of {base}' if base else ''}, and a plain model is needed. Merge the "
+        f"adapters into their base first: model = AutoPeftModelForCausalLM.from_pretrained({str(model_id)!r})"
+        f".merge_and_unload(); then FwdPruner(model, tokenizer), or model.save_pretrained(folder) for the commands."
+    )
+
+
+def check_unquantized(model_id: Any, config: PreTrainedConfig, quantization_config: Any = None) -> None:
+    """Raise `ValueError` where a checkpoint would be loaded with quantized weights.
+
+    Args:
+        model_id (`str` or `Path`): its folder or repository.
+        config (`PreTrainedConfig`): its config.
+        quantization_config (*optional*): what `from_pretrained` is called with.
+    """
+    quantization = quantization_config or getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    values: Mapping[str, Any] = quantization if isinstance(quantization, Mapping) else vars(quantization)
+    if values.get("dequantize"):
+        return
+    method = values.get("quant_method", type(quantization).__name__)
+    raise ValueError(
+        f"{model_id} would be loaded quantized ({getattr(method, 'value', method)}), and quantized weights cannot be "
+        f"cut. Load the unquantized model, or one in memory whose dequantize() was called: FwdPruner(model, "
+        f"tokenizer). The pruned model can be quantized."
+    )
 
 
 def load_causal_lm(model_id: str | Path, **kwargs: Any) -> PreTrainedModel:

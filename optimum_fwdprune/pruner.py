@@ -24,9 +24,9 @@ from .evaluation import Comparison
 from .export.stock import STOCK, check_stock_layout, check_stock_request
 from .hub import Base, check_name, upload
 from .latency import LatencyCost, LatencyTable, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
-from .loading import ACCESS, WHERE, auto_class_of, load_for_task
+from .loading import ACCESS, WHERE, auto_class_of, check_is_model, check_unquantized, load_for_task
 from .methods import PruningConfig
-from .offloading import check_readable, device_map_on_disk
+from .offloading import check_readable, device_map_on_disk, is_offloaded
 from .plan import PruningPlan
 from .planning import keeper, make_plan
 from .reconstruction import NONE, added_parameters, check_reconstruction
@@ -38,6 +38,7 @@ from .scores import Scores, check_scoring, needs_calibration, score_units
 from .search import SEARCH, check_search
 from .streaming import Workspace, check_streamable, cut_streamed
 from .utils import evaluating, folder_moved_into_place, naming_what_is_full
+from .wrapping import check_no_adapters, check_plain, is_peft_model
 
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ class FwdPruner:
         model (`PreTrainedModel`): a model of a supported family, dense or pruned before.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed to calibrate on text, and saved beside the model.
 
+    Raises:
+        ValueError: where the model is not a plain one of a supported family: a name, a wrapper (PEFT, `torch.compile`,
+            DDP, a pipeline), a model with adapters inside it, or a quantized one. The message names the way out.
+
     Attributes:
         comparison (`Comparison`, *optional*): set it to what [`~optimum_fwdprune.evaluation.compare`] found, this
             model last, and the model card and reports of the checkpoint show it; pruning or training the model anew
@@ -79,6 +84,7 @@ class FwdPruner:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
+        check_plain(model)
         get_architecture(model.config).pruned_class(model)
         self.model = model
         self.tokenizer = tokenizer
@@ -119,11 +125,12 @@ class FwdPruner:
 
         Raises:
             OSError: where a file is missing or damaged, naming it.
-            ValueError: where the family is not supported, or the plan of a pruned checkpoint is not that of its
-                weights.
+            ValueError: where the family is not supported, the folder holds adapters without their base, or the plan
+                of a pruned checkpoint is not that of its weights.
         """
         kwargs.setdefault("dtype", "auto")
         shared = {name: kwargs[name] for name in (*WHERE, "trust_remote_code") if name in kwargs}
+        check_is_model(model_id, {name: kwargs[name] for name in WHERE if name in kwargs})
         auto_class: Any = AutoModelForCausalLM
         if "gguf_file" in kwargs:
             # Reading the config of a GGUF file costs as much as reading all of it.
@@ -132,6 +139,7 @@ class FwdPruner:
             # A family that is not supported fails before gigabytes are read.
             config = AutoConfig.from_pretrained(model_id, **shared)
             auto_class = auto_class_of(config)
+            check_unquantized(model_id, config, kwargs.get("quantization_config"))
         if low_memory:
             if "gguf_file" in kwargs or "device_map" in kwargs:
                 raise ValueError(
@@ -382,9 +390,14 @@ class FwdPruner:
         Returns:
             `PreTrainedModel`: the trained model, which is `self.model` from then on; a `PeftModel` where
             `args.merge_adapters` is off, of which `save_pretrained` saves the adapters alone.
+
+        Raises:
+            ValueError: before anything is trained, where the model is dense, has adapters in it or offloaded layers,
+                and where the data, the teacher or a checkpoint to resume from does not fit.
         """
         from .recovery import RecoveryArguments, recover
 
+        self._check_trainable()
         if args is None:
             args = RecoveryArguments(output_dir="fwdprune_recovery")
         keeps_adapters = args.trains_adapters and not args.merge_adapters
@@ -406,6 +419,26 @@ class FwdPruner:
         else:
             self._saved_as = None
         return self.model
+
+    def _check_trainable(self) -> None:
+        """Raise `ValueError` where recovery cannot train the model, or could not save what it trained."""
+        if is_peft_model(self.model):
+            raise ValueError(
+                "pruner.model has adapters of an earlier training. Merge them first: "
+                "pruner.model = pruner.model.merge_and_unload()."
+            )
+        check_no_adapters(self.model, "recover would train instead of its own")
+        if not is_pruned(self.model.config):
+            raise ValueError(
+                f"recover trains a pruned model, and this {type(self.model).__name__} is dense: call prune() first. "
+                f"transformers.Trainer trains dense models."
+            )
+        if is_offloaded(self.model):
+            raise ValueError(
+                "Layers of this model are offloaded to the disk or to the CPU, where training would not change them. "
+                "Save the model with save_pretrained and load it without low_memory, and without a device_map that "
+                "offloads; then call recover."
+            )
 
     def save_pretrained(
         self,

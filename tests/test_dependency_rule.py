@@ -63,6 +63,7 @@ ORDER = [
     "configuration",
     "registry",
     "architectures",
+    "wrapping",
     "models",
     "utils",
     "ranks",

@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..wrapping import check_no_adapters
 from .layout import AttentionLayout, MLPLayout
 from .site import ATTENTION, ATTENTION_UNITS, KINDS, QUERY_HEAD, Site
 
@@ -80,7 +81,7 @@ class Architecture:
         """Return every site of `model`, layer by layer, attention before MLP."""
         if attention_unit not in ATTENTION_UNITS:
             raise ValueError(f"attention_unit must be one of {', '.join(ATTENTION_UNITS)}; got {attention_unit!r}.")
-        _check_no_adapters(model)
+        check_no_adapters(model, "cannot be cut")
         found = []
         for index, (path, layer) in enumerate(self.layers(model)):
             found += [self.attention.site(index, path, layer, attention_unit), self.mlp.site(index, path, layer)]
@@ -107,18 +108,6 @@ class Architecture:
             )
             sizes[site.layer].update(entry)
         return sizes
-
-
-def _check_no_adapters(model: PreTrainedModel) -> None:
-    """Raise `ValueError` where PEFT has put adapters around modules of `model`."""
-    for name, _ in model.named_parameters():
-        # What PEFT calls the module inside an adapter, and the one beside a trained copy.
-        for inner in (".base_layer.", ".original_module."):
-            if inner in name:
-                raise ValueError(
-                    f"{name.partition(inner)[0]} has an adapter around it, which cannot be cut: merge the adapters "
-                    f"first (merge_and_unload)."
-                )
 
 
 _ARCHITECTURES: dict[str, Architecture] = {}
