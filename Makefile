@@ -13,7 +13,7 @@ export XDG_CACHE_HOME := $(CACHE)
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test fuzz quality style docs benchmark study recovery runtimes vllm clean
+.PHONY: quickstart test fuzz quality style docs benchmark gpu study recovery runtimes vllm clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -41,6 +41,10 @@ docs: $(VENV)/docs
 benchmark: $(VENV)/installed
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/mini_llm_cost.py
+
+# At most eight minutes on one GPU: what fails there, memory and speed.
+gpu: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
 
 # Hours on two cores: make study CALIBRATION=text.txt EVALUATION=another.txt
 study: $(VENV)/installed

@@ -1,0 +1,183 @@
+"""`benchmarks/gpu.py`, on the CPU and with tiny shapes: one run tells what fails, whatever fails in it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """The script as a module."""
+    folder = str(Path(__file__).parent.parent / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        import gpu
+
+        yield gpu
+    finally:
+        sys.path.remove(folder)
+
+
+@pytest.fixture
+def run(gpu, tmp_path):
+    """Runs the script on some parts; returns its exit status, its JSON and its table."""
+
+    def run(*options):
+        output = tmp_path / "results" / "gpu"
+        status = gpu.main(["--device", "cpu", "--tiny", "--output", str(output), *options])
+        return status, json.loads(output.with_suffix(".json").read_text()), output.with_suffix(".md").read_text()
+
+    return run
+
+
+@pytest.mark.parametrize("only", ["requests: llama, float32, sequential", "random state", "saved and loaded"])
+def test_a_request_on_the_device_is_compared_with_the_cpu(run, only):
+    status, document, _ = run("--only", only)
+    (record,) = document["parts"]
+    assert status == 0
+    assert record["status"] == "ok"
+    if "float32" in only:
+        assert record["overlap"] == 1
+        assert record["logits_difference"] == 0
+
+
+@pytest.mark.parametrize("placement", ["layers on cpu", "layers on disk", "cpu_offload", "disk_offload", "low_memory"])
+def test_offloaded_models_are_tried(run, placement):
+    status, document, _ = run("--only", f"{placement}, none")
+    assert status == 0
+    assert [record["part"] for record in document["parts"]] == [f"{placement}, none"]
+
+
+def test_pruning_a_large_shape_gives_seconds_of_every_stage(run):
+    status, document, page = run("--only", "LLaMA-2-7B, balanced, 23 GiB")
+    (record,) = document["parts"]
+    assert status == 0
+    assert {"score", "allocate", "reconstruct", "surgery", "verify"} <= record["seconds_by_stage"].keys()
+    assert record["peaks"].keys() == record["seconds_by_stage"].keys()
+    # A CPU's memory cannot be limited.
+    assert record["limit_gib"] is None
+    assert "reconstruct" in page
+
+
+def test_speed_is_measured_at_several_sparsities(run):
+    _, document, page = run("--only", "speed: sparsity")
+    sizes = [record["parameters"] for record in document["parts"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len({*sizes}) == 4
+    assert "prefill" in page
+
+
+def test_the_document_says_what_it_was_measured_on_and_goes_on_from_itself(run):
+    _, first, page = run("--only", "llama, float32, none")
+    assert first["environment"]["torch"] == torch.__version__
+    assert first["environment"]["optimum-fwdprune"]
+    assert "1 ok, 0 failed, 0 not run" in page
+    _, second, _ = run("--only", "llama, float32, bias", "--continue")
+    assert [record["part"] for record in second["parts"]] == ["llama, float32, none", "llama, float32, bias"]
+    assert second["parts"][0] == first["parts"][0]
+
+
+def test_every_method_and_reconstruction_is_in_the_table(gpu):
+    from optimum_fwdprune import PruningConfig
+
+    requests = [PruningConfig(**fields) for fields in gpu.REQUESTS.values()]
+    # Other tests register methods in this process.
+    methods = {"wanda_sp", "flap", "magnitude", "random", "taylor", "mini_llm", "policy_gradient"}
+    assert {request.method for request in requests} == methods
+    assert {request.reconstruction for request in requests} == {"none", "bias", "least_squares"}
+    assert all("kinds" in fields and "reconstruction" in fields for fields in gpu.REQUESTS.values())
+
+
+def test_a_part_that_fails_is_recorded_and_the_others_still_run(run, gpu, monkeypatch):
+    compared = gpu.gpu_requests.compared
+
+    def damaged(pruner, result, layout, name, dtype):
+        if name == "bias":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if name == "magnitude":
+            result["logits"] = result["logits"] * 2
+        return compared(pruner, result, layout, name, dtype)
+
+    monkeypatch.setattr(gpu.gpu_requests, "compared", damaged)
+    monkeypatch.setattr(gpu, "REQUESTS", {name: {} for name in ("none", "bias", "magnitude", "random")})
+    status, document, page = run("--only", "requests: llama, float32")
+    by_name = {record["part"].rpartition(", ")[2]: record for record in document["parts"]}
+    assert status == 1
+    assert {name: record["status"] for name, record in by_name.items()} == {
+        "none": "ok",
+        "bias": "failed",
+        "magnitude": "failed",
+        "random": "ok",
+    }
+    assert by_name["bias"]["error"] == "OutOfMemoryError: CUDA out of memory"
+    assert "in damaged" in by_name["bias"]["traceback"]
+    assert "the logits differ" in by_name["magnitude"]["error"]
+    assert document["summary"] == "2 ok, 2 failed, 0 not run"
+    assert "in damaged" in page
+
+
+class Waits:
+    """Something to run that takes as long as it says by the script's clock."""
+
+    def __init__(self, gpu, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(gpu.time, "perf_counter", lambda: self.now)
+        self._gpu = gpu
+
+    def part(self, group, name, seconds):
+        def run():
+            self.now += seconds
+            return {}
+
+        return self._gpu.Part(group, name, seconds, run)
+
+
+def test_parts_that_do_not_fit_into_the_time_are_recorded_as_not_run(gpu, monkeypatch):
+    clock = Waits(gpu, monkeypatch)
+    parts = [clock.part("pruning", "long", 60), clock.part("requests", "short", 5), clock.part("speed", "longer", 90)]
+    records, written = [], []
+    gpu.run_parts(parts, gpu.Device("cpu"), 100, records, lambda: written.append(len(records)))
+    assert {record["part"]: record["status"] for record in records} == {
+        "long": "ok",
+        "short": "ok",
+        "longer": "not run",
+    }
+    assert records[-1]["reason"] == "no time left: 35 s, and it may take 90"
+    # A run that is killed has lost nothing.
+    assert written == [1, 2, 3]
+
+
+def test_a_group_that_used_up_its_share_waits_for_the_others(gpu, monkeypatch):
+    clock = Waits(gpu, monkeypatch)
+    parts = [clock.part("requests", f"request {number}", 20) for number in range(3)]
+    parts += [clock.part("pruning", "7B", 30)]
+    records = []
+    gpu.run_parts(parts, gpu.Device("cpu"), 100, records, lambda: None)
+    assert [record["part"] for record in records] == ["request 0", "7B", "request 1", "request 2"]
+    assert [record["status"] for record in records] == ["ok", "ok", "ok", "ok"]
+
+
+def test_a_part_that_hangs_is_ended(gpu):
+    def hang():
+        while True:
+            pass
+
+    record = gpu.run_part(gpu.Part("speed", "hangs", 1, hang), gpu.Device("cpu"), 0.05)
+    assert record["status"] == "failed"
+    assert record["error"] == "OutOfTime: not done after 0 s"
+
+
+def test_a_lost_device_ends_the_process_that_lost_it(gpu, monkeypatch):
+    device = gpu.Device("cpu")
+    monkeypatch.setattr(device, "answers", lambda: False)
+
+    def fail():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    records = []
+    parts = [gpu.Part("speed", "first", 1, fail), gpu.Part("speed", "second", 1, dict)]
+    assert not gpu.run_parts(parts, device, 100, records, lambda: None)
+    assert [record["status"] for record in records] == ["failed"]
