@@ -26,6 +26,7 @@ from .hub import Base, check_name, upload
 from .latency import LatencyCost, LatencyTable, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
 from .loading import ACCESS, WHERE, auto_class_of, check_is_model, check_unquantized, load_for_task
 from .methods import PruningConfig
+from .module_state import forward_state_kept
 from .offloading import check_readable, device_map_on_disk, is_offloaded
 from .plan import PruningPlan
 from .planning import keeper, make_plan
@@ -408,9 +409,16 @@ class FwdPruner:
             )
         if teacher is None and self.plan is not None:
             teacher = self.plan.metadata.get("source")
-        self.model, self.trainer = recover(
-            self.model, self.tokenizer, dataset, args, teacher=teacher, eval_dataset=eval_dataset, access=self._access
-        )
+        with forward_state_kept(self.model):
+            self.model, self.trainer = recover(
+                self.model,
+                self.tokenizer,
+                dataset,
+                args,
+                teacher=teacher,
+                eval_dataset=eval_dataset,
+                access=self._access,
+            )
         self.recovery = self.trainer.summary()
         # What was measured was measured before.
         self.comparison = None

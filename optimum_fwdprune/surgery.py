@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import ATTENTION, MLP, Site, SiteKey, get_architecture
 from .gates import Projection
+from .module_state import forget_lengths
 from .offloading import lies_on_disk, read_parameter
 from .plan import PruningPlan
 
@@ -178,6 +179,8 @@ def prune_model(
     for name, buffer in model.named_buffers():
         parent, _, leaf = name.rpartition(".")
         setattr(pruned.get_submodule(parent), leaf, buffer if inplace else buffer.clone())
+    # The dense model may have read longer text than the pruned one.
+    forget_lengths(pruned)
     pruned.tie_weights()  # type: ignore[operator]
     left = [name for name, parameter in pruned.named_parameters() if parameter.is_meta]
     if left:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import ranks
+from .module_state import forward_state_kept
 
 
 if TYPE_CHECKING:
@@ -271,13 +272,16 @@ def render_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put `model` into eval mode while the context is open."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+    """Put `model` into eval mode while the context is open, and leave modes, buffers and what forward passes change in
+    its modules as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    with forward_state_kept(model):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 def _umask() -> int:

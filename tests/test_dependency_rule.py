@@ -66,6 +66,7 @@ ORDER = [
     "wrapping",
     "models",
     "utils",
+    "module_state",
     "ranks",
     "version",
 ]
