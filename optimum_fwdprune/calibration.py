@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from transformers import GenerationConfig
-from transformers.utils import logging
 
 from . import ranks
 from .checkpoints import Checkpoint
+from .loggers import get_logger
 from .losses import counted_targets
 from .offloading import input_device, lies_on_disk
 from .texts import PRESETS, detokenize, load_rows, open_texts
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .configuration import PruningConfig
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 SELF = "self"
 
@@ -332,7 +332,9 @@ def _sample_from_model(
     # Equal lengths: without an EOS every sequence runs to the end of its window.
     length = {"min_new_tokens": config.seq_len, "max_new_tokens": config.seq_len}
     with torch.random.fork_rng(devices), _plain_sampling(model, pad_token_id=start, **length) as plain:
-        for number, batch in progress(batches[done:], "Sampling calibration text", unit="batch"):
+        left = batches[done:]
+        bar = progress(left, "Sampling calibration text", total=len(batches), unit="batch", initial=done)
+        for number, batch in bar:
             torch.manual_seed(seeded_generator(config.seed, number).initial_seed())
             written = model.generate(  # type: ignore[operator]
                 torch.full((len(batch), 1), start, device=device),

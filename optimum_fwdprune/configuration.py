@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import logging
 import math
 import numbers
 import types
@@ -15,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .loggers import get_logger
 from .registry import METHODS, Method, get_method, get_preset
 from .utils import did_you_mean, public_name, write_text_atomically
 from .version import __version__
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CONFIG_NAME = "fwdprune_config.json"
 DEFAULT_METHOD = "wanda_sp"

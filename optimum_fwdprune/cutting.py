@@ -18,7 +18,7 @@ from .plan import PruningPlan
 from .reconstruction import Grams, reconstruct
 from .statistics import SiteStatistics
 from .surgery import prune_model
-from .utils import evaluating
+from .utils import evaluating, one_step
 from .verification import logits, masked_logits, probe_batch, relative_difference, rounding_of
 
 
@@ -75,13 +75,13 @@ def cut(
         found = reconstruct(model, sites, plan.kept, config, calibration, statistics, grams, checkpoint)
         if found.details:
             plan = dataclasses.replace(plan, metadata={**plan.metadata, "reconstructed": found.details})
-    with timed(seconds, "verify"):
+    with timed(seconds, "verify"), one_step("Running the masked model"):
         probe = probe_batch(model, calibration)
         expected = masked_logits(model, sites, plan, found.projections, probe)
         rounding = rounding_of(model, sites, plan, found.projections, probe, expected)
     with timed(seconds, "surgery"):
         pruned = prune_model(model, sites, plan, found.projections, inplace)
-    with timed(seconds, "verify"):
+    with timed(seconds, "verify"), one_step("Verifying the pruned model"):
         difference = relative_difference(expected, logits(pruned, probe), rounding)
     return Cut(pruned, plan, difference)
 

@@ -13,6 +13,7 @@ from .calibration import Calibration
 from .gates import Projection, replaced_projections
 from .layerwise import Batch, LayerRunner
 from .losses import LOGITS_AT_ONCE
+from .utils import progress
 
 
 # Distributions are compared at every so many-th token: neighbours say much the same, and the vocabulary is dear.
@@ -43,7 +44,9 @@ class Divergence:
         self._targets: list[torch.Tensor] = []
         self._entropy = 0.0
         self._tokens = 0
-        for batch, embedded in zip(self._batches, self._embedded):
+        for batch, embedded in progress(
+            list(zip(self._batches, self._embedded)), "Running the dense model", unit="batch"
+        ):
             logits = self._logits(batch, self._through(batch, embedded, 0, []))
             log_probabilities = [part.float().log_softmax(-1) for part in logits.split(_at_once(logits))]
             target = torch.cat([part.exp().half() for part in log_probabilities])

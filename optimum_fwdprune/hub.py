@@ -7,10 +7,12 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
+
+from .loggers import get_logger
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 CARD_NAME = "README.md"
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from . import ranks
 from .allocation import coarse_multiple, levels_of
@@ -24,12 +23,13 @@ from .budgets import Budget
 from .calibration import Calibration
 from .configuration import PruningConfig
 from .layerwise import Batch, LayerRunner
+from .loggers import get_logger
 from .offloading import is_offloaded
 from .surgery import pruned_config
 from .utils import check_output_file, evaluating, first_difference, median_seconds, progress, write_text_atomically
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # Every width is timed so often, all of them in turns.
 REPEATS = 7

@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from . import ranks
 from .architectures import Site
 from .calibration import Calibration
 from .checkpoints import Stage, State
 from .gates import gated
+from .loggers import get_logger
 from .losses import model_nll
 from .policies import Policy, entropy
 from .policy_gradient import LEAVE_ONE_OUT, cosine, policy_gradient, project
 from .utils import progress
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # Steps in a row without a usable loss that end the run.
 MAX_SKIPPED = 10
@@ -135,7 +135,8 @@ def learn_rates(
     learner = _Learner(model, sites, calibration, policy, schedule)
     _extend_history(state, schedule.steps, len(sites))
 
-    bar = progress(range(state.step, schedule.steps), "Learning masks", unit="step")
+    steps = range(state.step, schedule.steps)
+    bar = progress(steps, "Learning masks", total=schedule.steps, unit="step", initial=state.step)
     skipped_in_a_row = 0
     for step in bar:
         if _is_flat(state, schedule.stop_when_flat):
@@ -151,7 +152,8 @@ def learn_rates(
             )
         state.step = step + 1
         learner.record(state, step, loss)
-        bar.set_postfix(loss=f"{loss:.3f}", sparsity=f"{float(state.history['expected_sparsity'][step]):.3f}")
+        sparsity = float(state.history["expected_sparsity"][step])
+        bar.set_postfix(refresh=False, loss=f"{loss:.3f}", sparsity=f"{sparsity:.3f}")
         stage.save_now_and_then(state.state)
     stage.save(state.state)
     if state.step and state.skipped == state.step:

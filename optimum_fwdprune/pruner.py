@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from . import ranks
 from .architectures import Site, SiteKey, find_sites, get_architecture, is_pruned
@@ -25,6 +24,7 @@ from .export.stock import STOCK, check_stock_layout, check_stock_request
 from .hub import Base, check_name, upload
 from .latency import LatencyCost, LatencyTable, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
 from .loading import ACCESS, WHERE, auto_class_of, check_is_model, check_unquantized, load_for_task
+from .loggers import get_logger
 from .methods import PruningConfig
 from .module_state import forward_state_kept
 from .offloading import check_readable, device_map_on_disk, is_offloaded
@@ -38,14 +38,14 @@ from .rounds import Rounds
 from .scores import Scores, check_scoring, needs_calibration, score_units
 from .search import SEARCH, check_search
 from .streaming import Workspace, check_streamable, cut_streamed
-from .utils import evaluating, folder_moved_into_place, naming_what_is_full
+from .utils import evaluating, folder_moved_into_place, naming_what_is_full, one_step, progress
 from .wrapping import check_no_adapters, check_plain, is_peft_model
 
 
 if TYPE_CHECKING:
     from .recovery import RecoveryArguments, RecoveryTrainer
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # What a safetensors header spends on a tensor, generously, so that a target in bytes holds for the file.
 HEADER_BYTES_PER_TENSOR = 192
@@ -311,7 +311,8 @@ class FwdPruner:
     ) -> tuple[Cut, Scores]:
         """Score, plan and cut, round after round: the plan returned is that of all rounds, the scores are the last."""
         done: Cut | None = None
-        for number in range(1, config.rounds + 1):
+        numbers = range(1, config.rounds + 1)
+        for number in progress(numbers, "Pruning in rounds", unit="round") if config.rounds > 1 else numbers:
             model = done.model if done else self.model
             sites = find_sites(model, config.attention_unit) if done else sites
             request, budget = rounds.request(sites, number)
@@ -482,7 +483,7 @@ class FwdPruner:
         if self.plan is None and self.trainer is None:
             raise ValueError("There is nothing to save yet; call prune() first.")
         whole = isinstance(self.model, PreTrainedModel)
-        with folder_moved_into_place(folder, overwrite) as temporary:
+        with folder_moved_into_place(folder, overwrite) as temporary, one_step("Writing the checkpoint"):
             if self._workspace is not None and self.model is self._streamed:
                 self._workspace.copy_checkpoint(temporary)
             else:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
@@ -21,6 +20,7 @@ from .configuration import PruningConfig
 from .gates import Projection, kept_projection
 from .layerwise import decoder_layers, gather_statistics, statistics_by_layer
 from .least_squares import NormalEquations, refit
+from .loggers import get_logger
 from .offloading import is_offloaded, resident
 from .sequential import DENSE, LAYER, Refitted, refit_in_sequence
 from .shelves import Shelf
@@ -28,7 +28,7 @@ from .statistics import GRAM, MOMENTS, SiteStatistics
 from .utils import progress
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 NONE, BIAS, LEAST_SQUARES = "none", "bias", "least_squares"
 INDEPENDENT = "independent"

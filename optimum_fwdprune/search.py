@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from . import ranks
 from .allocation import ENDS, FEWEST_WITH_ENDS, LEVELS, coarse_multiple, fewest_units, levels_of, prunable_sites
@@ -23,13 +22,14 @@ from .configuration import PruningConfig
 from .divergence import Divergence
 from .gates import Projection
 from .levels import Levels
+from .loggers import get_logger
 from .policies import Ratios, budgets_of, even_rates
 from .policy_gradient import Budget, project
 from .reconstruction import HELD_OUT_EVERY
 from .utils import progress
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # The scope that asks for it.
 SEARCH = "search"
@@ -286,6 +286,7 @@ class _Descent:
         self._sizes = ratios.sizes.double()
         # Those of the model that is settled.
         self._projections: dict[SiteKey, Projection] = {}
+        self._allowed = math.inf
 
     def start(self, state: _State, starts: Sequence[torch.Tensor]) -> None:
         """Settle the best of the keep ratios to start from, the even share first."""
@@ -299,6 +300,7 @@ class _Descent:
     def run(self, state: _State, price: float, allowed: int, stage: Stage) -> None:
         """Sweep and move, at `price` for each window, until the windows allowed are used up or nothing helps."""
         price *= self._num_windows
+        self._allowed = allowed
         if not self._projections:
             self._settle((state.rates * self._sizes).round())
         stage.save(state.state)
@@ -342,7 +344,9 @@ class _Descent:
         """What narrowing each site by a step adds to the divergence, by what it saves, `[sites]` float64."""
         slopes = torch.zeros(len(state.rates), dtype=torch.float64)
         own = ranks.own(list(enumerate(self._ratios.sites)))
-        for place, site in progress(own, f"Searching, sweep {state.sweeps + 1}", unit="site"):
+        used = min(1.0, state.windows / self._allowed)
+        stage = f"Searching, sweep {state.sweeps + 1}, {used:.0%} of search_windows used"
+        for place, site in progress(own, stage, unit="site"):
             width = round(float(state.rates[place] * site.num_units))
             other = self._neighbour(site, width, state.step)
             changed = dict(self._projections)
@@ -376,7 +380,7 @@ class _Descent:
     def _divergences(self, candidates: Sequence[torch.Tensor]) -> list[float]:
         """The divergence under each of several widths of all sites."""
         found = torch.zeros(len(candidates), dtype=torch.float64)
-        for place in ranks.own(range(len(candidates))):
+        for place in progress(ranks.own(range(len(candidates))), "Comparing widths", unit="candidate"):
             found[place] = self._divergence.of(self._projections_of(candidates[place]))
         return ranks.summed(found).tolist()
 

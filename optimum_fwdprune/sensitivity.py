@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from .architectures import Coupling, Site, SiteKey
 from .perturbation import Noise, Perturbation, UnitPerturbation, WeightPerturbation
 from .statistics import SiteStatistics
+from .utils import progress
 from .zeroth_order import Draws
 
 
@@ -50,14 +51,14 @@ class WeightSensitivity:
         self._aggregation = aggregation
 
     def of(self, gradient: Gradient) -> dict[SiteKey, torch.Tensor]:
-        scores, index = {}, 0
-        for site in self._sites:
-            total: torch.Tensor | float = 0.0
+        scores: dict[SiteKey, torch.Tensor] = {}
+        index = 0
+        for site in progress(self._sites, "Summing up draws", unit="site"):
+            total: Any = 0.0
             for coupling, parameter in site.owned_parameters():
                 parts = [self._owned(site, coupling, parameter.detach(), estimate) for estimate in gradient(index)]
                 total = total + torch.stack(parts)
                 index += 1
-            assert isinstance(total, torch.Tensor)
             if self._aggregation == L2:
                 total = total.sqrt()
             elif self._aggregation == MEAN:

@@ -86,7 +86,8 @@ def refit_in_sequence(
             stream.start()
         shelf.settle(0)
     layers = [list(group) for _, group in groupby(sites, key=lambda site: site.layer)]
-    for of_layer in progress(layers[shelf.settled :], "Reconstructing", unit="layer"):
+    left = layers[shelf.settled :]
+    for of_layer in progress(left, "Reconstructing", total=len(layers), unit="layer", initial=shelf.settled):
         number = of_layer[0].layer
         layer = _Layer(of_layer, streams, ridge, refit_sources)
         with resident(runner.layers[number]):

@@ -181,7 +181,9 @@ def collect_statistics(
     share, done = calibration.own_share(), stage.load(observer.take_up) or 0
     with observer.watching():
         batches = list(share.after(done).batches(batch_size)) if share is not None and done < len(share) else []
-        for input_ids, attention_mask in progress(batches, "Calibrating", unit="batch"):
+        before = -(-done // batch_size)
+        bar = progress(batches, "Calibrating", total=before + len(batches), unit="batch", initial=before)
+        for input_ids, attention_mask in bar:
             observer.attention_mask = attention_mask
             # The base model stops before the vocabulary projection, which no site needs.
             model.base_model(

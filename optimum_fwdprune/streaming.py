@@ -30,7 +30,7 @@ from .search import SEARCH
 from .shelves import Shelf
 from .statistics import SiteStatistics
 from .surgery import empty_pruned_model, plan_cuts, replaced_parameters, set_parameter, slice_tensor
-from .utils import save_weights_atomically, write_text_atomically
+from .utils import progress, save_weights_atomically, write_text_atomically
 from .verification import probe_batch, relative_difference, rounded, share_of_scale
 
 
@@ -131,7 +131,9 @@ def cut_streamed(
     layers = enumerate(
         reconstruct_by_layer(model, sites, plan.kept, config, calibration, statistics, shelf=shelf), shelf.settled
     )
-    for number, found in _timed(layers, seconds, "reconstruct"):
+    total = len(get_architecture(model.config).layers(model))
+    bar = progress(layers, "Cutting and writing", total=total, unit="layer", initial=shelf.settled)
+    for number, found in _timed(bar, seconds, "reconstruct"):
         with timed(seconds, "surgery"):
             tensors = weights.write_layer(number, cuts, replaced_parameters(sites, found.projections), found.details)
         with timed(seconds, "verify"):

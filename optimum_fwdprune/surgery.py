@@ -15,6 +15,7 @@ from .gates import Projection
 from .module_state import forget_lengths
 from .offloading import lies_on_disk, read_parameter
 from .plan import PruningPlan
+from .utils import progress
 
 
 # Parameter name -> the cuts to make: (axis, int64 positions that stay).
@@ -163,7 +164,7 @@ def prune_model(
     pruned = empty_pruned_model(model, sites, plan.kept, with_bias)
     cuts = plan_cuts(sites, plan.kept)
     replaced = replaced_parameters(sites, projections)
-    for name, parameter in list(model.named_parameters()):
+    for name, parameter in progress(list(model.named_parameters()), "Cutting", unit="tensor"):
         value = replaced.pop(name, None)
         if value is None:
             value = slice_tensor(name, read_parameter(model, name), cuts)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, progress bars that know when to be silent, models in eval mode, fair timing."""
+"""Files that are whole or absent, tables, models in eval mode, fair timing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import ranks
 from .module_state import forward_state_kept
+from .progress import one_step as one_step
+from .progress import progress as progress
 
 
 if TYPE_CHECKING:
@@ -220,13 +220,13 @@ def median_seconds(runs: Sequence[Callable[[], Any]], repeats: int, device: torc
     They take turns, so that whatever else the machine does slows them all: compare the results of one call.
     """
     seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats + 1):
-        for run, taken in zip(runs, seconds):
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            taken.append(time.perf_counter() - start)
+    turns = [turn for _ in range(repeats + 1) for turn in zip(runs, seconds)]
+    for run, taken in progress(turns, "Timing", unit="run"):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        taken.append(time.perf_counter() - start)
     # The first run pays for kernels and caches.
     return [statistics.median(taken[1:]) for taken in seconds]
 
@@ -237,16 +237,6 @@ def synchronize(device: torch.device) -> None:
 
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def progress(iterable, description: str, total: int | None = None, unit: str = "it", initial: int = 0):
-    """Wrap `iterable` in a progress bar; silent off a terminal, where transformers' progress bars are off, and in all
-    processes of a run but the main one."""
-    from tqdm.auto import tqdm
-    from transformers.utils import logging
-
-    silent = not (sys.stderr.isatty() and logging.is_progress_bar_enabled() and ranks.speaks())
-    return tqdm(iterable, desc=description, total=total, unit=unit, initial=initial, disable=silent)
 
 
 def render_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from . import ranks
 from .calibration import Calibration
 from .checkpoints import Checkpoint, State
+from .loggers import get_logger
 from .losses import model_nll
 from .perturbation import Perturbation
 from .utils import progress
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # More rejected draws than this share of the request are an error.
 MAX_REJECTED = 0.25
@@ -151,8 +151,11 @@ def draw_slopes(
         for start in range(stretch, min(stretch + ends, draws), at_once)
     ]
     # Processes may have become more or fewer.
+    total = len(portions)
     portions = [left for portion in portions if (left := [draw for draw in portion if draw >= done])]
-    for portion in progress([] if converged else portions, "Drawing perturbations", unit="batch"):
+    before = total - len(portions)
+    bar = progress([] if converged else portions, "Drawing perturbations", total=total, unit="batch", initial=before)
+    for portion in bar:
         measured, window_differences = sampler.losses(portion, epsilon)
         finite = measured.isfinite().all(1)
         rejected += int((~finite).sum())

@@ -67,6 +67,8 @@ ORDER = [
     "models",
     "utils",
     "module_state",
+    "progress",
+    "loggers",
     "ranks",
     "version",
 ]

@@ -73,7 +73,7 @@ def text_loss(
     total = TextLoss(0.0, 0)
     batches = list(_batches(len(input_ids), max_length, stride, batch_size))
     with evaluating(model):
-        for starts, length, first in progress(batches, "Perplexity", unit="batch"):
+        for starts, length, first in progress(batches, "Measuring perplexity", unit="batch"):
             windows = torch.stack([input_ids[start : start + length] for start in starts])
             sums, counts = model_nll(model, windows, first=first)
             total += TextLoss(float(sums.sum()), int(counts.sum()))
@@ -109,7 +109,7 @@ def window_losses(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: i
         raise ValueError(f"input_ids must be [windows, seq_len] with seq_len >= 2; got {tuple(input_ids.shape)}.")
     _check_batch_size(batch_size)
     losses = []
-    for batch in progress(input_ids.split(batch_size), "Perplexity", unit="batch"):
+    for batch in progress(input_ids.split(batch_size), "Measuring perplexity", unit="batch"):
         sums, counts = model_nll(model, batch)
         losses.append((sums / counts).cpu())
     return torch.cat(losses)

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
+from ..loggers import get_logger
 from ..utils import evaluating, progress, synchronize
 from .memory import PeakMemory
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # Kernels that the counter of this torch leaves out.
 _UNCOUNTED = {
@@ -139,7 +139,7 @@ def benchmark(
     vocab_size = min(model.config.get_text_config().vocab_size for model in models)
     sizes = [(batch, prompt) for batch in batch_sizes for prompt in prompt_tokens]
     timings: list[list[Timing]] = [[] for _ in models]
-    for batch_size, tokens in progress(sizes, "Timing", unit="size"):
+    for batch_size, tokens in progress(sizes, "Timing prompts", unit="size"):
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(vocab_size, (batch_size, tokens), generator=generator)
         runs = [functools.partial(_generate, model, prompts.to(model.device), new_tokens, clock) for model in models]
@@ -215,9 +215,9 @@ def _generate(
 
 def _take_turns(runs: Sequence[Callable[[], tuple[float, float]]], repeats: int) -> list[tuple[Spread, Spread]]:
     seconds: list[list[tuple[float, float]]] = [[] for _ in runs]
-    for _ in range(repeats + 1):
-        for run, taken in zip(runs, seconds):
-            taken.append(run())
+    turns = [turn for _ in range(repeats + 1) for turn in zip(runs, seconds)]
+    for run, taken in progress(turns, "Timing", unit="run"):
+        taken.append(run())
     # The first run pays for kernels and caches.
     return [
         (Spread.of([each[0] for each in taken[1:]]), Spread.of([each[1] for each in taken[1:]])) for taken in seconds

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ..architectures import get_architecture, is_pruned
+from ..loggers import get_logger
 from ..models.per_layer import stock_config
 from ..utils import check_output_file
 from .gguf_families import FAMILIES, GGUFFamily, LayerSizes
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # What the file calls itself by the dtype of its matrices.
 DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}

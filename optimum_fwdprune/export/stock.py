@@ -16,7 +16,7 @@ from ..models.per_layer import stock_config
 from ..plan import PruningPlan
 from ..reconstruction import NONE, added_parameters
 from ..surgery import pruned_config
-from ..utils import folder_moved_into_place
+from ..utils import folder_moved_into_place, one_step
 from ..verification import logits, probe_batch, share_of_scale, tolerance_of
 
 
@@ -62,8 +62,9 @@ def export_stock(
         del stock
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        written = model_class.from_pretrained(temporary, dtype=model.dtype).to(model.device)
-        difference = share_of_scale(logits(model, probe), logits(written, probe))
+        with one_step("Verifying the exported model"):
+            written = model_class.from_pretrained(temporary, dtype=model.dtype).to(model.device)
+            difference = share_of_scale(logits(model, probe), logits(written, probe))
         # Written so that NaN fails too.
         if not difference <= tolerance_of(model.dtype):
             raise RuntimeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..configuration import PruningConfig, register_method
+from ..utils import progress
 from .scoring import ScoringInputs
 
 
@@ -17,7 +18,7 @@ class MagnitudeConfig(PruningConfig):
 
 def score(inputs: ScoringInputs) -> dict:
     scores: dict = {}
-    for site in inputs.sites:
+    for site in progress(inputs.sites, "Scoring", unit="site"):
         for coupling, parameter in site.owned_parameters():
             squares = parameter.detach().float().square()
             scores[site.key] = scores.get(site.key, 0) + site.sum_owned(coupling, parameter, squares)

@@ -12,13 +12,14 @@ import torch
 from datasets import Dataset
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
+from ..loggers import get_logger
 from ..texts import detokenize, holds_splits, open_rows
+from ..utils import progress
 from .options import RecoveryOptions
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # Labels that do not count in the loss.
 IGNORED = -100
@@ -136,7 +137,7 @@ def _packed(
 ) -> Dataset:
     # Four bytes a token: a list would take nine times as much.
     tokens = array("i")
-    for text in texts:
+    for text in progress(texts, "Tokenizing", unit="text"):
         ids = tokenizer(detokenize(text), add_special_tokens=False, verbose=False)["input_ids"]
         tokens.extend(ids)
         if ids and tokenizer.eos_token_id is not None:
@@ -162,7 +163,7 @@ def _answers(
 ) -> Dataset:
     found: list[dict] = []
     unanswered = 0
-    for messages in chats:
+    for messages in progress(chats, "Tokenizing", unit="chat"):
         ids, labels = _labelled(messages, tokenizer)
         ids, labels = ids[:length], labels[:length]
         # The first token is predicted from nothing.

@@ -1,0 +1,88 @@
+"""The loggers of this package, `optimum_fwdprune.*`: transformers' verbosity governs them, or a level of their own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TextIO
+
+from . import ranks
+
+
+LIBRARY = __name__.partition(".")[0]
+TRANSFORMERS = "transformers"
+
+# The values of TRANSFORMERS_VERBOSITY.
+_LEVELS = {
+    "detail": logging.DEBUG,
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of a module of this package.
+
+    Its level is the one that was set on it or on `logging.getLogger("optimum_fwdprune")`, else the one of transformers
+    (`transformers.logging.set_verbosity_info()`, `TRANSFORMERS_VERBOSITY`). Messages go to stderr, and to the handlers
+    of the root logger; where one of these writes to the console, it alone does.
+
+    Args:
+        name (`str`): of the module.
+    """
+    logger = logging.getLogger(name)
+    # Not by `setLoggerClass`: whoever set a level on this logger has made it before.
+    logger.__class__ = _LibraryLogger
+    return logger
+
+
+class _LibraryLogger(logging.Logger):
+    """A logger that follows transformers where neither it nor its parents in this package have a level."""
+
+    def getEffectiveLevel(self) -> int:
+        logger: logging.Logger | None = self
+        while logger is not None and logger.name.partition(".")[0] == LIBRARY:
+            if logger.level:
+                return logger.level
+            logger = logger.parent
+        # Of several processes, the others report nothing but errors.
+        return _level_of_transformers() if ranks.speaks() else max(_level_of_transformers(), logging.ERROR)
+
+
+def _level_of_transformers() -> int:
+    logger = logging.getLogger(TRANSFORMERS)
+    # It has no level until it is imported, and then the level that the variable names.
+    return logger.level or _LEVELS.get(os.environ.get("TRANSFORMERS_VERBOSITY", ""), logging.WARNING)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes to stderr, unless a handler of the root logger writes to the console anyway."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is None or _root_writes_to_console():
+            return
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+def _root_writes_to_console() -> bool:
+    if not logging.getLogger(LIBRARY).propagate:
+        return False
+    consoles: tuple[TextIO | None, ...] = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    # The handler of rich has a console in the place of a stream.
+    return any(
+        hasattr(handler, "console") or getattr(handler, "stream", None) in consoles
+        for handler in logging.getLogger().handlers
+    )
+
+
+_handler = _ConsoleHandler()
+_handler.setFormatter(logging.Formatter(f"[{LIBRARY}] %(message)s"))
+get_logger(LIBRARY).addHandler(_handler)
