@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .architectures.site import ATTENTION_UNITS, KINDS, Site, SiteKey
-from .utils import write_text_atomically
+from .architectures.site import ATTENTION_UNITS, KINDS, Site, SiteKey, unit_name
+from .utils import html_table, write_text_atomically
 
 
 PLAN_NAME = "fwdprune_plan.json"
@@ -68,6 +68,16 @@ class PruningPlan:
                 )
         # As they come back from a file, and as torch takes an index along one axis, which a tuple is not.
         object.__setattr__(self, "kept", {key: list(units) for key, units in self.kept.items()})
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for layer in sorted({layer for layer, _ in self.kept}):
+            row = [str(layer)]
+            for kind in KINDS:
+                total, kept = self.num_units.get((layer, kind), 0), len(self.kept.get((layer, kind), ()))
+                row += [f"{kept} / {total}", f"{kept / total if total else 1:.0%}"]
+            rows.append(row)
+        return html_table(("layer", unit_name("attention", self.attention_unit), "", "MLP channels", ""), rows)
 
     def removed(self, key: SiteKey) -> list[int]:
         """Return the units of a site that go, sorted."""

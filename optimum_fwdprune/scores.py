@@ -26,7 +26,7 @@ from .reconstruction import (
     statistics_with_grams,
 )
 from .statistics import SiteStatistics
-from .utils import load_tensors, save_tensors_atomically
+from .utils import html_table, load_tensors, save_tensors_atomically
 
 
 # In a folder of its own: servers such as vLLM read every .safetensors beside a config as weights.
@@ -127,6 +127,19 @@ class Scores:
     details: dict[str, Any] = field(default_factory=dict)
     history: dict[str, torch.Tensor] = field(default_factory=dict)
     grams: Grams = field(default_factory=dict, repr=False)
+
+    def _repr_html_(self) -> str:
+        header = ("layer", "kind", "units", "lowest score", "mean", "highest")
+        rows = [
+            (
+                str(layer),
+                kind,
+                str(len(value)),
+                *(f"{number:.3g}" for number in (value.min(), value.mean(), value.max())),
+            )
+            for (layer, kind), value in sorted(self.values.items())
+        ]
+        return html_table(header, rows)
 
     def check_matches(self, sites: Iterable[Site], config: PruningConfig) -> None:
         """Raise `ValueError` where the scores belong to another method, attention unit or model."""

@@ -240,24 +240,36 @@ def synchronize(device: torch.device) -> None:
 
 
 def render_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return rows of text as a table."""
+    """Return rows of text as a table of plain text: the same on a terminal, in a file, in a notebook and in a test."""
     import io
 
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD)
     for index, name in enumerate(header):
         # What does not fit is broken and not cut: the ends of names are what tells them apart.
-        table.add_column(escape(name), justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(Text, row))
     output = io.StringIO()
-    # A fixed width: the text is the same on a terminal, in a file and in a test.
-    Console(file=output, width=110).print(table)
+    # In a notebook rich writes to the notebook, and where FORCE_COLOR is set it writes escape codes.
+    plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False, "color_system": None}
+    Console(file=output, width=110, legacy_windows=False, **plain).print(table)
     return output.getvalue().rstrip("\n")
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return rows of text as an HTML table, which notebooks show."""
+    from html import escape
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 @contextmanager

@@ -17,6 +17,11 @@ ATTENTION_UNITS = (KV_GROUP, QUERY_HEAD)
 SiteKey = tuple[int, str]
 
 
+def unit_name(kind: str, attention_unit: str) -> str:
+    """Return what units of a kind are called, in the plural; `attention_unit` is one of `ATTENTION_UNITS`."""
+    return "MLP channels" if kind == MLP else {KV_GROUP: "KV groups", QUERY_HEAD: "query heads"}[attention_unit]
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of blocks along one axis of a linear.

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..utils import check_output_file, render_table, write_text_atomically
+from ..utils import check_output_file, html_table, render_table, write_text_atomically
 from .perplexity import TextLoss, texts_loss
 from .speed import Benchmark, Spread, Timing, benchmark
 from .tasks import TaskScore, evaluate_tasks
@@ -149,6 +149,10 @@ class Comparison:
     def __str__(self) -> str:
         header, _, *rows = self._rows()
         return render_table(header, rows)
+
+    def _repr_html_(self) -> str:
+        header, _, *rows = self._rows()
+        return html_table(header, rows)
 
     def save(self, file: str | Path) -> None:
         """Write the comparison to a `.md`, `.json` or `.csv` file."""

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..architectures.site import KINDS
+from ..architectures.site import KINDS, unit_name
 from . import pictures
 from .numbers import is_quality, is_speed
-from .pictures import PALETTE, unit_name
+from .pictures import PALETTE
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..architectures.site import KINDS
+from ..architectures.site import KINDS, unit_name
 from ..plan import PruningPlan
 from .learning import learning_of
 
@@ -31,11 +31,6 @@ PALETTE = {
 }
 
 NO_MATPLOTLIB = "Plots need matplotlib: pip install optimum-fwdprune[plots]."
-
-
-def unit_name(kind: str, attention_unit: str) -> str:
-    """What a unit of a kind is called, in the plural."""
-    return "MLP channels" if kind == "mlp" else {"kv_group": "KV groups", "query_head": "query heads"}[attention_unit]
 
 
 def plot_plan(plan: PruningPlan, file: str | Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.site import SiteKey
-from ..utils import render_table
+from ..utils import html_table, render_table
 
 
 if TYPE_CHECKING:
@@ -134,7 +134,13 @@ class PruningReport:
         return write_page(document_of([described]), file, overwrite=overwrite)
 
     def __str__(self) -> str:
-        rows = [
+        return render_table(*self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+        rows: list[tuple[str, ...]] = [
             ("Parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}", f"-{self.model_sparsity:.1%}"),
             (
                 "of them prunable",
@@ -158,7 +164,7 @@ class PruningReport:
                     f"measured {self.speedup.measured:.2f}",
                 )
             )
-        return render_table(("", "dense", "pruned", "change"), rows)
+        return ("", "dense", "pruned", "change"), rows
 
 
 # Fields of a report that are JSON values as they are.

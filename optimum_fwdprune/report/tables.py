@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..architectures.site import KINDS
+from ..architectures.site import KINDS, unit_name
 from ..plan import PruningPlan
 from ..utils import render_table
 from .document import models_of
 from .learning import learning_of
 from .numbers import figure_label, figure_way, is_quality, is_speed, written
-from .pictures import unit_name
 
 
 if TYPE_CHECKING:
