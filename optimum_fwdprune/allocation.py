@@ -97,14 +97,19 @@ def prunable_sites(sites: Iterable[Site], config: PruningConfig) -> list[Site]:
         if not -num_layers <= layer < num_layers:
             raise ValueError(f"skip_layers names layer {layer}; the model has layers 0 to {num_layers - 1}.")
     skipped = {layer % num_layers for layer in skip_layers}
-    return [site for site in sites if site.kind in config.kinds and site.layer not in skipped]
+    return [site for site in sites if site.kind in config.resolved_kinds and site.layer not in skipped]
 
 
 def _layers_to_skip(config: PruningConfig, num_layers: int) -> list[int]:
     if config.skip_layers is None:
-        ends = config.scope == "layer" and config.layout == "any" and num_layers >= FEWEST_WITH_ENDS
-        return ENDS if ends else []
+        return ENDS if spares_ends(config, num_layers) else []
     return config.skip_layers
+
+
+def spares_ends(config: PruningConfig, num_layers: int) -> bool:
+    """Whether the first and last layers of a model stay unpruned by default."""
+    by_default = config.skip_layers is None and config.resolved_scope == "layer" and config.layout == "any"
+    return by_default and num_layers >= FEWEST_WITH_ENDS
 
 
 def levels_of(site: Site, scores: torch.Tensor, config: PruningConfig) -> list[list[int]]:
@@ -158,7 +163,7 @@ def allocate(
     steps = {site.key: _Steps(site, scores[site.key], config, additive, cost) for site in open_sites}
     if config.has_budget_per_kind:
         parts = []
-        for kind in config.kinds:
+        for kind in config.resolved_kinds:
             of_kind = sum(site.num_parameters for site in sites if site.kind == kind)
             part = Budget(
                 round(config.sparsity_of(kind) * of_kind),
@@ -171,7 +176,7 @@ def allocate(
 
     cuts = dict.fromkeys(steps, 0)
     for keys, part, total in parts:
-        pools = _pools([steps[key] for key in keys], part, config.scope)
+        pools = _pools([steps[key] for key in keys], part, config.resolved_scope)
         _check_reachable(pools, part, total, config, 1 + max(site.layer for site in sites))
         # Rounded up in every layer, a target would be overshot as often as there are layers.
         makes_up = part.at_least and config.layout != "stock"
@@ -240,13 +245,13 @@ def _check_reachable(pools: list[_Pool], part: Budget, total: int, config: Pruni
         return
     # Every pool gives the same share, so the tightest one limits them all.
     share, layer = min(shares, default=(0.0, 0))
-    where = f"layer {layer}" if config.scope == "layer" and shares else "the model"
+    where = f"layer {layer}" if config.resolved_scope == "layer" and shares else "the model"
     constraints = [f"min_units_per_site={config.min_units_per_site}"]
     constraints += [f"multiple_of={config.multiple_of}"] * (config.multiple_of > 1)
     skip_layers = _layers_to_skip(config, num_layers)
     default = " (the default here, [] spares none)" if config.skip_layers is None else ""
     constraints += [f"skip_layers={skip_layers}{default}"] * bool(skip_layers)
-    constraints += [f"kinds={config.kinds}"] * (len(config.kinds) == 1)
+    constraints += [f"kinds={config.resolved_kinds}"] * (len(config.resolved_kinds) == 1)
     raise ValueError(
         f"{part.cost.asked(part.amount, total)} is more than {where} can give under {', '.join(constraints)}: the "
         f"largest possible {part.cost.most(share * part.amount, total)}. Ask for less, or relax the constraint."

@@ -25,27 +25,11 @@ logger = get_logger(__name__)
 CONFIG_NAME = "fwdprune_config.json"
 DEFAULT_METHOD = "wanda_sp"
 
-# What prune() does without a request, and fields of a request that say how much, on what text and with which means
-# rather than how: naming them alone asks for this preset still.
+# The preset that overrides nothing: the defaults of the fields are its recipe.
 DEFAULT_PRESET = "balanced"
-NOT_THE_RECIPE = (
-    "sparsity",
-    "target_parameters",
-    "target_bytes",
-    "target_speedup",
-    "latency_tokens",
-    "latency_table",
-    "calibration",
-    "dataset_config",
-    "dataset_split",
-    "dataset_column",
-    "n_samples",
-    "seq_len",
-    "batch_size",
-    "seed",
-    "checkpoint",
-    "checkpoint_seconds",
-)
+
+# Reconstructions that methods once had by default. Files of that time have `null` in their place.
+RECONSTRUCTION_OF_OLD_FILES = {"flap": "bias", "magnitude": "none", "random": "none"}
 
 # Fields that say nothing of what comes of a request. Checkpoints get shared, home directories do not.
 OF_THE_MACHINE = ("checkpoint", "checkpoint_seconds", "latency_table")
@@ -136,10 +120,11 @@ class PruningConfig:
     )
     attention_sparsity: float | None = option(None, "A budget of their own for the attention units.", group=BUDGET)
     mlp_sparsity: float | None = option(None, "A budget of their own for the MLP channels.", group=BUDGET)
-    scope: str = option(
-        "layer",
-        "Whether every layer gives the same share, layers compete for one budget, or the loss of whole pruned models "
-        "decides what each site gives.",
+    scope: str | None = option(
+        None,
+        "Whether every layer loses the same share (layer), layers compete for one budget (global), or the loss of "
+        "whole pruned models decides what each site loses (search). Default: layer, and global for methods that learn "
+        "how the budget is split.",
         ("layer", "global", "search"),
         group=SHARES,
     )
@@ -157,8 +142,12 @@ class PruningConfig:
         ("separate", "joint"),
         group=SHARES,
     )
-    kinds: list[str] = option(
-        ["attention", "mlp"], "Which kinds of units to prune.", ("attention", "mlp"), group=UNITS
+    kinds: list[str] | None = option(
+        None,
+        "Which kinds of units to prune. Default: mlp, and query heads too where attention_sparsity asks for them or "
+        "the channels alone cannot meet the budget.",
+        ("attention", "mlp"),
+        group=UNITS,
     )
     attention_unit: str = option(
         "query_head",
@@ -175,14 +164,16 @@ class PruningConfig:
     multiple_of: int = option(1, "Round every pruned MLP width to a multiple of this, for fast kernels.", group=UNITS)
     skip_layers: list[int] | None = option(
         None,
-        "Layers that lose nothing; negative numbers count from the last, and an empty list spares none. Default: the "
-        "first and last two of models of 12 layers and more where scope is layer and layout is any, else none.",
+        "Layers that stay unpruned; negative numbers count from the last, and an empty list means no layer. Default: "
+        "the first and last two of models of 12 layers and more where scope is layer and layout is any, unless the "
+        "other layers cannot meet the budget alone.",
         group=UNITS,
     )
     min_units_per_site: int = option(1, "Heads and channels that every layer keeps at least.", group=UNITS)
-    reconstruction: str | None = option(
-        None,
-        "What the kept weights do about the removed ones. Default: the method's own, least_squares for wanda_sp.",
+    reconstruction: str = option(
+        "least_squares",
+        "How the kept weights make up for the removed ones: not at all (none), by a bias that replaces the mean "
+        "output of what was removed (bias), or refitted by least_squares.",
         ("none", "bias", "least_squares"),
         group=RECONSTRUCTION,
     )
@@ -263,10 +254,10 @@ class PruningConfig:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.ridge is not None and self.ridge < 0:
             raise ValueError(f"ridge must be at least 0; got {self.ridge}.")
-        if self.reconstruction_order == "sequential" and self.reconstruction_kind != "least_squares":
+        if self.reconstruction_order == "sequential" and self.reconstruction != "least_squares":
             raise ValueError(
                 f"reconstruction_order='sequential' refits weights, and reconstruction is "
-                f"{self.reconstruction_kind!r} here; ask for reconstruction='least_squares', or leave the order "
+                f"{self.reconstruction!r} here; ask for reconstruction='least_squares', or leave the order "
                 f"'independent'."
             )
         if self.reconstruction_target is not None and self.reconstruction_order == "independent":
@@ -275,19 +266,19 @@ class PruningConfig:
                 f"reconstruction_order is 'independent' here; leave one of them out."
             )
         if self.refit_sources and (
-            self.reconstruction_kind != "least_squares"
+            self.reconstruction != "least_squares"
             or self.reconstruction_order == "independent"
             or self.reconstruction_target == "layer"
         ):
             raise ValueError(
                 f"refit_sources goes with least squares layer by layer towards the dense model, and reconstruction is "
-                f"{self.reconstruction_kind!r}, its order {self.reconstruction_order!r}, its target "
+                f"{self.reconstruction!r}, its order {self.reconstruction_order!r}, its target "
                 f"{self.reconstruction_target!r} here; set refit_sources=False, or leave these out."
             )
-        if self.layout == "stock" and (self.scope != "layer" or self.skip_layers):
+        if self.layout == "stock" and (self.resolved_scope != "layer" or self.skip_layers):
             raise ValueError(
-                f"layout='stock' cuts every layer alike, and scope={self.scope!r} with skip_layers={self.skip_layers} "
-                f"does not; leave out scope and skip_layers."
+                f"layout='stock' cuts every layer alike, and scope={self.resolved_scope!r} with "
+                f"skip_layers={self.skip_layers} does not; set scope='layer' and leave out skip_layers."
             )
         if self.checkpoint_seconds < 0:
             raise ValueError(f"checkpoint_seconds must be at least 0; got {self.checkpoint_seconds}.")
@@ -299,10 +290,10 @@ class PruningConfig:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if len(targets) > 1:
             raise ValueError(f"{' and '.join(targets)} are two budgets; give one of them.")
-        if not self.kinds:
+        if self.kinds is not None and not self.kinds:
             raise ValueError("kinds must name attention, mlp or both; got none.")
         for kind in ("attention", "mlp"):
-            if getattr(self, f"{kind}_sparsity") is not None and kind not in self.kinds:
+            if getattr(self, f"{kind}_sparsity") is not None and kind not in self.resolved_kinds:
                 raise ValueError(f"{kind}_sparsity is a budget for {kind}, which kinds={self.kinds} leaves alone.")
         if self.has_budget_per_kind and targets:
             raise ValueError("A target for the whole model and a sparsity per kind are two budgets; give one of them.")
@@ -312,12 +303,33 @@ class PruningConfig:
                 if choices is not None and item is not None and item not in choices:
                     near = did_you_mean(str(item), choices)
                     raise ValueError(f"{declared.name} must be one of {', '.join(choices)}; got {item!r}.{near}")
+        # From here on every assignment is checked.
+        self.__dict__["_checked"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_checked" not in self.__dict__:
+            super().__setattr__(name, value)
+            return
+        known = [declared.name for declared in dataclasses.fields(self)]
+        if name not in known:
+            raise AttributeError(f"{type(self).__name__} has no option {name!r}.{did_you_mean(name, known)}")
+        changed = dataclasses.replace(self, **{name: value})
+        super().__setattr__(name, getattr(changed, name))
 
     @property
-    def reconstruction_kind(self) -> str:
-        """The reconstruction asked for, or the method's own."""
-        registered = METHODS.get(self.method)
-        return self.reconstruction or (registered.reconstruction if registered else "none")
+    def resolved_scope(self) -> str:
+        """The scope, with the default of `None` put in: `"layer"`, and `"global"` for methods that learn the split."""
+        if self.scope is not None:
+            return self.scope
+        method = METHODS.get(self.method)
+        return "global" if method is not None and method.learns_split else "layer"
+
+    @property
+    def resolved_kinds(self) -> list[str]:
+        """The kinds, with the default of `None` put in: `["mlp"]`, and attention where it has a budget of its own."""
+        if self.kinds is not None:
+            return self.kinds
+        return ["mlp"] if self.attention_sparsity is None else ["attention", "mlp"]
 
     @property
     def has_budget_per_kind(self) -> bool:
@@ -351,6 +363,39 @@ class PruningConfig:
             setattr(self, name, items if is_list else items[0])
 
     @classmethod
+    def of(cls, request: PruningConfig | str | None = None, *, replays: bool = False, **fields) -> PruningConfig:
+        """Return the config that a request stands for.
+
+        Args:
+            request (`PruningConfig` or `str`, *optional*): a config, which is copied and checked again, or the name of
+                a preset. The default is the preset `"balanced"`, whose recipe is the defaults of the fields.
+            replays (`bool`, defaults to `False`): the config is for a plan that exists already. Nothing is
+                reconstructed then unless the request or a field asks for it.
+            fields: options that override those of the request.
+
+        Raises:
+            TypeError: where `request` is something else, or a field is not an option.
+            ValueError: where a value is out of range, naming it.
+        """
+        if replays and request is None and "reconstruction" not in fields:
+            fields["reconstruction"] = "none"
+        if isinstance(request, PruningConfig):
+            return dataclasses.replace(request, **fields)
+        if isinstance(request, str) and request in METHODS:
+            raise ValueError(f"{request!r} is a method and not a preset; pass method={request!r}.")
+        if request is None or isinstance(request, str):
+            return cls.from_preset(DEFAULT_PRESET if request is None else request, **fields)
+        way_out = (
+            f"Options are named: sparsity={request!r}."
+            if isinstance(request, numbers.Real)
+            else "Calibration text and tokens are passed as dataset=."
+        )
+        raise TypeError(
+            f"A request is a PruningConfig, the name of a preset, or options by name; got a "
+            f"{type(request).__name__}. {way_out}"
+        )
+
+    @classmethod
     def from_preset(cls, name: str, **fields) -> PruningConfig:
         """Return the request registered as `name`, such as a paper's published settings; `fields` override its own.
 
@@ -377,6 +422,8 @@ class PruningConfig:
         """Build the config of `values["method"]`; keys that this version does not know are dropped with a warning."""
         values = dict(values)
         written_by = values.pop("fwdprune_version", "an unknown version")
+        if "reconstruction" in values and values["reconstruction"] is None:
+            values["reconstruction"] = RECONSTRUCTION_OF_OLD_FILES.get(str(values.get("method")), "least_squares")
         config_class = get_method(values.get("method", DEFAULT_METHOD)).config_class if cls is PruningConfig else cls
         known = {declared.name for declared in dataclasses.fields(config_class)}
         unknown = sorted(values.keys() - known)
@@ -438,12 +485,12 @@ def register_method(
     statistics: tuple[str, ...] = (),
     calibrated: bool = False,
     additive: bool | Callable[[PruningConfig], bool] = True,
-    reconstruction: str = "none",
+    learns_split: bool = False,
     differentiates: Callable[[PruningConfig], bool] = lambda _config: False,
 ) -> None:
     """Make a criterion known under `config_class.method`; the arguments are those of [`Method`]."""
     if config_class is PruningConfig or not issubclass(config_class, PruningConfig):
         raise ValueError("config_class must be a dataclass that extends PruningConfig and sets the field `method`.")
     METHODS[config_class.method] = Method(
-        config_class, score, tuple(statistics), calibrated, additive, reconstruction, differentiates
+        config_class, score, tuple(statistics), calibrated, additive, learns_split, differentiates
     )

@@ -52,9 +52,9 @@ class Levels:
         }
         self._moments, self._files = {}, {}
         cut = [site for site in sites if self._kept[site.key]]
-        if config.reconstruction_kind == BIAS:
+        if config.reconstruction == BIAS:
             self._moments = collect_statistics(model, cut, calibration, config.batch_size, (MOMENTS,), checkpoint)
-        if config.reconstruction_kind == LEAST_SQUARES:
+        if config.reconstruction == LEAST_SQUARES:
             _check_space(cut, self._kept, folder)
             texts = calibration.split(HELD_OUT_EVERY)
             measured = gram_statistics(model, cut, texts, config.batch_size)

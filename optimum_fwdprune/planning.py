@@ -52,7 +52,7 @@ def make_plan(
         budget (`Budget`): what the round removes.
         checkpoint (`Checkpoint`, *optional*): where a search keeps its state.
     """
-    if config.scope == SEARCH:
+    if config.resolved_scope == SEARCH:
         assert scores.calibration is not None
 
         def keep(values: Mapping[SiteKey, torch.Tensor], request: PruningConfig) -> dict[SiteKey, list[int]]:
@@ -79,7 +79,7 @@ def _metadata(model: PreTrainedModel, scores: Scores, rounds: Rounds, config: Pr
     return {
         "source": public_name(model.config._name_or_path),
         "method": config.method,
-        "reconstruction": config.reconstruction_kind,
+        "reconstruction": config.reconstruction,
         "requested_sparsity": rounds.requested_sparsity,
         "rounds": config.rounds,
         "scores": {

@@ -188,7 +188,7 @@ def budgets_of(
     start = 0
     for site, size, floor in zip(sites, sizes, floors):
         kind = site.kind if config.budget == "separate" or config.has_budget_per_kind else ""
-        layer = site.layer if config.scope == "layer" else -1
+        layer = site.layer if config.resolved_scope == "layer" else -1
         pools.setdefault((kind, layer), []).append((site, start, size, floor))
         start += size
     budgets = []

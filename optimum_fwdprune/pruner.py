@@ -17,7 +17,6 @@ from .budgets import Budget, removal_budget
 from .calibration import Calibration, load_calibration
 from .card import write_card
 from .checkpoints import Checkpoint
-from .configuration import DEFAULT_PRESET
 from .cutting import Cut, cut, timed
 from .evaluation import Comparison
 from .export.stock import STOCK, check_stock_layout, check_stock_request
@@ -37,6 +36,7 @@ from .report.checkpoint import report_of
 from .rounds import Rounds
 from .scores import Scores, check_scoring, needs_calibration, score_units
 from .search import SEARCH, check_search
+from .settling import forecast, settle
 from .streaming import Workspace, check_streamable, cut_streamed
 from .utils import evaluating, folder_moved_into_place, naming_what_is_full, one_step, progress
 from .wrapping import check_no_adapters, check_plain, is_peft_model
@@ -178,13 +178,15 @@ class FwdPruner:
                 pruner._base = dataclasses.replace(pruner._base, name=source, is_repository="/" in source)
         return pruner
 
-    def score(self, config: PruningConfig | None = None, dataset: Any = None) -> Scores:
+    def score(self, config: PruningConfig | str | None = None, dataset: Any = None, **fields) -> Scores:
         """Score every unit, and gather what the request's reconstruction will need, without changing the model.
 
         Args:
-            config (`PruningConfig`, *optional*): method and calibration; by default those of `prune()`.
+            config (`PruningConfig` or `str`, *optional*): method and calibration, or the name of a preset; by default
+                those of `prune()`.
             dataset (*optional*): calibration text or tokens instead of `config.calibration`; see
                 [`~optimum_fwdprune.calibration.load_calibration`].
+            fields: options of `PruningConfig` by name, which override those of `config`.
 
         Returns:
             `Scores`: to inspect, to save, or to hand to `prune` with other budgets.
@@ -192,7 +194,7 @@ class FwdPruner:
         Raises:
             ValueError: on NaN in weights, activations or scores, naming where.
         """
-        config = PruningConfig.from_preset(DEFAULT_PRESET) if config is None else config
+        config = PruningConfig.of(config, **fields)
         check_readable(self.model)
         sites = find_sites(self.model, config.attention_unit)
         config, budget = self._settled(sites, config)
@@ -205,25 +207,36 @@ class FwdPruner:
 
     def prune(
         self,
-        config: PruningConfig | None = None,
+        config: PruningConfig | str | None = None,
         dataset: Any = None,
         *,
         plan: PruningPlan | None = None,
         scores: Scores | None = None,
         inplace: bool = True,
+        **fields,
     ) -> PreTrainedModel:
         """Prune the model.
 
+        ```python
+        pruner.prune()  # the defaults: 20 % of the prunable parameters
+        pruner.prune(sparsity=0.3)
+        pruner.prune("best", sparsity=0.4)
+        pruner.prune(PruningConfig(method="flap"))
+        ```
+
+        Before any work is done, what the request will remove is logged.
+
         Args:
-            config (`PruningConfig`, *optional*): the request. Without one, that of the preset `balanced`: 20 % of the
-                prunable parameters go.
+            config (`PruningConfig` or `str`, *optional*): the request, or the name of a preset. The default is the
+                preset `balanced`, whose recipe is the defaults of [`PruningConfig`].
             dataset (*optional*): calibration text or tokens instead of `config.calibration`.
-            plan (`PruningPlan`, *optional*): replay this plan instead of scoring and allocating; reconstruction
-                follows only where the config names it.
+            plan (`PruningPlan`, *optional*): replay this plan instead of scoring and allocating. Weights are
+                reconstructed only where a config, a preset or the option `reconstruction` is given as well.
             scores (`Scores`, *optional*): allocate by these instead of scoring again. The options of their method are
                 those that they were made with, whatever the config says.
             inplace (`bool`, defaults to `True`): consume the dense model. `False` leaves it whole, and needs memory
                 for both. Where a later one of several rounds fails, `self.model` is what the rounds before came to.
+            fields: options of `PruningConfig` by name, which override those of `config`.
 
         Returns:
             `PreTrainedModel`: the pruned model, which is `self.model` from then on.
@@ -234,26 +247,16 @@ class FwdPruner:
         """
         if plan is not None and scores is not None:
             raise ValueError("Give a plan to replay or scores to allocate by, not both.")
-        if config is None:
-            config = PruningConfig() if plan is not None else PruningConfig.from_preset(DEFAULT_PRESET)
+        config = PruningConfig.of(config, replays=plan is not None, **fields)
         if plan is not None:
-            reconstruction = config.reconstruction or NONE
-            order = None if reconstruction == NONE else config.reconstruction_order
-            config = dataclasses.replace(
-                config,
-                attention_unit=plan.attention_unit,
-                reconstruction=reconstruction,
-                reconstruction_order=order,
-            )
+            config = dataclasses.replace(config, attention_unit=plan.attention_unit)
         check_readable(self.model)
         if self._low_memory:
             check_streamable(config)
         check_reconstruction(self.model, config)
-        if plan is None and config.scope == SEARCH:
+        if plan is None and config.resolved_scope == SEARCH:
             check_search(self.model, config)
         sites = find_sites(self.model, config.attention_unit)
-        if config.layout == STOCK:
-            check_stock_request(self.model, sites, config)
         if scores is not None:
             scores.check_matches(sites, config)
             config = scores.options_into(config)
@@ -323,14 +326,14 @@ class FwdPruner:
                         scores = self._score(model, sites, rounds, request, budget, dataset, checkpoint)
                     # Whatever fails from here on, they can serve another request.
                     self.scores = scores
-                    if scores.calibration is None and (request.scope == SEARCH or request.reconstruction_kind != NONE):
+                    if scores.calibration is None and (request.resolved_scope == SEARCH or request.reconstruction != NONE):
                         scores = dataclasses.replace(
                             scores, calibration=self._calibration(request, dataset, checkpoint)
                         )
                 with timed(seconds, "allocate"):
                     plan, scores = make_plan(model, sites, scores, rounds, request, budget, checkpoint)
             if request.layout == STOCK:
-                check_stock_layout(model, sites, plan, request.reconstruction_kind)
+                check_stock_layout(model, sites, plan, request.reconstruction)
             # Later rounds read the same tokens, which the dense model may have written.
             dataset = scores.calibration or dataset
             gathered = (scores.statistics, scores.grams)
@@ -552,14 +555,29 @@ class FwdPruner:
             return load_calibration(config, self.model, self.tokenizer, dataset, checkpoint)
 
     def _settled(self, sites: list[Site], config: PruningConfig) -> tuple[PruningConfig, Budget]:
-        """The request with what its budget implies, and the budget."""
-        if config.target_speedup is None:
-            dense = _Sizes.of(self.model, sites)
-            losing = (site for site in sites if site.kind in config.kinds)
-            added = added_parameters(losing, config.reconstruction_kind)
-            return config, removal_budget(config, sites, dense.parameters, dense.file_bytes, added)
-        self._latencies = load_or_measure(self.model, sites, config, self._latencies)
-        return at_measured_widths(sites, config), speed_budget(self._latencies, config.target_speedup)
+        """The request with what the model and the budget imply, and the budget; what it will do is logged."""
+        dense = _Sizes.of(self.model, sites)
+
+        def added(request: PruningConfig) -> int:
+            losing = (site for site in sites if site.kind in request.resolved_kinds)
+            return added_parameters(losing, request.reconstruction)
+
+        def budget_of(request: PruningConfig) -> tuple[PruningConfig, Budget]:
+            if request.target_speedup is None:
+                budget = removal_budget(request, sites, dense.parameters, dense.file_bytes, added(request))
+                return request, budget
+            self._latencies = load_or_measure(self.model, sites, request, self._latencies)
+            return at_measured_widths(sites, request), speed_budget(self._latencies, request.target_speedup)
+
+        def check(request: PruningConfig) -> None:
+            if request.layout == STOCK:
+                check_stock_request(self.model, sites, request)
+
+        config, budget = settle(sites, config, budget_of, check)
+        outcome = forecast(sites, config, budget, dense.parameters, dense.bytes, added(config))
+        for line in str(outcome).splitlines():
+            logger.info(line)
+        return config, budget
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,7 +108,7 @@ def added_parameters(sites: Iterable[Site], kind: str) -> int:
 
 def check_reconstruction(model: PreTrainedModel, config: PruningConfig) -> None:
     """Raise `ValueError` where `model` does not allow the reconstruction that the request asks for."""
-    least_squares = config.reconstruction_kind == LEAST_SQUARES
+    least_squares = config.reconstruction == LEAST_SQUARES
     sequential = least_squares and config.reconstruction_order != INDEPENDENT
     if sequential and config.reconstruction_target == DENSE and not _adds_up(model):
         raise ValueError(
@@ -128,7 +128,7 @@ def kinds_with_bias(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]], co
     return {
         site.kind
         for site in sites
-        if site.kind in losing and config.reconstruction_kind == BIAS and site.projection.bias is None
+        if site.kind in losing and config.reconstruction == BIAS and site.projection.bias is None
     }
 
 
@@ -168,7 +168,7 @@ def reconstruct(
     details: dict[str, Any] = {}
     if any(len(kept[site.key]) < site.num_units for site in sites):
         # The others are soon done again.
-        keeps = checkpoint if config.reconstruction_kind == LEAST_SQUARES else None
+        keeps = checkpoint if config.reconstruction == LEAST_SQUARES else None
         about = hashlib.sha256(json.dumps(sorted(kept.items())).encode()).hexdigest()[:16]
         stages = [
             (keeps or Checkpoint()).stage(f"reconstruction-{number}", calibration, kept=about)
@@ -207,7 +207,7 @@ def reconstruct_by_layer(
             there; the other arguments are those of `reconstruct`.
         done (sequence of `Reconstruction`): of the first layers, where they are known.
     """
-    kind = config.reconstruction_kind
+    kind = config.reconstruction
     losing = [site for site in sites if len(kept[site.key]) < site.num_units]
     if kind != NONE and losing and calibration is None:
         raise ValueError(f"reconstruction={kind!r} needs calibration tokens.")

@@ -27,7 +27,7 @@ class Method:
         additive (`bool` or `Callable[[PruningConfig], bool]`): scores of different units add up to the score of their
             removal, so that units of unequal size compete by score per parameter; otherwise by score alone. A
             function where it depends on the options.
-        reconstruction (`str`): what follows the method unless the config says otherwise.
+        learns_split (`bool`): it learns how the budget is split over the layers, so that `scope=None` means `"global"`.
         differentiates (`Callable[[PruningConfig], bool]`): whether it back-propagates under the options of a config,
             which no offloaded weight allows.
     """
@@ -37,8 +37,13 @@ class Method:
     statistics: tuple[str, ...] = ()
     calibrated: bool = False
     additive: bool | Callable[[PruningConfig], bool] = True
-    reconstruction: str = "none"
+    learns_split: bool = False
     differentiates: Callable[[PruningConfig], bool] = lambda _config: False
+
+    @property
+    def summary(self) -> str:
+        """What it does in one line: the first of its config's docstring."""
+        return (self.config_class.__doc__ or "").strip().partition("\n")[0]
 
     def is_additive(self, config: PruningConfig) -> bool:
         """Whether its scores add up under the options of `config`."""
@@ -67,22 +72,32 @@ def registered_methods() -> list[str]:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named request.
+    """A named set of overrides of the defaults.
 
     Args:
-        fields (`dict[str, Any]`): of its config; the others keep their defaults. Without `method` it goes with all.
+        fields (`dict[str, Any]`): what it overrides; a preset that does not name a method goes with every one.
         help (`str`): what it is for, in one line.
     """
 
     fields: dict[str, Any]
     help: str
 
+    def described(self) -> str:
+        """Return what it is for and what it overrides, as options of the command line."""
+        options = []
+        for name, value in self.fields.items():
+            if isinstance(value, bool):
+                options.append(f"--{'' if value else 'no-'}{name}")
+            else:
+                options.append(" ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])]))
+        return f"{self.help} Overrides: {' '.join(options) or 'nothing'}."
+
 
 PRESETS: dict[str, Preset] = {}
 
 
 def register_preset(name: str, help: str, **fields) -> None:
-    """Make a request known under `name`, for `PruningConfig.from_preset` and `--preset`."""
+    """Make a set of overrides known under `name`, for `prune(name)`, `PruningConfig.from_preset` and `--preset`."""
     PRESETS[name] = Preset(fields, help)
 
 

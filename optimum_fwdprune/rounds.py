@@ -40,7 +40,7 @@ class Rounds:
         # What pools, and the heads of each, give shares of.
         self._pools: dict[int, dict[str, int]] = {}
         for site in prunable_sites(sites, config):
-            of_kinds = self._pools.setdefault(pool_of(site, config.scope), dict.fromkeys((ATTENTION, MLP), 0))
+            of_kinds = self._pools.setdefault(pool_of(site, config.resolved_scope), dict.fromkeys((ATTENTION, MLP), 0))
             of_kinds[site.kind] += budget.cost.total(site)
         if config.rounds > 1:
             # What cannot be had in the end should be refused before the first cut.
@@ -85,7 +85,7 @@ class Rounds:
         by_pool = self._left(sites, budget)
         budget = replace(budget, amount=max(0, budget.amount - self.removed(counts)), by_pool=by_pool)
         if config.has_budget_per_kind:
-            fields: dict[str, Any] = {f"{kind}_sparsity": self._sparsity(sites, kind, share) for kind in config.kinds}
+            fields: dict[str, Any] = {f"{kind}_sparsity": self._sparsity(sites, kind, share) for kind in config.resolved_kinds}
             config = replace(config, **fields)
         return config, budget
 
@@ -97,7 +97,7 @@ class Rounds:
         """
         given: dict[int, dict[str, int]] = {pool: dict.fromkeys((ATTENTION, MLP), 0) for pool in self._pools}
         for site in sites:
-            if (pool := pool_of(site, self._config.scope)) in given:
+            if (pool := pool_of(site, self._config.resolved_scope)) in given:
                 given[pool][site.kind] += self.removed({site.key: site.num_units})
         sizes = {pool: sum(of_kinds.values()) for pool, of_kinds in self._pools.items()}
         return {

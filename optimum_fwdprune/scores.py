@@ -90,11 +90,11 @@ def score_units(
 
 
 def _will_refit_independently(config: PruningConfig) -> bool:
-    return config.reconstruction_kind == LEAST_SQUARES and config.reconstruction_order == INDEPENDENT
+    return config.reconstruction == LEAST_SQUARES and config.reconstruction_order == INDEPENDENT
 
 
 def _needed(config: PruningConfig) -> set[str]:
-    return {*get_method(config.method).statistics, *STATISTICS_OF[config.reconstruction_kind]}
+    return {*get_method(config.method).statistics, *STATISTICS_OF[config.reconstruction]}
 
 
 def _check_finite(model: PreTrainedModel) -> None:

@@ -77,7 +77,7 @@ def check_streamable(config: PruningConfig) -> None:
             f"accelerate launch, or leave low_memory out."
         )
     whole = {
-        f"scope={SEARCH!r}": config.scope == SEARCH,
+        f"scope={SEARCH!r}": config.resolved_scope == SEARCH,
         f"rounds={config.rounds}": config.rounds > 1,
         "target_speedup": config.target_speedup is not None,
     }

@@ -33,6 +33,7 @@ ORDER = [
     "divergence",
     "latency",
     "rounds",
+    "settling",
     "allocation",
     "surgery",
     "reconstruction",

@@ -22,8 +22,8 @@ from .parser import choice, listed
 class PruneCommand(Command):
     USAGE = "-m MODEL OUTPUT"
     DESCRIPTION = (
-        "Prune a model and save it as a checkpoint that from_pretrained loads. Without a word on how, the preset "
-        "balanced removes 20 % of the prunable parameters."
+        "Prune a model and save it as a checkpoint that from_pretrained loads. By default 20 % of the prunable "
+        "parameters are removed. Every option changes that option alone; a preset is a named set of options."
     )
     EXAMPLES = (
         "prune -m HuggingFaceTB/SmolLM2-135M pruned --sparsity 0.3",
@@ -33,7 +33,7 @@ class PruneCommand(Command):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        from optimum_fwdprune.configuration import DEFAULT_METHOD, METHOD
+        from optimum_fwdprune.configuration import DEFAULT_METHOD, DEFAULT_PRESET, METHOD
         from optimum_fwdprune.methods import (
             PruningConfig,
             get_method,
@@ -53,13 +53,15 @@ class PruneCommand(Command):
         parser.add_argument("--plan", help="Replay this plan (a JSON file or a pruned checkpoint) instead of scoring.")
 
         presets, methods = registered_presets(), registered_methods()
-        request = parser.add_argument_group(METHOD, listed({name: get_preset(name).help for name in presets}))
-        request.add_argument(
+        parser.add_argument_group(
+            "preset", listed({name: get_preset(name).described() for name in presets})
+        ).add_argument(
             "--preset",
             **choice(presets),
-            help="Start from one of the requests above; the options given change it. Default: balanced where no "
-            "option says how to prune, else none.",
+            help=f"Override the defaults as listed above; options override those of the preset (default: "
+            f"{DEFAULT_PRESET}).",
         )
+        request = parser.add_argument_group(METHOD, listed({name: get_method(name).summary for name in methods}))
         request.add_argument(
             "--method",
             **choice(methods),
@@ -79,18 +81,13 @@ class PruneCommand(Command):
     def execute(self) -> None:
         import dataclasses
 
-        from optimum_fwdprune.configuration import DEFAULT_METHOD, DEFAULT_PRESET, NOT_THE_RECIPE
+        from optimum_fwdprune.configuration import DEFAULT_METHOD
         from optimum_fwdprune.methods import PruningConfig, get_method, get_preset, registered_methods
         from optimum_fwdprune.plan import PruningPlan
         from optimum_fwdprune.utils import check_output_folder
 
         given = vars(self.args)
-        known = {
-            field.name for name in registered_methods() for field in dataclasses.fields(get_method(name).config_class)
-        }
-        recipe = (given.keys() & known).difference(NOT_THE_RECIPE)
-        name = self.args.preset or (None if recipe or self.args.plan else DEFAULT_PRESET)
-        preset = get_preset(name).fields if name else {}
+        preset = get_preset(self.args.preset).fields if self.args.preset else {}
         method = given.get("method", preset.get("method", DEFAULT_METHOD))
         if method != preset.get("method", method):
             raise ValueError(f"--preset {self.args.preset} is for method {preset['method']}; leave out --method.")
@@ -103,18 +100,19 @@ class PruneCommand(Command):
                     raise ValueError(
                         f"--{field.name} is an option of method {name}; the method asked for is {config_class.method}."
                     )
-        config = PruningConfig(**preset | {name: value for name, value in given.items() if name in fields})
+        options = {name: value for name, value in given.items() if name in fields}
+        config = PruningConfig.of(self.args.preset, replays=self.args.plan is not None, **options)
         output = check_output_folder(self.args.output, self.args.overwrite)
         plan = PruningPlan.load(self.args.plan) if self.args.plan else None
 
         from optimum_fwdprune.pruner import FwdPruner
 
         with naming_the_model(self.args.model):
-            options = loading_options(self.args)
+            loading = loading_options(self.args)
             if self.args.low_memory:
                 # On the disk that the result goes to, where moving it is for free.
-                options |= {"low_memory": True, "offload_folder": output.parent}
-            pruner = FwdPruner.from_pretrained(self.args.model, **options)
+                loading |= {"low_memory": True, "offload_folder": output.parent}
+            pruner = FwdPruner.from_pretrained(self.args.model, **loading)
         pruner.prune(config, plan=plan)
         pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
         print(pruner.report)

@@ -136,11 +136,11 @@ def check_stock_layout(
 def check_stock_request(model: PreTrainedModel, sites: list[Site], config: PruningConfig) -> None:
     """Raise `ValueError` where a stock checkpoint cannot hold half of the units of a kind that a request prunes."""
     counts = {site.key: site.num_units for site in sites}
-    for kind in config.kinds:
+    for kind in config.resolved_kinds:
         kept = {site.key: _half(site) if site.kind == kind else list(range(site.num_units)) for site in sites}
         plan = PruningPlan(kept, counts, model.config.model_type, config.attention_unit)
         try:
-            check_stock_layout(model, sites, plan, config.reconstruction_kind)
+            check_stock_layout(model, sites, plan, config.reconstruction)
         except ValueError as error:
             raise ValueError(f"layout='stock' does not go with pruning {kind} here. {error}") from error
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..configuration import PruningConfig, register_method
+from ..registry import register_preset
 from .scoring import ScoringInputs
 
 
 @dataclass
 class FlapConfig(PruningConfig):
-    """Score of a feature: Var(X_j) · Σ_i W[i, j]², standardised per site; of a unit: the mean over its features.
+    """How much a unit's input features fluctuate, weighted by the weights that read them.
 
-    The paper's own setting (AL-AM) is `scope="global", budget="joint"`. Unless `reconstruction` says otherwise, the
-    removed features' mean output becomes a bias of the projection.
+    The score of a feature is Var(X_j) · Σ_i W[i, j]², standardised per site; that of a unit is the mean over its
+    features. The preset `"flap-paper"` has the paper's own setting (AL-AM): all sites compete, and the mean output of
+    the removed features becomes a bias of the projection.
     """
 
     method: str = "flap"
@@ -31,4 +33,18 @@ def score(inputs: ScoringInputs) -> dict:
 
 
 # Standardised scores are ranked as they are, as in FLAP's code; they are no amounts that could be added up.
-register_method(FlapConfig, score, statistics=("moments",), additive=False, reconstruction="bias")
+register_method(FlapConfig, score, statistics=("moments",), additive=False)
+register_preset(
+    "flap-paper",
+    "FLAP as published (AL-AM): all layers, heads and channels compete, and a bias replaces the mean of what went.",
+    method="flap",
+    kinds=["attention", "mlp"],
+    scope="global",
+    budget="joint",
+    attention_unit="kv_group",
+    skip_layers=[],
+    reconstruction="bias",
+    calibration="wikitext2",
+    n_samples=1024,
+    seq_len=128,
+)

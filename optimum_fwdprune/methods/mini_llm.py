@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..configuration import PruningConfig, option, register_method
+from ..registry import register_preset
 from .scoring import ScoringInputs, UnitScores
 
 
 @dataclass
 class MiniLlmConfig(PruningConfig):
-    """Score of a unit: Σ |W · ∂L/∂W| · ‖X‖₂ over all that it owns, with the gradient estimated by forward passes.
+    """Weight, gradient and activation together, the gradient estimated by forward passes: Σ |W · ∂L/∂W| · ‖X‖₂.
 
     `gradient` swaps the estimate for exact back-propagation, or for one of two controls that know nothing of the loss.
     """
@@ -156,6 +157,20 @@ register_method(
     score,
     statistics=("moments", "source_norms"),
     additive=_is_additive,
-    reconstruction="least_squares",
     differentiates=_differentiates,
+)
+register_preset(
+    "mini-llm-paper",
+    "MINI-LLM as published: Gaussian perturbations of every weight, heads and channels, without reconstruction.",
+    method="mini_llm",
+    gradient="zeroth_order",
+    perturb="weights",
+    noise="gaussian",
+    aggregation="sum",
+    kinds=["attention", "mlp"],
+    scope="layer",
+    budget="separate",
+    attention_unit="kv_group",
+    skip_layers=[],
+    reconstruction="none",
 )

@@ -16,7 +16,7 @@ LEARNING_RATES = {"ratio": 0.05, "unit": 0.02}
 
 @dataclass
 class PolicyGradientConfig(PruningConfig):
-    """Minimises the expected loss over random masks within the budget.
+    """Keep probabilities of units are learned from the losses of random masks, without back-propagation.
 
     `parametrization="unit"` is the paper's: the score of a unit is its learned keep probability. `"ratio"` learns a
     keep ratio per site, of units that the metric ranks: fewer numbers, which take fewer steps. A unit's score is then
@@ -27,8 +27,10 @@ class PolicyGradientConfig(PruningConfig):
     """
 
     method: str = "policy_gradient"
-    scope: str = option(
-        "global", "Whether every layer keeps its share, or layers compete for one budget.", ("layer", "global")
+    scope: str | None = option(
+        None,
+        "Whether every layer keeps its share (layer) or layers compete for one budget (global). Default: global.",
+        ("layer", "global"),
     )
     parametrization: str = option(
         "ratio",
@@ -81,7 +83,7 @@ class PolicyGradientConfig(PruningConfig):
             raise ValueError(f"baseline_horizon must be at least 1 step; got {self.baseline_horizon}.")
         if self.ratio_spread <= 0:
             raise ValueError(f"ratio_spread must be positive; got {self.ratio_spread}.")
-        if self.parametrization == "ratio" and self.scope == "layer" and not self._kinds_trade:
+        if self.parametrization == "ratio" and self.resolved_scope == "layer" and not self._kinds_trade:
             raise ValueError(
                 "parametrization='ratio' moves ratios between sites, and scope='layer' with a budget for each kind "
                 "leaves every site on its own; use scope='global' or budget='joint', or parametrization='unit'."
@@ -101,7 +103,7 @@ class PolicyGradientConfig(PruningConfig):
 
     @property
     def _kinds_trade(self) -> bool:
-        return self.budget == "joint" and not self.has_budget_per_kind and len(self.kinds) > 1
+        return self.budget == "joint" and not self.has_budget_per_kind and len(self.resolved_kinds) > 1
 
     @classmethod
     def paper(cls, **fields) -> PolicyGradientConfig:
@@ -207,7 +209,7 @@ register_method(
     score,
     calibrated=True,
     additive=False,
-    reconstruction="least_squares",
+    learns_split=True,
 )
 register_preset(
     "policy-gradient-paper",
@@ -224,6 +226,7 @@ register_preset(
     metric="wanda_sp",
     metric_samples=1024,
     scope="global",
+    kinds=["attention", "mlp"],
     budget="separate",
     attention_unit="kv_group",
     reconstruction="none",

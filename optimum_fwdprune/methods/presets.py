@@ -1,23 +1,22 @@
-"""Named requests by what they cost; the study behind them is docs/quality.md."""
+"""Presets that go with every method, by what they cost; the study behind them is docs/quality.md.
+
+A published method's own preset stands in that method's file.
+"""
 
 from ..registry import register_preset
 
 
 register_preset(
     "fast",
-    "MLP channels, refitted all at once: about twice the time of the forward passes over the calibration text.",
-    kinds=["mlp"],
+    "Projections are refitted all at once: about twice the time of the forward passes over the calibration text.",
     reconstruction_order="independent",
 )
 register_preset(
     "balanced",
-    "MLP channels, every projection refitted layer by layer; what prune() does without a request.",
-    kinds=["mlp"],
+    "The defaults: MLP channels are pruned and every projection is refitted layer by layer.",
 )
 register_preset(
     "best",
-    "As balanced, and what makes the channels is refitted too: three to four times as long (docs/quality.md).",
-    kinds=["mlp"],
-    reconstruction="least_squares",
+    "The linears before the projections are refitted too: three to four times the time of balanced.",
     refit_sources=True,
 )

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..configuration import PruningConfig, option, register_method
+from ..registry import register_preset
 from .scoring import ScoringInputs
 
 
 @dataclass
 class TaylorConfig(PruningConfig):
-    """Score of a unit: |Σ W · ∂L/∂W| or Σ |W · ∂L/∂W| over all that it owns. Needs memory for gradients."""
+    """The first-order change of the loss, by back-propagation: |Σ W · ∂L/∂W| or Σ |W · ∂L/∂W|.
+
+    The sum goes over all weights that a unit owns. Gradients of these weights are held in memory. The preset
+    `"llm-pruner-paper"` has the published settings.
+    """
 
     method: str = "taylor"
     salience: str = option(
@@ -36,5 +41,19 @@ def score(inputs: ScoringInputs) -> dict:
 
 
 register_method(
-    TaylorConfig, score, calibrated=True, reconstruction="least_squares", differentiates=lambda _config: True
+    TaylorConfig, score, calibrated=True, differentiates=lambda _config: True
+)
+register_preset(
+    "llm-pruner-paper",
+    "LLM-Pruner as published for LLaMA-7B: element-wise Taylor scores; the first four and last two layers stay whole.",
+    method="taylor",
+    salience="element",
+    kinds=["attention", "mlp"],
+    scope="layer",
+    budget="separate",
+    attention_unit="kv_group",
+    skip_layers=[0, 1, 2, 3, -2, -1],
+    reconstruction="none",
+    n_samples=10,
+    seq_len=128,
 )

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..configuration import PruningConfig, register_method
+from ..registry import register_preset
 from .scoring import ScoringInputs
 
 
 @dataclass
 class WandaSpConfig(PruningConfig):
-    """Score of a unit: the sum over its projection columns j of Σ_i |W[i, j]| · ‖X_j‖₂.
+    """The weights that read a unit times the size of its activations: Σ_j Σ_i |W[i, j]| · ‖X_j‖₂.
 
-    Unless `reconstruction` says otherwise, least squares refits the kept columns; `"none"` is the published method.
+    The sum goes over the columns j of the output projection that belong to the unit. The preset `"wanda-sp-paper"` has
+    the published form, without reconstruction.
     """
 
     method: str = "wanda_sp"
@@ -26,4 +28,18 @@ def score(inputs: ScoringInputs) -> dict:
     return scores
 
 
-register_method(WandaSpConfig, score, statistics=("moments",), reconstruction="least_squares")
+register_method(WandaSpConfig, score, statistics=("moments",))
+register_preset(
+    "wanda-sp-paper",
+    "Wanda-sp as FLAP's authors published it: every layer loses the same share of heads and channels.",
+    method="wanda_sp",
+    kinds=["attention", "mlp"],
+    scope="layer",
+    budget="separate",
+    attention_unit="kv_group",
+    skip_layers=[],
+    reconstruction="none",
+    calibration="wikitext2",
+    n_samples=1024,
+    seq_len=128,
+)

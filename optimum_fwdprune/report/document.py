@@ -79,7 +79,7 @@ def describe(
         "source": about.get("source"),
         "model_type": plan.model_type if plan else None,
         "method": about.get("method") or (config.method if config else None),
-        "reconstruction": about.get("reconstruction") or (config.reconstruction_kind if config else None),
+        "reconstruction": about.get("reconstruction") or (config.reconstruction if config else None),
         "attention_unit": plan.attention_unit if plan else "query_head",
         "calibration": {name: calibration.get(name) for name in ("source", "fingerprint")} if calibration else None,
         "seed": about.get("seed"),

@@ -1,0 +1,172 @@
+"""What a request means for a model, before any work is done: the defaults that depend on the model, and the outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers.utils import logging
+
+from .allocation import allocate, prunable_sites, spares_ends
+from .architectures import ATTENTION, MLP, Site, SiteKey
+from .budgets import Budget
+from .configuration import PruningConfig
+from .plan import losses_by_kind
+
+
+logger = logging.get_logger(__name__)
+
+# The default recipe takes no more of the layers and kinds that it prunes: beyond that it opens others first.
+MOST_BY_DEFAULT = 0.9
+
+# A request of a model becomes what is to be removed.
+BudgetOf = Callable[[PruningConfig], tuple[PruningConfig, Budget]]
+
+
+def settle(
+    sites: Sequence[Site],
+    config: PruningConfig,
+    budget_of: BudgetOf,
+    check: Callable[[PruningConfig], None] = lambda _config: None,
+) -> tuple[PruningConfig, Budget]:
+    """Return the request with the defaults that depend on the model put in, and what it removes.
+
+    Where the MLP channels of the inner layers cannot meet the budget, or would lose more than `MOST_BY_DEFAULT` of
+    their parameters, the first and last layers are pruned too, and after that query heads. Each of these steps is
+    logged, and taken only where `skip_layers` or `kinds` are not set.
+
+    Args:
+        sites (sequence of `Site`): of the dense model.
+        config (`PruningConfig`): the request.
+        budget_of (`Callable`): a request in; out the request with its constraints adapted, and its budget.
+        check (`Callable`): raises `ValueError` where the model does not allow a request.
+
+    Raises:
+        ValueError: where the constraints do not allow the budget, naming them and the largest budget they allow.
+    """
+    # Allocation knows what can be met, whatever the scores will be.
+    equal_scores = {site.key: torch.zeros(site.num_units) for site in sites}
+    candidates = list(_candidates(sites, config))
+    for place, (candidate, message) in enumerate(candidates):
+        is_last = place == len(candidates) - 1
+        try:
+            check(candidate)
+            settled, budget = budget_of(candidate)
+            allocate(list(sites), equal_scores, settled, budget)
+        except ValueError:
+            if is_last:
+                raise
+            continue
+        if is_last or _share(sites, settled, budget) <= MOST_BY_DEFAULT:
+            for line in message:
+                logger.warning(line)
+            return settled, budget
+    raise AssertionError("There is at least one candidate.")
+
+
+def _candidates(sites: Sequence[Site], config: PruningConfig) -> Iterator[tuple[PruningConfig, list[str]]]:
+    """Yield the request, and what it becomes as defaults give way, each with what is to be said of it."""
+    message: list[str] = []
+    yield config, message
+    if spares_ends(config, 1 + max(site.layer for site in sites)):
+        config = replace(config, skip_layers=[])
+        message = [
+            "The budget is more than the inner layers should give alone: the first and last two layers, which are "
+            "unpruned by default, are pruned too. Set skip_layers to choose the layers yourself."
+        ]
+        yield config, message
+    has_attention = any(site.kind == ATTENTION for site in sites)
+    if config.kinds is None and not config.has_budget_per_kind and has_attention:
+        message = [
+            *message,
+            "The budget is more than the MLP channels should give alone: attention heads, which are unpruned by "
+            "default, are pruned too. Set kinds to choose what is pruned yourself.",
+        ]
+        yield replace(config, kinds=[ATTENTION, MLP]), message
+
+
+def _share(sites: Sequence[Site], config: PruningConfig, budget: Budget) -> float:
+    """The share of what is open that the budget takes."""
+    if config.has_budget_per_kind:
+        return max(config.sparsity_of(kind) for kind in config.resolved_kinds)
+    open_cost = sum(budget.cost.total(site) for site in prunable_sites(sites, config))
+    return budget.amount / open_cost if open_cost else 0.0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a request will do to a model, before it is done.
+
+    Args:
+        parameters (`int`): of the model now.
+        bytes (`int`): of its weights now.
+        removed_parameters (`int`): how many of them will go.
+        removed_bytes (`int`): likewise.
+        added_parameters (`int`): biases that the reconstruction will add.
+        losses (`dict[str, str]`): a sentence about every kind of units.
+    """
+
+    parameters: int
+    bytes: int
+    removed_parameters: int
+    removed_bytes: int
+    added_parameters: int
+    losses: dict[str, str]
+
+    def __str__(self) -> str:
+        parameters = self.parameters - self.removed_parameters + self.added_parameters
+        item_size = self.removed_bytes / self.removed_parameters if self.removed_parameters else 0
+        size = self.bytes - self.removed_bytes + item_size * self.added_parameters
+        share = 1 - parameters / self.parameters
+        return "\n".join(
+            [
+                f"The pruned model will have {_written(parameters)} of {_written(self.parameters)} parameters "
+                f"({-share:+.1%}) and {size / 1e6:,.1f} of {self.bytes / 1e6:,.1f} MB of weights.",
+                *self.losses.values(),
+            ]
+        )
+
+
+def forecast(
+    sites: Sequence[Site], config: PruningConfig, budget: Budget, parameters: int, size: int, added_parameters: int
+) -> Forecast:
+    """Return what a settled request will remove.
+
+    Args:
+        sites (sequence of `Site`): of the dense model.
+        config (`PruningConfig`): the settled request.
+        budget (`Budget`): what it removes.
+        parameters (`int`): of the dense model.
+        size (`int`): of its weights, in bytes.
+        added_parameters (`int`): biases that the reconstruction will add.
+    """
+    equal_scores = {site.key: torch.zeros(site.num_units) for site in sites}
+    kept = allocate(list(sites), equal_scores, config, budget)
+    by_site = {site.key: (site.num_units - len(kept[site.key])) * site.unit_parameters for site in sites}
+    removed = sum(by_site.values())
+    item_size = sites[0].projection.weight.element_size()
+    return Forecast(
+        parameters, size, removed, removed * item_size, added_parameters, _losses(sites, config, kept, by_site)
+    )
+
+
+def _losses(
+    sites: Sequence[Site], config: PruningConfig, kept: Mapping[SiteKey, list[int]], by_site: Mapping[SiteKey, int]
+) -> dict[str, str]:
+    if config.resolved_scope == "layer":
+        return losses_by_kind(kept, {site.key: site.num_units for site in sites}, config.attention_unit)
+    # Which layers lose how much follows from the scores.
+    open_sites = prunable_sites(sites, config)
+    kinds = sorted({site.kind for site in open_sites})
+    names = " and ".join({ATTENTION: "attention heads", MLP: "MLP channels"}[kind] for kind in kinds)
+    total = sum(site.num_parameters for site in open_sites)
+    share = sum(by_site.values()) / max(1, total)
+    return {
+        "all": f"On average {share:.1%} of the parameters of {names} will go. Layers compete for the budget "
+        f"(scope={config.resolved_scope!r}), so the scores decide how much each layer loses."
+    }
+
+
+def _written(number: int) -> str:
+    return f"{number / 1e6:,.1f} million" if number >= 10**6 else f"{number:,}"
