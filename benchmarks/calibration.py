@@ -20,7 +20,7 @@ from optimum_fwdprune.evaluation import perplexity
 from optimum_fwdprune.report import render_table
 
 
-REQUESTS = {"default": {}, "40 % of the MLP": {"kinds": ["mlp"], "mlp_sparsity": 0.4}}
+REQUESTS = {"heads and MLP": {"kinds": ["attention", "mlp"]}, "40 % of the MLP": {"mlp_sparsity": 0.4}}
 
 
 def evaluation_windows(file, tokenizer, seq_len, limit):

@@ -36,6 +36,10 @@ SMOLLM2_135M = {
 }
 
 
+# Methods whose scoring is timed, each with the reconstruction that it was published with.
+RECONSTRUCTIONS = {"wanda_sp": "none", "flap": "bias"}
+
+
 @torch.no_grad()
 def scoring_ratios(model, repeats, windows=8, seq_len=256):
     """Yield (method, median, lowest, highest) of scoring time over the time of the plain forward passes."""
@@ -45,8 +49,11 @@ def scoring_ratios(model, repeats, windows=8, seq_len=256):
         for input_ids, _ in calibration.batches(8):
             model.base_model(input_ids=input_ids, use_cache=False)
 
-    for method in ("wanda_sp", "flap"):
-        pruner, config = FwdPruner(model), PruningConfig(method=method)
+    for method in RECONSTRUCTIONS:
+        pruner, config = (
+            FwdPruner(model),
+            PruningConfig(method=method, kinds=["attention", "mlp"], reconstruction=RECONSTRUCTIONS[method]),
+        )
 
         def score(pruner=pruner, config=config):
             pruner.score(config, calibration)
@@ -85,7 +92,13 @@ def gate_ratios(model, repeats, masks=2, windows=8, seq_len=128):
 def learning_ratios(model, repeats, parametrization, steps=2):
     """Return the time of learning steps, all of it, over that of the plain forward passes of their batches."""
     calibration = Calibration(torch.randint(0, 49152, (8 * steps, 128)))
-    options = {"masks_per_step": 2, "windows_per_step": 8, "batch_size": 16, "metric": "random"}
+    options = {
+        "masks_per_step": 2,
+        "windows_per_step": 8,
+        "batch_size": 16,
+        "metric": "random",
+        "kinds": ["attention", "mlp"],
+    }
 
     def learn(steps):
         request = PruningConfig(method="policy_gradient", parametrization=parametrization, steps=steps, **options)
@@ -110,7 +123,7 @@ def preset_ratios(model, repeats, preset, windows=64, seq_len=256):
             model.base_model(input_ids=input_ids, use_cache=False)
 
     def prune():
-        FwdPruner(model).prune(PruningConfig.from_preset(preset), calibration, inplace=False)
+        FwdPruner(model).prune(preset, calibration, inplace=False)
 
     plain()
     return [_seconds(prune) / _seconds(plain) for _ in range(repeats)]
@@ -119,7 +132,7 @@ def preset_ratios(model, repeats, preset, windows=64, seq_len=256):
 def surgery_peak(model):
     """Return the peak of surgery above the dense model, in layers, or `None` where the system does not tell."""
     pruner = FwdPruner(model)
-    pruner.prune(PruningConfig(method="random", sparsity=0.4), inplace=False)
+    pruner.prune(method="random", reconstruction="none", kinds=["attention", "mlp"], sparsity=0.4, inplace=False)
     plan = pruner.plan
     sites = find_sites(model, plan.attention_unit)
     del pruner

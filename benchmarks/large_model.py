@@ -40,7 +40,7 @@ REQUESTS = {
     "wanda_sp, sequential least squares": ({"reconstruction": "least_squares"}, 4),
 }
 # Beside what every request has in common.
-COMMON = {"sparsity": 0.5, "skip_layers": [], "batch_size": 4}
+COMMON = {"sparsity": 0.5, "kinds": ["attention", "mlp"], "skip_layers": [], "batch_size": 4}
 
 
 def make_checkpoint(folder, layers):

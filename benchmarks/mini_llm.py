@@ -117,7 +117,9 @@ class MiniLlmStudy(Study):
             else:
                 if not file.exists():
                     start = time.perf_counter()
-                    request = PruningConfig(seed=seed, reconstruction="none", **DIRECT[name])
+                    request = PruningConfig(
+                        seed=seed, reconstruction="none", kinds=["attention", "mlp"], **DIRECT[name]
+                    )
                     FwdPruner(self.model).score(request, self.calibration).save(file)
                     log(f"scores of {name}, seed {seed}", start)
                 self._scores[name, seed] = Scores.load(file).values
@@ -135,7 +137,12 @@ class MiniLlmStudy(Study):
         # A request of the method's own kind, so that its scores are allocated by its own rules.
         fields = DIRECT.get(name, {"method": "mini_llm"})
         # All layers, refitted on the dense model with one ridge: what was the default when this was measured first.
-        plain = {"skip_layers": [], "reconstruction_order": "independent", "ridge": 0.01}
+        plain = {
+            "kinds": ["attention", "mlp"],
+            "skip_layers": [],
+            "reconstruction_order": "independent",
+            "ridge": 0.01,
+        }
         request = PruningConfig(sparsity=sparsity, reconstruction=reconstruction, seed=seed, **plain, **fields)
         scores = Scores(request, self.scores(name, seed), self.statistics, self.calibration)
         return FwdPruner(self.model).prune(request, scores=scores, inplace=False)

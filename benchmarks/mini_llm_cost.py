@@ -64,7 +64,7 @@ def print_peak(name):
     if name == "plain forward":
         plain(pruner.model, tokens())
     else:
-        pruner.score(PruningConfig(method="mini_llm", **REQUESTS[name]), tokens())
+        pruner.score(PruningConfig(method="mini_llm", kinds=["attention", "mlp"], **REQUESTS[name]), tokens())
     print(before, _memory("VmHWM"))
 
 

@@ -50,7 +50,7 @@ VARIANCE_STEPS = 48
 
 def fields_of(name, sparsity, steps=STEPS, seed=0):
     """The request behind a name: a metric, or `parametrization, estimator`."""
-    fields = {"sparsity": sparsity, "reconstruction": "none", "skip_layers": []}
+    fields = {"sparsity": sparsity, "kinds": ["attention", "mlp"], "reconstruction": "none", "skip_layers": []}
     if name in METRICS:
         return {"method": name, **fields}
     parametrization, estimator = name.split(", ")

@@ -52,9 +52,10 @@ def selected_by(method, reconstruction):
     return NAMED.get((method, reconstruction), f"{method}, {reconstruction}")
 
 
+BOTH_KINDS = {"kinds": ["attention", "mlp"]}
 REQUESTS = {
-    "flap, per layer": {"method": "flap", "reconstruction": "bias", "skip_layers": []},
-    "flap, global": {"method": "flap", "reconstruction": "bias", "scope": "global", "budget": "joint"},
+    "flap, per layer": {"method": "flap", "reconstruction": "bias", "skip_layers": [], **BOTH_KINDS},
+    "flap, global": {"method": "flap", "reconstruction": "bias", "scope": "global", "budget": "joint", **BOTH_KINDS},
     **{name: get_preset(name).fields for name in (BASELINE, *OURS)},
     # Every method with every reconstruction.
     **{
@@ -64,15 +65,15 @@ REQUESTS = {
         if (method, name) not in NAMED
     },
     # The published methods, heads included.
-    "wanda_sp, heads too, none": {"reconstruction": "none"},
-    "taylor, heads too, none": {"method": "taylor", "reconstruction": "none"},
+    "wanda_sp, heads too, none": {"reconstruction": "none", **BOTH_KINDS},
+    "taylor, heads too, none": {"method": "taylor", "reconstruction": "none", **BOTH_KINDS},
     # One thing at a time around `balanced`.
     "best, searched": {**get_preset("best").fields, "scope": "search", "search_windows": 1500},
-    "heads too": {},
+    "heads too": {**BOTH_KINDS},
     "layer's own target": {"reconstruction_target": "layer", "kinds": ["mlp"]},
     "ends pruned": {"skip_layers": [], "kinds": ["mlp"]},
     "global": {"scope": "global", "kinds": ["mlp"]},
-    "search, heads too": {"scope": "search", "budget": "joint"},
+    "search, heads too": {"scope": "search", "budget": "joint", **BOTH_KINDS},
     "3 rounds": {"rounds": 3, "kinds": ["mlp"]},
 }
 VARIATIONS = tuple(REQUESTS)[tuple(REQUESTS).index("best, searched") :]
@@ -192,7 +193,7 @@ class QualityStudy(Study):
     def _score(self, config):
         """Scores of a method serve every budget; what they took counts in the time of each."""
         # Statistics come with the Gram matrices of independent least squares, where that will follow.
-        with_grams = config.reconstruction_kind == "least_squares" and config.reconstruction_order == "independent"
+        with_grams = config.reconstruction == "least_squares" and config.reconstruction_order == "independent"
         key = (config.method, config.seed, config.n_samples, with_grams and bool(get_method(config.method).statistics))
         if key not in self._scores:
             start = time.perf_counter()

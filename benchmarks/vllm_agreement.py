@@ -35,7 +35,7 @@ CASES = {
     "llama, added biases": (
         "llama_gqa_biases",
         {**LLAMA, "attention_bias": False, "mlp_bias": False},
-        {"method": "flap", "budget": "joint"},
+        {"method": "flap", "budget": "joint", "reconstruction": "bias"},
     ),
     "mistral": ("mistral_sliding_window", {**LLAMA, "sliding_window": None}, {}),
     "qwen2": ("qwen2", {**WIDE, "max_position_embeddings": 256}, {}),
@@ -93,7 +93,15 @@ def compare(name, python, folder):
     """A row of the table, and whether all is as it should be."""
     architecture, changes, fields = CASES[name]
     pruner = FwdPruner(tiny.make_model(architecture, **changes), tiny.make_tokenizer())
-    request = {"method": "random", "scope": "global", "sparsity": 0.4, "seed": 3, **fields}
+    request = {
+        "method": "random",
+        "kinds": ["attention", "mlp"],
+        "reconstruction": "none",
+        "scope": "global",
+        "sparsity": 0.4,
+        "seed": 3,
+        **fields,
+    }
     model = pruner.prune(PruningConfig(**request), torch.arange(96).view(4, 24)).eval()
     pruner.save_pretrained(folder)
     prompt = torch.tensor([PROMPT])

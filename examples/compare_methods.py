@@ -32,8 +32,6 @@ def main():
         config = PruningConfig(
             method=method,
             sparsity=args.sparsity,
-            kinds=["mlp"],
-            reconstruction="least_squares",
             calibration=args.calibration,
         )
         pruner = FwdPruner(dense, tokenizer)

@@ -18,7 +18,7 @@ def main():
     args = parser.parse_args()
 
     pruner = FwdPruner.from_pretrained(args.model)
-    pruner.prune(PruningConfig.from_preset("balanced", sparsity=args.sparsity, calibration=args.dataset))
+    pruner.prune(sparsity=args.sparsity, calibration=args.dataset)
     print(pruner.report)
 
     # Everything that TrainingArguments knows goes here too.

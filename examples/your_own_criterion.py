@@ -32,7 +32,7 @@ def score(inputs: ScoringInputs) -> dict:
     return scores
 
 
-register_method(ActiveConfig, score, statistics=("moments",), reconstruction="least_squares")
+register_method(ActiveConfig, score, statistics=("moments",))
 
 
 def main():
@@ -49,7 +49,6 @@ def main():
         method="active",
         sparsity=args.sparsity,
         weigh_columns=args.weigh_columns,
-        kinds=["mlp"],
         calibration=args.calibration,
     )
     pruner = FwdPruner.from_pretrained(args.model)

@@ -17,6 +17,6 @@ register_preset(
 )
 register_preset(
     "best",
-    "The linears before the projections are refitted too: three to four times the time of balanced.",
+    "The linears before the projections are refitted too, which takes longer and gains most from more text.",
     refit_sources=True,
 )
