@@ -5,7 +5,7 @@ python examples/recover_lora.py recovered --max_steps 200
 
 import argparse
 
-from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
+from optimum_fwdprune import FwdPruner, RecoveryArguments
 
 
 def main():

@@ -21,6 +21,10 @@ FEWEST_WITH_ENDS = 12
 LEVELS = 16
 
 
+class OutOfReach(ValueError):
+    """The constraints of a request do not allow its budget."""
+
+
 class _Steps:
     """The order in which a site gives up its units: the smallest cuts that keep its constraints, cheapest first."""
 
@@ -155,7 +159,7 @@ def allocate(
         `dict`: site key to sorted kept unit indices, for every site.
 
     Raises:
-        ValueError: where the constraints do not allow the budget, naming them and the largest sparsity they allow.
+        OutOfReach: where the constraints do not allow the budget, naming them and the largest sparsity they allow.
     """
     cost, open_sites = budget.cost, prunable_sites(sites, config)
     if config.layout == "stock":
@@ -252,7 +256,7 @@ def _check_reachable(pools: list[_Pool], part: Budget, total: int, config: Pruni
     default = " (the default here, [] spares none)" if config.skip_layers is None else ""
     constraints += [f"skip_layers={skip_layers}{default}"] * bool(skip_layers)
     constraints += [f"kinds={config.resolved_kinds}"] * (len(config.resolved_kinds) == 1)
-    raise ValueError(
+    raise OutOfReach(
         f"{part.cost.asked(part.amount, total)} is more than {where} can give under {', '.join(constraints)}: the "
         f"largest possible {part.cost.most(share * part.amount, total)}. Ask for less, or relax the constraint."
     )

@@ -326,7 +326,9 @@ class FwdPruner:
                         scores = self._score(model, sites, rounds, request, budget, dataset, checkpoint)
                     # Whatever fails from here on, they can serve another request.
                     self.scores = scores
-                    if scores.calibration is None and (request.resolved_scope == SEARCH or request.reconstruction != NONE):
+                    if scores.calibration is None and (
+                        request.resolved_scope == SEARCH or request.reconstruction != NONE
+                    ):
                         scores = dataclasses.replace(
                             scores, calibration=self._calibration(request, dataset, checkpoint)
                         )

@@ -27,7 +27,7 @@ class Method:
         additive (`bool` or `Callable[[PruningConfig], bool]`): scores of different units add up to the score of their
             removal, so that units of unequal size compete by score per parameter; otherwise by score alone. A
             function where it depends on the options.
-        learns_split (`bool`): it learns how the budget is split over the layers, so that `scope=None` means `"global"`.
+        learns_split (`bool`): it learns how the budget is split over the layers, so `scope=None` means `"global"`.
         differentiates (`Callable[[PruningConfig], bool]`): whether it back-propagates under the options of a config,
             which no offloaded weight allows.
     """

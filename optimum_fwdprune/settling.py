@@ -1,4 +1,4 @@
-"""What a request means for a model, before any work is done: the defaults that depend on the model, and the outcome."""
+"""What a request means for a model, before any work: defaults that depend on the model, and what will be removed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers.utils import logging
 
-from .allocation import allocate, prunable_sites, spares_ends
+from .allocation import OutOfReach, allocate, prunable_sites, spares_ends
 from .architectures import ATTENTION, MLP, Site, SiteKey
 from .budgets import Budget
 from .configuration import PruningConfig
@@ -43,26 +43,36 @@ def settle(
         check (`Callable`): raises `ValueError` where the model does not allow a request.
 
     Raises:
-        ValueError: where the constraints do not allow the budget, naming them and the largest budget they allow.
+        OutOfReach: where the constraints do not allow the budget, naming them and the largest budget they allow.
+        ValueError: where `check` refuses the request.
     """
-    # Allocation knows what can be met, whatever the scores will be.
+    # Whether a budget can be met does not depend on the scores.
     equal_scores = {site.key: torch.zeros(site.num_units) for site in sites}
-    candidates = list(_candidates(sites, config))
-    for place, (candidate, message) in enumerate(candidates):
-        is_last = place == len(candidates) - 1
+    met: tuple[PruningConfig, Budget, list[str]] | None = None
+    out_of_reach: OutOfReach | None = None
+    for place, (candidate, message) in enumerate(_candidates(sites, config)):
         try:
             check(candidate)
+        except ValueError:
+            if place == 0:
+                raise
+            break
+        try:
             settled, budget = budget_of(candidate)
             allocate(list(sites), equal_scores, settled, budget)
-        except ValueError:
-            if is_last:
-                raise
+        except OutOfReach as error:
+            out_of_reach = error
             continue
-        if is_last or _share(sites, settled, budget) <= MOST_BY_DEFAULT:
-            for line in message:
-                logger.warning(line)
-            return settled, budget
-    raise AssertionError("There is at least one candidate.")
+        met = settled, budget, message
+        if _share(sites, settled, budget) <= MOST_BY_DEFAULT:
+            break
+    if met is None:
+        assert out_of_reach is not None
+        raise out_of_reach
+    settled, budget, message = met
+    for line in message:
+        logger.warning(line)
+    return settled, budget
 
 
 def _candidates(sites: Sequence[Site], config: PruningConfig) -> Iterator[tuple[PruningConfig, list[str]]]:

@@ -20,7 +20,7 @@ def save_checkpoints(folder, tokenizer):
     model.save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
     pruner = FwdPruner.from_pretrained(folder / "dense")
-    pruner.prune(PruningConfig(method="random", scope="global", sparsity=0.3, kinds=["mlp"], multiple_of=4))
+    pruner.prune(tiny.request(method="random", scope="global", sparsity=0.3, kinds=["mlp"], multiple_of=4))
     pruner.save_pretrained(folder / "pruned")
 
 

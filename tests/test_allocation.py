@@ -3,11 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_fwdprune import PruningConfig
 from optimum_fwdprune.allocation import _convex, allocate
 from optimum_fwdprune.architectures import ATTENTION, MLP
 from optimum_fwdprune.budgets import Budget, removal_budget
@@ -45,7 +45,7 @@ def problems(draw):
         "skip_layers": draw(st.sampled_from([[], [0], [-1]])),
         "sparsity": draw(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9])),
     }
-    return sites, scores, PruningConfig(**config)
+    return sites, scores, tiny.request(**config)
 
 
 def prunable(sites):
@@ -118,7 +118,7 @@ def test_with_channels_to_spare_the_budget_is_met_within_half_a_channel(layers, 
     sites = [make_site(layer, kind, units) for layer in range(layers) for kind, units in ((ATTENTION, 4), (MLP, 60))]
     scores = {site.key: torch.rand(site.num_units) for site in sites}
     budget = round(sparsity * prunable(sites))
-    kept = allocate(sites, scores, PruningConfig(scope=scope, sparsity=sparsity), Budget(budget))
+    kept = allocate(sites, scores, tiny.request(scope=scope, sparsity=sparsity), Budget(budget))
     pools = [sites] if scope == "global" else [sites[2 * layer : 2 * layer + 2] for layer in range(layers)]
 
     for pool in pools:
@@ -132,7 +132,7 @@ def test_layers_are_cut_alike_for_a_stock_checkpoint(seed, budget, additive, spa
     generator = torch.Generator().manual_seed(seed)
     sites = [make_site(layer, *kind) for layer in range(3) for kind in ((ATTENTION, 6, 2), (MLP, 30))]
     scores = {site.key: torch.rand(site.num_units, generator=generator) * (1 + site.layer) for site in sites}
-    config = PruningConfig(layout="stock", budget=budget, sparsity=sparsity)
+    config = tiny.request(layout="stock", budget=budget, sparsity=sparsity)
     kept = allocate(sites, scores, config, Budget(round(sparsity * prunable(sites))), additive)
 
     for kind in (ATTENTION, MLP):
@@ -149,7 +149,7 @@ def test_a_ceiling_holds_where_the_shares_of_layers_round_down():
     """A third of 28 is 9.33: rounded to one channel of 9 per layer, the model would be a parameter too large."""
     sites = [make_site(layer, MLP, 10) for layer in range(3)]
     scores = {site.key: torch.rand(10) for site in sites}
-    kept = allocate(sites, scores, PruningConfig(), Budget(28, at_least=True))
+    kept = allocate(sites, scores, tiny.request(), Budget(28, at_least=True))
 
     assert removed(sites, kept) >= 28
 
@@ -157,7 +157,7 @@ def test_a_ceiling_holds_where_the_shares_of_layers_round_down():
 def test_a_global_scope_takes_the_lowest_scores_wherever_they_are():
     sites = [make_site(0, MLP, 10), make_site(1, MLP, 10)]
     scores = {(0, MLP): torch.arange(10.0), (1, MLP): torch.arange(10.0) + 100}
-    kept = allocate(sites, scores, PruningConfig(scope="global"), Budget(5 * CHANNEL_COST))
+    kept = allocate(sites, scores, tiny.request(scope="global"), Budget(5 * CHANNEL_COST))
 
     assert kept == {(0, MLP): [5, 6, 7, 8, 9], (1, MLP): list(range(10))}
 
@@ -167,7 +167,7 @@ def test_units_of_unequal_size_compete_by_score_per_parameter_where_scores_add_u
     sites = [make_site(0, ATTENTION, 4), make_site(0, MLP, 20)]
     # A head scores more than a channel, but less per parameter.
     scores = {(0, ATTENTION): torch.full((4,), 2.0), (0, MLP): torch.full((20,), 1.0)}
-    kept = allocate(sites, scores, PruningConfig(scope="global", budget="joint"), Budget(HEAD_COST), additive)
+    kept = allocate(sites, scores, tiny.request(scope="global", budget="joint"), Budget(HEAD_COST), additive)
 
     assert len(kept[(0, ATTENTION)]) == heads_left
 
@@ -183,7 +183,7 @@ def test_a_step_that_opens_up_a_cheaper_one_becomes_one_with_it():
 def test_two_budgets_of_their_own():
     sites = [make_site(layer, kind, 20) for layer in range(2) for kind in (ATTENTION, MLP)]
     scores = {site.key: torch.rand(20) for site in sites}
-    config = PruningConfig(attention_sparsity=0.1, mlp_sparsity=0.5)
+    config = tiny.request(attention_sparsity=0.1, mlp_sparsity=0.5)
     kept = allocate(sites, scores, config, Budget(0))
 
     assert [len(kept[site.key]) for site in sites] == [18, 10, 18, 10]
@@ -211,13 +211,13 @@ def test_two_budgets_of_their_own():
 )
 def test_what_cannot_be_had_is_refused_in_the_words_of_the_request(fields, message):
     sites = [make_site(layer, kind, 20) for layer in range(1) for kind in (ATTENTION, MLP)]
-    config = PruningConfig(min_units_per_site=5, **fields)
+    config = tiny.request(min_units_per_site=5, **fields)
     budget = removal_budget(config, sites, 2000, 8000)
     with pytest.raises(ValueError, match=message):
         allocate(sites, {site.key: torch.rand(20) for site in sites}, config, budget)
     # What it names can be had.
     for unit, smallest in (("parameters", 1265), ("bytes", 5060)):
-        request = PruningConfig(min_units_per_site=5, **{f"target_{unit}": smallest})
+        request = tiny.request(min_units_per_site=5, **{f"target_{unit}": smallest})
         budget = removal_budget(request, sites, 2000, 8000)
         allocate(sites, {site.key: torch.rand(20) for site in sites}, request, budget)
 
@@ -226,12 +226,12 @@ def test_a_layer_that_does_not_exist_cannot_be_skipped():
     sites = [make_site(0, MLP, 4)]
     for layer in (1, -2):
         with pytest.raises(ValueError, match=f"skip_layers names layer {layer}; the model has layers 0 to 0"):
-            allocate(sites, {(0, MLP): torch.rand(4)}, PruningConfig(skip_layers=[layer]), Budget(0))
+            allocate(sites, {(0, MLP): torch.rand(4)}, tiny.request(skip_layers=[layer]), Budget(0))
 
 
 def test_a_target_is_a_ceiling_and_biases_that_reconstruction_adds_count():
     sites = [make_site(0, MLP, 20)]
-    config = PruningConfig(target_parameters=100)
+    config = tiny.request(target_parameters=100)
 
     def budget(config, **added):
         found = removal_budget(config, sites, 400, 1600, **added)
@@ -240,9 +240,9 @@ def test_a_target_is_a_ceiling_and_biases_that_reconstruction_adds_count():
     assert budget(config) == (300, True)
     assert budget(config, added_parameters=7) == (307, True)
     # 4 bytes per float32 parameter, rounded up.
-    assert budget(PruningConfig(target_bytes=1597)) == (1, True)
+    assert budget(tiny.request(target_bytes=1597)) == (1, True)
     with pytest.raises(ValueError, match="target_parameters is 500 and the model has only 400 parameters"):
-        removal_budget(PruningConfig(target_parameters=500), sites, 400, 1600)
+        removal_budget(tiny.request(target_parameters=500), sites, 400, 1600)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_a_target_is_a_ceiling_and_biases_that_reconstruction_adds_count():
 )
 def test_deep_models_keep_their_ends_unless_the_request_says_otherwise(layers, fields, spared):
     sites = [make_site(layer, MLP, 10) for layer in range(layers)]
-    kept = allocate(sites, {site.key: torch.arange(10.0) for site in sites}, PruningConfig(**fields), Budget(300))
+    kept = allocate(sites, {site.key: torch.arange(10.0) for site in sites}, tiny.request(**fields), Budget(300))
     assert {layer for layer in range(layers) if len(kept[(layer, MLP)]) == 10} == spared
 
 
@@ -266,4 +266,4 @@ def test_a_budget_that_the_ends_stand_in_the_way_of_names_them():
     with pytest.raises(
         ValueError, match=r"skip_layers=\[0, 1, -2, -1\] \(the default .*: the largest possible sparsity is 0\.6"
     ):
-        allocate(sites, {site.key: torch.rand(10) for site in sites}, PruningConfig(), Budget(1000))
+        allocate(sites, {site.key: torch.rand(10) for site in sites}, tiny.request(), Budget(1000))

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 
 
 @pytest.mark.parametrize("method", ["wanda_sp", "random"])
@@ -13,7 +13,7 @@ def test_bad_weights_are_named_by_parameter(dense, tokens, method, bad):
     name, parameter = next((n, p) for n, p in dense.named_parameters() if ".1." in n)
     parameter.data.view(-1)[0] = bad
     with pytest.raises(ValueError, match=f"{name} contains NaN or infinity"):
-        FwdPruner(dense).prune(PruningConfig(method=method), tokens)
+        FwdPruner(dense).prune(tiny.request(method=method), tokens)
 
 
 def test_bad_activations_are_named_by_layer(dense, tokens):
@@ -50,7 +50,7 @@ def test_an_impossible_request_names_the_constraint_and_changes_nothing(config, 
     model = tiny.make_model("llama_gqa_biases")
     before = model(tokens).logits
     with pytest.raises(ValueError, match=message):
-        FwdPruner(model).prune(PruningConfig(**config), tokens)
+        FwdPruner(model).prune(tiny.request(**config), tokens)
 
     assert torch.equal(model(tokens).logits, before)
 
@@ -61,14 +61,14 @@ def test_targets_are_ceilings_of_the_whole_model(dense, tokens, scope, reconstru
     parameters = sum(parameter.numel() for parameter in dense.parameters())
     target = int(parameters * 0.75)
     config = {"scope": scope, "reconstruction": reconstruction}
-    pruned = FwdPruner(dense).prune(PruningConfig(target_parameters=target, **config), tokens, inplace=False)
+    pruned = FwdPruner(dense).prune(tiny.request(target_parameters=target, **config), tokens, inplace=False)
     left = sum(parameter.numel() for parameter in pruned.parameters())
     layers = 3 if scope == "layer" else 1
 
     assert target - layers * 1000 < left <= target
 
     pruner = FwdPruner(dense)
-    pruner.prune(PruningConfig(target_bytes=4 * target, **config), tokens)
+    pruner.prune(tiny.request(target_bytes=4 * target, **config), tokens)
     pruner.save_pretrained(tmp_path / "out")
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
 
@@ -79,12 +79,12 @@ def test_targets_are_ceilings_of_the_whole_model(dense, tokens, scope, reconstru
 def test_the_largest_sparsity_that_an_error_names_is_possible(dense, tokens, pruned_before):
     model = dense
     if pruned_before:
-        model = FwdPruner(dense).prune(PruningConfig(sparsity=0.2), tokens)
+        model = FwdPruner(dense).prune(tiny.request(sparsity=0.2), tokens)
     with pytest.raises(ValueError, match="largest possible sparsity is") as error:
-        FwdPruner(model).prune(PruningConfig(sparsity=0.999), tokens)
+        FwdPruner(model).prune(tiny.request(sparsity=0.999), tokens)
     possible = float(str(error.value).partition("sparsity is ")[2].partition(". Ask")[0])
     pruner = FwdPruner(model)
-    pruner.prune(PruningConfig(sparsity=possible, reconstruction="none"), tokens)
+    pruner.prune(tiny.request(sparsity=possible, reconstruction="none"), tokens)
 
     assert pruner.report.sparsity == pytest.approx(possible, abs=0.05)
 
@@ -92,14 +92,14 @@ def test_the_largest_sparsity_that_an_error_names_is_possible(dense, tokens, pru
 def test_every_setting_of_the_mlp_width_is_a_multiple(dense, tokens):
     for scope in ("layer", "global"):
         pruner = FwdPruner(dense)
-        pruner.prune(PruningConfig(sparsity=0.3, scope=scope, multiple_of=16), tokens, inplace=False)
+        pruner.prune(tiny.request(sparsity=0.3, scope=scope, multiple_of=16), tokens, inplace=False)
 
         assert all(len(kept) % 16 == 0 for (_, kind), kept in pruner.plan.kept.items() if kind == "mlp")
 
 
 def test_skipped_layers_are_whole(dense, tokens):
     pruner = FwdPruner(dense)
-    pruner.prune(PruningConfig(sparsity=0.2, skip_layers=[0, -1]), tokens)
+    pruner.prune(tiny.request(sparsity=0.2, skip_layers=[0, -1]), tokens)
 
     for (layer, kind), kept in pruner.plan.kept.items():
         assert layer == 1 or len(kept) == pruner.plan.num_units[(layer, kind)]
@@ -116,7 +116,7 @@ def test_a_model_on_the_meta_device_is_refused(tokens):
 def test_zero_sparsity_prunes_nothing_and_changes_nothing(dense, tokens):
     before = dense(tokens).logits
     pruner = FwdPruner(dense)
-    pruned = pruner.prune(PruningConfig(sparsity=0.0), tokens)
+    pruned = pruner.prune(tiny.request(sparsity=0.0), tokens)
 
     assert pruner.report.removed_parameters == 0
     assert torch.equal(pruned(tokens).logits, before)

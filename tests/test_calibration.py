@@ -10,7 +10,7 @@ import tiny
 import torch
 import transformers
 
-from optimum_fwdprune import Calibration, FwdPruner, PruningConfig
+from optimum_fwdprune import Calibration, FwdPruner
 from optimum_fwdprune import calibration as module
 from optimum_fwdprune.calibration import load_calibration
 from optimum_fwdprune.texts import detokenize
@@ -26,7 +26,7 @@ def model():
 
 
 def windows(model, tokenizer, dataset=None, **request):
-    return load_calibration(PruningConfig(**{**REQUEST, **request}), model, tokenizer, dataset)
+    return load_calibration(tiny.request(**{**REQUEST, **request}), model, tokenizer, dataset)
 
 
 def write(folder, name, texts=TEXTS, column="text"):
@@ -232,7 +232,7 @@ def test_a_tokenizer_without_a_padding_token_prunes_and_saves(model, tokenizer, 
     assert tokenizer.pad_token is None
     pruner = FwdPruner(model, tokenizer)
     for source in (TEXTS, "self"):
-        pruner.prune(PruningConfig(sparsity=0.1, **REQUEST), source)
+        pruner.prune(tiny.request(sparsity=0.1, **REQUEST), source)
     pruner.save_pretrained(tmp_path / "out")
 
     assert tokenizer.pad_token is None
@@ -266,7 +266,7 @@ def test_a_column_that_is_missing_or_no_text_is_refused(column, message, model, 
 
 def test_self_is_seeded_equally_long_and_needs_no_text(model):
     first, again, other = (
-        load_calibration(PruningConfig(calibration="self", seed=seed, **REQUEST), model, None) for seed in (1, 1, 2)
+        load_calibration(tiny.request(calibration="self", seed=seed, **REQUEST), model, None) for seed in (1, 1, 2)
     )
 
     assert first.input_ids.shape == (6, 16) and first.source == "self"

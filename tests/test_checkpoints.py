@@ -11,7 +11,7 @@ import safetensors.torch
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, PruningConfig, configuration
+from optimum_fwdprune import FwdPruner, configuration
 from optimum_fwdprune.checkpoints import Checkpoint
 from optimum_fwdprune.utils import load_tensors
 
@@ -35,7 +35,7 @@ def run(fields, tokens, folder=None):
     """Prune a tiny model, its states in `folder`, written after every step."""
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     state = {} if folder is None else {"checkpoint": str(folder), "checkpoint_seconds": 0.0}
-    request = PruningConfig(**{"sparsity": 0.4, "seed": 3, **fields, **state})
+    request = tiny.request(**{"sparsity": 0.4, "seed": 3, **fields, **state})
     if request.refit_sources:
         # Enough for what is fitted to hold on windows that were kept out.
         tokens = torch.randint(0, tiny.VOCAB, (96, 24), generator=torch.Generator().manual_seed(1))
@@ -149,7 +149,7 @@ def test_states_of_another_model_request_text_or_version_are_refused(tokens, tmp
     fields = CASES["draws"]
     run(fields, tokens, tmp_path)
     model = tiny.make_model("llama_gqa_biases")
-    request = PruningConfig(**{"sparsity": 0.4, "seed": 3, **fields, "checkpoint": str(tmp_path)})
+    request = tiny.request(**{"sparsity": 0.4, "seed": 3, **fields, "checkpoint": str(tmp_path)})
 
     with pytest.raises(ValueError, match=r"belongs to another run: its sparsity is 0\.4, this one's is 0\.3"):
         run({**fields, "sparsity": 0.3}, tokens, tmp_path)

@@ -26,10 +26,108 @@ def test_the_method_picks_the_subclass_and_survives_the_disk(name, tmp_path):
 def test_defaults():
     config = PruningConfig()
 
-    assert (config.method, config.sparsity, config.scope) == ("wanda_sp", 0.2, "layer")
-    assert get_method(config.method).reconstruction == "least_squares"
-    assert get_method("flap").reconstruction == "bias"
-    assert get_method("random").reconstruction == get_method("magnitude").reconstruction == "none"
+    assert (config.method, config.sparsity, config.reconstruction) == ("wanda_sp", 0.2, "least_squares")
+    assert (config.resolved_scope, config.resolved_kinds) == ("layer", ["mlp"])
+    assert config == PruningConfig.from_preset("balanced") == PruningConfig.of() and not get_preset("balanced").fields
+
+
+@pytest.mark.parametrize("name", registered_methods())
+def test_a_method_sets_no_field_but_its_own(name):
+    shared = [field.name for field in dataclasses.fields(PruningConfig) if field.name != "method"]
+    config, plain = PruningConfig(name), PruningConfig()
+
+    assert {field: getattr(config, field) for field in shared} == {field: getattr(plain, field) for field in shared}
+    assert config.resolved_scope == ("global" if name == "policy_gradient" else "layer")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"multiple_of": 8},
+        {"ridge": 0.1},
+        {"rounds": 2},
+        {"skip_layers": [1]},
+        {"layout": "stock"},
+        {"scope": "global"},
+        {"attention_unit": "kv_group"},
+        {"reconstruction": "none"},
+        {"method": "magnitude"},
+        {"method": "flap"},
+        {"n_samples": 4},
+    ],
+    ids=str,
+)
+def test_an_option_changes_that_option_and_nothing_else(fields):
+    plain, changed = PruningConfig(sparsity=0.3).to_dict(), PruningConfig(sparsity=0.3, **fields).to_dict()
+
+    assert changed == plain | fields
+
+
+def test_attention_is_pruned_where_it_has_a_budget_of_its_own():
+    assert PruningConfig(attention_sparsity=0.1).resolved_kinds == ["attention", "mlp"]
+    assert PruningConfig(mlp_sparsity=0.1).resolved_kinds == ["mlp"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("sparsity", 7, ValueError, r"sparsity must be in \[0, 1\); got 7"),
+        ("kinds", ["heads"], ValueError, "kinds must be one of attention, mlp; got 'heads'"),
+        ("n_samples", "8", ValueError, "n_samples must be an int; got '8'"),
+        ("reconstruction_target", "layer", ValueError, "reconstruction_order is 'independent' here"),
+        ("method", "flap", ValueError, "for 'flap' use PruningConfig"),
+        ("sparsty", 0.3, AttributeError, "has no option 'sparsty'. Did you mean sparsity?"),
+    ],
+)
+def test_assignments_are_checked_and_leave_the_config_as_it_was(name, value, error, message):
+    config = PruningConfig(reconstruction_order="independent")
+    before = config.to_dict()
+
+    with pytest.raises(error, match=message):
+        setattr(config, name, value)
+    assert config.to_dict() == before
+    config.sparsity = np.float32(0.5)
+    assert config.sparsity == 0.5 and type(config.sparsity) is float
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        (0.3, TypeError, r"got a float. Options are named: sparsity=0.3"),
+        ([[1, 2]], TypeError, "got a list. Calibration text and tokens are passed as dataset="),
+        ("flap", ValueError, "'flap' is a method and not a preset; pass method='flap'"),
+        ("bset", ValueError, "preset must be one of .*; got 'bset'. Did you mean best?"),
+    ],
+)
+def test_what_is_no_request_is_refused_with_the_way_out(asked, error, message):
+    with pytest.raises(error, match=message):
+        PruningConfig.of(asked)
+
+
+def test_a_request_is_a_preset_or_a_config_with_fields_changed():
+    config = PruningConfig("flap", sparsity=0.3)
+
+    assert PruningConfig.of("best", sparsity=0.4) == PruningConfig(refit_sources=True, sparsity=0.4)
+    assert PruningConfig.of(config, sparsity=0.4) == PruningConfig("flap", sparsity=0.4) and config.sparsity == 0.3
+    assert PruningConfig.of(config) == config and PruningConfig.of(config) is not config
+    # What entered a list without an assignment is checked as well.
+    config.kinds = ["mlp"]
+    config.kinds.append("heads")
+    with pytest.raises(ValueError, match="got 'heads'"):
+        PruningConfig.of(config)
+    with pytest.raises(TypeError, match="has no option 'sparsty'. Did you mean sparsity?"):
+        PruningConfig.of(sparsty=0.3)
+
+
+@pytest.mark.parametrize(
+    ("method", "reconstruction"), [("wanda_sp", "least_squares"), ("flap", "bias"), ("random", "none")]
+)
+def test_files_in_which_methods_had_reconstructions_of_their_own_mean_the_same(method, reconstruction, tmp_path):
+    values = PruningConfig(method, kinds=["attention", "mlp"]).to_dict() | {"reconstruction": None}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(values))
+
+    config = PruningConfig.from_pretrained(tmp_path)
+    assert (config.reconstruction, config.kinds) == (reconstruction, ["attention", "mlp"])
 
 
 def test_every_field_has_a_help_text():
@@ -37,10 +135,10 @@ def test_every_field_has_a_help_text():
         assert declared.metadata["help"].endswith("."), declared.name
 
 
-def test_lists_are_not_shared_between_configs():
-    PruningConfig().kinds.append("mlp")
+def test_lists_of_presets_are_not_shared_between_configs():
+    PruningConfig.from_preset("flap-paper").kinds.append("mlp")
 
-    assert PruningConfig().kinds == ["attention", "mlp"]
+    assert PruningConfig.from_preset("flap-paper").kinds == ["attention", "mlp"]
 
 
 def test_numbers_of_other_libraries_and_tuples_become_plain_values(tmp_path):
@@ -138,8 +236,8 @@ def test_presets_are_requests_that_fields_change(name):
 def test_presets_by_cost_go_with_every_method(name):
     assert PruningConfig.from_preset(name).method == PruningConfig().method
     assert PruningConfig.from_preset(name, method="taylor") == TaylorConfig.from_preset(name)
-    # The plain fields prune both kinds; heads cost more than their parameters (docs/quality.md).
-    assert PruningConfig.from_preset(name).kinds == ["mlp"] and PruningConfig().kinds == ["attention", "mlp"]
+    # Heads cost more than their parameters (docs/quality.md).
+    assert PruningConfig.from_preset(name).resolved_kinds == ["mlp"]
 
 
 def test_an_unknown_preset_names_the_known_ones():

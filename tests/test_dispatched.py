@@ -5,7 +5,7 @@ import tiny
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.offloading import is_offloaded, read_parameter
 
 
@@ -60,7 +60,7 @@ def alone():
 
 
 def request_of(fields):
-    return PruningConfig(**{"sparsity": 0.4, "seed": 3, **fields})
+    return tiny.request(**{"sparsity": 0.4, "seed": 3, **fields})
 
 
 @pytest.mark.parametrize("name", CASES)

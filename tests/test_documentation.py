@@ -132,7 +132,7 @@ def names_of(page):
     rows = [row["text"] for row in wikitext()]
     return {
         "FwdPruner": FwdPruner,
-        "config": PruningConfig(),
+        "config": tiny.request(),
         "PruningConfig": PruningConfig,
         "input_ids": torch.arange(900) % tiny.VOCAB,
         "model": pruner.model,

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, find_sites
+from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
 from optimum_fwdprune.gates import gated
 from optimum_fwdprune.registry import registered_methods
 from optimum_fwdprune.verification import masked_logits, relative_difference, rounding_of
@@ -46,7 +46,7 @@ def test_open_gates_change_nothing_and_leave_nothing(dense, tokens):
 @pytest.mark.parametrize("method", registered_methods())
 def test_scoring_leaves_every_dense_weight_bit_identical(dense, tokens, method):
     before = {name: value.clone() for name, value in dense.state_dict().items()}
-    FwdPruner(dense.train()).score(PruningConfig(method=method, **tiny.SHORT.get(method, {})), tokens)
+    FwdPruner(dense.train()).score(tiny.request(method=method, **tiny.SHORT.get(method, {})), tokens)
 
     assert dense.training
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
@@ -65,7 +65,7 @@ def test_scoring_leaves_every_dense_weight_bit_identical(dense, tokens, method):
 )
 def test_pruning_not_in_place_leaves_every_dense_weight_bit_identical(dense, tokens, options):
     before = {name: value.clone() for name, value in dense.state_dict().items()}
-    config = PruningConfig(sparsity=0.4, **options)
+    config = tiny.request(sparsity=0.4, **options)
     FwdPruner(dense).prune(config, tokens, inplace=False)
 
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())

@@ -9,7 +9,7 @@ import tiny
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites, gauss_newton
+from optimum_fwdprune import Calibration, FwdPruner, find_sites, gauss_newton
 from optimum_fwdprune.gates import kept_projection, kept_sources
 from optimum_fwdprune.gauss_newton import FACTOR_DAMPING, PULL, LeastSquares, Linearized, gauss_newton_changes
 from optimum_fwdprune.layerwise import LayerRunner
@@ -193,7 +193,7 @@ def test_sources_bring_a_pointwise_site_nearer_to_its_target(name, long_tokens):
     dense, found = tiny.make_model(name), {}
     for with_sources in (False, True):
         pruner = FwdPruner(dense)
-        pruner.prune(PruningConfig(**{**REQUEST, "refit_sources": with_sources}), long_tokens, inplace=False)
+        pruner.prune(tiny.request(**{**REQUEST, "refit_sources": with_sources}), long_tokens, inplace=False)
         found[with_sources] = pruner.plan.metadata["reconstructed"]
         assert pruner.report.masked_difference < 1e-4
         assert all(("sources_refitted" in each) == with_sources for each in found[with_sources].values())
@@ -221,7 +221,7 @@ def test_sources_read_corrected_inputs(long_tokens):
     are, or untouched where held-out windows said so."""
     dense = tiny.make_model("llama_gqa_biases")
     pruner = FwdPruner(dense)
-    pruner.prune(PruningConfig(**REQUEST, ridge=1.0), long_tokens, inplace=False)
+    pruner.prune(tiny.request(**REQUEST, ridge=1.0), long_tokens, inplace=False)
     inputs = []
     for model in (dense, pruner.model):
         module = model.model.layers[1].input_layernorm
@@ -242,7 +242,7 @@ def test_sources_read_corrected_inputs(long_tokens):
 def test_where_the_stream_is_normalized_only_projections_are_refitted(caplog, long_tokens):
     pruner = FwdPruner(tiny.make_model("opt_post_norm_projected"))
     with caplog.at_level(logging.WARNING):
-        pruner.prune(PruningConfig(**REQUEST), long_tokens)
+        pruner.prune(tiny.request(**REQUEST), long_tokens)
     assert "refit_sources aims at the dense model's residual stream" in caplog.text
     assert all("sources_refitted" not in each for each in pruner.plan.metadata["reconstructed"].values())
 
@@ -254,7 +254,7 @@ def test_slopes_belong_to_their_source_whatever_the_order_of_calls(monkeypatch, 
 
     def sources_after():
         pruner = FwdPruner(tiny.make_model("llama_mqa"))
-        pruner.prune(PruningConfig(**REQUEST), long_tokens)
+        pruner.prune(tiny.request(**REQUEST), long_tokens)
         return pruner.model.model.layers[0].mlp.gate_proj.weight
 
     expected = sources_after()
@@ -264,9 +264,9 @@ def test_slopes_belong_to_their_source_whatever_the_order_of_calls(monkeypatch, 
 
 def test_in_inference_mode_too(long_tokens):
     pruner, expected = (FwdPruner(tiny.make_model("bloom")) for _ in range(2))
-    expected.prune(PruningConfig(**REQUEST), long_tokens)
+    expected.prune(tiny.request(**REQUEST), long_tokens)
     with torch.inference_mode():
-        pruner.prune(PruningConfig(**REQUEST), long_tokens)
+        pruner.prune(tiny.request(**REQUEST), long_tokens)
     assert pruner.plan.metadata["reconstructed"] == expected.plan.metadata["reconstructed"]
 
 
@@ -278,7 +278,7 @@ def test_twice_in_bfloat16_with_padding(unit, long_tokens):
     rows = {"input_ids": long_tokens, "attention_mask": mask}
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases", dtype=torch.bfloat16))
     for _ in range(2):
-        pruner.prune(PruningConfig(sparsity=0.2, refit_sources=True, attention_unit=unit), rows)
+        pruner.prune(tiny.request(sparsity=0.2, refit_sources=True, attention_unit=unit), rows)
         assert any(each["sources_refitted"] for each in pruner.plan.metadata["reconstructed"].values())
         assert pruner.model.dtype == torch.bfloat16
 
@@ -286,7 +286,7 @@ def test_twice_in_bfloat16_with_padding(unit, long_tokens):
 def test_without_held_out_windows_only_inputs_are_corrected():
     tokens = torch.randint(0, tiny.VOCAB, (1, 200), generator=torch.Generator().manual_seed(1))
     pruner = FwdPruner(tiny.make_model("llama_mqa"))
-    pruner.prune(PruningConfig(**REQUEST), tokens)
+    pruner.prune(tiny.request(**REQUEST), tokens)
     found = pruner.plan.metadata["reconstructed"]
     assert found["1.attention"]["sources_refitted"] and found["1.mlp"]["held_out_error_after"] is None
     # The first MLP reads what it read in the dense model.
@@ -299,4 +299,4 @@ def test_without_held_out_windows_only_inputs_are_corrected():
 )
 def test_refused_where_there_is_nothing_to_aim_at(fields):
     with pytest.raises(ValueError, match="refit_sources goes with least squares layer by layer"):
-        PruningConfig(refit_sources=True, **fields)
+        tiny.request(refit_sources=True, **fields)

@@ -60,7 +60,7 @@ PRUNE = """
 import json, torch
 from optimum_fwdprune import FwdPruner, PruningConfig
 pruner = FwdPruner.from_pretrained({dense!r})
-model = pruner.prune(PruningConfig(scope="global", sparsity=0.3), torch.arange(96).view(4, 24))
+model = pruner.prune(tiny.request(scope="global", sparsity=0.3), torch.arange(96).view(4, 24))
 """
 
 
@@ -68,7 +68,7 @@ def test_a_request_goes_to_the_hub_and_comes_back(hub, run):
     found = run(
         "import json\n"
         "from optimum_fwdprune import PruningConfig\n"
-        "config = PruningConfig(method='flap', sparsity=0.4, skip_layers=[0])\n"
+        "config = tiny.request(method='flap', sparsity=0.4, skip_layers=[0])\n"
         "config.push_to_hub('tester/request', private=True)\n"
         "again = PruningConfig.from_pretrained('tester/request')\n"
         "print(json.dumps([type(again).__name__, again == config]))\n"
@@ -86,7 +86,7 @@ def test_a_pruned_model_goes_to_the_hub_and_loads_in_a_fresh_process(hub, run, t
         "import json, torch\n"
         "from optimum_fwdprune import FwdPruner, PruningConfig\n"
         f"pruner = FwdPruner.from_pretrained({str(tmp_path / 'dense')!r})\n"
-        "model = pruner.prune(PruningConfig(scope='global', sparsity=0.3), torch.arange(96).view(4, 24))\n"
+        "model = pruner.prune(tiny.request(scope='global', sparsity=0.3), torch.arange(96).view(4, 24))\n"
         "pruner.push_to_hub('tester/pruned')\n" + logits
     )
     load = "import json, torch\n{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -105,7 +105,7 @@ def test_a_pruned_model_goes_to_the_hub_and_loads_in_a_fresh_process(hub, run, t
 
 def test_a_hub_out_of_order_is_an_error_of_the_hub(hub, run):
     hub.refuse_commits = True
-    result = run("from optimum_fwdprune import PruningConfig; PruningConfig().push_to_hub('tester/x')", check=False)
+    result = run("from optimum_fwdprune import PruningConfig; tiny.request().push_to_hub('tester/x')", check=False)
 
     assert result.returncode == 1 and "503" in result.stderr
     assert hub.files["tester/x"] == {}

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune import FwdPruner, find_sites
 from optimum_fwdprune.registry import registered_methods
 
 
@@ -38,7 +38,7 @@ def masked_by_hand(model, plan):
 def test_masked_equals_sliced(dense, tokens, scope, attention_unit):
     probe = tokens[:4]
     pruner = FwdPruner(dense)
-    config = PruningConfig(sparsity=0.4, scope=scope, attention_unit=attention_unit, reconstruction="none")
+    config = tiny.request(sparsity=0.4, scope=scope, attention_unit=attention_unit, reconstruction="none")
     pruned = pruner.prune(config, tokens, inplace=False)
     expected = masked_by_hand(dense, pruner.plan)(probe).logits
 
@@ -54,7 +54,7 @@ def test_masked_equals_sliced(dense, tokens, scope, attention_unit):
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 def test_reconstructed_weights_reach_the_pruned_model(dense, tokens, reconstruction):
     pruner = FwdPruner(dense)
-    config = PruningConfig(method="wanda_sp", sparsity=0.4, reconstruction=reconstruction)
+    config = tiny.request(method="wanda_sp", sparsity=0.4, reconstruction=reconstruction)
     pruned = pruner.prune(config, tokens, inplace=False)
     masked = masked_by_hand(dense, pruner.plan)
 
@@ -82,7 +82,7 @@ def test_budget_is_met_within_one_unit(dense, tokens, scope, attention_unit):
         pruner = FwdPruner(dense)
         sites = find_sites(dense, attention_unit)
         pruner.prune(
-            PruningConfig(sparsity=sparsity, scope=scope, attention_unit=attention_unit), tokens, inplace=False
+            tiny.request(sparsity=sparsity, scope=scope, attention_unit=attention_unit), tokens, inplace=False
         )
         layers = {site.layer for site in sites}
         pools = [[site for site in sites if site.layer == layer] for layer in layers] if scope == "layer" else [sites]
@@ -97,7 +97,7 @@ def test_budget_is_met_within_one_unit(dense, tokens, scope, attention_unit):
 def test_reported_sizes_are_those_of_the_model(dense, tokens):
     before = sum(parameter.numel() for parameter in dense.parameters())
     pruner = FwdPruner(dense)
-    pruned = pruner.prune(PruningConfig(sparsity=0.3, reconstruction="none"), tokens)
+    pruned = pruner.prune(tiny.request(sparsity=0.3, reconstruction="none"), tokens)
     after = sum(parameter.numel() for parameter in pruned.parameters())
 
     assert pruner.report.parameters_before == before
@@ -112,7 +112,7 @@ def test_same_seed_gives_the_same_plan(method, tokenizer):
         pruner = FwdPruner(tiny.make_model("llama_gqa_biases"), tokenizer)
         calibration = {"calibration": "builtin", "n_samples": 4, "seq_len": 32}
         own = tiny.SHORT.get(method, {})
-        config = PruningConfig(method=method, sparsity=0.4, scope="global", seed=seed, **calibration, **own)
+        config = tiny.request(method=method, sparsity=0.4, scope="global", seed=seed, **calibration, **own)
         pruner.prune(config)
         return pruner.plan.kept
 
@@ -123,7 +123,7 @@ def test_same_seed_gives_the_same_plan(method, tokenizer):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_are_pruned_in_their_own_dtype(dense, tokens, dtype):
     pruner = FwdPruner(dense.to(dtype))
-    pruned = pruner.prune(PruningConfig(method="flap", sparsity=0.4), tokens)
+    pruned = pruner.prune(tiny.request(method="flap", sparsity=0.4), tokens)
 
     assert {parameter.dtype for parameter in pruned.parameters()} == {dtype}
     assert pruned(tokens[:2]).logits.isfinite().all()
@@ -131,7 +131,7 @@ def test_half_precision_models_are_pruned_in_their_own_dtype(dense, tokens, dtyp
 
 def test_every_layer_gives_the_same_share_with_scope_layer(dense, tokens):
     pruner = FwdPruner(dense)
-    pruner.prune(PruningConfig(sparsity=0.4, scope="layer"), tokens)
+    pruner.prune(tiny.request(sparsity=0.4, scope="layer"), tokens)
     shapes = {}
     for (_, kind), kept in pruner.plan.kept.items():
         shapes.setdefault(kind, set()).add(len(kept))
@@ -143,7 +143,7 @@ def test_every_layer_gives_the_same_share_with_scope_layer(dense, tokens):
 def test_surgery_frees_the_dense_tensors_as_it_goes(dense, tokens):
     """Its peak is the dense model and one tensor: cut tensors are emptied, the others are shared."""
     pruner = FwdPruner(dense)
-    pruned = pruner.prune(PruningConfig(sparsity=0.4, reconstruction="none"), tokens)
+    pruned = pruner.prune(tiny.request(sparsity=0.4, reconstruction="none"), tokens)
     shared = {parameter.data_ptr() for parameter in pruned.parameters()}
 
     for name, parameter in dense.named_parameters():

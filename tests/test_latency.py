@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from optimum_fwdprune import FwdPruner, PruningConfig, find_sites, latency
+from optimum_fwdprune import FwdPruner, find_sites, latency
 from optimum_fwdprune.allocation import allocate
 from optimum_fwdprune.budgets import Budget
 from optimum_fwdprune.latency import LatencyCost, LatencyTable, load_or_measure, shape_of, speed_budget
@@ -22,7 +22,7 @@ PROMPT = 16
 
 
 def request_of(**fields):
-    return PruningConfig(**{"target_speedup": 1.2, "latency_tokens": PROMPT, **fields})
+    return tiny.request(**{"target_speedup": 1.2, "latency_tokens": PROMPT, **fields})
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_time_is_spent_and_not_parameters():
     sites = find_sites(model)
     table = made_up_table(sites)
     scores = {site.key: torch.full((site.num_units,), 100.0 if site.kind == "attention" else 2.0) for site in sites}
-    request = PruningConfig(scope="global", budget="joint")
+    request = tiny.request(scope="global", budget="joint")
     kept = allocate(sites, scores, request, speed_budget(table, 1 / (1 - 0.06)))
     assert sum(len(kept[(layer, "attention")]) for layer in range(3)) == 18 - 6
     assert all(len(kept[(layer, "mlp")]) == 64 for layer in range(3))
@@ -118,7 +118,7 @@ def test_a_plan_is_no_faster_than_asked_for(llama_sites, seed, scope, additive, 
     mlps = [site for site in llama_sites if site.kind == "mlp"]
     cost = LatencyCost(LatencyTable(1.0, {shape_of(mlps[0]): list(zip(widths, times))}, {}))
     scores = {site.key: torch.rand(site.num_units, generator=generator) for site in llama_sites}
-    request = PruningConfig(scope=scope, kinds=["mlp"], multiple_of=4, skip_layers=[], min_units_per_site=4)
+    request = tiny.request(scope=scope, kinds=["mlp"], multiple_of=4, skip_layers=[], min_units_per_site=4)
     saving = [cost.of(site, torch.tensor([site.num_units])) - cost.of(site, torch.tensor(widths)) for site in mlps]
     amount = int(share * sum(int(each[0]) for each in saving))
     kept = allocate(mlps, scores, request, Budget(amount, at_least=True, cost=cost), additive)
@@ -138,7 +138,7 @@ def test_layers_make_up_for_what_others_round_up():
     scores = {site.key: torch.rand(site.num_units) for site in sites}
     budget = Budget(int(0.015 * 1e9), at_least=True, cost=cost)
     for layout, widths in (("any", [32, 64, 32]), ("stock", [32, 32, 32])):
-        request = PruningConfig(kinds=["mlp"], multiple_of=32, skip_layers=[], layout=layout)
+        request = tiny.request(kinds=["mlp"], multiple_of=32, skip_layers=[], layout=layout)
         kept = allocate(mlps, scores, request, budget)
         assert [len(kept[site.key]) for site in mlps] == widths
 
@@ -279,7 +279,7 @@ def test_rounds_and_searches_spend_time_too(tokens, clock):
 )
 def test_bad_requests(fields, message):
     with pytest.raises(ValueError, match=message):
-        PruningConfig(**fields)
+        tiny.request(**fields)
 
 
 def test_what_cannot_be_had_is_refused_in_the_users_words(tokens, clock):

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune import Calibration, FwdPruner, find_sites
 from optimum_fwdprune import mask_learning as module
 from optimum_fwdprune.methods import PolicyGradientConfig
 from optimum_fwdprune.policies import UnitPolicy
@@ -12,7 +12,7 @@ from optimum_fwdprune.scores import Scores
 
 
 def config(**fields):
-    return PruningConfig(
+    return tiny.request(
         **{"method": "policy_gradient", "parametrization": "unit", "steps": 6, "sparsity": 0.4, "seed": 3, **fields}
     )
 
@@ -115,7 +115,7 @@ def test_ratios_go_where_they_lower_the_loss(tokens, monkeypatch, estimator):
     )
     pruner.prune(request, tokens, inplace=False)
     widths = [len(pruner.plan.kept[2, "mlp"]), len(pruner.plan.kept[0, "mlp"])]
-    magnitude = FwdPruner(model).score(PruningConfig(method="magnitude"), tokens).values[2, "mlp"]
+    magnitude = FwdPruner(model).score(tiny.request(method="magnitude"), tokens).values[2, "mlp"]
 
     assert widths[0] > 56 and widths[1] < 24
     assert pruner.plan.kept[2, "mlp"] == magnitude.topk(widths[0]).indices.sort().values.tolist()
@@ -126,7 +126,7 @@ def test_ratios_go_where_they_lower_the_loss(tokens, monkeypatch, estimator):
 
 def test_no_steps_return_the_initialization(tokens):
     start = learn(tokens, steps=0, scope="layer", initialization="sigmoid")
-    metric = FwdPruner(tiny.make_model("llama_gqa_biases")).score(PruningConfig(method="wanda_sp"), tokens).values
+    metric = FwdPruner(tiny.make_model("llama_gqa_biases")).score(tiny.request(method="wanda_sp"), tokens).values
     for key, values in start.values.items():
         assert (values[metric[key].argsort()].diff() >= 0).all()
     assert start.details == {"steps": 0, "skipped_steps": 0, "rejected_masks": 0}
@@ -135,9 +135,7 @@ def test_no_steps_return_the_initialization(tokens):
 @pytest.mark.parametrize("metric", ["flap", "magnitude", "random"])
 def test_any_metric_can_start_it(tokens, metric):
     start = learn(tokens, steps=0, metric=metric)
-    expected = (
-        FwdPruner(tiny.make_model("llama_gqa_biases")).score(PruningConfig(method=metric, seed=3), tokens).values
-    )
+    expected = FwdPruner(tiny.make_model("llama_gqa_biases")).score(tiny.request(method=metric, seed=3), tokens).values
     for key, values in start.values.items():
         assert (values[expected[key].argsort()].diff() >= 0).all()
 
@@ -358,7 +356,7 @@ def test_ratios_start_where_the_metric_ranks(tokens):
     model = tiny.make_model("llama_gqa_biases")
     pruner = FwdPruner(model)
     pruner.prune(config(parametrization="ratio", steps=0, metric="magnitude"), tokens, inplace=False)
-    magnitude = FwdPruner(model).score(PruningConfig(method="magnitude"), tokens).values
+    magnitude = FwdPruner(model).score(tiny.request(method="magnitude"), tokens).values
     for layer in range(3):
         kept = pruner.plan.kept[layer, "mlp"]
         assert kept == magnitude[layer, "mlp"].topk(len(kept)).indices.sort().values.tolist()

@@ -6,7 +6,7 @@ import json
 import pytest
 import tiny
 
-from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, find_sites
+from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_plan_edited_to_nonsense_is_named(change, message, tokens, tmp_path):
 )
 def test_a_plan_that_is_not_that_of_its_weights_is_refused(change, message, tokens, tmp_path):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
-    pruner.prune(PruningConfig(sparsity=0.3), tokens)
+    pruner.prune(tiny.request(sparsity=0.3), tokens)
     pruner.save_pretrained(tmp_path)
     plan = PruningPlan.load(tmp_path)
     change(plan)
@@ -114,7 +114,7 @@ def test_a_plan_that_is_not_that_of_its_weights_is_refused(change, message, toke
 
 def plan_of(name, tokens, **config):
     pruner = FwdPruner(tiny.make_model(name))
-    pruner.prune(PruningConfig(sparsity=0.3, **config), tokens)
+    pruner.prune(tiny.request(sparsity=0.3, **config), tokens)
     return pruner.plan
 
 
@@ -147,7 +147,7 @@ def test_a_plan_that_empties_a_site_or_unbalances_groups_is_refused(tokens):
 
 def test_replaying_a_plan_gives_the_same_model(dense, tokens):
     pruner = FwdPruner(dense)
-    config = PruningConfig(sparsity=0.3, scope="global", reconstruction="none")
+    config = tiny.request(sparsity=0.3, scope="global", reconstruction="none")
     expected = pruner.prune(config, tokens, inplace=False)
     replayed = FwdPruner(dense).prune(plan=pruner.plan)
 
@@ -157,15 +157,15 @@ def test_replaying_a_plan_gives_the_same_model(dense, tokens):
 def test_replaying_a_plan_reconstructs_where_the_request_says_so(tokens):
     model = tiny.make_model("llama_gqa_biases")
     pruner = FwdPruner(model)
-    expected = pruner.prune(PruningConfig(sparsity=0.3, reconstruction="least_squares"), tokens, inplace=False)
-    replayed = FwdPruner(model).prune(PruningConfig(reconstruction="least_squares"), tokens, plan=pruner.plan)
+    expected = pruner.prune(tiny.request(sparsity=0.3, reconstruction="least_squares"), tokens, inplace=False)
+    replayed = FwdPruner(model).prune(tiny.request(reconstruction="least_squares"), tokens, plan=pruner.plan)
 
     assert replayed(tokens).logits.equal(expected(tokens).logits)
 
 
 def test_a_plan_records_how_it_came_about(tokens):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
-    pruner.prune(PruningConfig(method="flap", sparsity=0.25, seed=5), tokens)
+    pruner.prune(tiny.request(method="flap", sparsity=0.25, seed=5), tokens)
     metadata = json.loads(json.dumps(pruner.plan.metadata))
 
     assert (metadata["method"], metadata["reconstruction"], metadata["seed"]) == ("flap", "bias", 5)

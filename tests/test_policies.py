@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import PruningConfig, find_sites
+from optimum_fwdprune import find_sites
 from optimum_fwdprune.allocation import allocate
 from optimum_fwdprune.budgets import Budget as Removal
 from optimum_fwdprune.policies import RatioPolicy, Ratios, UnitPolicy, entropy, initial_probabilities
@@ -67,7 +67,7 @@ def metric_of(sites):
 
 def ratio_policy(sites, spread=0.1, budget="joint", **fields):
     """A policy over the ratios of `sites` at 40 %, and the rates it starts from."""
-    request = PruningConfig(scope="global", budget=budget, sparsity=0.4, **fields)
+    request = tiny.request(scope="global", budget=budget, sparsity=0.4, **fields)
     removal = Removal(round(0.4 * sum(site.num_parameters for site in sites)))
     kinds = [""] if budget == "joint" else ["attention", "mlp"]
     budgets = []
@@ -182,7 +182,7 @@ def test_equal_ratios_do_not_pick_layers_by_their_number():
 
     def kept(order):
         ordered = {key: metric[order[key[0]], "attention"] for key in metric}
-        request = PruningConfig(scope="global", kinds=["attention"])
+        request = tiny.request(scope="global", kinds=["attention"])
         weights = torch.ones(3, dtype=torch.float64)
         budget = Budget(torch.arange(3), weights, 2.0, 0 * weights, exact=True)
         policy = RatioPolicy(Ratios(sites, ordered, None), [budget], 0.1)

@@ -24,7 +24,7 @@ INDEPENDENT = {"reconstruction_order": "independent"}
 def pruned_by(model, tokens, **options):
     pruner = FwdPruner(model)
     pruner.prune(
-        PruningConfig(sparsity=0.4, reconstruction="least_squares", **INDEPENDENT | options), tokens, inplace=False
+        tiny.request(sparsity=0.4, reconstruction="least_squares", **INDEPENDENT | options), tokens, inplace=False
     )
     return pruner
 
@@ -276,7 +276,7 @@ def test_padding_is_left_out(tokens, target):
 )
 def test_bfloat16_models_gain_as_well(tokens, options):
     def error(model, **fields):
-        pruned = FwdPruner(model).prune(PruningConfig(sparsity=0.4, **fields), tokens, inplace=False)
+        pruned = FwdPruner(model).prune(tiny.request(sparsity=0.4, **fields), tokens, inplace=False)
         return float((pruned(tokens).logits.float() - model(tokens).logits.float()).square().mean())
 
     exact, rounded = (tiny.make_model("llama_gqa_biases", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
@@ -351,7 +351,7 @@ def test_nothing_lost_is_nothing_to_warn_of(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("optimum_fwdprune.reconstruction"), "propagate", True)
     tokens = torch.randint(0, 300, (16, 24), generator=torch.Generator().manual_seed(0))
     with caplog.at_level(logging.WARNING):
-        FwdPruner(model).prune(PruningConfig(sparsity=0.2, kinds=["mlp"], **INDEPENDENT), tokens)
+        FwdPruner(model).prune(tiny.request(sparsity=0.2, kinds=["mlp"], **INDEPENDENT), tokens)
 
     assert "did not help" not in caplog.text
 
@@ -370,7 +370,7 @@ def test_nothing_lost_is_nothing_to_warn_of(caplog, monkeypatch):
 )
 def test_requests_that_make_no_sense_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        PruningConfig(**fields)
+        tiny.request(**fields)
 
 
 def test_the_fast_preset_passes_every_window_once(tokens, monkeypatch):

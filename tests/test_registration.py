@@ -8,7 +8,7 @@ import pytest
 import tiny
 import transformers
 
-from optimum_fwdprune import Architecture, AttentionLayout, FwdPruner, MLPLayout, PruningConfig, register_architecture
+from optimum_fwdprune import Architecture, AttentionLayout, FwdPruner, MLPLayout, register_architecture
 from optimum_fwdprune.architectures import supported_architectures
 
 
@@ -94,7 +94,7 @@ def test_a_layout_that_names_the_wrong_module_fails_readably(monkeypatch, tokens
     wrong = Architecture("llama", llama.attention, MLPLayout(("mlp.up_proj",), "mlp.down_proj"), llama.model_classes)
     monkeypatch.setitem(registry._ARCHITECTURES, "llama", wrong)
     with pytest.raises(ValueError, match=r"gate_proj.*after the cut"):
-        FwdPruner(tiny.make_model("llama_gqa_biases")).prune(PruningConfig(reconstruction="none"), tokens)
+        FwdPruner(tiny.make_model("llama_gqa_biases")).prune(tiny.request(reconstruction="none"), tokens)
 
 
 def test_the_auto_map_names_every_task_class(tokens, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune import FwdPruner, find_sites
 from optimum_fwdprune import pruner as pruner_module
 
 
@@ -16,7 +16,7 @@ def removed(plan, sites):
 def test_rounds_come_to_the_budget_and_to_a_plan_that_gives_the_same_units(dense, tokens, reconstruction):
     sites = find_sites(dense)
     prunable = sum(site.num_parameters for site in sites)
-    request = PruningConfig(sparsity=0.4, rounds=3, reconstruction=reconstruction)
+    request = tiny.request(sparsity=0.4, rounds=3, reconstruction=reconstruction)
     pruner = FwdPruner(dense)
     pruned = pruner.prune(request, tokens, inplace=False)
 
@@ -25,7 +25,7 @@ def test_rounds_come_to_the_budget_and_to_a_plan_that_gives_the_same_units(dense
     assert abs(removed(pruner.plan, sites) - 0.4 * prunable) <= 3 * (channel / 2 + 1)
     assert pruner.report.sparsity == pytest.approx(0.4, abs=3 * channel / prunable)
     assert pruner.plan.metadata["requested_sparsity"] == pytest.approx(0.4, abs=1 / prunable)
-    replayed = FwdPruner(dense).prune(PruningConfig(), plan=pruner.plan, inplace=False)
+    replayed = FwdPruner(dense).prune(tiny.request(), plan=pruner.plan, inplace=False)
     assert replayed.config.model_type == pruned.config.model_type
     for name, parameter in replayed.named_parameters():
         assert parameter.shape == pruned.get_parameter(name).shape
@@ -45,7 +45,7 @@ def test_later_rounds_score_what_the_earlier_ones_left_on_the_same_tokens(tokens
 
     monkeypatch.setattr(pruner_module, "score_units", watched)
     # Written by the model itself: the second round must not ask the pruned one to write anew.
-    request = PruningConfig(sparsity=0.4, rounds=2, calibration="self", n_samples=4, seq_len=16)
+    request = tiny.request(sparsity=0.4, rounds=2, calibration="self", n_samples=4, seq_len=16)
     FwdPruner(dense).prune(request)
 
     (first, units, text, before), (second, units_left, same_text, after) = seen
@@ -59,9 +59,9 @@ def test_later_rounds_score_what_the_earlier_ones_left_on_the_same_tokens(tokens
 def test_given_scores_serve_the_first_round(tokens, monkeypatch):
     dense = tiny.make_model("llama_gqa_biases")
     pruner = FwdPruner(dense)
-    scores = pruner.score(PruningConfig(), tokens)
+    scores = pruner.score(tiny.request(), tokens)
     scores.values[(0, "mlp")][0] = -1e9
-    pruner.prune(PruningConfig(sparsity=0.3, rounds=2), scores=scores)
+    pruner.prune(tiny.request(sparsity=0.3, rounds=2), scores=scores)
     assert 0 not in pruner.plan.kept[(0, "mlp")]
 
 
@@ -80,7 +80,7 @@ def test_every_kind_of_budget_can_be_spent_in_rounds(tokens, fields):
     size = sum(parameter.numel() for parameter in dense.parameters())
     sites = find_sites(dense, fields.get("attention_unit", "query_head"))
     pruner = FwdPruner(dense)
-    pruner.prune(PruningConfig(sparsity=0.25, rounds=2, **fields), tokens, inplace=False)
+    pruner.prune(tiny.request(sparsity=0.25, rounds=2, **fields), tokens, inplace=False)
     plan = pruner.plan
     if "attention_sparsity" in fields:
         for site in sites:
@@ -102,22 +102,22 @@ def test_the_last_query_head_of_a_group_stays(tokens):
     """Two heads in each of three groups: once one is left, the units of the pruned layer are KV groups."""
     dense = tiny.make_model("llama_gqa_biases")
     pruner = FwdPruner(dense)
-    pruner.prune(PruningConfig(attention_sparsity=0.5, mlp_sparsity=0.6, rounds=3), tokens, inplace=False)
+    pruner.prune(tiny.request(attention_sparsity=0.5, mlp_sparsity=0.6, rounds=3), tokens, inplace=False)
     assert all(len(pruner.plan.kept[(layer, "attention")]) == 3 for layer in range(3))
-    FwdPruner(dense).prune(PruningConfig(), plan=pruner.plan)
+    FwdPruner(dense).prune(tiny.request(), plan=pruner.plan)
 
 
 def test_a_budget_beyond_reach_is_refused_before_anything_is_cut(tokens):
     dense = tiny.make_model("llama_mha_tied")
     before = {name: parameter.shape for name, parameter in dense.named_parameters()}
-    request = PruningConfig(sparsity=0.6, rounds=3, kinds=["mlp"], skip_layers=[0])
+    request = tiny.request(sparsity=0.6, rounds=3, kinds=["mlp"], skip_layers=[0])
     with pytest.raises(ValueError, match="largest possible sparsity is"):
         FwdPruner(dense).prune(request, tokens)
     assert {name: parameter.shape for name, parameter in dense.named_parameters()} == before
 
 
 def test_every_round_keeps_a_state_of_its_own(tokens, tmp_path):
-    request = PruningConfig(sparsity=0.4, rounds=2, checkpoint=str(tmp_path), checkpoint_seconds=0.0)
+    request = tiny.request(sparsity=0.4, rounds=2, checkpoint=str(tmp_path), checkpoint_seconds=0.0)
     plans, passed = [], []
     for _ in range(2):
         model = tiny.make_model("llama_gqa_biases")
@@ -146,7 +146,7 @@ def test_a_failure_in_a_later_round_leaves_what_the_earlier_ones_came_to(tokens,
         calls.clear()
         pruner = FwdPruner(dense)
         with pytest.raises(RuntimeError, match="out of luck"):
-            pruner.prune(PruningConfig(sparsity=0.4, rounds=2), tokens, inplace=inplace)
+            pruner.prune(tiny.request(sparsity=0.4, rounds=2), tokens, inplace=inplace)
         assert pruner.model(input_ids=tokens).logits.isfinite().all()
         assert (pruner.model is dense) == (not inplace) and (pruner.plan is None) == (not inplace)
         assert pruner.scores is not None
@@ -155,7 +155,7 @@ def test_a_failure_in_a_later_round_leaves_what_the_earlier_ones_came_to(tokens,
 def test_options_of_given_scores_hold_in_every_round_and_in_the_record(tokens, monkeypatch):
     dense = tiny.make_model("llama_gqa_biases")
     pruner = FwdPruner(dense)
-    scores = pruner.score(PruningConfig(method="taylor", salience="element"), tokens)
+    scores = pruner.score(tiny.request(method="taylor", salience="element"), tokens)
     asked = []
     score_units = pruner_module.score_units
 
@@ -164,7 +164,7 @@ def test_options_of_given_scores_hold_in_every_round_and_in_the_record(tokens, m
         return score_units(model, sites, config, *rest)
 
     monkeypatch.setattr(pruner_module, "score_units", watched)
-    pruner.prune(PruningConfig(method="taylor", sparsity=0.4, rounds=3), scores=scores)
+    pruner.prune(tiny.request(method="taylor", sparsity=0.4, rounds=3), scores=scores)
     assert asked == ["element", "element"] and pruner.config.salience == "element"
 
 
@@ -175,7 +175,7 @@ def test_heads_alone_come_to_the_same_in_rounds(rounds, sparsity):
     dense = tiny.make_model("llama_gqa_biases", num_hidden_layers=6)
     pruner = FwdPruner(dense)
     request = {"method": "magnitude", "reconstruction": "none", "scope": "global", "kinds": ["attention"]}
-    pruner.prune(PruningConfig(attention_sparsity=sparsity, rounds=rounds, **request), inplace=False)
+    pruner.prune(tiny.request(attention_sparsity=sparsity, rounds=rounds, **request), inplace=False)
     removed = sum(len(pruner.plan.removed((layer, "attention"))) for layer in range(6))
     # Three heads go at a time.
     assert removed == pytest.approx(sparsity * 36, abs=1.51)
@@ -185,7 +185,7 @@ def test_what_less_than_half_a_step_is_left_for_is_no_error():
     request = {"method": "magnitude", "reconstruction": "none", "kinds": ["attention"], "sparsity": 0.2}
     for rounds in (1, 2, 3):
         pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
-        pruner.prune(PruningConfig(rounds=rounds, **request))
+        pruner.prune(tiny.request(rounds=rounds, **request))
         assert all(len(pruner.plan.kept[layer, "attention"]) == 3 for layer in range(3))
 
 
@@ -202,7 +202,7 @@ def test_layers_stay_even_over_rounds_where_groups_are_down_to_one_head(share, s
     target = sum(parameter.numel() for parameter in model.parameters()) - removed
     pruner = FwdPruner(model)
     fields = {"method": "random", "reconstruction": "none", "budget": "joint", "rounds": 3, "seed": seed}
-    pruner.prune(PruningConfig(target_parameters=target, **fields), tokens)
+    pruner.prune(tiny.request(target_parameters=target, **fields), tokens)
     gone = {key: len(pruner.plan.removed(key)) * each[key] for key in each}
     shares = [sum(gone[key] for key in each if key[0] == layer) / sizes[layer] for layer in range(4)]
     assert max(shares) - min(shares) < 0.04 and sum(gone.values()) >= removed
@@ -217,7 +217,7 @@ def test_heads_give_their_part_where_a_head_is_more_than_that_of_a_round(rounds,
     for number in (1, rounds):
         pruner = FwdPruner(dense)
         request = {"method": "magnitude", "reconstruction": "none", "skip_layers": [], "scope": scope}
-        pruner.prune(PruningConfig(sparsity=0.27, rounds=number, **request), inplace=False)
+        pruner.prune(tiny.request(sparsity=0.27, rounds=number, **request), inplace=False)
         kept[number] = {
             kind: sum(len(units) for (_, of_kind), units in pruner.plan.kept.items() if of_kind == kind)
             for kind in ("attention", "mlp")

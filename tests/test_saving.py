@@ -25,7 +25,7 @@ from optimum_fwdprune.utils import folder_moved_into_place, write_text_atomicall
 @pytest.fixture
 def pruner(tokens, tokenizer):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"), tokenizer)
-    pruner.prune(PruningConfig(method="flap", sparsity=0.3), tokens)
+    pruner.prune(tiny.request(method="flap", sparsity=0.3), tokens)
     return pruner
 
 
@@ -75,7 +75,7 @@ def test_saved_scores_serve_another_budget_without_calibrating_again(pruner, tok
     pruner.save_pretrained(tmp_path / "out")
     scores = Scores.load(tmp_path / "out")
     monkeypatch.setattr("optimum_fwdprune.pruner.load_calibration", lambda *_: pytest.fail("calibrated again"))
-    config = PruningConfig(method="flap", sparsity=0.5)
+    config = tiny.request(method="flap", sparsity=0.5)
     reused = FwdPruner(tiny.make_model("llama_gqa_biases"))
     reused_model = reused.prune(config, scores=scores)
     monkeypatch.undo()
@@ -96,7 +96,7 @@ def test_saved_scores_serve_another_budget_without_calibrating_again(pruner, tok
     ],
 )
 def test_scores_for_something_else_are_refused(name, config, message, pruner):
-    config = PruningConfig(**config)
+    config = tiny.request(**config)
     if message is None:
         model = tiny.make_model(name, num_hidden_layers=4)
         message = "made for another model: they do not fit the attention of layer 3"
@@ -288,7 +288,7 @@ def test_a_full_disk_is_named_and_leaves_everything_as_it_was(tmp_path, limit, l
     def prune_and_save():
         pruner = FwdPruner.from_pretrained(tmp_path / "dense", low_memory=low_memory, offload_folder=tmp_path)
         with pytest.raises(OSError, match=r"no room for .*GB are free.*make room"):
-            pruner.prune(PruningConfig(method="magnitude", sparsity=0.2))
+            pruner.prune(tiny.request(method="magnitude", sparsity=0.2))
             pruner.save_pretrained(tmp_path / "pruned")
 
     assert under_a_file_size_limit(limit, prune_and_save) == 0
@@ -301,7 +301,7 @@ def test_a_checkpoint_says_what_it_was_calibrated_on_and_not_where_that_was(toke
     text.parent.mkdir()
     text.write_text("the quick brown fox jumps over the lazy dog " * 200)
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"), tokenizer)
-    pruner.prune(PruningConfig(calibration=str(text), n_samples=4, seq_len=16, sparsity=0.2))
+    pruner.prune(tiny.request(calibration=str(text), n_samples=4, seq_len=16, sparsity=0.2))
     pruner.save_pretrained(tmp_path / "out")
 
     assert PruningConfig.from_pretrained(tmp_path / "out").calibration == "my text.txt"

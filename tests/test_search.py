@@ -11,7 +11,7 @@ import tiny
 import torch
 import transformers
 
-from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, PruningPlan, find_sites, search
+from optimum_fwdprune import Calibration, FwdPruner, PruningPlan, find_sites, search
 from optimum_fwdprune import levels as levels_module
 from optimum_fwdprune.allocation import LEVELS, levels_of
 from optimum_fwdprune.divergence import Divergence
@@ -23,7 +23,7 @@ from optimum_fwdprune.utils import save_tensors_atomically
 
 
 def request_of(**fields):
-    return PruningConfig(**{"scope": "search", "sparsity": 0.4, "search_windows": 32, "seed": 1, **fields})
+    return tiny.request(**{"scope": "search", "sparsity": 0.4, "search_windows": 32, "seed": 1, **fields})
 
 
 def test_nested_changes_are_those_of_each_set_alone():
@@ -46,7 +46,7 @@ def test_nested_changes_are_those_of_each_set_alone():
 def levels_for(model, sites, kind, tokens, folder, **fields):
     """Levels from scores that follow a unit's place, as if least squares had helped everywhere."""
     scores = {site.key: torch.arange(site.num_units).float() for site in sites}
-    request = PruningConfig(reconstruction=kind, ridge=1e-3, multiple_of=4, **fields)
+    request = tiny.request(reconstruction=kind, ridge=1e-3, multiple_of=4, **fields)
     return Levels(model, sites, scores, request, Calibration(tokens), folder)
 
 
@@ -295,7 +295,7 @@ def test_a_search_that_was_killed_goes_on_bit_for_bit(tokens, tmp_path, monkeypa
 def test_one_set_of_scores_serves_searches_at_several_budgets(tokens, tmp_path):
     model = tiny.make_model("llama_gqa_biases")
     pruner = FwdPruner(model)
-    scores = pruner.score(PruningConfig(), tokens)
+    scores = pruner.score(tiny.request(), tokens)
     for sparsity in (0.2, 0.4):
         pruner = FwdPruner(model)
         pruner.prune(request_of(sparsity=sparsity), scores=scores, inplace=False)
@@ -353,7 +353,7 @@ def test_pruned_models_with_narrow_sites_are_searched_as_well(tokens):
     kept |= {(layer, "mlp"): list(range(64)) for layer in (1, 2)}
     sites = find_sites(pruner.model)
     plan = PruningPlan(kept, {site.key: site.num_units for site in sites}, "llama", "query_head", {})
-    pruner.prune(PruningConfig(reconstruction="none"), plan=plan)
+    pruner.prune(tiny.request(reconstruction="none"), plan=plan)
     again = FwdPruner(pruner.model)
     again.prune(request_of(), tokens)
 
@@ -364,7 +364,7 @@ def test_pruned_models_with_narrow_sites_are_searched_as_well(tokens):
 def test_levels_are_nested_and_obey_the_request():
     for site in find_sites(tiny.make_model("llama_gqa_biases")):
         scores = torch.randperm(site.num_units, generator=torch.Generator().manual_seed(0)).float()
-        levels = levels_of(site, scores, PruningConfig(multiple_of=8, min_units_per_site=2))
+        levels = levels_of(site, scores, tiny.request(multiple_of=8, min_units_per_site=2))
         sizes = [len(units) for units in levels]
 
         assert sizes == (list(range(56, 0, -8)) if site.kind == "mlp" else [3])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune import FwdPruner, find_sites
 from optimum_fwdprune.layerwise import decoder_layers
 from optimum_fwdprune.offloading import InTurn, is_offloaded, resident
 from optimum_fwdprune.shelves import Shelf
@@ -62,7 +62,7 @@ def test_streamed_equals_in_memory_bit_for_bit(checkpoint, tokens, tmp_path, nam
     memory, disk = tmp_path / "memory", tmp_path / "disk"
     for folder in (memory, disk):
         pruner = FwdPruner.from_pretrained(checkpoint, low_memory=folder == disk)
-        pruner.prune(PruningConfig(**{"sparsity": 0.4, **REQUESTS[name]}), tokens)
+        pruner.prune(tiny.request(**{"sparsity": 0.4, **REQUESTS[name]}), tokens)
         pruner.save_pretrained(folder)
         assert is_offloaded(pruner.model) == (folder == disk)
         assert pruner.report.masked_difference < 1e-4
@@ -83,7 +83,7 @@ def test_the_model_keeps_its_files_as_long_as_it_lives(llama, tokens, tokenizer,
     tokenizer.save_pretrained(llama)
     work = tmp_path / "work"
     pruner = FwdPruner.from_pretrained(llama, low_memory=True, offload_folder=work)
-    model = pruner.prune(PruningConfig(method="magnitude", reconstruction="none", sparsity=0.4))
+    model = pruner.prune(tiny.request(method="magnitude", reconstruction="none", sparsity=0.4))
     expected = model(tokens).logits
     if copied:
         model = copy.deepcopy(model)
@@ -100,7 +100,7 @@ def test_the_model_keeps_its_files_as_long_as_it_lives(llama, tokens, tokenizer,
 
 def test_the_attention_implementation_stays(llama):
     pruner = FwdPruner.from_pretrained(llama, low_memory=True, attn_implementation="eager")
-    model = pruner.prune(PruningConfig(method="magnitude", reconstruction="none", sparsity=0.4))
+    model = pruner.prune(tiny.request(method="magnitude", reconstruction="none", sparsity=0.4))
 
     assert model.config._attn_implementation == "eager"
     assert {layer.self_attn.config._attn_implementation for layer in decoder_layers(model)} == {"eager"}
@@ -111,7 +111,7 @@ def test_a_config_that_ties_what_the_checkpoint_has_apart_is_refused(llama):
     (llama / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     pruner = FwdPruner.from_pretrained(llama, low_memory=True)
     with pytest.raises(ValueError, match=r"tie_word_embeddings=True.*two tensors"):
-        pruner.prune(PruningConfig(method="magnitude", reconstruction="none"))
+        pruner.prune(tiny.request(method="magnitude", reconstruction="none"))
 
 
 def test_one_layer_at_a_time_is_in_memory(llama, tokens, monkeypatch):
@@ -121,7 +121,7 @@ def test_one_layer_at_a_time_is_in_memory(llama, tokens, monkeypatch):
     seen = []
     for layer in layers:
         layer.register_forward_pre_hook(lambda *_: seen.append([not is_offloaded(each) for each in layers]))
-    pruner.prune(PruningConfig(sparsity=0.4), tokens)
+    pruner.prune(tiny.request(sparsity=0.4), tokens)
 
     assert {sum(in_memory) for in_memory in seen} == {0, 1}
 
@@ -152,7 +152,7 @@ def test_iterating_over_sites_has_each_in_memory(llama):
 
 def test_a_pruned_checkpoint_is_pruned_again_from_disk(llama, tokens, tmp_path):
     pruner = FwdPruner.from_pretrained(llama, low_memory=True)
-    request = PruningConfig(method="magnitude", sparsity=0.2)
+    request = tiny.request(method="magnitude", sparsity=0.2)
     pruner.prune(request)
     pruner.prune(request)
     pruner.save_pretrained(tmp_path / "twice")
@@ -168,13 +168,13 @@ def test_a_pruned_checkpoint_is_pruned_again_from_disk(llama, tokens, tmp_path):
 def test_what_runs_whole_models_is_refused_before_anything_is_read(llama, tokens, option):
     pruner = FwdPruner.from_pretrained(llama, low_memory=True)
     with pytest.raises(ValueError, match=rf"{next(iter(option))}.*one decoder layer in memory"):
-        pruner.prune(PruningConfig(**option), tokens)
+        pruner.prune(tiny.request(**option), tokens)
 
 
 def test_text_is_not_written_by_a_model_on_disk(llama):
     pruner = FwdPruner.from_pretrained(llama, low_memory=True)
     with pytest.raises(ValueError, match=r"calibration='self'.*every token"):
-        pruner.prune(PruningConfig(calibration="self"))
+        pruner.prune(tiny.request(calibration="self"))
 
 
 @pytest.mark.parametrize("option", [{"device_map": "cpu"}, {"gguf_file": "model.gguf"}], ids=str)
@@ -208,7 +208,7 @@ def killed_at(shelf_writes, work):
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(llama, tokens, tmp_path, name, puts):
     def prune(folder, **options):
         pruner = FwdPruner.from_pretrained(llama, low_memory=True)
-        pruner.prune(PruningConfig(sparsity=0.4, batch_size=16, **REQUESTS[name], **options), tokens)
+        pruner.prune(tiny.request(sparsity=0.4, batch_size=16, **REQUESTS[name], **options), tokens)
         pruner.save_pretrained(folder)
 
     state = {"checkpoint": str(tmp_path / "state")}
@@ -227,6 +227,6 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(llama, token
 
 def test_what_was_put_aside_for_another_run_is_refused(llama, tokens, tmp_path):
     request = {"method": "wanda_sp", "sparsity": 0.4, "checkpoint": str(tmp_path / "state")}
-    FwdPruner.from_pretrained(llama, low_memory=True).prune(PruningConfig(**request), tokens)
+    FwdPruner.from_pretrained(llama, low_memory=True).prune(tiny.request(**request), tokens)
     with pytest.raises(ValueError, match=r"belongs to another run: its ridge is None, this one's is 0.1"):
-        FwdPruner.from_pretrained(llama, low_memory=True).prune(PruningConfig(**request, ridge=0.1), tokens)
+        FwdPruner.from_pretrained(llama, low_memory=True).prune(tiny.request(**request, ridge=0.1), tokens)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import optimum_fwdprune
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 
 
 FILES = ("config.json", "fwdprune_plan.json", "fwdprune_config.json", "generation_config.json")
@@ -35,7 +35,7 @@ VALUES = st.one_of(
 def pruned(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("untrusted")
     pruner = FwdPruner(tiny.make_model(request.param))
-    pruner.prune(PruningConfig(method="magnitude", sparsity=0.4, scope="global"))
+    pruner.prune(tiny.request(method="magnitude", sparsity=0.4, scope="global"))
     pruner.save_pretrained(folder / "good")
     return folder
 

@@ -6,10 +6,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 
 
-DATA_FREE = PruningConfig(method="magnitude", reconstruction="none", sparsity=0.3)
+DATA_FREE = tiny.request(method="magnitude", reconstruction="none", sparsity=0.3)
 
 
 def refused(model, message):
@@ -90,7 +90,7 @@ def test_what_a_config_returns_by_default_changes_nothing(name, option, value, a
     setattr(model.config, option, value)
     pruner, expected = FwdPruner(model), FwdPruner(plain)
     for each in (pruner, expected):
-        each.prune(PruningConfig(sparsity=0.3, **asked), tokens)
+        each.prune(tiny.request(sparsity=0.3, **asked), tokens)
 
     assert pruner.plan.kept == expected.plan.kept
     assert getattr(pruner.model.config, option) is value
@@ -99,7 +99,7 @@ def test_what_a_config_returns_by_default_changes_nothing(name, option, value, a
 @pytest.mark.parametrize("trainable", [False, True])
 def test_frozen_models_stay_frozen_where_reconstruction_adds_biases(trainable, tokens):
     model = tiny.make_model("llama_mqa").requires_grad_(trainable)
-    pruned = FwdPruner(model).prune(PruningConfig(sparsity=0.3, reconstruction="bias"), tokens)
+    pruned = FwdPruner(model).prune(tiny.request(sparsity=0.3, reconstruction="bias"), tokens)
 
     assert pruned.model.layers[0].mlp.down_proj.bias is not None
     assert {parameter.requires_grad for parameter in pruned.parameters()} == {trainable}

@@ -5,6 +5,8 @@ import transformers
 from third_party_phi3 import register_phi3
 from tokenizers import ByteLevelBPETokenizer
 
+from optimum_fwdprune import PruningConfig
+
 
 register_phi3()
 
@@ -79,6 +81,17 @@ def make_model(name, auto_class=transformers.AutoModelForCausalLM, seed=0, dtype
             else:
                 parameter.mul_(5)
     return model.eval()
+
+
+# What the methods' authors publish behind their scores; of the others least squares.
+PUBLISHED_RECONSTRUCTION = {"flap": "bias", "magnitude": "none", "random": "none"}
+
+
+def request(method="wanda_sp", **fields):
+    """A request for heads and channels, so that sites of both kinds are tested, with the usual reconstruction."""
+    fields.setdefault("kinds", ["attention", "mlp"])
+    fields.setdefault("reconstruction", PUBLISHED_RECONSTRUCTION.get(method, "least_squares"))
+    return PruningConfig(method, **fields)
 
 
 # Where a method's result does not matter, only that it runs: a few steps or draws.

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..architectures import Site, get_architecture
+from ..architectures import KINDS, Site, get_architecture
 from ..configuration import PruningConfig
 from ..models.per_layer import stock_config
 from ..plan import PruningPlan
@@ -82,8 +82,22 @@ def stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) ->
         pruned_class (`type`): its class.
 
     Raises:
-        ValueError: where there are none, naming what is in the way.
+        ValueError: where there are none, naming what is in the way and the way out.
     """
+    try:
+        return _stock_form(config, pruned_class)
+    except _NoStockForm as error:
+        raise ValueError(
+            f"{error} Load it with trust_remote_code=True instead, or prune what the stock format can hold "
+            f"(layout='stock')."
+        ) from error
+
+
+class _NoStockForm(ValueError):
+    """No stock class can hold a pruned model, for this reason."""
+
+
+def _stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) -> tuple[PreTrainedConfig, Any]:
     if "per_layer_config" not in config.to_dict():
         raise ValueError(f"This {config.model_type} was not pruned here: unmodified transformers loads it as it is.")
     dense = stock_config(config)
@@ -110,10 +124,7 @@ def stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) ->
         if (difference := _first_difference(shapes, _shapes(candidate, model_class))) is None:
             return candidate, model_class
         reasons.append(f"a stock {candidate.model_type} {difference}")
-    raise ValueError(
-        f"No stock checkpoint can hold this {config.model_type}: {'; '.join(reasons)}. Load it with "
-        f"trust_remote_code=True instead, or prune what the stock format can hold (layout='stock')."
-    )
+    raise _NoStockForm(f"No stock checkpoint can hold this {config.model_type}: {'; '.join(reasons)}.")
 
 
 def check_stock_layout(
@@ -130,7 +141,7 @@ def check_stock_layout(
     losing = [site for site in sites if len(plan.kept[site.key]) < site.num_units]
     with_bias = {site.kind for site in losing if added_parameters([site], reconstruction)}
     config = pruned_config(model, sites, plan.kept, with_bias)
-    stock_form(config, get_architecture(model.config).pruned_class(model))
+    _stock_form(config, get_architecture(model.config).pruned_class(model))
 
 
 def check_stock_request(model: PreTrainedModel, sites: list[Site], config: PruningConfig) -> None:
@@ -139,10 +150,26 @@ def check_stock_request(model: PreTrainedModel, sites: list[Site], config: Pruni
     for kind in config.resolved_kinds:
         kept = {site.key: _half(site) if site.kind == kind else list(range(site.num_units)) for site in sites}
         plan = PruningPlan(kept, counts, model.config.model_type, config.attention_unit)
-        try:
-            check_stock_layout(model, sites, plan, config.reconstruction)
-        except ValueError as error:
-            raise ValueError(f"layout='stock' does not go with pruning {kind} here. {error}") from error
+        if (reason := _not_stock(model, sites, plan, config.reconstruction)) is None:
+            continue
+        if config.reconstruction != NONE and _not_stock(model, sites, plan, NONE) is None:
+            raise ValueError(
+                f"layout='stock' does not go with reconstruction={config.reconstruction!r} here. {reason} Set "
+                f"reconstruction='least_squares' or reconstruction='none', which add no parameters."
+            )
+        others = [other for other in KINDS if other != kind]
+        raise ValueError(
+            f"layout='stock' does not go with pruning {kind} here. {reason} Set kinds={others}, or leave out layout."
+        )
+
+
+def _not_stock(model: PreTrainedModel, sites: list[Site], plan: PruningPlan, reconstruction: str) -> str | None:
+    """Why no stock checkpoint can hold what a plan leaves, or `None` where one can."""
+    try:
+        check_stock_layout(model, sites, plan, reconstruction)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _half(site: Site) -> list[int]:

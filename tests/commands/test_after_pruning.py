@@ -9,7 +9,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.recovery import RecoveryOptions
 
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder / "dense")
     pruner = FwdPruner.from_pretrained(folder / "dense")
     tokens = torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(1))
-    pruner.prune(PruningConfig(sparsity=0.4), tokens)
+    pruner.prune(tiny.request(sparsity=0.4), tokens)
     pruner.save_pretrained(folder / "pruned")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
     return folder

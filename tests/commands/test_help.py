@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 from optimum.commands.optimum_cli import RootOptimumCLICommand, register_optimum_cli_subcommand
 
 from optimum_fwdprune import PruningConfig
@@ -148,13 +149,13 @@ def test_beginnings_of_options_and_negative_numbers_are_read(root):
 @pytest.mark.parametrize(
     ("ask", "error", "meant"),
     [
-        (lambda: PruningConfig(method="wandasp"), ValueError, "got 'wandasp'. Did you mean wanda_sp?"),
-        (lambda: PruningConfig("FLAP"), ValueError, "got 'FLAP'. Did you mean flap?"),
+        (lambda: tiny.request(method="wandasp"), ValueError, "got 'wandasp'. Did you mean wanda_sp?"),
+        (lambda: tiny.request("FLAP"), ValueError, "got 'FLAP'. Did you mean flap?"),
         (lambda: PruningConfig.from_preset("ballanced"), ValueError, "Did you mean balanced?"),
-        (lambda: PruningConfig(scope="globall"), ValueError, "Did you mean global?"),
-        (lambda: PruningConfig(kinds=["mpl"]), ValueError, "Did you mean mlp?"),
-        (lambda: PruningConfig(sparcity=0.3), TypeError, "has no option 'sparcity'. Did you mean sparsity?"),
-        (lambda: PruningConfig(method="flap", astrology=1), TypeError, "FlapConfig has no option 'astrology'.$"),
+        (lambda: tiny.request(scope="globall"), ValueError, "Did you mean global?"),
+        (lambda: tiny.request(kinds=["mpl"]), ValueError, "Did you mean mlp?"),
+        (lambda: tiny.request(sparcity=0.3), TypeError, "has no option 'sparcity'. Did you mean sparsity?"),
+        (lambda: tiny.request(method="flap", astrology=1), TypeError, "FlapConfig has no option 'astrology'.$"),
     ],
 )
 def test_python_names_what_was_likely_meant(ask, error, meant):

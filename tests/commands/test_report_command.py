@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.evaluation import Comparison, Evaluation, TextLoss
 
 
@@ -19,7 +19,7 @@ def folder(tmp_path_factory, tokenizer):
     tokens = torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(1))
     for name, sparsity in (("pruned-20", 0.2), ("pruned-40", 0.4)):
         pruner = FwdPruner.from_pretrained(folder / "dense")
-        pruner.prune(PruningConfig(sparsity=sparsity), tokens)
+        pruner.prune(tiny.request(sparsity=sparsity), tokens)
         pruner.save_pretrained(folder / name)
     names = ("dense", "pruned-20", "pruned-40")
     losses = [{"text": TextLoss(100.0 * place, 50)} for place in (1, 2, 3)]

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.evaluation import PERPLEXITY_METRIC, TextLoss, perplexity, text_loss, window_losses
 
 
@@ -133,7 +133,7 @@ class TestMetric:
 
     def test_a_pruned_checkpoint_is_loaded_by_name(self, metric, tokenizer, tokens, tmp_path):
         pruner = FwdPruner(tiny.make_model("opt_pre_norm"), tokenizer)
-        model = pruner.prune(PruningConfig(sparsity=0.4), tokens)
+        model = pruner.prune(tiny.request(sparsity=0.4), tokens)
         pruner.save_pretrained(tmp_path / "pruned")
         texts = ["the quick brown fox jumps over the lazy dog"]
         by_name = metric.compute(predictions=texts, model=str(tmp_path / "pruned"))

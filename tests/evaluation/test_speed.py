@@ -9,7 +9,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.evaluation import (
     Evaluation,
     PeakMemory,
@@ -28,7 +28,7 @@ SMALL = {"prompt_tokens": (32,), "new_tokens": 4, "repeats": 3}
 
 def pruned_twin(name="llama_gqa_biases", **fields):
     calibration = torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(1))
-    return FwdPruner(tiny.make_model(name)).prune(PruningConfig(reconstruction="none", **fields), calibration)
+    return FwdPruner(tiny.make_model(name)).prune(tiny.request(reconstruction="none", **fields), calibration)
 
 
 def test_a_model_of_many_times_the_work_is_slower():

@@ -9,7 +9,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
+from optimum_fwdprune import FwdPruner, RecoveryArguments
 from optimum_fwdprune.evaluation import TASK_PRESETS, evaluate_tasks
 
 
@@ -85,7 +85,7 @@ def choices_by_hand(model, tokenizer):
 
 
 def test_all_tasks_of_a_folder_are_run_on_a_pruned_model(folder, tokenizer, tokens):
-    model = FwdPruner(tiny.make_model("llama_gqa_biases")).prune(PruningConfig(sparsity=0.4), tokens)
+    model = FwdPruner(tiny.make_model("llama_gqa_biases")).prune(tiny.request(sparsity=0.4), tokens)
     scores = {score.task: score for score in evaluate_tasks(model, tokenizer, [folder], batch_size=2)}
 
     assert scores.keys() == {"foxes_choice", "foxes_classification", "foxes_generation"}
@@ -122,7 +122,7 @@ def test_mini_llm_s_protocol(learned, folder, tokenizer, tmp_path):
     """Prune by gradients from forward passes, train LoRA adapters, and score all three families of tasks."""
     pruner = FwdPruner(copy.deepcopy(learned), tokenizer)
     request = {"method": "mini_llm", "draws": 8, "sparsity": 0.5, "n_samples": 4, "seq_len": 32}
-    pruner.prune(PruningConfig(**request), ANSWERS * 8)
+    pruner.prune(tiny.request(**request), ANSWERS * 8)
     pruned = [score.value for score in evaluate_tasks(pruner.model, tokenizer, [folder])]
     args = RecoveryArguments(
         output_dir=str(tmp_path / "training"),

@@ -14,7 +14,7 @@ import torch
 import xllamacpp
 from optimum.commands.optimum_cli import main
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.export import export_gguf
 from optimum_fwdprune.export.gguf_tensors import interleaved
 
@@ -24,7 +24,7 @@ NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 
 def pruned(name, tokens, changes=None, **fields):
     request = {"method": "random", "sparsity": 0.3, "scope": "global", "seed": 3, **fields}
-    return FwdPruner(tiny.make_model(name, **changes or {})).prune(PruningConfig(**request), tokens).eval()
+    return FwdPruner(tiny.make_model(name, **changes or {})).prune(tiny.request(**request), tokens).eval()
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def test_a_real_model_writes_the_same_text(tmp_path):
         spec.submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
     )
     request = {"method": "magnitude", "reconstruction": "none", "scope": "global", "kinds": ["mlp"]}
-    model = pruner.prune(PruningConfig(sparsity=0.02, **request)).eval()
+    model = pruner.prune(tiny.request(sparsity=0.02, **request)).eval()
     assert len({len(units) for (_, kind), units in pruner.plan.kept.items() if kind == "mlp"}) > 3
     file = export_gguf(model, pruner.tokenizer, tmp_path / "smollm2.gguf", dtype="f16")
     prompt = "The three primary colours are"
@@ -298,7 +298,7 @@ class TestRefusals:
 
 def test_the_command_writes_a_file(tokens, tokenizer, tmp_path, monkeypatch, capsys):
     pruner = FwdPruner(tiny.make_model("llama_mqa"), tokenizer)
-    pruner.prune(PruningConfig(method="random", scope="global", sparsity=0.3), tokens)
+    pruner.prune(tiny.request(method="random", scope="global", sparsity=0.3), tokens)
     pruner.save_pretrained(tmp_path / "pruned")
     file = tmp_path / "model.gguf"
     command = ["export", str(tmp_path / "pruned"), str(file), "--format", "gguf", "--outtype", "f32"]

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, find_sites
+from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
 from optimum_fwdprune.export import export_stock
 
 
@@ -42,7 +42,7 @@ def pruned(name, tokens, auto_class="AutoModelForCausalLM", **fields):
     kinds = ["mlp"] if name in NO_STOCK_HEADS else ["attention", "mlp"]
     request = {"method": "magnitude", "reconstruction": "none", "sparsity": 0.3, "kinds": kinds, "layout": "stock"}
     pruner = FwdPruner(model)
-    pruner.prune(PruningConfig(**request | fields), tokens)
+    pruner.prune(tiny.request(**request | fields), tokens)
     return pruner
 
 
@@ -131,7 +131,7 @@ class TestRefusals:
     )
     def test_what_no_stock_checkpoint_holds_names_what_is_in_the_way(self, name, fields, message, tokens, tmp_path):
         request = {"method": "random", "reconstruction": "none", "sparsity": 0.3, **fields}
-        model = FwdPruner(tiny.make_model(name)).prune(PruningConfig(**request), tokens)
+        model = FwdPruner(tiny.make_model(name)).prune(tiny.request(**request), tokens)
         if message is None:
             # Biases keep it from being a Mistral, and a divisor of the hidden size lets it be a LLaMA.
             export_stock(model, None, tmp_path / "stock")
@@ -146,6 +146,8 @@ class TestRefusals:
             ("bloom", {}, "layout='stock' does not go with pruning attention here. No stock checkpoint"),
             ("opt_pre_norm", {"kinds": ["attention", "mlp"]}, "does not go with pruning attention here"),
             ("llama_mqa", {"reconstruction": "bias", "method": "flap"}, r"nothing at .*bias"),
+            ("llama_mqa", {"reconstruction": "bias", "kinds": ["mlp"]}, r"or reconstruction='none', which add no"),
+            ("bloom", {"kinds": ["attention"]}, r"Set kinds=\['mlp'\], or leave out layout\."),
         ],
     )
     def test_requests_that_cannot_be_exported_fail_before_scoring(self, name, fields, message, tokens, monkeypatch):
@@ -156,7 +158,7 @@ class TestRefusals:
     @pytest.mark.parametrize("fields", [{"scope": "global"}, {"scope": "search"}, {"skip_layers": [0]}])
     def test_layouts_of_uneven_layers_are_refused(self, fields):
         with pytest.raises(ValueError, match="layout='stock' cuts every layer alike"):
-            PruningConfig(layout="stock", **fields)
+            tiny.request(layout="stock", **fields)
 
     def test_a_stock_model_that_computes_something_else_is_not_written(self, tokens, tmp_path, monkeypatch):
         model = pruned("llama_mqa", tokens).model
@@ -177,7 +179,7 @@ class TestRefusals:
 def test_deep_models_spare_no_layer_under_a_stock_layout(tokens):
     model = tiny.make_model("llama_mqa", num_hidden_layers=12)
     pruner = FwdPruner(model)
-    pruner.prune(PruningConfig(method="magnitude", sparsity=0.3, layout="stock", kinds=["mlp"]), tokens)
+    pruner.prune(tiny.request(method="magnitude", sparsity=0.3, layout="stock", kinds=["mlp"]), tokens)
 
     assert len({len(pruner.plan.kept[layer, "mlp"]) for layer in range(12)}) == 1
 

@@ -3,10 +3,11 @@
 import itertools
 
 import pytest
+import tiny
 import torch
 import transformers
 
-from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune import FwdPruner, find_sites
 from optimum_fwdprune.gates import gated
 from optimum_fwdprune.losses import model_nll
 
@@ -86,7 +87,7 @@ def key_of(mask):
 def place_of(model, tokens, losses, **fields):
     """The share of all masks that are better than the one that is learned."""
     pruner = FwdPruner(model)
-    config = PruningConfig(
+    config = tiny.request(
         method="policy_gradient",
         sparsity=0.5,
         reconstruction="none",

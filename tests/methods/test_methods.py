@@ -15,7 +15,7 @@ def unit(request):
 
 
 def scores_of(model, tokens, unit, method):
-    return FwdPruner(model).score(PruningConfig(method=method, attention_unit=unit), tokens).values
+    return FwdPruner(model).score(tiny.request(method=method, attention_unit=unit), tokens).values
 
 
 def columns_of(site, unit_index):
@@ -64,7 +64,7 @@ def test_magnitude_is_the_norm_of_what_surgery_would_remove(dense, unit):
 
 def test_random_follows_its_seed_and_nothing_else(dense, unit):
     first, again, other = (
-        FwdPruner(dense).score(PruningConfig(method="random", attention_unit=unit, seed=seed)).values
+        FwdPruner(dense).score(tiny.request(method="random", attention_unit=unit, seed=seed)).values
         for seed in (1, 1, 2)
     )
 
@@ -75,7 +75,7 @@ def test_random_follows_its_seed_and_nothing_else(dense, unit):
 @pytest.mark.parametrize("method", ["wanda_sp", "flap"])
 def test_batch_size_makes_no_difference(dense, tokens, method):
     one, many = (
-        FwdPruner(dense).score(PruningConfig(method=method, batch_size=size), tokens).values for size in (1, 16)
+        FwdPruner(dense).score(tiny.request(method=method, batch_size=size), tokens).values for size in (1, 16)
     )
     for key in one:
         torch.testing.assert_close(one[key], many[key], rtol=1e-3, atol=1e-5)
@@ -83,7 +83,7 @@ def test_batch_size_makes_no_difference(dense, tokens, method):
 
 def test_flaps_bias_is_the_mean_output_of_what_was_removed(dense, tokens):
     pruner = FwdPruner(dense)
-    pruned = pruner.prune(PruningConfig(method="flap", sparsity=0.4), tokens, inplace=False)
+    pruned = pruner.prune(tiny.request(method="flap", sparsity=0.4), tokens, inplace=False)
     after = {site.key: site for site in find_sites(pruned)}
     for site in find_sites(dense, pruner.plan.attention_unit):
         weight = site.projection.weight.detach().double().numpy()
@@ -105,7 +105,7 @@ def test_dead_features_stay_finite(tokens):
     model.model.layers[1].mlp.up_proj.weight.data.zero_()
     for method in ("wanda_sp", "flap"):
         for reconstruction in ("none", "bias", "least_squares"):
-            config = PruningConfig(method=method, sparsity=0.4, reconstruction=reconstruction)
+            config = tiny.request(method=method, sparsity=0.4, reconstruction=reconstruction)
             pruned = FwdPruner(model).prune(config, tokens, inplace=False)
 
             assert pruned(tokens).logits.isfinite().all()
@@ -129,7 +129,7 @@ def test_a_criterion_of_ones_own(tokens, monkeypatch):
     register_method(LastConfig, score, additive=False)
     for reverse in (False, True):
         pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
-        pruner.prune(PruningConfig(method="keep_last", reverse=reverse))
+        pruner.prune(tiny.request(method="keep_last", reverse=reverse))
         kept = pruner.plan.kept[(0, "mlp")]
 
         assert kept == list(range(len(kept)) if reverse else range(64 - len(kept), 64))
@@ -148,13 +148,13 @@ def test_a_criterion_that_scores_nonsense_is_named(scores, message, monkeypatch)
     changed = type(method)(method.config_class, lambda inputs: scores(inputs.sites), additive=False)
     monkeypatch.setitem(METHODS, "random", changed)
     with pytest.raises(ValueError, match=f"Method 'random' {message}"):
-        FwdPruner(tiny.make_model("llama_gqa_biases")).score(PruningConfig(method="random"))
+        FwdPruner(tiny.make_model("llama_gqa_biases")).score(tiny.request(method="random"))
 
 
 @pytest.mark.parametrize("method", ["wanda_sp", "flap"])
 def test_calibrated_methods_need_tokens(method):
     with pytest.raises(ValueError, match="needs a tokenizer"):
-        FwdPruner(tiny.make_model("llama_gqa_biases")).score(PruningConfig(method=method, calibration="builtin"))
+        FwdPruner(tiny.make_model("llama_gqa_biases")).score(tiny.request(method=method, calibration="builtin"))
 
 
 def test_scores_measured_with_padding_are_those_without(tokens):

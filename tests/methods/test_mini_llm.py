@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune import Calibration, FwdPruner, find_sites
 from optimum_fwdprune.perturbation import GAUSSIAN, Noise, WeightPerturbation
 from optimum_fwdprune.scores import Scores
 from optimum_fwdprune.zeroth_order import draw_slopes
@@ -19,7 +19,7 @@ def unit(request):
 
 
 def score(model, tokens, unit="query_head", **fields):
-    config = PruningConfig(**{"method": "mini_llm", "attention_unit": unit, **fields})
+    config = tiny.request(**{"method": "mini_llm", "attention_unit": unit, **fields})
     return FwdPruner(model).score(config, tokens)
 
 
@@ -91,7 +91,7 @@ def test_feature_map_sensitivity(dense, tokens, unit, gradient, aggregation):
 
 @pytest.mark.parametrize("salience", ["vector", "element"])
 def test_taylor(dense, tokens, unit, salience):
-    config = PruningConfig(method="taylor", salience=salience, attention_unit=unit)
+    config = tiny.request(method="taylor", salience=salience, attention_unit=unit)
     scores = FwdPruner(dense).score(config, tokens).values
     known = numpy_of(dense, tokens, unit)
     for site in find_sites(dense, unit):
@@ -173,7 +173,7 @@ def test_more_draws_come_closer_to_the_exact_scores(perturb):
 
 def test_what_was_drawn_is_in_the_plan_and_in_the_scores_file(tokens, tmp_path):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
-    pruner.prune(PruningConfig(method="mini_llm", draws=8, sparsity=0.3), tokens)
+    pruner.prune(tiny.request(method="mini_llm", draws=8, sparsity=0.3), tokens)
     pruner.scores.save(tmp_path / "scores.safetensors")
     loaded = Scores.load(tmp_path / "scores.safetensors")
     details = pruner.plan.metadata["scoring"]
@@ -189,9 +189,9 @@ def test_what_was_drawn_is_in_the_plan_and_in_the_scores_file(tokens, tmp_path):
 
 def test_scores_bring_the_options_that_they_were_made_with(tokens):
     """They, and not the defaults of the request, say how scores of different layers compare."""
-    made = PruningConfig(method="mini_llm", draws=4, aggregation="l2", scope="global", budget="joint", sparsity=0.4)
+    made = tiny.request(method="mini_llm", draws=4, aggregation="l2", scope="global", budget="joint", sparsity=0.4)
     plans = []
-    for asked in (made, PruningConfig(method="mini_llm", scope="global", budget="joint", sparsity=0.4)):
+    for asked in (made, tiny.request(method="mini_llm", scope="global", budget="joint", sparsity=0.4)):
         pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
         scores = FwdPruner(pruner.model).score(made, tokens)
         pruner.prune(asked, scores=scores)
@@ -312,7 +312,7 @@ def test_every_request_of_the_core_applies(tokens, perturb, scope):
     mask[:4, :7] = 0
     pruner = FwdPruner(model)
     pruner.prune(
-        PruningConfig(
+        tiny.request(
             method="mini_llm",
             perturb=perturb,
             scope=scope,
@@ -345,7 +345,7 @@ def test_every_request_of_the_core_applies(tokens, perturb, scope):
 )
 def test_options_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        PruningConfig(method="mini_llm", **fields)
+        tiny.request(method="mini_llm", **fields)
 
 
 def test_a_model_without_a_language_head_is_refused(tokens):
@@ -354,4 +354,4 @@ def test_a_model_without_a_language_head_is_refused(tokens):
     model = tiny.make_model("llama_gqa_biases", transformers.AutoModelForSequenceClassification)
     for method in ("mini_llm", "taylor"):
         with pytest.raises(ValueError, match="predicts no next token; the loss needs a causal"):
-            FwdPruner(model).score(PruningConfig(method=method), tokens)
+            FwdPruner(model).score(tiny.request(method=method), tokens)

@@ -1,10 +1,11 @@
 """Tiny models that were trained for a few seconds: there, unlike on random weights, criteria must beat chance."""
 
 import pytest
+import tiny
 import torch
 import transformers
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.evaluation import window_losses
 
 
@@ -60,7 +61,7 @@ def loss_after(trained, text):
     windows, held_out = text
 
     def measure(**fields):
-        config = PruningConfig(**{"sparsity": 0.3, "reconstruction": "none", **fields})
+        config = tiny.request(**{"sparsity": 0.3, "reconstruction": "none", **fields})
         pruned = FwdPruner(trained).prune(config, windows[:64], inplace=False)
         return float(window_losses(pruned, held_out, 16).mean())
 

@@ -8,12 +8,12 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 
 
 @pytest.fixture
 def pruned(tokens):
-    config = PruningConfig(sparsity=0.4, scope="global", attention_unit="kv_group")
+    config = tiny.request(sparsity=0.4, scope="global", attention_unit="kv_group")
     return FwdPruner(tiny.make_model("llama_gqa_biases")).prune(config, tokens)
 
 

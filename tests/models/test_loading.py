@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import optimum_fwdprune.models
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.loading import load_causal_lm
 
@@ -31,9 +31,9 @@ TASKS = (
 FAMILIES = ("llama_gqa_biases", "mistral_sliding_window", "opt_pre_norm", "bloom", "qwen2", "qwen3")
 # Uniform and per-layer sizes, both units of grouped-query attention, added biases, and half precision.
 REQUESTS = {
-    "uniform": PruningConfig(method="wanda_sp", sparsity=0.4, scope="layer"),
-    "per_layer": PruningConfig(method="wanda_sp", sparsity=0.4, scope="global", attention_unit="kv_group"),
-    "biases_bfloat16": PruningConfig(method="flap", sparsity=0.4, scope="global", budget="joint"),
+    "uniform": tiny.request(method="wanda_sp", sparsity=0.4, scope="layer"),
+    "per_layer": tiny.request(method="wanda_sp", sparsity=0.4, scope="global", attention_unit="kv_group"),
+    "biases_bfloat16": tiny.request(method="flap", sparsity=0.4, scope="global", budget="joint"),
 }
 
 
@@ -185,7 +185,7 @@ def test_beam_search_equals_that_of_the_masked_dense_model(tokens, architecture_
 
     dense = tiny.make_model(architecture_name)
     pruner = FwdPruner(dense)
-    config = PruningConfig(sparsity=0.3, scope="global", reconstruction="none")
+    config = tiny.request(sparsity=0.3, scope="global", reconstruction="none")
     pruned = pruner.prune(config, tokens, inplace=False)
     sites = find_sites(dense, config.attention_unit)
     prompt = {"input_ids": tokens[:1, :6], "attention_mask": torch.ones_like(tokens[:1, :6])}
@@ -239,13 +239,13 @@ def test_a_model_with_the_code_beside_its_weights_is_known_as_pruned(name, token
     assert not isinstance(remote, type(pruned))
 
     pruner = FwdPruner(remote)
-    twice = pruner.prune(PruningConfig(method="flap", sparsity=0.3), tokens)
+    twice = pruner.prune(tiny.request(method="flap", sparsity=0.3), tokens)
     pruner.save_pretrained(tmp_path / "twice")
     loaded = load_causal_lm(tmp_path / "twice")
 
     assert isinstance(twice, type(pruned))
     assert torch.equal(loaded(tokens).logits, twice(tokens).logits)
-    expected = FwdPruner(pruned).prune(PruningConfig(method="flap", sparsity=0.3), tokens)
+    expected = FwdPruner(pruned).prune(tiny.request(method="flap", sparsity=0.3), tokens)
     assert torch.equal(twice(tokens).logits, expected(tokens).logits)
 
 

@@ -10,11 +10,11 @@ import transformers
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune import FwdPruner, find_sites
 from optimum_fwdprune.gates import gated
 
 
-HETEROGENEOUS = PruningConfig(sparsity=0.4, scope="global", attention_unit="kv_group", reconstruction="none")
+HETEROGENEOUS = tiny.request(sparsity=0.4, scope="global", attention_unit="kv_group", reconstruction="none")
 WITH_ROPE = ("mistral_sliding_window", "qwen2", "qwen3", "phi3_third_party")
 FAMILIES = ("llama_gqa_biases", "mistral_sliding_window", "opt_pre_norm", "bloom", "qwen2", "qwen3")
 TASKS = (
@@ -47,13 +47,13 @@ def test_classifiers_that_cannot_tell_padding_are_pruned(tokens):
     """They take one row at a time."""
     dense = tiny.make_model("llama_gqa_biases", transformers.AutoModelForSequenceClassification, pad_token_id=None)
     pruner = FwdPruner(dense)
-    pruner.prune(PruningConfig(sparsity=0.3), tokens)
+    pruner.prune(tiny.request(sparsity=0.3), tokens)
     assert pruner.report.masked_difference < 1e-4
 
 
 def test_models_of_few_positions_are_pruned_without_text():
     pruner = FwdPruner(tiny.make_model("opt_pre_norm", max_position_embeddings=16))
-    pruner.prune(PruningConfig(method="magnitude", reconstruction="none", sparsity=0.3))
+    pruner.prune(tiny.request(method="magnitude", reconstruction="none", sparsity=0.3))
     assert pruner.report.masked_difference < 1e-4
 
 
@@ -78,7 +78,7 @@ def test_pruning_a_pruned_model_composes(dense, tokens):
 
 def test_pruning_again_reaches_the_disk_and_back(dense, tokens, tmp_path):
     pruner = FwdPruner(FwdPruner(dense).prune(HETEROGENEOUS, tokens))
-    pruned = pruner.prune(PruningConfig(method="flap", sparsity=0.3), tokens)
+    pruned = pruner.prune(tiny.request(method="flap", sparsity=0.3), tokens)
     pruner.save_pretrained(tmp_path / "twice")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
 
@@ -87,8 +87,8 @@ def test_pruning_again_reaches_the_disk_and_back(dense, tokens, tmp_path):
 
 @torch.no_grad()
 def test_a_second_pruning_keeps_the_biases_of_the_first(dense, tokens, tmp_path):
-    once = FwdPruner(dense).prune(PruningConfig(method="flap", sparsity=0.3), tokens)
-    twice = FwdPruner(once).prune(PruningConfig(sparsity=0.0, reconstruction="none"), tokens, inplace=False)
+    once = FwdPruner(dense).prune(tiny.request(method="flap", sparsity=0.3), tokens)
+    twice = FwdPruner(once).prune(tiny.request(sparsity=0.0, reconstruction="none"), tokens, inplace=False)
     twice.save_pretrained(tmp_path)
 
     assert torch.equal(twice(tokens).logits, once(tokens).logits)

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: make runtimes")
@@ -25,7 +25,7 @@ class Logits(torch.nn.Module):
 @pytest.mark.parametrize("name", ["llama_gqa_biases", "mistral_sliding_window", "opt_pre_norm", "bloom", "qwen3"])
 def test_onnx_runtime_computes_what_transformers_does(name, tokens, tmp_path):
     """At sizes of batch and text other than those that it was exported with."""
-    model = FwdPruner(tiny.make_model(name)).prune(PruningConfig(sparsity=0.4, scope="global"), tokens).eval()
+    model = FwdPruner(tiny.make_model(name)).prune(tiny.request(sparsity=0.4, scope="global"), tokens).eval()
     any_size = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
     wrapped = Logits(model).eval()
     program = torch.onnx.export(wrapped, (tokens[:2],), dynamo=True, dynamic_shapes=any_size, verbose=False)

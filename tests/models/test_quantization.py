@@ -7,7 +7,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 
 
 # Widths that the kernels take: bitsandbytes' blocks of 4-bit weights hold 64 of a row on a CPU.
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantization") / "pruned"
     tokens = torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(1))
     pruner = FwdPruner(tiny.make_model("llama_mha_tied", dtype=torch.bfloat16, num_hidden_layers=4, **SIZES))
-    pruner.prune(PruningConfig(sparsity=0.4, scope="global", kinds=["mlp"], multiple_of=64), tokens)
+    pruner.prune(tiny.request(sparsity=0.4, scope="global", kinds=["mlp"], multiple_of=64), tokens)
     assert len({len(units) for (_, kind), units in pruner.plan.kept.items() if kind == "mlp"}) > 1
     pruner.save_pretrained(folder)
     return folder

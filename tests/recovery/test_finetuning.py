@@ -10,7 +10,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
+from optimum_fwdprune import FwdPruner, RecoveryArguments
 from optimum_fwdprune.evaluation import texts_loss
 from optimum_fwdprune.loading import load_causal_lm
 from optimum_fwdprune.record import OUTCOME_NAME
@@ -37,7 +37,7 @@ def arguments(tmp_path, **changes):
 
 def pruner_of(tokenizer, tokens, name="llama_gqa_biases"):
     pruner = FwdPruner(tiny.make_model(name), tokenizer)
-    pruner.prune(PruningConfig(**REQUEST), tokens)
+    pruner.prune(tiny.request(**REQUEST), tokens)
     return pruner
 
 
@@ -443,7 +443,7 @@ class TestBadInput:
         options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
         pruner_of(tokenizer, tokens).recover(TEXTS, arguments(tmp_path, **options))
         other = FwdPruner(tiny.make_model("llama_gqa_biases"), tokenizer)
-        other.prune(PruningConfig(sparsity=0.2), tokens)
+        other.prune(tiny.request(sparsity=0.2), tokens)
         with pytest.raises(
             ValueError, match=r"of another base: .* has the shape \(8, \d+\) there and \(8, \d+\) here"
         ):

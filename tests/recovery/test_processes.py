@@ -11,7 +11,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "recover_ddp.py"
@@ -25,7 +25,7 @@ def folder(tmp_path_factory, tokenizer):
     (folder / "tokens.json").write_text(json.dumps(tokens.tolist()))
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"), tokenizer)
     pruner.model.save_pretrained(folder / "dense")
-    pruner.prune(PruningConfig(sparsity=0.4, scope="global", attention_unit="kv_group"), tokens)
+    pruner.prune(tiny.request(sparsity=0.4, scope="global", attention_unit="kv_group"), tokens)
     pruner.save_pretrained(folder / "pruned")
     return folder
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.evaluation import Comparison, Evaluation, TextLoss
 from optimum_fwdprune.report.document import describe, document_of
 from optimum_fwdprune.report.page import DARK, write_page
@@ -40,7 +40,7 @@ def page_file(tmp_path_factory):
     described = []
     for name, fields in (("scored", {}), ("learned", {"method": "policy_gradient", "steps": 8})):
         pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
-        pruner.prune(PruningConfig(sparsity=0.3, **fields), tokens)
+        pruner.prune(tiny.request(sparsity=0.3, **fields), tokens)
         texts = [{"a-text-with-a-very-long-name-that-goes-on-and-on.jsonl": TextLoss(20.0 + k, 10)} for k in (0, 1)]
         comparison = Comparison([Evaluation(each, text, []) for each, text in zip(("dense", name), texts)])
         long = f"organisation/{name}-by-a-method-under-a-name-that-does-not-end-where-one-would-like-it-to"

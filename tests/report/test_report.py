@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan
+from optimum_fwdprune import FwdPruner, PruningPlan
 from optimum_fwdprune.evaluation import Benchmark, Comparison, Evaluation, Spread, TextLoss, Timing
 from optimum_fwdprune.methods import registered_methods
 from optimum_fwdprune.record import OUTCOME_NAME, command_of
@@ -45,7 +45,7 @@ def folder(tmp_path_factory, tokens):
     }
     for name, fields in requests.items():
         pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
-        pruner.prune(PruningConfig(**fields), tokens)
+        pruner.prune(tiny.request(**fields), tokens)
         pruner.save_pretrained(folder / name)
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     pruner.prune(plan=PruningPlan.load(folder / "scored"))
@@ -305,7 +305,7 @@ class TestACheckpoint:
         assert found["dense"]["figures"]["prefill 1 x 64, times as fast"] == 1
         again = FwdPruner.from_pretrained(tmp_path / "out")
         assert again.comparison == pruner.comparison
-        again.prune(PruningConfig(sparsity=0.1, method="magnitude"))
+        again.prune(tiny.request(sparsity=0.1, method="magnitude"))
         assert again.comparison is None
 
     @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ class TestACheckpoint:
 def test_every_architecture_is_described(dense, tokens, tmp_path):
     pruner = FwdPruner(dense)
     before = sum(weight.numel() for weight in dense.parameters())
-    pruner.prune(PruningConfig(method="magnitude", sparsity=0.3, reconstruction="bias"), tokens)
+    pruner.prune(tiny.request(method="magnitude", sparsity=0.3, reconstruction="bias"), tokens)
     pruner.save_pretrained(tmp_path / "out")
     with_outcome = describe_checkpoint(tmp_path / "out")
     (tmp_path / "out" / OUTCOME_NAME).unlink()
@@ -360,7 +360,7 @@ def test_every_architecture_is_described(dense, tokens, tmp_path):
 @pytest.mark.parametrize("method", registered_methods())
 def test_every_method_is_described(method, tokens):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
-    pruner.prune(PruningConfig(method=method, sparsity=0.3, **tiny.SHORT.get(method, {})), tokens)
+    pruner.prune(tiny.request(method=method, sparsity=0.3, **tiny.SHORT.get(method, {})), tokens)
     found = describe("mine", pruner.report, pruner.report.record, None)
 
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -371,7 +371,7 @@ def test_every_method_is_described(method, tokens):
 
 def test_the_pruner_writes_its_report(tokens, tmp_path):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
-    pruner.prune(PruningConfig(sparsity=0.3), tokens)
+    pruner.prune(tiny.request(sparsity=0.3), tokens)
     figures = pruner.report.save(tmp_path / "report.html", name="mine", comparison=measured("dense", "mine"))
     (found,) = json.loads(figures.read_text())["checkpoints"]
 
@@ -382,7 +382,7 @@ def test_the_pruner_writes_its_report(tokens, tmp_path):
 
 def test_the_pruners_report_is_that_of_the_checkpoint(folder, tmp_path, tokens):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
-    pruner.prune(PruningConfig(sparsity=0.3), tokens)
+    pruner.prune(tiny.request(sparsity=0.3), tokens)
     pruner.save_pretrained(tmp_path / "out")
     reloaded = FwdPruner.from_pretrained(tmp_path / "out")
     described = [describe("x", each.report, each.report.record, None) for each in (pruner, reloaded)]
@@ -409,7 +409,7 @@ def test_names_of_texts_are_no_formulas():
 
 def test_a_plan_that_was_replayed_is_made_again_by_replaying_it(tokens):
     source = FwdPruner(tiny.make_model("llama_gqa_biases"))
-    source.prune(PruningConfig(method="random", sparsity=0.5, reconstruction="none"))
+    source.prune(tiny.request(method="random", sparsity=0.5, reconstruction="none"))
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     pruner.prune(plan=source.plan)
     for each, words in ((source, "--method random"), (pruner, "--plan fwdprune_plan.json")):

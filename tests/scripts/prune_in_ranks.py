@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
-from optimum_fwdprune import FwdPruner, PruningConfig, latency, ranks
+from optimum_fwdprune import FwdPruner, latency, ranks
 from optimum_fwdprune.utils import save_tensors_atomically
 
 
@@ -71,7 +71,7 @@ def run(name, **fields):
     layer = pruner.model.model.layers[-1]
     layer.register_forward_hook(lambda _module, _args, output: passed.append(len(output)))
     request = {"sparsity": 0.4, "seed": 3, "batch_size": 3, "attention_unit": "kv_group", **CASES[name], **fields}
-    pruner.prune(PruningConfig(**request), dataset_of(name))
+    pruner.prune(tiny.request(**request), dataset_of(name))
     return pruner, sum(passed)
 
 

@@ -1,0 +1,132 @@
+"""What a request means for a model before any work: defaults that give way, refusals, and what is announced."""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from optimum_fwdprune import FwdPruner, PruningConfig, find_sites, settling
+from optimum_fwdprune.budgets import removal_budget
+from optimum_fwdprune.settling import forecast, settle
+
+
+CONCEPTS = Path(__file__).parents[1] / "docs" / "concepts.md"
+# Sizes of the models in the table of docs/concepts.md: hidden, MLP, layers, heads, head width, KV heads.
+KNOWN_MODELS = {
+    "SmolLM2-135M": (transformers.LlamaConfig, 576, 1536, 30, 9, 64, 3),
+    "Qwen2.5-0.5B": (transformers.Qwen2Config, 896, 4864, 24, 14, 64, 2),
+    "LLaMA-2-7B": (transformers.LlamaConfig, 4096, 11008, 32, 32, 128, 32),
+    "Llama-3-8B": (transformers.LlamaConfig, 4096, 14336, 32, 32, 128, 8),
+    "Qwen2.5-14B": (transformers.Qwen2Config, 5120, 13824, 48, 40, 128, 8),
+}
+
+
+def deep_model():
+    """A model deep enough that its first and last layers are unpruned by default."""
+    return tiny.make_model("llama_gqa_biases", num_hidden_layers=12)
+
+
+def settled(sites, **fields):
+    return settle(sites, PruningConfig(**fields), lambda config: (config, removal_budget(config, sites, 10**6, 10**7)))
+
+
+@pytest.fixture
+def warnings(monkeypatch, caplog):
+    """What is logged, whoever listens to transformers' loggers."""
+    monkeypatch.setattr(logging.getLogger(settling.__name__), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        yield caplog
+
+
+def test_the_defaults_give_way_in_order_and_say_so(warnings):
+    sites = find_sites(deep_model())
+    share = {kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in ("attention", "mlp")}
+    mlp = share["mlp"] / sum(share.values())
+
+    config, _ = settled(sites, sparsity=0.85 * mlp * 8 / 12)
+    assert (config.skip_layers, config.kinds) == (None, None) and not warnings.messages
+    config, _ = settled(sites, sparsity=0.95 * mlp * 8 / 12)
+    assert (config.skip_layers, config.kinds) == ([], None)
+    assert len(warnings.messages) == 1 and "first and last two layers" in warnings.messages[0]
+    warnings.clear()
+    config, _ = settled(sites, sparsity=0.95 * mlp)
+    assert (config.skip_layers, config.kinds) == ([], ["attention", "mlp"])
+    assert len(warnings.messages) == 2 and "attention heads" in warnings.messages[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kinds": ["mlp"]}, r"kinds=\['mlp'\]"),
+        ({"kinds": ["mlp"], "skip_layers": [0]}, r"skip_layers=\[0\]"),
+        ({"mlp_sparsity": 0.99, "min_units_per_site": 8}, "min_units_per_site=8"),
+    ],
+)
+def test_what_was_set_does_not_give_way(fields, message):
+    sites = find_sites(deep_model())
+    with pytest.raises(ValueError, match=f"{message}.*: the largest possible"):
+        settled(sites, **{"sparsity": 0.9, **fields})
+
+
+def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr("optimum_fwdprune.pruner.score_units", lambda *_args: pytest.fail("It was scored."))
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    for request in ({"sparsity": 0.99}, {"sparsity": 0.9, "kinds": ["mlp"]}, {"target_parameters": 10}):
+        with pytest.raises(ValueError, match="the largest possible"):
+            pruner.prune(dataset=torch.zeros(4, 8, dtype=torch.long), **request)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa_biases", "opt_pre_norm", "bloom"])
+def test_what_is_announced_is_what_happens(name, tokens):
+    model = tiny.make_model(name)
+    sites = find_sites(model)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    config = tiny.request(sparsity=0.4, reconstruction="none")
+    budget = removal_budget(config, sites, before, 4 * before)
+    outcome = forecast(sites, config, budget, before, 4 * before, 0)
+    pruner = FwdPruner(model)
+    pruner.prune(config, tokens)
+
+    assert outcome.parameters - outcome.removed_parameters == pruner.report.parameters_after
+    assert outcome.bytes - outcome.removed_bytes == pruner.report.bytes_after
+    for kind in ("attention", "mlp"):
+        lost = {1 - len(units) / pruner.plan.num_units[key] for key, units in pruner.plan.kept.items() if key[1] == kind}
+        assert f"{lost.pop():.1%} in layers 0 to 2." in outcome.losses[kind] and not lost
+
+
+def test_layers_that_compete_are_announced_as_such():
+    sites = find_sites(tiny.make_model("llama_gqa_biases"))
+    config, budget = settled(sites, sparsity=0.3, scope="global")
+
+    assert "Layers compete for the budget" in str(forecast(sites, config, budget, 10**6, 4 * 10**6, 0))
+
+
+@pytest.mark.parametrize("model", KNOWN_MODELS)
+def test_the_table_of_what_layers_lose_is_right(model):
+    config_class, hidden, mlp, layers, heads, head_dim, kv_heads = KNOWN_MODELS[model]
+    config = config_class(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=100,
+    )
+    with torch.device("meta"):
+        sites = find_sites(transformers.AutoModelForCausalLM.from_config(config))
+    row = next(line for line in CONCEPTS.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {model} |"))
+    _, pruned_layers, *shares, ends, attention = [cell.strip() for cell in row.strip("|").split("|")]
+
+    assert pruned_layers == f"{layers - 4} of {layers}"
+    for sparsity, share in zip((0.2, 0.3, 0.4, 0.5), shares):
+        outcome = forecast(sites, *settled(sites, sparsity=sparsity), 1, 1, 0)
+        announced = float(re.search(r"([0-9.]+)% in layers 2", outcome.losses["mlp"])[1])
+        assert abs(announced - float(share.removesuffix(" %"))) < 0.6
+    for limit, skipped, kinds in ((float(ends), [], None), (float(attention), [], ["attention", "mlp"])):
+        below, above = (settled(sites, sparsity=limit + change)[0] for change in (-0.01, 0.01))
+        assert (above.skip_layers, above.kinds) == (skipped, kinds) != (below.skip_layers, below.kinds)
