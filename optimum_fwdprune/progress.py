@@ -37,15 +37,7 @@ def progress(
     Returns:
         an iterable with the method `set_postfix(refresh=False, **values)`, which shows values beside the progress.
     """
-    from transformers.utils import logging as transformers_logging
-
-    is_silent = (
-        sys.stderr is None
-        or not ranks.speaks()
-        or not transformers_logging.is_progress_bar_enabled()
-        or not get_logger(LIBRARY).isEnabledFor(logging.WARNING)
-    )
-    in_notebook = _in_notebook()
+    is_silent, in_notebook = _is_silent(), _in_notebook()
     if not is_silent and not in_notebook and not sys.stderr.isatty():
         return _Lines(iterable, description, total, unit, initial)
     from tqdm.auto import tqdm
@@ -55,6 +47,16 @@ def progress(
     if is_silent:
         options["disable"] = True
     return tqdm(iterable, desc=description, total=total, unit=unit, initial=initial, **options)
+
+
+def announce(text: str) -> None:
+    """Write what a run is about to do to stderr, where progress is shown at all.
+
+    Args:
+        text (`str`): one or more lines.
+    """
+    if not _is_silent():
+        _write_line(text)
 
 
 @contextmanager
@@ -67,6 +69,26 @@ def one_step(description: str) -> Iterator[None]:
         next(steps, None)
     finally:
         steps.close()
+
+
+def _is_silent() -> bool:
+    from transformers.utils import logging as transformers_logging
+
+    return (
+        sys.stderr is None
+        or not ranks.speaks()
+        or not transformers_logging.is_progress_bar_enabled()
+        or not get_logger(LIBRARY).isEnabledFor(logging.WARNING)
+    )
+
+
+def _write_line(text: str) -> None:
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        # Nobody reads a pipe that was closed, and the work is no worse for it.
+        pass
 
 
 def _in_notebook() -> bool:
@@ -122,12 +144,7 @@ class _Lines:
             text += f", {_duration(elapsed)} elapsed"
             if self._total is not None and done < self._total:
                 text += f", {_duration(elapsed / new * (self._total - done))} left"
-        try:
-            sys.stderr.write(text + self._postfix + "\n")
-            sys.stderr.flush()
-        except (OSError, ValueError):
-            # Nobody reads a pipe that was closed, and the work is no worse for it.
-            pass
+        _write_line(text + self._postfix)
 
 
 def _duration(seconds: float) -> str:

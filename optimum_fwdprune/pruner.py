@@ -38,7 +38,7 @@ from .scores import Scores, check_scoring, needs_calibration, score_units
 from .search import SEARCH, check_search
 from .settling import forecast, settle
 from .streaming import Workspace, check_streamable, cut_streamed
-from .utils import evaluating, folder_moved_into_place, naming_what_is_full, one_step, progress
+from .utils import announce, evaluating, folder_moved_into_place, naming_what_is_full, one_step, progress
 from .wrapping import check_no_adapters, check_plain, is_peft_model
 
 
@@ -576,9 +576,7 @@ class FwdPruner:
                 check_stock_request(self.model, sites, request)
 
         config, budget = settle(sites, config, budget_of, check)
-        outcome = forecast(sites, config, budget, dense.parameters, dense.bytes, added(config))
-        for line in str(outcome).splitlines():
-            logger.info(line)
+        announce(str(forecast(sites, config, budget, dense.parameters, dense.bytes, added(config))))
         return config, budget
 
 

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers.utils import logging
 
 from .allocation import OutOfReach, allocate, prunable_sites, spares_ends
 from .architectures import ATTENTION, MLP, Site, SiteKey
 from .budgets import Budget
 from .configuration import PruningConfig
+from .loggers import get_logger
 from .plan import losses_by_kind
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # The default recipe takes no more of the layers and kinds that it prunes: beyond that it opens others first.
 MOST_BY_DEFAULT = 0.9

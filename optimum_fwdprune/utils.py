@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .module_state import forward_state_kept
+from .progress import announce as announce
 from .progress import one_step as one_step
 from .progress import progress as progress
 

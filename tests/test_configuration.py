@@ -115,7 +115,7 @@ def test_a_request_is_a_preset_or_a_config_with_fields_changed():
     config.kinds.append("heads")
     with pytest.raises(ValueError, match="got 'heads'"):
         PruningConfig.of(config)
-    with pytest.raises(TypeError, match="has no option 'sparsty'. Did you mean sparsity?"):
+    with pytest.raises(TypeError, match=r"has no option 'sparsty'\. Did you mean sparsity\?"):
         PruningConfig.of(sparsty=0.3)
 
 

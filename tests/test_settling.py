@@ -1,6 +1,5 @@
 """What a request means for a model before any work: defaults that give way, refusals, and what is announced."""
 
-import logging
 import re
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import tiny
 import torch
 import transformers
 
-from optimum_fwdprune import FwdPruner, PruningConfig, find_sites, settling
+from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
 from optimum_fwdprune.budgets import removal_budget
 from optimum_fwdprune.settling import forecast, settle
 
@@ -34,28 +33,20 @@ def settled(sites, **fields):
     return settle(sites, PruningConfig(**fields), lambda config: (config, removal_budget(config, sites, 10**6, 10**7)))
 
 
-@pytest.fixture
-def warnings(monkeypatch, caplog):
-    """What is logged, whoever listens to transformers' loggers."""
-    monkeypatch.setattr(logging.getLogger(settling.__name__), "propagate", True)
-    with caplog.at_level(logging.INFO):
-        yield caplog
-
-
-def test_the_defaults_give_way_in_order_and_say_so(warnings):
+def test_the_defaults_give_way_in_order_and_say_so(caplog):
     sites = find_sites(deep_model())
     share = {kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in ("attention", "mlp")}
     mlp = share["mlp"] / sum(share.values())
 
     config, _ = settled(sites, sparsity=0.85 * mlp * 8 / 12)
-    assert (config.skip_layers, config.kinds) == (None, None) and not warnings.messages
+    assert (config.skip_layers, config.kinds) == (None, None) and not caplog.messages
     config, _ = settled(sites, sparsity=0.95 * mlp * 8 / 12)
     assert (config.skip_layers, config.kinds) == ([], None)
-    assert len(warnings.messages) == 1 and "first and last two layers" in warnings.messages[0]
-    warnings.clear()
+    assert len(caplog.messages) == 1 and "first and last two layers" in caplog.messages[0]
+    caplog.clear()
     config, _ = settled(sites, sparsity=0.95 * mlp)
     assert (config.skip_layers, config.kinds) == ([], ["attention", "mlp"])
-    assert len(warnings.messages) == 2 and "attention heads" in warnings.messages[1]
+    assert len(caplog.messages) == 2 and "attention heads" in caplog.messages[1]
 
 
 @pytest.mark.parametrize(
@@ -94,8 +85,24 @@ def test_what_is_announced_is_what_happens(name, tokens):
     assert outcome.parameters - outcome.removed_parameters == pruner.report.parameters_after
     assert outcome.bytes - outcome.removed_bytes == pruner.report.bytes_after
     for kind in ("attention", "mlp"):
-        lost = {1 - len(units) / pruner.plan.num_units[key] for key, units in pruner.plan.kept.items() if key[1] == kind}
+        lost = {
+            1 - len(units) / pruner.plan.num_units[key] for key, units in pruner.plan.kept.items() if key[1] == kind
+        }
         assert f"{lost.pop():.1%} in layers 0 to 2." in outcome.losses[kind] and not lost
+
+
+def test_what_will_be_removed_is_written_before_anything_is_scored(monkeypatch, capsys, tokens):
+    written = []
+
+    def score(*_args):
+        written.append(capsys.readouterr().err)
+        raise ValueError("stop")
+
+    monkeypatch.setattr("optimum_fwdprune.pruner.score_units", score)
+    with pytest.raises(ValueError, match="stop"):
+        FwdPruner(tiny.make_model("llama_gqa_biases")).prune(sparsity=0.4, dataset=tokens)
+    assert "The pruned model will have" in written[0] and "MLP channels: 59.4% are removed" in written[0]
+    assert "Attention heads: none is removed." in written[0]
 
 
 def test_layers_that_compete_are_announced_as_such():
