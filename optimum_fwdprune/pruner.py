@@ -27,7 +27,7 @@ from .loggers import get_logger
 from .methods import PruningConfig
 from .module_state import forward_state_kept
 from .offloading import check_readable, device_map_on_disk, is_offloaded
-from .plan import PruningPlan
+from .plan import PruningPlan, losses_by_kind
 from .planning import keeper, make_plan
 from .reconstruction import NONE, added_parameters, check_reconstruction
 from .record import Record
@@ -265,6 +265,7 @@ class FwdPruner:
         if plan is not None:
             plan.check_matches(sites, self.model.config.model_type)
             plan = dataclasses.replace(plan, metadata={**plan.metadata, "replayed": True})
+            announce("\n".join(losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values()))
             if config.reconstruction != NONE:
                 calibration = self._calibration(config, dataset)
             checkpoint = Checkpoint.of(config, self.model)

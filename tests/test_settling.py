@@ -105,6 +105,21 @@ def test_what_will_be_removed_is_written_before_anything_is_scored(monkeypatch, 
     assert "Attention heads: none is removed." in written[0]
 
 
+def test_the_report_and_a_replay_say_what_each_layer_lost(capsys, tokens):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases", num_hidden_layers=12))
+    pruner.prune(sparsity=0.3, dataset=tokens, reconstruction="none")
+    line = "MLP channels: 44.8% are removed, 67.2% in layers 2 to 9, none in layers 0, 1, 10 and 11."
+
+    assert line in str(pruner.report) and line in pruner.report._repr_html_()
+    capsys.readouterr()
+    FwdPruner(tiny.make_model("llama_gqa_biases", num_hidden_layers=12)).prune(plan=pruner.plan)
+    assert line in capsys.readouterr().err
+    # Layers that lose unequal shares.
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(tiny.request(sparsity=0.3, scope="global", reconstruction="none"), tokens)
+    assert "are removed, from " in str(pruner.report)
+
+
 def test_layers_that_compete_are_announced_as_such():
     sites = find_sites(tiny.make_model("llama_gqa_biases"))
     config, budget = settled(sites, sparsity=0.3, scope="global")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.site import SiteKey
+from ..plan import losses_by_kind
 from ..utils import html_table, render_table
 
 
@@ -78,6 +80,14 @@ class PruningReport:
         """Removed fraction of the whole model, whose embeddings and norms stay."""
         return 1 - self.parameters_after / self.parameters_before
 
+    @property
+    def losses(self) -> list[str]:
+        """A sentence for every kind of units: the share of them that was removed, in all and in each layer."""
+        plan = self.record.plan if self.record else None
+        if plan is None:
+            return []
+        return list(losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values())
+
     def to_dict(self) -> dict:
         """Return all figures as JSON values."""
         found = {name: getattr(self, name) for name in FIGURES}
@@ -134,10 +144,10 @@ class PruningReport:
         return write_page(document_of([described]), file, overwrite=overwrite)
 
     def __str__(self) -> str:
-        return render_table(*self._table())
+        return "\n".join([render_table(*self._table()), "", *self.losses]).rstrip()
 
     def _repr_html_(self) -> str:
-        return html_table(*self._table())
+        return html_table(*self._table()) + "".join(f"<p>{html.escape(line)}</p>" for line in self.losses)
 
     def _table(self) -> tuple[Sequence[str], list[tuple[str, ...]]]:
         rows: list[tuple[str, ...]] = [
