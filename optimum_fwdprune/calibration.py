@@ -7,19 +7,23 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from . import ranks
+from .chats import UnusableRow, chat_text, check_template
 from .checkpoints import Checkpoint
 from .loggers import get_logger
 from .losses import counted_targets
 from .offloading import input_device, lies_on_disk
-from .texts import PRESETS, detokenize, load_rows, open_texts
+from .rows import CHAT, TOKENS, Data, Tokens
+from .texts import PRESETS, always_text, detokenize, load_rows, open_rows, texts_of
 from .utils import progress, seeded_generator
 
 
@@ -123,48 +127,123 @@ def load_calibration(
 ) -> Calibration:
     """Turn whatever the user names into token windows.
 
+    Text and chats are written end to end, the chats by the tokenizer's chat template, and cut into windows of
+    `seq_len` tokens, of which `n_samples` are drawn at random by `seed`. Token ids keep their rows apart: a row of up
+    to `seq_len` tokens is a window (padding is left out of account), a longer one is cut into as many whole windows as
+    it holds, and where there are more than `n_samples` windows, so many are drawn.
+
     Args:
         config (`PruningConfig`): `calibration` names the source where `dataset` is not given; `n_samples`, `seq_len`,
             `seed` and the `dataset_*` fields say what to take.
         model (`PreTrainedModel`): the dense model; it writes the text itself for `"self"`.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for every source but tokens and `"self"`.
-        dataset (*optional*): `str` (as `config.calibration`), list of strings, `datasets.Dataset`, a `DatasetDict` (of
-            which `dataset_split` is taken), pandas rows or strings, integer tensor or array `[n_samples, seq_len]`, or
-            a mapping with `input_ids` and optionally `attention_mask` (a padded batch).
+        dataset (*optional*): a `str` (as `config.calibration`), or text, chats or token ids in any form that
+            [`~optimum_fwdprune.texts.open_rows`] reads: lists, generators, datasets, pandas, a tokenizer's batch with
+            its `attention_mask`, a tensor or array `[tokens]` or `[sequences, tokens]`. A `Calibration` is taken as it
+            is.
         checkpoint (`Checkpoint`, *optional*): where text that the model writes is kept.
 
     Raises:
         ValueError: on a source that is empty, too short or not understood, and on tokens that the model has no
             embedding for or that leave nothing to predict.
     """
-    if isinstance(dataset, torch.Tensor) or (isinstance(dataset, np.ndarray) and dataset.dtype.kind not in "OSTU"):
-        dataset = Calibration(_as_tensor(dataset, "dataset"))
-    elif isinstance(dataset, Mapping) and "input_ids" in dataset:
-        input_ids, mask = _as_tensor(dataset["input_ids"], "input_ids"), dataset.get("attention_mask")
-        dataset = Calibration(input_ids, None if mask is None else _as_tensor(mask, "attention_mask"))
-    if not isinstance(dataset, Calibration):
-        # Before a model has written them or a dataset is read.
-        _check_length(config.seq_len, model)
-        dataset = _from_text(config, model, tokenizer, dataset, checkpoint)
-    _check_tokens(dataset, model)
-    return dataset
+    if isinstance(dataset, Calibration):
+        calibration = dataset
+    elif (table := _table_of(dataset)) is not None:
+        calibration = _of_table(table, config)
+    else:
+        calibration = _from_rows(config, model, tokenizer, dataset, checkpoint)
+    _check_tokens(calibration, model)
+    return calibration
 
 
-def _as_tensor(values: Any, name: str) -> torch.Tensor:
-    """What tokenizers return: a tensor, an array, or a list of lists, tensors or arrays of one length."""
-    if isinstance(values, torch.Tensor):
-        return values
+def _table_of(dataset: Any) -> Calibration | None:
+    """Token ids that are a table already, or one row; `None` for anything else."""
+    mask = None
+    if isinstance(dataset, Mapping) and "input_ids" in dataset:
+        dataset, mask = dataset["input_ids"], dataset.get("attention_mask")
+    elif not isinstance(dataset, torch.Tensor) and not isinstance(dataset, np.ndarray):
+        return None
+    input_ids, hidden = _as_table(dataset), None if mask is None else _as_table(mask)
+    if input_ids is None or (hidden is None) != (mask is None):
+        return None
+    return Calibration(input_ids, hidden)
+
+
+def _as_table(values: Any) -> torch.Tensor | None:
+    """What tokenizers return: a tensor, an array, or a list of lists, tensors or arrays of one length; or one row."""
+    if isinstance(values, np.ndarray):
+        # A copy, since PyTorch takes no array that runs backwards or has its bytes in another order.
+        values = values.astype(values.dtype.newbyteorder("="), order="C")
+    elif not isinstance(values, torch.Tensor):
+        values = [row.tolist() if hasattr(row, "tolist") else row for row in values]
     try:
-        if isinstance(values, np.ndarray):
-            # A copy, since PyTorch takes no array that runs backwards or has its bytes in another order.
-            return torch.tensor(values.astype(values.dtype.newbyteorder("="), order="C"))
-        return torch.tensor([row.tolist() if hasattr(row, "tolist") else row for row in values])
-    except (TypeError, ValueError, RuntimeError) as error:
-        lengths = {len(row) for row in values if hasattr(row, "__len__")}
-        what = f"rows of {min(lengths)} to {max(lengths)} tokens" if len(lengths) > 1 else "what is no number"
-        raise ValueError(
-            f"{name} has {what}, so that it is no table [n_samples, seq_len]; pad the rows, or give text."
-        ) from error
+        table = values if isinstance(values, torch.Tensor) else torch.tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        # Rows of different lengths, or no numbers.
+        return None
+    return table[None] if table.dim() == 1 else table
+
+
+def _of_table(table: Calibration, config: PruningConfig) -> Calibration:
+    """The windows of a table: its rows, unless they are longer or more than asked for."""
+    input_ids, mask = table.input_ids, table.attention_mask
+    if _longest(table) > config.seq_len:
+        masks: Any = [None] * len(input_ids) if mask is None else mask
+        rows = ({"input_ids": ids, "attention_mask": present} for ids, present in zip(input_ids, masks))
+        return _of_token_rows(Data(table.source, rows), config)
+    if len(input_ids) <= config.n_samples:
+        return table
+    logger.warning(
+        "The calibration tokens are %d windows and n_samples is %d, so that so many of them are drawn; raise "
+        "n_samples to take more.",
+        len(input_ids),
+        config.n_samples,
+    )
+    return Calibration(*table.windows(_drawn(len(input_ids), config).to(input_ids.device)), table.source)
+
+
+def _of_token_rows(data: Data, config: PruningConfig) -> Calibration:
+    """Windows of rows of token ids: rows that are short enough, and whole windows of longer ones."""
+    shortened = False
+
+    def windows_of(row: Tokens) -> list[torch.Tensor]:
+        nonlocal shortened
+        ids = row.without_padding().input_ids
+        if len(ids) < 2:
+            raise UnusableRow(f"it has {len(ids)} tokens that are no padding, and nothing to predict")
+        if len(ids) <= config.seq_len:
+            return [torch.from_numpy(ids)]
+        shortened = True
+        return list(torch.from_numpy(ids[: len(ids) // config.seq_len * config.seq_len]).split(config.seq_len))
+
+    windows = list(islice(data.converted(windows_of), POOL_FACTOR * config.n_samples))
+    data.report()
+    if shortened and len(windows) < config.n_samples:
+        logger.warning(
+            "%s has %d windows of up to %d tokens, and n_samples is %d; all of them are used.",
+            data.name,
+            len(windows),
+            config.seq_len,
+            config.n_samples,
+        )
+    if len(windows) > config.n_samples:
+        windows = [windows[place] for place in _drawn(len(windows), config)]
+    input_ids = pad_sequence(windows, batch_first=True)
+    lengths = torch.tensor([[len(window)] for window in windows])
+    mask = torch.arange(input_ids.shape[1]) < lengths
+    return Calibration(input_ids, None if mask.all() else mask.long(), data.name)
+
+
+def _drawn(count: int, config: PruningConfig) -> torch.Tensor:
+    """Which `n_samples` of so many windows are taken."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))[: config.n_samples]
+
+
+def _longest(calibration: Calibration) -> int:
+    """Tokens of the longest window; padding takes no position."""
+    mask = calibration.attention_mask
+    return calibration.input_ids.shape[1] if mask is None else int(mask.bool().sum(1).max())
 
 
 def _check_tokens(calibration: Calibration, model: PreTrainedModel) -> None:
@@ -182,8 +261,7 @@ def _check_tokens(calibration: Calibration, model: PreTrainedModel) -> None:
             f"The calibration tokens hold token {largest}, beyond the model's vocabulary of {vocab_size}; were they "
             f"made by another tokenizer? Use the model's own, or make room with model.resize_token_embeddings()."
         )
-    # Padding takes no position.
-    _check_length(input_ids.shape[1] if mask is None else int(mask.bool().sum(1).max()), model)
+    _check_length(_longest(calibration), model)
     if not counted_targets(input_ids, mask).any():
         windows = f"{len(input_ids)} windows of seq_len {input_ids.shape[1]}"
         masked = "" if mask is None else f" with {calibration.num_tokens} tokens that attention_mask does not hide"
@@ -212,7 +290,7 @@ def _learned_positions(model: PreTrainedModel) -> int | None:
     return longest if learned else None
 
 
-def _from_text(
+def _from_rows(
     config: PruningConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -223,15 +301,41 @@ def _from_text(
     if source is None:
         source = ranks.from_main(_default_source)
     if isinstance(source, str) and source == SELF:
+        _check_length(config.seq_len, model)
         return Calibration(_sample_from_model(model, tokenizer, config, checkpoint or Checkpoint()), source=SELF)
-    if tokenizer is None:
-        name = repr(str(source)) if isinstance(source, (str, Path)) else f"a {type(source).__name__}"
-        raise ValueError(f"Calibrating on {name} needs a tokenizer: FwdPruner(model, tokenizer). {SELF!r} does not.")
 
-    options = (config.dataset_config, config.dataset_split, config.dataset_column)
-    name, texts = open_texts(source, *options, seed=config.seed)
+    def needed_tokenizer() -> PreTrainedTokenizerBase:
+        if tokenizer is None:
+            name = repr(str(source)) if isinstance(source, (str, Path)) else f"a {type(source).__name__}"
+            raise ValueError(
+                f"Calibrating on {name} needs a tokenizer: FwdPruner(model, tokenizer). {SELF!r} does not."
+            )
+        # Before a dataset is read.
+        _check_length(config.seq_len, model)
+        return tokenizer
+
+    if always_text(source):
+        needed_tokenizer()
+    name, rows = open_rows(source, config.dataset_config, config.dataset_split, config.seed)
+
+    def read() -> torch.Tensor:
+        data = Data(name, rows, config.dataset_column)
+        if data.kind == TOKENS:
+            taken = _of_token_rows(data, config)
+            mask = torch.ones_like(taken.input_ids) if taken.attention_mask is None else taken.attention_mask
+            return torch.stack([taken.input_ids, mask])
+        writer = needed_tokenizer()
+        if data.kind == CHAT:
+            check_template(writer)
+            pieces = data.converted(lambda chat: [_tokenized(chat_text(chat, writer), writer)])
+        else:
+            pieces = _tokenized_at_once(texts_of(data, source), writer)
+        windows = _windows(pieces, config, data)
+        return torch.stack([windows, torch.ones_like(windows)])
+
     # A text that is sampled or fetched twice may not be the same twice.
-    return Calibration(ranks.tensor_from_main(lambda: _windows(texts, tokenizer, config, name)), source=name)
+    input_ids, mask = ranks.tensor_from_main(read)
+    return Calibration(input_ids, None if mask.all() else mask, source=name)
 
 
 def _default_source() -> str:
@@ -253,40 +357,43 @@ def _default_source() -> str:
         return SELF
 
 
-def _windows(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, config: PruningConfig, source: str
-) -> torch.Tensor:
-    """Draw `n_samples` different windows of `seq_len` tokens, at random by the seed."""
+def _windows(pieces: Iterable[list[int]], config: PruningConfig, data: Data) -> torch.Tensor:
+    """Draw `n_samples` different windows of `seq_len` tokens, at random by the seed, from pieces put end to end."""
     wanted = config.n_samples * config.seq_len
     # Four bytes a token: a list would take nine times as much.
     pool = array("i")
-    pending, pending_length = [], 0
-    for text in texts:
-        pending.append(text)
-        pending_length += len(text)
-        # Tokenised in large pieces: a call per line would cost more than the forward passes.
-        if pending_length > 1_000_000:
-            pool.extend(_tokenize(pending, tokenizer))
-            pending, pending_length = [], 0
-            if len(pool) >= min(POOL_FACTOR * wanted, wanted + MAX_SURPLUS):
-                break
-    if pending:
-        pool.extend(_tokenize(pending, tokenizer))
+    for piece in pieces:
+        pool.extend(piece)
+        if len(pool) >= min(POOL_FACTOR * wanted, wanted + MAX_SURPLUS):
+            break
+    data.report()
     available = len(pool) // config.seq_len
     if available < config.n_samples:
         raise ValueError(
-            f"{source} is too short: it has {available} windows of {config.seq_len} tokens and n_samples is "
+            f"{data.name} is too short: it has {available} windows of {config.seq_len} tokens and n_samples is "
             f"{config.n_samples}. Lower n_samples or seq_len, or calibrate on more text."
         )
     windows = torch.tensor(pool[: available * config.seq_len]).view(available, config.seq_len)
     windows = windows[: max(config.n_samples, min(available, POOL_FACTOR * config.n_samples))]
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(config.seed))
-    return windows[order[: config.n_samples]].long()
+    return windows[_drawn(len(windows), config)].long()
 
 
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _tokenized_at_once(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Tokens of texts in large pieces: a call per line would cost more than the forward passes."""
+    pending, pending_length = [], 0
+    for text in texts:
+        pending.append(text)
+        pending_length += len(text)
+        if pending_length > 1_000_000:
+            yield _tokenized(detokenize("".join(pending)), tokenizer)
+            pending, pending_length = [], 0
+    if pending:
+        yield _tokenized(detokenize("".join(pending)), tokenizer)
+
+
+def _tokenized(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # verbose=False: a text longer than the model's context is what we want here, not a reason to warn.
-    return tokenizer(detokenize("".join(texts)), add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 @torch.no_grad()

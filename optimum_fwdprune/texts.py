@@ -10,39 +10,67 @@ from typing import Any
 
 import numpy as np
 
+from .rows import CHAT, TEXT, TOKENS, Data
+
 
 PRESETS = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
     "c4": {"path": "allenai/c4", "name": "en"},
 }
 BUILTIN = "builtin"
+KINDS = {CHAT: "chats", TOKENS: "tokens"}
 FILE_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def open_rows(source: Any, config: str | None = None, split: str = "train") -> tuple[str, Iterable[dict]]:
+def open_data(
+    source: Any,
+    config: str | None = None,
+    split: str = "train",
+    column: str | None = None,
+    seed: int | None = None,
+) -> Data:
+    """Open a source of data: its rows as text, chats or tokens, those that cannot be used left out and counted.
+
+    Args:
+        source, config, split, seed: see [`open_rows`].
+        column (`str`, *optional*): column of the text, the messages or the tokens; by default see
+            [`~optimum_fwdprune.rows.Data`].
+
+    Raises:
+        ValueError, FileNotFoundError: see [`open_rows`] and [`~optimum_fwdprune.rows.Data`].
+    """
+    return Data(*open_rows(source, config, split, seed), column)
+
+
+def open_rows(
+    source: Any, config: str | None = None, split: str = "train", seed: int | None = None
+) -> tuple[str, Iterable[Mapping]]:
     """Return a name for a source of data, and its rows; files and datasets of the Hub are streamed.
 
     Args:
-        source: `wikitext2`, `c4`, `builtin` (Python's documentation), a .txt, .jsonl or .parquet file, a dataset of
-            the Hub, a `datasets.Dataset` or another iterable with `column_names`, a `DatasetDict`, a `DataFrame` or
-            `Series` of pandas, or a list of strings or of mappings.
+        source: `wikitext2`, `c4`, `builtin` (Python's documentation), a .txt, .json, .jsonl or .parquet file, a
+            dataset of the Hub, a `datasets.Dataset` or another iterable with `column_names`, a `DatasetDict`, a
+            `DataFrame` or `Series` of pandas, a mapping of columns such as a tokenizer returns, a tensor or array of
+            token ids, or a list, generator or other iterable of texts, of mappings, of chats (lists of messages) or of
+            token ids.
         config (`str`, *optional*): configuration name of a Hub dataset.
         split (`str`, defaults to `"train"`): split of a Hub dataset or of a `DatasetDict`.
+        seed (`int`, *optional*): shuffle a dataset of the Hub; files and what is in memory stay in order.
 
     Raises:
-        ValueError: where the source is not understood, or empty, or has no such split; while they are read, where
+        ValueError: where the source is not understood, or has no such split; while they are read, where
             a file's content is not what its name says.
-        FileNotFoundError: where there is no such file.
+        OSError: where there is no such file or dataset, or the Hub cannot be reached.
     """
     if isinstance(source, (str, Path)):
         if source == BUILTIN:
             return BUILTIN, _builtin_rows()
         if source in PRESETS:
-            return str(source), load_rows(**PRESETS[str(source)], split=split)
+            return str(source), _shuffled(load_rows(**PRESETS[str(source)], split=split), seed)
         path = Path(source)
         if path.suffix in FILE_LOADERS or path.exists():
             return path.name, _file_rows(path)
-        return str(source), load_rows(str(source), config, split)
+        return str(source), _shuffled(load_rows(str(source), config, split), seed)
     if holds_splits(source):
         if split not in source:
             raise ValueError(
@@ -51,16 +79,25 @@ def open_rows(source: Any, config: str | None = None, split: str = "train") -> t
         source = source[split]
     elif hasattr(source, "iterrows") or hasattr(source, "to_frame"):
         source = _pandas_rows(source)
-    elif isinstance(source, np.ndarray):
+    elif hasattr(source, "tolist"):
         source = source.tolist()
-    if isinstance(source, Sequence) and all(isinstance(text, str) for text in source):
-        return "strings", [{"text": text} for text in source]
-    if isinstance(source, Sequence) and all(isinstance(row, dict) for row in source):
-        return "rows", source
+    elif isinstance(source, Mapping):
+        source = _rows_of_columns(source)
     if hasattr(source, "column_names") or hasattr(source, "features"):
         return "dataset", source
+    if isinstance(source, Sequence):
+        if source and all(isinstance(value, (int, np.integer)) for value in source):
+            source = [source]
+        strings = all(isinstance(text, str) for text in source)
+        return "strings" if strings else "rows", map(_row_of, source)
+    if isinstance(source, Iterable):
+        return "rows", map(_row_of, source)
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        # PyTorch's datasets.
+        return "rows", (_row_of(source[number]) for number in range(len(source)))
     raise ValueError(
-        f"Cannot read a {type(source).__name__}. Give a name, a file, a list of strings or a datasets.Dataset."
+        f"Cannot read a {type(source).__name__}. Give a name, a file, texts, chats or token ids in a list, or a "
+        f"datasets.Dataset."
     )
 
 
@@ -80,18 +117,28 @@ def open_texts(
 ) -> tuple[str, Iterator[str]]:
     """Return a name for a source and its texts, each ending where the next may be joined to it.
 
-    Args:
-        source, config, split: see [`open_rows`].
-        column (`str`, *optional*): column of the text; by default `text`, or the only column of strings.
-        seed (`int`, *optional*): shuffle a dataset of the Hub; files and what is in memory stay in order.
+    The arguments are those of [`open_data`].
     """
-    name, rows = open_rows(source, config, split)
-    # Of what has a name, only datasets of the Hub can shuffle.
-    if seed is not None and isinstance(source, str) and hasattr(rows, "shuffle"):
-        rows = _shuffled(rows, seed)
+    data = open_data(source, config, split, column, seed)
+    if data.kind != TEXT:
+        raise ValueError(
+            f"{data.name} holds {KINDS[data.kind]}, and text is needed; name its column as dataset_column."
+        )
+    return data.name, _reported(texts_of(data, source), data)
+
+
+def texts_of(data: Data, source: Any) -> Iterator[str]:
+    """Yield the texts of data, each ending where the next may be joined to it."""
     # Lines of a text file are its own; rows are texts apart from each other.
     separator = "\n" if isinstance(source, (str, Path)) and str(source).endswith(".txt") else "\n\n"
-    return name, _column_texts(rows, column, name, separator)
+    return (text + separator for text in data)
+
+
+def always_text(source: Any) -> bool:
+    """Whether a source is known to hold text before it is opened."""
+    return isinstance(source, (str, Path)) and (
+        source in PRESETS or source == BUILTIN or Path(source).suffix == ".txt"
+    )
 
 
 def load_rows(path: str, name: str | None = None, split: str = "train") -> Any:
@@ -107,6 +154,40 @@ def detokenize(text: str) -> str:
     return re.sub(r" ?<unk>", "", re.sub(r" @([-,.])@ ", r"\1", text))
 
 
+def _reported(texts: Iterator[str], data: Data) -> Iterator[str]:
+    yield from texts
+    data.report()
+
+
+def _rows_of_columns(columns: Mapping) -> list[dict]:
+    """Rows of a mapping of columns, such as a tokenizer returns for one text or for several."""
+    columns = dict(columns.items())
+    lengths = {name: len(values) for name, values in columns.items() if hasattr(values, "__len__")}
+    if not columns or len(lengths) < len(columns) or any(isinstance(values, str) for values in columns.values()):
+        raise ValueError(
+            "Cannot read a dict that has no columns; give a mapping of columns to lists of equal lengths, or a list "
+            "of rows."
+        )
+    ids = columns.get("input_ids")
+    if ids is not None and lengths["input_ids"] and getattr(ids, "ndim", 1) == 1 and not hasattr(ids[0], "__len__"):
+        return [columns]
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ValueError(f"The columns have different lengths: {counts}.")
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def _row_of(value: Any) -> Mapping:
+    """A row, from what lists and generators hold."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(message, Mapping) for message in value):
+        return {"messages": value}
+    if hasattr(value, "tolist") or isinstance(value, (list, tuple)):
+        return {"input_ids": value}
+    return {"text": value}
+
+
 def _pandas_rows(frame: Any) -> Any:
     from datasets import Dataset
 
@@ -116,7 +197,7 @@ def _pandas_rows(frame: Any) -> Any:
     return Dataset.from_pandas(frame, preserve_index=False)
 
 
-def _file_rows(path: Path) -> Iterable[dict]:
+def _file_rows(path: Path) -> Iterator[dict]:
     if path.suffix not in FILE_LOADERS:
         raise ValueError(f"{path} must end in one of {', '.join(FILE_LOADERS)}.")
     if not path.is_file():
@@ -143,32 +224,13 @@ def _read_rows(path: Path) -> Iterator[dict]:
         raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from error
 
 
-def _shuffled(rows: Any, seed: int) -> Any:
+def _shuffled(rows: Any, seed: int | None) -> Any:
     from datasets import Dataset
 
+    if seed is None:
+        return rows
     # A stream shuffles within a buffer, a dataset on disk as a whole.
     return rows.shuffle(seed=seed) if isinstance(rows, Dataset) else rows.shuffle(seed=seed, buffer_size=1000)
-
-
-def _column_texts(rows: Iterable[dict], column: str | None, source: str, separator: str) -> Iterator[str]:
-    for row in rows:
-        if column is None:
-            strings = [name for name, value in row.items() if isinstance(value, str)]
-            if ("text" in row and row["text"] is None) or (not strings and None in row.values()):
-                # What is missing here may be there in the next row.
-                continue
-            column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-        if column is None or column not in row:
-            raise ValueError(f"{source} has the columns {', '.join(row)}; name one of text as dataset_column.")
-        if row[column] is None:
-            # A row of no text, as data that was gathered has them.
-            continue
-        if not isinstance(row[column], str):
-            raise ValueError(
-                f"{source} has a {type(row[column]).__name__} in the column {column}; name one of text as "
-                f"dataset_column."
-            )
-        yield row[column] + separator
 
 
 def _builtin_rows() -> Iterator[dict]:

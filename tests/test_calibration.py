@@ -1,5 +1,6 @@
 """Where calibration tokens come from, and what happens where they do not."""
 
+import copy
 import json
 
 import datasets
@@ -18,11 +19,20 @@ from optimum_fwdprune.texts import detokenize
 
 TEXTS = [f"the quick brown fox number {number} jumps over the lazy dog" for number in range(60)]
 REQUEST = {"n_samples": 6, "seq_len": 16}
+# Of which the tokens of the fixture are no more, and no longer.
+FITTING = {"n_samples": 16, "seq_len": 24}
 
 
 @pytest.fixture
 def model():
     return tiny.make_model("llama_gqa_biases")
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    said = []
+    monkeypatch.setattr(module.logger, "warning", lambda text, *args: said.append(text % args))
+    return said
 
 
 def windows(model, tokenizer, dataset=None, **request):
@@ -69,12 +79,171 @@ def test_windows_are_seeded_different_and_in_the_text(model, tokenizer):
         assert any(text[start : start + 16] == row for start in range(0, len(text), 16))
 
 
-def test_tokens_are_taken_as_they_are(model, tokens):
-    assert windows(model, None, tokens).input_ids is tokens
+def test_tokens_that_fit_are_taken_as_they_are(model, tokens):
+    assert windows(model, None, tokens, **FITTING).input_ids is tokens
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    assert windows(model, None, batch).attention_mask is batch["attention_mask"]
+    assert windows(model, None, batch, **FITTING).attention_mask is batch["attention_mask"]
     calibration = Calibration(tokens, source="mine")
     assert windows(model, None, calibration) is calibration
+
+
+LONG = torch.arange(300)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        LONG,
+        LONG[None],
+        LONG.numpy(),
+        LONG.tolist(),
+        [LONG.tolist()],
+        {"input_ids": LONG[None], "attention_mask": torch.ones(1, 300, dtype=torch.int64)},
+        transformers.BatchEncoding({"input_ids": LONG.tolist(), "attention_mask": [1] * 300}),
+        [{"input_ids": LONG[None]}],
+        datasets.Dataset.from_dict({"input_ids": [LONG.tolist()]}),
+        LONG.view(3, 100),
+        LONG.view(3, 100).tolist(),
+    ],
+    ids=[
+        "tensor", "table", "array", "list", "list of lists", "batch", "encoding", "list of batches", "dataset",
+        "long rows", "lists of long rows",
+    ],
+)  # fmt: skip
+def test_rows_of_tokens_that_are_too_long_are_cut_into_windows(source, model):
+    found = windows(model, None, source)
+
+    assert found.input_ids.shape == (6, 16) and found.attention_mask is None
+    for row in found.input_ids.tolist():
+        assert row == list(range(row[0], row[0] + 16))
+    assert found.input_ids[:, 0].unique().numel() == 6
+    other = windows(model, None, source, seed=1).input_ids
+    assert not torch.equal(found.input_ids, other)
+    assert torch.equal(windows(model, None, source).input_ids, found.input_ids)
+
+
+def test_of_long_rows_that_hold_too_few_windows_all_are_taken(model, warnings):
+    found = windows(model, None, LONG[:40])
+
+    assert found.input_ids.tolist() == [list(range(16)), list(range(16, 32))]
+    assert warnings == ["tokens has 2 windows of up to 16 tokens, and n_samples is 6; all of them are used."]
+
+
+def test_no_more_than_n_samples_of_a_table_are_taken(model, tokens, warnings):
+    mask = torch.ones_like(tokens)
+    mask[:, :3] = 0
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    found = windows(model, None, batch, seq_len=24)
+
+    assert found.input_ids.shape == (6, 24) and torch.equal(found.attention_mask, mask[:6])
+    assert {tuple(row) for row in found.input_ids.tolist()} < {tuple(row) for row in tokens.tolist()}
+    assert len(warnings) == 1 and "are 16 windows and n_samples is 6" in warnings[0]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_part_of_what_is_cut(side, model):
+    rows = torch.zeros(2, 50, dtype=torch.int64)
+    place = slice(10, None) if side == "left" else slice(None, 40)
+    rows[:, place] = torch.arange(1, 81).view(2, 40)
+    found = windows(model, None, {"input_ids": rows, "attention_mask": (rows > 0).long()})
+
+    assert sorted(found.input_ids.flatten().tolist()) == [*range(1, 33), *range(41, 73)]
+    assert found.attention_mask is None
+
+
+# The same six rows of unequal lengths, in every form that tokens come in.
+UNEQUAL = [list(range(number, number + 3 + number)) for number in range(6)]
+
+
+@pytest.mark.parametrize(
+    "form", ["lists", "tensors", "mapping", "rows", "dataset", "padded", "stream", "generator", "jsonl"]
+)
+def test_tokens_of_different_lengths_are_windows_of_their_own(form, model, tmp_path):
+    padded = {
+        "input_ids": [[*row, *[7] * (8 - len(row))] for row in UNEQUAL],
+        "attention_mask": [[1] * len(row) + [0] * (8 - len(row)) for row in UNEQUAL],
+    }
+    rows = [{"input_ids": row} for row in UNEQUAL]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {
+        "lists": UNEQUAL,
+        "tensors": [torch.tensor(row) for row in UNEQUAL],
+        "mapping": {"input_ids": UNEQUAL},
+        "rows": rows,
+        "dataset": datasets.Dataset.from_dict({"input_ids": UNEQUAL}),
+        "padded": datasets.Dataset.from_dict(padded),
+        "stream": datasets.Dataset.from_dict(padded).to_iterable_dataset(),
+        "generator": (row for row in rows),
+        "jsonl": str(tmp_path / "rows.jsonl"),
+    }[form]
+    found = windows(model, None, source)
+
+    assert [ids[mask.bool()].tolist() for ids, mask in zip(found.input_ids, found.attention_mask)] == UNEQUAL
+
+
+CHATS = [[{"role": "user", "content": text}, {"role": "assistant", "content": "over the dog"}] for text in TEXTS]
+SHARED = [[{"from": "human", "value": text}, {"from": "gpt", "value": "over the dog"}] for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        [{"messages": chat} for chat in CHATS],
+        CHATS,
+        {"messages": CHATS},
+        [{"conversations": chat} for chat in SHARED],
+        [{"prompt": text, "completion": "over the dog"} for text in TEXTS],
+        [{"question": text, "answer": "over the dog"} for text in TEXTS],
+        datasets.Dataset.from_dict({"messages": CHATS}),
+        datasets.DatasetDict(train=datasets.Dataset.from_dict({"messages": CHATS, "text": TEXTS})),
+        "chats.jsonl",
+        "chats.parquet",
+    ],
+    ids=[
+        "rows", "lists", "columns", "ShareGPT", "prompts", "questions", "dataset", "splits", "jsonl", "parquet",
+    ],
+)  # fmt: skip
+def test_chats_are_written_by_the_template_and_put_end_to_end(source, model, tokenizer, tmp_path):
+    speaking = copy.deepcopy(tokenizer)
+    speaking.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    if isinstance(source, str):
+        source = str(tmp_path / source)
+        data = datasets.Dataset.from_dict({"messages": CHATS})
+        data.to_parquet(source) if source.endswith("parquet") else data.to_json(source)
+    found = windows(model, speaking, source)
+    text = "".join(f"<user>{text}</s><assistant>over the dog</s>" for text in TEXTS)
+    ids = speaking(text, add_special_tokens=False)["input_ids"]
+
+    assert found.input_ids.shape == (6, 16)
+    for row in found.input_ids.tolist():
+        assert any(ids[start : start + 16] == row for start in range(0, len(ids), 16))
+
+
+def test_a_generator_of_texts_is_read_no_further_than_needed(model, tokenizer):
+    read = []
+
+    def texts():
+        while True:
+            read.append(1)
+            yield "the quick brown fox " * 1000
+
+    assert windows(model, tokenizer, texts()).input_ids.shape == (6, 16)
+    assert len(read) < 100
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted(model, tokenizer, monkeypatch):
+    said = []
+    monkeypatch.setattr("optimum_fwdprune.rows.logger.warning", lambda text, *args: said.append(text % args))
+    expected = windows(model, tokenizer, TEXTS).input_ids
+
+    assert torch.equal(windows(model, tokenizer, [None, *TEXTS[:3], 7, *TEXTS[3:]]).input_ids, expected)
+    assert said == [
+        "2 of 62 rows of rows are left out. The first of them is row 0, counted from 0: text is null or empty."
+    ]
+    refusing = copy.deepcopy(tokenizer)
+    refusing.chat_template = "{{ raise_exception('No roles here') }}"
+    with pytest.raises(ValueError, match=r"None of 60 rows of rows can be used.* template refuses it: No roles here"):
+        windows(model, refusing, CHATS)
 
 
 def test_a_batch_of_the_tokenizer_is_taken_with_its_padding(model, tokenizer):
@@ -94,7 +263,7 @@ def test_a_batch_need_not_be_of_tensors(kind, model, tokens):
         "rows of arrays": lambda rows: list(rows.numpy()),
         "rows of tensors": list,
     }[kind]
-    found = windows(model, None, {"input_ids": make(tokens), "attention_mask": make(mask)})
+    found = windows(model, None, {"input_ids": make(tokens), "attention_mask": make(mask)}, **FITTING)
 
     assert torch.equal(found.input_ids, tokens) and torch.equal(found.attention_mask, mask)
 
@@ -105,7 +274,7 @@ def test_tokens_of_other_integers_and_arrays_become_int64(dtype, model, tokens):
     array.flags.writeable = False
     given = [array.astype(dtype)] if dtype == ">i4" else [array, torch.tensor(array.copy())]
     for source in given:
-        found = windows(model, None, source)
+        found = windows(model, None, source, **FITTING)
 
         assert found.input_ids.dtype == torch.int64 and torch.equal(found.input_ids, tokens.flip(0))
 
@@ -187,7 +356,7 @@ def test_windows_beyond_learned_positions_are_refused(source, tokenizer, monkeyp
     def unexpected(*_, **__):
         raise AssertionError("Nothing should be read or written.")
 
-    monkeypatch.setattr(module, "open_texts", unexpected)
+    monkeypatch.setattr(module, "_tokenized", unexpected)
     monkeypatch.setattr(module, "_sample_from_model", unexpected)
     with pytest.raises(ValueError, match="windows of 129 tokens are longer than the 128 positions"):
         windows(model, tokenizer, dataset, seq_len=129, **request)
@@ -198,7 +367,7 @@ def test_padding_takes_no_learned_position():
     ids, mask = torch.ones(2, 150, dtype=torch.int64), torch.ones(2, 150, dtype=torch.int64)
     mask[:, :22] = 0
 
-    assert windows(model, None, {"input_ids": ids, "attention_mask": mask}).input_ids is ids
+    assert windows(model, None, {"input_ids": ids, "attention_mask": mask}, seq_len=128).input_ids is ids
     assert model(ids, attention_mask=mask).logits.isfinite().all()
 
 
@@ -208,7 +377,7 @@ def test_positions_that_are_computed_have_no_end(name):
     model = tiny.make_model(name, max_position_embeddings=tiny.VOCAB)
     ids = torch.ones(2, tiny.VOCAB + 1, dtype=torch.int64)
 
-    assert windows(model, None, ids).input_ids is ids
+    assert windows(model, None, ids, seq_len=tiny.VOCAB + 1).input_ids is ids
 
 
 @pytest.mark.parametrize("source", ["one token", "no mask", "lone tokens", "text"])
@@ -244,18 +413,18 @@ def test_a_named_column_is_taken(model, tokenizer, tmp_path):
     assert windows(model, tokenizer, calibration=path).input_ids.shape == (6, 16)
 
     both = tmp_path / "both.jsonl"
-    both.write_text("\n".join(json.dumps({"question": text, "answer": "none"}) for text in TEXTS))
-    with pytest.raises(ValueError, match=r"has the columns question, answer; name one of text as dataset_column"):
+    both.write_text("\n".join(json.dumps({"title": text, "story": "none"}) for text in TEXTS))
+    with pytest.raises(ValueError, match=r"has the columns title, story; name one of text or messages"):
         windows(model, tokenizer, calibration=str(both))
-    found = windows(model, tokenizer, calibration=str(both), dataset_column="question")
+    found = windows(model, tokenizer, calibration=str(both), dataset_column="title")
     assert "quick brown" in tokenizer.decode(found.input_ids.flatten())
 
 
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ("nothing", "has the columns text, id; name one of text as dataset_column"),
-        ("id", "has a int in the column id; name one of text as dataset_column"),
+        ("nothing", r"has no column 'nothing'; it has the columns text, id\. Name one of text or messages"),
+        ("id", "has a int in the column id; name one of text or messages as dataset_column"),
     ],
 )
 def test_a_column_that_is_missing_or_no_text_is_refused(column, message, model, tokenizer, tmp_path):
@@ -389,21 +558,22 @@ def test_wikitexts_marks_are_undone():
     ("source", "message"),
     [
         (["too short"], r"strings is too short: it has \d windows of 16 tokens and n_samples is 6"),
-        ([], "strings is too short: it has 0 windows"),
+        ([], "strings is empty; it has no rows"),
         ("nothing.txt", "There is no file nothing.txt"),
         ({"a": 1}, "Cannot read a dict"),
         (3.5, "Cannot read a float"),
         (torch.zeros(0, 4, dtype=torch.int64), r"must be \[n_samples, seq_len\] and not empty; got \(0, 4\)"),
-        (torch.zeros(4, dtype=torch.int64), r"must be \[n_samples, seq_len\] and not empty; got \(4,\)"),
+        (torch.zeros(2, 2, 4, dtype=torch.int64), r"must be \[n_samples, seq_len\] and not empty; got \(2, 2, 4\)"),
         (torch.zeros(2, 4), "must be int64 token ids; got torch.float32"),
         (torch.ones(2, 4, dtype=torch.bool), "must be int64 token ids; got torch.bool"),
         (np.zeros((2, 4)), "must be int64 token ids; got torch.float64"),
-        (np.zeros(4, dtype=int), r"must be \[n_samples, seq_len\] and not empty; got \(4,\)"),
-        ({"input_ids": [[1, 2], [3, 4, 5]]}, "input_ids has rows of 2 to 3 tokens.*pad the rows, or give text"),
-        ({"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1], [1, 1]]}, "attention_mask has rows of 1 to 2 tokens"),
-        ({"input_ids": ["a", "b"]}, "input_ids has what is no number"),
+        (np.zeros((0,), dtype=int), r"must be \[n_samples, seq_len\] and not empty; got \(1, 0\)"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "attention_mask must have the shape of input_ids"),
+        ({"input_ids": [[1, 2, 3], [3, 4]], "attention_mask": [[1], [1]]}, r"attention_mask has the shape \[1\]"),
+        ({"input_ids": ["a", "b"]}, "None of 2 rows of rows can be used.*input_ids has no list of whole numbers"),
+        ({"text": ["the fox"], "id": [1, 2]}, "The columns have different lengths: text has 1, id has 2"),
         (pandas.DataFrame({"id": [1], "length": [2]}), "has the columns id, length; name one of text"),
-        (pandas.Series([1, 2]), "has the columns text; name one of text"),
+        (pandas.Series([1, 2]), "has a int in the column text; name one of text"),
         (torch.full((2, 4), -100), "hold token -100, and tokens start at 0"),
         (torch.full((2, 4), 300), r"token 300.*vocabulary of 300"),
     ],
@@ -418,7 +588,7 @@ def test_empty_datasets_and_files_are_refused(model, tokenizer, tmp_path):
         (tmp_path / name).touch()
         with pytest.raises(ValueError, match=f"{name} is empty"):
             windows(model, tokenizer, calibration=str(tmp_path / name))
-    with pytest.raises(ValueError, match="dataset is too short: it has 0 windows"):
+    with pytest.raises(ValueError, match="dataset is empty; it has no rows"):
         windows(model, tokenizer, datasets.Dataset.from_dict({"text": []}))
     (tmp_path / "data.csv").write_text("text\n")
     with pytest.raises(ValueError, match=r"must end in one of \.txt, \.jsonl"):

@@ -55,6 +55,8 @@ ORDER = [
     "losses",
     "checkpoints",
     "texts",
+    "rows",
+    "chats",
     "loading",
     "integrity",
     "offloading",

@@ -199,17 +199,17 @@ def keep_predictions(
     """Let a teacher predict all sequences, keep its likeliest tokens in a folder, and return the sequences with them.
 
     Args:
-        data (`Dataset`): with `input_ids` and `labels`.
+        data (`Dataset`): with `input_ids` and `labels`, and `attention_mask` where some sequences are padded.
         teacher (`Teacher`): predicts.
         folder (`str` or `Path`): where to; it appears whole or not at all.
         identity (`dict`): see [`identity_of_teacher`].
         batch_size (`int`): sequences per forward pass.
     """
     numbers = List(Value("int32"))
+    kept = [name for name in ("input_ids", "labels", "attention_mask") if name in data.column_names]
     features = Features(
         {
-            "input_ids": numbers,
-            "labels": numbers,
+            **dict.fromkeys(kept, numbers),
             TEACHER_IDS: List(numbers),
             TEACHER_LOGARITHMS: List(List(Value("float32"))),
         }
@@ -228,7 +228,7 @@ def keep_predictions(
                     TEACHER_IDS: ids[row, :length].cpu().numpy(),
                     TEACHER_LOGARITHMS: values[row, :length].cpu().numpy(),
                 }
-                yield {name: sequence[name] for name in ("input_ids", "labels")} | known
+                yield {name: sequence[name] for name in kept} | known
 
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -59,8 +59,9 @@ def recover(
         ValueError: where the data, the teacher or a checkpoint to resume from does not fit.
     """
     longest = getattr(model.config, "max_position_embeddings", None)
-    data = training_data(dataset, tokenizer, args, _sequences_of(args), longest)
-    held_out = None if eval_dataset is None else training_data(eval_dataset, tokenizer, args, longest=longest)
+    limits = {"longest": longest, "vocab_size": model.config.get_text_config().vocab_size}
+    data = training_data(dataset, tokenizer, args, _sequences_of(args), **limits)
+    held_out = None if eval_dataset is None else training_data(eval_dataset, tokenizer, args, **limits)
     live = None
     if args.mode == DISTILL:
         if isinstance(teacher, PreTrainedModel):

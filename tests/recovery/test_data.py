@@ -1,9 +1,12 @@
 """What training sees of every kind of data."""
 
+import copy
 import json
+import re
 
 import datasets
 import pytest
+import tiny
 import torch
 
 from optimum_fwdprune.recovery import RecoveryOptions, training_data
@@ -29,11 +32,17 @@ def options(**changes):
 @pytest.fixture
 def chatty(tokenizer):
     """A copy with a chat template of its own."""
-    import copy
-
     found = copy.deepcopy(tokenizer)
     found.chat_template = TEMPLATE
     return found
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """Warnings of rows that are left out."""
+    said = []
+    monkeypatch.setattr("optimum_fwdprune.rows.logger.warning", lambda text, *args: said.append(text % args))
+    return said
 
 
 def answers(row, tokenizer):
@@ -100,14 +109,15 @@ def test_an_input_stands_between_instruction_and_answer(tokenizer):
     assert answers(found, tokenizer) == "fox</s>"
 
 
-def test_long_chats_are_cut_and_those_without_an_answer_left_out(chatty, monkeypatch):
-    said = []
-    monkeypatch.setattr("optimum_fwdprune.recovery.data.logger.warning", lambda text, *args: said.append(text % args))
+def test_long_chats_are_cut_and_those_without_an_answer_left_out(chatty, warnings):
     rows = [{"messages": CHAT}, {"messages": [{"role": "user", "content": "the " * 100}, CHAT[1]]}]
     data = training_data(rows, chatty, options(max_length=40))
 
     assert len(data) == 1 and len(data[0]["input_ids"]) == 40
-    assert said == ["1 rows of rows have no answer within 40 tokens and are left out."]
+    assert len(warnings) == 1
+    assert (
+        "1 of 2 rows of rows are left out. The first of them is row 1, counted from 0: it has no answer" in warnings[0]
+    )
 
 
 def test_files_and_tokens(tokenizer, tmp_path):
@@ -120,6 +130,149 @@ def test_files_and_tokens(tokenizer, tmp_path):
     assert training_data(tokens, None, options())["input_ids"][1] == tokens[1].tolist()
     labelled = training_data({"input_ids": [[1, 2, 3]], "labels": [[IGNORED, 2, 3]]}, None, options())
     assert labelled[0]["labels"] == [IGNORED, 2, 3]
+
+
+@pytest.fixture(params=["right", "left"])
+def padded(request, tokenizer):
+    """A padded batch of texts of different lengths."""
+    padding = copy.deepcopy(tokenizer)
+    padding.pad_token, padding.padding_side = "</s>", request.param
+    return padding(["the quick brown fox jumps", "the dog", "over the lazy dog"], padding=True, return_tensors="pt")
+
+
+@pytest.mark.parametrize("form", ["batch", "dataset", "rows", "columns of lists", "stream", "batches"])
+def test_padding_of_tokens_does_not_count_and_is_hidden(form, padded):
+    lists = {name: values.tolist() for name, values in padded.items()}
+    source = {
+        "batch": padded,
+        "dataset": datasets.Dataset.from_dict(lists),
+        "rows": [dict(zip(lists, row)) for row in zip(*lists.values())],
+        "columns of lists": lists,
+        "stream": datasets.Dataset.from_dict(lists).to_iterable_dataset(),
+        "batches": [padded],
+    }[form]
+    data = training_data(source, None, options(max_length=64))
+    mask = padded["attention_mask"].bool()
+
+    assert data["attention_mask"][:] == padded["attention_mask"].tolist()
+    assert torch.equal(torch.tensor(data["input_ids"][:]), padded["input_ids"])
+    assert torch.equal(torch.tensor(data["labels"][:]), padded["input_ids"].where(mask, torch.tensor(IGNORED)))
+
+
+def test_a_padded_batch_has_the_loss_of_its_texts_without_padding(padded):
+    model = tiny.make_model("llama_gqa_biases")
+    rows = list(training_data(padded, None, options(max_length=64)))
+    lengths = padded["attention_mask"].sum(1).tolist()
+    bare = [training_data({"input_ids": [row]}, None, options(max_length=64))[0] for row in unpadded(padded)]
+    with torch.no_grad():
+        losses = [model(**collate(each)).loss.item() for each in (rows, bare)]
+
+    assert [len(row["input_ids"]) for row in bare] == lengths
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def unpadded(batch):
+    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
+
+
+def test_labels_are_respected_where_nothing_is_padded(padded):
+    labels = padded["input_ids"].clone()
+    labels[0, 2:] = IGNORED
+    data = training_data({**padded, "labels": labels}, None, options(max_length=64))
+
+    assert torch.equal(
+        torch.tensor(data["labels"][:]), labels.where(padded["attention_mask"].bool(), torch.tensor(IGNORED))
+    )
+
+
+LONG = torch.arange(100) % 50
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        LONG,
+        LONG[None],
+        LONG.tolist(),
+        [LONG.tolist()],
+        LONG.numpy(),
+        {"input_ids": LONG[None], "attention_mask": torch.ones(1, 100, dtype=torch.int64)},
+        {"input_ids": LONG.tolist()},
+        datasets.Dataset.from_dict({"input_ids": [LONG.tolist()]}),
+    ],
+    ids=["tensor", "table", "list", "list of lists", "array", "batch", "list in a mapping", "dataset"],
+)
+def test_rows_of_tokens_that_are_too_long_are_cut(source):
+    data = training_data(source, None, options(max_length=16))
+
+    assert [len(row) for row in data["input_ids"]] == [16] * 6 + [4]
+    assert [token for row in data["input_ids"] for token in row] == LONG.tolist()
+    assert len(training_data(source, None, options(max_length=16), wanted=3)) == 3
+
+
+def test_padding_that_makes_a_row_too_long_is_cut_off(padded):
+    length = padded["input_ids"].shape[1] - 1
+    data = training_data(padded, None, options(max_length=length))
+
+    assert "attention_mask" not in data.column_names
+    # Of a row that is longer by one token, nothing predicts that one.
+    assert list(data["input_ids"]) == [row[:length] for row in unpadded(padded)]
+
+
+GOOD, TEXT = {"messages": CHAT[:2]}, "the quick brown fox jumps over the lazy dog" * 10
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([{"text": TEXT}, {"text": None}], "row 1, counted from 0: text is null, not a text"),
+        ([{"text": None, "title": "x"}, {"text": TEXT, "title": "x"}], "row 0, counted from 0: text is null or empty"),
+        ([TEXT, 5.0], "row 1, counted from 0: text is a float, not a text"),
+        ([TEXT, None], "row 1, counted from 0: text is null"),
+        ([{"question": "the", "answer": None}, {"question": "the", "answer": "fox"}], "answer is null, not a text"),
+        ([GOOD, {"messages": None}], "row 1, counted from 0: it has no messages"),
+        ([{"messages": []}, GOOD], "row 0, counted from 0: messages is empty"),
+        ([GOOD, {"messages": [{"role": "user", "content": None}, CHAT[1]]}], "a message of user in 'messages' has no"),
+        ([GOOD, {"messages": CHAT[1:2]}], "row 1, counted from 0: it has no answer of the assistant"),
+        ([GOOD, {"messages": [CHAT[0], {"role": "assistant", "content": " "}]}], "it has no answer of the assistant"),
+        ([GOOD, {"messages": [{"role": "system", "content": "x"}, *CHAT[:2]]}], "refuses it: No system role here"),
+        ([[1, 2, 3], [1]], "row 1, counted from 0: it has no token to predict"),
+        ([[1, 2, 3], [0.5, 1.5]], "row 1, counted from 0: input_ids has no list of whole numbers"),
+        ([[1, 2, 3], []], "row 1, counted from 0: input_ids is empty"),
+        (
+            [{"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": [1]}],
+            r"labels has the shape \[1\] and input_ids \[2",
+        ),
+        ([{"input_ids": [1, 2]}, {"input_ids": [1, 2], "attention_mask": [0, 0]}], "it has no token to predict"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_left_out_and_counted(rows, reason, chatty, warnings):
+    chatty.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role here') }}{% endif %}" + TEMPLATE
+    )
+    data = training_data(rows, chatty, options(max_length=60))
+
+    assert len(data) > 0
+    assert len(warnings) == 1 and warnings[0].startswith("1 of 2 rows of ") and re.search(reason, warnings[0])
+
+
+def test_data_none_of_which_can_be_used_is_refused_however_long(chatty, warnings):
+    endless = ({"messages": [{"role": "user", "content": 5}]} for _ in iter(int, 1))
+    with pytest.raises(ValueError, match=r"None of 1000 rows of rows can be used.* a message of user .* is a int"):
+        training_data(endless, chatty, options())
+
+
+def test_what_a_template_writes_anew_is_trained_turn_by_turn(chatty):
+    chatty.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    data = training_data([{"messages": CHAT}], chatty, options(max_length=64))
+
+    assert [answers(row, chatty).replace(" ", "") for row in data] == ["brownfox", "dogjumps"]
+
+
+def test_tokens_of_another_vocabulary_are_refused_before_training():
+    for rows, message in (([[1, 300]], "input_ids of rows has values from 1 to 300.* 300 tokens"), ([[-1, 3]], "-1")):
+        with pytest.raises(ValueError, match=message):
+            training_data(rows, None, options(), vocab_size=300)
 
 
 def test_a_named_column_is_taken(tokenizer):
@@ -143,15 +296,15 @@ def test_batches_are_padded_behind_their_end_and_only_where_they_must():
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
-        ([], {}, "strings is empty; there is nothing to train on"),
+        ([], {}, "strings is empty; it has no rows"),
         (
             ["too short"],
             {"max_length": 100},
             r"strings is too short: it has \d+ tokens.* sequence has 100",
         ),
         ([{"a": "x", "b": "y"}], {}, "rows has the columns a, b; name one"),
-        ([{"a": "x", "b": "y"}], {"dataset_column": "text"}, "rows has no column 'text'; it has a, b"),
-        ([{"messages": [{"role": "user", "content": "x"}]}], {}, "No row of rows has an answer"),
+        ([{"a": "x", "b": "y"}], {"dataset_column": "text"}, "rows has no column 'text'; it has the columns a, b"),
+        ([{"messages": [{"role": "user", "content": "x"}]}], {}, "None of 1 rows of rows can be used.* no answer"),
         ([{"messages": [{"who": "me", "says": "x"}]}], {}, "one in 'messages' has who, says"),
         ([{"turns": ["x", "y"]}], {"dataset_column": "turns"}, "one in 'turns' has a str"),
         ("nowhere.txt", {}, "There is no file nowhere.txt"),
@@ -174,12 +327,6 @@ def test_sequences_are_no_longer_than_the_model_knows(tokenizer):
 def test_text_without_a_tokenizer_is_refused():
     with pytest.raises(ValueError, match="needs a tokenizer"):
         training_data(["the fox"], None, options())
-
-
-def test_templates_that_rewrite_what_came_before_are_refused(chatty):
-    chatty.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="changes what stands before an answer"):
-        training_data([{"messages": CHAT}], chatty, options(max_length=64))
 
 
 def test_of_a_dataset_of_splits_the_named_one_is_taken(tokenizer):
