@@ -81,7 +81,8 @@ def test_the_teacher_is_followed_and_not_the_text(dense_model, tokenizer, tokens
     pruner = pruner_of(tokenizer, tokens)
     before = divergence(pruner.model)
     rows = {"input_ids": tokens.repeat(4, 1)}
-    args = arguments(tmp_path, mode="distill", distill_weight=1.0, adapters=False, max_steps=40, learning_rate=1e-2)
+    options = {"mode": "distill", "distill_weight": 1.0, "adapters": False, "max_steps": 40, "learning_rate": 1e-2}
+    args = arguments(tmp_path, max_length=24, **options)
     pruner.recover(rows, args, teacher=dense_model)
 
     assert divergence(pruner.model) < 0.7 * before
@@ -111,6 +112,7 @@ def test_the_loss_of_distillation_is_that_of_its_formula(dense_model, tokenizer,
         temperature=temperature,
         distill_weight=0.3,
         hidden_weight=0.5,
+        max_length=24,
         max_steps=1,
         logging_steps=1,
         lora_dropout=0.0,
@@ -129,6 +131,7 @@ def test_accumulated_batches_are_one_batch(accumulation, dense_model, tokenizer,
     args = arguments(
         tmp_path,
         mode="distill",
+        max_length=24,
         max_steps=1,
         logging_steps=1,
         per_device_train_batch_size=8 // accumulation,
@@ -190,7 +193,7 @@ class TestKeptPredictions:
     def test_the_teacher_is_asked_once_and_not_needed_again(self, dense_model, tokenizer, tokens, tmp_path):
         dense_model.save_pretrained(tmp_path / "dense")
         options = {"mode": "distill", "max_steps": 2, "teacher_cache": str(tmp_path / "kept"), "teacher_top_k": 5}
-        options["teacher"] = str(tmp_path / "dense")
+        options |= {"teacher": str(tmp_path / "dense"), "max_length": 24}
         rows = {"input_ids": tokens}
         pruner_of(tokenizer, tokens).recover(rows, arguments(tmp_path, **options))
         identity = json.loads((tmp_path / "kept" / "teacher.json").read_text())
