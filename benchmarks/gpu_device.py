@@ -28,7 +28,7 @@ class Device:
     @property
     def count(self) -> int:
         """Devices of this type."""
-        return 1 if self.is_cpu else int(self._module.device_count())
+        return self._call("device_count") or 1
 
     def other(self) -> torch.device:
         """A second device of this type."""
@@ -36,8 +36,7 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""
-        if not self.is_cpu:
-            self._module.synchronize()
+        self._call("synchronize")
 
     def free(self) -> None:
         """Give back the memory of what nobody holds any more."""
@@ -67,16 +66,21 @@ class Device:
 
     def _call(self, name: str):
         function = getattr(self._module, name, None)
-        return None if function is None else function()
+        # Where the index is named, it may be another one than the current device's.
+        index = [] if self.torch.index is None or name in ("empty_cache", "device_count") else [self.torch]
+        return None if function is None else function(*index)
+
+    def _properties(self):
+        function = getattr(self._module, "get_device_properties", None)
+        return None if function is None else function(self.torch)
 
     @contextmanager
     def limited_memory(self, limit: float | None) -> Iterator[bool]:
         """Let this process have so many GiB of the device's memory in the block; yields whether it is limited."""
-        limits = hasattr(self._module, "set_per_process_memory_fraction") and limit is not None
-        if not limits:
+        total = getattr(self._properties(), "total_memory", None)
+        if limit is None or total is None or not hasattr(self._module, "set_per_process_memory_fraction"):
             yield False
             return
-        total = self._module.get_device_properties(self.torch).total_memory
         self.free()
         self._module.set_per_process_memory_fraction(min(1.0, limit * GIB / total))
         try:
@@ -135,7 +139,7 @@ class Device:
         found |= {"python": platform.python_version(), "system": platform.platform(), "device": str(self.torch)}
         if self.is_cpu:
             return {**found, "name": platform.machine(), "threads": torch.get_num_threads()}
-        properties = self._module.get_device_properties(self.torch)
+        properties = self._properties()
         found |= {
             "name": getattr(properties, "name", str(self.torch)),
             "memory_bytes": getattr(properties, "total_memory", None),

@@ -88,7 +88,10 @@ def make_model(layout: str, dtype: torch.dtype, device: torch.device | str = "cp
     # Not `.to(dtype)`, which rounds the rotary frequencies that from_pretrained keeps in float32.
     model = transformers.AutoModelForCausalLM.from_config(LAYOUTS[layout](), dtype=dtype)
     model.load_state_dict(_weights(layout))
-    return model.eval().to(device)
+    model = model.eval().to(device)
+    # A device whose tensors are of a class of their own gets new parameters.
+    model.tie_weights()
+    return model
 
 
 @torch.no_grad()

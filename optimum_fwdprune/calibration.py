@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -424,7 +424,6 @@ def _sample_from_model(
         raise ValueError(f"The model has no BOS or EOS token to start from; calibration={SELF!r} needs one.")
 
     device = input_device(model)
-    devices = [device] if device.type == "cuda" else []
     windows = torch.zeros(config.n_samples, config.seq_len, dtype=torch.int64)
     # Wider batches than in scoring: a decoding step costs about the same for 8 sequences as for 32.
     size = 4 * config.batch_size
@@ -438,11 +437,11 @@ def _sample_from_model(
     done = stage.load(take_up) or 0
     # Equal lengths: without an EOS every sequence runs to the end of its window.
     length = {"min_new_tokens": config.seq_len, "max_new_tokens": config.seq_len}
-    with torch.random.fork_rng(devices), _plain_sampling(model, pad_token_id=start, **length) as plain:
+    with _own_random_state(device) as seed_generators, _plain_sampling(model, pad_token_id=start, **length) as plain:
         left = batches[done:]
         bar = progress(left, "Sampling calibration text", total=len(batches), unit="batch", initial=done)
         for number, batch in bar:
-            torch.manual_seed(seeded_generator(config.seed, number).initial_seed())
+            seed_generators(seeded_generator(config.seed, number).initial_seed())
             written = model.generate(  # type: ignore[operator]
                 torch.full((len(batch), 1), start, device=device),
                 attention_mask=torch.ones((len(batch), 1), dtype=torch.int64, device=device),
@@ -457,6 +456,23 @@ def _sample_from_model(
             done += 1
             stage.save_now_and_then(lambda: ({"windows": windows}, {"batches": done}))  # noqa: B023  called at once
     return ranks.summed(windows)
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[Callable[[int], Any]]:
+    """Yield what seeds the generators that a model on `device` draws from, and give them back their states afterwards.
+
+    `torch.manual_seed` seeds those of every accelerator, and a model on the CPU draws from none of them.
+    """
+    if device.type == "cpu":
+        with torch.random.fork_rng([]):
+            yield torch.default_generator.manual_seed
+        return
+    # Some backends do not tell the states of their generators.
+    is_known = hasattr(torch.get_device_module(device), "get_rng_state")
+    devices = range(torch.accelerator.device_count()) if is_known else ()
+    with torch.random.fork_rng(devices, device_type=device.type):
+        yield torch.manual_seed
 
 
 @contextmanager

@@ -452,6 +452,15 @@ def test_self_leaves_the_random_state_alone(model):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_self_on_the_cpu_seeds_no_accelerator(model, monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+
+    windows(model, None, calibration="self")
+
+    assert not seeded
+
+
 def test_self_draws_from_the_models_distribution():
     """A model that says two tokens, one seven times as often, writes them so; where it would stop, it goes on."""
     model = tiny.make_model("llama_gqa_biases")

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from ..loggers import get_logger
+from ..offloading import input_device
 from ..utils import evaluating, progress, synchronize
 from .memory import PeakMemory
 
@@ -142,14 +143,12 @@ def benchmark(
     for batch_size, tokens in progress(sizes, "Timing prompts", unit="size"):
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(vocab_size, (batch_size, tokens), generator=generator)
-        runs = [functools.partial(_generate, model, prompts.to(model.device), new_tokens, clock) for model in models]
+        runs = [functools.partial(_generate, model, prompts, new_tokens, clock) for model in models]
         for found, (prefill, decode) in zip(timings, _take_turns(runs, repeats)):
             found.append(Timing(batch_size, tokens, prefill, decode))
     largest = torch.zeros(max(batch_sizes), max(prompt_tokens), dtype=torch.int64)
     first = torch.zeros(1, prompt_tokens[0], dtype=torch.int64)
-    measured = [
-        _sized(model, found, first.to(model.device), largest.to(model.device)) for model, found in zip(models, timings)
-    ]
+    measured = [_sized(model, found, first, largest) for model, found in zip(models, timings)]
     for number in range(1, len(models)):
         for reason in slower_because(models[0], models[number], measured[0], measured[number]):
             logger.warning("Model %d is not faster than the first: %s", number + 1, reason)
@@ -200,16 +199,18 @@ def _generate(
     model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[float, float]:
     """Prefill and decode greedily; seconds of the prefill, and of one decoding step."""
+    device = input_device(model)
+    prompts = prompts.to(device)
     with evaluating(model):
-        synchronize(model.device)
+        synchronize(device)
         start = clock()
         outputs = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
-        synchronize(model.device)
+        synchronize(device)
         prefilled = clock()
         for _ in range(new_tokens):
             token = outputs.logits[:, -1:].argmax(-1)
             outputs = model(input_ids=token, past_key_values=outputs.past_key_values, use_cache=True)
-        synchronize(model.device)
+        synchronize(device)
     return prefilled - start, (clock() - prefilled) / new_tokens
 
 
@@ -227,11 +228,11 @@ def _take_turns(runs: Sequence[Callable[[], tuple[float, float]]], repeats: int)
 def _sized(model: PreTrainedModel, timings: list[Timing], first: torch.Tensor, largest: torch.Tensor) -> Benchmark:
     weights = list(model.parameters())
     size = sum(weight.numel() * weight.element_size() for weight in weights)
-    with PeakMemory(model.device) as peak:
+    with PeakMemory(input_device(model)) as peak:
         _generate(model, largest, 1)
     counter: Any = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     with counter, evaluating(model):
-        model(input_ids=first, use_cache=False, logits_to_keep=1)
+        model(input_ids=first.to(input_device(model)), use_cache=False, logits_to_keep=1)
     return Benchmark(
         parameters=sum(weight.numel() for weight in weights),
         bytes=size,

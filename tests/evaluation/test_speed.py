@@ -7,6 +7,7 @@ import math
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload, disk_offload
 from safetensors.torch import load_file
 
 from optimum_fwdprune import FwdPruner
@@ -49,6 +50,17 @@ def test_every_pair_of_sizes_is_timed_with_its_spread():
         assert timing.prefill_tokens_per_second == pytest.approx(
             timing.batch_size * timing.prompt_tokens / timing.prefill.median
         )
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_offloaded_models_are_timed_where_they_compute(offload, tmp_path):
+    folder = (tmp_path,) if offload is disk_offload else ()
+    model = offload(tiny.make_model("llama_mqa"), *folder, execution_device=torch.device("cpu"))
+
+    resident, offloaded = benchmark([tiny.make_model("llama_mqa"), model], prompt_tokens=[8], new_tokens=1, repeats=1)
+
+    assert offloaded.bytes == resident.bytes
+    assert offloaded.macs_per_token == resident.macs_per_token
 
 
 def test_time_is_what_the_clock_says():
