@@ -49,6 +49,11 @@ class Noise:
         return signs.flatten()[:count].view(shape)
 
 
+def generator_of(device: torch.device) -> str:
+    """Return the name of the random numbers that `device` draws: those of a GPU depend on its model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @functools.lru_cache(maxsize=16)
 def _signs_of_octets(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`[256, 8]`: the eight bits of every byte as ±1."""
@@ -61,9 +66,13 @@ class Perturbation(Protocol):
 
     Attributes:
         shapes (`list[torch.Size]`): the perturbed tensors.
+        generators (`list[str]`): what draws their noise; the same seeds give other noise elsewhere.
     """
 
     shapes: list[torch.Size]
+
+    @property
+    def generators(self) -> list[str]: ...
 
     def noise(self, draw: int, index: int) -> torch.Tensor:
         """Return `z` of `draw` for the tensor `shapes[index]`."""
@@ -100,6 +109,12 @@ class WeightPerturbation:
                 self._dtypes.append(parameter.dtype)
                 self._owners.append(coupling.linear)
             self._linears.append((coupling.name, coupling.linear, indices))
+
+    @property
+    def generators(self) -> list[str]:
+        # Noise of a weight is drawn where it computes: drawing it on the CPU and moving it would take longer than the
+        # forward pass.
+        return sorted({generator_of(_execution_device(owner)) for owner in self._owners})
 
     def noise(self, draw: int, index: int) -> torch.Tensor:
         device = _execution_device(self._owners[index])
@@ -148,6 +163,7 @@ class UnitPerturbation:
         self._noise = noise
         self._sizes = [site.num_units for site in sites]
         self.shapes = [torch.Size([sum(self._sizes)])]
+        self.generators = [generator_of(torch.device("cpu"))]
 
     def noise(self, draw: int, index: int) -> torch.Tensor:
         return self._noise.tensor(self.shapes[index], draw, index, torch.float32, torch.device("cpu"))

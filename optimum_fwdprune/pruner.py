@@ -27,6 +27,7 @@ from .loggers import get_logger
 from .methods import PruningConfig
 from .module_state import forward_state_kept
 from .offloading import check_readable, device_map_on_disk, is_offloaded
+from .placement import placed, warn_of_placement
 from .plan import PruningPlan, losses_by_kind
 from .planning import keeper, make_plan
 from .reconstruction import NONE, added_parameters, check_reconstruction
@@ -121,7 +122,8 @@ class FwdPruner:
                 writes one after the other, and the pruned model's stay on disk too: one layer is in memory at a time,
                 beside embeddings, head and statistics. Temporary files lie in `offload_folder`, by default that of
                 the system.
-            kwargs: for the Auto class's `from_pretrained`: `dtype` (the checkpoint's by default), `device_map`,
+            kwargs: for the Auto class's `from_pretrained`: `dtype` (the checkpoint's by default), `device_map`
+                (the CPU by default; under `accelerate launch` the accelerator of each process),
                 `attn_implementation`, `gguf_file`, `revision`, `token`, `trust_remote_code`, ...
 
         Raises:
@@ -148,7 +150,7 @@ class FwdPruner:
                     "and device_map."
                 )
             kwargs["device_map"] = device_map_on_disk(config, auto_class)
-        model = load_for_task(model_id, auto_class, **kwargs)
+        model = load_for_task(model_id, auto_class, **placed(kwargs))
         try:
             tokenizer = AutoTokenizer.from_pretrained(model_id, **shared)
         except (OSError, ValueError) as error:
@@ -196,6 +198,7 @@ class FwdPruner:
         """
         config = PruningConfig.of(config, **fields)
         check_readable(self.model)
+        warn_of_placement(self.model)
         sites = find_sites(self.model, config.attention_unit)
         config, budget = self._settled(sites, config)
         with evaluating(self.model):
@@ -251,6 +254,7 @@ class FwdPruner:
         if plan is not None:
             config = dataclasses.replace(config, attention_unit=plan.attention_unit)
         check_readable(self.model)
+        warn_of_placement(self.model)
         if self._low_memory:
             check_streamable(config)
         check_reconstruction(self.model, config)

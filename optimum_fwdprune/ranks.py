@@ -34,14 +34,24 @@ def world_size() -> int:
     return _state().num_processes
 
 
+def own_device() -> torch.device:
+    """Return the device of this process: its own accelerator where there are any."""
+    return _state().device
+
+
 def is_main() -> bool:
     """Whether this is the process that writes files."""
     return rank() == 0
 
 
+def launched_as() -> int:
+    """Return the number of this process by what its launcher says; unlike [`rank`], asking starts nothing."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def speaks() -> bool:
     """Whether this is the main process by what its launcher says; unlike [`is_main`], asking starts nothing."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return launched_as() == 0
 
 
 def own(items: Sequence[T]) -> Sequence[T]:

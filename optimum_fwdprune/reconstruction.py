@@ -167,8 +167,8 @@ def reconstruct(
     projections: dict[SiteKey, Projection] = {}
     details: dict[str, Any] = {}
     if any(len(kept[site.key]) < site.num_units for site in sites):
-        # The others are soon done again.
-        keeps = checkpoint if config.reconstruction == LEAST_SQUARES else None
+        # The next of several rounds belongs to a model that is the same to the bit, on any device.
+        keeps = None if config.reconstruction == NONE else checkpoint
         about = hashlib.sha256(json.dumps(sorted(kept.items())).encode()).hexdigest()[:16]
         stages = [
             (keeps or Checkpoint()).stage(f"reconstruction-{number}", calibration, kept=about)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey
 from .calibration import Calibration
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, State
 from .layerwise import gather_statistics
 from .methods import PruningConfig, ScoringInputs, UnitScores, get_method
 from .offloading import InTurn, is_offloaded
@@ -77,16 +77,52 @@ def score_units(
         statistics, grams = statistics_with_grams(model, sites, calibration, config.batch_size, needed, checkpoint)
     elif needed and calibration is not None:
         (statistics,) = gather_statistics(model, sites, [calibration], config.batch_size, needed, checkpoint)
-    found = method.score(ScoringInputs(model, InTurn(sites), statistics, calibration, config, keep, checkpoint))
+    # Scored again on another device, units that are worth the same could change places.
+    stage = checkpoint.stage("scores", calibration)
+    found = stage.load(_scores_of)
+    if found is None:
+        inputs = ScoringInputs(model, InTurn(sites), statistics, calibration, config, keep, checkpoint)
+        found = _in_memory(method.score(inputs))
+        _check_scores(found, sites, config)
+        stage.save(lambda: _state_of(found))
+    errors, history = dict(found.standard_errors), dict(found.history)
+    return Scores(config, dict(found.values), statistics, calibration, errors, found.details, history, grams)
+
+
+def _in_memory(found: UnitScores | Mapping[SiteKey, torch.Tensor]) -> UnitScores:
     found = found if isinstance(found, UnitScores) else UnitScores(found)
-    values = {key: value.detach().float().cpu() for key, value in found.values.items()}
+    values, errors = (
+        {key: value.detach().float().cpu() for key, value in values.items()}
+        for values in (found.values, found.standard_errors)
+    )
+    return replace(found, values=values, standard_errors=errors)
+
+
+def _check_scores(found: UnitScores, sites: Iterable[Site], config: PruningConfig) -> None:
+    values = found.values
     for site in sites:
         if site.key not in values or values[site.key].shape != (site.num_units,):
             raise ValueError(f"Method {config.method!r} must score {site.num_units} units for the {site}.")
         if not values[site.key].isfinite().all():
             raise ValueError(f"Method {config.method!r} scored NaN or infinity in the {site}.")
-    errors = {key: value.detach().float().cpu() for key, value in found.standard_errors.items()}
-    return Scores(config, values, statistics, calibration, errors, found.details, dict(found.history), grams)
+
+
+def _state_of(found: UnitScores) -> State:
+    tensors = {f"scores.{layer}.{kind}": value for (layer, kind), value in found.values.items()}
+    tensors |= {f"errors.{layer}.{kind}": value for (layer, kind), value in found.standard_errors.items()}
+    tensors |= {f"history.{name}": values for name, values in found.history.items()}
+    return tensors, {"details": found.details}
+
+
+def _scores_of(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> UnitScores:
+    def of_sites(group: str) -> dict[SiteKey, torch.Tensor]:
+        names = (name.split(".") for name in tensors if name.startswith(f"{group}."))
+        return {(int(layer), kind): tensors[f"{group}.{layer}.{kind}"] for _, layer, kind in names}
+
+    history = {
+        name.removeprefix("history."): values for name, values in tensors.items() if name.startswith("history.")
+    }
+    return UnitScores(of_sites("scores"), of_sites("errors"), numbers["details"], history)
 
 
 def _will_refit_independently(config: PruningConfig) -> bool:

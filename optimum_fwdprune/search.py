@@ -17,7 +17,7 @@ from .allocation import ENDS, FEWEST_WITH_ENDS, LEVELS, coarse_multiple, fewest_
 from .architectures import Site, SiteKey, get_architecture
 from .budgets import Cost
 from .calibration import Calibration
-from .checkpoints import Checkpoint, Stage, State
+from .checkpoints import Checkpoint, Stage, State, digest_of
 from .configuration import PruningConfig
 from .divergence import Divergence
 from .gates import Projection
@@ -125,9 +125,9 @@ def search(
     price = _price(learned, len(get_architecture(model.config).layers(model)))
     judging = _as_many_as_allowed(judging or fit, learned, price, config)
 
-    sums = [float(scores[site.key].double().sum()) for site in learned]
+    by_name = ((f"{site.layer}.{site.kind}", scores[site.key]) for site in learned)
     costs = [cost.total(site) for site in learned]
-    stage = checkpoint.stage("search", calibration, scores=sums, costs=costs)
+    stage = checkpoint.stage("search", calibration, scores=digest_of(by_name), costs=costs)
     state = stage.load(_State.of) or _State(torch.zeros(0), FIRST_STEP)
     with tempfile.TemporaryDirectory(prefix="fwdprune-levels-") as folder:
         if state.step >= LAST_STEP:

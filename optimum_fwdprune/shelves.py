@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from . import ranks
 from .utils import write_text_atomically
 
 
@@ -15,17 +16,18 @@ class Shelf:
     """Tensors by name. Without a folder they stay in memory; with one they lie in files while nobody looks at them.
 
     What is taken from a folder stays there until the shelf is settled: a run that is killed in between finds all that
-    there was when it settled last.
+    there was when it settled last. Of several processes each has a folder of its own, since each has its own share of
+    the tokens, and all are settled at the same layer.
 
     Args:
-        folder (`Path`, *optional*): where to.
+        folder (`Path`, *optional*): where to; all processes name the same one.
 
     Attributes:
         settled (`int`): number of the layer that the tensors are in front of; 0 at the start.
     """
 
     def __init__(self, folder: Path | None = None):
-        self._folder = folder
+        self._folder = folder = own_folder(folder) if folder is not None else None
         self._tensors: dict[str, torch.Tensor] = {}
         self._taken: list[str] = []
         self.settled = 0
@@ -33,6 +35,8 @@ class Shelf:
             folder.mkdir(parents=True, exist_ok=True)
             if self._marker.exists():
                 self.settled = json.loads(self._marker.read_text())
+            # A run that was killed may have settled a layer in some of its processes only.
+            self.settled = int(ranks.gathered(torch.tensor(self.settled)).min())
 
     @property
     def _marker(self) -> Path:
@@ -68,6 +72,8 @@ class Shelf:
         self.settled = layer
         if self._folder is not None:
             write_text_atomically(self._marker, json.dumps(layer))
+            # Until all have written theirs, each can go back to the layer before.
+            ranks.gathered(torch.tensor(layer))
             for name in self._taken:
                 self._file(name).unlink(missing_ok=True)
             self._taken = []
@@ -82,3 +88,8 @@ class Shelf:
     def _file(self, name: str) -> Path:
         assert self._folder is not None
         return self._folder / f"{name}.safetensors"
+
+
+def own_folder(folder: Path) -> Path:
+    """Return the folder of this process inside `folder`: that itself where there is one process."""
+    return folder if ranks.world_size() == 1 else folder / f"{ranks.rank()}-of-{ranks.world_size()}"

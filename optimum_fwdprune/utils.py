@@ -63,7 +63,8 @@ def _save_atomically(path: Path, tensors: dict[str, torch.Tensor], entry: dict[s
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    # The same name every time, so that what a killed process left behind is replaced; but not that of another process.
+    partial = path.with_name(f".{path.name}.{ranks.launched_as()}.partial")
     with naming_what_is_full(path):
         try:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, entry)

@@ -121,7 +121,7 @@ def draw_slopes(
     accepted: list[int] = []
     losses: list[torch.Tensor] = []
     done, rejected, rounding_floor = 0, 0, math.nan
-    stage = (checkpoint or Checkpoint()).stage("draws", calibration)
+    stage = (checkpoint or Checkpoint()).stage("draws", calibration, noise=perturbation.generators)
 
     def state() -> State:
         numbers = {"indices": accepted, "done": done, "rejected": rejected, "rounding_floor": rounding_floor}

@@ -59,6 +59,7 @@ ORDER = [
     "chats",
     "loading",
     "integrity",
+    "placement",
     "offloading",
     "shelves",
     "budgets",

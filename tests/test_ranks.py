@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,13 +12,16 @@ import torch
 from scripts import prune_in_ranks
 from transformers import AutoModelForCausalLM
 
-from optimum_fwdprune import PruningPlan
+from optimum_fwdprune import FwdPruner, PruningPlan, placement, pruner, ranks
+from optimum_fwdprune.placement import placed
 from optimum_fwdprune.scores import Scores
+from optimum_fwdprune.shelves import Shelf
 from optimum_fwdprune.utils import load_tensors
 
 
 # Sums over tokens in another order, in float32; refitted weights come out of systems that amplify it.
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
+OF_LAYERS = "statistics-by-layer"
 WEIGHTS = {"rtol": 5e-3, "atol": 5e-4}
 
 
@@ -104,12 +108,102 @@ def test_a_run_of_several_processes_goes_on(folders, name):
         passed = json.loads((folder / "passed.json").read_text())
         assert passed[f"{name} again"] < 0.7 * passed[f"{name} first"]
     written = {path.name for path in (folder.parent / "state" / name).iterdir()}
+    if name == "offloaded":
+        # Statistics are shared, since a layer's are complete when it is left; hidden states are of each process.
+        hidden = [path.name for path in (folder.parent / "state" / name / f"{OF_LAYERS}-hidden-states").iterdir()]
+        assert sorted(hidden) == [f"{rank}-of-{len(folders)}" for rank in range(len(folders))]
+        return
     own = {each for each in written if each.startswith(("statistics", "calibration"))}
 
     # The sums of each are its own.
     assert len(own) % len(folders) == 0 and own
     assert all(f"-of-{len(folders)}.safetensors" in each for each in own)
     assert not any("-of-" in each for each in written - own)
+
+
+def test_processes_that_were_killed_apart_go_on_from_the_layer_that_all_have_left(tmp_path, monkeypatch):
+    """One has written that it is in front of layer 5 and the other has not: both still have what layer 4 reads."""
+
+    class KilledError(Exception):
+        pass
+
+    def shelf_of(rank):
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        return Shelf(tmp_path)
+
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "gathered", lambda value: value[None])
+    for rank in range(2):
+        shelf = shelf_of(rank)
+        shelf["4.0.0"] = torch.full([2], float(rank))
+        shelf.settle(4)
+    shelf = shelf_of(0)
+    shelf["5.0.0"] = shelf.pop("4.0.0") + 10
+
+    def kill(_value):
+        raise KilledError
+
+    monkeypatch.setattr(ranks, "gathered", kill)
+    with pytest.raises(KilledError):
+        shelf.settle(5)
+    # Of two processes that start at the same time each knows what the other has.
+    monkeypatch.setattr(ranks, "gathered", lambda _value: torch.tensor([5, 4]))
+    shelves = [shelf_of(rank) for rank in range(2)]
+
+    assert [shelf.settled for shelf in shelves] == [4, 4]
+    assert [float(shelf["4.0.0"][0]) for shelf in shelves] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("options", [{}, {"device_map": None}, {"device_map": "auto"}, {"low_memory": True}])
+def test_each_process_loads_its_model_on_its_own_accelerator(options, tmp_path, monkeypatch):
+    tiny.make_model("llama_gqa_biases").save_pretrained(tmp_path / "dense")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    state = SimpleNamespace(num_processes=2, process_index=1, device=torch.device("cuda", 1))
+    monkeypatch.setattr(ranks, "_state", lambda: state)
+    loaded = {}
+
+    def load(model_id, auto_class, **kwargs):
+        loaded.update(kwargs)
+        return tiny.make_model("llama_gqa_biases")
+
+    monkeypatch.setattr(pruner, "load_for_task", load)
+    FwdPruner.from_pretrained(tmp_path / "dense", offload_folder=tmp_path / "offload", **options)
+
+    if options.get("device_map") is None and not options.get("low_memory"):
+        assert loaded["device_map"] == {"": torch.device("cuda", 1)}
+    else:
+        assert loaded["device_map"] not in (None, {"": torch.device("cuda", 1)})
+    assert loaded["offload_folder"] == tmp_path / "offload" / "1-of-2"
+
+
+def test_a_single_process_and_processes_without_accelerators_stay_on_the_cpu(monkeypatch):
+    state = SimpleNamespace(num_processes=2, process_index=1, device=torch.device("cpu"))
+    monkeypatch.setattr(ranks, "_state", lambda: state)
+    for world_size in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+        assert placed({"dtype": "auto"}) == {"dtype": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("device", "own", "words"),
+    [
+        ("cpu", "cuda:0", "has an accelerator (cuda) that it does not use. Load it with device_map='cuda'"),
+        ("cuda:0", "cuda:1", "computes on cuda:0, and its own accelerator is cuda:1"),
+        ("cuda:1", "cuda:1", None),
+        ("cuda", "cuda:1", None),
+    ],
+)
+def test_a_model_beside_an_idle_accelerator_is_warned_of(device, own, words, monkeypatch):
+    state = SimpleNamespace(num_processes=2, process_index=1, device=torch.device(own))
+    monkeypatch.setattr(ranks, "_state", lambda: state)
+    monkeypatch.setattr(placement, "input_device", lambda model: torch.device(device))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    said = []
+    monkeypatch.setattr(placement.logger, "warning", lambda text, *values: said.append(text % values))
+    placement.warn_of_placement(tiny.make_model("llama_gqa_biases"))
+
+    assert [words in text for text in said] == ([True] if words else [])
 
 
 def test_one_process_writes_and_all_learn_of_its_failure(folders):

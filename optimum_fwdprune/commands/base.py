@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 LOADING = {
     "gguf_file": "GGUF file inside MODEL to load.",
     "dtype": "Weights' dtype, such as bfloat16; the checkpoint's own by default.",
-    "device_map": "Where the layers go, such as auto or cuda:0.",
+    "device_map": "Where the layers go, such as auto, cuda or cpu. Default: the CPU; under accelerate launch each "
+    "process takes its own accelerator.",
     "attn_implementation": "eager, sdpa, flash_attention_2, ...",
     "revision": "Branch, tag or commit of a Hub repository.",
     "token": "Access token of the Hub; by default the one that is logged in.",
@@ -115,9 +116,10 @@ def naming_the_model(model: str) -> Iterator[None]:
 def load_model(model: str, args: Namespace) -> PreTrainedModel:
     """Load a causal language model, in its own dtype unless the options say otherwise."""
     from optimum_fwdprune.loading import load_causal_lm
+    from optimum_fwdprune.placement import placed
 
     with naming_the_model(model):
-        return load_causal_lm(model, **{"dtype": "auto"} | loading_options(args))
+        return load_causal_lm(model, **placed({"dtype": "auto"} | loading_options(args)))
 
 
 def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:

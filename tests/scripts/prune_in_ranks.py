@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
+from accelerate import cpu_offload
 
 from optimum_fwdprune import FwdPruner, latency, ranks
 from optimum_fwdprune.utils import save_tensors_atomically
@@ -34,6 +35,7 @@ CASES = {
     "sequential_layer": {"reconstruction_target": "layer"},
     "self": {"calibration": "self", "n_samples": 19, "seq_len": 12, "batch_size": 2, "reconstruction": "none"},
     "builtin": {"calibration": "builtin", "n_samples": 8, "seq_len": 12, "reconstruction": "none"},
+    "offloaded": {"reconstruction_order": "independent"},
     "speedup": {"target_speedup": 1.1, "latency_tokens": 16, "scope": "global", "reconstruction": "none"},
 }
 
@@ -46,7 +48,7 @@ def another_clock(runs, repeats, device):
 
 latency.median_seconds = another_clock
 
-RESUMED = ["mini_llm_units", "policy_gradient_ratio", "search", "sequential_dense", "sources", "self"]
+RESUMED = ["mini_llm_units", "policy_gradient_ratio", "search", "sequential_dense", "sources", "self", "offloaded"]
 
 
 def dataset_of(name):
@@ -67,6 +69,8 @@ def dataset_of(name):
 def run(name, **fields):
     """Return a pruner that has pruned, and how many windows went through the last layer of the dense model."""
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"), tiny.make_tokenizer())
+    if name == "offloaded":
+        cpu_offload(pruner.model, torch.device("cpu"))
     passed = []
     layer = pruner.model.model.layers[-1]
     layer.register_forward_hook(lambda _module, _args, output: passed.append(len(output)))
