@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import ranks
 from .module_state import forward_state_kept
 from .progress import announce as announce
 from .progress import one_step as one_step
