@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub import CommitInfo, HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import cached_file
 
 from .loggers import get_logger
@@ -72,6 +73,23 @@ class Base:
         )
 
 
+def check_upload(repo_id: str, token: str | None = None) -> None:
+    """Raise where an upload would fail whatever the Hub answers: a name that is none, no token, the offline mode.
+
+    Raises:
+        OSError: where there is no token, or `HF_HUB_OFFLINE` is set.
+        ValueError: where `repo_id` is no name of a repository.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name of a repository: {error}") from error
+    if constants.HF_HUB_OFFLINE:
+        raise OSError(f"{repo_id} cannot be uploaded: HF_HUB_OFFLINE is set. Unset it, or save to a folder.")
+    if not (token or get_token()):
+        raise OSError(f"{repo_id} was not uploaded: no access token. Log in with `hf auth login`, or pass one.")
+
+
 def upload(
     folder: Path,
     repo_id: str,
@@ -101,10 +119,6 @@ def upload(
             create_pr=create_pr,
             commit_message=commit_message,
         )
-    except LocalTokenNotFoundError as error:
-        raise OSError(
-            f"{repo_id} was not uploaded: no access token. Log in with `hf auth login`, or pass one."
-        ) from error
     except Exception as error:  # Whatever the network does, the way on is the same.
         why = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
         raise OSError(

@@ -20,7 +20,7 @@ from .checkpoints import Checkpoint
 from .cutting import Cut, cut, timed
 from .evaluation import Comparison
 from .export.stock import STOCK, check_stock_layout, check_stock_request
-from .hub import Base, check_name, upload
+from .hub import Base, check_name, check_upload, upload
 from .latency import LatencyCost, LatencyTable, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
 from .loading import ACCESS, WHERE, auto_class_of, check_is_model, check_unquantized, load_for_task
 from .loggers import get_logger
@@ -35,11 +35,21 @@ from .record import Record
 from .report import PruningReport, Speedup
 from .report.checkpoint import report_of
 from .rounds import Rounds
+from .saving import check_savable, generation_config_as_it_is
 from .scores import Scores, check_scoring, needs_calibration, score_units
 from .search import SEARCH, check_search
 from .settling import forecast, settle
 from .streaming import Workspace, check_streamable, cut_streamed
-from .utils import announce, evaluating, folder_moved_into_place, naming_what_is_full, one_step, progress
+from .utils import (
+    announce,
+    check_output_folder,
+    evaluating,
+    folder_moved_into_place,
+    naming_what_is_full,
+    one_step,
+    progress,
+    public_name,
+)
 from .wrapping import check_no_adapters, check_plain, is_peft_model
 
 
@@ -388,6 +398,7 @@ class FwdPruner:
         *,
         teacher: PreTrainedModel | str | None = None,
         eval_dataset: Any = None,
+        callbacks: list[Any] | None = None,
     ) -> PreTrainedModel:
         """Train the pruned model until it is as good as it can be again.
 
@@ -398,6 +409,10 @@ class FwdPruner:
             teacher (`PreTrainedModel` or `str`, *optional*): for `mode="distill"`: the dense model, or where it is;
                 by default what the plan says was pruned.
             eval_dataset (*optional*): of the same kinds, for the Trainer's `eval_strategy`.
+            callbacks (`list` of `TrainerCallback`, *optional*): the Trainer's, such as `EarlyStoppingCallback`.
+
+        Where training fails or is interrupted, adapters are removed and the model is what it was; a model of which all
+        weights are trained keeps what training had made of them, and `self.recovery` records that it was interrupted.
 
         Returns:
             `PreTrainedModel`: the trained model, which is `self.model` from then on; a `PeftModel` where
@@ -408,6 +423,7 @@ class FwdPruner:
                 and where the data, the teacher or a checkpoint to resume from does not fit.
         """
         from .recovery import RecoveryArguments, recover
+        from .recovery.trainer import StepCounter
 
         self._check_trainable()
         if args is None:
@@ -420,16 +436,26 @@ class FwdPruner:
             )
         if teacher is None and self.plan is not None:
             teacher = self.plan.metadata.get("source")
-        with forward_state_kept(self.model):
-            self.model, self.trainer = recover(
-                self.model,
-                self.tokenizer,
-                dataset,
-                args,
-                teacher=teacher,
-                eval_dataset=eval_dataset,
-                access=self._access,
-            )
+        counter = StepCounter()
+        try:
+            with forward_state_kept(self.model):
+                self.model, self.trainer = recover(
+                    self.model,
+                    self.tokenizer,
+                    dataset,
+                    args,
+                    teacher=teacher,
+                    eval_dataset=eval_dataset,
+                    callbacks=[counter, *(callbacks or ())],
+                    access=self._access,
+                )
+        except BaseException as error:
+            if counter.steps and not args.trains_adapters:
+                # Weights that were trained for a while are not those that were pruned and measured.
+                stopped = {"mode": args.mode, "adapters": False, "steps": counter.steps}
+                self.recovery = {**stopped, "interrupted by": type(error).__name__}
+                self.trainer = self.comparison = self._saved_as = None
+            raise
         self.recovery = self.trainer.summary()
         # What was measured was measured before.
         self.comparison = None
@@ -458,6 +484,23 @@ class FwdPruner:
                 "Save the model with save_pretrained and load it without low_memory, and without a device_map that "
                 "offloads; then call recover."
             )
+
+    def check_saving(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Raise now what `save_pretrained` would raise after hours of work, as far as that can be known.
+
+        Args:
+            folder (`str` or `Path`): where the checkpoint is to go.
+            overwrite (`bool`, defaults to `False`): as for `save_pretrained`.
+
+        Raises:
+            FileExistsError: where the folder is not empty.
+            OSError: where it cannot be written.
+            ValueError: where the model has adapters in it, or its config, its generation config or the tokenizer
+                cannot be saved.
+        """
+        check_output_folder(folder, overwrite)
+        check_no_adapters(self.model, "a pruned checkpoint cannot hold")
+        check_savable(self.model, self.tokenizer)
 
     def save_pretrained(
         self,
@@ -489,16 +532,30 @@ class FwdPruner:
         if isinstance(self.model, PreTrainedModel):
             self._saved_as = str(folder)
 
-    def _save(self, folder: str | Path, overwrite: bool, max_shard_size: str, name: str | None) -> None:
-        if self.plan is None and self.trainer is None:
+    def _save(
+        self, folder: str | Path, overwrite: bool, max_shard_size: str, name: str | None, pushed: bool = False
+    ) -> None:
+        if not is_pruned(self.model.config):
             raise ValueError("There is nothing to save yet; call prune() first.")
-        whole = isinstance(self.model, PreTrainedModel)
+        whole = not is_peft_model(self.model)
+        if whole:
+            check_no_adapters(self.model, "a pruned checkpoint cannot hold")
+        elif self._saved_as is None:
+            raise ValueError(
+                "Adapters are saved without their base, and the pruned model has not been saved yet. Save it first, "
+                "or merge the adapters: pruner.model = pruner.model.merge_and_unload()."
+            )
+        else:
+            for config in self.model.peft_config.values():
+                # Where folders lie is of this machine.
+                config.base_model_name_or_path = public_name(self._saved_as) if pushed else self._saved_as
         with folder_moved_into_place(folder, overwrite) as temporary, one_step("Writing the checkpoint"):
             if self._workspace is not None and self.model is self._streamed:
                 self._workspace.copy_checkpoint(temporary)
             else:
                 options: dict[str, Any] = {"max_shard_size": max_shard_size} if whole else {}
-                self.model.save_pretrained(temporary, **options)
+                with generation_config_as_it_is(self.model, temporary):
+                    self.model.save_pretrained(temporary, **options)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
             if whole:
@@ -543,12 +600,14 @@ class FwdPruner:
 
         Raises:
             OSError: where the Hub refuses or fails; the pruned model stays as it is, so that it can be tried again.
+            ValueError: where `repo_id` is no name of a repository.
         """
 
         def push() -> dict[str, Any]:
+            check_upload(repo_id, token)
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = Path(folder) / "checkpoint"
-                self._save(checkpoint, overwrite=False, max_shard_size="5GB", name=repo_id)
+                self._save(checkpoint, overwrite=False, max_shard_size="5GB", name=repo_id, pushed=True)
                 check_name(repo_id, self._base)
                 commit = upload(checkpoint, repo_id, private, token, revision, create_pr, commit_message)
             return {each.name: getattr(commit, each.name) for each in dataclasses.fields(CommitInfo) if each.init}

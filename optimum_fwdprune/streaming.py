@@ -26,6 +26,7 @@ from .layerwise import LayerRunner
 from .offloading import on_disk, read_parameter
 from .plan import PruningPlan
 from .reconstruction import Reconstruction, kinds_with_bias, reconstruct_by_layer, warn_of_unchanged
+from .saving import generation_config_as_it_is
 from .search import SEARCH
 from .shelves import Shelf
 from .statistics import SiteStatistics
@@ -183,7 +184,8 @@ class _Weights:
         if self._about(0).exists():
             return
         # All but weights, of which this state has none. It clears the folder of weights.
-        self._pruned.save_pretrained(self.folder, state_dict={})
+        with generation_config_as_it_is(self._pruned, self.folder):
+            self._pruned.save_pretrained(self.folder, state_dict={})
         names = [name for name in self._names if not name.startswith(tuple(self._layers))]
         self._write(0, {name: read_parameter(self._model, name) for name in names}, {})
 

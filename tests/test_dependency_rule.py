@@ -57,6 +57,7 @@ ORDER = [
     "texts",
     "rows",
     "chats",
+    "saving",
     "loading",
     "integrity",
     "placement",

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import peft
 import pytest
 import tiny
 import torch
@@ -19,6 +20,7 @@ import transformers
 from safetensors.torch import save_file
 
 from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, Scores
+from optimum_fwdprune.hub import check_upload
 from optimum_fwdprune.utils import folder_moved_into_place, write_text_atomically
 
 
@@ -199,6 +201,7 @@ def test_a_killed_save_leaves_no_half_checkpoint(tmp_path):
     """SIGKILL in the middle of writing: the folder is not there, rather than there and short of files."""
     code = f"""
 import time
+from optimum_fwdprune.hub import check_upload
 from optimum_fwdprune.utils import folder_moved_into_place
 with folder_moved_into_place({str(tmp_path / "out")!r}) as folder:
     (folder / "config.json").write_text("half")
@@ -308,3 +311,58 @@ def test_a_checkpoint_says_what_it_was_calibrated_on_and_not_where_that_was(toke
     assert "--calibration 'my text.txt'" in (tmp_path / "out" / "README.md").read_text()
     for file in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
         assert b"somebody" not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize("put", ["get_peft_model", "add_adapter"])
+def test_a_model_with_adapters_inside_is_not_saved_as_a_pruned_checkpoint(pruner, tmp_path, put):
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    if put == "get_peft_model":
+        # Changes the model in place.
+        peft.get_peft_model(pruner.model, lora)
+    else:
+        pruner.model.add_adapter(lora)
+    for check in (pruner.check_saving, pruner.save_pretrained):
+        with pytest.raises(ValueError, match=r"q_proj has an adapter around it.*merge_and_unload\(\)"):
+            check(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_ones_own_are_saved_alone_where_their_base_is_saved(pruner, tmp_path):
+    base, lora = pruner.model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    pruner.model = peft.get_peft_model(base, lora)
+    with pytest.raises(ValueError, match="the pruned model has not been saved yet"):
+        pruner.save_pretrained(tmp_path / "adapters")
+    pruner.model = pruner.model.unload()
+    pruner.save_pretrained(tmp_path / "pruned")
+    pruner.model = peft.get_peft_model(base, lora)
+    pruner.save_pretrained(tmp_path / "adapters")
+
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "pruned")
+    peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapters")
+
+
+def test_what_saving_would_refuse_is_known_before_the_work(pruner, tmp_path):
+    pruner.check_saving(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        pruner.check_saving(tmp_path / "out")
+    pruner.check_saving(tmp_path / "out", overwrite=True)
+    pruner.model.config.temperature = 0.5
+    with pytest.raises(ValueError, match=r"config cannot be saved.*temperature.*Mend model\.config"):
+        pruner.check_saving(tmp_path / "new")
+
+
+def test_what_an_upload_would_refuse_is_known_before_the_work(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("optimum_fwdprune.hub.get_token", lambda: None)
+    check_upload("someone/model", token="hf_x")
+    with pytest.raises(ValueError, match="'/tmp/out' is no name of a repository"):
+        check_upload("/tmp/out", token="hf_x")
+    with pytest.raises(OSError, match=r"no access token\. Log in with `hf auth login`"):
+        check_upload("someone/model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
+        check_upload("someone/model", token="hf_x")

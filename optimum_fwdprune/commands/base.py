@@ -142,6 +142,14 @@ def add_hub_options(parser: ArgumentParser) -> None:
     where.add_argument("--create-pr", "--create_pr", action="store_true", help="Open a pull request instead.")
 
 
+def check_hub_options(args: Namespace) -> None:
+    """Raise now where an upload that the options ask for could not succeed, as far as that can be known."""
+    if args.push_to_hub is not None:
+        from optimum_fwdprune.hub import check_upload
+
+        check_upload(args.push_to_hub, args.token)
+
+
 def push_to_hub(pruner: FwdPruner, args: Namespace) -> None:
     """Upload what was saved, where the options ask for it.
 

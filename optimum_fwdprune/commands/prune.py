@@ -12,6 +12,7 @@ from .base import (
     add_hub_options,
     add_loading_options,
     add_output_folder,
+    check_hub_options,
     loading_options,
     naming_the_model,
     push_to_hub,
@@ -103,6 +104,7 @@ class PruneCommand(Command):
         options = {name: value for name, value in given.items() if name in fields}
         config = PruningConfig.of(self.args.preset, replays=self.args.plan is not None, **options)
         output = check_output_folder(self.args.output, self.args.overwrite)
+        check_hub_options(self.args)
         plan = PruningPlan.load(self.args.plan) if self.args.plan else None
 
         from optimum_fwdprune.pruner import FwdPruner
@@ -113,6 +115,7 @@ class PruneCommand(Command):
                 # On the disk that the result goes to, where moving it is for free.
                 loading |= {"low_memory": True, "offload_folder": output.parent}
             pruner = FwdPruner.from_pretrained(self.args.model, **loading)
+        pruner.check_saving(self.args.output, overwrite=self.args.overwrite)
         pruner.prune(config, plan=plan)
         pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
         print(pruner.report)

@@ -12,6 +12,7 @@ from .base import (
     add_hub_options,
     add_loading_options,
     add_output_folder,
+    check_hub_options,
     loading_options,
     naming_the_model,
     push_to_hub,
@@ -84,12 +85,14 @@ class RecoverCommand(Command):
         own = {field.name: given[field.name] for field in dataclasses.fields(RecoveryOptions) if field.name in given}
         RecoveryOptions(**own).check()
         check_output_folder(self.args.output, self.args.overwrite)
+        check_hub_options(self.args)
 
         from optimum_fwdprune.pruner import FwdPruner
 
         arguments = self._arguments(own)
         with naming_the_model(self.args.model):
             pruner = FwdPruner.from_pretrained(self.args.model, **loading_options(self.args))
+        pruner.check_saving(self.args.output, overwrite=self.args.overwrite)
         pruner.recover(self.args.dataset, arguments)
         if arguments.should_save:
             pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)

@@ -15,6 +15,7 @@ from ..configuration import PruningConfig
 from ..models.per_layer import stock_config
 from ..plan import PruningPlan
 from ..reconstruction import NONE, added_parameters
+from ..saving import generation_config_as_it_is
 from ..surgery import pruned_config
 from ..utils import folder_moved_into_place, one_step
 from ..verification import logits, probe_batch, share_of_scale, tolerance_of
@@ -58,7 +59,8 @@ def export_stock(
         stock = model_class.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
         if model.can_generate():
             stock.generation_config = model.generation_config
-        stock.save_pretrained(temporary)
+        with generation_config_as_it_is(stock, temporary):
+            stock.save_pretrained(temporary)
         del stock
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from ..wrapping import is_peft_model
 from .options import RecoveryOptions
 
 
@@ -42,8 +43,15 @@ def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
 
 
 def merged(model: Any) -> PreTrainedModel:
-    """Return the base model with the adapters in its weights."""
-    return model.merge_and_unload()
+    """Return the base model with the adapters in its weights; where that is interrupted, with those it had."""
+    try:
+        model.merge_adapter()
+    except BaseException:
+        for module in model.modules():
+            if is_peft_model(module) and getattr(module, "merged", False):
+                module.unmerge()
+        raise
+    return model.unload()
 
 
 def check_adapters(folder: str | Path, model: Any) -> None:

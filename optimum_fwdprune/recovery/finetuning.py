@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
+from ..saving import check_savable
+from ..utils import check_output_file
 from .adapters import check_adapters, merged, with_adapters
 from .arguments import RecoveryArguments
 from .data import training_data
@@ -24,6 +26,7 @@ from .distillation import (
     load_teacher,
 )
 from .options import DISTILL
+from .restoring import ModelState, left_as_it_was, random_states_kept, removed_where_unused
 from .trainer import RecoveryTrainer
 
 
@@ -40,6 +43,10 @@ def recover(
 ) -> tuple[Any, RecoveryTrainer]:
     """Train a pruned model: adapters or all weights, by the text alone or towards the dense model too.
 
+    However it ends, the model's modes, hooks, frozen parameters, config and generation config, the random number
+    generators and a teacher in memory are as they were. Where it fails, adapters are taken out again: the weights are
+    those of before, or, where all of them are trained, what training had made of them.
+
     Args:
         model (`PreTrainedModel`): pruned or not; it is trained in place.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for all data but token ids.
@@ -48,7 +55,7 @@ def recover(
         teacher (`PreTrainedModel` or `str`, *optional*): for `mode="distill"`: the dense model, or what to load it
             from where `args.teacher` does not say.
         eval_dataset (*optional*): of the same kinds as `dataset`, for `eval_strategy`.
-        callbacks (`list`, *optional*): the Trainer's.
+        callbacks (`list` of `TrainerCallback`, *optional*): the Trainer's.
         access (mapping, *optional*): for loading a teacher by name: `token`, `trust_remote_code` and the like.
 
     Returns:
@@ -56,8 +63,62 @@ def recover(
         trainer, whose `state.log_history` says how it went.
 
     Raises:
-        ValueError: where the data, the teacher or a checkpoint to resume from does not fit.
+        ValueError: where the data, the teacher or a checkpoint to resume from does not fit, or the model or its
+            tokenizer could not be saved.
     """
+    check_savable(model, tokenizer)
+    _check_arguments(args, eval_dataset, callbacks)
+    resumed = _checkpoint_of(args)
+    adapters_stay = args.trains_adapters and not args.merge_adapters
+    before = ModelState(model)
+    in_memory = teacher if isinstance(teacher, PreTrainedModel) else None
+    with random_states_kept(), left_as_it_was(in_memory), removed_where_unused(str(args.output_dir)):
+        try:
+            # The Trainer writes its checkpoints there.
+            check_output_file(Path(str(args.output_dir)) / "trainer_state.json")
+            trainer = _trainer(model, tokenizer, dataset, args, teacher, eval_dataset, callbacks, access)
+            if resumed is not None and args.trains_adapters:
+                check_adapters(resumed, trainer.model)
+            assert trainer.model is not None
+            with _steps_reach_the_weights(trainer.model):
+                trainer.train(resume_from_checkpoint=resumed)
+            trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            if args.trains_adapters and args.merge_adapters:
+                trained = merged(trained)
+        except BaseException:
+            before.put_back()
+            raise
+        before.put_back(adapters_stay)
+    return trained.eval(), trainer
+
+
+def _check_arguments(args: RecoveryArguments, eval_dataset: Any, callbacks: list | None) -> None:
+    """Raise `ValueError` on what would show only when a teacher was asked, or in the middle of a run."""
+    strategy = IntervalStrategy(args.eval_strategy)
+    if eval_dataset is None and strategy != IntervalStrategy.NO:
+        raise ValueError(f"eval_strategy={strategy.value!r} needs an eval_dataset.")
+    if eval_dataset is not None and args.mode == DISTILL and args.teacher_cache is not None:
+        raise ValueError("teacher_cache keeps no predictions for eval_dataset; leave one of them out.")
+    for callback in callbacks or ():
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise ValueError(
+                f"callbacks are objects or classes of transformers.TrainerCallback, such as "
+                f"EarlyStoppingCallback(3); got a {kind.__name__}."
+            )
+
+
+def _trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dataset: Any,
+    args: RecoveryArguments,
+    teacher: PreTrainedModel | str | None,
+    eval_dataset: Any,
+    callbacks: list | None,
+    access: Mapping[str, Any] | None,
+) -> RecoveryTrainer:
+    """Read the data, ask for the teacher, put adapters on the model, and return what trains it."""
     longest = getattr(model.config, "max_position_embeddings", None)
     limits = {"longest": longest, "vocab_size": model.config.get_text_config().vocab_size}
     data = training_data(dataset, tokenizer, args, _sequences_of(args), **limits)
@@ -67,8 +128,6 @@ def recover(
         if isinstance(teacher, PreTrainedModel):
             check_same_vocabulary(teacher, model)
         data, live = _taught(data, model, args, teacher, access)
-        if held_out is not None and live is None:
-            raise ValueError("teacher_cache keeps no predictions for eval_dataset; leave one of them out.")
     trained: Any = model
     # New adapters are drawn before the Trainer sets its seed.
     set_seed(args.seed)
@@ -77,26 +136,16 @@ def recover(
         if args.gradient_checkpointing:
             # The embeddings are frozen, and what follows needs gradients to reach it.
             trained.enable_input_require_grads()
-    resumed = _checkpoint_of(args)
-    if resumed is not None and args.trains_adapters:
-        check_adapters(resumed, trained)
-    with _keeping_use_cache(model):
-        trainer = RecoveryTrainer(
-            model=trained,
-            args=args,
-            teacher=live,
-            distills=args.mode == DISTILL,
-            train_dataset=data.with_format("torch"),
-            eval_dataset=None if held_out is None else held_out.with_format("torch"),
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
-        with _steps_reach_the_weights(trained):
-            trainer.train(resume_from_checkpoint=resumed)
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    if args.trains_adapters and args.merge_adapters:
-        trained = merged(trained)
-    return trained.eval(), trainer
+    return RecoveryTrainer(
+        model=trained,
+        args=args,
+        teacher=live,
+        distills=args.mode == DISTILL,
+        train_dataset=data.with_format("torch"),
+        eval_dataset=None if held_out is None else held_out.with_format("torch"),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
 
 
 @contextmanager
@@ -113,18 +162,6 @@ def _steps_reach_the_weights(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for parameter, dtype in zip(trained, dtypes):
             parameter.data = parameter.data.to(dtype)
-
-
-@contextmanager
-def _keeping_use_cache(model: PreTrainedModel) -> Iterator[None]:
-    """The Trainer switches the key-value cache off in the config, which would be saved so."""
-    config: Any = model.config
-    before = getattr(config, "use_cache", None)
-    try:
-        yield
-    finally:
-        if before is not None:
-            config.use_cache = before
 
 
 def _sequences_of(args: RecoveryArguments) -> int | None:

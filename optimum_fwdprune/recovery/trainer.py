@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
+from ..saving import generation_config_as_it_is
 from .arguments import RecoveryArguments
 from .data import IGNORED, collate
 from .distillation import TEACHER_IDS, TEACHER_LOGARITHMS, Teacher, distillation_terms, hidden_error
@@ -51,6 +52,10 @@ class RecoveryTrainer(Trainer):
             self._parts, self._batches = {}, 0
         super().log(logs, *args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with generation_config_as_it_is(self.model, output_dir or str(self.args.output_dir)):
+            super()._save(output_dir, state_dict)
+
     def summary(self) -> dict[str, Any]:
         """Return how the run went, as JSON values."""
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
@@ -94,3 +99,17 @@ class RecoveryTrainer(Trainer):
                 self._parts[name] = self._parts.get(name, 0.0) + float(value.detach()) / tokens
             self._batches += 1
         return loss
+
+
+class StepCounter(TrainerCallback):
+    """Counts the steps that changed the weights, also of a run that does not return.
+
+    Attributes:
+        steps (`int`): steps taken so far.
+    """
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps = state.global_step

@@ -86,6 +86,7 @@ class TestRecover:
             (["--max_length", 100000], "max_length=100000 is more than the 128 positions"),
             (["--set", "weight_decayy=1"], "TrainingArguments has no 'weight_decayy'; the nearest are weight_decay"),
             (["--report_to", "nowhere"], "nowhere"),
+            (["--push-to-hub", "someone/model/too"], "'someone/model/too' is no name of a repository"),
             (["--set", "weight_decay"], "--set takes NAME=VALUE; got 'weight_decay'."),
             (["--resume_from_checkpoint", "true"], "There is no checkpoint to resume from"),
             (["--mode", "full", "--teacher", "dense"], "A teacher is for mode='distill'"),

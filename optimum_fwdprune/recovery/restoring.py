@@ -1,0 +1,122 @@
+"""What training changes beside weights: recorded before it begins, and put back however it ends."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..wrapping import is_peft_model
+
+
+# Attributes of a module that training changes, beside private ones: hooks, replaced submodules, marks of accelerate.
+CHANGED = ("training", "forward", "gradient_checkpointing")
+
+# Weights are what is trained, and buffers grow with the length of the text.
+KEPT = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+
+
+class ModelState:
+    """Modes, hooks, frozen parameters, adapters, config and generation config of a model.
+
+    Args:
+        model (`PreTrainedModel`): as it is before training.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+        self._modules = [(module, _attributes(module)) for module in model.modules()]
+        self._parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._generation_config: Any = getattr(model, "generation_config", None)
+        holders = (model.config, self._generation_config)
+        self._configs = [(holder, dict(vars(holder))) for holder in holders if holder is not None]
+
+    def put_back(self, adapters_stay: bool = False) -> None:
+        """Bring everything but weights and buffers to what it was.
+
+        Args:
+            adapters_stay (`bool`, defaults to `False`): leave adapters in the model, and what they froze frozen.
+        """
+        for module, attributes in self._modules:
+            own = vars(module)
+            for name in [name for name in own if name not in attributes and _is_changed(name, adapters_stay)]:
+                del own[name]
+            for name, (value, content) in attributes.items():
+                if name == "_modules":
+                    if not adapters_stay:
+                        _take_out_adapters(module, content)
+                    continue
+                own[name] = value
+                if isinstance(value, dict):
+                    value.clear()
+                    value.update(content)
+        for parameter, requires_grad in self._parameters:
+            parameter.grad = None
+            if not adapters_stay:
+                parameter.requires_grad_(requires_grad)
+        if self._generation_config is not None:
+            self._model.generation_config = self._generation_config
+        for holder, values in self._configs:
+            vars(holder).clear()
+            vars(holder).update(values)
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Attributes of a module that training may change, each with the content of a dictionary such as that of hooks."""
+    own = {name: value for name, value in vars(module).items() if _is_changed(name, adapters_stay=True)}
+    return {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in own.items()}
+
+
+def _is_changed(name: str, adapters_stay: bool) -> bool:
+    # PEFT writes `peft_config` on the model that it changes.
+    changed = name in CHANGED or (name.startswith("_") and name not in KEPT)
+    return changed or (name == "peft_config" and not adapters_stay)
+
+
+def _take_out_adapters(module: nn.Module, children: dict[str, nn.Module | None]) -> None:
+    for name, child in children.items():
+        if is_peft_model(module._modules.get(name)) and not is_peft_model(child):
+            module._modules[name] = child
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Leave the random number generators of Python, numpy and torch as they were before the block."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+@contextmanager
+def left_as_it_was(model: PreTrainedModel | None) -> Iterator[None]:
+    """Leave the modes, hooks and frozen parameters of a model that only predicts as they were before the block."""
+    state = None if model is None else ModelState(model)
+    try:
+        yield
+    finally:
+        if state is not None:
+            state.put_back()
+
+
+@contextmanager
+def removed_where_unused(folder: str | Path) -> Iterator[None]:
+    """Remove a folder that the block made and left empty."""
+    folder = Path(folder)
+    existed = folder.exists()
+    try:
+        yield
+    finally:
+        if not existed and folder.is_dir() and not os.listdir(folder):
+            folder.rmdir()
