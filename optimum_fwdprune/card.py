@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
+from .architectures.site import ATTENTION, KINDS, MLP
+from .configuration import CONFIG_NAME
 from .evaluation import Comparison
 from .hub import CARD_NAME, LICENSES_THAT_NAME, Base
-from .record import Record, command_of
-from .report import PruningReport, plan_table, plot_plan
+from .methods import get_method
+from .plan import ATTENTION_NAMES, PLAN_NAME, PruningPlan
+from .reconstruction import BIAS, INDEPENDENT, NONE
+from .record import Record
+from .recovery.options import DISTILL
+from .report import PruningReport, calibration_in_words, plan_table, plot_plan
+from .reproduction import reproduction_of
+from .search import SEARCH
 
 
 PICTURE_NAME = "kept_units.png"
@@ -45,13 +53,13 @@ def write_card(
     for file in base.legal_files if base else ():
         shutil.copyfile(file, folder / file.name)
     sections = [
-        _introduction(name, record, base),
+        _introduction(name, record, report, base),
         _loading(name, model),
         _sizes(report),
         _measured(comparison),
         _kept(record, folder / PICTURE_NAME),
-        _reproduction(record, base),
-        _limits(base),
+        _reproduction(name, record, report, base),
+        _limits(record, report, base),
     ]
     data = _metadata(name, model, base, comparison)
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
@@ -86,17 +94,83 @@ def _metadata(name: str, model: PreTrainedModel, base: Base | None, comparison: 
     )
 
 
-def _introduction(name: str, record: Record, base: Base | None) -> str:
+def _introduction(name: str, record: Record, report: PruningReport | None, base: Base | None) -> str:
     of = f"`{base.name}`" if base else "a dense model"
     if base and base.is_repository:
         of = f"[{base.name}](https://huggingface.co/{base.name})"
     wanted = LICENSES_THAT_NAME.get(base.license.get("license", "")) if base else None
-    how = f" by `{record.config.method}`" if record.config else ""
-    text = (
-        f"# {name.rpartition('/')[2]}\n\n{of}, made smaller by structured pruning{how}: attention heads and MLP "
-        f"channels were cut out for good, with forward passes only, by optimum-fwdprune."
-    )
+    sentences = [
+        f"This is {of}, made smaller by structured pruning with optimum-fwdprune.",
+        *_what_was_removed(record.plan),
+        *_how_units_were_chosen(record, report),
+        *_what_became_of_the_weights(record),
+        *_how_it_was_trained(record),
+    ]
+    text = f"# {name.rpartition('/')[2]}\n\n{' '.join(sentences)}"
     return text + (f"\n\n**Built with {wanted}.**" if wanted else "")
+
+
+def _what_was_removed(plan: PruningPlan | None) -> Iterator[str]:
+    if plan is None:
+        return
+    names = {ATTENTION: ATTENTION_NAMES[plan.attention_unit], MLP: "MLP channels"}
+    removed = [kind for kind in KINDS if any(plan.removed(key) for key in plan.kept if key[1] == kind)]
+    kept = [kind for kind in KINDS if kind not in removed and any(key[1] == kind for key in plan.kept)]
+    if removed:
+        text = " and ".join(names[kind] for kind in removed)
+        rest = f", and all {names[kept[0]]} were kept" if kept else ""
+        yield f"{text[0].upper()}{text[1:]} were removed for good{rest}."
+    else:
+        yield "No unit was removed: every layer keeps its size."
+
+
+def _how_units_were_chosen(record: Record, report: PruningReport | None) -> Iterator[str]:
+    config, plan = record.config, record.plan
+    if config is None or plan is None or not any(map(plan.removed, plan.kept)):
+        return
+    if plan.metadata.get("replayed"):
+        yield "Which ones was read from a plan that was made before."
+        return
+    means = "with back-propagation" if get_method(config.method).differentiates(config) else "with forward passes only"
+    rounds = f" in {config.rounds} rounds" if config.rounds > 1 else ""
+    yield f"The method `{config.method}` chose them{rounds}, {means}."
+    if config.resolved_scope == SEARCH:
+        yield "How much each layer lost was found by a search that compared whole pruned models."
+    if text := _calibration_of(record, report):
+        yield f"It was calibrated on {calibration_in_words(text)}."
+
+
+def _what_became_of_the_weights(record: Record) -> Iterator[str]:
+    config = record.config
+    if config is None:
+        return
+    if config.reconstruction == NONE:
+        yield "The weights that were kept are those of the dense model."
+    elif config.reconstruction == BIAS:
+        yield "Biases of the output projections replace the mean output of what was removed."
+    else:
+        order = " one layer after the other" if config.reconstruction_order != INDEPENDENT else ""
+        what = "the output projections, and the linears before them," if config.refit_sources else "output projections"
+        yield f"The kept columns of {what} were refitted by least squares{order}."
+
+
+def _how_it_was_trained(record: Record) -> Iterator[str]:
+    recovery = record.outcome.get("recovery")
+    if not recovery:
+        return
+    what = "with LoRA adapters, which are merged into the weights," if recovery.get("adapters") else "in all weights"
+    steps = f" for {recovery['steps']} steps" if "steps" in recovery else ""
+    data = f" on `{recovery['dataset']}`" if "dataset" in recovery else ""
+    towards = ", towards the predictions of the dense model" if recovery.get("mode") == DISTILL else ""
+    yield f"Afterwards it was trained {what}{steps}{data}{towards}."
+
+
+def _calibration_of(record: Record, report: PruningReport | None) -> str | None:
+    """Name of the calibration data."""
+    if report is not None:
+        return report.calibration
+    recorded = (record.plan.metadata.get("calibration") if record.plan else None) or {}
+    return recorded.get("source")
 
 
 def _loading(name: str, model: PreTrainedModel) -> str:
@@ -105,7 +179,7 @@ def _loading(name: str, model: PreTrainedModel) -> str:
     return f"""## Load it
 
 ```python
-# 1. Without any package: the modelling code lies beside the weights.
+# 1. Without optimum-fwdprune: transformers runs the modelling code that lies beside the weights.
 from transformers import {auto_class}, AutoTokenizer
 
 model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
@@ -160,21 +234,46 @@ def _kept(record: Record, picture: Path) -> str:
     return f"## What each layer kept\n\n{shown}```\n{plan_table(record.plan)}\n```"
 
 
-def _reproduction(record: Record, base: Base | None) -> str:
-    if record.config is None:
+def _reproduction(name: str, record: Record, report: PruningReport | None, base: Base | None) -> str:
+    repository = base.name if base and base.is_repository else None
+    made = reproduction_of(record, _calibration_of(record, report), repository)
+    if made is None:
         return ""
-    command = command_of(record.config, base.name if base else "MODEL", plan=record.plan)
-    text = f"## Make it again\n\n```bash\n{command}\n```\n\n"
-    text += "`fwdprune_config.json` is the request and `fwdprune_plan.json` what it kept: `--plan` replays it."
+    text = "## Make it again\n\n"
+    if made.command is not None:
+        text += f"```bash\n{made.command}\n```\n\n"
+    else:
+        text += f"{made.notes[0]}\n\n" + _python_of(name, repository)
+    notes = made.notes if made.command is not None else made.notes[1:]
+    versions = (record.plan.metadata.get("versions") if record.plan else None) or {}
+    if versions:
+        listed = ", ".join(f"{package.replace('_', '-')} {version}" for package, version in versions.items())
+        notes = [*notes, f"The same weights come of the same versions ({listed}) on the same kind of device."]
+    text += "\n".join(f"- {note}" for note in notes)
+    text += (
+        f"\n\n`{CONFIG_NAME}` is the request, and `{PLAN_NAME}` lists the units that were kept: `--plan` replays it, "
+        f"and refits weights where `--reconstruction` is named."
+    )
     if recovery := record.outcome.get("recovery"):
-        lines = "\n".join(f"- `{name}`: {value}" for name, value in recovery.items())
-        text += f"\n\nTrained afterwards (`optimum-cli fwdprune recover`):\n\n{lines}"
+        lines = "\n".join(f"- {name}: {value}" for name, value in recovery.items())
+        text += f"\n\nTrained afterwards, as `optimum-cli fwdprune recover` does:\n\n{lines}"
     return text
 
 
-def _limits(base: Base | None) -> str:
-    text = (
-        "## Limits\n\nPruning costs quality, and more so on text unlike the calibration text. Alignment and safety of "
-        "the base were not tested again."
-    )
+def _python_of(name: str, repository: str | None) -> str:
+    return f"""```python
+from optimum_fwdprune import FwdPruner, PruningConfig
+
+pruner = FwdPruner.from_pretrained("{repository or "MODEL"}")
+pruner.prune(PruningConfig.from_pretrained("{name}"), dataset=DATASET)
+```
+
+"""
+
+
+def _limits(record: Record, report: PruningReport | None, base: Base | None) -> str:
+    text = "## Limits\n\nPruning costs quality"
+    if _calibration_of(record, report):
+        text += ", and more on text unlike the calibration text"
+    text += ". Alignment and safety of the base were not tested again."
     return text + (" The base's licence applies." if base and base.license else "")

@@ -34,6 +34,7 @@ from .reconstruction import NONE, added_parameters, check_reconstruction
 from .record import Record
 from .report import PruningReport, Speedup
 from .report.checkpoint import report_of
+from .reproduction import IN_MEMORY, INPUTS, inputs_of
 from .rounds import Rounds
 from .saving import check_savable, generation_config_as_it_is
 from .scores import Scores, check_scoring, needs_calibration, score_units
@@ -108,6 +109,8 @@ class FwdPruner:
         self.recovery: dict[str, Any] | None = None
         self.comparison: Comparison | None = None
         self._base: Base | None = None
+        # Arguments of `from_pretrained`; none for a model that was passed in memory.
+        self._loading: dict[str, Any] | None = None
         # Whether decoder layers stay on disk; where temporary files lie; and what was cut there.
         self._low_memory = False
         self._offload_folder: str | Path | None = None
@@ -169,6 +172,7 @@ class FwdPruner:
             )
             tokenizer = None
         pruner = cls(model, tokenizer)
+        pruner._loading = dict(kwargs)
         pruner._low_memory, pruner._offload_folder = low_memory, kwargs.get("offload_folder")
         for name in ("gguf_file", "trust_remote_code"):
             shared.pop(name, None)
@@ -274,6 +278,10 @@ class FwdPruner:
         if scores is not None:
             scores.check_matches(sites, config)
             config = scores.options_into(config)
+        in_memory = dataset is not None and not isinstance(dataset, (str, Path))
+        if scores is not None and scores.calibration is not None:
+            in_memory = scores.calibration.source in IN_MEMORY
+        inputs = inputs_of(self._loading, self.model.dtype, is_pruned(self.model.config), in_memory)
         asked, before, seconds = config, _Sizes.of(self.model, sites), dict[str, float]()
         calibration, speedup = None, None
         if plan is not None:
@@ -297,7 +305,8 @@ class FwdPruner:
                 removed = rounds.removed({key: len(units) for key, units in done.plan.kept.items()})
                 speedup = Speedup(config.target_speedup, budget.cost.speedup(removed), measured)
 
-        self.model, self.plan, self.config, self.scores = done.model, done.plan, asked, scores
+        plan = dataclasses.replace(done.plan, metadata={**done.plan.metadata, INPUTS: inputs})
+        self.model, self.plan, self.config, self.scores = done.model, plan, asked, scores
         self.trainer = self.recovery = self._saved_as = self.comparison = None
         after = _Sizes.of(self.model, [])
         self.report = PruningReport(
@@ -436,6 +445,7 @@ class FwdPruner:
             )
         if teacher is None and self.plan is not None:
             teacher = self.plan.metadata.get("source")
+        data = public_name(str(dataset)) if isinstance(dataset, (str, Path)) else "data in memory"
         counter = StepCounter()
         try:
             with forward_state_kept(self.model):
@@ -452,11 +462,11 @@ class FwdPruner:
         except BaseException as error:
             if counter.steps and not args.trains_adapters:
                 # Weights that were trained for a while are not those that were pruned and measured.
-                stopped = {"mode": args.mode, "adapters": False, "steps": counter.steps}
+                stopped = {"mode": args.mode, "adapters": False, "steps": counter.steps, "dataset": data}
                 self.recovery = {**stopped, "interrupted by": type(error).__name__}
                 self.trainer = self.comparison = self._saved_as = None
             raise
-        self.recovery = self.trainer.summary()
+        self.recovery = {**self.trainer.summary(), "dataset": data}
         # What was measured was measured before.
         self.comparison = None
         if keeps_adapters:

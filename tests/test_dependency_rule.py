@@ -25,6 +25,7 @@ ORDER = [
     "report",
     "recovery",
     "evaluation",
+    "reproduction",
     "record",
     "scores",
     "methods",

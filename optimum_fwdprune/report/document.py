@@ -12,7 +12,8 @@ import numpy as np
 from ..architectures.site import KINDS
 from ..evaluation import Comparison
 from ..plan import PruningPlan
-from ..record import Record, command_of
+from ..record import Record
+from ..reproduction import reproduction_of
 from ..scores import Scores
 from ..version import __version__
 from .learning import learning_of
@@ -74,6 +75,7 @@ def describe(
     plan, config, scores = record.plan, record.config, record.scores
     about = plan.metadata if plan else {}
     calibration = about.get("calibration")
+    made = reproduction_of(record, report.calibration if report else (calibration or {}).get("source"))
     return {
         "name": name,
         "source": about.get("source"),
@@ -86,7 +88,8 @@ def describe(
         "rounds": about.get("rounds"),
         "versions": about.get("versions"),
         "request": config.to_dict() if config else None,
-        "command": command_of(config, about.get("source") or "MODEL", plan=plan) if config else None,
+        "command": made.command if made else None,
+        "command_notes": made.notes if made else [],
         "recovery": record.outcome.get("recovery"),
         "sizes": _sizes(report) if report else None,
         "pruning": _pruning(report) if report else None,

@@ -8,6 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ..reproduction import IN_MEMORY
+
 
 def _rounded(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
@@ -67,6 +69,17 @@ def figure_way(name: str) -> str:
 def figure_label(name: str) -> str:
     """Return what a figure of a comparison is called where its unit stands with the number."""
     return name.removesuffix(", bytes").replace(", times as fast", ", against dense")
+
+
+def calibration_in_words(source: str) -> str:
+    """Return what a model was calibrated on, by the name of its calibration data, to stand after "calibrated on"."""
+    words = {
+        "self": "text that the model generated",
+        "builtin": "Python's documentation",
+        "wikitext2": "WikiText-2",
+        "c4": "C4",
+    }
+    return words.get(source, "data that was passed in Python" if source in IN_MEMORY else source)
 
 
 def is_quality(name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from ..utils import check_output_file, progress, write_text_atomically
 from .document import models_of
 from .figures import pictures_of, pictures_of_all
-from .numbers import figure_label, figure_way, headline, is_quality, is_speed, shown_as
+from .numbers import calibration_in_words, figure_label, figure_way, headline, is_quality, is_speed, shown_as
 from .pictures import NO_MATPLOTLIB, PALETTE
 
 
@@ -101,6 +101,7 @@ def render_page(document: Mapping[str, Any]) -> str:
         label=figure_label,
         way=figure_way,
         headline=headline,
+        calibration_in_words=calibration_in_words,
         is_quality=is_quality,
         is_speed=is_speed,
     )

@@ -112,7 +112,8 @@ def _checkpoint(checkpoint: Mapping[str, Any]) -> str:
     sections.append(render_table(("layer", units, "parameters", "MLP channels", "parameters"), layers))
     if checkpoint["command"]:
         sections.append(f"Made by: {checkpoint['command']}")
-    return "\n\n".join(sections)
+    sections += ["\n".join(note.replace("`", "") for note in checkpoint["command_notes"])]
+    return "\n\n".join(filter(None, sections))
 
 
 def _sizes(sizes: Mapping[str, Any] | None) -> Iterator[tuple[str, ...]]:

@@ -1,0 +1,256 @@
+"""The model card says what was done, and its command makes the same weights again."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from optimum.commands.optimum_cli import main
+from safetensors.torch import load_file
+
+from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, RecoveryArguments, register_method
+
+
+TEXT = {"calibration": "builtin", "n_samples": 4, "seq_len": 32}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tokenizer):
+    """The current folder, with the dense checkpoint `dense` in float16 and a text."""
+    monkeypatch.chdir(tmp_path)
+    tiny.make_model("llama_gqa_biases", dtype=torch.float16, mlp_bias=False).save_pretrained("dense")
+    tokenizer.save_pretrained("dense")
+    (tmp_path / "-a text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    return tmp_path
+
+
+def card_of(pruner, name="pruned"):
+    pruner.save_pretrained(name, overwrite=True)
+    return Path(name, "README.md").read_text()
+
+
+def command_in(card):
+    """The words of the command, or `None` where there is none."""
+    found = re.search(r"## Make it again\n\n```bash\n(.*?)\n```", card, re.DOTALL)
+    return found and shlex.split(found[1])
+
+
+def run(words, monkeypatch, model="dense", output="again"):
+    """Run a card's command with names in the places of MODEL and OUTPUT; return the weights that it writes."""
+    words = [{"MODEL": model, "OUTPUT": output}.get(word, word) for word in words]
+    monkeypatch.setattr(sys, "argv", [*words, "--overwrite"])
+    main()
+    return load_file(f"{output}/model.safetensors")
+
+
+def same(weights, others):
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+REQUESTS = {
+    "defaults": {},
+    "preset": {"request": "best", "sparsity": 0.4},
+    "lists and flags": {"kinds": ["attention", "mlp"], "skip_layers": [0, -1], "refit_sources": True},
+    "an empty list": {"skip_layers": [], "method": "random", "reconstruction": "none", "seed": 5},
+    "options of a method": {"method": "policy_gradient", "steps": 3, "learning_rate": 1e-05, "antithetic": True},
+    "a paper": {"request": "policy-gradient-paper", "steps": 2, "windows_per_step": 2, "metric_samples": None},
+    "rounds and groups": {"rounds": 2, "attention_unit": "kv_group", "kinds": ["attention", "mlp"], "sparsity": 0.5},
+    "search": {"scope": "search", "search_windows": 40, "reconstruction": "bias"},
+    "the model's own text": {"calibration": "self", "seq_len": 16},
+    "a file": {"calibration": "-a text.txt", "dataset_split": "train", "ridge": 1e-06},
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_the_command_makes_the_same_weights(name, folder, monkeypatch):
+    fields = TEXT | REQUESTS[name]
+    pruner = FwdPruner.from_pretrained("dense")
+    pruner.prune(fields.pop("request", None), **fields)
+    card = card_of(pruner)
+
+    assert same(run(command_in(card), monkeypatch), load_file("pruned/model.safetensors")), card
+
+
+def test_the_command_names_the_text_that_was_taken_by_default(folder, monkeypatch):
+    monkeypatch.setattr("optimum_fwdprune.calibration._default_source", lambda: "self")
+    pruner = FwdPruner.from_pretrained("dense")
+    pruner.prune(n_samples=4, seq_len=16)
+    card = card_of(pruner)
+
+    monkeypatch.setattr("optimum_fwdprune.calibration._default_source", lambda: "builtin")
+    assert same(run(command_in(card), monkeypatch), load_file("pruned/model.safetensors")), card
+
+
+@pytest.mark.parametrize("loading", [{"dtype": torch.float32}, {"attn_implementation": "eager", "dtype": "bfloat16"}])
+def test_the_command_loads_the_model_as_it_was_loaded(loading, folder, monkeypatch):
+    pruner = FwdPruner.from_pretrained("dense", **loading)
+    pruner.prune(method="magnitude", reconstruction="none")
+    words = command_in(card_of(pruner))
+
+    assert same(run(words, monkeypatch), load_file("pruned/model.safetensors")), words
+
+
+@pytest.mark.parametrize("reconstruction", ["none", "least_squares"])
+def test_the_command_of_a_replay_replays(reconstruction, folder, monkeypatch):
+    FwdPruner.from_pretrained("dense").prune(**TEXT)
+    source = FwdPruner.from_pretrained("dense")
+    source.prune(method="random", reconstruction="none")
+    pruner = FwdPruner.from_pretrained("dense")
+    pruner.prune(plan=source.plan, reconstruction=reconstruction, **TEXT)
+    pruner.save_pretrained("pruned")
+    pruned = load_file("pruned/model.safetensors")
+    card = Path("pruned/README.md").read_text()
+    monkeypatch.chdir("pruned")
+
+    assert "run the command in its folder" in card
+    assert same(run(command_in(card), monkeypatch, "../dense", "../again"), pruned), card
+
+
+def test_a_card_that_is_written_anew_has_the_same_command(folder):
+    pruner = FwdPruner.from_pretrained("dense", dtype="float32")
+    pruner.prune(**TEXT)
+    words = command_in(card_of(pruner))
+
+    assert command_in(card_of(FwdPruner.from_pretrained("pruned"), "copied")) == words
+    assert (
+        words[words.index("-m") + 1] == "MODEL"
+        and "`MODEL` is the dense model, here a folder named `dense`" in (folder / "copied" / "README.md").read_text()
+    )
+
+
+def test_a_repository_of_the_hub_is_named(folder):
+    model = tiny.make_model("llama_gqa_biases")
+    model.config._name_or_path = "someone/llama"
+    pruner = FwdPruner(model)
+    pruner.prune(method="magnitude", reconstruction="none")
+    card = card_of(pruner)
+
+    assert command_in(card)[3:6] == ["-m", "someone/llama", "OUTPUT"] and "--dtype float32" in card
+    assert "The model was passed to `FwdPruner` in Python" in card
+
+
+def prune_with_tokens(pruner, tokens):
+    pruner.prune(dataset=tokens)
+
+
+def prune_with_strings(pruner, tokens):
+    pruner.prune(dataset=["the quick brown fox. " * 2000], n_samples=4, seq_len=32)
+
+
+def prune_with_scores(pruner, tokens):
+    pruner.prune(scores=pruner.score(**TEXT | {"seed": 3}), **TEXT)
+
+
+def prune_with_own_method(pruner, tokens):
+    pruner.prune(method="own", reconstruction="none")
+
+
+@pytest.mark.parametrize(
+    ("prune", "reason"),
+    [
+        (prune_with_tokens, "its calibration data was passed to `prune(dataset=...)`"),
+        (prune_with_strings, "its calibration data was passed to `prune(dataset=...)`"),
+        (prune_with_scores, "its scores were made by another request"),
+        (prune_with_own_method, "the method `own` is registered in Python"),
+    ],
+)
+def test_what_no_command_can_make_has_none_and_says_why(prune, reason, folder, tokens, monkeypatch):
+    import dataclasses
+
+    from optimum_fwdprune import configuration, registry
+
+    known = dict(registry.METHODS)
+    monkeypatch.setattr(registry, "METHODS", known)
+    monkeypatch.setattr(configuration, "METHODS", known)
+    own = dataclasses.make_dataclass("OwnConfig", [("method", str, "own")], bases=(PruningConfig,))
+    own.__module__ = __name__
+    register_method(own, lambda inputs: {site.key: torch.rand(site.num_units) for site in inputs.sites})
+
+    pruner = FwdPruner.from_pretrained("dense")
+    prune(pruner, tokens)
+    card = card_of(pruner)
+
+    assert command_in(card) is None and reason in card and "pruner.prune(PruningConfig.from_pretrained(" in card
+
+
+def test_pruned_from_a_pruned_model_says_so(folder):
+    pruner = FwdPruner.from_pretrained("dense")
+    pruner.prune(method="magnitude", reconstruction="none")
+    pruner.prune(method="magnitude", reconstruction="none", sparsity=0.3)
+
+    assert "`MODEL` is the pruned model that this pruning started from." in card_of(pruner)
+
+
+INTRODUCTIONS = [
+    ({"kinds": ["mlp"]}, ["MLP channels were removed for good, and all attention heads were kept."]),
+    (
+        {"kinds": ["attention"], "sparsity": 0.5},
+        ["Attention heads were removed for good, and all MLP channels were kept."],
+    ),
+    ({"kinds": ["attention", "mlp"], "sparsity": 0.5}, ["Attention heads and MLP channels were removed for good."]),
+    (
+        {"kinds": ["attention"], "attention_unit": "kv_group", "sparsity": 0.1},
+        ["KV groups were removed for good, and"],
+    ),
+    ({"sparsity": 0.0}, ["No unit was removed: every layer keeps its size."]),
+    ({"reconstruction": "none"}, ["The weights that were kept are those of the dense model."]),
+    ({"reconstruction": "bias"}, ["Biases of the output projections replace the mean output of what was removed."]),
+    ({}, ["The kept columns of output projections were refitted by least squares one layer after the other."]),
+    ({"reconstruction_order": "independent"}, ["of output projections were refitted by least squares."]),
+    ({"refit_sources": True}, ["the output projections, and the linears before them, were refitted"]),
+    ({"rounds": 2}, ["The method `wanda_sp` chose them in 2 rounds, with forward passes only."]),
+    ({"method": "taylor"}, ["The method `taylor` chose them, with back-propagation."]),
+    ({"scope": "search", "search_windows": 40}, ["found by a search that compared whole pruned models"]),
+    ({"calibration": "self", "seq_len": 16}, ["It was calibrated on text that the model generated."]),
+    ({"calibration": "builtin"}, ["It was calibrated on Python's documentation."]),
+]
+
+
+@pytest.mark.parametrize(("fields", "sentences"), INTRODUCTIONS)
+def test_the_introduction_says_what_was_done(fields, sentences, folder):
+    pruner = FwdPruner.from_pretrained("dense")
+    pruner.prune(**TEXT | fields)
+    introduction = card_of(pruner).partition("## ")[0]
+
+    assert "This is `dense`, made smaller by structured pruning" in introduction
+    assert all(sentence in introduction for sentence in sentences), introduction
+    if fields.get("sparsity") == 0.0:
+        assert "chose them" not in introduction
+
+
+def test_a_plan_made_by_hand_is_called_no_method(folder):
+    source = FwdPruner.from_pretrained("dense")
+    source.prune(method="random", reconstruction="none")
+    plan = PruningPlan(source.plan.kept, source.plan.num_units, "llama", "query_head")
+    pruner = FwdPruner.from_pretrained("dense")
+    pruner.prune(plan=plan)
+    introduction = card_of(pruner).partition("## ")[0]
+
+    assert "Which ones was read from a plan that was made before." in introduction and "wanda_sp" not in introduction
+
+
+@pytest.mark.parametrize(
+    ("mode", "dataset", "sentence"),
+    [
+        ("full", "-a text.txt", "it was trained in all weights for 1 steps on `-a text.txt`."),
+        (
+            "lora",
+            ["the quick brown fox. " * 500],
+            "with LoRA adapters, which are merged into the weights, for",
+        ),
+        ("distill", "builtin", "on `builtin`, towards the predictions of the dense model."),
+    ],
+)
+def test_the_introduction_names_how_and_on_what_the_model_was_trained(mode, dataset, sentence, folder):
+    pruner = FwdPruner.from_pretrained("dense", dtype=torch.float32)
+    pruner.prune(method="magnitude", reconstruction="none")
+    options = {"output_dir": "training", "use_cpu": True, "max_steps": 1, "report_to": "none", "max_length": 16}
+    pruner.recover(dataset, RecoveryArguments(mode=mode, save_strategy="no", disable_tqdm=True, **options))
+    card = card_of(pruner)
+
+    assert sentence in card.partition("## ")[0], card
+    assert "The command makes the pruned model as it was before it was trained." in card
+    assert sentence in card_of(FwdPruner.from_pretrained("pruned"), "copied").partition("## ")[0]
