@@ -15,61 +15,27 @@ a table in Markdown; `--continue` goes on from them. The exit status is 1 where 
 import argparse
 import functools
 import json
-import logging
 import os
-import signal
 import sys
-import threading
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import gpu_requests
 import torch
-import transformers
 from gpu_device import Device
 from gpu_large import LargeParts, pruning_parts, speed_parts
-from gpu_report import page, result_of, summary
+from gpu_report import page, summary
 from gpu_requests import LAYOUTS, NOT_STREAMED, OFFLOADED, placements
+from gpu_run import Part, quiet, run_parts
 from requests_for_devices import REQUESTS
 
 from optimum_fwdprune.utils import write_text_atomically
 
 
-# Group -> share of the time that its parts may have before those of the others had their turn.
-SHARES = {"requests": 0.35, "offloading": 0.15, "pruning": 0.4, "speed": 0.25, "other layouts": 0.25}
-
 # A tiny model's request, on one H100.
 TINY_SECONDS = 3.0
-
-
-class OutOfTime(BaseException):
-    """A part took several times as long as foreseen; nothing in between may take it for an error of its own."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Something to try.
-
-    Args:
-        group (`str`): of `SHARES`.
-        name (`str`): unique in the group.
-        seconds (`float`): that it takes at most on one H100; it does not start where less is left.
-        run (`Callable`): returns what came of it as JSON values; under `wrong` what is not as it should be.
-    """
-
-    group: str
-    name: str
-    seconds: float
-    run: Callable[[], dict[str, Any]]
 
 
 def parts_for(device: Device, tiny: bool) -> list[Part]:
@@ -113,106 +79,11 @@ def _offloading(device: Device) -> list[Part]:
 def _others(device: Device) -> list[Part]:
     others = {
         "device_map, saved and loaded": gpu_requests.device_map_auto,
+        "padded tokens": gpu_requests.padded,
         "twice the same": gpu_requests.repeated,
         "random state": gpu_requests.random_state,
     }
     return [Part("requests", name, 2 * TINY_SECONDS, functools.partial(run, device)) for name, run in others.items()]
-
-
-def run_parts(
-    parts: list[Part], device: Device, seconds: float, done: list[dict[str, Any]], write: Callable[[], None]
-) -> bool:
-    """Run what fits into the time, and add a record of every part to `done`; whether the device answered to the end.
-
-    A group that has used up its share of the time waits until the others had their turn.
-    """
-    end = time.perf_counter() + seconds
-    spent = dict.fromkeys(SHARES, 0.0)
-    waiting, postponed = list(parts), []
-    for last in (False, True):
-        for part in waiting:
-            left = end - time.perf_counter()
-            if not last and spent[part.group] + part.seconds > SHARES[part.group] * seconds:
-                postponed.append(part)
-                continue
-            if part.seconds > left:
-                reason = f"no time left: {left:.0f} s, and it may take {part.seconds:.0f}"
-                record = {"group": part.group, "part": part.name, "status": "not run", "reason": reason}
-            else:
-                record = run_part(part, device, min(left, 3 * part.seconds + 10))
-                spent[part.group] += record["seconds"]
-            done.append(record)
-            write()
-            print(f"{record['status']:8} {part.group}: {part.name}: {result_of(record)}", flush=True)
-            if record["status"] == "failed" and not device.answers():
-                return False
-        waiting = postponed
-    return True
-
-
-def run_part(part: Part, device: Device, limit: float) -> dict[str, Any]:
-    """Run a part for at most so many seconds and return its record, whatever happens."""
-    record: dict[str, Any] = {"group": part.group, "part": part.name, "status": "ok"}
-    torch.manual_seed(0)
-    device.free()
-    device.reset_peak()
-    start = time.perf_counter()
-    try:
-        with at_most(limit), kept_messages(record):
-            record |= part.run()
-            device.synchronize()
-        if "wrong" in record:
-            record |= {"status": "failed", "error": record["wrong"], "traceback": record.pop("wrong")}
-    except (Exception, OutOfTime) as error:
-        # Its frames hold models; what they say is kept as text.
-        record |= {
-            "status": "failed",
-            "error": f"{type(error).__name__}: {error}",
-            "traceback": traceback.format_exc(),
-        }
-        traceback.clear_frames(error.__traceback__)
-    record["seconds"] = time.perf_counter() - start
-    if device.answers():
-        record["peak_bytes"] = record.get("peak_bytes") or device.peak()
-        device.free()
-    return record
-
-
-@contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTime` in the block after so many seconds, where the system can."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_number, _frame):
-        raise OutOfTime(f"not done after {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextmanager
-def kept_messages(record: dict[str, Any]) -> Iterator[None]:
-    """Keep what the package logs in the block in the record instead of printing it."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda entry: messages.append(entry.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("optimum_fwdprune")
-    propagates, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagates
-        if messages:
-            record["messages"] = messages
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -231,11 +102,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args, start = parse(arguments), time.perf_counter()
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    # It says of every model whose layers are offloaded that they are.
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
     device = Device(args.device)
     files = [Path(f"{args.output}{suffix}") for suffix in (".json", ".md")]
     records: list[dict[str, Any]] = []
@@ -254,7 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
     parts = [part for part in parts_for(device, args.tiny) if args.only in f"{part.group}: {part.name}"]
     parts = [part for part in parts if (part.group, part.name) not in done]
     write()
-    if not run_parts(parts, device, 60 * args.minutes, records, write):
+    with quiet():
+        answers = run_parts(parts, device, 60 * args.minutes, records, write)
+    if not answers:
         # A process whose device was lost gets it back only by starting anew.
         left = args.minutes - (time.perf_counter() - start) / 60
         print(f"The device does not answer any more; going on in a new process for {left:.1f} minutes.", flush=True)

@@ -102,11 +102,11 @@ def evaluated(model) -> tuple[float, torch.Tensor]:
     return float(sums.sum()) / float(counts.sum()), logits
 
 
-def prune(pruner: FwdPruner, name: str) -> dict[str, Any]:
+def prune(pruner: FwdPruner, name: str, calibration: Any = CALIBRATION) -> dict[str, Any]:
     """Carry out a request of the table; returns where the pruned model lies, its loss and its logits."""
     request = PruningConfig(**{**COMMON, **REQUESTS[name]})
     try:
-        model = pruner.prune(request, None if name == "self" else CALIBRATION)
+        model = pruner.prune(request, None if name == "self" else calibration)
     except ValueError as error:
         # A tiny model takes the time of its launches, and may be no faster when it is cut.
         if name == "target speedup" and "speed-up" in str(error):
@@ -117,15 +117,29 @@ def prune(pruner: FwdPruner, name: str) -> dict[str, Any]:
     return {"loss": loss, "logits": logits, "places": places}
 
 
+Reference = tuple[dict, dict[str, Any]]
+
+
 @functools.cache
-def reference(layout: str, name: str) -> tuple[dict, dict[str, Any]]:
+def reference(layout: str, name: str) -> Reference:
     """The plan on the CPU in float32, and what `prune` returns there."""
+    return _reference(layout, name)
+
+
+def _reference(layout: str, name: str, calibration: Any = CALIBRATION) -> Reference:
     pruner = FwdPruner(make_model(layout, torch.float32))
-    result = prune(pruner, name)
+    result = prune(pruner, name, calibration)
     return pruner.plan.kept, result
 
 
-def compared(pruner: FwdPruner, result: dict[str, Any], layout: str, name: str, dtype: torch.dtype) -> dict[str, Any]:
+def compared(
+    pruner: FwdPruner,
+    result: dict[str, Any],
+    layout: str,
+    name: str,
+    dtype: torch.dtype,
+    wanted: Reference | None = None,
+) -> dict[str, Any]:
     """The result with how far it is from the reference; `wrong` says where that is too far."""
     logits = result.pop("logits", None)
     if logits is None:
@@ -134,11 +148,11 @@ def compared(pruner: FwdPruner, result: dict[str, Any], layout: str, name: str, 
         return {**result, "wrong": "the logits of the pruned model hold NaN or infinity"}
     if name in NOT_COMPARABLE:
         return result
-    kept, wanted = reference(layout, name)
+    kept, expected = wanted or reference(layout, name)
     common = sum(len({*units} & {*pruner.plan.kept[key]}) for key, units in kept.items())
     overlap = common / sum(map(len, kept.values()))
-    difference = float((logits - wanted["logits"]).norm() / wanted["logits"].norm())
-    result |= {"overlap": overlap, "logits_difference": difference, "reference_loss": wanted["loss"]}
+    difference = float((logits - expected["logits"]).norm() / expected["logits"].norm())
+    result |= {"overlap": overlap, "logits_difference": difference, "reference_loss": expected["loss"]}
     least, most = ALLOWED[dtype]
     least = min(least, SEARCHED) if name == "search" else least
     if overlap < least or (overlap == 1 and difference > most):
@@ -220,6 +234,17 @@ def device_map_auto(device: Device) -> dict[str, Any]:
     if not abs(loaded - result["loss"]) < 1e-3:
         result["wrong"] = f"the loss is {result['loss']:.6f} before saving and {loaded:.6f} after loading"
     return compared(pruner, result, "llama", "sequential", torch.bfloat16)
+
+
+def padded(device: Device) -> dict[str, Any]:
+    """Calibration windows of several lengths, padded on the left."""
+    lengths = torch.arange(len(CALIBRATION)) % 12 + CALIBRATION.shape[1] - 11
+    mask = (torch.arange(CALIBRATION.shape[1]) >= CALIBRATION.shape[1] - lengths[:, None]).long()
+    calibration = {"input_ids": CALIBRATION * mask, "attention_mask": mask}
+    pruner = FwdPruner(make_model("llama", torch.float32, device.torch))
+    result = prune(pruner, "refit sources", calibration)
+    wanted = _reference("llama", "refit sources", calibration)
+    return compared(pruner, result, "llama", "refit sources", torch.float32, wanted)
 
 
 def repeated(device: Device) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`benchmarks/gpu.py`, on the CPU and with tiny shapes: one run tells what fails, whatever fails in it."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -15,10 +16,15 @@ def gpu():
     sys.path.insert(0, folder)
     try:
         import gpu
-
-        yield gpu
     finally:
         sys.path.remove(folder)
+    return gpu
+
+
+@pytest.fixture
+def gpu_run(gpu):
+    """What runs its parts."""
+    return sys.modules[gpu.run_parts.__module__]
 
 
 @pytest.fixture
@@ -33,13 +39,13 @@ def run(gpu, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("only", ["requests: llama, float32, sequential", "random state", "saved and loaded"])
+@pytest.mark.parametrize("only", ["requests: llama, float32, sequential", "padded", "random state", "saved and"])
 def test_a_request_on_the_device_is_compared_with_the_cpu(run, only):
     status, document, _ = run("--only", only)
     (record,) = document["parts"]
     assert status == 0
     assert record["status"] == "ok"
-    if "float32" in only:
+    if "float32" in only or only == "padded":
         assert record["overlap"] == 1
         assert record["logits_difference"] == 0
 
@@ -60,6 +66,16 @@ def test_pruning_a_large_shape_gives_seconds_of_every_stage(run):
     # A CPU's memory cannot be limited.
     assert record["limit_gib"] is None
     assert "reconstruct" in page
+
+
+def test_what_the_package_says_of_a_part_is_kept(run, gpu, monkeypatch):
+    def say(*_):
+        logging.getLogger("optimum_fwdprune.pruner").warning("Mind %s.", "this")
+        return {}
+
+    monkeypatch.setattr(gpu.gpu_requests, "request", say)
+    _, document, _ = run("--only", "requests: llama, float32, none")
+    assert document["parts"][0]["messages"] == ["Mind this."]
 
 
 def test_speed_is_measured_at_several_sparsities(run):
@@ -122,24 +138,24 @@ def test_a_part_that_fails_is_recorded_and_the_others_still_run(run, gpu, monkey
 class Waits:
     """Something to run that takes as long as it says by the script's clock."""
 
-    def __init__(self, gpu, monkeypatch):
+    def __init__(self, gpu_run, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(gpu.time, "perf_counter", lambda: self.now)
-        self._gpu = gpu
+        monkeypatch.setattr(gpu_run.time, "perf_counter", lambda: self.now)
+        self._gpu_run = gpu_run
 
     def part(self, group, name, seconds):
         def run():
             self.now += seconds
             return {}
 
-        return self._gpu.Part(group, name, seconds, run)
+        return self._gpu_run.Part(group, name, seconds, run)
 
 
-def test_parts_that_do_not_fit_into_the_time_are_recorded_as_not_run(gpu, monkeypatch):
-    clock = Waits(gpu, monkeypatch)
+def test_parts_that_do_not_fit_into_the_time_are_recorded_as_not_run(gpu_run, monkeypatch):
+    clock = Waits(gpu_run, monkeypatch)
     parts = [clock.part("pruning", "long", 60), clock.part("requests", "short", 5), clock.part("speed", "longer", 90)]
     records, written = [], []
-    gpu.run_parts(parts, gpu.Device("cpu"), 100, records, lambda: written.append(len(records)))
+    gpu_run.run_parts(parts, gpu_run.Device("cpu"), 100, records, lambda: written.append(len(records)))
     assert {record["part"]: record["status"] for record in records} == {
         "long": "ok",
         "short": "ok",
@@ -150,34 +166,34 @@ def test_parts_that_do_not_fit_into_the_time_are_recorded_as_not_run(gpu, monkey
     assert written == [1, 2, 3]
 
 
-def test_a_group_that_used_up_its_share_waits_for_the_others(gpu, monkeypatch):
-    clock = Waits(gpu, monkeypatch)
+def test_a_group_that_used_up_its_share_waits_for_the_others(gpu_run, monkeypatch):
+    clock = Waits(gpu_run, monkeypatch)
     parts = [clock.part("requests", f"request {number}", 20) for number in range(3)]
     parts += [clock.part("pruning", "7B", 30)]
     records = []
-    gpu.run_parts(parts, gpu.Device("cpu"), 100, records, lambda: None)
+    gpu_run.run_parts(parts, gpu_run.Device("cpu"), 100, records, lambda: None)
     assert [record["part"] for record in records] == ["request 0", "7B", "request 1", "request 2"]
     assert [record["status"] for record in records] == ["ok", "ok", "ok", "ok"]
 
 
-def test_a_part_that_hangs_is_ended(gpu):
+def test_a_part_that_hangs_is_ended(gpu_run):
     def hang():
         while True:
             pass
 
-    record = gpu.run_part(gpu.Part("speed", "hangs", 1, hang), gpu.Device("cpu"), 0.05)
+    record = gpu_run.run_part(gpu_run.Part("speed", "hangs", 1, hang), gpu_run.Device("cpu"), 0.05)
     assert record["status"] == "failed"
     assert record["error"] == "OutOfTime: not done after 0 s"
 
 
-def test_a_lost_device_ends_the_process_that_lost_it(gpu, monkeypatch):
-    device = gpu.Device("cpu")
+def test_a_lost_device_ends_the_process_that_lost_it(gpu_run, monkeypatch):
+    device = gpu_run.Device("cpu")
     monkeypatch.setattr(device, "answers", lambda: False)
 
     def fail():
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     records = []
-    parts = [gpu.Part("speed", "first", 1, fail), gpu.Part("speed", "second", 1, dict)]
-    assert not gpu.run_parts(parts, device, 100, records, lambda: None)
+    parts = [gpu_run.Part("speed", "first", 1, fail), gpu_run.Part("speed", "second", 1, dict)]
+    assert not gpu_run.run_parts(parts, device, 100, records, lambda: None)
     assert [record["status"] for record in records] == ["failed"]

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..loading import load_causal_lm
 from ..losses import LOGITS_AT_ONCE
+from ..offloading import input_device
 from ..utils import first_difference, folder_moved_into_place, progress
 from .data import collate
 from .options import RecoveryOptions
@@ -142,7 +143,7 @@ class Teacher:
     @torch.inference_mode()
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
         """Return logits `[batch_size, seq_len, vocab_size]`, and hidden states of all layers where they are wanted."""
-        device = self.model.device
+        device = input_device(self.model)
         outputs = self.model(
             input_ids=input_ids.to(device),
             attention_mask=None if attention_mask is None else attention_mask.to(device),
@@ -219,7 +220,8 @@ def keep_predictions(
         batches = range(0, len(data), batch_size)
         for start in progress(batches, "Asking the teacher", unit="batch"):
             sequences = [data[place] for place in range(start, min(start + batch_size, len(data)))]
-            batch = collate(sequences)
+            # Predictions stay where the teacher computes until the likeliest tokens are known.
+            batch = {name: values.to(input_device(teacher.model)) for name, values in collate(sequences).items()}
             logits, _ = teacher(batch["input_ids"], batch.get("attention_mask"))
             values, ids = F.log_softmax(logits.float(), -1).topk(min(identity["top_k"], logits.shape[-1]), -1)
             for row, sequence in enumerate(sequences):

@@ -8,6 +8,7 @@ import datasets
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM
 
 from optimum_fwdprune import FwdPruner, RecoveryArguments
@@ -166,6 +167,20 @@ def test_steps_too_small_for_16_bits_reach_16_bit_weights(tokenizer, tokens, tmp
     for name, value in found[torch.bfloat16].state_dict().items():
         assert value.dtype == torch.bfloat16
         assert torch.equal(value, expected[name].bfloat16()), name
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_offloaded_teacher_is_followed_where_it_computes(cached, dense_model, tokenizer, tokens, tmp_path):
+    options = {"mode": "distill", "max_steps": 1, "logging_steps": 1}
+    options |= {"teacher_cache": str(tmp_path / "kept")} if cached else {}
+    pruner = pruner_of(tokenizer, tokens)
+    pruner.recover(
+        {"input_ids": tokens},
+        arguments(tmp_path, **options),
+        teacher=cpu_offload(dense_model, execution_device=torch.device("cpu")),
+    )
+
+    assert math.isfinite(pruner.trainer.state.log_history[0]["loss"])
 
 
 class TestKeptPredictions:
