@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from .architectures import Coupling, Site, SiteKey
+from .devices import compute_device
 
 
 @contextmanager
@@ -47,13 +48,14 @@ def _gate(site: Site, mask: torch.Tensor, calls: dict[SiteKey, int]):
             f"The mask of the {site} has shape {tuple(mask.shape)}; it must be [{site.num_units}] or "
             f"[batch_size, {site.num_units}]."
         )
-    # Spread over features once, outside the forward pass, where the projection lives unless it is offloaded.
-    weight = site.projection.weight
-    features = site.feature_mask(mask if weight.is_meta else mask.to(weight.device))
-    rounded = features.to(weight.dtype)
-    # In 16 bit a gate of 1.001 would round to 1; such gates stay as they are, and the product is rounded instead.
+    # Spread over features once, outside the forward pass.
+    features = site.feature_mask(mask)
+    rounded = features.to(site.projection.weight.dtype)
+    # In 16 bit a gate of 1.001 would round to 1; such gates stay as they are, and the product is rounded instead. This
+    # is found out where the mask is, which is mostly the CPU: no device has to be waited for.
     if torch.equal(rounded.to(features.dtype), features):
         features = rounded
+    features = features.to(compute_device(site.projection))
 
     def hook(_module, args):
         inputs = args[0]

@@ -6,6 +6,7 @@ import functools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,7 +21,7 @@ from .gates import Projection, kept_projection
 from .least_squares import DEFAULT_RIDGE, NormalEquations, nested_changes, refit
 from .offloading import resident
 from .reconstruction import BIAS, HELD_OUT_EVERY, LEAST_SQUARES, compensate_bias, gram_statistics
-from .statistics import MOMENTS, collect_statistics
+from .statistics import MOMENTS, PlacedStatistics, SiteStatistics, collect_statistics
 from .utils import progress, save_tensors_atomically
 
 
@@ -50,10 +51,12 @@ class Levels:
         self._kept = {
             site.key: {len(units): units for units in levels_of(site, scores[site.key], config)} for site in sites
         }
-        self._moments, self._files = {}, {}
+        self._moments: Mapping[SiteKey, SiteStatistics] = {}
+        self._files: dict[SiteKey, Any] = {}
         cut = [site for site in sites if self._kept[site.key]]
         if config.reconstruction == BIAS:
-            self._moments = collect_statistics(model, cut, calibration, config.batch_size, (MOMENTS,), checkpoint)
+            moments = collect_statistics(model, cut, calibration, config.batch_size, (MOMENTS,), checkpoint)
+            self._moments = PlacedStatistics(cut, moments)
         if config.reconstruction == LEAST_SQUARES:
             _check_space(cut, self._kept, folder)
             texts = calibration.split(HELD_OUT_EVERY)

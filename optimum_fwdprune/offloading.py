@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.hooks import AlignDevicesHook
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.integrations.accelerate import load_offloaded_parameter
 
 from .architectures import Site, get_architecture
+from .devices import compute_device, hooks_of
 
 
 def device_map_on_disk(config: PreTrainedConfig, auto_class: Any) -> dict[str, str]:
@@ -40,7 +41,7 @@ def on_disk(model: PreTrainedModel, device: torch.device | str) -> dict[str, str
 
 def lies_on_disk(model: PreTrainedModel) -> bool:
     """Whether parts of `model` are read from disk whenever they run."""
-    return "disk" in (getattr(model, "hf_device_map", None) or {}).values()
+    return any(parameter.is_meta and lies_in_files(model, name) for name, parameter in model.named_parameters())
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -52,9 +53,8 @@ def input_device(model: PreTrainedModel) -> torch.device:
     """Return where the tokens of a batch go, also where the embeddings are offloaded."""
     if model.device.type != "meta":
         return model.device
-    hook: Any = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return torch.device("cpu" if device is None else device)
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return compute_device(embeddings)
 
 
 def check_readable(model: PreTrainedModel) -> None:
@@ -98,12 +98,34 @@ class InTurn(list):
 
 
 def read_parameter(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """Return the parameter `name` of `model`, read from where it is offloaded to if it is."""
-    parameter = model.get_parameter(name)
-    return load_offloaded_parameter(model, name) if parameter.is_meta else parameter.data
+    """Return the parameter or buffer `name` of `model`, read from where it is offloaded to if it is."""
+    path, _, own_name = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), own_name)
+    if not tensor.is_meta:
+        return tensor.data
+    weights, own_name = _offloaded_weights(model, name)
+    return weights[own_name]
+
+
+def lies_in_files(model: PreTrainedModel, name: str) -> bool:
+    """Whether the offloaded parameter `name` of `model` is read from a file whenever it is needed."""
+    weights, own_name = _offloaded_weights(model, name)
+    while isinstance(weights, PrefixedDataset):
+        weights, own_name = weights.dataset, f"{weights.prefix}{own_name}"
+    return isinstance(weights, OffloadedWeightsLoader) and own_name not in weights.state_dict
+
+
+def _offloaded_weights(model: PreTrainedModel, name: str) -> tuple[Mapping[str, torch.Tensor], str]:
+    """Where an offloaded parameter is read from, and by which name: of its module, or of one around it."""
+    path, _, own_name = name.rpartition(".")
+    while True:
+        for hook in _offloading_hooks(model.get_submodule(path)):
+            return hook.weights_map, own_name
+        if not path:
+            raise ValueError(f"{name} is on the meta device, and nothing says where its values are.")
+        path, _, parent = path.rpartition(".")
+        own_name = f"{parent}.{own_name}"
 
 
 def _offloading_hooks(module: nn.Module) -> list[AlignDevicesHook]:
-    hook: Any = getattr(module, "_hf_hook", None)
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
-    return [each for each in hooks if isinstance(each, AlignDevicesHook) and each.offload]
+    return [hook for hook in hooks_of(module) if hook.offload]

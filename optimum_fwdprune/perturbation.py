@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .architectures import Site
+from .devices import compute_device
 from .gates import gated
 from .utils import seeded_generator
 
@@ -40,7 +41,7 @@ class Noise:
         """Return the noise of `draw` for the tensor of the given shape that has the number `place`."""
         generator = seeded_generator(self.seed, draw, place, device=device)
         if self.distribution == GAUSSIAN:
-            return torch.randn(shape, generator=generator, device=device).to(dtype)
+            return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
         count = math.prod(shape)
         # 64 signs from one random number: `bernoulli_` takes 40 times as long.
         numbers = torch.empty(-(-count // 64), dtype=torch.int64, device=device)
@@ -75,7 +76,10 @@ class Perturbation(Protocol):
     def generators(self) -> list[str]: ...
 
     def noise(self, draw: int, index: int) -> torch.Tensor:
-        """Return `z` of `draw` for the tensor `shapes[index]`."""
+        """Return `z` of `draw` for the tensor `shapes[index]`, on `device(index)`."""
+
+    def device(self, index: int) -> torch.device:
+        """Return where the tensor `shapes[index]` takes part in computations."""
 
     def applied(self, draws: Sequence[int], steps: Sequence[float]) -> AbstractContextManager[None]:
         """While open, sequence `i` of a batch computes shifted by `steps[i]` times the noise of `draws[i]`.
@@ -117,8 +121,10 @@ class WeightPerturbation:
         return sorted({generator_of(_execution_device(owner)) for owner in self._owners})
 
     def noise(self, draw: int, index: int) -> torch.Tensor:
-        device = _execution_device(self._owners[index])
-        return self._noise.tensor(self.shapes[index], draw, index, self._dtypes[index], device)
+        return self._noise.tensor(self.shapes[index], draw, index, self._dtypes[index], self.device(index))
+
+    def device(self, index: int) -> torch.device:
+        return compute_device(self._owners[index])
 
     @contextmanager
     def applied(self, draws: Sequence[int], steps: Sequence[float]) -> Iterator[None]:
@@ -166,7 +172,10 @@ class UnitPerturbation:
         self.generators = [generator_of(torch.device("cpu"))]
 
     def noise(self, draw: int, index: int) -> torch.Tensor:
-        return self._noise.tensor(self.shapes[index], draw, index, torch.float32, torch.device("cpu"))
+        return self._noise.tensor(self.shapes[index], draw, index, torch.float32, self.device(index))
+
+    def device(self, index: int) -> torch.device:
+        return torch.device("cpu")
 
     def applied(self, draws: Sequence[int], steps: Sequence[float]) -> AbstractContextManager[None]:
         noise = {draw: self.noise(draw, 0) for draw in set(draws)}
@@ -238,9 +247,3 @@ def _additive_form(noise: Callable, runs: list[_Run], mark: Callable):
 def _is_temporary_form_exact(linear: nn.Linear) -> bool:
     resident = not (linear.weight.is_meta or "forward" in vars(linear))
     return resident and linear.weight.element_size() >= 4
-
-
-def _execution_device(linear: nn.Linear) -> torch.device:
-    hook = getattr(linear, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return linear.weight.device if device is None else torch.device(device)

@@ -17,6 +17,7 @@ from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
 from .checkpoints import Checkpoint, State
 from .configuration import PruningConfig
+from .devices import compute_device
 from .gates import Projection, kept_projection
 from .layerwise import decoder_layers, gather_statistics, statistics_by_layer
 from .least_squares import NormalEquations, refit
@@ -24,7 +25,7 @@ from .loggers import get_logger
 from .offloading import is_offloaded, resident
 from .sequential import DENSE, LAYER, Refitted, refit_in_sequence
 from .shelves import Shelf
-from .statistics import GRAM, MOMENTS, SiteStatistics
+from .statistics import GRAM, MOMENTS, PlacedStatistics, SiteStatistics
 from .utils import progress
 
 
@@ -72,12 +73,11 @@ class Reconstruction:
         return tensors, {"kept": kept, "details": self.details}
 
     def placed_like(self, sites: Iterable[Site]) -> Reconstruction:
-        """Return it with every projection where that of its site is."""
+        """Return it with every projection where that of its site computes."""
         placed = {}
         for site in sites:
             if site.key in self.projections:
-                found, device = self.projections[site.key], site.projection.weight.device
-                device = torch.device("cpu") if device.type == "meta" else device
+                found, device = self.projections[site.key], compute_device(site.projection)
                 bias = None if found.bias is None else found.bias.to(device)
                 sources = {name: weight.to(device) for name, weight in found.sources.items()}
                 placed[site.key] = Projection(found.kept, found.weight.to(device), bias, sources)
@@ -246,17 +246,16 @@ def reconstruct_by_layer(
         # Scores that were made for another reconstruction may lack the means.
         assert calibration is not None
         (statistics,) = gather_statistics(model, sites, [calibration], config.batch_size, (MOMENTS,))
+    placed = PlacedStatistics(sites, statistics or {})
     for number, layer in enumerate(decoder_layers(model)):
         if number < shelf.settled:
             continue
         of_layer = [site for site in sites if site.layer == number and site.kind in biased]
         with resident(layer):
-            yield Reconstruction({site.key: _compensated(site, kept, statistics) for site in of_layer})
+            yield Reconstruction(
+                {site.key: compensate_bias(site, kept[site.key], placed[site.key]) for site in of_layer}
+            )
         shelf.settle(number + 1)
-
-
-def _compensated(site: Site, kept: Mapping[SiteKey, list[int]], statistics: Any) -> Projection:
-    return compensate_bias(site, kept[site.key], statistics[site.key])
 
 
 def warn_of_unchanged(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]], details: Mapping[str, Any]) -> None:
@@ -297,6 +296,7 @@ def _refit_independently(
             weight, columns = site.projection.weight, site.kept_features(kept[site.key])
             # What was just measured is taken out, so that a matrix is freed once it was used.
             statistics = grams[site.key] if grams else [each.pop(site.key) for each in found]
+            statistics = [each.to(weight.device) for each in statistics]
             equations = [NormalEquations.of_removed(_gram(each), each.count, weight, columns) for each in statistics]
             refits[site.key] = refit(equations[0], equations[1] if len(equations) > 1 else None, config.ridge)
             projections[site.key] = refits[site.key].projection(kept_projection(site, kept[site.key]))
@@ -350,7 +350,7 @@ def gram_statistics(
     for of_layer, found in statistics_by_layer(model, sites, present, batch_size, (GRAM,)):
         for site in of_layer:
             # Taken out, so that a matrix is freed once it was used.
-            yield site, [each.pop(site.key) for each in found]
+            yield site, [each.pop(site.key).to(compute_device(site.projection)) for each in found]
 
 
 def _gram(statistics: SiteStatistics) -> torch.Tensor:
@@ -376,6 +376,6 @@ def compensate_bias(site: Site, kept: list[int], statistics: SiteStatistics) -> 
     """Return the projection of the kept columns whose bias says what the removed features said on average."""
     weight, bias = site.projection.weight, site.projection.bias
     features = site.kept_features(kept)
-    lost = weight[:, ~features].float() @ statistics.mean.to(weight.device)[~features]
+    lost = weight[:, ~features].float() @ statistics.mean[~features]
     total = lost if bias is None else bias.float() + lost
     return Projection(kept, weight[:, features], total.to(weight.dtype))

@@ -25,7 +25,7 @@ from .reconstruction import (
     grams_fit,
     statistics_with_grams,
 )
-from .statistics import SiteStatistics
+from .statistics import PlacedStatistics, SiteStatistics
 from .utils import html_table, load_tensors, save_tensors_atomically
 
 
@@ -81,7 +81,8 @@ def score_units(
     stage = checkpoint.stage("scores", calibration)
     found = stage.load(_scores_of)
     if found is None:
-        inputs = ScoringInputs(model, InTurn(sites), statistics, calibration, config, keep, checkpoint)
+        placed = PlacedStatistics(sites, statistics)
+        inputs = ScoringInputs(model, InTurn(sites), placed, calibration, config, keep, checkpoint)
         found = _in_memory(method.score(inputs))
         _check_scores(found, sites, config)
         stage.save(lambda: _state_of(found))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from . import ranks
 from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .checkpoints import Checkpoint
+from .devices import compute_device, precise, precise_device
 from .offloading import input_device
 from .utils import progress
 
@@ -54,10 +55,38 @@ class SiteStatistics:
         norms = {name: torch.hypot(norm, other.source_norms[name]) for name, norm in self.source_norms.items()}
         return SiteStatistics(count, mean, variance, source_norms=norms)
 
+    def to(self, device: torch.device) -> SiteStatistics:
+        """Return the statistics on a device."""
+        gram = None if self.gram is None else self.gram.to(device)
+        norms = {name: norm.to(device) for name, norm in self.source_norms.items()}
+        return SiteStatistics(self.count, self.mean.to(device), self.variance.to(device), gram, norms)
+
     @property
     def norm(self) -> torch.Tensor:
         """Root of the summed squares of each feature, Wanda's ‖X_j‖₂: `[in_features]`, float32."""
         return ((self.variance + self.mean.square()) * self.count).sqrt()
+
+
+class PlacedStatistics(Mapping[SiteKey, SiteStatistics]):
+    """Statistics of sites, handed out where each site computes, wherever they were gathered or read from.
+
+    Args:
+        sites (iterable of `Site`): sites of a model.
+        statistics (mapping of site key to `SiteStatistics`): of these sites, or of some of them.
+    """
+
+    def __init__(self, sites: Iterable[Site], statistics: Mapping[SiteKey, SiteStatistics]):
+        self._projections = {site.key: site.projection for site in sites}
+        self._statistics = statistics
+
+    def __getitem__(self, key: SiteKey) -> SiteStatistics:
+        return self._statistics[key].to(compute_device(self._projections[key]))
+
+    def __iter__(self) -> Iterator[SiteKey]:
+        return iter(self._statistics)
+
+    def __len__(self) -> int:
+        return len(self._statistics)
 
 
 class _Accumulator:
@@ -66,13 +95,13 @@ class _Accumulator:
     # Everything that stays is allocated beforehand: allocated between a layer's large temporary tensors, these vectors
     # would keep the allocator from using their memory for the next layer's, and the peak would grow layer by layer.
     def __init__(self, linear: nn.Linear, with_gram: bool):
-        device = _device_of(linear)
+        device = compute_device(linear)
         self.with_gram = with_gram
         self.count = 0
         self.gram: torch.Tensor | None = None
-        self.shift = torch.zeros(linear.in_features, device=device)
+        self.shift = torch.zeros(linear.in_features, dtype=torch.float32, device=device)
         # Batches are summed in float32 and added up in float64: a vector per site, which costs nothing.
-        self.sum = torch.zeros(linear.in_features, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(linear.in_features, dtype=torch.float64, device=precise_device(device))
         self.squares = torch.zeros_like(self.sum)
 
     def add(self, inputs: torch.Tensor) -> None:
@@ -93,7 +122,8 @@ class _Accumulator:
         self.count += len(values)
 
     def state(self) -> dict[str, torch.Tensor]:
-        found = {"count": torch.tensor(self.count), "shift": self.shift, "sum": self.sum, "squares": self.squares}
+        count = torch.tensor(self.count, device="cpu")
+        found = {"count": count, "shift": self.shift, "sum": self.sum, "squares": self.squares}
         return found if self.gram is None else {**found, "gram": self.gram}
 
     def take_up(self, state: dict[str, torch.Tensor]) -> None:
@@ -105,7 +135,7 @@ class _Accumulator:
 
     def pool(self) -> None:
         """Take in what the other processes have summed, around other shifts."""
-        mean = self.shift.double() + self.sum / max(1, self.count)
+        mean = precise(self.shift) + self.sum / max(1, self.count)
         squares = self.squares - self.sum.square() / max(1, self.count)
         counts, means, squares = ranks.gathered(
             torch.stack([torch.full_like(mean, self.count), mean, squares])
@@ -113,9 +143,9 @@ class _Accumulator:
         self.count = int(counts[:, 0].sum())
         total = (counts / max(1, self.count) * means).sum(0)
         self.shift.copy_(total)
-        deviation = total - self.shift
+        deviation = total - precise(self.shift)
         self.sum = self.count * deviation
-        self.squares = (squares + counts * (means - self.shift).square()).sum(0)
+        self.squares = (squares + counts * (means - precise(self.shift)).square()).sum(0)
         if self.with_gram:
             gram = self.shift.new_zeros(2 * self.shift.shape) if self.gram is None else self.gram
             self.gram = ranks.summed(gram)
@@ -123,15 +153,16 @@ class _Accumulator:
     def result(self) -> SiteStatistics:
         mean_deviation = self.sum / self.count
         variance = (self.squares / self.count - mean_deviation.square()).clamp_(min=0)
-        mean = self.shift + mean_deviation
-        return SiteStatistics(self.count, mean.float(), variance.float(), self.gram)
+        mean, device = precise(self.shift) + mean_deviation, self.shift.device
+        return SiteStatistics(self.count, mean.float().to(device), variance.float().to(device), self.gram)
 
 
 class _SquareSums:
     """Sums of squares of each feature."""
 
     def __init__(self, linear: nn.Linear):
-        self.squares = torch.zeros(linear.in_features, dtype=torch.float64, device=_device_of(linear))
+        self._device = compute_device(linear)
+        self.squares = torch.zeros(linear.in_features, dtype=torch.float64, device=precise_device(self._device))
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add `inputs`, `[tokens, in_features]` in any float dtype."""
@@ -143,11 +174,7 @@ class _SquareSums:
         self.squares = ranks.summed(self.squares)
 
     def norm(self) -> torch.Tensor:
-        return self.squares.sqrt().float()
-
-
-def _device_of(linear: nn.Linear) -> torch.device:
-    return torch.device("cpu") if linear.weight.is_meta else linear.weight.device
+        return self.squares.sqrt().float().to(self._device)
 
 
 @torch.no_grad()

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import ATTENTION, MLP, Site, SiteKey, get_architecture
+from .dispatching import OffloadFiles, Placement
 from .gates import Projection
 from .module_state import forget_lengths
-from .offloading import lies_on_disk, read_parameter
+from .offloading import read_parameter
 from .plan import PruningPlan
 from .utils import progress
 
@@ -138,12 +139,13 @@ def prune_model(
 ) -> PreTrainedModel:
     """Return the pruned model.
 
-    Its class is the pruned counterpart of the model's class. Parameters move one by one, so that the peak is the dense
-    model, `projections`, and one tensor. Parameters that were offloaded to disk are in memory afterwards.
+    Its class is the pruned counterpart of the model's class, and accelerate distributes it over devices, memory and
+    disk as the dense model is. Parameters move one by one, so that the peak is the dense model, `projections`, and one
+    tensor. Offloaded parameters move first: if the disk is full, the model is still whole.
 
     Args:
         model (`PreTrainedModel`): the dense model. With `inplace` it is consumed: its tensors that were cut or
-            replaced are freed and the rest is shared with the result.
+            replaced are freed and the rest is shared with the result. What is offloaded stays there.
         sites (`list[Site]`): all its sites.
         plan (`PruningPlan`): what they keep.
         projections (mapping of site key to `Projection`, *optional*): reconstructed output projections, with their
@@ -153,8 +155,10 @@ def prune_model(
     Raises:
         ValueError: where the plan does not fit the model, or its weights are not those that its class and config say;
             the model is whole then.
+        PlacementError: where the pruned model cannot be distributed; the error has it.
     """
     projections = projections or {}
+    placement = Placement.of(model)
     plan.check_matches(sites, model.config.model_type)
     with_bias = {
         site.kind
@@ -164,36 +168,49 @@ def prune_model(
     pruned = empty_pruned_model(model, sites, plan.kept, with_bias)
     cuts = plan_cuts(sites, plan.kept)
     replaced = replaced_parameters(sites, projections)
-    for name, parameter in progress(list(model.named_parameters()), "Cutting", unit="tensor"):
-        value = replaced.pop(name, None)
+    parameters = dict(model.named_parameters())
+    # Biases that the dense model lacks lie where the weight does; a frozen one stays frozen.
+    added = {name: parameters[f"{name.rpartition('.')[0]}.weight"] for name in replaced if name not in parameters}
+    files = placement.files()
+    in_order = sorted((parameters | added).items(), key=lambda item: not item[1].is_meta)
+    for name, parameter in progress(in_order, "Cutting", unit="tensor"):
+        value = replaced.get(name)
         if value is None:
             value = slice_tensor(name, read_parameter(model, name), cuts)
+        if parameter.is_meta:
+            value = _offloaded(value, name, placement, files, inplace)
+            set_parameter(pruned, name, value, parameter.requires_grad)
+            continue
+        value = value.to(parameter.device)
         if not inplace and value.data_ptr() == parameter.data_ptr():
             value = value.clone()
         set_parameter(pruned, name, value, parameter.requires_grad)
-        if inplace and value.data_ptr() != parameter.data_ptr():
+        if inplace and name in parameters and value.data_ptr() != parameter.data_ptr():
             parameter.data = parameter.data.new_empty(0)
-    for name, value in replaced.items():
-        # Biases that the dense model lacks; a frozen one stays frozen.
-        weight = pruned.get_parameter(f"{name.rpartition('.')[0]}.weight")
-        set_parameter(pruned, name, value, weight.requires_grad)
     for name, buffer in model.named_buffers():
         parent, _, leaf = name.rpartition(".")
+        buffer = read_parameter(model, name) if buffer.is_meta else buffer
         setattr(pruned.get_submodule(parent), leaf, buffer if inplace else buffer.clone())
     # The dense model may have read longer text than the pruned one.
     forget_lengths(pruned)
     pruned.tie_weights()  # type: ignore[operator]
-    left = [name for name, parameter in pruned.named_parameters() if parameter.is_meta]
+    stored = files.names if files is not None else set()
+    left = [name for name, parameter in pruned.named_parameters() if parameter.is_meta and name not in stored]
     if left:
         raise ValueError(f"{type(pruned).__name__} has the parameters {', '.join(left)}, which the dense model lacks.")
 
-    pruned.train(model.training)
-    device_map: Any = getattr(model, "hf_device_map", None)
-    if device_map and len(set(device_map.values())) > 1 and not lies_on_disk(model):
-        from accelerate import dispatch_model
+    return placement.apply(pruned.train(model.training), files)
 
-        pruned = dispatch_model(pruned, device_map=device_map)
-    return pruned
+
+def _offloaded(
+    value: torch.Tensor, name: str, placement: Placement, files: OffloadFiles | None, inplace: bool
+) -> torch.Tensor:
+    """Put what is left of an offloaded parameter where the whole of it is offloaded to."""
+    owner = name if name in placement.on_disk else f"{name.rpartition('.')[0]}.weight"
+    if files is not None and owner in placement.on_disk:
+        files.add(name, value)
+        return value.to("meta")
+    return value.cpu() if inplace else value.cpu().clone()
 
 
 def set_parameter(model: nn.Module, name: str, value: torch.Tensor, requires_grad: bool) -> None:

@@ -125,16 +125,17 @@ def _known_gradient(inputs: ScoringInputs, perturbation) -> Callable:
     import torch
 
     from ..backprop import unit_gradients, weight_gradients
-    from ..offloading import input_device
     from ..perturbation import GAUSSIAN, Noise
 
     config = inputs.config
     if config.gradient == "ones":
-        return lambda index: [torch.ones(perturbation.shapes[index], device=input_device(inputs.model))]
+        return lambda index: [
+            torch.ones(perturbation.shapes[index], dtype=torch.float32, device=perturbation.device(index))
+        ]
     if config.gradient == "random":
         noise = Noise(config.seed, GAUSSIAN)
-        shapes, device = perturbation.shapes, input_device(inputs.model)
-        return lambda index: [noise.tensor(shapes[index], 0, index, torch.float32, device)]
+        shapes, device = perturbation.shapes, perturbation.device
+        return lambda index: [noise.tensor(shapes[index], 0, index, torch.float32, device(index))]
     if config.perturb == "units":
         gates = unit_gradients(inputs.model, inputs.sites, inputs.calibration, config.batch_size)
         vector = torch.cat([gates[site.key].cpu() for site in inputs.sites])

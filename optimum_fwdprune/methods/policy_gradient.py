@@ -160,17 +160,19 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
     """The scores that the probabilities start from, by the metric's own config and on its own statistics."""
     from ..calibration import Calibration
     from ..layerwise import gather_statistics
+    from ..statistics import PlacedStatistics
 
     method = get_method(inputs.config.metric)
     shared = {field.name for field in dataclasses.fields(PruningConfig)} - {"method"}
     config = method.config_class(**{name: getattr(inputs.config, name) for name in shared})
     input_ids, attention_mask = inputs.calibration.windows(slice(inputs.config.metric_samples))
     tokens = Calibration(input_ids, attention_mask, inputs.calibration.source)
-    statistics = {}
+    gathered: dict = {}
     if method.statistics:
-        (statistics,) = gather_statistics(
+        (gathered,) = gather_statistics(
             inputs.model, inputs.sites, [tokens], config.batch_size, method.statistics, inputs.checkpoint
         )
+    statistics = PlacedStatistics(inputs.sites, gathered)
     found = method.score(dataclasses.replace(inputs, config=config, calibration=tokens, statistics=statistics))
     return dict(found.values if isinstance(found, UnitScores) else found)
 

@@ -22,7 +22,8 @@ class ScoringInputs:
     Args:
         model (`PreTrainedModel`): the dense model, in eval mode.
         sites (`list[Site]`): its sites.
-        statistics (mapping of site key to `SiteStatistics`): what the method declared that it needs; empty otherwise.
+        statistics (mapping of site key to `SiteStatistics`): what the method declared that it needs, on the device
+            where the site computes; empty otherwise.
         calibration (`Calibration`, *optional*): the tokens; `None` for methods that declared no need for them.
         config: the method's own config.
         keep (`Callable`): scores of every unit in, by site key; out what the request would keep under them, for

@@ -1,0 +1,64 @@
+"""Where modules compute, and sums and solutions in float64 on whatever device there is."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from torch import nn
+
+
+def hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
+    """Return the hooks by which accelerate places what `module` itself holds."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
+
+
+def compute_device(module: nn.Module) -> torch.device:
+    """Return where `module` computes, which for offloaded weights is not where they lie."""
+    parameter = next(module.parameters(), None)
+    if parameter is not None and not parameter.is_meta:
+        return parameter.device
+    for hook in reversed(hooks_of(module)):
+        if hook.execution_device is not None:
+            return torch.device(hook.execution_device)
+    return torch.device("cpu")
+
+
+@functools.lru_cache(maxsize=64)
+def has_float64(device: torch.device) -> bool:
+    """Whether `device` computes in float64; MPS and some others do not."""
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).add_(1)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def precise_device(device: torch.device) -> torch.device:
+    """Return where sums of what lies on `device` are kept in float64: there, or on the CPU where it has no float64."""
+    return device if has_float64(device) else torch.device("cpu")
+
+
+def precise(values: torch.Tensor) -> torch.Tensor:
+    """Return `values` in float64 on their `precise_device`."""
+    return values.to(precise_device(values.device)).double()
+
+
+def precise_sum(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of all `values`, `[]` float64, on their `precise_device`, without waiting for it.
+
+    A device without float64 sums along the last dimension in the dtype of the values.
+    """
+    if has_float64(values.device):
+        return values.sum(dtype=torch.float64)
+    return precise(values.sum(-1)).sum()
+
+
+def back_to(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return `values` with the dtype and on the device of `like`."""
+    # In this order: a device without float64 cannot take what has yet to be rounded.
+    return values.to(like.dtype).to(like.device)

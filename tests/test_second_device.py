@@ -1,0 +1,130 @@
+"""Models on an emulated accelerator, split over two, and offloaded from it end where models on the CPU do."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import second_device
+import tiny
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from second_device import FIRST, SECOND
+
+from optimum_fwdprune import FwdPruner, PruningConfig, latency
+from optimum_fwdprune.architectures import get_architecture
+from optimum_fwdprune.offloading import is_offloaded, lies_on_disk, read_parameter
+
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from requests_for_devices import COMMON, REQUESTS
+
+
+# Requests that back-propagate, through whole models or through one layer.
+THROUGH_MODELS = {"taylor", "mini_llm exact"}
+# Noise is added to the outputs of a linear that is not in memory, and to its weights otherwise; a slope is the
+# difference of two losses, which amplifies what rounding makes of that.
+ROUNDING = {"rtol": 5e-3, "atol": 5e-4}
+ARCHITECTURE = "llama_gqa_biases"
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The second device, as the accelerator of the machine."""
+    monkeypatch.setattr(latency, "median_seconds", tiny.counted_seconds)
+    with second_device.second_device(monkeypatch) as state:
+        yield state
+
+
+def mapped(model, folder, *places):
+    """Dispatch the layers of `model` to these places, and all else to the first device."""
+    names = [name for name, _ in get_architecture(model.config).layers(model)]
+    container = names[0].rpartition(".")[0]
+    device_map = dict(zip(names, places))
+    for name, module in model.named_modules():
+        if name == "" or container.startswith(f"{name}."):
+            children = (f"{name}.{child}".lstrip(".") for child, _ in module.named_children())
+            device_map |= {child: FIRST for child in children if not f"{container}.".startswith(f"{child}.")}
+    return dispatch_model(model, device_map, main_device=FIRST, offload_dir=folder, force_hooks=True)
+
+
+PLACEMENTS = {
+    "one": lambda model, _folder: model.to(FIRST),
+    "two": lambda model, folder: mapped(model, folder, FIRST, SECOND, SECOND),
+    "cpu": lambda model, folder: mapped(model, folder, FIRST, "cpu", "cpu"),
+    "disk": lambda model, folder: mapped(model, folder, FIRST, "disk", "disk"),
+    "cpu_offload": lambda model, _folder: cpu_offload(model, torch.device(FIRST)),
+    "disk_offload": lambda model, folder: disk_offload(model, folder, torch.device(FIRST)),
+}
+
+
+def request_of(name):
+    return PruningConfig(**{**COMMON, **REQUESTS[name]})
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu():
+    """What a model on the CPU ends with, made when it is asked for."""
+    made = {}
+
+    def prune(architecture, name, tokens):
+        if (architecture, name) not in made:
+            pruner = FwdPruner(tiny.make_model(architecture), tiny.make_tokenizer())
+            pruner.prune(request_of(name), None if name == "self" else tokens)
+            made[architecture, name] = pruner
+        return made[architecture, name]
+
+    return prune
+
+
+def parameters_of(model):
+    return {name: read_parameter(model, name).detach().cpu() for name, _ in model.named_parameters()}
+
+
+def places_of(model):
+    """Where every parameter lies, and the hooks of every module."""
+    hooks = {
+        name: repr(module._hf_hook) if hasattr(module, "_hf_hook") else None for name, module in model.named_modules()
+    }
+    return {name: str(parameter.device) for name, parameter in model.named_parameters()}, hooks
+
+
+def check_request(architecture, name, placement, tokens, tmp_path, on_the_cpu):
+    model = PLACEMENTS[placement](tiny.make_model(architecture), tmp_path)
+    places, device_map = places_of(model), getattr(model, "hf_device_map", None)
+    refused = is_offloaded(model) and name in {*THROUGH_MODELS, "target speedup"}
+    if refused or (lies_on_disk(model) and name == "self"):
+        with pytest.raises(ValueError, match=r"offload|from disk"):
+            FwdPruner(model).prune(request_of(name), None if name == "self" else tokens)
+        return
+    expected, pruner = on_the_cpu(architecture, name, tokens), FwdPruner(model, tiny.make_tokenizer())
+    pruner.prune(request_of(name), None if name == "self" else tokens)
+
+    assert pruner.plan.kept == expected.plan.kept
+    weights = parameters_of(pruner.model)
+    for parameter, value in expected.model.named_parameters():
+        torch.testing.assert_close(weights[parameter], value.detach(), **ROUNDING)
+    logits = pruner.model(tokens.to(FIRST)).logits.cpu()
+    torch.testing.assert_close(logits, expected.model(tokens).logits, rtol=1e-2, atol=1e-2)
+    now_places, now_hooks = places_of(pruner.model)
+    assert now_hooks == places[1]
+    assert {place: now_places[place] for place in places[0]} == places[0]
+    assert getattr(pruner.model, "hf_device_map", None) == device_map
+
+
+# All requests on the two placements that differ most from the CPU, and one of every kind on the others.
+FEW = [
+    "sequential",
+    "independent",
+    "refit sources",
+    "flap global",
+    "mini_llm ones",
+    "mini_llm exact",
+    "rounds",
+    "self",
+]
+CASES = [(placement, name) for placement in PLACEMENTS for name in (REQUESTS if placement in ("two", "cpu") else FEW)]
+
+
+@pytest.mark.parametrize(("placement", "name"), CASES)
+def test_every_request_ends_where_it_does_on_the_cpu(placement, name, device, tokens, tmp_path, on_the_cpu):
+    check_request(ARCHITECTURE, name, placement, tokens, tmp_path, on_the_cpu)
