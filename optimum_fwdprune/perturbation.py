@@ -118,7 +118,7 @@ class WeightPerturbation:
     def generators(self) -> list[str]:
         # Noise of a weight is drawn where it computes: drawing it on the CPU and moving it would take longer than the
         # forward pass.
-        return sorted({generator_of(_execution_device(owner)) for owner in self._owners})
+        return sorted({generator_of(compute_device(owner)) for owner in self._owners})
 
     def noise(self, draw: int, index: int) -> torch.Tensor:
         return self._noise.tensor(self.shapes[index], draw, index, self._dtypes[index], self.device(index))
