@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,10 +110,26 @@ def read_parameter(model: PreTrainedModel, name: str) -> torch.Tensor:
 
 def lies_in_files(model: PreTrainedModel, name: str) -> bool:
     """Whether the offloaded parameter `name` of `model` is read from a file whenever it is needed."""
-    weights, own_name = _offloaded_weights(model, name)
+    weights, full_name = _innermost(*_offloaded_weights(model, name))
+    return isinstance(weights, OffloadedWeightsLoader) and full_name not in weights.state_dict
+
+
+def file_of(model: PreTrainedModel, name: str) -> Path | None:
+    """Return the safetensors file that the offloaded parameter `name` of `model` is read from under this name, or
+    `None` where it is read from elsewhere: memory, or a file of another kind."""
+    weights, full_name = _innermost(*_offloaded_weights(model, name))
+    if not isinstance(weights, OffloadedWeightsLoader) or full_name in weights.state_dict:
+        return None
+    place = weights.index.get(full_name, {})
+    file = place.get("safetensors_file")
+    return Path(file) if file is not None and place.get("weight_name", full_name) == name else None
+
+
+def _innermost(weights: Mapping[str, torch.Tensor], name: str) -> tuple[Mapping[str, torch.Tensor], str]:
+    """What a map of weights reads from, and by which name."""
     while isinstance(weights, PrefixedDataset):
-        weights, own_name = weights.dataset, f"{weights.prefix}{own_name}"
-    return isinstance(weights, OffloadedWeightsLoader) and own_name not in weights.state_dict
+        weights, name = weights.dataset, f"{weights.prefix}{name}"
+    return weights, name
 
 
 def _offloaded_weights(model: PreTrainedModel, name: str) -> tuple[Mapping[str, torch.Tensor], str]:

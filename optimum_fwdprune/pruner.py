@@ -36,11 +36,11 @@ from .report import PruningReport, Speedup
 from .report.checkpoint import report_of
 from .reproduction import IN_MEMORY, INPUTS, inputs_of
 from .rounds import Rounds
-from .saving import check_savable, generation_config_as_it_is
+from .saving import check_savable, generation_config_as_it_is, save_offloaded
 from .scores import Scores, check_scoring, needs_calibration, score_units
 from .search import SEARCH, check_search
 from .settling import forecast, settle
-from .streaming import Workspace, check_streamable, cut_streamed
+from .streaming import Workspace, check_streamable, cut_streamed, files_of
 from .utils import (
     announce,
     check_output_folder,
@@ -111,11 +111,9 @@ class FwdPruner:
         self._base: Base | None = None
         # Arguments of `from_pretrained`; none for a model that was passed in memory.
         self._loading: dict[str, Any] | None = None
-        # Whether decoder layers stay on disk; where temporary files lie; and what was cut there.
+        # Whether decoder layers stay on disk, and where temporary files lie.
         self._low_memory = False
         self._offload_folder: str | Path | None = None
-        self._workspace: Workspace | None = None
-        self._streamed: PreTrainedModel | None = None
         # Of the dense model, so that scoring and pruning measure it once.
         self._latencies: LatencyTable | None = None
         # What opened the repository opens that of a teacher.
@@ -382,8 +380,6 @@ class FwdPruner:
         workspace = Workspace(self._offload_folder, checkpoint.folder("streamed", calibration, kept=kept))
         with naming_what_is_full(workspace.folder):
             done = cut_streamed(model, sites, plan, request, calibration, statistics, workspace, seconds)
-        # The weights of the model are there.
-        self._workspace, self._streamed = workspace, done.model
         return done
 
     def _score(
@@ -529,8 +525,8 @@ class FwdPruner:
         Args:
             folder (`str` or `Path`): where to; it must be new or empty.
             overwrite (`bool`, defaults to `False`): replace a folder that is not empty.
-            max_shard_size (`str`, defaults to `"5GB"`): largest weight file; with `low_memory` every decoder layer
-                has its own.
+            max_shard_size (`str`, defaults to `"5GB"`): largest weight file; of a model with offloaded layers
+                every decoder layer has its own.
             name (`str`, *optional*): repository that the model card names; by default the folder.
 
         Raises:
@@ -560,8 +556,8 @@ class FwdPruner:
                 # Where folders lie is of this machine.
                 config.base_model_name_or_path = public_name(self._saved_as) if pushed else self._saved_as
         with folder_moved_into_place(folder, overwrite) as temporary, one_step("Writing the checkpoint"):
-            if self._workspace is not None and self.model is self._streamed:
-                self._workspace.copy_checkpoint(temporary)
+            if whole and is_offloaded(self.model):
+                save_offloaded(self.model, temporary, files_of(self.model))
             else:
                 options: dict[str, Any] = {"max_shard_size": max_shard_size} if whole else {}
                 with generation_config_as_it_is(self.model, temporary):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from .architectures import get_architecture
 from .loggers import get_logger
-from .utils import DiskFullError, naming_what_is_full
+from .offloading import file_of, read_parameter
+from .utils import DiskFullError, naming_what_is_full, save_weights_atomically, write_text_atomically
 
 
 logger = get_logger(__name__)
@@ -56,6 +63,64 @@ def _write_all_but_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenize
             f"The tokenizer, a {type(tokenizer).__name__}, cannot be saved ({type(error).__name__}: "
             f"{' '.join(str(error).split())}). Use one that can be, or none: FwdPruner(model, tokenizer=None)."
         ) from error
+
+
+def save_offloaded(model: PreTrainedModel, folder: Path, files: Path | None = None) -> None:
+    """Write a model whose decoder layers are offloaded, one layer in memory at a time.
+
+    What is written is what the model holds, also where weights were changed since it was loaded.
+
+    Args:
+        model (`PreTrainedModel`): offloaded in any way that accelerate has.
+        folder (`Path`): where to.
+        files (`Path`, *optional*): a folder of weight files that layers may be read from. A file of which every
+            weight is still offloaded is linked, or copied where that is another disk.
+    """
+    with generation_config_as_it_is(model, folder):
+        # All but weights, of which this state has none.
+        model.save_pretrained(folder, state_dict={})
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    prefixes = [f"{name}." for name, _ in get_architecture(model.config).layers(model)]
+    parts = [[name for name in state if not name.startswith(tuple(prefixes))]]
+    parts += [[name for name in state if name.startswith(prefix)] for prefix in prefixes]
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(parts, 1):
+        file = folder / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        tensors = {name: state[name] for name in part}
+        source = _unchanged_file(model, tensors, files)
+        if source is None:
+            save_weights_atomically(file, {name: _value(model, name, tensor) for name, tensor in tensors.items()})
+        else:
+            try:
+                os.link(source, file)
+            except OSError:
+                shutil.copy2(source, file)
+        weight_map |= dict.fromkeys(part, file.name)
+    metadata = {
+        "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "total_size": sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
+    }
+    index = {"metadata": metadata, "weight_map": weight_map}
+    write_text_atomically(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def _unchanged_file(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], files: Path | None) -> Path | None:
+    """The file of `files` that all these weights, and no others, are read from unchanged whenever they run."""
+    if files is None or not all(tensor.is_meta for tensor in tensors.values()):
+        return None
+    sources = {file_of(model, name) for name in tensors}
+    source = sources.pop() if len(sources) == 1 else None
+    if source is None or source.parent.resolve() != files.resolve():
+        return None
+    with safe_open(source, framework="pt") as content:
+        # Without reading a value; a model may have been given another dtype since.
+        dtypes = {name: content.get_slice(name)[:0].dtype for name in content.keys()}  # noqa: SIM118
+    return source if dtypes == {name: tensor.dtype for name, tensor in tensors.items()} else None
+
+
+def _value(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return read_parameter(model, name).to(tensor.dtype) if tensor.is_meta else tensor
 
 
 @contextmanager

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -61,13 +59,11 @@ class Workspace:
         # Copies of a model read from the same files.
         return self
 
-    def copy_checkpoint(self, folder: Path) -> None:
-        """Copy the checkpoint to `folder`, which is no more than another name for the files on the same disk."""
-        for file in (self.folder / CHECKPOINT).iterdir():
-            try:
-                os.link(file, folder / file.name)
-            except OSError:
-                shutil.copy2(file, folder / file.name)
+
+def files_of(model: PreTrainedModel) -> Path | None:
+    """Return the folder of the files that `cut_streamed` wrote for a model, or `None` for any other model."""
+    workspace: Workspace | None = model.__dict__.get("_workspace")
+    return None if workspace is None else workspace.folder / CHECKPOINT
 
 
 def check_streamable(config: PruningConfig) -> None:

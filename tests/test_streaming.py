@@ -9,12 +9,13 @@ import signal
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload, disk_offload
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from optimum_fwdprune import FwdPruner, find_sites
 from optimum_fwdprune.layerwise import decoder_layers
-from optimum_fwdprune.offloading import InTurn, is_offloaded, resident
+from optimum_fwdprune.offloading import InTurn, is_offloaded, read_parameter, resident
 from optimum_fwdprune.shelves import Shelf
 
 
@@ -230,3 +231,80 @@ def test_what_was_put_aside_for_another_run_is_refused(llama, tokens, tmp_path):
     FwdPruner.from_pretrained(llama, low_memory=True).prune(tiny.request(**request), tokens)
     with pytest.raises(ValueError, match=r"belongs to another run: its ridge is None, this one's is 0.1"):
         FwdPruner.from_pretrained(llama, low_memory=True).prune(tiny.request(**request, ridge=0.1), tokens)
+
+
+def changed_by_hand(model):
+    model.lm_head.weight.data[3] = 7.0
+
+
+def loaded_state(model):
+    model.load_state_dict({"model.norm.weight": torch.full_like(model.model.norm.weight, 0.5)}, strict=False)
+
+
+def changed_config(model):
+    model.config.pad_token_id = 9
+    model.generation_config.max_new_tokens = 11
+
+
+def another_dtype(model):
+    model.bfloat16()
+
+
+def a_layer_in_memory(model):
+    from accelerate.hooks import remove_hook_from_module
+
+    layer = decoder_layers(model)[1]
+    with resident(layer):
+        weights = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    remove_hook_from_module(layer, recurse=True)
+    for name, value in weights.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(layer.get_submodule(parent), leaf, torch.nn.Parameter(value * 1.5))
+
+
+CHANGES = [changed_by_hand, loaded_state, changed_config, another_dtype, a_layer_in_memory]
+CUT = {"method": "magnitude", "kinds": ["attention", "mlp"], "reconstruction": "none", "sparsity": 0.4}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("opened", ["dense", "pruned"])
+def test_what_is_saved_is_what_the_model_is(llama, tokens, tmp_path, change, opened):
+    pruner = FwdPruner.from_pretrained(llama, low_memory=True)
+    pruner.prune(**CUT)
+    if opened == "pruned":
+        pruner.save_pretrained(tmp_path / "pruned")
+        pruner = FwdPruner.from_pretrained(tmp_path / "pruned", low_memory=True)
+    change(pruner.model)
+    pruner.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+    state = pruner.model.state_dict()
+    for name, value in loaded.state_dict().items():
+        held = state[name]
+        held = held if not held.is_meta else read_parameter(pruner.model, name).to(held.dtype)
+        assert torch.equal(value, held), name
+    assert loaded.config.pad_token_id == pruner.model.config.pad_token_id
+    assert loaded.generation_config.max_new_tokens == pruner.model.generation_config.max_new_tokens
+
+
+def test_files_of_layers_on_disk_are_not_written_twice(llama, tmp_path):
+    pruner = FwdPruner.from_pretrained(llama, low_memory=True, offload_folder=tmp_path)
+    pruner.prune(**CUT)
+    pruner.save_pretrained(tmp_path / "out")
+    links = {file.name: file.stat().st_nlink for file in (tmp_path / "out").glob("*.safetensors")}
+
+    assert links == {f"model-{number:05d}-of-00004.safetensors": 1 + (number > 1) for number in range(1, 5)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_models_offloaded_after_pruning_are_saved(llama, tokens, tmp_path, offload):
+    pruner = FwdPruner.from_pretrained(llama)
+    pruner.prune(**CUT)
+    expected = pruner.model(tokens).logits
+    folder = {"offload_dir": tmp_path / "offloaded"} if offload is disk_offload else {}
+    pruner.model = offload(pruner.model, execution_device=torch.device("cpu"), **folder)
+    pruner.save_pretrained(tmp_path / "out")
+
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits, expected)
