@@ -125,7 +125,7 @@ def file_of(model: PreTrainedModel, name: str) -> Path | None:
     return Path(file) if file is not None and place.get("weight_name", full_name) == name else None
 
 
-def _innermost(weights: Mapping[str, torch.Tensor], name: str) -> tuple[Mapping[str, torch.Tensor], str]:
+def _innermost(weights: Any, name: str) -> tuple[Mapping[str, torch.Tensor], str]:
     """What a map of weights reads from, and by which name."""
     while isinstance(weights, PrefixedDataset):
         weights, name = weights.dataset, f"{weights.prefix}{name}"

@@ -91,8 +91,7 @@ def _metadata(model: PreTrainedModel, scores: Scores, rounds: Rounds, config: Pr
             for (layer, kind), value in scores.values.items()
         },
         "scoring": scores.details,
-        "calibration": scores.calibration
-        and {"source": scores.calibration.source, "fingerprint": scores.calibration.fingerprint},
+        "calibration": scores.calibrated_on or None,
         "seed": config.seed,
         "versions": {
             "optimum_fwdprune": __version__,

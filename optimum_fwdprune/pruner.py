@@ -37,7 +37,7 @@ from .report.checkpoint import report_of
 from .reproduction import IN_MEMORY, INPUTS, inputs_of
 from .rounds import Rounds
 from .saving import check_savable, generation_config_as_it_is, save_offloaded
-from .scores import Scores, check_scoring, needs_calibration, score_units
+from .scores import Scores, check_scoring, needs_calibration, runs_tokens, score_units
 from .search import SEARCH, check_search
 from .settling import forecast, settle
 from .streaming import Workspace, check_streamable, cut_streamed, files_of
@@ -277,17 +277,18 @@ class FwdPruner:
             scores.check_matches(sites, config)
             config = scores.options_into(config)
         in_memory = dataset is not None and not isinstance(dataset, (str, Path))
-        if scores is not None and scores.calibration is not None:
-            in_memory = scores.calibration.source in IN_MEMORY
+        if scores is not None and scores.calibrated_on:
+            in_memory = scores.calibrated_on["source"] in IN_MEMORY
         inputs = inputs_of(self._loading, self.model.dtype, is_pruned(self.model.config), in_memory)
         asked, before, seconds = config, _Sizes.of(self.model, sites), dict[str, float]()
-        calibration, speedup = None, None
+        calibration, calibrated_on, speedup = None, None, None
         if plan is not None:
             plan.check_matches(sites, self.model.config.model_type)
             plan = dataclasses.replace(plan, metadata={**plan.metadata, "replayed": True})
             announce("\n".join(losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values()))
             if config.reconstruction != NONE:
                 calibration = self._calibration(config, dataset)
+                calibrated_on = calibration.source
             checkpoint = Checkpoint.of(config, self.model)
             done = self._cut(self.model, sites, plan, config, calibration, {}, {}, inplace, seconds, checkpoint)
         else:
@@ -296,7 +297,7 @@ class FwdPruner:
                 dense_seconds = _prefill_seconds(self.model, config)
             rounds = Rounds(sites, config, budget)
             done, scores = self._prune_in_rounds(sites, rounds, config, scores, dataset, inplace, seconds)
-            calibration = scores.calibration
+            calibrated_on = scores.calibrated_on.get("source")
             if config.target_speedup is not None and isinstance(budget.cost, LatencyCost):
                 with timed(seconds, "measure latencies"):
                     measured = dense_seconds / _prefill_seconds(done.model, config)
@@ -317,7 +318,7 @@ class FwdPruner:
             requested_sparsity=self.plan.metadata.get("requested_sparsity"),
             masked_difference=done.difference,
             seconds=seconds,
-            calibration=calibration.source if calibration else None,
+            calibration=calibrated_on,
             speedup=speedup,
             unit_parameters=before.per_unit,
             record=Record(asked, self.plan, scores),
@@ -348,12 +349,8 @@ class FwdPruner:
                         scores = self._score(model, sites, rounds, request, budget, dataset, checkpoint)
                     # Whatever fails from here on, they can serve another request.
                     self.scores = scores
-                    if scores.calibration is None and (
-                        request.resolved_scope == SEARCH or request.reconstruction != NONE
-                    ):
-                        scores = dataclasses.replace(
-                            scores, calibration=self._calibration(request, dataset, checkpoint)
-                        )
+                    if scores.calibration is None and runs_tokens(request, scores):
+                        scores = scores.calibrated_with(self._calibration(request, dataset, checkpoint))
                 with timed(seconds, "allocate"):
                     plan, scores = make_plan(model, sites, scores, rounds, request, budget, checkpoint)
             if request.layout == STOCK:

@@ -209,7 +209,8 @@ def reconstruct_by_layer(
     """
     kind = config.reconstruction
     losing = [site for site in sites if len(kept[site.key]) < site.num_units]
-    if kind != NONE and losing and calibration is None:
+    # Biases take no more than the means.
+    if kind != NONE and losing and calibration is None and not (kind == BIAS and statistics):
         raise ValueError(f"reconstruction={kind!r} needs calibration tokens.")
     shelf = shelf or Shelf()
     if kind == LEAST_SQUARES and losing:

@@ -46,7 +46,8 @@ class Record:
         if self.plan is not None:
             self.plan.save(folder / PLAN_NAME)
         if self.scores is not None:
-            self.scores.save(folder / SCORES_NAME)
+            # Text that a model was calibrated on may be private, and checkpoints get shared.
+            self.scores.save(folder / SCORES_NAME, tokens=False)
         if any(self.outcome.values()):
             write_text_atomically(folder / OUTCOME_NAME, json.dumps(self.outcome, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""Scores with all that went into them, so that another budget costs no second calibration."""
+"""Scores with all that went into them, so that another budget costs no second scoring."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .checkpoints import Checkpoint, State
 from .layerwise import gather_statistics
+from .loggers import get_logger
 from .methods import PruningConfig, ScoringInputs, UnitScores, get_method
 from .offloading import InTurn, is_offloaded
 from .reconstruction import (
+    BIAS,
     INDEPENDENT,
     LEAST_SQUARES,
     STATISTICS_OF,
@@ -25,9 +27,12 @@ from .reconstruction import (
     grams_fit,
     statistics_with_grams,
 )
+from .search import SEARCH
 from .statistics import PlacedStatistics, SiteStatistics
 from .utils import html_table, load_tensors, save_tensors_atomically
 
+
+logger = get_logger(__name__)
 
 # In a folder of its own: servers such as vLLM read every .safetensors beside a config as weights.
 SCORES_NAME = "fwdprune/scores.safetensors"
@@ -36,6 +41,13 @@ SCORES_NAME = "fwdprune/scores.safetensors"
 def needs_calibration(config: PruningConfig) -> bool:
     """Whether the request's scores, or its reconstruction, need calibration tokens."""
     return bool(_needed(config)) or get_method(config.method).calibrated
+
+
+def runs_tokens(config: PruningConfig, scores: Scores) -> bool:
+    """Whether a request whose units are scored already passes calibration tokens through the model again."""
+    if config.resolved_scope == SEARCH or config.reconstruction == LEAST_SQUARES:
+        return True
+    return config.reconstruction == BIAS and not scores.statistics
 
 
 def check_scoring(model: PreTrainedModel, config: PruningConfig) -> None:
@@ -154,6 +166,8 @@ class Scores:
         details (`dict`): how the scores came about, as JSON values.
         history (`dict[str, Tensor]`): what happened step by step, of methods that learn.
         grams (`Grams`): for independent least squares, where they came along with the statistics; they are not saved.
+        calibrated_on (`dict[str, str]`): `source` and `fingerprint` of the tokens, also where the tokens themselves
+            were not saved; empty where there were none.
     """
 
     config: PruningConfig
@@ -164,6 +178,29 @@ class Scores:
     details: dict[str, Any] = field(default_factory=dict)
     history: dict[str, torch.Tensor] = field(default_factory=dict)
     grams: Grams = field(default_factory=dict, repr=False)
+    calibrated_on: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.calibration is not None and not self.calibrated_on:
+            self.calibrated_on = {
+                "source": self.calibration.source,
+                "fingerprint": self.calibration.fingerprint,
+            }
+
+    def calibrated_with(self, calibration: Calibration) -> Scores:
+        """Return the same scores with tokens, for what runs them again; a warning where they are other tokens than
+        those that the scores were made on."""
+        of_scores = self.calibrated_on.get("fingerprint")
+        if of_scores is not None and of_scores != calibration.fingerprint:
+            logger.warning(
+                "The scores were made on other calibration tokens (%s, %s) than those that this request reads (%s, "
+                "%s). Checkpoints keep no tokens: pass the same data as dataset, or scores that Scores.save wrote.",
+                self.calibrated_on.get("source"),
+                of_scores,
+                calibration.source,
+                calibration.fingerprint,
+            )
+        return replace(self, calibration=calibration)
 
     def _repr_html_(self) -> str:
         header = ("layer", "kind", "units", "lowest score", "mean", "highest")
@@ -194,8 +231,14 @@ class Scores:
         own = {declared.name for declared in fields(self.config)} - shared
         return replace(config, **{name: getattr(self.config, name) for name in own})
 
-    def save(self, path: str | Path) -> None:
-        """Write everything to one safetensors file."""
+    def save(self, path: str | Path, tokens: bool = True) -> None:
+        """Write everything to one safetensors file.
+
+        Args:
+            path (`str` or `Path`): the file.
+            tokens (`bool`, defaults to `True`): include the calibration tokens. Whoever has the tokenizer can read
+                them, so checkpoints have their fingerprint alone.
+        """
         tensors = {}
         for (layer, kind), value in self.values.items():
             tensors[f"scores.{layer}.{kind}"] = value
@@ -208,11 +251,12 @@ class Scores:
         metadata: dict[str, Any] = {"config": self.config.to_dict(), "details": self.details}
         if self.statistics:
             metadata["count"] = next(iter(self.statistics.values())).count
-        if self.calibration is not None:
+        if self.calibrated_on:
+            metadata["calibrated_on"] = self.calibrated_on
+        if self.calibration is not None and tokens:
             tensors["input_ids"] = self.calibration.input_ids
             if self.calibration.attention_mask is not None:
                 tensors["attention_mask"] = self.calibration.attention_mask
-            metadata["source"] = self.calibration.source
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors_atomically(path, tensors, metadata)
@@ -246,12 +290,27 @@ class Scores:
                 key: SiteStatistics(metadata["count"], mean, groups["variance"][key])
                 for key, mean in groups["mean"].items()
             }
+            # Earlier versions kept the source alone.
+            calibrated_on = metadata.get("calibrated_on", {})
             calibration = (
-                Calibration(tokens["input_ids"], tokens.get("attention_mask"), metadata["source"])
+                Calibration(
+                    tokens["input_ids"],
+                    tokens.get("attention_mask"),
+                    calibrated_on.get("source") or metadata["source"],
+                )
                 if "input_ids" in tokens
                 else None
             )
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} holds no scores: {type(error).__name__}: {error}.") from error
         errors, details = groups["standard_error"], metadata.get("details", {})
-        return cls(config, groups["scores"], statistics, calibration, errors, details, history)
+        return cls(
+            config,
+            groups["scores"],
+            statistics,
+            calibration,
+            errors,
+            details,
+            history,
+            calibrated_on=calibrated_on,
+        )

@@ -88,6 +88,36 @@ def test_saved_scores_serve_another_budget_without_calibrating_again(pruner, tok
     assert reused_model(tokens).logits.equal(fresh_model(tokens).logits)
 
 
+def test_a_checkpoint_holds_no_calibration_tokens_and_their_fingerprint(pruner, tokens, tmp_path):
+    """Whoever has the tokenizer could read them."""
+    pruner.save_pretrained(tmp_path / "out")
+    rows = [row.numpy().astype(kind).tobytes() for row in tokens for kind in ("int64", "int32", "int16", "uint16")]
+    for file in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
+        assert not any(row in file.read_bytes() for row in rows), file
+    loaded = FwdPruner.from_pretrained(tmp_path / "out").scores
+
+    assert loaded.calibration is None
+    assert loaded.calibrated_on == {"source": "tokens", "fingerprint": pruner.scores.calibration.fingerprint}
+    # For one's own use they are kept.
+    pruner.scores.save(tmp_path / "scores.safetensors")
+    assert torch.equal(Scores.load(tmp_path / "scores.safetensors").calibration.input_ids, tokens)
+    pruner.scores.save(tmp_path / "shared.safetensors", tokens=False)
+    assert Scores.load(tmp_path / "shared.safetensors").calibration is None
+
+
+def test_scores_of_a_checkpoint_read_the_tokens_again_where_weights_are_refitted(pruner, tokens, tmp_path, caplog):
+    pruner.save_pretrained(tmp_path / "out")
+    config = {"method": "flap", "kinds": ["attention", "mlp"], "sparsity": 0.4, "reconstruction": "least_squares"}
+    expected = FwdPruner(tiny.make_model("llama_gqa_biases")).prune(PruningConfig(**config), scores=pruner.scores)
+    scores = Scores.load(tmp_path / "out")
+    found = FwdPruner(tiny.make_model("llama_gqa_biases")).prune(PruningConfig(**config), tokens, scores=scores)
+
+    assert torch.equal(found(tokens).logits, expected(tokens).logits)
+    assert "other calibration tokens" not in caplog.text
+    FwdPruner(tiny.make_model("llama_gqa_biases")).prune(PruningConfig(**config), tokens.flip(0), scores=scores)
+    assert "other calibration tokens" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
