@@ -113,4 +113,7 @@ def load_for_task(model_id: str | Path, auto_class: Any, **kwargs: Any) -> PreTr
                 f"{own.__name__} loads it."
             )
         check_checkpoint(model_id, config, where, auto_class)
+    if "gguf_file" in kwargs and (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:
+        # Packed weights can neither be cut nor measured column by column.
+        kwargs.setdefault("quantization_config", gguf_config(dequantize=True))
     return auto_class.from_pretrained(model_id, **kwargs)

@@ -84,9 +84,17 @@ def _check_not_compiled(model: PreTrainedModel) -> None:
             )
 
 
+def _unpacked(quantizer: Any) -> bool:
+    """Whether the quantizer of a model gave it plain weights, as that of a GGUF file does where it is asked to."""
+    config = quantizer.quantization_config
+    return getattr(config, "dequantize", False) or (
+        getattr(config.quant_method, "value", config.quant_method) == "gguf" and not quantizer.packed_modules
+    )
+
+
 def _check_not_quantized(model: PreTrainedModel) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
+    if quantizer is not None and not _unpacked(quantizer):
         method = quantizer.quantization_config.quant_method
         raise ValueError(
             f"The model is quantized ({getattr(method, 'value', method)}), and quantized weights cannot be cut. Load "
