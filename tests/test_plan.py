@@ -5,8 +5,9 @@ import json
 
 import pytest
 import tiny
+import torch
 
-from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
+from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, find_sites
 
 
 @pytest.fixture
@@ -181,3 +182,21 @@ def test_plan_and_scores_together_are_refused(tokens):
     plan = plan_of("llama_gqa_biases", tokens)
     with pytest.raises(ValueError, match="not both"):
         pruner.prune(plan=plan, scores=scores)
+
+
+def test_a_replay_reconstructs_where_the_request_names_it(tokens):
+    """A plan alone keeps the columns as they are; a config, a preset or the field itself refits them."""
+    dense = tiny.make_model("llama_gqa_biases")
+    pruner = FwdPruner(dense)
+    pruner.prune(sparsity=0.4, dataset=tokens, inplace=False)
+    plan = pruner.plan
+
+    def refits(*request, **fields):
+        replaying = FwdPruner(dense)
+        replaying.prune(*request, plan=plan, dataset=tokens, inplace=False, **fields)
+        kept = torch.tensor(plan.kept[0, "mlp"])
+        weight = replaying.model.model.layers[0].mlp.down_proj.weight
+        return not torch.equal(weight, dense.model.layers[0].mlp.down_proj.weight[:, kept])
+
+    assert not refits() and not refits(seed=3)
+    assert refits(reconstruction="least_squares") and refits("fast") and refits(PruningConfig())

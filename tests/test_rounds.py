@@ -25,7 +25,7 @@ def test_rounds_come_to_the_budget_and_to_a_plan_that_gives_the_same_units(dense
     assert abs(removed(pruner.plan, sites) - 0.4 * prunable) <= 3 * (channel / 2 + 1)
     assert pruner.report.sparsity == pytest.approx(0.4, abs=3 * channel / prunable)
     assert pruner.plan.metadata["requested_sparsity"] == pytest.approx(0.4, abs=1 / prunable)
-    replayed = FwdPruner(dense).prune(tiny.request(), plan=pruner.plan, inplace=False)
+    replayed = FwdPruner(dense).prune(plan=pruner.plan, inplace=False)
     assert replayed.config.model_type == pruned.config.model_type
     for name, parameter in replayed.named_parameters():
         assert parameter.shape == pruned.get_parameter(name).shape
@@ -104,7 +104,7 @@ def test_the_last_query_head_of_a_group_stays(tokens):
     pruner = FwdPruner(dense)
     pruner.prune(tiny.request(attention_sparsity=0.5, mlp_sparsity=0.6, rounds=3), tokens, inplace=False)
     assert all(len(pruner.plan.kept[(layer, "attention")]) == 3 for layer in range(3))
-    FwdPruner(dense).prune(tiny.request(), plan=pruner.plan)
+    FwdPruner(dense).prune(plan=pruner.plan)
 
 
 def test_a_budget_beyond_reach_is_refused_before_anything_is_cut(tokens):
