@@ -37,7 +37,7 @@ def check_checkpoint(
         OSError: where a file is damaged or not there, naming it.
         ValueError: where config and weights contradict each other.
     """
-    files = _weight_files(model_id, where)
+    files = weight_files(model_id, where)
     if not files:
         return
     found = _shapes_of(files)
@@ -65,7 +65,9 @@ def check_checkpoint(
         )
 
 
-def _weight_files(model_id: str | Path, where: Mapping[str, Any]) -> list[Path]:
+def weight_files(model_id: str | Path, where: Mapping[str, Any]) -> list[Path]:
+    """Return the safetensors files of a folder or repository, fetched into the cache; none where it has others."""
+
     def find(name: str) -> str | None:
         return cached_file(str(model_id), name, _raise_exceptions_for_missing_entries=False, **where)
 

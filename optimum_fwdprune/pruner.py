@@ -40,6 +40,7 @@ from .saving import check_savable, generation_config_as_it_is, save_offloaded
 from .scores import Scores, check_scoring, needs_calibration, runs_tokens, score_units
 from .search import SEARCH, check_search
 from .settling import forecast, settle
+from .sources import FINGERPRINT, NAME, REVISION, Source
 from .streaming import Workspace, check_streamable, cut_streamed, files_of
 from .utils import (
     announce,
@@ -118,6 +119,8 @@ class FwdPruner:
         self._latencies: LatencyTable | None = None
         # What opened the repository opens that of a teacher.
         self._access: dict[str, Any] = {}
+        # Where the model that was pruned may be.
+        self._source_folders: tuple[Path, ...] = ()
         # Where the pruned model lies as it is now: what adapters can name as their base.
         self._saved_as: str | None = None
 
@@ -187,6 +190,10 @@ class FwdPruner:
                 pruner.comparison = Comparison.from_list(record.outcome["comparison"])
             pruner.recovery = record.outcome.get("recovery")
             pruner._saved_as = str(model_id)
+            if record.plan is not None and Path(model_id).is_dir():
+                # Checkpoints often lie beside the model that they were pruned from.
+                name = Path(str(record.plan.metadata.get(NAME) or "")).name
+                pruner._source_folders = (Path(model_id).absolute().parent / name,) if name else ()
             if record.plan is not None and (source := record.plan.metadata.get("source")):
                 # Its card carries the licence of what was pruned.
                 pruner._base = dataclasses.replace(pruner._base, name=source, is_repository="/" in source)
@@ -279,6 +286,7 @@ class FwdPruner:
         in_memory = dataset is not None and not isinstance(dataset, (str, Path))
         if scores is not None and scores.calibrated_on:
             in_memory = scores.calibrated_on["source"] in IN_MEMORY
+        source = Source.of(self.model.config, self._access)
         inputs = inputs_of(self._loading, self.model.dtype, is_pruned(self.model.config), in_memory)
         asked, before, seconds = config, _Sizes.of(self.model, sites), dict[str, float]()
         calibration, calibrated_on, speedup = None, None, None
@@ -304,7 +312,10 @@ class FwdPruner:
                 removed = rounds.removed({key: len(units) for key, units in done.plan.kept.items()})
                 speedup = Speedup(config.target_speedup, budget.cost.speedup(removed), measured)
 
-        plan = dataclasses.replace(done.plan, metadata={**done.plan.metadata, INPUTS: inputs})
+        origin = {key: value for key, value in done.plan.metadata.items() if key not in (FINGERPRINT, REVISION)}
+        plan = dataclasses.replace(done.plan, metadata={**origin, **source.to_metadata(), INPUTS: inputs})
+        source.remember()
+        self._source_folders = source.folders
         self.model, self.plan, self.config, self.scores = done.model, plan, asked, scores
         self.trainer = self.recovery = self._saved_as = self.comparison = None
         after = _Sizes.of(self.model, [])
@@ -398,7 +409,7 @@ class FwdPruner:
         dataset: Any,
         args: RecoveryArguments | None = None,
         *,
-        teacher: PreTrainedModel | str | None = None,
+        teacher: PreTrainedModel | str | Path | Source | None = None,
         eval_dataset: Any = None,
         callbacks: list[Any] | None = None,
     ) -> PreTrainedModel:
@@ -408,8 +419,9 @@ class FwdPruner:
             dataset: text, chats or instructions: a file, a dataset of the Hub or in memory, strings, token ids; see
                 [`~optimum_fwdprune.recovery.training_data`].
             args (`RecoveryArguments`, *optional*): how; by default LoRA adapters for one epoch, merged in the end.
-            teacher (`PreTrainedModel` or `str`, *optional*): for `mode="distill"`: the dense model, or where it is;
-                by default what the plan says was pruned.
+            teacher (`PreTrainedModel`, `str` or `Path`, *optional*): for `mode="distill"`: the dense model, or where
+                it is; by default the model that was pruned: its repository and commit, or its folder, which is
+                recognised by a fingerprint of its weights and remembered in the Hugging Face cache of this machine.
             eval_dataset (*optional*): of the same kinds, for the Trainer's `eval_strategy`.
             callbacks (`list` of `TrainerCallback`, *optional*): the Trainer's, such as `EarlyStoppingCallback`.
 
@@ -437,7 +449,9 @@ class FwdPruner:
                 "save_pretrained first, or leave merge_adapters on."
             )
         if teacher is None and self.plan is not None:
-            teacher = self.plan.metadata.get("source")
+            teacher = Source.of_plan(self.plan.metadata, self._source_folders)
+        elif isinstance(teacher, Path):
+            teacher = str(teacher)
         data = public_name(str(dataset)) if isinstance(dataset, (str, Path)) else "data in memory"
         counter = StepCounter()
         try:

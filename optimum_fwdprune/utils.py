@@ -194,9 +194,12 @@ def folder_moved_into_place(folder: str | Path, overwrite: bool = False) -> Iter
 
 
 def public_name(name_or_path: str) -> str:
-    """Return a Hub repository as it is, a file or folder by its last part: checkpoints get shared, home directories do
-    not."""
-    return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path
+    """Return a Hub repository as it is, a file or folder by its last part, also where it is gone: checkpoints get
+    shared, home directories do not."""
+    path = Path(name_or_path)
+    # A repository is `name` or `owner/name`.
+    is_path = path.is_absolute() or name_or_path.startswith((".", "~")) or "\\" in name_or_path or len(path.parts) > 2
+    return path.name if is_path or path.exists() else name_or_path
 
 
 def first_difference(found: Any, expected: Any, name: str = "content") -> str | None:

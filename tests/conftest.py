@@ -39,6 +39,14 @@ def tokenizer():
     return tiny.make_tokenizer()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def remembered(tmp_path_factory):
+    """What is remembered of models that were pruned stays out of the user's cache."""
+    from optimum_fwdprune import sources
+
+    sources.REMEMBERED = str(tmp_path_factory.mktemp("remembered"))
+
+
 @pytest.fixture
 def tokens():
     """Calibration tokens: 16 windows of 24."""

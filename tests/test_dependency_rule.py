@@ -59,6 +59,7 @@ ORDER = [
     "rows",
     "chats",
     "saving",
+    "sources",
     "loading",
     "integrity",
     "dispatching",

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, Scores
 from optimum_fwdprune.hub import check_upload
-from optimum_fwdprune.utils import folder_moved_into_place, write_text_atomically
+from optimum_fwdprune.utils import folder_moved_into_place, public_name, write_text_atomically
 
 
 @pytest.fixture
@@ -71,6 +71,21 @@ def test_no_path_of_this_machine_gets_into_a_checkpoint(tokens, tokenizer, tmp_p
 
     assert pruner.plan.metadata["source"] == "model"
     assert not [name for name, content in contents(tmp_path / "out").items() if b"secret_home" in content]
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("someone/dense", "someone/dense"),
+        ("gpt2", "gpt2"),
+        ("/home/somebody/gone/dense", "dense"),
+        ("./gone/dense", "dense"),
+        ("~/dense", "dense"),
+        ("models/of/somebody/dense", "dense"),
+    ],
+)
+def test_folders_that_are_gone_are_no_repositories(name, public):
+    assert public_name(name) == public
 
 
 def test_saved_scores_serve_another_budget_without_calibrating_again(pruner, tokens, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from ..saving import check_savable
+from ..sources import Source
 from ..utils import check_output_file
 from .adapters import check_adapters, merged, with_adapters
 from .arguments import RecoveryArguments
@@ -36,7 +37,7 @@ def recover(
     dataset: Any,
     args: RecoveryArguments,
     *,
-    teacher: PreTrainedModel | str | None = None,
+    teacher: PreTrainedModel | str | Source | None = None,
     eval_dataset: Any = None,
     callbacks: list | None = None,
     access: Mapping[str, Any] | None = None,
@@ -52,8 +53,8 @@ def recover(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for all data but token ids.
         dataset: text, chats or instructions, see [`training_data`].
         args (`RecoveryArguments`): how.
-        teacher (`PreTrainedModel` or `str`, *optional*): for `mode="distill"`: the dense model, or what to load it
-            from where `args.teacher` does not say.
+        teacher (`PreTrainedModel`, `str` or `Source`, *optional*): for `mode="distill"`: the dense model, or what to
+            load it from where `args.teacher` does not say.
         eval_dataset (*optional*): of the same kinds as `dataset`, for `eval_strategy`.
         callbacks (`list` of `TrainerCallback`, *optional*): the Trainer's.
         access (mapping, *optional*): for loading a teacher by name: `token`, `trust_remote_code` and the like.
@@ -68,6 +69,7 @@ def recover(
     """
     check_savable(model, tokenizer)
     _check_arguments(args, eval_dataset, callbacks)
+    _check_teacher(args, teacher)
     resumed = _checkpoint_of(args)
     adapters_stay = args.trains_adapters and not args.merge_adapters
     before = ModelState(model)
@@ -113,7 +115,7 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase | None,
     dataset: Any,
     args: RecoveryArguments,
-    teacher: PreTrainedModel | str | None,
+    teacher: PreTrainedModel | str | Source | None,
     eval_dataset: Any,
     callbacks: list | None,
     access: Mapping[str, Any] | None,
@@ -175,22 +177,27 @@ def _taught(
     data: Dataset,
     student: PreTrainedModel,
     args: RecoveryArguments,
-    teacher: PreTrainedModel | str | None,
+    teacher: PreTrainedModel | str | Source | None,
     access: Mapping[str, Any] | None,
 ) -> tuple[Dataset, Teacher | None]:
     """The data with what the teacher predicts, or the teacher itself."""
 
     def loaded() -> PreTrainedModel:
-        found = teacher
-        if not isinstance(found, PreTrainedModel):
-            found = load_teacher(args, found, args.device, access)
+        if isinstance(teacher, PreTrainedModel):
+            check_same_vocabulary(teacher, student)
+            return teacher
+        name, options = teacher, dict(access or {})
+        if isinstance(teacher, Source) and args.teacher is None:
+            name = teacher.find()
+            if name == teacher.name and teacher.revision is not None:
+                options["revision"] = teacher.revision
+        found = load_teacher(args, None if isinstance(name, Source) else name, args.device, options)
         check_same_vocabulary(found, student)
         return found
 
     if args.teacher_cache is None:
         return data, Teacher(loaded(), hidden_states=args.hidden_weight > 0)
-    of_model = teacher.config._name_or_path if isinstance(teacher, PreTrainedModel) else teacher
-    name = args.teacher or of_model or ""
+    name = args.teacher or _name_of(teacher)
     identity = identity_of_teacher(data, name, args.teacher_top_k)
     # One process asks, the others find the answers.
     with args.main_process_first(desc="asking the teacher"):
@@ -198,6 +205,28 @@ def _taught(
         if kept is None:
             kept = keep_predictions(data, Teacher(loaded()), args.teacher_cache, identity, args.train_batch_size)
     return kept, None
+
+
+def _name_of(teacher: PreTrainedModel | str | Source | None) -> str:
+    """What kept predictions name as their teacher."""
+    if isinstance(teacher, PreTrainedModel):
+        return str(teacher.config._name_or_path)
+    if isinstance(teacher, Source):
+        return f"{teacher.name} {teacher.revision or teacher.fingerprint or ''}".rstrip()
+    return teacher or ""
+
+
+def _check_teacher(args: RecoveryArguments, teacher: PreTrainedModel | str | Source | None) -> None:
+    """Raise `ValueError` where the teacher is not known, before any data is read. Kept predictions need none."""
+    if args.mode != DISTILL or args.teacher is not None:
+        return
+    cache = None if args.teacher_cache is None else Path(args.teacher_cache)
+    if cache is not None and cache.is_dir() and any(cache.iterdir()):
+        return
+    if teacher is None:
+        raise ValueError("mode='distill' needs the dense model; name it as teacher.")
+    if isinstance(teacher, Source):
+        teacher.find()
 
 
 def _checkpoint_of(args: RecoveryArguments) -> str | None:

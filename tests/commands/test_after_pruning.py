@@ -48,12 +48,13 @@ class TestRecover:
         assert (output / "fwdprune_plan.json").exists() and (output / "tokenizer.json").exists()
         assert {path.name for path in tmp_path.iterdir()} <= {"recovered", "recovered-training"}
 
-    def test_the_teacher_is_what_was_pruned_unless_one_is_named(self, cli, folder, tmp_path):
+    def test_the_teacher_is_what_was_pruned_unless_one_is_named(self, cli, folder, tmp_path, monkeypatch):
         """The plan names it, without the folders of the machine that it was pruned on."""
+        monkeypatch.chdir(tmp_path)
         command = ["recover", folder / "pruned", tmp_path / "out", "--dataset", folder / "text.txt"]
         code, _, err = cli(*command, "--mode", "distill", *TRAIN)
 
-        assert code == 1 and "Cannot load the teacher dense" in err and "Name another one as teacher" in err
+        assert code == 0 and (tmp_path / "out" / "config.json").exists(), err
 
     def test_every_option_is_offered_with_its_help(self, cli):
         code, out, _ = cli("recover", "--help")

@@ -1,0 +1,162 @@
+"""The teacher is the model that was pruned, wherever it was, and no other model of its name."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+
+from optimum_fwdprune import FwdPruner, RecoveryArguments, sources
+from optimum_fwdprune.recovery import finetuning
+from optimum_fwdprune.sources import Source, fingerprint_of
+
+
+CUT = {"method": "magnitude", "kinds": ["attention", "mlp"], "reconstruction": "none", "sparsity": 0.4}
+
+
+@pytest.fixture(autouse=True)
+def remembered(monkeypatch, tmp_path):
+    """Other tests prune the same weights in other folders."""
+    monkeypatch.setattr(sources, "REMEMBERED", str(tmp_path / "remembered"))
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """What teachers were loaded from, and with which revision."""
+    names = []
+
+    def loading(args, name, device, access):
+        names.append((name, access.get("revision")))
+        return tiny.make_model("llama_gqa_biases")
+
+    monkeypatch.setattr(finetuning, "load_teacher", loading)
+    return names
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A dense model in a folder, and the same pruned in another."""
+    base = tmp_path / "somebody" / "dense"
+    tiny.make_model("llama_gqa_biases").save_pretrained(base)
+    pruner = FwdPruner.from_pretrained(base)
+    pruner.prune(**CUT)
+    pruner.save_pretrained(tmp_path / "pruned")
+    return tmp_path
+
+
+def distill(folder, tmp_path, tokens, **changes):
+    values = {"output_dir": str(tmp_path / "training"), "mode": "distill", "max_steps": 1, "use_cpu": True}
+    args = RecoveryArguments(**{**values, "save_strategy": "no", **changes})
+    pruner = FwdPruner.from_pretrained(folder) if not isinstance(folder, FwdPruner) else folder
+    pruner.recover({"input_ids": tokens}, args)
+
+
+def another_model(folder):
+    tiny.make_model("llama_gqa_biases", seed=7).save_pretrained(folder)
+
+
+def test_a_local_base_is_found_from_another_folder(home, tokens, tmp_path, opened, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    # Its name, with other weights.
+    another_model("dense")
+    distill(home / "pruned", tmp_path, tokens)
+
+    assert opened == [(str(home / "somebody" / "dense"), None)]
+
+
+def test_what_is_saved_names_no_path(home):
+    metadata = json.loads((home / "pruned" / "fwdprune_plan.json").read_text())["metadata"]
+    assert metadata["source"] == "dense" and len(metadata["source_fingerprint"]) == 32
+    for file in (path for path in (home / "pruned").rglob("*") if path.is_file()):
+        assert b"somebody" not in file.read_bytes(), file
+
+
+def test_a_model_in_memory_is_known_by_the_folder_that_it_was_loaded_from(home, tokens, tmp_path, opened):
+    from transformers import AutoModelForCausalLM
+
+    pruner = FwdPruner(AutoModelForCausalLM.from_pretrained(home / "somebody" / "dense"))
+    pruner.prune(**CUT)
+    distill(pruner, tmp_path, tokens)
+
+    assert opened == [(str(home / "somebody" / "dense"), None)]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_base_that_is_gone_or_replaced_is_refused_before_any_data_is_read(home, tokens, tmp_path, opened, replaced):
+    shutil.rmtree(home / "somebody" / "dense")
+    if replaced:
+        another_model(home / "somebody" / "dense")
+    message = "dense holds other weights" if replaced else "no longer where it was"
+    pruner = FwdPruner.from_pretrained(home / "pruned")
+    with pytest.raises(ValueError, match=rf"{message}.*--teacher FOLDER"):
+        pruner.recover(None, RecoveryArguments(output_dir=str(tmp_path / "training"), mode="distill", use_cpu=True))
+    assert opened == [] and not (tmp_path / "training").exists()
+
+
+def test_a_base_that_moved_beside_the_checkpoint_or_into_the_working_directory_is_found(
+    home, tokens, tmp_path, opened, monkeypatch
+):
+    shutil.move(home / "somebody" / "dense", home / "dense")
+    distill(home / "pruned", tmp_path, tokens)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    shutil.move(home / "dense", "dense")
+    distill(home / "pruned", tmp_path, tokens)
+
+    assert opened == [(str(home / "dense"), None), ("dense", None)]
+
+
+def test_a_checkpoint_without_a_fingerprint_takes_no_folder_by_its_name(home, tokens, tmp_path, opened, monkeypatch):
+    file = home / "pruned" / "fwdprune_plan.json"
+    plan = json.loads(file.read_text())
+    del plan["metadata"]["source_fingerprint"]
+    file.write_text(json.dumps(plan))
+    monkeypatch.chdir(home / "somebody")
+    with pytest.raises(ValueError, match=r"no fingerprint of its weights.*--teacher FOLDER"):
+        distill(home / "pruned", tmp_path, tokens)
+
+
+def test_a_repository_is_loaded_at_the_commit_that_was_pruned(home, tokens, tmp_path, opened, monkeypatch):
+    pruner = FwdPruner.from_pretrained(home / "pruned")
+    commit = {"source": "someone/dense", "source_revision": "c" * 40, "source_fingerprint": "0" * 32}
+    pruner.plan.metadata.update(commit)
+    distill(pruner, tmp_path, tokens)
+    assert opened == [("someone/dense", "c" * 40)]
+
+    # A folder of the working directory would be loaded in its place.
+    monkeypatch.chdir(tmp_path)
+    another_model("someone/dense")
+    pruner.plan.metadata.update(commit)
+    with pytest.raises(ValueError, match="someone/dense holds other weights"):
+        distill(pruner, tmp_path, tokens)
+
+
+def test_a_teacher_that_is_named_needs_no_fingerprint(home, tokens, tmp_path, opened):
+    shutil.rmtree(home / "somebody")
+    another_model(home / "other")
+    distill(home / "pruned", tmp_path, tokens, teacher=str(home / "other"))
+    assert len(opened) == 1
+
+
+class TestFingerprint:
+    def test_it_does_not_depend_on_how_weights_are_divided_into_files(self, tmp_path):
+        model = tiny.make_model("llama_gqa_biases")
+        model.save_pretrained(tmp_path / "one")
+        model.save_pretrained(tmp_path / "many", max_shard_size="60KB")
+        assert fingerprint_of(tmp_path / "one", {}) == fingerprint_of(tmp_path / "many", {})
+
+    @pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight"])
+    def test_it_depends_on_every_tensor(self, tmp_path, name):
+        model = tiny.make_model("llama_gqa_biases")
+        model.save_pretrained(tmp_path / "one")
+        with torch.no_grad():
+            model.get_parameter(name).mul_(1.01)
+        model.save_pretrained(tmp_path / "two")
+        assert fingerprint_of(tmp_path / "one", {}) != fingerprint_of(tmp_path / "two", {})
+
+    @pytest.mark.parametrize("claimed", ["../../etc/passwd", "", 7, ["x"], "0" * 32])
+    def test_what_a_plan_claims_is_no_path(self, claimed):
+        source = Source.of_plan({"source": "dense", "source_fingerprint": claimed})
+        assert source.folders == ()
