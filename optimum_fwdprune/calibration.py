@@ -21,6 +21,7 @@ from .chats import UnusableRow, chat_text, check_template
 from .checkpoints import Checkpoint
 from .loggers import get_logger
 from .losses import counted_targets
+from .offline import offline_variable
 from .offloading import input_device, lies_on_disk
 from .rows import CHAT, TOKENS, Data, Tokens
 from .texts import PRESETS, always_text, detokenize, load_rows, open_rows, texts_of
@@ -349,10 +350,16 @@ def _default_source() -> str:
         next(iter(load_rows(**PRESETS["wikitext2"])))
         return "wikitext2"
     except Exception as error:  # Whatever fails on the way to the Hub, the answer is the same.
+        if is_offline_mode():
+            why = f"it is not in the cache, and {offline_variable()} is set, which forbids to download it"
+            way_out = "unset that variable"
+        else:
+            why, way_out = type(error).__name__, "set HF_HUB_OFFLINE=1 where WikiText-2 is in the cache"
         logger.warning(
-            "WikiText-2 is not at hand (%s), so calibration uses text sampled from the model itself. Name a source "
-            "with `calibration` to choose; HF_HUB_OFFLINE=1 uses a cached WikiText-2.",
-            type(error).__name__,
+            "WikiText-2 is not at hand (%s), so calibration uses text sampled from the model itself. Name a text file "
+            "with `calibration` to use that, or %s.",
+            why,
+            way_out,
         )
         return SELF
 

@@ -13,6 +13,7 @@ from transformers.utils import find_adapter_config_file
 
 from .architectures import get_architecture, is_pruned
 from .integrity import check_checkpoint
+from .offline import naming_offline
 
 
 # Of `from_pretrained`: where files are looked for.
@@ -20,6 +21,9 @@ WHERE = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 
 # And what holds for other repositories of the same user.
 ACCESS = ("token", "cache_dir", "local_files_only", "trust_remote_code")
+
+# What to do where the Hub must not be asked for a model.
+FOLDER_OTHERWISE = "name a folder that holds the model"
 
 
 def auto_class_of(config: PreTrainedConfig) -> Any:
@@ -106,7 +110,8 @@ def load_for_task(model_id: str | Path, auto_class: Any, **kwargs: Any) -> PreTr
     # Code of the repository may describe anything, a GGUF file describes itself, and adapters name their base.
     unchecked = "gguf_file" in kwargs or kwargs.get("trust_remote_code")
     if not unchecked and find_adapter_config_file(str(model_id), **where) is None:
-        config = AutoConfig.from_pretrained(model_id, **where)
+        with naming_offline(model_id, FOLDER_OTHERWISE):
+            config = AutoConfig.from_pretrained(model_id, **where)
         if is_pruned(config) and (own := auto_class_of(config)) is not auto_class:
             raise ValueError(
                 f"{model_id} is a {config.architectures[0]}, and {auto_class.__name__} would load something else; "
@@ -116,4 +121,5 @@ def load_for_task(model_id: str | Path, auto_class: Any, **kwargs: Any) -> PreTr
     if "gguf_file" in kwargs and (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:
         # Packed weights can neither be cut nor measured column by column.
         kwargs.setdefault("quantization_config", gguf_config(dequantize=True))
-    return auto_class.from_pretrained(model_id, **kwargs)
+    with naming_offline(model_id, FOLDER_OTHERWISE):
+        return auto_class.from_pretrained(model_id, **kwargs)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import ranks
 from .architectures import Site, SiteKey, find_sites, get_architecture, is_pruned
@@ -22,10 +22,19 @@ from .evaluation import Comparison
 from .export.stock import STOCK, check_stock_layout, check_stock_request
 from .hub import Base, check_name, check_upload, upload
 from .latency import LatencyCost, LatencyTable, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
-from .loading import ACCESS, WHERE, auto_class_of, check_is_model, check_unquantized, load_for_task
+from .loading import (
+    ACCESS,
+    FOLDER_OTHERWISE,
+    WHERE,
+    auto_class_of,
+    check_is_model,
+    check_unquantized,
+    load_for_task,
+)
 from .loggers import get_logger
 from .methods import PruningConfig
 from .module_state import forward_state_kept
+from .offline import naming_offline
 from .offloading import check_readable, device_map_on_disk, is_offloaded
 from .placement import placed, warn_of_placement
 from .plan import PruningPlan, losses_by_kind
@@ -42,6 +51,7 @@ from .search import SEARCH, check_search
 from .settling import forecast, settle
 from .sources import FINGERPRINT, NAME, REVISION, Source
 from .streaming import Workspace, check_streamable, cut_streamed, files_of
+from .tokenizing import load_tokenizer, named_tokenizer, warn_of_missing_tokenizer
 from .utils import (
     announce,
     check_output_folder,
@@ -125,7 +135,14 @@ class FwdPruner:
         self._saved_as: str | None = None
 
     @classmethod
-    def from_pretrained(cls, model_id: str | Path, *, low_memory: bool = False, **kwargs) -> FwdPruner:
+    def from_pretrained(
+        cls,
+        model_id: str | Path,
+        *,
+        low_memory: bool = False,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+        **kwargs,
+    ) -> FwdPruner:
         """Load a model and its tokenizer; of a pruned checkpoint also its plan and request.
 
         It is loaded for the task that the checkpoint was saved for, a causal language model where it does not say.
@@ -136,14 +153,17 @@ class FwdPruner:
                 writes one after the other, and the pruned model's stay on disk too: one layer is in memory at a time,
                 beside embeddings, head and statistics. Temporary files lie in `offload_folder`, by default that of
                 the system.
+            tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*): a tokenizer, or its folder or
+                repository; by default the one that lies beside the model.
             kwargs: for the Auto class's `from_pretrained`: `dtype` (the checkpoint's by default), `device_map`
                 (the CPU by default; under `accelerate launch` the accelerator of each process),
                 `attn_implementation`, `gguf_file`, `revision`, `token`, `trust_remote_code`, ...
 
         Raises:
             OSError: where a file is missing or damaged, naming it.
-            ValueError: where the family is not supported, the folder holds adapters without their base, or the plan
-                of a pruned checkpoint is not that of its weights.
+            ValueError: where the family is not supported, the folder holds adapters without their base, the plan of a
+                pruned checkpoint is not that of its weights, or the tokenizer cannot be read, naming the packages
+                that are missing.
         """
         kwargs.setdefault("dtype", "auto")
         shared = {name: kwargs[name] for name in (*WHERE, "trust_remote_code") if name in kwargs}
@@ -154,7 +174,8 @@ class FwdPruner:
             shared["gguf_file"] = kwargs["gguf_file"]
         else:
             # A family that is not supported fails before gigabytes are read.
-            config = AutoConfig.from_pretrained(model_id, **shared)
+            with naming_offline(model_id, FOLDER_OTHERWISE):
+                config = AutoConfig.from_pretrained(model_id, **shared)
             auto_class = auto_class_of(config)
             check_unquantized(model_id, config, kwargs.get("quantization_config"))
         if low_memory:
@@ -164,14 +185,18 @@ class FwdPruner:
                     "and device_map."
                 )
             kwargs["device_map"] = device_map_on_disk(config, auto_class)
-        model = load_for_task(model_id, auto_class, **placed(kwargs))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model_id, **shared)
-        except (OSError, ValueError) as error:
+        # Before gigabytes are read.
+        if tokenizer is not None:
+            tokenizer = named_tokenizer(tokenizer, **{name: kwargs[name] for name in ACCESS if name in kwargs})
+        else:
+            tokenizer = load_tokenizer(model_id, **shared)
+        if tokenizer is None:
             logger.warning(
-                "%s has no tokenizer that loads (%s); calibration can use its own text only.", model_id, error
+                "%s has no tokenizer; calibration can use token ids and the model's own text only. Name one with "
+                "tokenizer=... (--tokenizer).",
+                model_id,
             )
-            tokenizer = None
+        model = load_for_task(model_id, auto_class, **placed(kwargs))
         pruner = cls(model, tokenizer)
         pruner._loading = dict(kwargs)
         pruner._low_memory, pruner._offload_folder = low_memory, kwargs.get("offload_folder")
@@ -575,6 +600,9 @@ class FwdPruner:
                     self.model.save_pretrained(temporary, **options)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
+            elif self._base is None:
+                # A model that was loaded elsewhere; of others, loading has said so.
+                warn_of_missing_tokenizer(self.model.config._name_or_path)
             if whole:
                 measured = self.comparison.to_list() if self.comparison else []
                 report = self.report

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .offline import naming_offline
 from .rows import CHAT, TEXT, TOKENS, Data
 
 
@@ -146,7 +147,8 @@ def load_rows(path: str, name: str | None = None, split: str = "train") -> Any:
     from datasets import load_dataset
     from huggingface_hub import is_offline_mode
 
-    return load_dataset(path, name, split=split, streaming=not is_offline_mode())
+    with naming_offline(path, "name a file (.txt, .json, .jsonl, .parquet), 'builtin', or for calibration 'self'"):
+        return load_dataset(path, name, split=split, streaming=not is_offline_mode())
 
 
 def detokenize(text: str) -> str:

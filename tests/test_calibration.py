@@ -520,6 +520,26 @@ def test_without_the_hub_the_default_is_self_and_says_so(model, tokenizer, monke
 
     assert windows(model, tokenizer).source == "self"
     assert len(logged) == 1 and "WikiText-2 is not at hand" in logged[0] and "`calibration`" in logged[0]
+    # The tests are offline themselves.
+    assert "HF_HUB_OFFLINE is set" in logged[0] and logged[0].endswith("or unset that variable.")
+
+
+def test_without_a_network_the_default_is_self_and_says_how_to_use_the_cache(model, tokenizer, monkeypatch, warnings):
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.dataset_info", lambda *_, **__: (_ for _ in ()).throw(ConnectionError())
+    )
+
+    assert windows(model, tokenizer).source == "self"
+    assert (
+        "(ConnectionError)" in warnings[0] and "set HF_HUB_OFFLINE=1 where WikiText-2 is in the cache" in warnings[0]
+    )
+
+
+@pytest.mark.parametrize("source", ["wikitext2", "c4", "some/dataset"])
+def test_datasets_that_are_not_in_the_cache_are_refused_offline_with_a_way_out(source, model, tokenizer):
+    with pytest.raises(OSError, match=r"in the cache of the Hub, and HF_HUB_OFFLINE is set.* Unset it .* name a file"):
+        windows(model, tokenizer, calibration=source)
 
 
 def test_with_the_hub_the_default_is_wikitext2(model, tokenizer, monkeypatch):

@@ -60,6 +60,7 @@ ORDER = [
     "chats",
     "saving",
     "sources",
+    "tokenizing",
     "loading",
     "integrity",
     "dispatching",
@@ -78,6 +79,7 @@ ORDER = [
     "module_state",
     "progress",
     "loggers",
+    "offline",
     "ranks",
     "version",
 ]

@@ -122,14 +122,26 @@ def load_model(model: str, args: Namespace) -> PreTrainedModel:
         return load_causal_lm(model, **placed({"dtype": "auto"} | loading_options(args)))
 
 
-def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model."""
-    from transformers import AutoTokenizer
+def add_tokenizer_option(parser: ArgumentParser) -> None:
+    """Add the option that names another tokenizer than the model's own."""
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="Folder or Hub repository of the tokenizer; by default the model's own."
+    )
 
-    shared = ("gguf_file", "revision", "token", "trust_remote_code")
-    options = {name: value for name, value in loading_options(args).items() if name in shared}
-    with naming_the_model(f"the tokenizer of {model}"):
-        return AutoTokenizer.from_pretrained(model, **options)
+
+def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that `--tokenizer` names, or the one that lies beside a model."""
+    from optimum_fwdprune.tokenizing import load_tokenizer, named_tokenizer
+
+    options = loading_options(args)
+    access = {name: options[name] for name in ("token", "trust_remote_code") if name in options}
+    if args.tokenizer is not None:
+        return named_tokenizer(args.tokenizer, **access)
+    of_model = {name: options[name] for name in ("gguf_file", "revision") if name in options}
+    tokenizer = load_tokenizer(model, **access, **of_model)
+    if tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer; name one with --tokenizer.")
+    return tokenizer
 
 
 def add_hub_options(parser: ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from .base import (
     add_evaluation_options,
     add_loading_options,
     add_speed_options,
+    add_tokenizer_option,
     check_different,
     evaluation_options,
     load_model,
@@ -74,6 +75,7 @@ class CompareCommand(Command):
         add_output_option(parser)
         add_evaluation_options(parser)
         add_speed_options(parser)
+        add_tokenizer_option(parser)
         add_loading_options(parser)
 
     def execute(self) -> None:

@@ -8,6 +8,7 @@ from .base import (
     Command,
     add_evaluation_options,
     add_loading_options,
+    add_tokenizer_option,
     evaluation_options,
     load_model,
     load_tokenizer,
@@ -25,6 +26,7 @@ class EvaluateCommand(Command):
         parser.add_argument("model", help="Folder or Hub repository of the model.")
         add_output_option(parser)
         add_evaluation_options(parser)
+        add_tokenizer_option(parser)
         add_loading_options(parser)
 
     def execute(self) -> None:

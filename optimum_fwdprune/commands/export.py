@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
-from .base import Command, add_loading_options, load_model, load_tokenizer
+from .base import Command, add_loading_options, add_tokenizer_option, load_model, load_tokenizer
 from .parser import choice
 
 
@@ -40,6 +40,7 @@ class ExportCommand(Command):
             "--pre_tokenizer", help="llama.cpp's name of how text is split before BPE; by default found out."
         )
         parser.add_argument("--overwrite", action="store_true", help="Replace an output that is there.")
+        add_tokenizer_option(parser)
         add_loading_options(parser)
 
     def execute(self) -> None:
@@ -53,8 +54,8 @@ class ExportCommand(Command):
 
         from optimum_fwdprune.export import export_gguf, export_stock
 
-        model = load_model(self.args.model, self.args)
         tokenizer = load_tokenizer(self.args.model, self.args)
+        model = load_model(self.args.model, self.args)
         if is_file:
             options = (self.args.outtype, self.args.overwrite, self.args.pre_tokenizer)
             print(f"Written to {export_gguf(model, tokenizer, self.args.output, *options)}.")

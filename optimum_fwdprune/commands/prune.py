@@ -12,6 +12,7 @@ from .base import (
     add_hub_options,
     add_loading_options,
     add_output_folder,
+    add_tokenizer_option,
     check_hub_options,
     loading_options,
     naming_the_model,
@@ -76,6 +77,7 @@ class PruneCommand(Command):
         for name in methods:
             config_class = get_method(name).config_class
             known |= add_config_options(parser, config_class, known, partial(_of_method, name), groups)
+        add_tokenizer_option(parser)
         add_loading_options(parser)
         add_hub_options(parser)
 
@@ -110,7 +112,7 @@ class PruneCommand(Command):
         from optimum_fwdprune.pruner import FwdPruner
 
         with naming_the_model(self.args.model):
-            loading = loading_options(self.args)
+            loading = loading_options(self.args) | {"tokenizer": self.args.tokenizer}
             if self.args.low_memory:
                 # On the disk that the result goes to, where moving it is for free.
                 loading |= {"low_memory": True, "offload_folder": output.parent}

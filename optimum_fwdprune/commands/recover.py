@@ -12,6 +12,7 @@ from .base import (
     add_hub_options,
     add_loading_options,
     add_output_folder,
+    add_tokenizer_option,
     check_hub_options,
     loading_options,
     naming_the_model,
@@ -72,6 +73,7 @@ class RecoverCommand(Command):
             metavar="NAME=VALUE",
             help="Any other argument of transformers.TrainingArguments, such as weight_decay=0.1 fsdp=full_shard.",
         )
+        add_tokenizer_option(parser)
         add_loading_options(parser)
         add_hub_options(parser)
 
@@ -91,7 +93,8 @@ class RecoverCommand(Command):
 
         arguments = self._arguments(own)
         with naming_the_model(self.args.model):
-            pruner = FwdPruner.from_pretrained(self.args.model, **loading_options(self.args))
+            options = loading_options(self.args) | {"tokenizer": self.args.tokenizer}
+            pruner = FwdPruner.from_pretrained(self.args.model, **options)
         pruner.check_saving(self.args.output, overwrite=self.args.overwrite)
         pruner.recover(self.args.dataset, arguments)
         if arguments.should_save:

@@ -67,7 +67,14 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: 
     writer.add_add_bos_token(bool(start) and start[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(bool(start) and start[-1] == tokenizer.eos_token_id)
     if tokenizer.chat_template is not None:
-        writer.add_chat_template(tokenizer.chat_template)
+        writer.add_chat_template(_templates_of(tokenizer.chat_template))
+
+
+def _templates_of(template: str | dict[str, str] | list[dict[str, str]]) -> str | list[dict[str, str]]:
+    """Chat templates as the format has them: one text, or several with names, of which `default` is the first."""
+    if isinstance(template, dict):
+        return [{"name": name, "template": text} for name, text in template.items()]
+    return template
 
 
 def _kind_of(number: int, tokens: dict[int, str], tokenizer: PreTrainedTokenizerBase) -> int:

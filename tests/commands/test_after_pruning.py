@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import pytest
 import tiny
@@ -182,3 +183,30 @@ class TestMeasure:
         lines = [line for line in err.splitlines() if line.startswith("error")]
 
         assert code == 1 and len(lines) == 1 and message in lines[0] and "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["prune", "recover", "evaluate", "compare", "export"])
+def test_every_command_that_reads_a_tokenizer_takes_another_one(command, cli, folder, tmp_path):
+    """Of a folder with a SentencePiece model alone, whose package is not installed."""
+    sources = {}
+    for name in ("dense", "pruned"):
+        sources[name] = tmp_path / name
+        shutil.copytree(folder / name, sources[name], ignore=shutil.ignore_patterns("tokenizer*"))
+        (sources[name] / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    text, output = ["--text", folder / "text.txt"], tmp_path / "out"
+    small = ["--calibration", folder / "text.txt", "--n_samples", 4, "--seq_len", 16]
+    words = {
+        "prune": ["prune", "-m", sources["dense"], output, *small],
+        "recover": ["recover", sources["pruned"], output, "--dataset", folder / "text.txt", *TRAIN],
+        "evaluate": ["evaluate", sources["pruned"], *text],
+        "compare": ["compare", sources["dense"], sources["pruned"], *text, "--prompt_tokens", 8, "--repeats", 1],
+        "export": ["export", sources["pruned"], tmp_path / "out.gguf"],
+    }[command]
+    code, _, err = cli(*words)
+
+    assert code == 1 and "tokenizer.model, which is read with sentencepiece" in err and "--tokenizer" in err
+    assert not output.exists()
+    code, _, err = cli(*words, "--tokenizer", folder / "dense")
+    assert code == 0, err
+    if command in ("prune", "recover"):
+        assert (output / "tokenizer.json").exists()

@@ -11,6 +11,7 @@ import gguf
 import pytest
 import tiny
 import torch
+import transformers
 import xllamacpp
 from optimum.commands.optimum_cli import main
 
@@ -221,6 +222,27 @@ def test_sizes_tokens_and_chat_template_are_in_the_file(tokens, tokenizer, tmp_p
     assert fields["tokenizer.chat_template"].contents() == chatty.chat_template
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+
+
+@pytest.mark.parametrize("names", [("default", "tool_use", "rag"), ("tool_use",), ("default",)])
+def test_named_chat_templates_are_in_the_file_as_the_format_has_them(names, tokens, tokenizer, tmp_path):
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = {name: f"{{{{ '{name}' }}}}" for name in names}
+    # As transformers keeps them in a folder, and reads them.
+    chatty.save_pretrained(tmp_path / "words")
+    chatty = transformers.AutoTokenizer.from_pretrained(tmp_path / "words")
+    file = export_gguf(pruned("llama_mqa", tokens), chatty, tmp_path / "model.gguf", dtype="f32")
+    fields = gguf.GGUFReader(file).fields
+    others = [name for name in names if name != "default"]
+
+    for name in others:
+        assert fields[f"tokenizer.chat_template.{name}"].contents() == f"{{{{ '{name}' }}}}"
+    if "default" in names:
+        assert fields["tokenizer.chat_template"].contents() == "{{ 'default' }}"
+    else:
+        assert "tokenizer.chat_template" not in fields
+    if others:
+        assert sorted(fields["tokenizer.chat_templates"].contents()) == sorted(others)
 
 
 def test_rows_change_places_by_the_heads_of_their_own_layer():

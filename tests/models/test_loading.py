@@ -255,3 +255,9 @@ def test_a_class_of_another_tool_is_not_taken_for_a_pruned_one():
 
     with pytest.raises(ValueError, match="per-layer sizes of another tool"):
         get_architecture(PrunedConfig(num_hidden_layers=2, per_layer_config={0: {"intermediate_size": 8}}))
+
+
+@pytest.mark.parametrize("load", [FwdPruner.from_pretrained, load_causal_lm])
+def test_models_that_are_not_in_the_cache_are_refused_offline_with_a_way_out(load):
+    with pytest.raises(OSError, match=r"some/model is neither here .* HF_HUB_OFFLINE is set.* or name a folder that"):
+        load("some/model")
