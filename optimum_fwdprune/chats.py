@@ -101,7 +101,7 @@ def encoded_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[l
     Raises:
         UnusableRow: where the template refuses the chat.
     """
-    template = _template_of(tokenizer)
+    template = _template_of(tokenizer, chat.tools)
     if template is not None and MARKED.search(template) and tokenizer.is_fast:
         return _marked_by_template(chat, tokenizer)
     sequences = []
@@ -198,11 +198,11 @@ def _applied(messages: list[dict], chat: Chat, tokenizer: PreTrainedTokenizerBas
         raise UnusableRow(f"the tokenizer's chat template refuses it: {error}") from error
 
 
-def _template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _template_of(tokenizer: PreTrainedTokenizerBase, tools: list | None = None) -> str | None:
     if tokenizer.chat_template is None:
         return None
     try:
-        return tokenizer.get_chat_template()
+        return tokenizer.get_chat_template(tools=tools)
     except ValueError as error:
         raise ValueError(
             f"The tokenizer has the chat templates {', '.join(sorted(tokenizer.chat_template))}, and none is called "

@@ -20,6 +20,8 @@ PRESETS = {
 }
 BUILTIN = "builtin"
 KINDS = {CHAT: "chats", TOKENS: "tokens"}
+# Longer than names of files are, and those of datasets.
+LONGEST_NAME = 4096
 FILE_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -68,6 +70,7 @@ def open_rows(
             return BUILTIN, _builtin_rows()
         if source in PRESETS:
             return str(source), _shuffled(load_rows(**PRESETS[str(source)], split=split), seed)
+        _check_name(str(source))
         path = Path(source)
         if path.suffix in FILE_LOADERS or path.exists():
             return path.name, _file_rows(path)
@@ -85,8 +88,11 @@ def open_rows(
     elif isinstance(source, Mapping):
         source = _rows_of_columns(source)
     if hasattr(source, "column_names") or hasattr(source, "features"):
-        return "dataset", source
+        # A column of a dataset has these too, and holds no rows but what is in them.
+        return "dataset", map(_row_of, source)
     if isinstance(source, Sequence):
+        if source and all(isinstance(value, Mapping) and value.keys() >= {"role", "content"} for value in source):
+            source = [source]
         if source and all(isinstance(value, (int, np.integer)) for value in source):
             source = [source]
         strings = all(isinstance(text, str) for text in source)
@@ -185,6 +191,14 @@ def _row_of(value: Any) -> Mapping:
         return value
     if isinstance(value, (list, tuple)) and value and all(isinstance(message, Mapping) for message in value):
         return {"messages": value}
+    if isinstance(value, (list, tuple)) and value and all(getattr(part, "ndim", 0) for part in value):
+        if len(value) > 1:
+            raise ValueError(
+                f"A row is {len(value)} tensors, which do not say what they are; give mappings with input_ids, and "
+                f"attention_mask or labels where there are some."
+            )
+        # A batch of PyTorch's TensorDataset.
+        return {"input_ids": value[0]}
     if hasattr(value, "tolist") or isinstance(value, (list, tuple)):
         return {"input_ids": value}
     return {"text": value}
@@ -197,6 +211,13 @@ def _pandas_rows(frame: Any) -> Any:
         frame = frame.to_frame("text")
     # Not `to_dict`, where a text that is missing would be a number, NaN.
     return Dataset.from_pandas(frame, preserve_index=False)
+
+
+def _check_name(name: str) -> None:
+    """Raise `ValueError` where a text was given in the place of a name."""
+    if not name.strip() or "\n" in name or len(name) > LONGEST_NAME:
+        shown = name if len(name) < 40 else f"{name[:40]}..."
+        raise ValueError(f"{shown!r} is no name of a file or dataset; give a text in a list: [text].")
 
 
 def _file_rows(path: Path) -> Iterator[dict]:

@@ -69,6 +69,30 @@ def test_strings_datasets_and_streams_of_the_same_text_give_the_same_windows(mod
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+def test_columns_loaders_and_other_datasets_give_the_same_windows(model, tokenizer):
+    class Texts(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(TEXTS)
+
+        def __getitem__(self, number):
+            return {"text": TEXTS[number]}
+
+    dataset = datasets.Dataset.from_dict({"text": TEXTS})
+    expected = windows(model, tokenizer, TEXTS).input_ids
+    for source in (dataset["text"], tuple(TEXTS), Texts(), torch.utils.data.DataLoader(Texts(), batch_size=None)):
+        assert torch.equal(windows(model, tokenizer, source).input_ids, expected)
+
+
+def test_batches_of_a_loader_are_read_row_by_row(model, tokens):
+    wrapped = torch.utils.data.TensorDataset(tokens)
+    named = datasets.Dataset.from_dict({"input_ids": tokens.tolist()}).with_format("torch")
+    for source in (wrapped, named):
+        for loader in (source, torch.utils.data.DataLoader(source, batch_size=5)):
+            assert torch.equal(windows(model, None, loader, **FITTING).input_ids, tokens)
+    with pytest.raises(ValueError, match="A row is 2 tensors, which do not say what they are; give mappings"):
+        windows(model, None, torch.utils.data.TensorDataset(tokens, torch.ones_like(tokens)))
+
+
 def test_windows_are_seeded_different_and_in_the_text(model, tokenizer):
     first, again, other = (windows(model, tokenizer, TEXTS, seed=seed).input_ids for seed in (1, 1, 2))
     text = tokenizer("".join(text + "\n\n" for text in TEXTS), add_special_tokens=False)["input_ids"]
@@ -190,6 +214,7 @@ SHARED = [[{"from": "human", "value": text}, {"from": "gpt", "value": "over the 
     [
         [{"messages": chat} for chat in CHATS],
         CHATS,
+        [message for chat in CHATS for message in chat],
         {"messages": CHATS},
         [{"conversations": chat} for chat in SHARED],
         [{"prompt": text, "completion": "over the dog"} for text in TEXTS],
@@ -200,7 +225,8 @@ SHARED = [[{"from": "human", "value": text}, {"from": "gpt", "value": "over the 
         "chats.parquet",
     ],
     ids=[
-        "rows", "lists", "columns", "ShareGPT", "prompts", "questions", "dataset", "splits", "jsonl", "parquet",
+        "rows", "lists", "one chat", "columns", "ShareGPT", "prompts", "questions", "dataset", "splits", "jsonl",
+        "parquet",
     ],
 )  # fmt: skip
 def test_chats_are_written_by_the_template_and_put_end_to_end(source, model, tokenizer, tmp_path):
@@ -588,6 +614,9 @@ def test_wikitexts_marks_are_undone():
     [
         (["too short"], r"strings is too short: it has \d windows of 16 tokens and n_samples is 6"),
         ([], "strings is empty; it has no rows"),
+        ("the quick\nbrown fox", r"'the quick\\nbrown fox' is no name of a file or dataset; give .*: \[text\]"),
+        ("the fox " * 1000, r"the fox \.\.\.' is no name of a file"),
+        (" ", "' ' is no name of a file"),
         ("nothing.txt", "There is no file nothing.txt"),
         ({"a": 1}, "Cannot read a dict"),
         (3.5, "Cannot read a float"),
