@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,20 @@ def names_of(page):
         "pruner": pruner,
         "texts": rows,
     }
+
+
+def test_what_is_shown_for_use_without_the_package_runs_without_it(checkpoints, tmp_path, python_without_the_package):
+    shutil.copytree(checkpoints / "pruned", tmp_path / "smollm2-pruned")
+    tour = (ROOT / "docs" / "index.md").read_text().partition('=== "without it"')[2].partition("##")[0]
+    card = (checkpoints / "pruned" / "README.md").read_text().partition("```python\n# 1.")[2].partition("```")[0]
+    shown = {"the quick tour": textwrap.dedent(tour.split("```python")[1].split("```")[0]), "the card": f"#{card}"}
+    for name, code in shown.items():
+        code = code.replace('"pruned"', '"smollm2-pruned"') + "\nprint(type(model).__name__, len(tokenizer))"
+        # Nobody is there to answer whether code may run.
+        run = {"cwd": tmp_path, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+        done = subprocess.run([python_without_the_package, "-c", code], **run)
+
+        assert done.stdout.startswith("PrunedLlamaForCausalLM 290"), (name, done.stdout, done.stderr)
 
 
 def test_the_page_of_options_is_that_of_the_fields():
