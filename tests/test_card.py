@@ -187,12 +187,12 @@ def test_pruned_from_a_pruned_model_says_so(folder):
 INTRODUCTIONS = [
     ({"kinds": ["mlp"]}, ["MLP channels were removed for good, and all attention heads were kept."]),
     (
-        {"kinds": ["attention"], "sparsity": 0.5},
+        {"kinds": ["attention"], "attention_sparsity": 0.5},
         ["Attention heads were removed for good, and all MLP channels were kept."],
     ),
     ({"kinds": ["attention", "mlp"], "sparsity": 0.5}, ["Attention heads and MLP channels were removed for good."]),
     (
-        {"kinds": ["attention"], "attention_unit": "kv_group", "sparsity": 0.1},
+        {"kinds": ["attention"], "attention_unit": "kv_group", "attention_sparsity": 0.4},
         ["KV groups were removed for good, and"],
     ),
     ({"sparsity": 0.0}, ["No unit was removed: every layer keeps its size."]),

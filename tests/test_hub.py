@@ -60,7 +60,15 @@ PRUNE = """
 import json, torch
 from optimum_fwdprune import FwdPruner, PruningConfig
 pruner = FwdPruner.from_pretrained({dense!r})
-model = pruner.prune(tiny.request(scope="global", sparsity=0.3), torch.arange(96).view(4, 24))
+request = PruningConfig(kinds=["attention", "mlp"], scope="global", sparsity=0.3)
+model = pruner.prune(request, torch.arange(96).view(4, 24))
+"""
+
+# The same without data, so that a command can name all of it.
+BY_MAGNITUDE = """
+from optimum_fwdprune import FwdPruner
+pruner = FwdPruner.from_pretrained({dense!r})
+pruner.prune(method="magnitude", scope="global", sparsity=0.3, reconstruction="none")
 """
 
 
@@ -68,7 +76,7 @@ def test_a_request_goes_to_the_hub_and_comes_back(hub, run):
     found = run(
         "import json\n"
         "from optimum_fwdprune import PruningConfig\n"
-        "config = tiny.request(method='flap', sparsity=0.4, skip_layers=[0])\n"
+        "config = PruningConfig(method='flap', sparsity=0.4, skip_layers=[0])\n"
         "config.push_to_hub('tester/request', private=True)\n"
         "again = PruningConfig.from_pretrained('tester/request')\n"
         "print(json.dumps([type(again).__name__, again == config]))\n"
@@ -86,7 +94,8 @@ def test_a_pruned_model_goes_to_the_hub_and_loads_in_a_fresh_process(hub, run, t
         "import json, torch\n"
         "from optimum_fwdprune import FwdPruner, PruningConfig\n"
         f"pruner = FwdPruner.from_pretrained({str(tmp_path / 'dense')!r})\n"
-        "model = pruner.prune(tiny.request(scope='global', sparsity=0.3), torch.arange(96).view(4, 24))\n"
+        "request = PruningConfig(kinds=['attention', 'mlp'], scope='global', sparsity=0.3)\n"
+        "model = pruner.prune(request, torch.arange(96).view(4, 24))\n"
         "pruner.push_to_hub('tester/pruned')\n" + logits
     )
     load = "import json, torch\n{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -105,7 +114,7 @@ def test_a_pruned_model_goes_to_the_hub_and_loads_in_a_fresh_process(hub, run, t
 
 def test_a_hub_out_of_order_is_an_error_of_the_hub(hub, run):
     hub.refuse_commits = True
-    result = run("from optimum_fwdprune import PruningConfig; tiny.request().push_to_hub('tester/x')", check=False)
+    result = run("from optimum_fwdprune import PruningConfig; PruningConfig().push_to_hub('tester/x')", check=False)
 
     assert result.returncode == 1 and "503" in result.stderr
     assert hub.files["tester/x"] == {}
@@ -130,7 +139,7 @@ def test_large_files_go_through_lfs_and_come_back(hub, run, dense):
 
 
 def test_the_card_says_what_it_is_and_how_to_load_it(hub, run, dense):
-    run(PRUNE.format(dense=str(dense)) + "pruner.push_to_hub('tester/Llama-tiny', private=True)\nprint('{}')")
+    run(BY_MAGNITUDE.format(dense=str(dense)) + "pruner.push_to_hub('tester/Llama-tiny', private=True)\nprint('{}')")
     files = hub.files["tester/Llama-tiny"]
     card = files["README.md"].decode()
     data = yaml.safe_load(card.split("---")[1])
@@ -142,7 +151,8 @@ def test_the_card_says_what_it_is_and_how_to_load_it(hub, run, dense):
     assert data["pipeline_tag"] == "text-generation" and data["library_name"] == "transformers"
     assert (files["LICENSE"], files["NOTICE"]) == (b"Be kind.\n", b"Made by others.\n")
     assert 'from_pretrained("tester/Llama-tiny", trust_remote_code=True)' in card
-    assert "optimum-cli fwdprune prune -m dense OUTPUT --method wanda_sp --sparsity 0.3 --scope global" in card
+    assert "optimum-cli fwdprune prune -m MODEL OUTPUT --method magnitude --sparsity 0.3 --scope global" in card
+    assert "`MODEL` is the dense model, here a folder named `dense`." in card
     assert "Built with Llama" in card and "![kept units by layer](kept_units.png)" in card
     assert files["kept_units.png"].startswith(b"\x89PNG")
     assert "not tested again" in card
@@ -153,7 +163,8 @@ def test_the_card_says_what_it_is_and_how_to_load_it(hub, run, dense):
 def test_the_ways_to_load_that_the_card_shows_work(hub, run, dense):
     run(PRUNE.format(dense=str(dense)) + "pruner.push_to_hub('tester/Llama-tiny')\nprint('{}')")
     card = hub.files["tester/Llama-tiny"]["README.md"].decode()
-    ways = [block.split("```")[0] for block in card.split("```python\n")[1:]]
+    section = card.partition("## Load it")[2].partition("\n## ")[0]
+    ways = [block.split("```")[0] for block in section.split("```python\n")[1:]]
 
     assert len(ways) == 3
     for number, way in enumerate(ways):
@@ -193,7 +204,7 @@ def test_branches_and_pull_requests(hub, run, dense):
 def test_what_is_pruned_from_the_hub_names_its_base(hub, run, dense):
     push = "from huggingface_hub import HfApi\nHfApi().create_repo('someone/dense')\n"
     push += f"HfApi().upload_folder(repo_id='someone/dense', folder_path={str(dense)!r})\n"
-    run(push + PRUNE.format(dense="someone/dense") + "pruner.push_to_hub('tester/Llama-small')\nprint('{}')")
+    run(push + BY_MAGNITUDE.format(dense="someone/dense") + "pruner.push_to_hub('tester/Llama-small')\nprint('{}')")
     files = hub.files["tester/Llama-small"]
     card = files["README.md"].decode()
 

@@ -398,7 +398,7 @@ def test_tables_show_checkpoints_side_by_side_and_each_alone(document):
     assert re.search(r"D dense .* 1\.00. .* 20\.09", text)
     assert re.search(r"1 scored .* 2\.00.", text)
     assert "1 scored: a dense model pruned by wanda_sp" in text
-    assert text.count("Made by: optimum-cli fwdprune prune") == 2
+    assert text.count("its calibration data was passed to prune(dataset=...) in Python.") == 2
 
 
 def test_names_of_texts_are_no_formulas():
