@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -52,6 +53,7 @@ def cut(
     inplace: bool,
     seconds: dict[str, float],
     checkpoint: Checkpoint | None = None,
+    finished: Callable[[Cut], None] = lambda _cut: None,
 ) -> Cut:
     """Reconstruct the projections, cut the model, and check it on a probe batch.
 
@@ -66,6 +68,7 @@ def cut(
         inplace (`bool`): consume the model.
         seconds (`dict[str, float]`): time by stage, added to.
         checkpoint (`Checkpoint`, *optional*): where long stages keep their state.
+        finished (`Callable`, *optional*): called with the pruned model as soon as it is whole, before it is checked.
 
     Raises:
         ValueError: where the plan does not fit the model.
@@ -81,6 +84,7 @@ def cut(
         rounding = rounding_of(model, sites, plan, found.projections, probe, expected)
     with timed(seconds, "surgery"):
         pruned = prune_model(model, sites, plan, found.projections, inplace)
+        finished(Cut(pruned, plan, math.nan))
     with timed(seconds, "verify"), one_step("Verifying the pruned model"):
         difference = relative_difference(expected, logits(pruned, probe), rounding)
     return Cut(pruned, plan, difference)

@@ -295,7 +295,8 @@ def _variants(model: PreTrainedModel, sites: list[Site], site: Site, kept: list[
     original = architecture.layers(model)[site.layer][1]
     weight = site.projection.weight
     size = sum(_aligned(parameter.numel()) for parameter in original.parameters())
-    buffer = torch.randn(size, device=weight.device).mul_(0.02).to(weight.dtype)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    buffer = torch.randn(size, generator=generator, device=weight.device).mul_(0.02).to(weight.dtype)
     pruned_class: Any = architecture.pruned_class(model)
     skeleton = copy.deepcopy(original).to("meta")
     everything = {each.key: list(range(each.num_units)) for each in sites}

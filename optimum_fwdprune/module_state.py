@@ -1,4 +1,4 @@
-"""What forward passes change in a model beside its output, and how it is put back."""
+"""What forward passes change in a model beside its output and how it is put back; and whether a model is whole."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
 # Rotary embeddings of these types recompute their frequencies for the length of the text.
 BY_LENGTH = ("dynamic", "longrope")
@@ -19,6 +20,28 @@ BY_LENGTH = ("dynamic", "longrope")
 # kind in front of the names.
 FREQUENCIES, ORIGINAL_FREQUENCIES = "inv_freq", "original_inv_freq"
 LONGEST, ORIGINAL_LONGEST = "max_seq_len_cached", "original_max_seq_len"
+
+
+def mark_consumed(model: nn.Module) -> None:
+    """Note on `model` that some of its weights were cut away in place."""
+    model.__dict__["_consumed_by_pruning"] = True
+
+
+def is_consumed(model: nn.Module) -> bool:
+    """Whether weights of `model` were cut away in place."""
+    return model.__dict__.get("_consumed_by_pruning", False)
+
+
+def check_not_consumed(model: PreTrainedModel) -> None:
+    """Raise `ValueError` where weights of `model` were cut away in place."""
+    if is_consumed(model):
+        name = model.config._name_or_path
+        where = f".from_pretrained({name!r})" if name else ", for example with from_pretrained"
+        raise ValueError(
+            f"This {type(model).__name__} was consumed by prune(), which cuts weights in place and was finished or "
+            f"interrupted: some of its tensors are empty. Load it again{where}. prune(inplace=False) keeps the model, "
+            f"and needs memory for both."
+        )
 
 
 @contextmanager

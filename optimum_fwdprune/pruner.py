@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,7 @@ from .loading import (
 )
 from .loggers import get_logger
 from .methods import PruningConfig
-from .module_state import forward_state_kept
+from .module_state import check_not_consumed, forward_state_kept, is_consumed
 from .offline import naming_offline
 from .offloading import check_readable, device_map_on_disk, is_offloaded
 from .placement import placed, warn_of_placement
@@ -62,6 +64,7 @@ from .utils import (
     progress,
     public_name,
 )
+from .verification import check_counterpart
 from .wrapping import check_no_adapters, check_plain, is_peft_model
 
 
@@ -109,6 +112,7 @@ class FwdPruner:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
         check_plain(model)
+        check_not_consumed(model)
         get_architecture(model.config).pruned_class(model)
         self.model = model
         self.tokenizer = tokenizer
@@ -241,9 +245,11 @@ class FwdPruner:
             ValueError: on NaN in weights, activations or scores, naming where.
         """
         config = PruningConfig.of(config, **fields)
+        check_not_consumed(self.model)
         check_readable(self.model)
         warn_of_placement(self.model)
         sites = find_sites(self.model, config.attention_unit)
+        check_counterpart(self.model, sites)
         config, budget = self._settled(sites, config)
         with evaluating(self.model):
             rounds = Rounds(sites, config, budget)
@@ -282,7 +288,7 @@ class FwdPruner:
             scores (`Scores`, *optional*): allocate by these instead of scoring again. The options of their method are
                 those that they were made with, whatever the config says.
             inplace (`bool`, defaults to `True`): consume the dense model. `False` leaves it whole, and needs memory
-                for both. Where a later one of several rounds fails, `self.model` is what the rounds before came to.
+                for both.
             fields: options of `PruningConfig` by name, which override those of `config`.
 
         Returns:
@@ -291,12 +297,17 @@ class FwdPruner:
         Raises:
             ValueError: where the request cannot be met, naming the constraint.
             RuntimeError: where the pruned model does not compute what the masked dense model computes.
+
+        What can be checked is checked before anything is measured, and until surgery the dense model is whole. An
+        error during or after surgery carries a note on what `self.model` is then: the pruned model where surgery was
+        complete, what earlier rounds came to, or a model that was consumed and must be loaded again.
         """
         if plan is not None and scores is not None:
             raise ValueError("Give a plan to replay or scores to allocate by, not both.")
         config = PruningConfig.of(config, replays=plan is not None, **fields)
         if plan is not None:
             config = dataclasses.replace(config, attention_unit=plan.attention_unit)
+        check_not_consumed(self.model)
         check_readable(self.model)
         warn_of_placement(self.model)
         if self._low_memory:
@@ -305,6 +316,7 @@ class FwdPruner:
         if plan is None and config.resolved_scope == SEARCH:
             check_search(self.model, config)
         sites = find_sites(self.model, config.attention_unit)
+        check_counterpart(self.model, sites)
         if scores is not None:
             scores.check_matches(sites, config)
             config = scores.options_into(config)
@@ -315,50 +327,60 @@ class FwdPruner:
         inputs = inputs_of(self._loading, self.model.dtype, is_pruned(self.model.config), in_memory)
         asked, before, seconds = config, _Sizes.of(self.model, sites), dict[str, float]()
         calibration, calibrated_on, speedup = None, None, None
-        if plan is not None:
-            plan.check_matches(sites, self.model.config.model_type)
-            plan = dataclasses.replace(plan, metadata={**plan.metadata, "replayed": True})
-            announce("\n".join(losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values()))
-            if config.reconstruction != NONE:
-                calibration = self._calibration(config, dataset)
-                calibrated_on = calibration.source
-            checkpoint = Checkpoint.of(config, self.model)
-            done = self._cut(self.model, sites, plan, config, calibration, {}, {}, inplace, seconds, checkpoint)
-        else:
-            with timed(seconds, "measure latencies"):
-                config, budget = self._settled(sites, config)
-                dense_seconds = _prefill_seconds(self.model, config)
-            rounds = Rounds(sites, config, budget)
-            done, scores = self._prune_in_rounds(sites, rounds, config, scores, dataset, inplace, seconds)
-            calibrated_on = scores.calibrated_on.get("source")
-            if config.target_speedup is not None and isinstance(budget.cost, LatencyCost):
-                with timed(seconds, "measure latencies"):
-                    measured = dense_seconds / _prefill_seconds(done.model, config)
-                removed = rounds.removed({key: len(units) for key, units in done.plan.kept.items()})
-                speedup = Speedup(config.target_speedup, budget.cost.speedup(removed), measured)
 
-        origin = {key: value for key, value in done.plan.metadata.items() if key not in (FINGERPRINT, REVISION)}
-        plan = dataclasses.replace(done.plan, metadata={**origin, **source.to_metadata(), INPUTS: inputs})
-        source.remember()
-        self._source_folders = source.folders
-        self.model, self.plan, self.config, self.scores = done.model, plan, asked, scores
-        self.trainer = self.recovery = self._saved_as = self.comparison = None
-        after = _Sizes.of(self.model, [])
-        self.report = PruningReport(
-            parameters_before=before.parameters,
-            parameters_after=after.parameters,
-            bytes_before=before.bytes,
-            bytes_after=after.bytes,
-            prunable_parameters=before.prunable,
-            removed_parameters=sum(len(self.plan.removed(key)) * each for key, each in before.per_unit.items()),
-            requested_sparsity=self.plan.metadata.get("requested_sparsity"),
-            masked_difference=done.difference,
-            seconds=seconds,
-            calibration=calibrated_on,
-            speedup=speedup,
-            unit_parameters=before.per_unit,
-            record=Record(asked, self.plan, scores),
-        )
+        def keep(done: Cut) -> None:
+            origin = {key: value for key, value in done.plan.metadata.items() if key not in (FINGERPRINT, REVISION)}
+            plan = dataclasses.replace(done.plan, metadata={**origin, **source.to_metadata(), INPUTS: inputs})
+            self.model, self.plan, self.config = done.model, plan, asked
+            source.remember()
+            self._source_folders = source.folders
+            self.trainer = self.recovery = self.report = self._saved_as = self.comparison = None
+
+        # A dense model that is not consumed stays, whatever happens to the pruned one.
+        finished = keep if inplace else _ignored
+        with self._noting_what_is_left():
+            if plan is not None:
+                plan.check_matches(sites, self.model.config.model_type)
+                plan = dataclasses.replace(plan, metadata={**plan.metadata, "replayed": True})
+                announce("\n".join(losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values()))
+                if config.reconstruction != NONE:
+                    calibration = self._calibration(config, dataset)
+                    calibrated_on = calibration.source
+                checkpoint = Checkpoint.of(config, self.model)
+                about = (config, calibration, {}, {}, inplace, seconds, checkpoint)
+                done = self._cut(self.model, sites, plan, *about, finished)
+                keep(done)
+            else:
+                with timed(seconds, "measure latencies"):
+                    config, budget = self._settled(sites, config)
+                    dense_seconds = _prefill_seconds(self.model, config)
+                rounds = Rounds(sites, config, budget)
+                about = (config, scores, dataset, inplace, seconds)
+                done, scores = self._prune_in_rounds(sites, rounds, *about, finished)
+                keep(done)
+                calibrated_on = scores.calibrated_on.get("source")
+                if config.target_speedup is not None and isinstance(budget.cost, LatencyCost):
+                    with timed(seconds, "measure latencies"):
+                        measured = dense_seconds / _prefill_seconds(done.model, config)
+                    removed = rounds.removed({key: len(units) for key, units in done.plan.kept.items()})
+                    speedup = Speedup(config.target_speedup, budget.cost.speedup(removed), measured)
+            self.scores = scores
+            after = _Sizes.of(self.model, [])
+            self.report = PruningReport(
+                parameters_before=before.parameters,
+                parameters_after=after.parameters,
+                bytes_before=before.bytes,
+                bytes_after=after.bytes,
+                prunable_parameters=before.prunable,
+                removed_parameters=sum(len(done.plan.removed(key)) * each for key, each in before.per_unit.items()),
+                requested_sparsity=done.plan.metadata.get("requested_sparsity"),
+                masked_difference=done.difference,
+                seconds=seconds,
+                calibration=calibrated_on,
+                speedup=speedup,
+                unit_parameters=before.per_unit,
+                record=Record(asked, self.plan, scores),
+            )
         return self.model
 
     def _prune_in_rounds(
@@ -370,6 +392,7 @@ class FwdPruner:
         dataset: Any,
         inplace: bool,
         seconds: dict[str, float],
+        finished: Callable[[Cut], None],
     ) -> tuple[Cut, Scores]:
         """Score, plan and cut, round after round: the plan returned is that of all rounds, the scores are the last."""
         done: Cut | None = None
@@ -396,23 +419,46 @@ class FwdPruner:
             gathered = (scores.statistics, scores.grams)
             consumed = inplace or bool(done)
             about = (request, scores.calibration, *gathered, consumed, seconds, checkpoint)
-            now = self._cut(model, sites, plan, *about)
+            # Should this round's check or a later round fail, this is what there is.
+            now = self._cut(model, sites, plan, *about, _of_all_rounds(done, finished))
             # Large, and of no use once the weights are cut.
             scores = dataclasses.replace(scores, grams={})
             done = now if done is None else now.after(done)
-            if inplace:
-                # What was before is consumed; should a later round fail, this is what there is.
-                self.model, self.plan = done.model, done.plan
+            finished(done)
         assert done is not None and scores is not None
         return done, scores
 
-    def _cut(self, model, sites, plan, request, calibration, statistics, grams, inplace, seconds, checkpoint) -> Cut:
+    @contextmanager
+    def _noting_what_is_left(self) -> Iterator[None]:
+        """Add to an error what `self.model` is where it is no longer what it was."""
+        before = self.model
+        try:
+            yield
+        except BaseException as error:
+            note = ""
+            if is_consumed(self.model):
+                note = "Surgery was interrupted, and the model was consumed: load it again."
+            elif self.model is not before:
+                note = (
+                    "pruner.model is the pruned model as far as it was finished, and pruner.plan what it kept; the "
+                    "checks and measurements that failed were not made on it."
+                )
+            if note:
+                logger.error("%s", note)
+                if hasattr(error, "add_note"):
+                    error.add_note(note)
+            raise
+
+    def _cut(
+        self, model, sites, plan, request, calibration, statistics, grams, inplace, seconds, checkpoint, finished
+    ) -> Cut:
+        about = (request, calibration, statistics)
         if not self._low_memory:
-            return cut(model, sites, plan, request, calibration, statistics, grams, inplace, seconds, checkpoint)
+            return cut(model, sites, plan, *about, grams, inplace, seconds, checkpoint, finished)
         kept = {f"{layer}.{kind}": units for (layer, kind), units in plan.kept.items()}
         workspace = Workspace(self._offload_folder, checkpoint.folder("streamed", calibration, kept=kept))
         with naming_what_is_full(workspace.folder):
-            done = cut_streamed(model, sites, plan, request, calibration, statistics, workspace, seconds)
+            done = cut_streamed(model, sites, plan, *about, workspace, seconds)
         return done
 
     def _score(
@@ -464,6 +510,7 @@ class FwdPruner:
         from .recovery import RecoveryArguments, recover
         from .recovery.trainer import StepCounter
 
+        check_not_consumed(self.model)
         self._check_trainable()
         if args is None:
             args = RecoveryArguments(output_dir="fwdprune_recovery")
@@ -577,6 +624,7 @@ class FwdPruner:
     def _save(
         self, folder: str | Path, overwrite: bool, max_shard_size: str, name: str | None, pushed: bool = False
     ) -> None:
+        check_not_consumed(self.model)
         if not is_pruned(self.model.config):
             raise ValueError("There is nothing to save yet; call prune() first.")
         whole = not is_peft_model(self.model)
@@ -687,6 +735,15 @@ class FwdPruner:
         config, budget = settle(sites, config, budget_of, check)
         announce(str(forecast(sites, config, budget, dense.parameters, dense.bytes, added(config))))
         return config, budget
+
+
+def _ignored(_cut: Cut) -> None:
+    """For a dense model that is not consumed."""
+
+
+def _of_all_rounds(earlier: Cut | None, finished: Callable[[Cut], None]) -> Callable[[Cut], None]:
+    """Return what hands `finished` all rounds together."""
+    return finished if earlier is None else lambda now: finished(now.after(earlier))
 
 
 @dataclasses.dataclass(frozen=True)

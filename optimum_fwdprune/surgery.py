@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .architectures import ATTENTION, MLP, Site, SiteKey, get_architecture
 from .dispatching import OffloadFiles, Placement
 from .gates import Projection
-from .module_state import forget_lengths
+from .module_state import forget_lengths, mark_consumed
 from .offloading import read_parameter
 from .plan import PruningPlan
 from .utils import progress
@@ -81,9 +81,16 @@ def empty_pruned_model(
         ValueError: where the weights of `model` are not those that its class and config say.
     """
     _check_tie(model)
-    config = pruned_config(model, sites, kept, with_bias)
-    with torch.device("meta"):
-        pruned = get_architecture(model.config).pruned_class(model)(config)
+    pruned_class: Any = get_architecture(model.config).pruned_class(model)
+    try:
+        config = pruned_config(model, sites, kept, with_bias)
+        with torch.device("meta"):
+            pruned = pruned_class(config)
+    except Exception as error:  # Of many classes: what a stock class makes of sizes that contradict each other.
+        raise ValueError(
+            f"The config of this {type(model).__name__} describes no model: {type(error).__name__}: {error} Set in "
+            f"model.config what the modules have, or load the model again."
+        ) from error
     if model.can_generate():
         pruned.generation_config = copy.deepcopy(model.generation_config)
     _check_names(model, pruned)
@@ -186,6 +193,7 @@ def prune_model(
             value = value.clone()
         set_parameter(pruned, name, value, parameter.requires_grad)
         if inplace and name in parameters and value.data_ptr() != parameter.data_ptr():
+            mark_consumed(model)
             parameter.data = parameter.data.new_empty(0)
     for name, buffer in model.named_buffers():
         parent, _, leaf = name.rpartition(".")
@@ -211,6 +219,17 @@ def _offloaded(
         files.add(name, value)
         return value.to("meta")
     return value.cpu() if inplace else value.cpu().clone()
+
+
+def share_tensors(model: PreTrainedModel, counterpart: PreTrainedModel) -> None:
+    """Give `counterpart` the parameters and buffers of `model` themselves."""
+    for name, parameter in model.named_parameters():
+        set_parameter(counterpart, name, parameter.data, requires_grad=False)
+    for name, buffer in model.named_buffers():
+        parent, _, leaf = name.rpartition(".")
+        setattr(counterpart.get_submodule(parent), leaf, buffer)
+    counterpart.tie_weights()  # type: ignore[operator]
+    counterpart.train(model.training)
 
 
 def set_parameter(model: nn.Module, name: str, value: torch.Tensor, requires_grad: bool) -> None:

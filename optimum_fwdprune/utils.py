@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 import statistics
 import tempfile
@@ -38,14 +39,14 @@ def write_text_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` through a temporary sibling, so that no reader ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming_what_is_full(path):
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        temporary = _hidden_sibling(path, "partial")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            # Made anew, with the mode that any new file has.
+            with open(temporary, "x", encoding="utf-8") as file:
                 file.write(text)
-            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
 
 
@@ -168,14 +169,16 @@ def naming_what_is_full(wanted: Path) -> Iterator[None]:
 def folder_moved_into_place(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `folder` that becomes it when the block succeeds and vanishes when it does not."""
     folder = check_output_folder(folder, overwrite)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    temporary = _hidden_sibling(folder, "partial")
+    temporary.mkdir()
+    # What a new folder may be used for by whom: reading the umask would change it for a moment, for all threads.
+    mode = temporary.stat().st_mode & 0o777
     try:
-        temporary.chmod(0o777 & ~_umask())
         with naming_what_is_full(folder):
             yield temporary
         for file in temporary.rglob("*"):
             # Some writers make files that nobody else may read.
-            file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
+            file.chmod(mode if file.is_dir() else mode & 0o666)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
             os.replace(folder, old / folder.name)
@@ -292,7 +295,6 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
                 module.training = training
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _hidden_sibling(path: Path, purpose: str) -> Path:
+    """Return a path beside `path` that nothing has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{purpose}")

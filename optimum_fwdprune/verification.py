@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from .architectures import Site, SiteKey
+from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
 from .gates import Projection, gated, replaced_projections
-from .offloading import input_device
+from .module_state import FREQUENCIES, ORIGINAL_FREQUENCIES
+from .offloading import input_device, is_offloaded
 from .plan import PruningPlan
+from .surgery import empty_pruned_model, share_tensors
 from .utils import evaluating
 
 
@@ -37,6 +39,96 @@ ALLOWANCES = {
     torch.float16: Allowance(2e-2, 1.0, 0.5),
     torch.bfloat16: Allowance(8e-2, 1.0, 0.5),
 }
+
+
+@torch.no_grad()
+def check_counterpart(model: PreTrainedModel, sites: list[Site]) -> None:
+    """Check, before anything is measured, that `model` is what its class and its config say: surgery builds the pruned
+    model from these.
+
+    A counterpart that loses nothing is built around the same tensors. It must have the same parameters and, where all
+    of them are on one device, compute the same logits.
+
+    Raises:
+        ValueError: where something was changed on the model that its config does not tell.
+    """
+    everything = {site.key: list(range(site.num_units)) for site in sites}
+    _check_sizes(model, sites, everything)
+    whole = empty_pruned_model(model, sites, everything, set())
+    expected = {name: parameter.shape for name, parameter in whole.named_parameters(remove_duplicate=False)}
+    for name, parameter in model.named_parameters():
+        if parameter.shape != expected[name]:
+            raise ValueError(
+                f"{name} is {list(parameter.shape)} in this {type(model).__name__} and {list(expected[name])} by its "
+                f"config ({_sizes_behind(model, name)}). Set model.config to the sizes of the modules, or load the "
+                f"model again."
+            )
+    missing = sorted(expected.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    if missing:
+        raise ValueError(
+            f"The config of this {type(model).__name__} describes {len(missing)} parameters that the model lacks, "
+            f"such as {missing[0]}. Set model.config to what the modules have, or load the model again."
+        )
+    _check_frequencies(model, whole)
+    if is_offloaded(model) or len({parameter.device for parameter in model.parameters()}) > 1:
+        # The counterpart has no hooks that would bring weights and inputs together.
+        return
+    share_tensors(model, whole)
+    probe = probe_batch(model, None)
+    own = logits(model, probe)
+    # NaN in weights is named by whoever reads them.
+    if not own.isfinite().all():
+        return
+    difference = share_of_scale(own, logits(whole, probe))
+    if difference > tolerance_of(own.dtype):
+        raise ValueError(
+            f"This {type(model).__name__} does not compute what its class and its config say: logits differ by "
+            f"{difference:.2g} of their scale. Something was changed on it after it was built, such as a module that "
+            f"was replaced, a hook that changes outputs, or an entry of its config. Undo that, or load the model with "
+            f"the settings that it should have."
+        )
+
+
+def _check_sizes(model: PreTrainedModel, sites: list[Site], everything: dict[SiteKey, list[int]]) -> None:
+    """Raise `ValueError` where a layer has other sizes than the config says."""
+    layer_configs = list(model.config.get_text_config().per_layer_config)
+    for layer, sizes in get_architecture(model.config).layer_sizes(model, sites, everything).items():
+        for key, size in sizes.items():
+            expected = getattr(layer_configs[layer], key, size)
+            # Some families leave a size to be worked out.
+            if expected is not None and expected != size:
+                raise ValueError(
+                    f"config.{key} is {expected} and layer {layer} of this {type(model).__name__} has {size}. Set "
+                    f"model.config.{key} to the size of the modules, or load the model again."
+                )
+
+
+def _check_frequencies(model: PreTrainedModel, counterpart: PreTrainedModel) -> None:
+    """Raise `ValueError` where the rotary embeddings of a model are not those that a saved checkpoint would have."""
+    for path, module in counterpart.named_modules():
+        if FREQUENCIES not in module._buffers or ORIGINAL_FREQUENCIES not in module._buffers:
+            continue
+        own = model.get_submodule(path).get_buffer(ORIGINAL_FREQUENCIES).float().cpu()
+        for name in (FREQUENCIES, ORIGINAL_FREQUENCIES):
+            module._buffers[name] = torch.zeros_like(own)
+        counterpart._init_weights(module)  # type: ignore[operator]
+        expected = module.get_buffer(ORIGINAL_FREQUENCIES)
+        # A model that was converted to 16 bit has rounded frequencies, and some families set none here.
+        if expected.any() and not own.is_meta and not torch.allclose(own, expected, rtol=2e-2):
+            raise ValueError(
+                f"The rotary embeddings of this {type(model).__name__} are not those of config.rope_parameters, which "
+                f"is {model.config.rope_parameters}: a checkpoint of it would compute something else. Set "
+                f"model.config.rope_parameters to what the model was built with, or load the model again."
+            )
+
+
+def _sizes_behind(model: PreTrainedModel, name: str) -> str:
+    """The entries of a config that the shape of a parameter comes from."""
+    config = model.config.get_text_config()
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    owner = model.get_submodule(name.rpartition(".")[0])
+    keys = ("vocab_size", "hidden_size") if owner in tables else ("hidden_size", "head_dim")
+    return ", ".join(f"{key}={getattr(config, key)}" for key in keys if hasattr(config, key))
 
 
 def probe_batch(model: PreTrainedModel, calibration: Calibration | None) -> torch.Tensor:

@@ -82,6 +82,7 @@ class Architecture:
         if attention_unit not in ATTENTION_UNITS:
             raise ValueError(f"attention_unit must be one of {', '.join(ATTENTION_UNITS)}; got {attention_unit!r}.")
         check_no_adapters(model, "cannot be cut")
+        _check_layer_count(model, len(self.layers(model)))
         found = []
         for index, (path, layer) in enumerate(self.layers(model)):
             found += [self.attention.site(index, path, layer, attention_unit), self.mlp.site(index, path, layer)]
@@ -108,6 +109,17 @@ class Architecture:
             )
             sizes[site.layer].update(entry)
         return sizes
+
+
+def _check_layer_count(model: PreTrainedModel, layers: int) -> None:
+    """Raise `ValueError` where `model` has another number of decoder layers than its config says."""
+    expected = model.config.get_text_config().num_hidden_layers
+    if layers != expected:
+        raise ValueError(
+            f"config.num_hidden_layers is {expected} and this {type(model).__name__} has {layers} decoder layers. Set "
+            f"model.config.num_hidden_layers = {layers}, and what the config lists per layer with it, or load the "
+            f"whole model again."
+        )
 
 
 _ARCHITECTURES: dict[str, Architecture] = {}
