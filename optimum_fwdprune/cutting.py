@@ -15,6 +15,7 @@ from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .checkpoints import Checkpoint
 from .configuration import PruningConfig
+from .dispatching import PlacementError
 from .plan import PruningPlan
 from .reconstruction import Grams, reconstruct
 from .statistics import SiteStatistics
@@ -83,7 +84,11 @@ def cut(
         expected = masked_logits(model, sites, plan, found.projections, probe)
         rounding = rounding_of(model, sites, plan, found.projections, probe, expected)
     with timed(seconds, "surgery"):
-        pruned = prune_model(model, sites, plan, found.projections, inplace)
+        try:
+            pruned = prune_model(model, sites, plan, found.projections, inplace)
+        except PlacementError as error:
+            finished(Cut(error.model, plan, math.nan))
+            raise
         finished(Cut(pruned, plan, math.nan))
     with timed(seconds, "verify"), one_step("Verifying the pruned model"):
         difference = relative_difference(expected, logits(pruned, probe), rounding)
