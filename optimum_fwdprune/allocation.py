@@ -124,7 +124,7 @@ def levels_of(site: Site, scores: torch.Tensor, config: PruningConfig) -> list[l
 
 def fewest_units(site: Site, config: PruningConfig) -> int:
     """Return how many units `site` keeps at least under the request."""
-    steps = _Steps(site, torch.zeros(site.num_units), config, additive=False)
+    steps = _Steps(site, torch.zeros(site.num_units, dtype=torch.float32), config, additive=False)
     return site.num_units - int(steps.gone[-1])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,3 +64,13 @@ def back_to(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return `values` with the dtype and on the device of `like`."""
     # In this order: a device without float64 cannot take what has yet to be rounded.
     return values.to(like.dtype).to(like.device)
+
+
+@contextmanager
+def host_by_default() -> Iterator[None]:
+    """Let tensors be made on the CPU where nothing names a device, whatever `torch.set_default_device` was told."""
+    if torch.get_default_device().type == "cpu":
+        yield
+    else:
+        with torch.device("cpu"):
+            yield

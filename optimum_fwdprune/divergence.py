@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey
 from .calibration import Calibration
+from .devices import precise_sum
 from .gates import Projection, replaced_projections
 from .layerwise import Batch, LayerRunner
 from .losses import LOGITS_AT_ONCE
@@ -42,7 +43,7 @@ class Divergence:
         self._settled: list[list[torch.Tensor]] = []
         # Of the dense model: probabilities by batch, and the sum of the entropies.
         self._targets: list[torch.Tensor] = []
-        self._entropy = 0.0
+        self._entropy: torch.Tensor | float = 0.0
         self._tokens = 0
         for batch, embedded in progress(
             list(zip(self._batches, self._embedded)), "Running the dense model", unit="batch"
@@ -52,7 +53,7 @@ class Divergence:
             target = torch.cat([part.exp().half() for part in log_probabilities])
             self._targets.append(target)
             for part, probabilities in zip(log_probabilities, target.split(_at_once(logits))):
-                self._entropy -= float((probabilities * part).sum(dtype=torch.float64))
+                self._entropy = self._entropy - precise_sum(probabilities * part)
             self._tokens += len(logits)
         if not self._tokens:
             raise ValueError("The windows to compare models on hold nothing but padding; give longer texts.")
@@ -73,7 +74,8 @@ class Divergence:
 
     @torch.no_grad()
     def _measure(self, projections: Mapping[SiteKey, Projection], first: int, record: bool) -> float:
-        total = 0.0
+        # Read by the host once, behind the last batch.
+        total: torch.Tensor | float = 0.0
         with replaced_projections(self._sites, projections):
             for number, (batch, target) in enumerate(zip(self._batches, self._targets)):
                 start = self._settled[number][first] if self._settled else self._embedded[number]
@@ -84,8 +86,8 @@ class Divergence:
                 logits = self._logits(batch, hidden)
                 for part, probabilities in zip(logits.split(_at_once(logits)), target.split(_at_once(logits))):
                     terms = F.cross_entropy(part.float(), probabilities.float(), reduction="none")
-                    total += float(terms.sum(dtype=torch.float64))
-        return (total - self._entropy) / self._tokens
+                    total = total + precise_sum(terms)
+        return float(total - self._entropy) / self._tokens
 
     def _logits(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         every = min(EVERY, hidden.shape[1])

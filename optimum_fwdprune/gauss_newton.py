@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from . import ranks
+from .devices import back_to, precise, precise_sum
 
 
 # Of the Kronecker-factored curvature: what its factors' mean diagonals are raised by, and how much of it, beside the
@@ -106,10 +107,10 @@ class LeastSquares:
 
 def summed_squares(parts: Iterable[torch.Tensor]) -> float:
     """Return the sum of squares over the tensors of all processes, one at a time."""
-    total = torch.zeros(1, dtype=torch.float64)
-    for part in parts:
-        total += part.square().sum(dtype=torch.float64).cpu()
-    return float(ranks.summed(total))
+    sums = [precise_sum(part.square()) for part in parts]
+    # One wait for all parts.
+    total = torch.stack(sums).sum().cpu() if sums else torch.zeros((), dtype=torch.float64, device="cpu")
+    return float(ranks.summed(total[None]))
 
 
 def gauss_newton_changes(fit: LeastSquares, held_out: LeastSquares) -> tuple[torch.Tensor | None, float]:
@@ -140,7 +141,7 @@ def gauss_newton_changes(fit: LeastSquares, held_out: LeastSquares) -> tuple[tor
 
 def _conjugate_gradients(fit: LeastSquares) -> Iterator[torch.Tensor]:
     features, inputs = fit.factors()
-    inverses = [torch.linalg.inv(factor.double()).to(factor.dtype) for factor in (features, inputs)]
+    inverses = [back_to(torch.linalg.inv(precise(factor)), factor) for factor in (features, inputs)]
     residual = fit.gradient()
     changes = torch.zeros_like(residual)
     direction = preconditioned = inverses[0] @ residual @ inverses[1]

@@ -214,7 +214,8 @@ def _measure(
         batch, embedded = _prompt(model, config.latency_tokens)
         layer_seconds = {}
         for shape, site in progress(widest.items(), "Timing widths", unit="shape"):
-            kept = [*reversed(levels_of(site, torch.zeros(site.num_units), config)), list(range(site.num_units))]
+            equal_scores = torch.zeros(site.num_units, dtype=torch.float32)
+            kept = [*reversed(levels_of(site, equal_scores, config)), list(range(site.num_units))]
             layers = _variants(model, sites, site, kept)
             runs = [_run_of(layer, site.layer, batch, embedded) for layer in layers]
             seconds = median_seconds(runs, REPEATS, site.projection.weight.device)
@@ -296,7 +297,8 @@ def _variants(model: PreTrainedModel, sites: list[Site], site: Site, kept: list[
     weight = site.projection.weight
     size = sum(_aligned(parameter.numel()) for parameter in original.parameters())
     generator = torch.Generator(weight.device).manual_seed(0)
-    buffer = torch.randn(size, generator=generator, device=weight.device).mul_(0.02).to(weight.dtype)
+    buffer = torch.randn(size, generator=generator, dtype=torch.float32, device=weight.device)
+    buffer = buffer.mul_(0.02).to(weight.dtype)
     pruned_class: Any = architecture.pruned_class(model)
     skeleton = copy.deepcopy(original).to("meta")
     everything = {each.key: list(range(each.num_units)) for each in sites}

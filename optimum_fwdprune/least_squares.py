@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import ranks
+from .devices import back_to, precise, precise_device, precise_sum
 from .gates import Projection
 
 
@@ -32,20 +33,21 @@ class NormalEquations:
     Args:
         gram (`Tensor[kept, kept]`): Σ x xᵀ.
         cross (`Tensor[out_features, kept]`): Σ r xᵀ.
-        energy (`float`): Σ ‖r‖².
+        energy (`Tensor[]`, float64): Σ ‖r‖².
         count (`int`): tokens.
     """
 
     gram: torch.Tensor
     cross: torch.Tensor
-    energy: float
+    energy: torch.Tensor
     count: int
 
     @classmethod
     def empty(cls, kept: int, out_features: int, device: torch.device) -> NormalEquations:
         """Return sums over no tokens yet, in float32."""
-        zeros = torch.zeros(kept + out_features, kept, device=device)
-        return cls(zeros[:kept], zeros[kept:], 0.0, 0)
+        zeros = torch.zeros(kept + out_features, kept, dtype=torch.float32, device=device)
+        energy = torch.zeros((), dtype=torch.float64, device=precise_device(device))
+        return cls(zeros[:kept], zeros[kept:], energy, 0)
 
     @classmethod
     def of_removed(cls, gram: torch.Tensor, count: int, weight: torch.Tensor, kept: torch.Tensor) -> NormalEquations:
@@ -59,7 +61,7 @@ class NormalEquations:
         """
         lost = weight[:, ~kept].float()
         rows = gram[~kept]
-        energy = float((lost @ rows[:, ~kept] * lost).sum(dtype=torch.float64))
+        energy = precise_sum(lost @ rows[:, ~kept] * lost)
         return cls(gram[kept][:, kept], lost @ rows[:, kept], energy, count)
 
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
@@ -67,7 +69,7 @@ class NormalEquations:
         inputs, residual = inputs.float(), residual.float()
         self.gram.addmm_(inputs.T, inputs)
         self.cross.addmm_(residual.T, inputs)
-        self.energy += float(residual.square().sum(dtype=torch.float64))
+        self.energy += precise_sum(residual.square())
         self.count += len(inputs)
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
@@ -77,8 +79,10 @@ class NormalEquations:
 
     def pooled(self) -> NormalEquations:
         """Return the sums over the tokens of all processes of a run; the own ones are used up."""
-        numbers = torch.tensor([self.energy, self.count], dtype=torch.float64)
-        energy, count = ranks.summed(numbers).tolist()
+        if ranks.world_size() == 1:
+            return self
+        count = self.energy.new_tensor(self.count)
+        energy, count = ranks.summed(torch.stack([self.energy, count]))
         return NormalEquations(ranks.summed(self.gram), ranks.summed(self.cross), energy, int(count))
 
     def mixed(self) -> NormalEquations:
@@ -96,13 +100,13 @@ class NormalEquations:
 
         It pulls towards no change, so a site whose features say nothing keeps its weights.
         """
-        factor = _cholesky(self.gram.double(), ridge)
-        return torch.cholesky_solve(self.cross.T.double(), factor).T
+        factor = _cholesky(precise(self.gram), ridge)
+        return torch.cholesky_solve(precise(self.cross.T), factor).T
 
     def error(self, change: torch.Tensor) -> float:
-        """Return Σ ‖r - D x‖² under the change D, `[out_features, kept]`."""
-        explained = change @ self.gram.to(change.dtype) - 2 * self.cross.to(change.dtype)
-        return self.energy + float((explained * change).sum())
+        """Return Σ ‖r - D x‖² under the change D, `[out_features, kept]` float64."""
+        explained = change @ precise(self.gram) - 2 * precise(self.cross)
+        return float(self.energy + (explained * change).sum())
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Refit:
         """Return the projection `before` with its weight changed."""
         if self.change is None:
             return before
-        return replace(before, weight=(before.weight.double() + self.change).to(before.weight.dtype))
+        return replace(before, weight=back_to(precise(before.weight) + self.change, before.weight))
 
     def followed_by(self, later: Refit) -> Refit:
         """Return both changes as one, the second fitted after other features had changed."""
@@ -159,9 +163,9 @@ def refit(fit: NormalEquations, held_out: NormalEquations | None, ridge: float |
         ridge = DEFAULT_RIDGE if ridge is None else ridge
         return Refit(fit.change(ridge), ridge)
     best = _best_ridge(fit.mixed(), held_out.mixed()) if ridge is None else ridge
-    error = held_out.error(fit.change(best))
-    change = (fit + held_out).change(best) if error < held_out.energy else None
-    return Refit(change, best, held_out.energy / held_out.count, error / held_out.count)
+    error, energy = held_out.error(fit.change(best)), float(held_out.energy)
+    change = (fit + held_out).change(best) if error < energy else None
+    return Refit(change, best, energy / held_out.count, error / held_out.count)
 
 
 def _best_ridge(fit: NormalEquations, held_out: NormalEquations) -> float:
@@ -183,8 +187,8 @@ def nested_changes(
         widths (sequence of `int`): how many stay.
         ridge (`float`): share of the mean diagonal.
     """
-    gram = gram[order][:, order].double()
-    weight = weight[:, order].double()
+    gram = precise(gram[order][:, order])
+    weight = precise(weight[:, order])
     factor = _cholesky(gram, ridge)
     for width in widths:
         # Beside the diagonal, which the ridge was added to.

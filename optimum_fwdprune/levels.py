@@ -17,6 +17,7 @@ from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .checkpoints import Checkpoint
 from .configuration import PruningConfig
+from .devices import back_to, precise
 from .gates import Projection, kept_projection
 from .least_squares import DEFAULT_RIDGE, NormalEquations, nested_changes, refit
 from .offloading import resident
@@ -134,5 +135,5 @@ def _refitted(
     for count, change in zip(kept, nested_changes(gram, weight, order, widths, ridge)):
         places = order[: change.shape[1]].argsort()
         columns = order[: change.shape[1]][places]
-        levels[str(count)] = (weight[:, columns].double() + change[:, places]).to(weight.dtype)
+        levels[str(count)] = back_to(precise(weight[:, columns]) + change[:, places.to(change.device)], weight)
     return levels

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .devices import precise
 from .offloading import input_device
 from .utils import PLAIN_OUTPUTS
 
@@ -54,15 +55,16 @@ def next_token_nll(
     targets = input_ids[:, first:].to(logits.device)
     counted = counted_targets(input_ids, attention_mask)[:, first - 1 :].to(logits.device)
     at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-    sums = []
+    rows = []
     for row in range(len(targets)):
         terms = [
             F.cross_entropy(_at_least_float32(piece), target, reduction="none")
             for piece, target in zip(logits[row, first - 1 : -1].split(at_once), targets[row].split(at_once))
         ]
-        # Not a product with the mask: what a model says about padding may be NaN.
-        sums.append(torch.cat(terms)[counted[row]].double().sum())
-    return torch.stack(sums), counted.sum(1)
+        rows.append(torch.cat(terms))
+    # Not a product with the mask: what a model says about padding may be NaN.
+    sums = precise(torch.stack(rows).where(counted, 0)).sum(1)
+    return sums, counted.sum(1).to(sums.device)
 
 
 def counted_targets(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -245,7 +245,7 @@ def _averaged(average: float, value: float, horizon: float) -> float:
 
 def _extend_history(state: Progress, steps: int, sites: int) -> None:
     for name, shape in (("loss", ()), ("entropy", ()), ("expected_sparsity", ()), ("keep_rate", (sites,))):
-        values = torch.full((steps, *shape), math.nan)
+        values = torch.full((steps, *shape), math.nan, dtype=torch.float32)
         done = state.history.get(name, values[:0])[:steps]
         values[: len(done)] = done
         state.history[name] = values

@@ -224,7 +224,7 @@ def _quantiles(site: Site, scores: torch.Tensor) -> torch.Tensor:
     """Place every unit among those of its group: 0 is better than all, 1 worse than all."""
     grouped = scores.double().view(site.num_groups, -1)
     ranks = grouped.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    quantiles = (ranks + 0.5) / grouped.shape[1]
+    quantiles = (ranks.double() + 0.5) / grouped.shape[1]
     # Units of the same place in sites of the same size tie; those that stand out least in their site go first then.
     outstanding = (grouped - grouped.mean()) / grouped.std(correction=0).clamp_min(1e-30)
     return (quantiles - TIE_BREAK * outstanding.tanh()).flatten()

@@ -20,6 +20,7 @@ from .calibration import Calibration, load_calibration
 from .card import write_card
 from .checkpoints import Checkpoint
 from .cutting import Cut, cut, timed
+from .devices import host_by_default
 from .evaluation import Comparison
 from .export.stock import STOCK, check_stock_layout, check_stock_request
 from .hub import Base, check_name, check_upload, upload
@@ -228,6 +229,7 @@ class FwdPruner:
                 pruner._base = dataclasses.replace(pruner._base, name=source, is_repository="/" in source)
         return pruner
 
+    @host_by_default()
     def score(self, config: PruningConfig | str | None = None, dataset: Any = None, **fields) -> Scores:
         """Score every unit, and gather what the request's reconstruction will need, without changing the model.
 
@@ -258,6 +260,7 @@ class FwdPruner:
             self.scores = self._score(self.model, sites, rounds, request, budget, dataset, checkpoint)
         return self.scores
 
+    @host_by_default()
     def prune(
         self,
         config: PruningConfig | str | None = None,

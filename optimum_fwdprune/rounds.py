@@ -44,7 +44,7 @@ class Rounds:
             of_kinds[site.kind] += budget.cost.total(site)
         if config.rounds > 1:
             # What cannot be had in the end should be refused before the first cut.
-            zeros = {site.key: torch.zeros(site.num_units) for site in sites}
+            zeros = {site.key: torch.zeros(site.num_units, dtype=torch.float32) for site in sites}
             allocate(list(sites), zeros, config, budget)
 
     @property

@@ -94,7 +94,11 @@ def score_units(
     found = stage.load(_scores_of)
     if found is None:
         placed = PlacedStatistics(sites, statistics)
-        inputs = ScoringInputs(model, InTurn(sites), placed, calibration, config, keep, checkpoint)
+
+        def keep_in_memory(scores: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, list[int]]:
+            return keep({key: values.cpu() for key, values in scores.items()})
+
+        inputs = ScoringInputs(model, InTurn(sites), placed, calibration, config, keep_in_memory, checkpoint)
         found = _in_memory(method.score(inputs))
         _check_scores(found, sites, config)
         stage.save(lambda: _state_of(found))

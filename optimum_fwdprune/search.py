@@ -128,7 +128,7 @@ def search(
     by_name = ((f"{site.layer}.{site.kind}", scores[site.key]) for site in learned)
     costs = [cost.total(site) for site in learned]
     stage = checkpoint.stage("search", calibration, scores=digest_of(by_name), costs=costs)
-    state = stage.load(_State.of) or _State(torch.zeros(0), FIRST_STEP)
+    state = stage.load(_State.of) or _State(torch.zeros(0, dtype=torch.float64), FIRST_STEP)
     with tempfile.TemporaryDirectory(prefix="fwdprune-levels-") as folder:
         if state.step >= LAST_STEP:
             levels = Levels(model, learned, scores, coarse, fit, Path(folder), checkpoint)
@@ -149,7 +149,7 @@ def search(
                 logger.warning(
                     "The search was interrupted after %d sweeps and goes on with the best it has found.", state.sweeps
                 )
-    found = {site.key: torch.ones(site.num_units) for site in sites} | ratios.by_site(state.rates)
+    found = {site.key: torch.ones(site.num_units, dtype=torch.float32) for site in sites} | ratios.by_site(state.rates)
     details = {
         "sweeps": state.sweeps,
         "windows": state.windows,
@@ -246,9 +246,9 @@ class _State:
         sizes = torch.tensor([site.num_parameters for site in sites], dtype=torch.float64)
         removed = (1 - rates) @ sizes / sum(site.num_parameters for site in every_site)
         found = {
-            "loss": torch.tensor(self.losses),
+            "loss": torch.tensor(self.losses, dtype=torch.float32),
             # Nothing is drawn, so all is decided at every sweep.
-            "entropy": torch.zeros(len(rates)),
+            "entropy": torch.zeros(len(rates), dtype=torch.float32),
             "expected_sparsity": removed.float(),
         }
         for site, values in zip(sites, rates.float().unbind(1)):

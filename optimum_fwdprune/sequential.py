@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey
 from .calibration import Calibration
+from .devices import back_to, precise
 from .gates import Projection, kept_projection, kept_sources
 from .gauss_newton import LeastSquares, gauss_newton_changes, summed_squares
 from .layerwise import LayerRunner
@@ -155,7 +156,7 @@ class _Layer:
             return
         sources = kept_sources(site, now.kept)
         for name, weight in _weights(sources):
-            sources[name] = (weight.double() + weight.double() @ change).to(weight.dtype)
+            sources[name] = back_to(precise(weight) + precise(weight) @ change, weight)
         self.projections[site.key] = replace(now, sources=sources)
 
     def _solved(self, site: Site, shape: Sequence[int], observe: Callable[[Stream], tuple]) -> Refit:

@@ -47,7 +47,7 @@ def settle(
         ValueError: where `check` refuses the request.
     """
     # Whether a budget can be met does not depend on the scores.
-    equal_scores = {site.key: torch.zeros(site.num_units) for site in sites}
+    equal_scores = {site.key: torch.zeros(site.num_units, dtype=torch.float32) for site in sites}
     met: tuple[PruningConfig, Budget, list[str]] | None = None
     out_of_reach: OutOfReach | None = None
     for place, (candidate, message) in enumerate(_candidates(sites, config)):
@@ -151,7 +151,7 @@ def forecast(
         size (`int`): of its weights, in bytes.
         added_parameters (`int`): biases that the reconstruction will add.
     """
-    equal_scores = {site.key: torch.zeros(site.num_units) for site in sites}
+    equal_scores = {site.key: torch.zeros(site.num_units, dtype=torch.float32) for site in sites}
     kept = allocate(list(sites), equal_scores, config, budget)
     by_site = {site.key: (site.num_units - len(kept[site.key])) * site.unit_parameters for site in sites}
     removed = sum(by_site.values())

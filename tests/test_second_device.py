@@ -128,3 +128,35 @@ CASES = [(placement, name) for placement in PLACEMENTS for name in (REQUESTS if 
 @pytest.mark.parametrize(("placement", "name"), CASES)
 def test_every_request_ends_where_it_does_on_the_cpu(placement, name, device, tokens, tmp_path, on_the_cpu):
     check_request(ARCHITECTURE, name, placement, tokens, tmp_path, on_the_cpu)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_the_default_dtype_changes_nothing(name, tokens, on_the_cpu, monkeypatch):
+    monkeypatch.setattr(latency, "median_seconds", tiny.counted_seconds)
+    expected = on_the_cpu(ARCHITECTURE, name, tokens)
+    pruner = FwdPruner(tiny.make_model(ARCHITECTURE), tiny.make_tokenizer())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        pruner.prune(request_of(name), None if name == "self" else tokens)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    assert pruner.plan.kept == expected.plan.kept
+    for parameter, value in expected.model.named_parameters():
+        assert torch.equal(pruner.model.get_parameter(parameter), value)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_the_default_device_changes_nothing(name, device, tokens, on_the_cpu):
+    expected = on_the_cpu(ARCHITECTURE, name, tokens)
+    pruner = FwdPruner(tiny.make_model(ARCHITECTURE).to(FIRST), tiny.make_tokenizer())
+    with torch.device(FIRST):
+        pruner.prune(request_of(name), None if name == "self" else tokens)
+
+    assert pruner.plan.kept == expected.plan.kept
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_device_without_float64_ends_where_the_cpu_does(name, device, tokens, tmp_path, on_the_cpu):
+    device.refuses_float64 = True
+    check_request(ARCHITECTURE, name, "one", tokens, tmp_path, on_the_cpu)

@@ -131,7 +131,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
     config = inputs.config
     learned = prunable_sites(inputs.sites, config)
     if not learned:
-        return UnitScores({site.key: torch.ones(site.num_units) for site in inputs.sites})
+        return UnitScores({site.key: torch.ones(site.num_units, dtype=torch.float32) for site in inputs.sites})
     stage = inputs.checkpoint.stage("policy_gradient", inputs.calibration)
     # Whatever is wrong with it shows before anything is measured.
     found = stage.load(Progress.of)
@@ -148,7 +148,8 @@ def score(inputs: ScoringInputs) -> UnitScores:
     scores = policy.scores(state.rates).split([site.num_units for site in learned])
     values = {site.key: part for site, part in zip(learned, scores)}
     # What the request leaves alone is kept for certain.
-    values |= {site.key: torch.ones(site.num_units) for site in inputs.sites if site.key not in values}
+    left_alone = [site for site in inputs.sites if site.key not in values]
+    values |= {site.key: torch.ones(site.num_units, dtype=torch.float32) for site in left_alone}
     details: dict = {"steps": state.step, "skipped_steps": state.skipped, "rejected_masks": state.rejected}
     if state.step:
         details["expected_loss"] = state.expected_loss

@@ -19,7 +19,7 @@ def score(inputs: ScoringInputs) -> dict:
     import torch
 
     generator = torch.Generator().manual_seed(inputs.config.seed)
-    return {site.key: torch.rand(site.num_units, generator=generator) for site in inputs.sites}
+    return {site.key: torch.rand(site.num_units, generator=generator, dtype=torch.float32) for site in inputs.sites}
 
 
 # Not additive: a head and a channel of equal score are equally likely to go.

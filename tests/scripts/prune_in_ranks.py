@@ -15,6 +15,7 @@ import tiny
 from accelerate import cpu_offload
 
 from optimum_fwdprune import FwdPruner, latency, ranks
+from optimum_fwdprune.offloading import read_parameter
 from optimum_fwdprune.utils import save_tensors_atomically
 
 
@@ -89,7 +90,8 @@ def main(output):
         pruner, passed[name] = run(name)
         pruner.plan.save(folder / f"{name}.json")
         pruner.scores.save(folder / f"{name}.safetensors")
-        save_tensors_atomically(folder / f"{name}.weights", pruner.model.state_dict(), {})
+        weights = {each: read_parameter(pruner.model, each) for each, _ in pruner.model.named_parameters()}
+        save_tensors_atomically(folder / f"{name}.weights", weights, {})
     for name in RESUMED:
         # The second time there is nothing left to measure.
         for time in ("first", "again"):
