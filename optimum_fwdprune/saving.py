@@ -65,7 +65,9 @@ def _write_all_but_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenize
         ) from error
 
 
-def save_offloaded(model: PreTrainedModel, folder: Path, files: Path | None = None) -> None:
+def save_offloaded(
+    model: PreTrainedModel, folder: Path, files: Path | None = None, written_as: PreTrainedModel | None = None
+) -> None:
     """Write a model whose decoder layers are offloaded, one layer in memory at a time.
 
     What is written is what the model holds, also where weights were changed since it was loaded.
@@ -75,10 +77,13 @@ def save_offloaded(model: PreTrainedModel, folder: Path, files: Path | None = No
         folder (`Path`): where to.
         files (`Path`, *optional*): a folder of weight files that layers may be read from. A file of which every
             weight is still offloaded is linked, or copied where that is another disk.
+        written_as (`PreTrainedModel`, *optional*): a model of another class without weights, whose parameters have the
+            same names; the checkpoint opens as one of it.
     """
-    with generation_config_as_it_is(model, folder):
+    written_as = written_as or model
+    with generation_config_as_it_is(written_as, folder):
         # All but weights, of which this state has none.
-        model.save_pretrained(folder, state_dict={})
+        written_as.save_pretrained(folder, state_dict={})
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     prefixes = [f"{name}." for name, _ in get_architecture(model.config).layers(model)]

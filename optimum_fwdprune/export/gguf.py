@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..architectures import get_architecture, is_pruned
 from ..loggers import get_logger
 from ..models.per_layer import stock_config
+from ..offloading import read_parameter
 from ..utils import check_output_file
 from .gguf_families import FAMILIES, GGUFFamily, LayerSizes
 from .gguf_tensors import GGUFTensor, write_tensors
@@ -40,7 +41,7 @@ def export_gguf(
 ) -> Path:
     """Write a causal language model, dense or pruned, to a GGUF file.
 
-    The file appears whole or not at all; tensors are converted one at a time.
+    The file appears whole or not at all; tensors are read, also offloaded ones, and converted one at a time.
 
     Args:
         model (`PreTrainedModel`): LLaMA or Mistral, layers alike or not; Qwen2, Qwen3 or BLOOM, layers alike, Qwen2
@@ -159,18 +160,24 @@ def _tensors(
     sizes = {
         f"{path}.": layers[module] for path, module in model.named_modules(remove_duplicate=False) if module in layers
     }
+    # Offloaded weights that are tied are two parameters, and one tensor of the file.
+    tied = getattr(model, "all_tied_weights_keys", {})
     for source, parameter in model.named_parameters():
+        if source in tied:
+            continue
         # Some families are known by their names without what wraps their base model.
         short = source.removeprefix(f"{model.base_model_prefix}.")
         target = names.get_name(source, (".weight", ".bias")) or names.get_name(short, (".weight", ".bias"))
         if target is None or (target.endswith(("attn_output.bias", "ffn_down.bias")) and not family.output_biases):
             raise ValueError(f"llama.cpp's {name} has no tensor for {source}.")
         layer = next((own for path, own in sizes.items() if source.startswith(path)), None)
-        make = partial(_given, parameter) if layer is None else partial(family.convert, source, parameter, layer)
+        make = partial(_converted, model, source, family, layer)
         yield GGUFTensor(target, tuple(parameter.shape), make)
     for target, tensor in family.more_tensors(config).items():
-        yield GGUFTensor(target, tuple(tensor.shape), partial(_given, tensor))
+        yield GGUFTensor(target, tuple(tensor.shape), partial(torch.clone, tensor))
 
 
-def _given(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def _converted(model: PreTrainedModel, source: str, family: GGUFFamily, layer: LayerSizes | None) -> torch.Tensor:
+    """A parameter of the model, read when it is written, in the order of the file."""
+    values = read_parameter(model, source)
+    return values if layer is None else family.convert(source, values, layer)

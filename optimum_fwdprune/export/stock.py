@@ -13,9 +13,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from ..architectures import KINDS, Site, get_architecture
 from ..configuration import PruningConfig
 from ..models.per_layer import stock_config
+from ..offloading import input_device, is_offloaded, on_disk
 from ..plan import PruningPlan
 from ..reconstruction import NONE, added_parameters
-from ..saving import generation_config_as_it_is
+from ..saving import generation_config_as_it_is, save_offloaded
 from ..surgery import pruned_config
 from ..utils import folder_moved_into_place, one_step
 from ..verification import logits, probe_batch, share_of_scale, tolerance_of
@@ -40,7 +41,8 @@ def export_stock(
 ) -> Path:
     """Write a uniformly pruned model as a checkpoint of its stock family, or of one that computes the same.
 
-    The folder appears whole or not at all, after what was written has been loaded again and its logits compared.
+    The folder appears whole or not at all, after what was written has been loaded again and its logits compared. Of a
+    model whose layers are offloaded, one is in memory at a time.
 
     Args:
         model (`PreTrainedModel`): pruned, every layer alike; any task class.
@@ -56,17 +58,16 @@ def export_stock(
     config, model_class = stock_form(model.config, get_architecture(model.config).pruned_class(model))
     probe = probe_batch(model, None)
     with folder_moved_into_place(folder, overwrite) as temporary:
-        stock = model_class.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
-        if model.can_generate():
-            stock.generation_config = model.generation_config
-        with generation_config_as_it_is(stock, temporary):
-            stock.save_pretrained(temporary)
-        del stock
+        _write(model, config, model_class, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         with one_step("Verifying the exported model"):
-            written = model_class.from_pretrained(temporary, dtype=model.dtype).to(model.device)
+            device = input_device(model)
+            # Beside the pruned model there may be no room for another one.
+            device_map = on_disk(model, device) if is_offloaded(model) else {"": device}
+            written = model_class.from_pretrained(temporary, dtype=model.dtype, device_map=device_map)
             difference = share_of_scale(logits(model, probe), logits(written, probe))
+            del written
         # Written so that NaN fails too.
         if not difference <= tolerance_of(model.dtype):
             raise RuntimeError(
@@ -74,6 +75,24 @@ def export_stock(
                 f"{difference:.2g} of their scale. Nothing was written; please report it."
             )
     return Path(folder)
+
+
+def _write(model: PreTrainedModel, config: PreTrainedConfig, model_class: Any, folder: Path) -> None:
+    """Write the weights of a pruned model as those of a stock one."""
+    offloaded = is_offloaded(model)
+    if offloaded:
+        with torch.device("meta"):
+            stock = model_class(config)
+        stock.config.dtype = model.dtype
+    else:
+        stock = model_class.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+    if model.can_generate():
+        stock.generation_config = model.generation_config
+    if offloaded:
+        save_offloaded(model, folder, written_as=stock)
+    else:
+        with generation_config_as_it_is(stock, folder):
+            stock.save_pretrained(folder)
 
 
 def stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) -> tuple[PreTrainedConfig, Any]:
