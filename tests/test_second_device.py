@@ -1,5 +1,6 @@
 """Models on an emulated accelerator, split over two, and offloaded from it end where models on the CPU do."""
 
+import errno
 import sys
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from second_device import FIRST, SECOND
 
-from optimum_fwdprune import FwdPruner, PruningConfig, latency
+from optimum_fwdprune import FwdPruner, PruningConfig, dispatching, latency
 from optimum_fwdprune.architectures import get_architecture
+from optimum_fwdprune.dispatching import PlacementError
 from optimum_fwdprune.offloading import is_offloaded, lies_on_disk, read_parameter
 
 
@@ -160,3 +162,56 @@ def test_the_default_device_changes_nothing(name, device, tokens, on_the_cpu):
 def test_a_device_without_float64_ends_where_the_cpu_does(name, device, tokens, tmp_path, on_the_cpu):
     device.refuses_float64 = True
     check_request(ARCHITECTURE, name, "one", tokens, tmp_path, on_the_cpu)
+
+
+@pytest.mark.parametrize("placement", ["two", "cpu", "disk", "cpu_offload", "disk_offload"])
+def test_a_copy_is_placed_as_the_dense_model_which_stays_whole(placement, device, tokens, tmp_path, on_the_cpu):
+    model = PLACEMENTS[placement](tiny.make_model(ARCHITECTURE), tmp_path)
+    before, places = model(tokens.to(FIRST)).logits.cpu(), places_of(model)
+    pruner = FwdPruner(model)
+    pruned = pruner.prune(request_of("sequential"), tokens, inplace=False)
+
+    expected = on_the_cpu(ARCHITECTURE, "sequential", tokens).model
+    torch.testing.assert_close(pruned(tokens.to(FIRST)).logits.cpu(), expected(tokens).logits, rtol=1e-2, atol=1e-2)
+    assert torch.equal(model(tokens.to(FIRST)).logits.cpu(), before)
+    assert places_of(model) == places and places_of(pruned)[1] == places[1]
+
+
+@pytest.mark.parametrize("placement", ["cpu", "disk", "cpu_offload", "disk_offload"])
+def test_a_pruned_model_that_cannot_be_placed_is_kept(placement, device, tokens, tmp_path, on_the_cpu, monkeypatch):
+    model = PLACEMENTS[placement](tiny.make_model(ARCHITECTURE), tmp_path)
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("Out of memory.")
+
+    for name in ("dispatch_model", "cpu_offload", "disk_offload"):
+        monkeypatch.setattr(dispatching, name, fail)
+    pruner = FwdPruner(model)
+    with pytest.raises(PlacementError, match=r"is whole, and could not be distributed .*: Out of memory\."):
+        pruner.prune(request_of("none"), tokens)
+
+    assert pruner.plan.kept == on_the_cpu(ARCHITECTURE, "none", tokens).plan.kept
+    monkeypatch.undo()
+    for name, value in on_the_cpu(ARCHITECTURE, "none", tokens).model.named_parameters():
+        parameter = pruner.model.get_parameter(name)
+        assert parameter.shape == value.shape
+        assert parameter.is_meta or torch.equal(parameter.cpu(), value)
+
+
+@pytest.mark.parametrize("placement", ["disk", "disk_offload"])
+def test_a_full_disk_leaves_the_dense_model_whole(placement, device, tokens, tmp_path, monkeypatch):
+    model = PLACEMENTS[placement](tiny.make_model(ARCHITECTURE), tmp_path)
+    before, written = model(tokens.to(FIRST)).logits.cpu(), []
+
+    def save(file, tensors):
+        written.append(file)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dispatching, "save_weights_atomically", save)
+    pruner = FwdPruner(model)
+    with pytest.raises(OSError, match="There is no room"):
+        pruner.prune(request_of("none"), tokens)
+
+    assert pruner.model is model and torch.equal(model(tokens.to(FIRST)).logits.cpu(), before)
+    assert not written[0].parent.exists()
