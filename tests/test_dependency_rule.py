@@ -74,6 +74,7 @@ ORDER = [
     "registry",
     "architectures",
     "wrapping",
+    "adapter_defaults",
     "models",
     "utils",
     "module_state",

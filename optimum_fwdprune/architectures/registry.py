@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..adapter_defaults import add_adapter_defaults
 from ..wrapping import check_no_adapters
 from .layout import AttentionLayout, MLPLayout
 from .site import ATTENTION, ATTENTION_UNITS, KINDS, QUERY_HEAD, Site
@@ -147,6 +148,14 @@ def register_architecture(architecture: Architecture) -> None:
     for model_class in architecture.model_classes:
         auto_class = getattr(transformers, str(model_class._auto_class))
         auto_class.register(architecture.config_class, model_class, exist_ok=True)
+    add_adapter_defaults(architecture.model_type, architecture.config_class.model_type)
+
+
+def pruned_types() -> dict[str, str]:
+    """Return the `model_type` of every registered family with that of its pruned config."""
+    return {
+        architecture.model_type: architecture.config_class.model_type for architecture in registered_architectures()
+    }
 
 
 def registered_architectures() -> list[Architecture]:
