@@ -89,7 +89,8 @@ class FwdPruner:
 
     Args:
         model (`PreTrainedModel`): a model of a supported family, dense or pruned before.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed to calibrate on text, and saved beside the model.
+        tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*): a tokenizer, or its folder or repository;
+            needed to calibrate on text, and saved beside the model.
 
     Raises:
         ValueError: where the model is not a plain one of a supported family: a name, a wrapper (PEFT, `torch.compile`,
@@ -111,12 +112,12 @@ class FwdPruner:
             JSON values.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str | Path | None = None):
         check_plain(model)
         check_not_consumed(model)
         get_architecture(model.config).pruned_class(model)
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer = None if tokenizer is None else named_tokenizer(tokenizer)
         self.plan: PruningPlan | None = None
         self.report: PruningReport | None = None
         self.scores: Scores | None = None

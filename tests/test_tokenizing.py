@@ -156,3 +156,12 @@ def test_a_tokenizer_is_loaded_as_before(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
 
     assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+def test_the_pruner_takes_a_tokenizer_or_its_name_and_refuses_anything_else(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    model = tiny.make_model("llama_gqa_biases")
+
+    assert FwdPruner(model, tmp_path).tokenizer.get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(ValueError, match=r"must be a tokenizer of transformers.*got a dict"):
+        FwdPruner(model, {"tokenizer": 1})
