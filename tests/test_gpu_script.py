@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import second_device
 import torch
 
 
@@ -197,3 +198,15 @@ def test_a_lost_device_ends_the_process_that_lost_it(gpu_run, monkeypatch):
     parts = [gpu_run.Part("speed", "first", 1, fail), gpu_run.Part("speed", "second", 1, dict)]
     assert not gpu_run.run_parts(parts, device, 100, records, lambda: None)
     assert [record["status"] for record in records] == ["failed"]
+
+
+PARTS = ["requests: llama, bfloat16, refit sources", "low_memory, sequential", "two devices, none", "padded tokens"]
+
+
+@pytest.mark.parametrize("only", PARTS)
+def test_the_script_runs_on_an_accelerator(only, run, monkeypatch):
+    with second_device.second_device(monkeypatch):
+        status, document, page = run("--device", second_device.FIRST, "--only", only)
+    assert status == 0, page
+    (record,) = document["parts"]
+    assert second_device.FIRST in record["places"]
