@@ -105,7 +105,10 @@ class PruningPlan:
         """Raise `ValueError` where the plan was made for a model with other sites."""
         sites = list(sites)
         if model_type != self.model_type:
-            raise ValueError(f"The plan is for a {self.model_type!r} model, this one is {model_type!r}.")
+            pruned = " It starts from what an earlier pruning left: replay that one first." * (
+                self.model_type == f"pruned_{model_type}"
+            )
+            raise ValueError(f"The plan is for a {self.model_type!r} model, this one is {model_type!r}.{pruned}")
         if {site.key for site in sites} != self.kept.keys():
             raise ValueError(
                 f"The plan names {len(self.kept)} sites and the model has {len(sites)}: it was made for another model."

@@ -13,8 +13,11 @@ from transformers import __version__ as transformers_version
 from .architectures import Site, SiteKey
 from .budgets import Budget
 from .checkpoints import Checkpoint
+from .composing import EARLIER
 from .configuration import PruningConfig
+from .loggers import get_logger
 from .plan import PruningPlan
+from .reconstruction import NONE
 from .registry import get_method
 from .rounds import Rounds
 from .scores import Scores
@@ -22,6 +25,8 @@ from .search import SEARCH, search
 from .utils import public_name
 from .version import __version__
 
+
+logger = get_logger(__name__)
 
 Keep = Callable[[Mapping[SiteKey, torch.Tensor]], dict[SiteKey, list[int]]]
 
@@ -75,6 +80,36 @@ def make_plan(
     return plan, scores
 
 
+def replayed(plan: PruningPlan, config: PruningConfig) -> PruningPlan:
+    """Return a plan that is about to be replayed, with a record of what this run does to the weights, and not of what
+    the run that made it did. Warns where that run reconstructed weights and this one does not.
+
+    Args:
+        plan (`PruningPlan`): the plan.
+        config (`PruningConfig`): the request of the replay, with its reconstruction.
+    """
+    before = [*plan.metadata.get(EARLIER, []), plan.metadata]
+    lost = next((kind for each in reversed(before) if (kind := each.get("reconstruction")) not in (None, NONE)), None)
+    if lost is not None and config.reconstruction == NONE:
+        text = (plan.metadata.get("calibration") or {}).get("source")
+        logger.warning(
+            "The plan is of a run with reconstruction=%r, and a plan holds no weights: the units that stay keep the "
+            "weights of this model. Pass reconstruction=%r with the same calibration data%s to reconstruct them.",
+            lost,
+            lost,
+            f" ({text})" if text else "",
+        )
+    metadata = {name: value for name, value in plan.metadata.items() if name not in ("reconstructed", EARLIER)}
+    return dataclasses.replace(
+        plan,
+        metadata={**metadata, "reconstruction": config.reconstruction, "versions": _versions(), "replayed": True},
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {"optimum_fwdprune": __version__, "transformers": transformers_version, "torch": torch.__version__}
+
+
 def _metadata(model: PreTrainedModel, scores: Scores, rounds: Rounds, config: PruningConfig) -> dict[str, Any]:
     return {
         "source": public_name(model.config._name_or_path),
@@ -93,9 +128,5 @@ def _metadata(model: PreTrainedModel, scores: Scores, rounds: Rounds, config: Pr
         "scoring": scores.details,
         "calibration": scores.calibrated_on or None,
         "seed": config.seed,
-        "versions": {
-            "optimum_fwdprune": __version__,
-            "transformers": transformers_version,
-            "torch": torch.__version__,
-        },
+        "versions": _versions(),
     }

@@ -19,6 +19,7 @@ from .budgets import Budget, removal_budget
 from .calibration import Calibration, load_calibration
 from .card import write_card
 from .checkpoints import Checkpoint
+from .composing import EarlierPruning
 from .cutting import Cut, cut, timed
 from .devices import host_by_default
 from .evaluation import Comparison
@@ -41,7 +42,7 @@ from .offline import naming_offline
 from .offloading import check_readable, device_map_on_disk, is_offloaded
 from .placement import placed, warn_of_placement
 from .plan import PruningPlan, losses_by_kind
-from .planning import keeper, make_plan
+from .planning import keeper, make_plan, replayed
 from .reconstruction import NONE, added_parameters, check_reconstruction
 from .record import Record
 from .report import PruningReport, Speedup
@@ -331,11 +332,12 @@ class FwdPruner:
         inputs = inputs_of(self._loading, self.model.dtype, is_pruned(self.model.config), in_memory)
         asked, before, seconds = config, _Sizes.of(self.model, sites), dict[str, float]()
         calibration, calibrated_on, speedup = None, None, None
+        earlier = EarlierPruning.of(self.model, sites, self._plan_of_model(), self.recovery)
 
         def keep(done: Cut) -> None:
             origin = {key: value for key, value in done.plan.metadata.items() if key not in (FINGERPRINT, REVISION)}
             plan = dataclasses.replace(done.plan, metadata={**origin, **source.to_metadata(), INPUTS: inputs})
-            self.model, self.plan, self.config = done.model, plan, asked
+            self.model, self.plan, self.config = done.model, _of_dense_model(plan, earlier), asked
             source.remember()
             self._source_folders = source.folders
             self.trainer = self.recovery = self.report = self._saved_as = self.comparison = None
@@ -345,7 +347,7 @@ class FwdPruner:
         with self._noting_what_is_left():
             if plan is not None:
                 plan.check_matches(sites, self.model.config.model_type)
-                plan = dataclasses.replace(plan, metadata={**plan.metadata, "replayed": True})
+                plan = replayed(plan, config)
                 announce("\n".join(losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values()))
                 if config.reconstruction != NONE:
                     calibration = self._calibration(config, dataset)
@@ -386,6 +388,16 @@ class FwdPruner:
                 record=Record(asked, self.plan, scores),
             )
         return self.model
+
+    def _plan_of_model(self) -> PruningPlan | None:
+        """The plan that the model was pruned by, where it is known and still describes the model."""
+        try:
+            if self.plan is not None:
+                self.plan.check_left(find_sites(self.model, self.plan.attention_unit))
+        except ValueError:
+            # Another model was assigned to the pruner.
+            return None
+        return self.plan
 
     def _prune_in_rounds(
         self,
@@ -739,6 +751,25 @@ class FwdPruner:
         config, budget = settle(sites, config, budget_of, check)
         announce(str(forecast(sites, config, budget, dense.parameters, dense.bytes, added(config))))
         return config, budget
+
+
+def _of_dense_model(plan: PruningPlan, earlier: EarlierPruning | None) -> PruningPlan:
+    """Return the plan that does to the dense model what `plan` and the one before it did, where there is one."""
+    if earlier is None:
+        return plan
+    composed = earlier.followed_by(plan)
+    if composed is None:
+        logger.warning(
+            "The new plan is of the pruned model that this pruning started from, and replays on that model only: "
+            "attention heads were removed in units of %r before and of %r now, which no plan of the dense model "
+            "expresses.",
+            earlier.plan.attention_unit,
+            plan.attention_unit,
+        )
+        return plan
+    origin = {name: earlier.plan.metadata.get(name) for name in (NAME, FINGERPRINT, REVISION)}
+    metadata = composed.metadata | {name: value for name, value in origin.items() if value is not None}
+    return dataclasses.replace(composed, metadata=metadata)
 
 
 def _ignored(_cut: Cut) -> None:

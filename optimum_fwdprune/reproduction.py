@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .composing import EARLIER
 from .configuration import CALIBRATION, PruningConfig
 from .plan import PLAN_NAME
 from .record import Record, command_of
@@ -74,7 +75,10 @@ def reproduction_of(
     if config is None:
         return None
     metadata = record.plan.metadata if record.plan else {}
-    inputs = metadata.get(INPUTS) or {}
+    inputs = dict(metadata.get(INPUTS) or {})
+    if metadata.get("replayed") and metadata.get(EARLIER):
+        # The plan has all prunings together, so the command replays it on the dense model.
+        inputs["was_pruned"] = False
     source = str(metadata.get("source") or "")
     repository = None if inputs.get("was_pruned") else repository or (source if "/" in source else None)
     about_the_model = list(_about_the_model(inputs, source, repository))
@@ -142,5 +146,10 @@ def _about_the_request(record: Record, config: PruningConfig, calibration: str |
         yield "`--target_speedup` measures how long layers take, so another run or machine may keep other units."
     if calibration is not None and Path(calibration).suffix in FILE_LOADERS:
         yield f"`{calibration}` is the file that it was calibrated on; name the path of your copy."
+    if plan is not None and (earlier := plan.metadata.get(EARLIER)):
+        yield (
+            f"The model was pruned {len(earlier) + 1} times. `{PLAN_NAME}` is of the dense model, with what all of "
+            f"them kept."
+        )
     if record.outcome.get("recovery"):
         yield "The command makes the pruned model as it was before it was trained."

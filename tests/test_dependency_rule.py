@@ -69,6 +69,7 @@ ORDER = [
     "shelves",
     "devices",
     "budgets",
+    "composing",
     "plan",
     "configuration",
     "registry",

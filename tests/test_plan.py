@@ -200,3 +200,103 @@ def test_a_replay_reconstructs_where_the_request_names_it(tokens):
 
     assert not refits() and not refits(seed=3)
     assert refits(reconstruction="least_squares") and refits("fast") and refits(PruningConfig())
+
+
+def prunings(*requests):
+    return [tiny.request(**{"sparsity": 0.2, "reconstruction": "none", **request}) for request in requests]
+
+
+KV = {"attention_unit": "kv_group"}
+COMPOSED = {
+    "same units": prunings({}, {}),
+    "KV groups twice": prunings({**KV, "sparsity": 0.3}, {**KV, "sparsity": 0.3}),
+    "channels, then KV groups": prunings({"kinds": ["mlp"]}, KV),
+    "KV groups, then channels": prunings(KV, {"kinds": ["mlp"]}),
+    "three times": prunings({"kinds": ["mlp"]}, {"kinds": ["mlp"]}, {"kinds": ["attention"], "sparsity": 0.1}),
+    "rounds": prunings({"rounds": 2}, {"rounds": 2, "kinds": ["mlp"]}),
+}
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("name", COMPOSED)
+@torch.no_grad()
+def test_the_plan_of_several_prunings_replays_on_the_dense_model(name, saved, tokens, tmp_path):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    for number, request in enumerate(COMPOSED[name]):
+        pruner.prune(request, tokens)
+        if saved:
+            pruner.save_pretrained(tmp_path / str(number))
+            pruner = FwdPruner.from_pretrained(tmp_path / str(number))
+    replayed = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    replayed.prune(plan=pruner.plan)
+
+    assert pruner.plan.model_type == "llama"
+    assert len(pruner.plan.metadata["earlier"]) == len(COMPOSED[name]) - 1
+    assert torch.equal(replayed.model(tokens).logits, pruner.model(tokens).logits)
+
+
+@torch.no_grad()
+def test_heads_without_groups_compose_whatever_their_unit_is_called(tokens):
+    for name in ("llama_mha_tied", "opt_pre_norm", "bloom"):
+        pruner = FwdPruner(tiny.make_model(name))
+        for request in prunings(KV, {"sparsity": 0.3}):
+            pruner.prune(request, tokens)
+        replayed = FwdPruner(tiny.make_model(name)).prune(plan=pruner.plan)
+        assert torch.equal(replayed(tokens).logits, pruner.model(tokens).logits)
+
+
+@torch.no_grad()
+def test_a_plan_that_no_plan_of_the_dense_model_expresses_is_of_the_pruned_one(tokens, tmp_path, caplog):
+    first, second = prunings({**KV, "sparsity": 0.3}, {"sparsity": 0.3})
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(first, tokens)
+    earlier = pruner.plan
+    with caplog.at_level("WARNING", logger="optimum_fwdprune"):
+        pruner.prune(second, tokens)
+    pruner.save_pretrained(tmp_path / "twice")
+    again = FwdPruner(tiny.make_model("llama_gqa_biases"))
+
+    assert "replays on that model only" in caplog.text
+    with pytest.raises(ValueError, match=r"is for a 'pruned_llama' model, this one is 'llama'.*replay that one first"):
+        again.prune(plan=PruningPlan.load(tmp_path / "twice"))
+    again.prune(plan=earlier)
+    again.prune(plan=PruningPlan.load(tmp_path / "twice"))
+    assert torch.equal(again.model(tokens).logits, pruner.model(tokens).logits)
+
+
+def test_a_plan_of_another_model_that_was_assigned_is_not_composed(tokens):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(prunings({})[0], tokens)
+    other = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    other.prune(prunings({"sparsity": 0.4})[0], tokens)
+    pruner.model = other.model
+    pruner.prune(prunings({"kinds": ["mlp"]})[0], tokens)
+
+    assert pruner.plan.model_type == "pruned_llama" and "earlier" not in pruner.plan.metadata
+
+
+@pytest.mark.parametrize("reconstruction", ["least_squares", "bias"])
+@torch.no_grad()
+def test_a_replay_records_what_it_did_and_how_to_have_what_it_did_not(reconstruction, tokens, tmp_path, caplog):
+    original = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    original.prune(tiny.request(sparsity=0.3, reconstruction=reconstruction), tokens)
+    original.save_pretrained(tmp_path / "original")
+    plan = PruningPlan.load(tmp_path / "original")
+    plain = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    with caplog.at_level("WARNING", logger="optimum_fwdprune"):
+        plain.prune(plan=plan)
+    plain.save_pretrained(tmp_path / "plain")
+
+    assert f"Pass reconstruction='{reconstruction}' with the same calibration data (tokens)" in caplog.text
+    assert "reconstructed" not in plain.plan.metadata and plain.plan.metadata["reconstruction"] == "none"
+    words = (tmp_path / "plain" / "README.md").read_text()
+    assert "The weights that were kept are those of the dense model." in words and "refitted" not in words
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="optimum_fwdprune"):
+        refitted = FwdPruner(tiny.make_model("llama_gqa_biases"))
+        refitted.prune(dataset=tokens, plan=plan, reconstruction=reconstruction)
+    assert "a plan holds no weights" not in caplog.text
+    assert refitted.plan.metadata["reconstruction"] == reconstruction
+    assert refitted.plan.metadata.get("reconstructed") == original.plan.metadata.get("reconstructed")
+    assert torch.equal(refitted.model(tokens).logits, original.model(tokens).logits)
+    assert not torch.equal(plain.model(tokens).logits, original.model(tokens).logits)

@@ -89,6 +89,10 @@ class AttentionLayout:
             sizes[self.kept_heads_key] = [ids[head] for head in kept]
         return sizes
 
+    def kv_heads(self, layer: nn.Module) -> int:
+        """Return the number of key/value heads of a layer."""
+        return self._head_counts(layer.get_submodule(self.module))[1]
+
     def _head_counts(self, module: Any) -> tuple[int, int]:
         """Query heads and key/value heads, read off the linears so that pruned layers are described as they are."""
         heads = module.get_submodule(self.output).in_features // module.head_dim
