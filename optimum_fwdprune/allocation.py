@@ -251,7 +251,11 @@ def _check_reachable(pools: list[_Pool], part: Budget, total: int, config: Pruni
     share, layer = min(shares, default=(0.0, 0))
     where = f"layer {layer}" if config.resolved_scope == "layer" and shares else "the model"
     constraints = [f"min_units_per_site={config.min_units_per_site}"]
-    constraints += [f"multiple_of={config.multiple_of}"] * (config.multiple_of > 1)
+    # Under a speed-up these are the widths that were timed, whatever the request says.
+    widths = f"multiple_of={config.multiple_of}"
+    if config.target_speedup is not None:
+        widths = f"MLP widths in multiples of {config.multiple_of}, which are those that were timed"
+    constraints += [widths] * (config.multiple_of > 1)
     skip_layers = _layers_to_skip(config, num_layers)
     default = " (the default here, [] spares none)" if config.skip_layers is None else ""
     constraints += [f"skip_layers={skip_layers}{default}"] * bool(skip_layers)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
@@ -89,6 +90,23 @@ def check_unquantized(model_id: Any, config: PreTrainedConfig, quantization_conf
     )
 
 
+def check_is_there(model_id: str | Path, **kwargs: Any) -> None:
+    """Raise `OSError` or `ValueError`, naming it, where a folder or repository holds no config of a model."""
+    try:
+        with naming_offline(model_id, FOLDER_OTHERWISE):
+            AutoConfig.from_pretrained(model_id, **kwargs)
+    except OSError as error:
+        raise OSError(f"Cannot load {model_id}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"Cannot load {model_id}: {error}") from error
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise `ValueError` where `dtype` is a word, and not the name of a dtype."""
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is no dtype; name auto, float32, bfloat16 or float16.")
+
+
 def load_causal_lm(model_id: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a causal language model, dense or pruned (see [`load_for_task`])."""
     return load_for_task(model_id, AutoModelForCausalLM, **kwargs)
@@ -106,6 +124,7 @@ def load_for_task(model_id: str | Path, auto_class: Any, **kwargs: Any) -> PreTr
         OSError: where a file is not there or, naming it, is damaged; nothing is loaded then.
         ValueError: where its config and its weights contradict each other, or a pruned model has another task.
     """
+    check_dtype(kwargs.get("dtype"))
     where = {name: kwargs[name] for name in WHERE if name in kwargs}
     # Code of the repository may describe anything, a GGUF file describes itself, and adapters name their base.
     unchecked = "gguf_file" in kwargs or kwargs.get("trust_remote_code")

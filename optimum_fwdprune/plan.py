@@ -152,9 +152,14 @@ class PruningPlan:
         """Read a plan from the file `path`, or from the checkpoint folder `path`.
 
         Raises:
+            FileNotFoundError: where there is no such file.
             ValueError: where the file is no plan, naming it.
         """
         path = _plan_file(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"There is no plan {path}. Name the folder of a pruned checkpoint, or the {PLAN_NAME} of one."
+            )
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             if document["format"] != 1:

@@ -192,6 +192,8 @@ class FwdPruner:
                     "and device_map."
                 )
             kwargs["device_map"] = device_map_on_disk(config, auto_class)
+        # A tokenizer that was passed in memory has no name.
+        named = {"tokenizer": public_name(str(tokenizer))} if isinstance(tokenizer, (str, Path)) else {}
         # Before gigabytes are read.
         if tokenizer is not None:
             tokenizer = named_tokenizer(tokenizer, **{name: kwargs[name] for name in ACCESS if name in kwargs})
@@ -205,7 +207,7 @@ class FwdPruner:
             )
         model = load_for_task(model_id, auto_class, **placed(kwargs))
         pruner = cls(model, tokenizer)
-        pruner._loading = dict(kwargs)
+        pruner._loading = {**kwargs, **named}
         pruner._low_memory, pruner._offload_folder = low_memory, kwargs.get("offload_folder")
         for name in ("gguf_file", "trust_remote_code"):
             shared.pop(name, None)

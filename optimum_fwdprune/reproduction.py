@@ -19,7 +19,7 @@ from .texts import FILE_LOADERS
 INPUTS = "inputs"
 
 # Arguments of `from_pretrained` that decide which weights are read; the command line has options of these names.
-LOADING = ("dtype", "revision", "gguf_file", "attn_implementation", "trust_remote_code")
+LOADING = ("dtype", "revision", "tokenizer", "gguf_file", "attn_implementation", "trust_remote_code")
 
 
 # Names of calibration data that was passed in memory.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import sys
 import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
@@ -17,6 +18,7 @@ from optimum_fwdprune import ranks
 from optimum_fwdprune.configuration import field_type
 
 from .parser import choice
+from .wording import in_options
 
 
 if TYPE_CHECKING:
@@ -34,6 +36,10 @@ LOADING = {
     "revision": "Branch, tag or commit of a Hub repository.",
     "token": "Access token of the Hub; by default the one that is logged in.",
 }
+
+
+# What shells report of a program whose reader has gone is this and 128.
+SIGPIPE = 13
 
 
 class Command(BaseOptimumCLICommand):
@@ -67,21 +73,46 @@ class Command(BaseOptimumCLICommand):
     def run(self):
         # Of several processes one speaks.
         output = sys.stdout if ranks.speaks() else io.StringIO()
+        if isinstance(output, io.TextIOWrapper):
+            # Tables have lines that not every terminal can show.
+            output.reconfigure(errors="replace")
         try:
             with redirect_stdout(output):
+                self._check_names()
                 self.execute()
+                if output is not None:
+                    output.flush()
         except KeyboardInterrupt:
+            print(f"Interrupted.{self._way_on()}", file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:
+            # Whoever read the output, such as head, has seen enough. What is still buffered goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(128 + SIGPIPE)
         except Exception as error:
             if self.args.debug:
                 raise
             message = " ".join(str(error).split()) or "no message"
+            if isinstance(error, OSError) and error.filename and error.strerror:
+                message = f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}."
             # Our own and the Hub's errors speak for themselves; anything else says what it is.
             label = (
                 "error" if isinstance(error, (ValueError, OSError, MemoryError)) else f"error: {type(error).__name__}"
             )
-            print(f"{label}: {message} (--debug shows the traceback)", file=sys.stderr)
+            print(f"{label}: {in_options(message, self.parser)} (--debug shows the traceback)", file=sys.stderr)
             sys.exit(1)
+
+    def _check_names(self) -> None:
+        """Raise `ValueError` where an argument is empty, as a variable of a shell that was never set is."""
+        for action in self.parser._actions:
+            values = getattr(self.args, action.dest, None)
+            if "" in (values if isinstance(values, list) else [values]):
+                name = action.option_strings[-1] if action.option_strings else action.dest.upper()
+                raise ValueError(f"{name} is empty; give it a value.")
+
+    def _way_on(self) -> str:
+        folder = getattr(self.args, "checkpoint", None)
+        return f" The same command goes on from what {folder} holds." if folder and hasattr(self.args, "plan") else ""
 
     def execute(self) -> None:
         """Do the work; raise on failure."""
@@ -131,6 +162,7 @@ def add_tokenizer_option(parser: ArgumentParser) -> None:
 
 def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:
     """Load the tokenizer that `--tokenizer` names, or the one that lies beside a model."""
+    from optimum_fwdprune.loading import check_is_there
     from optimum_fwdprune.tokenizing import load_tokenizer, named_tokenizer
 
     options = loading_options(args)
@@ -140,6 +172,8 @@ def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:
     of_model = {name: options[name] for name in ("gguf_file", "revision") if name in options}
     tokenizer = load_tokenizer(model, **access, **of_model)
     if tokenizer is None:
+        # A model that is not there has none either.
+        check_is_there(model, **access, **of_model)
         raise ValueError(f"{model} has no tokenizer; name one with --tokenizer.")
     return tokenizer
 

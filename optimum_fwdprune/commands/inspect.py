@@ -52,9 +52,13 @@ class InspectCommand(Command):
         if not path.exists():
             from huggingface_hub import hf_hub_download
 
-            return Path(hf_hub_download(self.args.checkpoint, name, revision=self.args.revision))
+            try:
+                return Path(hf_hub_download(self.args.checkpoint, name, revision=self.args.revision))
+            except (OSError, ValueError) as error:
+                message = f"There is no folder {path}, and {name} of a repository {path} cannot be read: {error}"
+                raise OSError(message) from error
         if not path.is_dir():
             return path
         if not (path / name).is_file():
-            raise ValueError(f"{path} has no {name}: it was pruned by other means, or nothing was scored for it.")
+            raise ValueError(f"{path} has no {name}: it is dense, was pruned by other means, or nothing was scored.")
         return path / name

@@ -101,6 +101,10 @@ class RecoverCommand(Command):
             pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
             push_to_hub(pruner, self.args)
             print(f"Saved to {self.args.output}.")
+            if Path(str(arguments.output_dir)).is_dir():
+                print(
+                    f"The training left checkpoints or logs in {arguments.output_dir}; delete it if you need neither."
+                )
 
     def _training_folder(self) -> str:
         """Where the Trainer keeps its checkpoints: not where the model is to go, which must stay empty until then."""

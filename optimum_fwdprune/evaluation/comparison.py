@@ -122,8 +122,13 @@ class Comparison:
         """Read the comparison that `save` wrote to a `.json` file.
 
         Raises:
+            FileNotFoundError: where there is no such file.
             ValueError: where the file holds something else.
         """
+        if not Path(file).is_file():
+            raise FileNotFoundError(
+                f"There is no file {file}; `optimum-cli fwdprune compare --output FILE.json` writes one."
+            )
         try:
             return cls.from_list(json.loads(Path(file).read_text(encoding="utf-8")))
         except ValueError as error:

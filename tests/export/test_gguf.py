@@ -333,4 +333,4 @@ def test_the_command_writes_a_file(tokens, tokenizer, tmp_path, monkeypatch, cap
     monkeypatch.setattr("optimum_fwdprune.loading.load_causal_lm", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(SystemExit):
         main()
-    assert "exists. Name another file, or pass overwrite to replace it." in capsys.readouterr().err
+    assert "exists. Name another file, or pass --overwrite to replace it." in capsys.readouterr().err

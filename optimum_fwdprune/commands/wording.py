@@ -1,0 +1,61 @@
+"""Errors of the Python interface in the words of the command line."""
+
+from __future__ import annotations
+
+import ast
+import re
+from argparse import ArgumentParser
+
+
+# A value as Python writes it: a list, a quoted string, or a word. A full stop after it ends the sentence.
+_VALUE = r"\[[^\]]*\]|'[^']*'|\"[^\"]*\"|[\w+-]+(?:\.\w+)*"
+
+# Not inside of a path, an option or a quoted name.
+_START = r"(?<![\w\-/.`'\"])"
+
+
+def in_options(message: str, parser: ArgumentParser) -> str:
+    """Return an error message with the options of a command in the places of the arguments of Python.
+
+    `sparsity=0.3` becomes `--sparsity 0.3`, `overwrite=True` becomes `--overwrite`, and a bare name such as `seq_len`,
+    which is no word of English, becomes an option.
+
+    Args:
+        message (`str`): the message.
+        parser (`ArgumentParser`): of the command; names that it has no option for stay as they are.
+    """
+    options = {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
+
+    def assigned(found: re.Match) -> str:
+        name, value = found["name"], found["value"]
+        return _option(name, value, options) or found[0]
+
+    message = re.sub(rf"{_START}(?P<name>[a-z]\w*)=(?P<value>{_VALUE})", assigned, message)
+    # "(--layout stock)" said it twice for readers of both.
+    message = re.sub(r"(--[\w-]+(?: [\w-]+)?) \(\1\)", r"\1", message)
+    if "--overwrite" in options:
+        message = re.sub(rf"{_START}pass overwrite\b", "pass --overwrite", message)
+
+    def named(found: re.Match) -> str:
+        return f"--{found[0]}" if f"--{found[0]}" in options else found[0]
+
+    # At the start of a sentence that states what a value must be, every name is that of an argument.
+    message = re.sub(r"^[a-z]\w*(?= must | goes with | is for )", named, message)
+    return re.sub(rf"{_START}[a-z]+(?:_[a-z]+)+\b(?![=(/.]\w)", named, message)
+
+
+def _option(name: str, value: str, options: set[str]) -> str | None:
+    """The option that gives an argument of Python this value; `None` where there is none."""
+    if value in ("True", "False"):
+        wanted = f"--{name}" if value == "True" else f"--no-{name}"
+        return wanted if wanted in options else None
+    if f"--{name}" not in options:
+        return None
+    if value == "None":
+        return f"no --{name}"
+    try:
+        literal = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        literal = value
+    items = literal if isinstance(literal, list) else [literal]
+    return " ".join([f"--{name}", *map(str, items)])
