@@ -1,5 +1,6 @@
 """Running the parts of `gpu.py`: within a time, each by itself, with what it prints and how it fails kept as text."""
 
+import gc
 import logging
 import signal
 import threading
@@ -77,7 +78,6 @@ def run_part(part: Part, device: Device, limit: float) -> dict[str, Any]:
     """Run a part for at most so many seconds and return its record, whatever happens."""
     record: dict[str, Any] = {"group": part.group, "part": part.name, "status": "ok"}
     torch.manual_seed(0)
-    device.free()
     device.reset_peak()
     start = time.perf_counter()
     try:
@@ -143,7 +143,10 @@ def kept_messages(record: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let no other library print in the block."""
+    """Let no other library print in the block, and no search for unused objects look at what was imported before it,
+    which would take seconds in all."""
+    gc.collect()
+    gc.freeze()
     accelerate, verbosity = logging.getLogger("accelerate"), transformers.logging.get_verbosity()
     level, bars = accelerate.level, transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
@@ -155,6 +158,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        gc.unfreeze()
         accelerate.setLevel(level)
         transformers.logging.set_verbosity(verbosity)
         if bars:
