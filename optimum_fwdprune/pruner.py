@@ -223,6 +223,7 @@ class FwdPruner:
             if record.outcome.get("comparison"):
                 pruner.comparison = Comparison.from_list(record.outcome["comparison"])
             pruner.recovery = record.outcome.get("recovery")
+            pruner._keep_record()
             pruner._saved_as = str(model_id)
             if record.plan is not None and Path(model_id).is_dir():
                 # Checkpoints often lie beside the model that they were pruned from.
@@ -389,6 +390,7 @@ class FwdPruner:
                 unit_parameters=before.per_unit,
                 record=Record(asked, self.plan, scores),
             )
+            self._keep_record()
         return self.model
 
     def _plan_of_model(self) -> PruningPlan | None:
@@ -562,6 +564,7 @@ class FwdPruner:
                 stopped = {"mode": args.mode, "adapters": False, "steps": counter.steps, "dataset": data}
                 self.recovery = {**stopped, "interrupted by": type(error).__name__}
                 self.trainer = self.comparison = self._saved_as = None
+                self._keep_record()
             raise
         self.recovery = {**self.trainer.summary(), "dataset": data}
         # What was measured was measured before.
@@ -570,6 +573,7 @@ class FwdPruner:
             self.model.peft_config["default"].base_model_name_or_path = self._saved_as
         else:
             self._saved_as = None
+            self._keep_record()
         return self.model
 
     def _check_trainable(self) -> None:
@@ -657,6 +661,7 @@ class FwdPruner:
             for config in self.model.peft_config.values():
                 # Where folders lie is of this machine.
                 config.base_model_name_or_path = public_name(self._saved_as) if pushed else self._saved_as
+        record = self._keep_record() if whole else None
         with folder_moved_into_place(folder, overwrite) as temporary, one_step("Writing the checkpoint"):
             if whole and is_offloaded(self.model):
                 save_offloaded(self.model, temporary, files_of(self.model))
@@ -669,23 +674,32 @@ class FwdPruner:
             elif self._base is None:
                 # A model that was loaded elsewhere; of others, loading has said so.
                 warn_of_missing_tokenizer(self.model.config._name_or_path)
-            if whole:
-                measured = self.comparison.to_list() if self.comparison else []
-                report = self.report
-                if report is not None:
-                    # Training may have changed the dtype since.
-                    now = _Sizes.of(self.model, [])
-                    report = dataclasses.replace(report, parameters_after=now.parameters, bytes_after=now.bytes)
-                outcome = {
-                    "report": report and report.to_dict(),
-                    # Checkpoints get shared, and home directories do not.
-                    "comparison": [{**each, "name": Path(each["name"]).name} for each in measured] or None,
-                    "recovery": self.recovery,
-                }
-                record = Record(self.config, self.plan, self.scores, outcome)
+            if record is not None:
+                # Modelling code of earlier versions does not write it.
                 record.save(temporary)
                 name = name or Path(folder).name
-                write_card(temporary, name, self.model, record, report, self._base, self.comparison)
+                write_card(temporary, name, self.model, record, self._report_now(), self._base, self.comparison)
+
+    def _keep_record(self) -> Record:
+        """Return what is known of the pruning, and leave it with the model, whose `save_pretrained` writes it."""
+        report = self._report_now()
+        measured = self.comparison.to_list() if self.comparison else []
+        outcome = {
+            "report": report and report.to_dict(),
+            # Checkpoints get shared, and home directories do not.
+            "comparison": [{**each, "name": Path(each["name"]).name} for each in measured] or None,
+            "recovery": self.recovery,
+        }
+        record = Record(self.config, self.plan, self.scores, outcome)
+        vars(self.model)["pruning_record"] = record
+        return record
+
+    def _report_now(self) -> PruningReport | None:
+        """The report with the sizes of the model as it is: training may have changed its dtype."""
+        if self.report is None:
+            return None
+        now = _Sizes.of(self.model, [])
+        return dataclasses.replace(self.report, parameters_after=now.parameters, bytes_after=now.bytes)
 
     def push_to_hub(
         self,

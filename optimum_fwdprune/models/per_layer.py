@@ -1,6 +1,7 @@
 """What turns a stock transformers class into one whose layers differ in size."""
 
 import sys
+from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -67,6 +68,10 @@ class PerLayerMixin:
 
     layers_path: str = "layers"
 
+    # How the model was pruned: an object with `save(folder)`, which writes files beside the weights. Whoever prunes or
+    # loads the model sets it, so that it is kept where `Trainer.save_model` or a user saves the model.
+    pruning_record = None
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if issubclass(cls, PreTrainedModel):
@@ -94,6 +99,12 @@ class PerLayerMixin:
     @property
     def decoder_layers(self) -> nn.ModuleList:
         return self.base_model.get_submodule(self.layers_path)
+
+    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        # With adapters inside, adapters alone are saved.
+        if self.pruning_record is not None and is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+            self.pruning_record.save(Path(save_directory))
 
     def set_attn_implementation(self, *args, **kwargs):
         super().set_attn_implementation(*args, **kwargs)

@@ -167,7 +167,7 @@ def test_weights_that_were_trained_for_a_while_are_recorded_so(pruner, tokens, t
         pruner.recover({"input_ids": tokens}, arguments(tmp_path, mode="full"), callbacks=[Interrupt()])
     pruner.save_pretrained(tmp_path / "saved")
 
-    assert "- `interrupted by`: KeyboardInterrupt" in (tmp_path / "saved" / "README.md").read_text()
+    assert "- interrupted by: KeyboardInterrupt" in (tmp_path / "saved" / "README.md").read_text()
     assert FwdPruner.from_pretrained(tmp_path / "saved").recovery["steps"] == 2
 
 
