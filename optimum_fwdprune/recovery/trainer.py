@@ -59,6 +59,8 @@ class RecoveryTrainer(Trainer):
     def summary(self) -> dict[str, Any]:
         """Return how the run went, as JSON values."""
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        # A run shorter than `logging_steps` logs none.
+        logged = {"first and last logged loss": [round(loss, 4) for loss in (losses[0], losses[-1])]} if losses else {}
         return {
             "mode": self.args.mode,
             "adapters": self.args.trains_adapters,
@@ -67,7 +69,7 @@ class RecoveryTrainer(Trainer):
             * self.args.gradient_accumulation_steps
             * self.args.world_size,
             "learning rate": self.args.learning_rate,
-            "first and last logged loss": [round(loss, 4) for loss in (*losses[:1], *losses[-1:])],
+            **logged,
         }
 
     def _distillation_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
