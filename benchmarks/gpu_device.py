@@ -30,6 +30,11 @@ class Device:
         """Devices of this type."""
         return self._call("device_count") or 1
 
+    @property
+    def name(self) -> str:
+        """With its index, as device maps name it."""
+        return "cpu" if self.is_cpu else f"{self.torch.type}:{self.torch.index or 0}"
+
     def other(self) -> torch.device:
         """A second device of this type."""
         return torch.device(self.torch.type, 1 if self.torch.index in (None, 0) else 0)

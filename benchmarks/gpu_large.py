@@ -74,8 +74,13 @@ class LargeParts:
             pruner = FwdPruner(self.make_model(shape))
             calibration = tokens(self.windows, self.window, pruner.model.config.vocab_size, seed=1)
             result["tokens"] = calibration.numel()
-            with self._device.peaks_by_stage(peaks):
-                pruner.prune(request, calibration)
+            try:
+                with self._device.peaks_by_stage(peaks):
+                    pruner.prune(request, calibration)
+            except Exception as error:
+                # The stages that were reached, the one that failed last.
+                error.measured = result  # type: ignore[attr-defined]
+                raise
         report = pruner.report
         return result | {
             "seconds_by_stage": report.seconds,

@@ -181,7 +181,7 @@ def _mapped(place: Callable[[Device], str]):
     def make(device: Device, folder: str) -> FwdPruner:
         from accelerate import dispatch_model
 
-        model, first = make_model("llama", torch.bfloat16), str(device.torch)
+        model, first = make_model("llama", torch.bfloat16), device.name
         where = {name: first for name, _ in model.named_children() if name != "model"}
         where |= {f"model.{name}": first for name, _ in model.model.named_children() if name != "layers"}
         where |= {"model.layers.0": first, "model.layers.1": place(device), "model.layers.2": place(device)}

@@ -87,6 +87,7 @@ def run_part(part: Part, device: Device, limit: float) -> dict[str, Any]:
         if "wrong" in record:
             record |= {"status": "failed", "error": record["wrong"], "traceback": record.pop("wrong")}
     except (Exception, OutOfTime) as error:
+        record |= getattr(error, "measured", {})
         # Its frames hold models; what they say is kept as text.
         record |= {
             "status": "failed",

@@ -9,6 +9,8 @@ import pytest
 import second_device
 import torch
 
+from optimum_fwdprune import cutting
+
 
 @pytest.fixture(scope="module")
 def gpu():
@@ -67,6 +69,20 @@ def test_pruning_a_large_shape_gives_seconds_of_every_stage(run):
     # A CPU's memory cannot be limited.
     assert record["limit_gib"] is None
     assert "reconstruct" in page
+
+
+def test_a_stage_that_runs_out_of_memory_is_named_with_what_those_before_took(run, monkeypatch):
+    def fail(*_args, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cutting, "reconstruct", fail)
+    status, document, page = run("--only", "LLaMA-2-7B, best, 23 GiB")
+    (record,) = document["parts"]
+    assert status == 1
+    assert record["error"] == "OutOfMemoryError: CUDA out of memory"
+    assert list(record["peaks"])[-1] == "reconstruct"
+    assert "score" in record["peaks"]
+    assert "in fail" in page
 
 
 def test_what_the_package_says_of_a_part_is_kept(run, gpu, monkeypatch):
