@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..offline import naming_offline
+
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -65,6 +67,7 @@ def evaluate_tasks(
 
     Raises:
         ValueError: where there is no such task, naming the nearest, or no task in a folder.
+        OSError: where the data of a task can only be downloaded, and the Hub must not be asked.
         ImportError: where the harness is not installed.
     """
     try:
@@ -73,19 +76,20 @@ def evaluate_tasks(
     except ImportError as error:
         raise ImportError('Tasks need lm-evaluation-harness: pip install "optimum-fwdprune[eval]".') from error
     names, manager = _resolve(tasks)
-    results = simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=names,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=manager,
-        apply_chat_template=apply_chat_template,
-        log_samples=False,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    with naming_offline(f"the data of {', '.join(names)}", "leave these tasks out"):
+        results = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=names,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            apply_chat_template=apply_chat_template,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     assert results is not None
     rows = {name: counts["effective"] for name, counts in results["n-samples"].items()}
     return [score for name, values in results["results"].items() for score in _scores(name, values, rows.get(name))]

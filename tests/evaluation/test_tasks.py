@@ -159,6 +159,11 @@ def test_tasks_that_do_not_exist_are_named_with_the_nearest(tokenizer):
         evaluate_tasks(tiny.make_model("bloom"), tokenizer, ["hellaswagg"])
 
 
+def test_tasks_whose_data_is_not_in_the_cache_are_refused_offline_with_a_way_out(tokenizer):
+    with pytest.raises(OSError, match=r"the data of piqa is neither .* HF_HUB_OFFLINE is set.* leave these tasks out"):
+        evaluate_tasks(tiny.make_model("bloom"), tokenizer, ["piqa"])
+
+
 def test_a_folder_without_tasks_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="holds no task"):
         evaluate_tasks(tiny.make_model("bloom"), tokenizer, [tmp_path])
