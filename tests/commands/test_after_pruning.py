@@ -83,15 +83,15 @@ class TestRecover:
         ("arguments", "message"),
         [
             (["--mode", "lore"], "'lore' is not one of lora, full, distill. Did you mean lora?"),
-            (["--lora_dropout", 2], "error: lora_dropout must be in [0, 1]; got 2.0."),
+            (["--lora_dropout", 2], "error: --lora_dropout must be in [0, 1]; got 2.0."),
             (["--dataset_column", "body"], "has no column 'body'; it has text."),
-            (["--max_length", 100000], "max_length=100000 is more than the 128 positions"),
+            (["--max_length", 100000], "--max_length 100000 is more than the 128 positions"),
             (["--set", "weight_decayy=1"], "TrainingArguments has no 'weight_decayy'; the nearest are weight_decay"),
             (["--report_to", "nowhere"], "nowhere"),
             (["--push-to-hub", "someone/model/too"], "'someone/model/too' is no name of a repository"),
             (["--set", "weight_decay"], "--set takes NAME=VALUE; got 'weight_decay'."),
             (["--resume_from_checkpoint", "true"], "There is no checkpoint to resume from"),
-            (["--mode", "full", "--teacher", "dense"], "A teacher is for mode='distill'"),
+            (["--mode", "full", "--teacher", "dense"], "A teacher is for --mode distill"),
             (
                 ["--learning_rate", "fast"],
                 "error: argument --learning_rate/--learning-rate: invalid float value: 'fast'",

@@ -210,14 +210,14 @@ def test_dtype_is_the_sources_unless_given(cli, source, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sparsity", "1.5"], "error: sparsity must be in [0, 1); got 1.5."),
+        (["--sparsity", "1.5"], "error: --sparsity must be in [0, 1); got 1.5."),
         (["--sparsity", "0.98", *SMALL], "the largest possible sparsity is 0."),
         (["--calibration", "nowhere.txt"], "error: There is no file nowhere.txt."),
         (["--calibration", "builtin", "--n_samples", "9999999"], "error: builtin is too short"),
         (["--plan", "nowhere.json"], "nowhere.json"),
         (["--draws", "3"], "error: --draws is an option of method mini_llm; the method asked for is wanda_sp."),
-        (["--method", "mini_llm", "--draws", "0"], "error: draws must be at least 1; got 0."),
-        (["--method", "mini_llm", "--epsilon", "1e-9", *SMALL], "error: epsilon=1e-09 is lost in rounding"),
+        (["--method", "mini_llm", "--draws", "0"], "error: --draws must be at least 1; got 0."),
+        (["--method", "mini_llm", "--epsilon", "1e-9", *SMALL], "error: --epsilon 1e-09 is lost in rounding"),
         (["--dtype", "float77"], "float77"),
         (["--attn_implementation", "telepathy"], "telepathy"),
         (["--gguf_file", "nowhere.gguf"], "nowhere.gguf"),
@@ -259,7 +259,7 @@ def test_an_output_folder_in_use_fails_before_the_model_is_loaded(cli, source, t
     with monkeypatch.context() as patch:
         patch.setattr(FwdPruner, "from_pretrained", lambda *_, **__: pytest.fail("loaded the model"))
         code, _, err = cli("prune", "-m", source, tmp_path / "out")
-    assert code == 1 and "is not empty. Name another folder, or pass overwrite" in err
+    assert code == 1 and "is not empty. Name another folder, or pass --overwrite" in err
 
     assert cli("prune", "-m", source, tmp_path / "out", "--overwrite", "--method", "random")[0] == 0
     assert not (tmp_path / "out/mine").exists()

@@ -106,7 +106,7 @@ def test_a_checkpoint_that_the_table_leaves_out_is_not_measured(report, folder, 
         (["nowhere"], "nowhere"),
         (["."], "has no config.json"),
         (["pruned-20", "--html", "report.pdf"], "report.pdf must end in .html."),
-        (["pruned-20", "--json", "table.json"], "table.json exists. Name another file, or pass overwrite"),
+        (["pruned-20", "--json", "table.json"], "table.json exists. Name another file, or pass --overwrite"),
         (["pruned-20", "--html", "text.txt/report.html"], "Cannot write beside"),
         (["pruned-20", "--json", "dense"], "is a folder; name a file."),
         (
