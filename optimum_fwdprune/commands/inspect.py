@@ -60,5 +60,5 @@ class InspectCommand(Command):
         if not path.is_dir():
             return path
         if not (path / name).is_file():
-            raise ValueError(f"{path} has no {name}: it was pruned by other means or not at all, or nothing was scored.")
+            raise ValueError(f"{path} has no {name}: it was pruned by other means, or not, or nothing was scored.")
         return path / name

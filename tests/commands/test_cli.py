@@ -194,7 +194,7 @@ def test_without_options_the_command_does_what_prune_without_arguments_does(cli,
 
 
 def test_a_plan_is_replayed(cli, source, tmp_path):
-    cli("prune", "-m", source, tmp_path / "one", "--method", "random", "--sparsity", "0.4")
+    cli("prune", "-m", source, tmp_path / "one", "--method", "random", "--reconstruction", "none")
     code, _, err = cli("prune", "-m", source, tmp_path / "two", "--plan", tmp_path / "one")
 
     assert code == 0, err
