@@ -356,16 +356,19 @@ class FwdPruner:
                     calibration = self._calibration(config, dataset)
                     calibrated_on = calibration.source
                 checkpoint = Checkpoint.of(config, self.model)
-                about = (config, calibration, {}, {}, inplace, seconds, checkpoint)
-                done = self._cut(self.model, sites, plan, *about, finished)
+                gathered: tuple[dict, dict] = ({}, {})
+                done = self._cut(
+                    self.model, sites, plan, config, calibration, *gathered, inplace, seconds, checkpoint, finished
+                )
                 keep(done)
             else:
                 with timed(seconds, "measure latencies"):
                     config, budget = self._settled(sites, config)
                     dense_seconds = _prefill_seconds(self.model, config)
                 rounds = Rounds(sites, config, budget)
-                about = (config, scores, dataset, inplace, seconds)
-                done, scores = self._prune_in_rounds(sites, rounds, *about, finished)
+                done, scores = self._prune_in_rounds(
+                    sites, rounds, config, scores, dataset, inplace, seconds, finished
+                )
                 keep(done)
                 calibrated_on = scores.calibrated_on.get("source")
                 if config.target_speedup is not None and isinstance(budget.cost, LatencyCost):
