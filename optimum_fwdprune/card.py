@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,8 @@ def write_card(
     """
     if record.plan is not None and importlib.util.find_spec("matplotlib"):
         plot_plan(record.plan, folder / PICTURE_NAME)
-    for file in base.legal_files if base else ():
-        shutil.copyfile(file, folder / file.name)
+    for file, content in base.legal_files.items() if base else ():
+        (folder / file).write_bytes(content)
     sections = [
         _introduction(name, record, report, base),
         _loading(name, model),

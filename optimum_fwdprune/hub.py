@@ -38,13 +38,14 @@ class Base:
         name (`str`): repository, or last part of the folder.
         is_repository (`bool`): whether the Hub knows it by that name.
         license (`dict[str, str]`): `license`, `license_name` and `license_link` of its card.
-        legal_files (`list[Path]`): its licence, notice and the like.
+        legal_files (`dict[str, bytes]`): its licence, notice and the like by their names, read before the work: the
+            folder may be gone when the pruned model is saved.
     """
 
     name: str
     is_repository: bool = False
     license: dict[str, str] = field(default_factory=dict)
-    legal_files: list[Path] = field(default_factory=list)
+    legal_files: dict[str, bytes] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model_id: str | Path, **hub_kwargs) -> Base:
@@ -69,7 +70,7 @@ class Base:
             name=path.name if path.exists() else str(model_id),
             is_repository=not path.exists(),
             license={name: str(values[name]) for name in names if values.get(name)},
-            legal_files=[Path(file) for name in LEGAL_NAMES if (file := find(name))],
+            legal_files={name: Path(file).read_bytes() for name in LEGAL_NAMES if (file := find(name))},
         )
 
 

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -411,3 +412,16 @@ def test_what_an_upload_would_refuse_is_known_before_the_work(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
         check_upload("someone/model", token="hf_x")
+
+
+def test_the_folder_of_the_dense_model_may_be_gone_when_the_pruned_one_is_saved(tokenizer, tmp_path):
+    tiny.make_model("llama_gqa_biases").save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "LICENSE").write_text("Be kind.\n")
+    pruner = FwdPruner.from_pretrained(tmp_path / "dense")
+    shutil.rmtree(tmp_path / "dense")
+    pruner.tokenizer = tokenizer
+    pruner.prune(method="magnitude", kinds=["mlp"], reconstruction="none", sparsity=0.3)
+    pruner.save_pretrained(tmp_path / "out")
+
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Be kind.\n"
+    assert pruner.plan.metadata["source"] == "dense"

@@ -7,6 +7,7 @@ import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from optimum_fwdprune import FwdPruner
+from optimum_fwdprune.export import export_gguf, export_stock
 
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"])
@@ -87,3 +88,14 @@ def test_a_folder_of_adapters_is_refused_before_anything_is_loaded(tmp_path):
 def test_from_pretrained_takes_names_alone():
     with pytest.raises(ValueError, match=r"got a LlamaForCausalLM\. FwdPruner\(model, tokenizer\)"):
         FwdPruner.from_pretrained(tiny.make_model("llama_gqa_biases"))
+
+
+@pytest.mark.parametrize("write", [export_stock, export_gguf])
+def test_models_with_adapters_are_not_exported(write, tmp_path):
+    pruned = FwdPruner(tiny.make_model("llama_gqa_biases")).prune(
+        method="magnitude", kinds=["mlp"], reconstruction="none", layout="stock", sparsity=0.3
+    )
+    pruned.add_adapter(LORA)
+    with pytest.raises(ValueError, match=r"q_proj has an adapter around it.*merge_and_unload\(\)"):
+        write(pruned, tiny.make_tokenizer(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())

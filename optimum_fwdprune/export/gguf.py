@@ -16,6 +16,7 @@ from ..loggers import get_logger
 from ..models.per_layer import stock_config
 from ..offloading import read_parameter
 from ..utils import check_output_file
+from ..wrapping import check_no_adapters
 from .gguf_families import FAMILIES, GGUFFamily, LayerSizes
 from .gguf_tensors import GGUFTensor, write_tensors
 from .gguf_tokenizer import add_tokenizer
@@ -63,6 +64,7 @@ def export_gguf(
         import gguf
     except ImportError as error:
         raise ImportError('The GGUF export needs gguf: pip install "optimum-fwdprune[gguf]".') from error
+    check_no_adapters(model, "an export cannot hold")
     file = check_output_file(file, overwrite)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
