@@ -138,10 +138,9 @@ def load_calibration(
             `seed` and the `dataset_*` fields say what to take.
         model (`PreTrainedModel`): the dense model; it writes the text itself for `"self"`.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for every source but tokens and `"self"`.
-        dataset (*optional*): a `str` (as `config.calibration`), or text, chats or token ids in any form that
-            [`~optimum_fwdprune.texts.open_rows`] reads: lists, generators, datasets, pandas, a tokenizer's batch with
-            its `attention_mask`, a tensor or array `[tokens]` or `[sequences, tokens]`. A `Calibration` is taken as it
-            is.
+        dataset (*optional*): a `str` (as `config.calibration`); text, chats or rows in lists, generators, datasets or
+            pandas; or token ids: a tensor or array `[tokens]` or `[sequences, tokens]`, a tokenizer's batch with its
+            `attention_mask`, rows with `input_ids`, lists of any lengths. A `Calibration` is taken as it is.
         checkpoint (`Checkpoint`, *optional*): where text that the model writes is kept.
 
     Raises:

@@ -106,7 +106,10 @@ class Data:
             ValueError: where none was used.
         """
         if not self._used:
-            raise ValueError(f"None of {self._left_out} rows of {self.name} can be used. {self._first_reason}")
+            raise ValueError(
+                f"None of {self._left_out} rows of {self.name} can be used. {self._first_reason} Another column can "
+                f"be named as dataset_column."
+            )
         if self._left_out:
             logger.warning(
                 "%d of %d rows of %s are left out. %s",

@@ -36,11 +36,10 @@ def open_data(
 
     Args:
         source, config, split, seed: see [`open_rows`].
-        column (`str`, *optional*): column of the text, the messages or the tokens; by default see
-            [`~optimum_fwdprune.rows.Data`].
+        column (`str`, *optional*): column of the text, the messages or the tokens; by default see `Data`.
 
     Raises:
-        ValueError, FileNotFoundError: see [`open_rows`] and [`~optimum_fwdprune.rows.Data`].
+        ValueError, FileNotFoundError: see [`open_rows`] and `Data`.
     """
     return Data(*open_rows(source, config, split, seed), column)
 

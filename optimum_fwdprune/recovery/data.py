@@ -34,7 +34,7 @@ def training_data(
 ) -> Dataset:
     """Return sequences to train on, with columns `input_ids` and `labels`, and `attention_mask` where some are padded.
 
-    Columns say what the data is (see [`~optimum_fwdprune.rows.Data`]):
+    Columns say what the data is:
 
     - Token ids (`input_ids`) keep their rows apart; a row of more than `max_length` tokens is cut into sequences of so
       many. Their `labels` are taken where there are some, and what `attention_mask` hides does not count in the loss.
@@ -47,7 +47,8 @@ def training_data(
     Rows that cannot be used, such as a chat that the template refuses, are left out, and a warning says how many.
 
     Args:
-        source: what [`~optimum_fwdprune.texts.open_rows`] reads.
+        source: a file, a dataset of the Hub or in memory, pandas, a list or generator of texts, chats, rows or token
+            ids, a mapping of columns such as a tokenizer returns, or a tensor or array of token ids.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for all but token ids.
         options (`RecoveryOptions`): `max_length` and the `dataset_*` fields.
         wanted (`int`, *optional*): read no more than so many sequences.
