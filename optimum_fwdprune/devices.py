@@ -35,6 +35,9 @@ def has_float64(device: torch.device) -> bool:
     """Whether `device` computes in float64; MPS and some others do not."""
     try:
         torch.ones(1, dtype=torch.float64, device=device).add_(1)
+    except torch.OutOfMemoryError:
+        # The device is full, which says nothing of what it computes in, and the answer is remembered.
+        raise
     except (TypeError, RuntimeError, NotImplementedError):
         return False
     return True

@@ -39,8 +39,9 @@ class Record:
     scores: Scores | None
     outcome: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write a file for each of them."""
+        folder = Path(folder)
         if self.config is not None:
             self.config.save_pretrained(folder)
         if self.plan is not None:

@@ -13,6 +13,7 @@ from second_device import FIRST, SECOND
 
 from optimum_fwdprune import FwdPruner, PruningConfig, dispatching, latency
 from optimum_fwdprune.architectures import get_architecture
+from optimum_fwdprune.devices import has_float64
 from optimum_fwdprune.dispatching import PlacementError
 from optimum_fwdprune.offloading import is_offloaded, lies_on_disk, read_parameter
 
@@ -215,3 +216,16 @@ def test_a_full_disk_leaves_the_dense_model_whole(placement, device, tokens, tmp
 
     assert pruner.model is model and torch.equal(model(tokens.to(FIRST)).logits.cpu(), before)
     assert not written[0].parent.exists()
+
+
+def test_a_full_device_is_not_taken_for_one_without_float64(device, monkeypatch):
+    with monkeypatch.context() as full:
+
+        def fail(*_args, **_options):
+            raise torch.OutOfMemoryError("Out of memory.")
+
+        full.setattr(torch, "ones", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            has_float64(torch.device(FIRST))
+
+    assert has_float64(torch.device(FIRST))

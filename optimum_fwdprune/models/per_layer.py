@@ -1,7 +1,6 @@
 """What turns a stock transformers class into one whose layers differ in size."""
 
 import sys
-from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -104,7 +103,7 @@ class PerLayerMixin:
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         # With adapters inside, adapters alone are saved.
         if self.pruning_record is not None and is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
-            self.pruning_record.save(Path(save_directory))
+            self.pruning_record.save(save_directory)
 
     def set_attn_implementation(self, *args, **kwargs):
         super().set_attn_implementation(*args, **kwargs)
