@@ -42,7 +42,9 @@ def state_of(model):
     """Everything of a model but weights, and of the process, that training could leave changed."""
     state = {"config": dict(vars(model.config)), "generation": dict(vars(model.generation_config))}
     for name, module in model.named_modules():
-        own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers")}
+        # Weights are what is trained, and the record says so.
+        kept = ("_parameters", "_buffers", "pruning_record")
+        own = {key: value for key, value in vars(module).items() if key not in kept}
         state[name] = {
             key: dict(value) if isinstance(value, dict) else value if isinstance(value, (bool, int)) else id(value)
             for key, value in own.items()
