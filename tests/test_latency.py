@@ -292,3 +292,12 @@ def test_what_cannot_be_had_is_refused_in_the_users_words(tokens, clock):
 def test_budgets_of_parameters_stay_what_they_were():
     sites = find_sites(tiny.make_model("llama_mha_tied"))
     assert Budget(5).cost.total(sites[0]) == sites[0].num_parameters
+
+
+def test_a_speed_up_out_of_reach_names_no_multiple_that_nobody_set(tokens, monkeypatch):
+    monkeypatch.setattr(latency, "median_seconds", tiny.counted_seconds)
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases", intermediate_size=128))
+
+    with pytest.raises(ValueError, match=r"MLP widths in multiples of .* which are those that were timed") as refusal:
+        pruner.prune(dataset=tokens, target_speedup=9, latency_tokens=16)
+    assert "multiple_of" not in str(refusal.value)

@@ -429,3 +429,14 @@ def test_tables_show_names_as_they_are_and_to_their_ends():
     names = [f"models/of-some-length/smollm-135m-pruned-{number}0[en]" for number in range(8)]
     shown = render_table(["", *names], [["perplexity", *"12345678"]])
     assert shown.count("]") == 8 and "…" not in shown
+
+
+def test_a_page_says_in_words_what_was_calibrated_on_and_checked():
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(tiny.request(sparsity=0.4), calibration="self", n_samples=4, seq_len=16)
+    page = render_page(document_of([describe("pruned", pruner.report, pruner.report.record, None)]))
+    text = re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", page))
+
+    assert "calibrated on text that the model generated" in text
+    assert "largest difference between the logits of the masked dense model and of the pruned model" in text
+    assert "calibrated on self" not in text and "masked against sliced" not in text
