@@ -82,6 +82,11 @@ def reproduction_of(
     source = str(metadata.get("source") or "")
     repository = None if inputs.get("was_pruned") else repository or (source if "/" in source else None)
     about_the_model = list(_about_the_model(inputs, source, repository))
+    if earlier := metadata.get(EARLIER):
+        about_the_model.append(
+            f"The model was pruned {len(earlier) + 1} times. `{PLAN_NAME}` is of the dense model, with what all of "
+            f"them kept."
+        )
     obstacles = list(_obstacles(record, inputs, calibration))
     if obstacles:
         return Reproduction(None, [*obstacles, *about_the_model])
@@ -146,10 +151,5 @@ def _about_the_request(record: Record, config: PruningConfig, calibration: str |
         yield "`--target_speedup` measures how long layers take, so another run or machine may keep other units."
     if calibration is not None and Path(calibration).suffix in FILE_LOADERS:
         yield f"`{calibration}` is the file that it was calibrated on; name the path of your copy."
-    if plan is not None and (earlier := plan.metadata.get(EARLIER)):
-        yield (
-            f"The model was pruned {len(earlier) + 1} times. `{PLAN_NAME}` is of the dense model, with what all of "
-            f"them kept."
-        )
     if record.outcome.get("recovery"):
         yield "The command makes the pruned model as it was before it was trained."

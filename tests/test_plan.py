@@ -231,6 +231,10 @@ def test_the_plan_of_several_prunings_replays_on_the_dense_model(name, saved, to
     replayed.prune(plan=pruner.plan)
 
     assert pruner.plan.model_type == "llama"
+    if saved:
+        times = len(COMPOSED[name])
+        card = (tmp_path / str(times - 1) / "README.md").read_text()
+        assert f"The model was pruned {times} times. `fwdprune_plan.json` is of the dense model" in card
     assert len(pruner.plan.metadata["earlier"]) == len(COMPOSED[name]) - 1
     assert torch.equal(replayed.model(tokens).logits, pruner.model(tokens).logits)
 

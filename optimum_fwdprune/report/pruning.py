@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.site import SiteKey
+from ..composing import EARLIER
 from ..plan import losses_by_kind
 from ..utils import html_table, render_table
 
@@ -174,7 +175,9 @@ class PruningReport:
                     f"measured {self.speedup.measured:.2f}",
                 )
             )
-        return ("", "dense", "pruned", "change"), rows
+        # A model that was pruned before is compared with what it was then, and not with the dense one.
+        again = self.record and self.record.plan and self.record.plan.metadata.get(EARLIER)
+        return ("", "before" if again else "dense", "pruned", "change"), rows
 
 
 # Fields of a report that are JSON values as they are.
