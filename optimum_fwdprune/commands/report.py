@@ -11,6 +11,7 @@ from .base import (
     add_evaluation_options,
     add_loading_options,
     add_speed_options,
+    add_tokenizer_option,
     loading_options,
 )
 from .compare import compare_models
@@ -55,6 +56,7 @@ class ReportCommand(Command):
         measured.add_argument(
             "--dense", metavar="MODEL", help="Measure now, and compare with this model: its folder or Hub repository."
         )
+        add_tokenizer_option(parser)
         add_evaluation_options(parser)
         add_speed_options(parser)
         add_loading_options(parser)
