@@ -24,10 +24,20 @@ def compute_device(module: nn.Module) -> torch.device:
     parameter = next(module.parameters(), None)
     if parameter is not None and not parameter.is_meta:
         return parameter.device
-    for hook in reversed(hooks_of(module)):
-        if hook.execution_device is not None:
-            return torch.device(hook.execution_device)
+    for part in module.modules():
+        for hook in reversed(hooks_of(part)):
+            if hook.execution_device is not None:
+                return torch.device(hook.execution_device)
     return torch.device("cpu")
+
+
+def on_host(values: torch.Tensor) -> torch.Tensor:
+    """Return `values` in the memory of the host, pinned where the device has that, so that they come back quickly."""
+    if values.device.type == "cpu":
+        return values
+    pinned = values.device.type in ("cuda", "xpu")
+    copied = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=pinned)
+    return copied.copy_(values)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey
 from .calibration import Calibration
-from .devices import precise_sum
+from .devices import on_host, precise_sum
 from .gates import Projection, replaced_projections
 from .layerwise import Batch, LayerRunner
 from .losses import LOGITS_AT_ONCE
@@ -39,7 +39,7 @@ class Divergence:
         self._sites = list(sites)
         self._runner = LayerRunner(model)
         self._batches = self._runner.batches(calibration, batch_size)
-        self._embedded = [self._runner.embed(batch) for batch in self._batches]
+        self._embedded = [on_host(self._runner.embed(batch)) for batch in self._batches]
         self._settled: list[list[torch.Tensor]] = []
         # Of the dense model: probabilities by batch, and the sum of the entropies.
         self._targets: list[torch.Tensor] = []
@@ -48,10 +48,10 @@ class Divergence:
         for batch, embedded in progress(
             list(zip(self._batches, self._embedded)), "Running the dense model", unit="batch"
         ):
-            logits = self._logits(batch, self._through(batch, embedded, 0, []))
+            logits = self._logits(batch, self._through(batch, embedded, 0, None))
             log_probabilities = [part.float().log_softmax(-1) for part in logits.split(_at_once(logits))]
             target = torch.cat([part.exp().half() for part in log_probabilities])
-            self._targets.append(target)
+            self._targets.append(on_host(target))
             for part, probabilities in zip(log_probabilities, target.split(_at_once(logits))):
                 self._entropy = self._entropy - precise_sum(probabilities * part)
             self._tokens += len(logits)
@@ -79,11 +79,9 @@ class Divergence:
         with replaced_projections(self._sites, projections):
             for number, (batch, target) in enumerate(zip(self._batches, self._targets)):
                 start = self._settled[number][first] if self._settled else self._embedded[number]
-                seen: list[torch.Tensor] = []
-                hidden = self._through(batch, start, first, seen)
-                if record:
-                    self._settled[number] += seen
+                hidden = self._through(batch, start, first, self._settled[number] if record else None)
                 logits = self._logits(batch, hidden)
+                target = target.to(logits.device, non_blocking=True)
                 for part, probabilities in zip(logits.split(_at_once(logits)), target.split(_at_once(logits))):
                     terms = F.cross_entropy(part.float(), probabilities.float(), reduction="none")
                     total = total + precise_sum(terms)
@@ -95,10 +93,14 @@ class Divergence:
         logits, mask = self._runner.logits(batch, hidden[:, compared]), batch.attention_mask
         return logits.flatten(0, 1) if mask is None else logits[mask[:, compared].bool().to(logits.device)]
 
-    def _through(self, batch: Batch, hidden: torch.Tensor, first: int, seen: list[torch.Tensor]) -> torch.Tensor:
+    def _through(
+        self, batch: Batch, hidden: torch.Tensor, first: int, record: list[torch.Tensor] | None
+    ) -> torch.Tensor:
+        """Run the layers from `first` on, and add what each returns to a record where there is one."""
         for layer in range(first, self.layers):
             hidden = self._runner.run(layer, batch, hidden)
-            seen.append(hidden)
+            if record is not None:
+                record.append(on_host(hidden))
         return hidden
 
 

@@ -15,6 +15,9 @@ from .devices import back_to, precise, precise_sum
 # exact curvature, holds the weights where they are.
 FACTOR_DAMPING, PULL = 1e-2, 0.3
 
+# Tokens of a linearized problem that are on the device at the same time.
+TOKENS_AT_ONCE = 2**13
+
 # Conjugate gradient steps at most; held-out tokens stop earlier.
 STEPS = 6
 
@@ -50,6 +53,11 @@ class Linearized:
         features = outputs @ weight
         return torch.stack([(features * slope).T @ inputs for slope in self.slopes]).to(self.residual.dtype)
 
+    def part(self, tokens: slice, device: torch.device) -> Linearized:
+        """Return some of the tokens, on a device."""
+        parts = (self.inputs[tokens], self.slopes[:, tokens], self.residual[tokens])
+        return Linearized(*(part.to(device, non_blocking=True) for part in parts))
+
     def _to_multiply(self, inputs: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
         """The factors in one dtype."""
         dtype = torch.bfloat16 if inputs.dtype == torch.bfloat16 else self.residual.dtype
@@ -61,7 +69,8 @@ class LeastSquares:
     """The linearized problem: changes of the sources that leave least of the residual on all tokens of all processes.
 
     Args:
-        batches (sequence of `Linearized`): the tokens of this process; none where it has no share of them.
+        batches (sequence of `Linearized`): the tokens of this process, in the memory of the host; none where it has no
+            share of them.
         weight (`Tensor[out_features, kept]`, float32): W.
         shape (`tuple[int, int, int]`): of the changes: sources, kept, in_features.
     """
@@ -73,30 +82,36 @@ class LeastSquares:
     def error(self, changes: torch.Tensor | None = None) -> float:
         """Return the summed squares of what `changes` leave of the residual; by default no changes."""
         return summed_squares(
-            batch.residual if changes is None else batch.residual - batch.outputs(changes, self.weight)
-            for batch in self.batches
+            part.residual if changes is None else part.residual - part.outputs(changes, self.weight)
+            for part in self._parts()
         )
 
     def gradient(self) -> torch.Tensor:
         """Return the direction in which the error falls fastest, halved: `[sources, kept, in_features]`."""
-        return self._summed(self.shape, (batch.gradient(batch.residual, self.weight) for batch in self.batches))
+        return self._summed(self.shape, (part.gradient(part.residual, self.weight) for part in self._parts()))
 
     def curved(self, changes: torch.Tensor) -> torch.Tensor:
         """Return by how much `changes` take away of the gradient, of their shape."""
-        moved = (batch.gradient(batch.outputs(changes, self.weight), self.weight) for batch in self.batches)
+        moved = (part.gradient(part.outputs(changes, self.weight), self.weight) for part in self._parts())
         return self._summed(self.shape, moved)
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the Kronecker factors of the curvature: Σ s_k s_kᵀ ∘ Wᵀ W per token, `[sources, kept, kept]`, and
         Σ x xᵀ, `[in_features, in_features]`, both damped."""
         sources, kept, width = self.shape
-        inputs = self._summed((width, width), (_products(batch.inputs, self.weight.dtype) for batch in self.batches))
+        inputs = self._summed((width, width), (_products(part.inputs, self.weight.dtype) for part in self._parts()))
         slopes = self._summed(
-            (sources, kept, kept), (_products(batch.slopes, self.weight.dtype) for batch in self.batches)
+            (sources, kept, kept), (_products(part.slopes, self.weight.dtype) for part in self._parts())
         )
-        tokens = self._summed((1,), (inputs.new_tensor([len(batch.inputs)]) for batch in self.batches))
+        tokens = ranks.summed(self.weight.new_tensor([sum(len(batch.inputs) for batch in self.batches)]))
         features = slopes / tokens * (self.weight.T @ self.weight)
         return torch.stack([_damped(factor) for factor in features]), _damped(inputs)
+
+    def _parts(self) -> Iterator[Linearized]:
+        """The tokens, so many at a time where the weights are."""
+        for batch in self.batches:
+            for start in range(0, len(batch.inputs), TOKENS_AT_ONCE):
+                yield batch.part(slice(start, start + TOKENS_AT_ONCE), self.weight.device)
 
     def _summed(self, shape: Sequence[int], parts: Iterable[torch.Tensor]) -> torch.Tensor:
         total = self.weight.new_zeros(shape)

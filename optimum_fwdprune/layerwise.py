@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
 from .checkpoints import Checkpoint, State
+from .devices import compute_device
 from .offloading import input_device, is_offloaded, resident
 from .shelves import Shelf
 from .statistics import Observer, SiteStatistics, collect_statistics
@@ -146,6 +147,10 @@ class LayerRunner:
         """Where tokens go in."""
         return input_device(self._model)
 
+    def device_of(self, layer: int) -> torch.device:
+        """Where layer number `layer` computes."""
+        return compute_device(self.layers[layer])
+
     @torch.no_grad()
     def batches(self, calibration: Calibration, batch_size: int) -> list[Batch]:
         """Return the windows, ready for any layer."""
@@ -170,6 +175,8 @@ class LayerRunner:
     def run(self, layer: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         """Return what layer number `layer` makes of the batch's hidden states: `[windows, tokens, hidden]`."""
         args, kwargs = batch.arguments[layer]
+        # Hidden states wait in the memory of the host.
+        hidden = hidden.to(self.device_of(layer), non_blocking=True)
         output = self.layers[layer](hidden, *args, **kwargs)
         self._as_tuple = isinstance(output, tuple)
         return output[0] if isinstance(output, tuple) else output
@@ -235,8 +242,8 @@ def statistics_by_layer(
     """Yield the sites of every layer with their statistics on each of the texts, in one pass over the tokens.
 
     With several processes each runs a share of the windows, and all yield the statistics of all of them. The
-    statistics of one layer and the hidden states of all tokens are held at a time; the layer's parameters are in
-    memory while its sites are out.
+    statistics of one layer are held at a time, and the hidden states of all tokens wait in the memory of the host. The
+    layer's parameters are in memory while its sites are out.
 
     Args:
         model (`PreTrainedModel`): the dense model; its layers may be offloaded.

@@ -49,9 +49,9 @@ def refit_in_sequence(
     dense model's stream, of every site behind the first of these, since all of them can make up for its loss.
 
     With several processes each carries a share of the windows along, and all fit alike on the sums over all of them.
-    One projection's normal equations are in memory at a time, and the hidden states of all windows: three times for
-    the target `"dense"`. It costs about three passes of the layers over the tokens, four for `"dense"`. A layer's
-    parameters are in memory while its projections are out.
+    One projection's normal equations are in memory at a time. The hidden states of all windows wait in the memory of
+    the host, three times for the target `"dense"`. It costs about three passes of the layers over the tokens, four for
+    `"dense"`. A layer's parameters are in memory while its projections are out.
 
     Args:
         model (`PreTrainedModel`): the dense model; it is not changed. Its layers may be offloaded.
@@ -68,8 +68,9 @@ def refit_in_sequence(
         refit_sources (`bool`, defaults to `False`): refit the sources of the features too, for the target `"dense"`:
             all of them so that they say of the pruned stream what they said of the dense one, and those of pointwise
             sites by Gauss-Newton steps towards the projection's target, after which the projection is fitted once
-            more. It takes about three more passes, two more hidden states of all windows, and of one pointwise site at
-            a time what its sources read, their slopes, and in float32 the residual at all tokens.
+            more. It takes about three more passes and, in the memory of the host, two more hidden states of all
+            windows, and of one pointwise site at a time what its sources read, their slopes, and in float32 the
+            residual at all tokens.
     """
     runner, shelf = LayerRunner(model), shelf or Shelf()
     texts = [text for text in (fit, held_out) if text is not None]

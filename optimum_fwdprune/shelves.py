@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from . import ranks
+from .devices import on_host
 from .utils import write_text_atomically
 
 
 class Shelf:
-    """Tensors by name. Without a folder they stay in memory; with one they lie in files while nobody looks at them.
+    """Tensors by name. Without a folder they wait in the memory of the host; with one they lie in files while nobody
+    looks at them.
 
     What is taken from a folder stays there until the shelf is settled: a run that is killed in between finds all that
     there was when it settled last. Of several processes each has a folder of its own, since each has its own share of
@@ -45,7 +47,7 @@ class Shelf:
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         if self._folder is None:
-            self._tensors[name] = tensor
+            self._tensors[name] = on_host(tensor)
         else:
             save_file({"tensor": tensor.contiguous()}, self._file(name))
 

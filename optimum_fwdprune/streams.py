@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .architectures import Site, SiteKey
+from .devices import on_host
 from .gates import Projection, replaced_projections
 from .gauss_newton import Linearized
 from .layerwise import Batch, LayerRunner, inputs_of, outputs_of, stopped_before
@@ -46,7 +47,7 @@ class Stream:
 
     def start(self) -> None:
         """Put the batch in front of the first layer."""
-        embedded = self.runner.embed(self.batch)
+        embedded = on_host(self.runner.embed(self.batch))
         self.shelf[f"0.{self.name}.pruned"] = embedded
         if self.follows_dense:
             self.shelf[f"0.{self.name}.dense"] = embedded
@@ -56,7 +57,7 @@ class Stream:
         if not self.follows_dense:
             return
         layer = sites[0].layer
-        stream = self.shelf.pop(f"{layer}.{self.name}.dense")
+        stream = self.shelf.pop(f"{layer}.{self.name}.dense").to(self.runner.device_of(layer), non_blocking=True)
         readers = [site.sources[0].linear for site in sites] if self.follows_inputs else []
         with outputs_of(site.projection for site in sites) as outputs, inputs_of(readers) as inputs:
             after = self.runner.run(layer, self.batch, stream)
@@ -83,7 +84,8 @@ class Stream:
         return self.batch.tokens(inputs), self.batch.tokens(dense).float() - self.batch.tokens(inputs).float()
 
     def linearize(self, sites: Sequence[Site], place: int, projections: Projections) -> Linearized:
-        """Return what small changes of the sources of a pointwise site do to its projection's output."""
+        """Return what small changes of the sources of a pointwise site do to its projection's output, in the memory of
+        the host."""
         site = sites[place]
         kept = projections[site.key].kept
         linears = [source.linear for source in site.sources]
@@ -100,7 +102,7 @@ class Stream:
         by_row = [each for found in slopes for each in found.split(len(kept), dim=1)]
         _, residual = self._kept_and_left(sites, place, projections, features.detach(), written)
         inputs, by_source = (_in_float32_at_most(each) for each in (self.batch.tokens(read[0]), torch.stack(by_row)))
-        return Linearized(inputs, by_source, residual.float())
+        return Linearized(on_host(inputs), on_host(by_source), on_host(residual.float()))
 
     def leave(self, sites: Sequence[Site], projections: Projections) -> None:
         """Take the pruned model's stream through the layer of `sites`."""

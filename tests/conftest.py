@@ -82,3 +82,15 @@ def workplace(monkeypatch, tmp_path, checkpoints):
 
     stand_ins.install(monkeypatch, tmp_path, checkpoints)
     return tmp_path
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The state of a second device, which is the accelerator of the machine; layers take there what they hold."""
+    import second_device
+
+    from optimum_fwdprune import latency
+
+    monkeypatch.setattr(latency, "median_seconds", tiny.counted_seconds)
+    with second_device.second_device(monkeypatch) as state:
+        yield state

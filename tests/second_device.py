@@ -9,10 +9,13 @@ device, so all tensors are of `far:0` to it, and what is written here tells them
 `tensor.to(device)` are right, and so are the places of results and gradients.
 """
 
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import accelerate.utils.offload
+import huggingface_hub.serialization._torch
 import safetensors.torch
 import torch
 import transformers.modeling_utils
@@ -20,8 +23,12 @@ import transformers.pytorch_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from optimum_fwdprune import wrapping
+from optimum_fwdprune import PruningConfig, wrapping
 from optimum_fwdprune.devices import has_float64
+
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from requests_for_devices import COMMON, REQUESTS
 
 
 NAME = "far"
@@ -59,6 +66,11 @@ class State:
 STATE = State()
 
 
+def request_of(name, **fields):
+    """Return the request of a name in `REQUESTS`, with other fields."""
+    return PruningConfig(**{**COMMON, **REQUESTS[name], **fields})
+
+
 class _Hook(torch._C._acc.PrivateUse1Hooks):
     """What PyTorch asks a backend: the device is there in tests that ask for it, and in no other."""
 
@@ -89,6 +101,9 @@ class _Module:
 
     def manual_seed_all(self, seed):
         pass
+
+    def get_amp_supported_dtype(self):
+        return [torch.bfloat16, torch.float16]
 
     def synchronize(self, device=None):
         STATE.waits.append("synchronize")
@@ -302,7 +317,7 @@ def _place_of_result(name, args, tensors, target):
     if _is_far(target) and any(isinstance(tensor, FarTensor) for tensor in tensors):
         # PyTorch asks for a tensor where another one is, and knows one device only.
         return next(tensor.device for tensor in tensors if isinstance(tensor, FarTensor))
-    if _is_far(target) and not tensors and STATE.current is not None:
+    if _is_far(target) and STATE.current is not None:
         return STATE.current
     if target is not None:
         return torch.device(NAME, torch.device(target).index or 0) if _is_far(target) else None
@@ -337,11 +352,11 @@ def _refuse_float64(dtype):
 
 
 def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
-    return FarTensor(torch.empty_strided(size, stride, dtype=dtype, device="cpu"), device or FIRST)
+    return FarTensor(torch.empty_strided(size, stride, dtype=dtype, device="cpu"), STATE.current or device or FIRST)
 
 
 def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
-    return FarTensor(torch.empty(size, dtype=dtype, device="cpu"), device or FIRST)
+    return FarTensor(torch.empty(size, dtype=dtype, device="cpu"), STATE.current or device or FIRST)
 
 
 def _copy(self, source, non_blocking=False):
@@ -366,7 +381,7 @@ def second_device(monkeypatch):
     STATE.waits, STATE.present, STATE.refuses_float64 = [], True, False
     # Its noise is the CPU's, so that results can be compared.
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator("cpu"))
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device(FIRST))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_args, **_kwargs: torch.device(FIRST))
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: STATE.waits.append("synchronize"))
 
     # safetensors reads memory by its address, and knows no device of this name.
@@ -389,7 +404,11 @@ def second_device(monkeypatch):
 
     monkeypatch.setattr(safetensors.torch, "_flatten_as_ptr", flatten_on_host)
     monkeypatch.setattr(accelerate.utils.offload, "safe_open", Opened)
-    # transformers tells tied weights by the addresses of their storages.
+    # transformers and huggingface_hub tell tied weights by the addresses of their storages.
+    address = huggingface_hub.serialization._torch.storage_ptr
+    monkeypatch.setattr(
+        huggingface_hub.serialization._torch, "storage_ptr", lambda tensor: address(_host_of(tensor.detach()))
+    )
     identify = transformers.pytorch_utils.id_tensor_storage
     for module in (transformers.pytorch_utils, transformers.modeling_utils):
         monkeypatch.setattr(module, "id_tensor_storage", lambda tensor: identify(_host_of(tensor.detach())))

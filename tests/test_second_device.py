@@ -1,25 +1,21 @@
 """Models on an emulated accelerator, split over two, and offloaded from it end where models on the CPU do."""
 
 import errno
-import sys
-from pathlib import Path
 
 import pytest
-import second_device
 import tiny
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from second_device import FIRST, SECOND
+from second_device import FIRST, REQUESTS, SECOND, request_of
+from transformers import AutoModelForCausalLM
 
-from optimum_fwdprune import FwdPruner, PruningConfig, dispatching, latency
+from optimum_fwdprune import FwdPruner, dispatching, latency
 from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.devices import has_float64
 from optimum_fwdprune.dispatching import PlacementError
+from optimum_fwdprune.evaluation import benchmark, perplexity
+from optimum_fwdprune.export import export_gguf, export_stock
 from optimum_fwdprune.offloading import is_offloaded, lies_on_disk, read_parameter
-
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from requests_for_devices import COMMON, REQUESTS
 
 
 # Requests that back-propagate, through whole models or through one layer.
@@ -28,14 +24,6 @@ THROUGH_MODELS = {"taylor", "mini_llm exact"}
 # difference of two losses, which amplifies what rounding makes of that.
 ROUNDING = {"rtol": 5e-3, "atol": 5e-4}
 ARCHITECTURE = "llama_gqa_biases"
-
-
-@pytest.fixture
-def device(monkeypatch):
-    """The second device, as the accelerator of the machine."""
-    monkeypatch.setattr(latency, "median_seconds", tiny.counted_seconds)
-    with second_device.second_device(monkeypatch) as state:
-        yield state
 
 
 def mapped(model, folder, *places):
@@ -47,6 +35,9 @@ def mapped(model, folder, *places):
         if name == "" or container.startswith(f"{name}."):
             children = (f"{name}.{child}".lstrip(".") for child, _ in module.named_children())
             device_map |= {child: FIRST for child in children if not f"{container}.".startswith(f"{child}.")}
+    # accelerate tells tied weights by their addresses, which are used again for others once these are moved away.
+    model.get_input_embeddings().to(FIRST)
+    model.tie_weights()
     return dispatch_model(model, device_map, main_device=FIRST, offload_dir=folder, force_hooks=True)
 
 
@@ -58,10 +49,6 @@ PLACEMENTS = {
     "cpu_offload": lambda model, _folder: cpu_offload(model, torch.device(FIRST)),
     "disk_offload": lambda model, folder: disk_offload(model, folder, torch.device(FIRST)),
 }
-
-
-def request_of(name):
-    return PruningConfig(**{**COMMON, **REQUESTS[name]})
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +118,29 @@ CASES = [(placement, name) for placement in PLACEMENTS for name in (REQUESTS if 
 @pytest.mark.parametrize(("placement", "name"), CASES)
 def test_every_request_ends_where_it_does_on_the_cpu(placement, name, device, tokens, tmp_path, on_the_cpu):
     check_request(ARCHITECTURE, name, placement, tokens, tmp_path, on_the_cpu)
+
+
+# Biases and ALiBi, fused sources, and positions that only the embeddings know.
+@pytest.mark.parametrize("architecture", ["bloom", "opt_pre_norm"])
+@pytest.mark.parametrize(("placement", "name"), [("two", "refit sources"), ("cpu", "flap global"), ("disk", "rounds")])
+def test_other_layouts_end_where_they_do_on_the_cpu(
+    architecture, placement, name, device, tokens, tmp_path, on_the_cpu
+):
+    check_request(architecture, name, placement, tokens, tmp_path, on_the_cpu)
+
+
+@pytest.mark.parametrize("name", ["none", "bias", "sequential", "independent", "refit sources", "mini_llm ones"])
+def test_models_with_low_memory_compute_on_the_accelerator(name, device, tokens, tmp_path, on_the_cpu):
+    tiny.make_model(ARCHITECTURE).save_pretrained(tmp_path / "dense")
+    pruner = FwdPruner.from_pretrained(tmp_path / "dense", low_memory=True)
+    assert str(pruner.model.device) == FIRST and is_offloaded(pruner.model)
+    pruner.prune(request_of(name), tokens)
+
+    expected = on_the_cpu(ARCHITECTURE, name, tokens)
+    assert pruner.plan.kept == expected.plan.kept
+    assert str(pruner.model.device) == FIRST and is_offloaded(pruner.model)
+    logits = pruner.model(tokens.to(FIRST)).logits.cpu()
+    torch.testing.assert_close(logits, expected.model(tokens).logits, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -229,3 +239,30 @@ def test_a_full_device_is_not_taken_for_one_without_float64(device, monkeypatch)
             has_float64(torch.device(FIRST))
 
     assert has_float64(torch.device(FIRST))
+
+
+@pytest.mark.parametrize("placement", ["one", "two"])
+def test_pruned_models_are_measured_on_the_device(placement, device, tokens, tokenizer, tmp_path, on_the_cpu):
+    model = PLACEMENTS[placement](tiny.make_model(ARCHITECTURE), tmp_path)
+    pruned = FwdPruner(model).prune(request_of("sequential"), tokens)
+    expected = on_the_cpu(ARCHITECTURE, "sequential", tokens).model
+
+    assert perplexity(pruned, tokens) == pytest.approx(perplexity(expected, tokens), rel=1e-3)
+    (measured,) = benchmark([pruned], prompt_tokens=(8,), new_tokens=2, repeats=1)
+    assert measured.parameters == sum(parameter.numel() for parameter in expected.parameters())
+
+
+@pytest.mark.parametrize("placement", ["one", "two", "cpu", "disk_offload"])
+def test_pruned_models_are_saved_and_exported_from_the_device(placement, device, tokens, tokenizer, tmp_path):
+    fields = {"layout": "stock", "kinds": ["mlp"]}
+    model = PLACEMENTS[placement](tiny.make_model(ARCHITECTURE), tmp_path / "offloaded")
+    pruner = FwdPruner(model, tokenizer)
+    pruner.prune(request_of("magnitude", **fields), tokens)
+    expected = pruner.model(tokens.to(FIRST)).logits.cpu()
+    pruner.save_pretrained(tmp_path / "saved")
+    export_stock(pruner.model, tokenizer, tmp_path / "stock")
+    export_gguf(pruner.model, tokenizer, tmp_path / "model.gguf", pre_tokenizer="gpt-2")
+
+    for folder in ("saved", "stock"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        torch.testing.assert_close(loaded(tokens).logits, expected)
