@@ -331,7 +331,7 @@ class FwdPruner:
         in_memory = dataset is not None and not isinstance(dataset, (str, Path))
         if scores is not None and scores.calibrated_on:
             in_memory = scores.calibrated_on["source"] in IN_MEMORY
-        source = Source.of(self.model.config, self._access)
+        source = Source.of(self.model.config, {name: value for name, value in self._access.items() if name in WHERE})
         inputs = inputs_of(self._loading, self.model.dtype, is_pruned(self.model.config), in_memory)
         asked, before, seconds = config, _Sizes.of(self.model, sites), dict[str, float]()
         calibration, calibrated_on, speedup = None, None, None

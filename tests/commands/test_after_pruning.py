@@ -84,7 +84,7 @@ class TestRecover:
         [
             (["--mode", "lore"], "'lore' is not one of lora, full, distill. Did you mean lora?"),
             (["--lora_dropout", 2], "error: --lora_dropout must be in [0, 1]; got 2.0."),
-            (["--dataset_column", "body"], "has no column 'body'; it has text."),
+            (["--dataset_column", "body"], "has no column 'body'; it has the columns text."),
             (["--max_length", 100000], "--max_length 100000 is more than the 128 positions"),
             (["--set", "weight_decayy=1"], "TrainingArguments has no 'weight_decayy'; the nearest are weight_decay"),
             (["--report_to", "nowhere"], "nowhere"),

@@ -160,3 +160,14 @@ class TestFingerprint:
     def test_what_a_plan_claims_is_no_path(self, claimed):
         source = Source.of_plan({"source": "dense", "source_fingerprint": claimed})
         assert source.folders == ()
+
+
+def test_a_repository_that_cannot_be_read_is_known_by_its_commit(monkeypatch):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.model.config._name_or_path = "someone/dense"
+    pruner.model.config._commit_hash = "c" * 40
+    pruner._access = {"token": "hf_x", "trust_remote_code": True}
+    pruner.prune(**CUT)
+
+    assert (pruner.plan.metadata["source"], pruner.plan.metadata["source_revision"]) == ("someone/dense", "c" * 40)
+    assert "source_fingerprint" not in pruner.plan.metadata
