@@ -64,8 +64,10 @@ class Source:
             return cls("")
         folder, revision = Path(name), getattr(config, "_commit_hash", None)
         is_folder = folder.is_dir()
+        # What was loaded is in the cache; nothing is worth a download.
+        place = {} if is_folder else {**where, "revision": revision, "local_files_only": True}
         try:
-            fingerprint = fingerprint_of(name, {} if is_folder else {**where, "revision": revision})
+            fingerprint = fingerprint_of(name, place)
         except (OSError, ValueError) as error:
             logger.info("%s has no fingerprint: %s", name, error)
             fingerprint = None
