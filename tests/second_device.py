@@ -10,6 +10,7 @@ device, so all tensors are of `far:0` to it, and what is written here tells them
 """
 
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,16 +55,23 @@ class State:
         waits (`list[str]`): operations that made the host wait, in order.
         present (`bool`): whether the machine has the device.
         refuses_float64 (`bool`): whether tensors of float64 raise a `TypeError`.
-        current (`torch.device`, *optional*): where the function that is called at the moment computes.
     """
 
     waits: list[str] = field(default_factory=list)
     present: bool = False
     refuses_float64: bool = False
-    current: torch.device | None = None
 
 
 STATE = State()
+
+
+class _Call(threading.local):
+    """Where the function that a thread calls at the moment computes; libraries load weights in several threads."""
+
+    place = None
+
+
+_CALL = _Call()
 
 
 def request_of(name, **fields):
@@ -156,14 +164,14 @@ class FarTensor(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is torch.Tensor.to:
             return _moved(*args, **(kwargs or {}))
-        before = STATE.current
+        before = _CALL.place
         leaves = (leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, FarTensor))
-        STATE.current = next((leaf.place for leaf in leaves), before)
+        _CALL.place = next((leaf.place for leaf in leaves), before)
         try:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
         finally:
-            STATE.current = before
+            _CALL.place = before
 
     def to(self, *args, **kwargs):
         return _moved(self, *args, **kwargs)
@@ -317,8 +325,8 @@ def _place_of_result(name, args, tensors, target):
     if _is_far(target) and any(isinstance(tensor, FarTensor) for tensor in tensors):
         # PyTorch asks for a tensor where another one is, and knows one device only.
         return next(tensor.device for tensor in tensors if isinstance(tensor, FarTensor))
-    if _is_far(target) and STATE.current is not None:
-        return STATE.current
+    if _is_far(target) and _CALL.place is not None:
+        return _CALL.place
     if target is not None:
         return torch.device(NAME, torch.device(target).index or 0) if _is_far(target) else None
     if name.startswith(("aten._to_copy", *_INDEXING)):
@@ -352,11 +360,11 @@ def _refuse_float64(dtype):
 
 
 def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
-    return FarTensor(torch.empty_strided(size, stride, dtype=dtype, device="cpu"), STATE.current or device or FIRST)
+    return FarTensor(torch.empty_strided(size, stride, dtype=dtype, device="cpu"), _CALL.place or device or FIRST)
 
 
 def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
-    return FarTensor(torch.empty(size, dtype=dtype, device="cpu"), STATE.current or device or FIRST)
+    return FarTensor(torch.empty(size, dtype=dtype, device="cpu"), _CALL.place or device or FIRST)
 
 
 def _copy(self, source, non_blocking=False):
