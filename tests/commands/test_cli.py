@@ -296,7 +296,7 @@ def test_without_a_word_on_how_it_is_the_balanced_preset(cli, source, tmp_path):
     few = ["--calibration", "builtin", "--n_samples", 4, "--seq_len", 32]
     for folder, options, expected in (
         ("default", ["--sparsity", 0.3], PruningConfig.from_preset("balanced", sparsity=0.3)),
-        ("asked", ["--scope", "global"], tiny.request(scope="global")),
+        ("asked", ["--scope", "global"], PruningConfig(scope="global")),
     ):
         code, _, error = cli("prune", "-m", source, tmp_path / folder, *options, *few)
         assert code == 0, error

@@ -15,11 +15,12 @@ def folder(tmp_path_factory, tokenizer):
     return folder
 
 
+BOTH = ["--kinds", "attention", "mlp"]
 SMALL = ["--calibration", "builtin", "--n_samples", "4", "--seq_len", "32"]
 
 
 def test_a_stock_layout_is_pruned_and_exported(cli, folder, tokens, tmp_path):
-    code, _, err = cli("prune", "-m", folder / "dense", tmp_path / "pruned", "--layout", "stock", *SMALL)
+    code, _, err = cli("prune", "-m", folder / "dense", tmp_path / "pruned", "--layout", "stock", *BOTH, *SMALL)
     assert code == 0, err
     code, out, err = cli("export", tmp_path / "pruned", tmp_path / "stock", "--format", "stock")
 

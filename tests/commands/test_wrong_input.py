@@ -20,6 +20,7 @@ def folder(checkpoints, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(checkpoints / name)
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.txt").write_text("")
+    (tmp_path / "short.txt").write_text("the quick brown fox")
     (tmp_path / "text.txt").write_text("the quick brown fox " * 3000)
     return tmp_path
 
@@ -65,7 +66,8 @@ def test_what_is_empty_is_named(words, cli, folder):
     [
         (("prune", "-m", "dense", "pruned"), "pass --overwrite to replace it"),
         (("prune", "-m", "dense", "out", "--sparsity", "1.5"), "--sparsity must be in [0, 1); got 1.5"),
-        (("prune", "-m", "dense", "out", "--calibration", "note.txt"), "Lower --n_samples or --seq_len"),
+        (("prune", "-m", "dense", "out", "--calibration", "short.txt"), "Lower --n_samples or --seq_len"),
+            (("prune", "-m", "dense", "out", "--calibration", "note.txt"), "note.txt is empty"),
         (("prune", "-m", "dense", "out", "--refit_sources", "--reconstruction", "none"), "set --no-refit_sources, or"),
         (("prune", "-m", "dense", "out", "--layout", "stock", "--scope", "global"), "--layout stock cuts every layer"),
         (
