@@ -303,12 +303,7 @@ class Observer:
         """
         found = {}
         for site in self._sites:
-            if self._accumulators[site.key].count == 0:
-                raise ValueError(
-                    f"The forward pass never called {site.projection_name}, so the {site} cannot be measured or cut. "
-                    f"A fused or slow-but-exact attention path may bypass it; load the model with its plain "
-                    f"implementation."
-                )
+            check_called(site, self._accumulators[site.key].count)
             result = self._accumulators[site.key].result()
             if not (result.mean.isfinite().all() and result.variance.isfinite().all()):
                 raise ValueError(
@@ -329,3 +324,12 @@ def _pre_hooks(pairs: Iterable) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_called(site: Site, calls: int) -> None:
+    """Raise `ValueError` where forward passes made no calls of the projection of `site`."""
+    if calls == 0:
+        raise ValueError(
+            f"The forward pass never called {site.projection_name}, so the {site} cannot be measured or cut. A fused "
+            f"or slow-but-exact attention path may bypass it; load the model with its plain implementation."
+        )

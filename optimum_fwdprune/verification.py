@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from .gates import Projection, gated, replaced_projections
 from .module_state import FREQUENCIES, ORIGINAL_FREQUENCIES
 from .offloading import input_device, is_offloaded
 from .plan import PruningPlan
+from .statistics import check_called
 from .surgery import empty_pruned_model, share_tensors
 from .utils import evaluating
 
@@ -50,7 +52,8 @@ def check_counterpart(model: PreTrainedModel, sites: list[Site]) -> None:
     of them are on one device, compute the same logits.
 
     Raises:
-        ValueError: where something was changed on the model that its config does not tell.
+        ValueError: where something was changed on the model that its config does not tell, or a projection is never
+            called.
     """
     everything = {site.key: list(range(site.num_units)) for site in sites}
     _check_sizes(model, sites, everything)
@@ -75,7 +78,15 @@ def check_counterpart(model: PreTrainedModel, sites: list[Site]) -> None:
         return
     share_tensors(model, whole)
     probe = probe_batch(model, None)
-    own = logits(model, probe)
+    calls = dict.fromkeys(everything, 0)
+    handles = [site.projection.register_forward_pre_hook(partial(_count, calls, site.key)) for site in sites]
+    try:
+        own = logits(model, probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for site in sites:
+        check_called(site, calls[site.key])
     # NaN in weights is named by whoever reads them.
     if not own.isfinite().all():
         return
@@ -87,6 +98,10 @@ def check_counterpart(model: PreTrainedModel, sites: list[Site]) -> None:
             f"was replaced, a hook that changes outputs, or an entry of its config. Undo that, or load the model with "
             f"the settings that it should have."
         )
+
+
+def _count(calls: dict[SiteKey, int], key: SiteKey, *_call: Any) -> None:
+    calls[key] += 1
 
 
 def _check_sizes(model: PreTrainedModel, sites: list[Site], everything: dict[SiteKey, list[int]]) -> None:

@@ -67,7 +67,7 @@ def test_what_is_empty_is_named(words, cli, folder):
         (("prune", "-m", "dense", "pruned"), "pass --overwrite to replace it"),
         (("prune", "-m", "dense", "out", "--sparsity", "1.5"), "--sparsity must be in [0, 1); got 1.5"),
         (("prune", "-m", "dense", "out", "--calibration", "short.txt"), "Lower --n_samples or --seq_len"),
-            (("prune", "-m", "dense", "out", "--calibration", "note.txt"), "note.txt is empty"),
+        (("prune", "-m", "dense", "out", "--calibration", "note.txt"), "note.txt is empty"),
         (("prune", "-m", "dense", "out", "--refit_sources", "--reconstruction", "none"), "set --no-refit_sources, or"),
         (("prune", "-m", "dense", "out", "--layout", "stock", "--scope", "global"), "--layout stock cuts every layer"),
         (
