@@ -282,6 +282,23 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 @contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Leave the random number generators of Python, numpy and torch as they were before the block."""
+    import random
+
+    import numpy as np
+    import torch
+
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+@contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Put `model` into eval mode while the context is open, and leave modes, buffers and what forward passes change in
     its modules as they were."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..offline import naming_offline
+from ..utils import evaluating, random_states_kept
 
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ def evaluate_tasks(
     except ImportError as error:
         raise ImportError('Tasks need lm-evaluation-harness: pip install "optimum-fwdprune[eval]".') from error
     names, manager = _resolve(tasks)
-    with naming_offline(f"the data of {', '.join(names)}", "leave these tasks out"):
+    data = f"the data of {', '.join(names)}"
+    # The harness seeds the whole process.
+    with random_states_kept(), evaluating(model), naming_offline(data, "leave these tasks out"):
         results = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=names,

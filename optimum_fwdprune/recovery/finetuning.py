@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from ..saving import check_savable
 from ..sources import Source
-from ..utils import check_output_file
+from ..utils import check_output_file, random_states_kept
 from .adapters import check_adapters, merged, with_adapters
 from .arguments import RecoveryArguments
 from .data import training_data
@@ -27,7 +27,7 @@ from .distillation import (
     load_teacher,
 )
 from .options import DISTILL
-from .restoring import ModelState, left_as_it_was, random_states_kept, removed_where_unused
+from .restoring import ModelState, left_as_it_was, removed_where_unused
 from .trainer import RecoveryTrainer
 
 

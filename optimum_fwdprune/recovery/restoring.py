@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -85,18 +82,6 @@ def _take_out_adapters(module: nn.Module, children: dict[str, nn.Module | None])
     for name, child in children.items():
         if is_peft_model(module._modules.get(name)) and not is_peft_model(child):
             module._modules[name] = child
-
-
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Leave the random number generators of Python, numpy and torch as they were before the block."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)
 
 
 @contextmanager

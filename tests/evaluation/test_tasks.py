@@ -2,8 +2,10 @@
 
 import copy
 import json
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -139,6 +141,15 @@ def test_mini_llm_s_protocol(learned, folder, tokenizer, tmp_path):
 
     assert min(pruned) < 1
     assert {score.value for score in evaluate_tasks(recovered, tokenizer, [folder])} == {1}
+
+
+def test_the_process_and_the_model_are_left_as_they_were(folder, tokenizer):
+    model = tiny.make_model("llama_mqa").train()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    evaluate_tasks(model, tokenizer, [folder], limit=1)
+
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2] and model.training
 
 
 def test_a_limit_takes_fewer_rows(folder, tokenizer):
