@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey
@@ -97,7 +98,9 @@ def cut(
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the time that the block takes to `seconds[stage]`."""
+    """Add the time that the block takes to `seconds[stage]`, until the accelerator has done its work."""
     start = time.perf_counter()
     yield
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -105,3 +105,11 @@ def test_the_host_reads_one_number_of_a_comparison_of_whole_models(device, token
 
     # transformers reads a number of every batch, too.
     assert waits == [2, 2]
+
+
+def test_the_time_of_a_stage_includes_what_the_accelerator_still_does(device, tokens):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases").to(FIRST))
+    pruner.prune(request_of("none"), tokens)
+
+    # Verification has two parts, before and after surgery.
+    assert device.waits.count("synchronize") == len(pruner.report.seconds) + 1
