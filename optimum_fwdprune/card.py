@@ -143,8 +143,11 @@ def _what_became_of_the_weights(record: Record) -> Iterator[str]:
     config = record.config
     if config is None:
         return
+    if record.plan is not None and record.plan.metadata.get("earlier"):
+        yield "The model had been pruned before, and this pruning started from the weights that it had then."
     if config.reconstruction == NONE:
-        yield "The weights that were kept are those of the dense model."
+        earlier = record.plan is not None and record.plan.metadata.get("earlier")
+        yield f"The weights that were kept are those of the {'model before it' if earlier else 'dense model'}."
     elif config.reconstruction == BIAS:
         yield "Biases of the output projections replace the mean output of what was removed."
     else:

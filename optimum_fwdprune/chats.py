@@ -112,6 +112,9 @@ def encoded_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[l
             # A template writes its own first token. Piece by piece, as a prompt and what is generated after it.
             special = not ids and template is None
             new = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+            if special and new[-1:] == [tokenizer.eos_token_id] and not text.endswith(str(tokenizer.eos_token)):
+                # The tokenizer ends every text so, and this one goes on.
+                new = new[:-1]
             ids += new
             labels += new if counts else [IGNORED] * len(new)
         sequences.append((ids, labels))

@@ -145,7 +145,7 @@ class PruningConfig:
     kinds: list[str] | None = option(
         None,
         "Which kinds of units to prune. Default: mlp, and query heads too where attention_sparsity asks for them or "
-        "the channels alone cannot meet the budget.",
+        "the layers would lose more than 90 % of their channels.",
         ("attention", "mlp"),
         group=UNITS,
     )
@@ -166,7 +166,7 @@ class PruningConfig:
         None,
         "Layers that stay unpruned; negative numbers count from the last, and an empty list means no layer. Default: "
         "the first and last two of models of 12 layers and more where scope is layer and layout is any, unless the "
-        "other layers cannot meet the budget alone.",
+        "other layers would lose more than 90 % of what is pruned in them.",
         group=UNITS,
     )
     min_units_per_site: int = option(1, "Heads and channels that every layer keeps at least.", group=UNITS)
@@ -207,8 +207,8 @@ class PruningConfig:
     calibration: str | None = option(
         None,
         "Calibration text: wikitext2, c4, self (sampled from the model), builtin (Python's documentation, for smoke "
-        "runs), a .txt, .jsonl or .parquet file, or a dataset of the Hub. Default: wikitext2 where the Hub or its "
-        "cache answers, else self.",
+        "runs), a .txt, .json, .jsonl or .parquet file, or a dataset of the Hub. Default: wikitext2 where the Hub or "
+        "its cache answers, else self.",
         group=CALIBRATION,
     )
     dataset_config: str | None = option(None, "Configuration name of a Hub dataset.", group=CALIBRATION)
@@ -375,10 +375,17 @@ class PruningConfig:
 
         Raises:
             TypeError: where `request` is something else, or a field is not an option.
-            ValueError: where a value is out of range, naming it.
+            ValueError: where a value is out of range, or a plan decides what a field asks for, naming it.
         """
-        if replays and request is None and "reconstruction" not in fields:
-            fields["reconstruction"] = "none"
+        if replays:
+            decided = sorted(fields.keys() - UNDECIDED_BY_PLANS)
+            if decided:
+                raise ValueError(
+                    f"A plan decides which units stay, so {', '.join(decided)} would change nothing. Leave them out, "
+                    f"or prune without the plan."
+                )
+            if request is None:
+                fields.setdefault("reconstruction", "none")
         if isinstance(request, PruningConfig):
             return dataclasses.replace(request, **fields)
         if isinstance(request, str) and request in METHODS:
@@ -494,3 +501,11 @@ def register_method(
     METHODS[config_class.method] = Method(
         config_class, score, tuple(statistics), calibrated, additive, learns_split, differentiates
     )
+
+
+# Fields that still mean something where a plan is replayed.
+UNDECIDED_BY_PLANS = {
+    declared.name
+    for declared in dataclasses.fields(PruningConfig)
+    if declared.metadata.get("group") in (RECONSTRUCTION, CALIBRATION, RUNNING)
+}

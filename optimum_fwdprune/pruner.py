@@ -312,6 +312,12 @@ class FwdPruner:
         """
         if plan is not None and scores is not None:
             raise ValueError("Give a plan to replay or scores to allocate by, not both.")
+        for name, value, expected in (("plan", plan, PruningPlan), ("scores", scores, Scores)):
+            if value is not None and not isinstance(value, expected):
+                raise TypeError(
+                    f"{name} must be a {expected.__name__}; got a {type(value).__name__}. "
+                    f"{expected.__name__}.load(file) reads a file."
+                )
         config = PruningConfig.of(config, replays=plan is not None, **fields)
         if plan is not None:
             config = dataclasses.replace(config, attention_unit=plan.attention_unit)
@@ -350,6 +356,8 @@ class FwdPruner:
         with self._noting_what_is_left():
             if plan is not None:
                 plan.check_matches(sites, self.model.config.model_type)
+                if config.layout == STOCK:
+                    check_stock_layout(self.model, sites, plan, config.reconstruction)
                 plan = replayed(plan, config)
                 announce("\n".join(losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values()))
                 if config.reconstruction != NONE:
@@ -480,8 +488,9 @@ class FwdPruner:
             return cut(model, sites, plan, *about, grams, inplace, seconds, checkpoint, finished)
         kept = {f"{layer}.{kind}": units for (layer, kind), units in plan.kept.items()}
         workspace = Workspace(self._offload_folder, checkpoint.folder("streamed", calibration, kept=kept))
-        with naming_what_is_full(workspace.folder):
+        with naming_what_is_full(workspace.folder), evaluating(model):
             done = cut_streamed(model, sites, plan, *about, workspace, seconds)
+        done.model.train(model.training)
         return done
 
     def _score(
@@ -530,6 +539,8 @@ class FwdPruner:
             ValueError: before anything is trained, where the model is dense, has adapters in it or offloaded layers,
                 and where the data, the teacher or a checkpoint to resume from does not fit.
         """
+        from transformers import TrainerCallback
+
         from .recovery import RecoveryArguments, recover
         from .recovery.trainer import StepCounter
 
@@ -537,6 +548,13 @@ class FwdPruner:
         self._check_trainable()
         if args is None:
             args = RecoveryArguments(output_dir="fwdprune_recovery")
+        if not isinstance(args, RecoveryArguments):
+            raise TypeError(
+                f"args must be RecoveryArguments, which extend the Trainer's TrainingArguments; got a "
+                f"{type(args).__name__}. Write RecoveryArguments(output_dir=..., ...)."
+            )
+        if isinstance(callbacks, TrainerCallback):
+            callbacks = [callbacks]
         keeps_adapters = args.trains_adapters and not args.merge_adapters
         if keeps_adapters and self._saved_as is None:
             raise ValueError(
@@ -591,6 +609,11 @@ class FwdPruner:
             raise ValueError(
                 f"recover trains a pruned model, and this {type(self.model).__name__} is dense: call prune() first. "
                 f"transformers.Trainer trains dense models."
+            )
+        if not self.model.can_generate():
+            raise ValueError(
+                f"recover trains the next-token loss, and a {type(self.model).__name__} predicts no tokens. Train it "
+                f"with transformers.Trainer and the labels of its task; save_pretrained of this pruner saves it then."
             )
         if is_offloaded(self.model):
             raise ValueError(
@@ -768,7 +791,14 @@ class FwdPruner:
                 check_stock_request(self.model, sites, request)
 
         config, budget = settle(sites, config, budget_of, check)
-        announce(str(forecast(sites, config, budget, dense.parameters, dense.bytes, added(config))))
+        outcome = forecast(sites, config, budget, dense.parameters, dense.bytes, added(config))
+        announce(str(outcome))
+        if budget.amount > 0 and outcome.removed_parameters == 0 and config.rounds == 1:
+            logger.warning(
+                "This request removes nothing: its budget is less than half of the smallest step that its units and "
+                "multiple_of=%d allow in each layer. Ask for more, or lower multiple_of.",
+                config.multiple_of,
+            )
         return config, budget
 
 

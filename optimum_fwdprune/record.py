@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from .configuration import CONFIG_NAME
+from .configuration import CONFIG_NAME, UNDECIDED_BY_PLANS
 from .methods import PruningConfig
 from .plan import PLAN_NAME, PruningPlan
 from .scores import SCORES_NAME, Scores
@@ -100,7 +100,8 @@ def command_of(
     defaults = type(config)().to_dict()
     if replays:
         words += ["--plan", PLAN_NAME]
-        defaults |= {"method": config.method, "reconstruction": "none"}
+        defaults = {name: value for name, value in defaults.items() if name in UNDECIDED_BY_PLANS}
+        defaults["reconstruction"] = "none"
     else:
         words += _option("method", config.method)
     for name, default in defaults.items():

@@ -201,8 +201,9 @@ def tokens_of(row: Mapping, column: str = "input_ids") -> Iterator[Tokens]:
         UnusableRow: where there are no token ids, or a mask or labels of another length.
     """
     mask = labels = None
-    input_ids = _numbers(row, column)
-    if column == "input_ids":
+    input_ids = _numbers(row, column, may_be_bool=False)
+    # A row with several columns of token ids has the mask and the labels of the one with the usual name.
+    if column == "input_ids" or "input_ids" not in row:
         mask, labels = (_numbers(row, name) for name in ("attention_mask", "labels"))
     if input_ids is None or not input_ids.size:
         raise UnusableRow(f"{column} is empty")
@@ -216,7 +217,7 @@ def tokens_of(row: Mapping, column: str = "input_ids") -> Iterator[Tokens]:
         yield Tokens(table[number], masks[number], None if labels is None else labels.reshape(-1, width)[number])
 
 
-def _numbers(row: Mapping, name: str) -> np.ndarray | None:
+def _numbers(row: Mapping, name: str, may_be_bool: bool = True) -> np.ndarray | None:
     """A column as int64; `None` where it is missing."""
     values = row.get(name)
     if values is None:
@@ -225,7 +226,7 @@ def _numbers(row: Mapping, name: str) -> np.ndarray | None:
         array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UnusableRow(f"{name} has rows of different lengths") from error
-    if array.size and (array.dtype.kind not in "iub" or array.ndim not in (1, 2)):
+    if array.size and (array.dtype.kind not in ("iub" if may_be_bool else "iu") or array.ndim not in (1, 2)):
         raise UnusableRow(f"{name} has no list of whole numbers")
     return array.astype(np.int64)
 

@@ -225,8 +225,14 @@ class Scores:
             made_for, asked = getattr(self.config, name), getattr(config, name)
             if made_for != asked:
                 raise ValueError(f"These scores were made with {name}={made_for!r}, the request says {asked!r}.")
+        sites = list(sites)
+        if self.values.keys() != {site.key for site in sites}:
+            raise ValueError(
+                f"These scores were made for another model: they have {len(self.values)} sites, and this model has "
+                f"{len(sites)}."
+            )
         for site in sites:
-            if site.key not in self.values or len(self.values[site.key]) != site.num_units:
+            if len(self.values[site.key]) != site.num_units:
                 raise ValueError(f"These scores were made for another model: they do not fit the {site}.")
 
     def options_into(self, config: PruningConfig) -> PruningConfig:

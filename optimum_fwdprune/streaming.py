@@ -103,7 +103,7 @@ def cut_streamed(
     in one file of weights per layer and one for the rest, and what a run that was interrupted goes on from.
 
     Args:
-        model (`PreTrainedModel`): the dense model, its layers offloaded; it is not changed.
+        model (`PreTrainedModel`): the dense model in eval mode, its layers offloaded; it is not changed.
         sites (`list[Site]`): all its sites.
         plan (`PruningPlan`): what they keep.
         config (`PruningConfig`): the reconstruction.
@@ -118,7 +118,8 @@ def cut_streamed(
     """
     plan.check_matches(sites, model.config.model_type)
     folder = workspace.folder
-    pruned = empty_pruned_model(model, sites, plan.kept, kinds_with_bias(sites, plan.kept, config))
+    # The probe runs layers of both models, and dropout would make them differ.
+    pruned = empty_pruned_model(model, sites, plan.kept, kinds_with_bias(sites, plan.kept, config)).eval()
     weights = _Weights(folder / CHECKPOINT, model, pruned)
     cuts = plan_cuts(sites, plan.kept)
     probe = _Probe(model, pruned, sites, plan, calibration, Shelf(folder / "probe"))
@@ -152,7 +153,7 @@ def cut_streamed(
     loaded.__dict__["_workspace"] = workspace
     # Where it lies now is nobody's business.
     loaded.config._name_or_path = model.config._name_or_path
-    return Cut(loaded.train(model.training), plan, difference)
+    return Cut(loaded, plan, difference)
 
 
 def _timed(found: Iterable[Any], seconds: dict[str, float], stage: str) -> Iterator[Any]:

@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, find_sites
+from optimum_fwdprune.architectures import is_pruned
 
 
 @pytest.fixture
@@ -304,3 +305,41 @@ def test_a_replay_records_what_it_did_and_how_to_have_what_it_did_not(reconstruc
     assert refitted.plan.metadata.get("reconstructed") == original.plan.metadata.get("reconstructed")
     assert torch.equal(refitted.model(tokens).logits, original.model(tokens).logits)
     assert not torch.equal(plain.model(tokens).logits, original.model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"sparsity": 0.5}, {"scope": "global"}, {"kinds": ["mlp"]}, {"method": "flap"}], ids=str
+)
+def test_options_that_a_plan_decides_are_refused(fields):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(sparsity=0.4, method="magnitude", reconstruction="none", inplace=False)
+    with pytest.raises(ValueError, match=f"A plan decides which units stay, so {next(iter(fields))} would"):
+        pruner.prune(plan=pruner.plan, **fields)
+
+
+def test_names_of_files_in_the_place_of_plans_scores_and_arguments_are_refused(tokens):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    with pytest.raises(
+        TypeError, match=r"plan must be a PruningPlan; got a str. PruningPlan.load\(file\) reads a file"
+    ):
+        pruner.prune(plan="plan.json")
+    with pytest.raises(TypeError, match="scores must be a Scores; got a dict"):
+        pruner.prune(scores={})
+    pruner.prune(method="magnitude", reconstruction="none")
+    with pytest.raises(TypeError, match=r"args must be RecoveryArguments.*got a dict"):
+        pruner.recover(tokens, {"max_steps": 1})
+
+
+def test_a_plan_of_uneven_layers_is_no_stock_layout(tokens):
+    pruner = FwdPruner(tiny.make_model("llama_mqa"))
+    pruner.prune(tiny.request(sparsity=0.3, scope="global", reconstruction="none"), tokens)
+    again = FwdPruner(tiny.make_model("llama_mqa"))
+    with pytest.raises(ValueError, match="A stock checkpoint has layers of one size"):
+        again.prune(PruningConfig(layout="stock", reconstruction="none"), plan=pruner.plan)
+    assert not is_pruned(again.model.config)
+
+
+def test_scores_of_a_deeper_model_are_refused(tokens):
+    scores = FwdPruner(tiny.make_model("llama_gqa_biases", num_hidden_layers=4)).score(tiny.request(), tokens)
+    with pytest.raises(ValueError, match="made for another model: they have 8 sites, and this model has 6"):
+        FwdPruner(tiny.make_model("llama_gqa_biases")).prune(tiny.request(), scores=scores)

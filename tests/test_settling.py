@@ -152,3 +152,11 @@ def test_the_table_of_what_layers_lose_is_right(model):
     for limit, skipped, kinds in ((float(ends), [], None), (float(attention), [], ["attention", "mlp"])):
         below, above = (settled(sites, sparsity=limit + change)[0] for change in (-0.01, 0.01))
         assert (above.skip_layers, above.kinds) == (skipped, kinds) != (below.skip_layers, below.kinds)
+
+
+def test_a_request_that_removes_nothing_says_so(caplog):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(sparsity=0.02, multiple_of=32, reconstruction="none", method="magnitude")
+
+    assert pruner.report.removed_parameters == 0
+    assert any("removes nothing" in message and "multiple_of=32" in message for message in caplog.messages)

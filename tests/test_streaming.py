@@ -308,3 +308,12 @@ def test_models_offloaded_after_pruning_are_saved(llama, tokens, tmp_path, offlo
     pruner.save_pretrained(tmp_path / "out")
 
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits, expected)
+
+
+def test_dropout_of_a_config_does_not_disturb_the_check(tokens, tmp_path):
+    tiny.make_model("opt_pre_norm", dropout=0.5).save_pretrained(tmp_path)
+    for training in (False, True):
+        pruner = FwdPruner.from_pretrained(tmp_path, low_memory=True)
+        pruner.model.train(training)
+        pruner.prune(tiny.request(sparsity=0.3), tokens)
+        assert pruner.report.masked_difference < 1e-4 and pruner.model.training == training

@@ -222,7 +222,7 @@ def add_evaluation_options(parser: ArgumentParser) -> None:
         "--text",
         nargs="+",
         default=[],
-        help="Texts to measure perplexity on: .txt, .jsonl or .parquet files, wikitext2, builtin (Python's "
+        help="Texts to measure perplexity on: .txt, .json, .jsonl or .parquet files, wikitext2, builtin (Python's "
         "documentation), or datasets of the Hub.",
     )
     quality.add_argument("--text_split", default="test", help="Split of Hub datasets (default: test).")

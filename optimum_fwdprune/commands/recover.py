@@ -54,8 +54,8 @@ class RecoverCommand(Command):
         parser.add_argument(
             "--dataset",
             required=True,
-            help="What to train on: a .txt, .jsonl or .parquet file, wikitext2, c4, builtin (Python's documentation), "
-            "or a dataset of the Hub: text, chat messages, or questions with answers.",
+            help="What to train on: a .txt, .json, .jsonl or .parquet file, wikitext2, c4, builtin (Python's "
+            "documentation), or a dataset of the Hub: text, chat messages, or questions with answers.",
         )
         parser.add_argument(
             "--output_dir", help="Folder for the Trainer's checkpoints. Default: OUTPUT with -training behind it."

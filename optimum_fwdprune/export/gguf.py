@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..architectures import get_architecture, is_pruned
 from ..loggers import get_logger
 from ..models.per_layer import stock_config
+from ..module_state import check_not_consumed
 from ..offloading import read_parameter
 from ..utils import check_output_file
 from ..wrapping import check_no_adapters
@@ -64,6 +65,7 @@ def export_gguf(
         import gguf
     except ImportError as error:
         raise ImportError('The GGUF export needs gguf: pip install "optimum-fwdprune[gguf]".') from error
+    check_not_consumed(model)
     check_no_adapters(model, "an export cannot hold")
     file = check_output_file(file, overwrite)
     if dtype not in DTYPES:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from ..architectures import KINDS, Site, get_architecture
 from ..configuration import PruningConfig
 from ..models.per_layer import stock_config
+from ..module_state import check_not_consumed
 from ..offloading import input_device, is_offloaded, on_disk
 from ..plan import PruningPlan
 from ..reconstruction import NONE, added_parameters
@@ -56,6 +57,7 @@ def export_stock(
         RuntimeError: where the stock model does not compute the same.
         FileExistsError: where the folder is not empty.
     """
+    check_not_consumed(model)
     check_no_adapters(model, "an export cannot hold")
     config, model_class = stock_form(model.config, get_architecture(model.config).pruned_class(model))
     probe = probe_batch(model, None)
@@ -169,10 +171,8 @@ def check_stock_layout(
 
 def check_stock_request(model: PreTrainedModel, sites: list[Site], config: PruningConfig) -> None:
     """Raise `ValueError` where a stock checkpoint cannot hold half of the units of a kind that a request prunes."""
-    counts = {site.key: site.num_units for site in sites}
     for kind in config.resolved_kinds:
-        kept = {site.key: _half(site) if site.kind == kind else list(range(site.num_units)) for site in sites}
-        plan = PruningPlan(kept, counts, model.config.model_type, config.attention_unit)
+        plan = _halved(model, sites, config, kind)
         if (reason := _not_stock(model, sites, plan, config.reconstruction)) is None:
             continue
         if config.reconstruction != NONE and _not_stock(model, sites, plan, NONE) is None:
@@ -180,10 +180,21 @@ def check_stock_request(model: PreTrainedModel, sites: list[Site], config: Pruni
                 f"layout='stock' does not go with reconstruction={config.reconstruction!r} here. {reason} Set "
                 f"reconstruction='least_squares' or reconstruction='none', which add no parameters."
             )
-        others = [other for other in KINDS if other != kind]
-        raise ValueError(
-            f"layout='stock' does not go with pruning {kind} here. {reason} Set kinds={others}, or leave out layout."
-        )
+        others = [other for other in KINDS if other != kind and _allows(model, sites, config, other)]
+        way_out = f"Set kinds={others}, or leave out layout." if others else "Leave out layout."
+        raise ValueError(f"layout='stock' does not go with pruning {kind} here. {reason} {way_out}")
+
+
+def _allows(model: PreTrainedModel, sites: list[Site], config: PruningConfig, kind: str) -> bool:
+    """Whether a stock checkpoint can hold half of the units of `kind`."""
+    return _not_stock(model, sites, _halved(model, sites, config, kind), config.reconstruction) is None
+
+
+def _halved(model: PreTrainedModel, sites: list[Site], config: PruningConfig, kind: str) -> PruningPlan:
+    """The plan that keeps half of the units of `kind` in every layer, and all others."""
+    counts = {site.key: site.num_units for site in sites}
+    kept = {site.key: _half(site) if site.kind == kind else list(range(site.num_units)) for site in sites}
+    return PruningPlan(kept, counts, model.config.model_type, config.attention_unit)
 
 
 def _not_stock(model: PreTrainedModel, sites: list[Site], plan: PruningPlan, reconstruction: str) -> str | None:

@@ -39,7 +39,29 @@ def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
         target_modules=targets,
         task_type=TaskType.CAUSAL_LM,
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    _check_untied(adapted)
+    return adapted
+
+
+def _check_untied(model: Any) -> None:
+    """Raise `ValueError`, with the adapters taken out again, where an adapted weight is tied to another one."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        if isinstance(weight, torch.nn.Parameter) and not name.endswith(".base_layer"):
+            owners.setdefault(id(weight), []).append(name)
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        sharing = [] if base is None else owners.get(id(getattr(base, "weight", None)), [])
+        tied = [other for other in sharing if other != name]
+        if tied:
+            model.unload()
+            raise ValueError(
+                f"lora_targets names {name.rpartition('.')[2]!r}, whose weight is tied to that of "
+                f"{tied[0].rpartition('.')[2]}: an adapter would train one of them, and merging it would change both. "
+                f"Leave it out of lora_targets."
+            )
 
 
 def merged(model: Any) -> PreTrainedModel:

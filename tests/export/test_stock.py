@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
-from optimum_fwdprune.export import export_stock
+from optimum_fwdprune.export import export_gguf, export_stock
 
 
 NO_STOCK_HEADS = {"opt_pre_norm", "opt_post_norm_projected", "opt_no_biases"}
@@ -147,7 +147,8 @@ class TestRefusals:
             ("opt_pre_norm", {"kinds": ["attention", "mlp"]}, "does not go with pruning attention here"),
             ("llama_mqa", {"reconstruction": "bias", "method": "flap"}, r"nothing at .*bias"),
             ("llama_mqa", {"reconstruction": "bias", "kinds": ["mlp"]}, r"or reconstruction='none', which add no"),
-            ("bloom", {"kinds": ["attention"]}, r"Set kinds=\['mlp'\], or leave out layout\."),
+            ("bloom", {"kinds": ["attention"]}, r"the pruned model has 72 x 48\. Leave out layout\."),
+            ("opt_pre_norm", {"kinds": ["attention"]}, r"Set kinds=\['mlp'\], or leave out layout\."),
         ],
     )
     def test_requests_that_cannot_be_exported_fail_before_scoring(self, name, fields, message, tokens, monkeypatch):
@@ -200,3 +201,12 @@ def test_a_first_layer_that_is_whole_is_a_layer_like_others(kind, tmp_path):
     }[kind]
     with pytest.raises(ValueError, match=f"layer 1 has {name}={half} where layer 0 has {whole}"):
         export_stock(pruner.model, None, tmp_path / "stock")
+
+
+def test_a_consumed_model_is_not_exported(tokens, tokenizer, tmp_path):
+    model = tiny.make_model("llama_mqa")
+    FwdPruner(model).prune(tiny.request(sparsity=0.3), tokens)
+    for export, name in ((export_stock, "stock"), (export_gguf, "model.gguf")):
+        with pytest.raises(ValueError, match="was consumed by prune"):
+            export(model, tokenizer, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

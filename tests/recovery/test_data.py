@@ -8,6 +8,7 @@ import datasets
 import pytest
 import tiny
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from optimum_fwdprune.recovery import RecoveryOptions, training_data
 from optimum_fwdprune.recovery.data import IGNORED, collate
@@ -339,3 +340,21 @@ def test_of_a_dataset_of_splits_the_named_one_is_taken(tokenizer):
         assert found.to_dict() == training_data(splits[name], tokenizer, options()).to_dict()
     with pytest.raises(ValueError, match="has no split 'dev'; it has train, test"):
         training_data(both, tokenizer, options(dataset_split="dev"))
+
+
+def test_the_mask_counts_whatever_the_column_of_token_ids_is_called(tokenizer):
+    rows = [{"ids": [3, 4, 5, 1, 1], "attention_mask": [1, 1, 1, 0, 0]}]
+    (row,) = training_data(rows, tokenizer, options(dataset_column="ids"))
+
+    assert list(row["labels"]) == [3, 4, 5, -100, -100]
+
+
+def test_an_end_that_a_tokenizer_writes_is_not_put_between_a_prompt_and_its_answer():
+    words = tiny.make_tokenizer()
+    words._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", words.bos_token_id), ("</s>", words.eos_token_id)]
+    )
+    (row,) = training_data([{"prompt": "the quick", "completion": " fox"}], words, options(max_length=64))
+
+    ids = list(row["input_ids"])
+    assert ids[0] == words.bos_token_id and words.eos_token_id not in ids[1:-1]

@@ -5,6 +5,7 @@ import tiny
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
 from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
 
@@ -69,3 +70,23 @@ def test_adapters_of_others_are_refused(tmp_path, tokens):
     pruner.prune(REQUEST)
     get_peft_model(pruner.model, LoraConfig(r=2, target_modules=["q_proj"]))
     assert_refused(pruner, tmp_path, tokens, r"q_proj has an adapter around it.*merge_and_unload\(\)")
+
+
+def test_task_heads_are_left_to_their_own_training(tokens, tmp_path):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases", AutoModelForSequenceClassification))
+    pruner.prune(tiny.request(sparsity=0.3), tokens)
+    with pytest.raises(ValueError, match=r"predicts no tokens. Train it with transformers.Trainer"):
+        pruner.recover(tokens, RecoveryArguments(str(tmp_path / "training"), use_cpu=True, max_steps=1))
+
+
+def test_adapters_of_tied_weights_are_refused_and_leave_the_model_plain(tokens, tmp_path):
+    pruner = FwdPruner(tiny.make_model("llama_mha_tied"))
+    pruner.prune(tiny.request(sparsity=0.3), tokens)
+    names = [name for name, _ in pruner.model.named_parameters()]
+    arguments = RecoveryArguments(
+        str(tmp_path / "training"), use_cpu=True, max_steps=1, report_to="none", lora_targets=["lm_head"]
+    )
+    with pytest.raises(ValueError, match="'lm_head', whose weight is tied to that of embed_tokens"):
+        pruner.recover(tokens, arguments)
+
+    assert [name for name, _ in pruner.model.named_parameters()] == names
