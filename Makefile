@@ -19,7 +19,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --basetemp=$(CACHE)/tmp/pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --basetemp=$(CACHE)/tmp/pytest $(PYTEST_ARGS)
 
 # Half an hour: damaged and made-up checkpoints, ten times as many as in the tests.
 fuzz: $(VENV)/installed

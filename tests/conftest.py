@@ -22,29 +22,6 @@ from hypothesis import settings
 settings.register_profile("nightly", max_examples=1000)
 
 
-# Files that start many processes or train models. They go first, so that no worker is left with one in the end.
-LONG = {
-    "test_adapter_defaults.py",
-    "test_documentation.py",
-    "test_enumeration.py",
-    "test_examples.py",
-    "test_hub.py",
-    "test_loading.py",
-    "test_notebook.py",
-    "test_processes.py",
-    "test_ranks.py",
-    "test_registration.py",
-    "test_second_device.py",
-    "test_tasks.py",
-    "test_trained.py",
-}
-
-
-def pytest_collection_modifyitems(items):
-    """Put the files that take long first."""
-    items.sort(key=lambda item: item.path.name not in LONG)
-
-
 @pytest.fixture(scope="session")
 def python_without_the_package(tmp_path_factory):
     """Interpreter of a virtual environment with all that is installed here but the package under test."""
