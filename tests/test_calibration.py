@@ -423,7 +423,8 @@ def test_a_source_without_its_tokenizer_is_named_briefly(model):
         windows(model, None, "text.txt")
 
 
-def test_a_tokenizer_without_a_padding_token_prunes_and_saves(model, tokenizer, tmp_path):
+def test_a_tokenizer_without_a_padding_token_prunes_and_saves(model, tmp_path):
+    tokenizer = tiny.make_tokenizer()
     assert tokenizer.pad_token is None
     pruner = FwdPruner(model, tokenizer)
     for source in (TEXTS, "self"):

@@ -147,7 +147,7 @@ def test_scores_for_something_else_are_refused(name, config, message, pruner):
     config = tiny.request(**config)
     if message is None:
         model = tiny.make_model(name, num_hidden_layers=4)
-        message = "made for another model: they do not fit the attention of layer 3"
+        message = "made for another model: they have 6 sites, and this model has 8"
     else:
         model = tiny.make_model(name)
     with pytest.raises(ValueError, match=message):
