@@ -152,7 +152,7 @@ def quiet() -> Iterator[None]:
     level, bars = accelerate.level, transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # It says of every model whose layers are offloaded that they are.
+    # accelerate logs this for every model with offloaded layers.
     accelerate.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
 from .architectures.site import ATTENTION, KINDS, MLP
+from .composing import EARLIER
 from .configuration import CONFIG_NAME
 from .evaluation import Comparison
 from .hub import CARD_NAME, LICENSES_THAT_NAME, Base
@@ -143,11 +144,11 @@ def _what_became_of_the_weights(record: Record) -> Iterator[str]:
     config = record.config
     if config is None:
         return
-    if record.plan is not None and record.plan.metadata.get("earlier"):
+    was_pruned = record.plan is not None and bool(record.plan.metadata.get(EARLIER))
+    if was_pruned:
         yield "The model had been pruned before, and this pruning started from the weights that it had then."
     if config.reconstruction == NONE:
-        earlier = record.plan is not None and record.plan.metadata.get("earlier")
-        yield f"The weights that were kept are those of the {'model before it' if earlier else 'dense model'}."
+        yield f"The weights that were kept are those of the {'model before it' if was_pruned else 'dense model'}."
     elif config.reconstruction == BIAS:
         yield "Biases of the output projections replace the mean output of what was removed."
     else:

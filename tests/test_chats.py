@@ -7,7 +7,7 @@ import pytest
 from optimum_fwdprune.chats import IGNORED, Chat, UnusableRow, chat_of, chat_text, check_template, encoded_chat
 
 
-# Qwen3's: the thought stands in the answers after the last question only.
+# Qwen3's template keeps the thought only in the answers after the last question.
 QWEN3 = """{%- set last = namespace(question=-1) %}
 {%- for m in messages %}{%- if m.role == 'user' %}{%- set last.question = loop.index0 %}{%- endif %}{%- endfor %}
 {%- for m in messages %}

@@ -25,7 +25,7 @@ def folder(checkpoints, tmp_path, monkeypatch):
     return tmp_path
 
 
-# With every command a model, a checkpoint or a file that is to be read stands in the place of `{}`.
+# In every command, `{}` is replaced by the name of a model, a checkpoint or a file that the command reads.
 READING = [
     ("inspect", "{}"),
     ("report", "{}"),
