@@ -326,6 +326,8 @@ class FwdPruner:
         warn_of_placement(self.model)
         if self._low_memory:
             check_streamable(config)
+            # It writes the pruned model along the way.
+            check_savable(self.model, None)
         check_reconstruction(self.model, config)
         if plan is None and config.resolved_scope == SEARCH:
             check_search(self.model, config)

@@ -24,6 +24,9 @@ from .utils import DiskFullError, naming_what_is_full, save_weights_atomically, 
 
 logger = get_logger(__name__)
 
+# Values of a generation config that transformers leaves out of its file.
+NOT_WRITTEN = ["compile_config"]
+
 
 def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Raise `ValueError` where `save_pretrained` would fail on a config, a generation config or a tokenizer.
@@ -47,7 +50,7 @@ def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 def _write_all_but_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str) -> None:
     try:
         model.config.save_pretrained(folder)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"The model's config cannot be saved ({' '.join(str(error).split())}). Mend model.config first."
         ) from error
@@ -142,18 +145,18 @@ def generation_config_as_it_is(model: Any, folder: str | Path) -> Iterator[None]
     Raises:
         ValueError: where the config could not be loaded again.
     """
+    _check_generation_config(model)
     kept: GenerationConfig | None = getattr(model, "generation_config", None)
     if kept is None or _is_valid(kept):
         yield
         return
-    _check_generation_config(model)
     model.generation_config = type(kept)()
     try:
         yield
     finally:
         model.generation_config = kept
     if (file := Path(folder) / GENERATION_CONFIG_NAME).exists():
-        kept.to_json_file(file, use_diff=True, keys_to_pop=["compile_config"])
+        kept.to_json_file(file, use_diff=True, keys_to_pop=NOT_WRITTEN)
 
 
 def _is_valid(config: GenerationConfig) -> bool:
@@ -168,10 +171,35 @@ def _check_generation_config(model: PreTrainedModel) -> None:
     config: GenerationConfig | None = getattr(model, "generation_config", None)
     if config is None:
         return
-    try:
-        config.validate()
-    except ValueError as error:
+    if not isinstance(config, GenerationConfig):
         raise ValueError(
-            f"The model's generation config would not load again ({' '.join(str(error).split())}). Mend "
+            f"model.generation_config is a {type(config).__name__}, which cannot be saved; it must be a "
+            f"transformers.GenerationConfig."
+        )
+    try:
+        _try_to_save(config)
+    except Exception as error:  # Whatever transformers does with a value of the wrong type.
+        raise ValueError(
+            f"The model's generation config would not load again ({_named(error, config)}). Mend "
             f"model.generation_config first."
         ) from error
+
+
+def _try_to_save(config: GenerationConfig) -> None:
+    config.validate()
+    config.to_json_string(keys_to_pop=NOT_WRITTEN)
+
+
+def _named(error: Exception, config: GenerationConfig) -> str:
+    """What is wrong with a generation config; errors about a type do not name the value that has it."""
+    message = " ".join(str(error).split())
+    if isinstance(error, ValueError):
+        return message
+    for name, value in vars(config).items():
+        alone = GenerationConfig()
+        setattr(alone, name, value)
+        try:
+            _try_to_save(alone)
+        except Exception:
+            return f"{name}={value!r}: {message}"
+    return message

@@ -401,6 +401,23 @@ def test_what_saving_would_refuse_is_known_before_the_work(pruner, tmp_path):
         pruner.check_saving(tmp_path / "new")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("suppress_tokens", {1, 2}, r"suppress_tokens=\{1, 2\}: Object of type set is not JSON"),
+        ("eos_token_id", torch.tensor(2), r"eos_token_id=tensor\(2\): Object of type Tensor is not JSON"),
+        ("watermarking_config", {"a": 1}, r"watermarking_config=\{'a': 1\}: 'dict' object"),
+        (None, {"max_new_tokens": 2}, r"generation_config is a dict.* must be a transformers\.GenerationConfig"),
+    ],
+)
+def test_generation_configs_that_cannot_be_saved_are_refused_before_the_work(name, value, message, pruner, tmp_path):
+    holder = pruner.model if name is None else pruner.model.generation_config
+    setattr(holder, name or "generation_config", value)
+    for check in (pruner.check_saving, pruner.save_pretrained):
+        with pytest.raises(ValueError, match=message):
+            check(tmp_path / "out")
+
+
 def test_what_an_upload_would_refuse_is_known_before_the_work(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("optimum_fwdprune.hub.get_token", lambda: None)

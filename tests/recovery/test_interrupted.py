@@ -265,6 +265,14 @@ class TestGenerationConfig:
         with pytest.raises(ValueError, match=r"would not load again.*num_return_sequences.*Mend"):
             pruner.recover({"input_ids": tokens}, arguments(tmp_path))
 
+    def test_low_memory_refuses_it_before_scoring(self, tmp_path, monkeypatch):
+        tiny.make_model("llama_gqa_biases").save_pretrained(tmp_path / "dense")
+        pruner = FwdPruner.from_pretrained(tmp_path / "dense", low_memory=True)
+        pruner.model.generation_config.num_return_sequences = 3
+        monkeypatch.setattr("optimum_fwdprune.pruner.score_units", lambda *_: pytest.fail("scored"))
+        with pytest.raises(ValueError, match=r"would not load again.*num_return_sequences.*Mend"):
+            pruner.prune(REQUEST)
+
 
 def test_a_tokenizer_that_cannot_be_saved_is_named_before_training(pruner, tokens, tmp_path, monkeypatch):
     def failing(*_args, **_kwargs):
