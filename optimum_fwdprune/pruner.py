@@ -6,7 +6,7 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ from .report import PruningReport, Speedup
 from .report.checkpoint import report_of
 from .reproduction import IN_MEMORY, INPUTS, inputs_of
 from .rounds import Rounds
-from .saving import check_savable, generation_config_as_it_is, save_offloaded
+from .saving import check_savable, generation_config_as_it_is, naming_base, save_offloaded
 from .scores import Scores, check_scoring, needs_calibration, runs_tokens, score_units
 from .search import SEARCH, check_search
 from .settling import forecast, settle
@@ -67,7 +67,7 @@ from .utils import (
     public_name,
 )
 from .verification import check_counterpart
-from .wrapping import check_no_adapters, check_plain, is_peft_model
+from .wrapping import check_no_adapters, check_plain, is_peft_model, plain_model
 
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ class FwdPruner:
         comparison (`Comparison`, *optional*): set it to what [`~optimum_fwdprune.evaluation.compare`] found, this
             model last, and the model card and reports of the checkpoint show it; pruning or training the model anew
             drops it.
-        model (`PreTrainedModel`): the dense model, and the pruned one after `prune`.
+        model (`PreTrainedModel`): the dense model, and the pruned one after `prune`. Another model can be assigned;
+            the attributes below are then what is known of that one.
         plan (`PruningPlan`, *optional*): what `prune` kept.
         report (`PruningReport`, *optional*): what it did: `print` shows it, and `report.save("report.html")` writes a
             page with pictures.
@@ -114,10 +115,8 @@ class FwdPruner:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str | Path | None = None):
-        check_plain(model)
-        check_not_consumed(model)
-        get_architecture(model.config).pruned_class(model)
-        self.model = model
+        _check_supported(model)
+        self._model = model
         self.tokenizer = None if tokenizer is None else named_tokenizer(tokenizer)
         self.plan: PruningPlan | None = None
         self.report: PruningReport | None = None
@@ -217,12 +216,7 @@ class FwdPruner:
             record = Record.of_checkpoint(model_id, **shared)
             if record.plan is not None:
                 record.plan.check_left(find_sites(model, record.plan.attention_unit))
-            pruner.config, pruner.plan, pruner.scores = record.config, record.plan, record.scores
-            if record.plan is not None:
-                pruner.report = report_of(model, record)
-            if record.outcome.get("comparison"):
-                pruner.comparison = Comparison.from_list(record.outcome["comparison"])
-            pruner.recovery = record.outcome.get("recovery")
+            pruner._take_up(record)
             pruner._keep_record()
             pruner._saved_as = str(model_id)
             if record.plan is not None and Path(model_id).is_dir():
@@ -233,6 +227,41 @@ class FwdPruner:
                 # Its card carries the licence of what was pruned.
                 pruner._base = dataclasses.replace(pruner._base, name=source, is_repository="/" in source)
         return pruner
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._model
+
+    @model.setter
+    def model(self, model: Any) -> None:
+        if not is_peft_model(model):
+            _check_supported(model)
+        known, plain = plain_model(self._model), plain_model(model)
+        get_architecture(plain.config).pruned_class(plain)
+        self._model = model
+        if plain is known:
+            return
+        record: Record | None = getattr(plain, "pruning_record", None)
+        is_namesake = plain.config._name_or_path == known.config._name_or_path
+        if record is None and (is_namesake if self.plan is None else self._plan_of_model() is not None):
+            # Loaded anew, or trained elsewhere.
+            return
+        if record is not None and (record.plan, record.config) == (self.plan, self.config):
+            return
+        self._take_up(record or Record(None, None, None))
+        self.trainer = self._latencies = self._saved_as = None
+        if not is_namesake:
+            source = str(self.plan.metadata.get("source") or "") if self.plan is not None else ""
+            self._base = Base(source, is_repository="/" in source) if source else None
+            self._loading, self._source_folders = None, ()
+
+    def _take_up(self, record: Record) -> None:
+        """Take what is known of how the model was pruned."""
+        self.config, self.plan, self.scores = record.config, record.plan, record.scores
+        self.report = None if record.plan is None else report_of(self.model, record)
+        measured = record.outcome.get("comparison")
+        self.comparison = Comparison.from_list(measured) if measured else None
+        self.recovery = record.outcome.get("recovery")
 
     @host_by_default()
     def score(self, config: PruningConfig | str | None = None, dataset: Any = None, **fields) -> Scores:
@@ -348,7 +377,7 @@ class FwdPruner:
         def keep(done: Cut) -> None:
             origin = {key: value for key, value in done.plan.metadata.items() if key not in (FINGERPRINT, REVISION)}
             plan = dataclasses.replace(done.plan, metadata={**origin, **source.to_metadata(), INPUTS: inputs})
-            self.model, self.plan, self.config = done.model, _of_dense_model(plan, earlier), asked
+            self._model, self.plan, self.config = done.model, _of_dense_model(plan, earlier), asked
             source.remember()
             self._source_folders = source.folders
             self.trainer = self.recovery = self.report = self._saved_as = self.comparison = None
@@ -412,7 +441,7 @@ class FwdPruner:
             if self.plan is not None:
                 self.plan.check_left(find_sites(self.model, self.plan.attention_unit))
         except ValueError:
-            # Another model was assigned to the pruner.
+            # It is the plan of another model.
             return None
         return self.plan
 
@@ -571,7 +600,7 @@ class FwdPruner:
         counter = StepCounter()
         try:
             with forward_state_kept(self.model):
-                self.model, self.trainer = recover(
+                self._model, self.trainer = recover(
                     self.model,
                     self.tokenizer,
                     dataset,
@@ -638,8 +667,18 @@ class FwdPruner:
                 cannot be saved.
         """
         check_output_folder(folder, overwrite)
-        check_no_adapters(self.model, "a pruned checkpoint cannot hold")
+        self._check_adapters()
         check_savable(self.model, self.tokenizer)
+
+    def _check_adapters(self) -> None:
+        """Raise `ValueError` where the model has adapters that can be saved neither alone nor within it."""
+        if not is_peft_model(self.model):
+            check_no_adapters(self.model, "a pruned checkpoint cannot hold")
+        elif self._saved_as is None:
+            raise ValueError(
+                "Adapters are saved without their base, and the pruned model has not been saved yet. Save it first, "
+                "or merge the adapters: pruner.model = pruner.model.merge_and_unload()."
+            )
 
     def save_pretrained(
         self,
@@ -677,25 +716,16 @@ class FwdPruner:
         check_not_consumed(self.model)
         if not is_pruned(self.model.config):
             raise ValueError("There is nothing to save yet; call prune() first.")
+        self._check_adapters()
         whole = not is_peft_model(self.model)
-        if whole:
-            check_no_adapters(self.model, "a pruned checkpoint cannot hold")
-        elif self._saved_as is None:
-            raise ValueError(
-                "Adapters are saved without their base, and the pruned model has not been saved yet. Save it first, "
-                "or merge the adapters: pruner.model = pruner.model.merge_and_unload()."
-            )
-        else:
-            for config in self.model.peft_config.values():
-                # Where folders lie is of this machine.
-                config.base_model_name_or_path = public_name(self._saved_as) if pushed else self._saved_as
         record = self._keep_record() if whole else None
         with folder_moved_into_place(folder, overwrite) as temporary, one_step("Writing the checkpoint"):
             if whole and is_offloaded(self.model):
                 save_offloaded(self.model, temporary, files_of(self.model))
             else:
                 options: dict[str, Any] = {"max_shard_size": max_shard_size} if whole else {}
-                with generation_config_as_it_is(self.model, temporary):
+                base = naming_base(self.model, str(self._saved_as), pushed) if not whole else nullcontext()
+                with base, generation_config_as_it_is(self.model, temporary):
                     self.model.save_pretrained(temporary, **options)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
@@ -802,6 +832,13 @@ class FwdPruner:
                 config.multiple_of,
             )
         return config, budget
+
+
+def _check_supported(model: Any) -> None:
+    """Raise `ValueError` where a model cannot be pruned here, whatever the request."""
+    check_plain(model)
+    check_not_consumed(model)
+    get_architecture(model.config).pruned_class(model)
 
 
 def _of_dense_model(plan: PruningPlan, earlier: EarlierPruning | None) -> PruningPlan:

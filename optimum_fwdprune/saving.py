@@ -19,7 +19,8 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from .architectures import get_architecture
 from .loggers import get_logger
 from .offloading import file_of, read_parameter
-from .utils import DiskFullError, naming_what_is_full, save_weights_atomically, write_text_atomically
+from .utils import DiskFullError, naming_what_is_full, public_name, save_weights_atomically, write_text_atomically
+from .wrapping import plain_model
 
 
 logger = get_logger(__name__)
@@ -157,6 +158,28 @@ def generation_config_as_it_is(model: Any, folder: str | Path) -> Iterator[None]
         model.generation_config = kept
     if (file := Path(folder) / GENERATION_CONFIG_NAME).exists():
         kept.to_json_file(file, use_diff=True, keys_to_pop=NOT_WRITTEN)
+
+
+@contextmanager
+def naming_base(model: Any, base: str, pushed: bool) -> Iterator[None]:
+    """Have the adapters that the block saves name their base: in their config, and in the card that PEFT writes.
+
+    PEFT takes the name in the card from the base model, which carries that of the model it was pruned from.
+
+    Args:
+        model (`PeftModel`): it has the names of before afterwards, but for those in the adapters' configs.
+        base (`str`): folder or repository of the pruned model.
+        pushed (`bool`): whether the adapters go to the Hub, where the place of a folder is of no use.
+    """
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = public_name(base) if pushed else base
+    plain = plain_model(model)
+    before = plain.name_or_path, plain.config._name_or_path
+    plain.name_or_path = plain.config._name_or_path = public_name(base)
+    try:
+        yield
+    finally:
+        plain.name_or_path, plain.config._name_or_path = before
 
 
 def _is_valid(config: GenerationConfig) -> bool:

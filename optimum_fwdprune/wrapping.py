@@ -53,6 +53,11 @@ def is_peft_model(model: Any) -> bool:
     return any(base.__module__.partition(".")[0] == "peft" for base in type(model).__mro__)
 
 
+def plain_model(model: Any) -> Any:
+    """Return the model that a `PeftModel` is around; any other object as it is."""
+    return model.get_base_model() if is_peft_model(model) and hasattr(model, "get_base_model") else model
+
+
 def adapted_module(model: nn.Module) -> str | None:
     """Return the name of the first module of `model` that PEFT put there, or `None` where there is none."""
     return next((name for name, module in model.named_modules() if name and is_peft_model(module)), None)

@@ -269,15 +269,19 @@ def test_a_plan_that_no_plan_of_the_dense_model_expresses_is_of_the_pruned_one(t
     assert torch.equal(again.model(tokens).logits, pruner.model(tokens).logits)
 
 
-def test_a_plan_of_another_model_that_was_assigned_is_not_composed(tokens):
+@pytest.mark.parametrize("is_known", [True, False])
+def test_only_the_plan_of_the_model_that_was_assigned_is_composed(is_known, tokens):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     pruner.prune(prunings({})[0], tokens)
     other = FwdPruner(tiny.make_model("llama_gqa_biases"))
     other.prune(prunings({"sparsity": 0.4})[0], tokens)
+    if not is_known:
+        del other.model.pruning_record
     pruner.model = other.model
     pruner.prune(prunings({"kinds": ["mlp"]})[0], tokens)
 
-    assert pruner.plan.model_type == "pruned_llama" and "earlier" not in pruner.plan.metadata
+    assert pruner.plan.model_type == ("llama" if is_known else "pruned_llama")
+    assert [each["requested_sparsity"] for each in pruner.plan.metadata.get("earlier", [])] == [0.4] * is_known
 
 
 @pytest.mark.parametrize("reconstruction", ["least_squares", "bias"])

@@ -380,9 +380,14 @@ def test_adapters_of_ones_own_are_saved_alone_where_their_base_is_saved(pruner, 
         pruner.save_pretrained(tmp_path / "adapters")
     pruner.model = pruner.model.unload()
     pruner.save_pretrained(tmp_path / "pruned")
+    name, base.config._name_or_path = base.name_or_path, str(tmp_path / "dense")
     pruner.model = peft.get_peft_model(base, lora)
+    pruner.check_saving(tmp_path / "adapters")
     pruner.save_pretrained(tmp_path / "adapters")
+    card = (tmp_path / "adapters" / "README.md").read_text()
 
+    assert "base_model: pruned" in card and "base_model:adapter:pruned" in card and str(tmp_path) not in card
+    assert (base.name_or_path, base.config._name_or_path) == (name, str(tmp_path / "dense"))
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "pruned")
     peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapters")
@@ -416,6 +421,32 @@ def test_generation_configs_that_cannot_be_saved_are_refused_before_the_work(nam
     for check in (pruner.check_saving, pruner.save_pretrained):
         with pytest.raises(ValueError, match=message):
             check(tmp_path / "out")
+
+
+def test_a_model_that_is_assigned_brings_what_is_known_of_it(pruner, tokens, tmp_path):
+    other = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    other.prune(tiny.request(method="magnitude", sparsity=0.4, reconstruction="none"))
+    first = pruner.model, pruner.plan
+    pruner.model = other.model
+    pruner.save_pretrained(tmp_path / "other")
+    pruner.model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+
+    assert PruningPlan.load(tmp_path / "other") == other.plan == pruner.plan
+    assert PruningConfig.from_pretrained(tmp_path / "other") == other.config
+    assert FwdPruner.from_pretrained(tmp_path / "other").report.masked_difference == other.report.masked_difference
+    vars(first[0]).pop("pruning_record")
+    pruner.model = first[0]
+    assert (pruner.plan, pruner.scores, pruner.report) == (None, None, None)
+    pruner.save_pretrained(tmp_path / "unknown")
+    assert not (tmp_path / "unknown" / "fwdprune_plan.json").exists()
+
+
+@pytest.mark.parametrize(("model", "message"), [("pn", "'pn' is a name"), (None, "got a NoneType")])
+def test_what_is_no_model_is_not_assigned(model, message, pruner):
+    known = pruner.model
+    with pytest.raises(ValueError, match=message):
+        pruner.model = model
+    assert pruner.model is known
 
 
 def test_what_an_upload_would_refuse_is_known_before_the_work(monkeypatch):
