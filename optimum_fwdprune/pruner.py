@@ -796,7 +796,8 @@ class FwdPruner:
             return {each.name: getattr(commit, each.name) for each in dataclasses.fields(CommitInfo) if each.init}
 
         commit = CommitInfo(**ranks.from_main(push))
-        self._saved_as = repo_id
+        if isinstance(self.model, PreTrainedModel):
+            self._saved_as = repo_id
         return commit
 
     def _calibration(self, config: PruningConfig, dataset: Any, checkpoint: Checkpoint | None = None) -> Calibration:

@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from huggingface_hub import CommitInfo
 from safetensors.torch import save_file
 
 from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, Scores
@@ -373,7 +374,7 @@ def test_a_model_with_adapters_inside_is_not_saved_as_a_pruned_checkpoint(pruner
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_of_ones_own_are_saved_alone_where_their_base_is_saved(pruner, tmp_path):
+def test_adapters_of_ones_own_are_saved_alone_where_their_base_is_saved(pruner, tmp_path, monkeypatch):
     base, lora = pruner.model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     pruner.model = peft.get_peft_model(base, lora)
     with pytest.raises(ValueError, match="the pruned model has not been saved yet"):
@@ -391,6 +392,17 @@ def test_adapters_of_ones_own_are_saved_alone_where_their_base_is_saved(pruner, 
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "pruned")
     peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapters")
+
+    def upload(folder, *_):
+        pushed.append(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+        return CommitInfo("https://hub/commit/1", "", "", "1")
+
+    pushed = []
+    monkeypatch.setattr("optimum_fwdprune.pruner.check_upload", lambda *_: None)
+    monkeypatch.setattr("optimum_fwdprune.pruner.upload", upload)
+    for _ in range(2):
+        pruner.push_to_hub("someone/adapters")
+    assert pushed == ["pruned", "pruned"]
 
 
 def test_what_saving_would_refuse_is_known_before_the_work(pruner, tmp_path):
