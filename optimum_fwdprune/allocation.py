@@ -144,9 +144,10 @@ def allocate(
     """Choose the units that stay.
 
     Within a site the lowest scores go first. With `scope="layer"` every layer gives the same share of its parameters,
-    with `"global"` all layers compete; with `budget="separate"` attention and MLP each give their share (MLP channels,
-    being small, also take what whole heads leave over), with `"joint"` they compete. `attention_sparsity` and
-    `mlp_sparsity` are two budgets of their own.
+    to within a step of `multiple_of` where that brings all layers together nearer to the budget; with `"global"` all
+    layers compete. With `budget="separate"` attention and MLP each give their share (MLP channels, being small, also
+    take what whole heads leave over), with `"joint"` they compete. `attention_sparsity` and `mlp_sparsity` are two
+    budgets of their own.
 
     Args:
         sites (`list[Site]`): every site of the model.
@@ -182,16 +183,27 @@ def allocate(
     for keys, part, total in parts:
         pools = _pools([steps[key] for key in keys], part, config.resolved_scope)
         _check_reachable(pools, part, total, config, 1 + max(site.layer for site in sites))
-        # Rounded up in every layer, a target would be overshot as often as there are layers.
-        makes_up = part.at_least and config.layout != "stock"
+        makes_up = _makes_up(part, config, keys)
         surplus = 0
         for pool, target in pools:
-            left = _fill(pool, replace(target, amount=target.amount - surplus), cuts, config.budget)
+            left = _fill(pool, replace(target, amount=target.amount - surplus), cuts, config.budget, makes_up)
             surplus = left if makes_up else 0
     return {
         site.key: steps[site.key].kept(cuts[site.key]) if site.key in steps else list(range(site.num_units))
         for site in sites
     }
+
+
+def _makes_up(part: Budget, config: PruningConfig, keys: Sequence[SiteKey]) -> bool:
+    """Whether pools make up for what the rounding of those before them removed too much or too little.
+
+    Rounded up in every layer, a target would be overshot as often as there are layers; and where MLP widths are
+    multiples, layers of one shape would all round the same way.
+    """
+    if config.layout == "stock":
+        return False
+    coarse = config.multiple_of > 1 and any(kind == MLP for _, kind in keys)
+    return part.at_least or (coarse and not part.at_most)
 
 
 def _alike(sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, torch.Tensor]:
@@ -266,17 +278,20 @@ def _check_reachable(pools: list[_Pool], part: Budget, total: int, config: Pruni
     )
 
 
-def _fill(pool: list[_Steps], target: Budget, cuts: dict[SiteKey, int], mode: str) -> int:
+def _fill(pool: list[_Steps], target: Budget, cuts: dict[SiteKey, int], mode: str, makes_up: bool) -> int:
     """Cut the sites of `pool` until `target` is met to within one step, and return how much more went than that."""
     taken = {step.site.key: 0 for step in pool}
-    removed = _take(pool, target, taken, mode)
+    removed = _take(pool, target, taken, mode, makes_up)
     cuts |= {step.site.key: int(step.stops[taken[step.site.key]]) for step in pool}
     surplus = removed - target.amount
     return _give_back(pool, surplus, cuts) if target.at_least else surplus
 
 
-def _take(pool: list[_Steps], target: Budget, taken: dict[SiteKey, int], mode: str) -> int:
-    """Take steps from `pool` as `mode` divides the target over the kinds, and return how much was removed."""
+def _take(pool: list[_Steps], target: Budget, taken: dict[SiteKey, int], mode: str, makes_up: bool) -> int:
+    """Take steps from `pool` as `mode` divides the target over the kinds, and return how much was removed.
+
+    With `makes_up`, what channels round down is left to those of the next pool, and not to the heads of this one.
+    """
     kinds = {step.site.kind for step in pool}
     if mode == "joint" or len(kinds) == 1:
         return _spend(pool, target, taken)
@@ -285,7 +300,8 @@ def _take(pool: list[_Steps], target: Budget, taken: dict[SiteKey, int], mode: s
     heads = round(target.amount * _prunable(attention) / _prunable(pool)) if target.heads is None else target.heads
     removed = _spend(attention, replace(target, amount=min(heads, target.amount), at_least=False), taken)
     removed += _spend(mlp, replace(target, amount=target.amount - removed), taken)
-    if removed < target.amount:
+    channels_left = any(taken[step.site.key] < len(step.keys) for step in mlp)
+    if removed < target.amount and not (makes_up and channels_left):
         # The channels ran out (or half a channel is missing); heads take the rest where one of them is closer.
         removed += _spend(attention, replace(target, amount=target.amount - removed), taken)
     return removed

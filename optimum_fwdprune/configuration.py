@@ -161,7 +161,12 @@ class PruningConfig:
         ("any", "stock"),
         group=UNITS,
     )
-    multiple_of: int = option(1, "Round every pruned MLP width to a multiple of this, for fast kernels.", group=UNITS)
+    multiple_of: int = option(
+        1,
+        "Round every pruned MLP width to a multiple of this, for fast kernels; layers round up or down so that all of "
+        "them together come nearest to the budget.",
+        group=UNITS,
+    )
     skip_layers: list[int] | None = option(
         None,
         "Layers that stay unpruned; negative numbers count from the last, and an empty list means no layer. Default: "

@@ -52,7 +52,7 @@ from .rounds import Rounds
 from .saving import check_savable, generation_config_as_it_is, naming_base, save_offloaded
 from .scores import Scores, check_scoring, needs_calibration, runs_tokens, score_units
 from .search import SEARCH, check_search
-from .settling import forecast, settle
+from .settling import forecast, settle, warn_of_rounding
 from .sources import FINGERPRINT, NAME, REVISION, Source
 from .streaming import Workspace, check_streamable, cut_streamed, files_of
 from .tokenizing import load_tokenizer, named_tokenizer, warn_of_missing_tokenizer
@@ -826,12 +826,8 @@ class FwdPruner:
         config, budget = settle(sites, config, budget_of, check)
         outcome = forecast(sites, config, budget, dense.parameters, dense.bytes, added(config))
         announce(str(outcome))
-        if budget.amount > 0 and outcome.removed_parameters == 0 and config.rounds == 1:
-            logger.warning(
-                "This request removes nothing: its budget is less than half of the smallest step that its units and "
-                "multiple_of=%d allow in each layer. Ask for more, or lower multiple_of.",
-                config.multiple_of,
-            )
+        if config.rounds == 1:
+            warn_of_rounding(sites, config, budget, outcome)
         return config, budget
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .allocation import OutOfReach, allocate, prunable_sites, spares_ends
-from .architectures import ATTENTION, MLP, Site, SiteKey
+from .architectures import ATTENTION, KINDS, MLP, Site, SiteKey
 from .budgets import Budget
 from .configuration import PruningConfig
 from .loggers import get_logger
@@ -19,6 +19,9 @@ logger = get_logger(__name__)
 
 # The default recipe takes no more of the layers and kinds that it prunes: beyond that it opens others first.
 MOST_BY_DEFAULT = 0.9
+
+# A sparsity that whole units miss by a larger share of it is reported beforehand.
+FAR_OFF = 0.05
 
 # A request of a model becomes what is to be removed.
 BudgetOf = Callable[[PruningConfig], tuple[PruningConfig, Budget]]
@@ -115,6 +118,7 @@ class Forecast:
         removed_bytes (`int`): likewise.
         added_parameters (`int`): biases that the reconstruction will add.
         losses (`dict[str, str]`): a sentence about every kind of units.
+        removed_by_kind (`dict[str, int]`): parameters that will go, of every kind.
     """
 
     parameters: int
@@ -123,6 +127,7 @@ class Forecast:
     removed_bytes: int
     added_parameters: int
     losses: dict[str, str]
+    removed_by_kind: dict[str, int]
 
     def __str__(self) -> str:
         parameters = self.parameters - self.removed_parameters + self.added_parameters
@@ -156,9 +161,60 @@ def forecast(
     by_site = {site.key: (site.num_units - len(kept[site.key])) * site.unit_parameters for site in sites}
     removed = sum(by_site.values())
     item_size = sites[0].projection.weight.element_size()
-    return Forecast(
-        parameters, size, removed, removed * item_size, added_parameters, _losses(sites, config, kept, by_site)
-    )
+    losses = _losses(sites, config, kept, by_site)
+    by_kind = {kind: sum(by_site[site.key] for site in sites if site.kind == kind) for kind in KINDS}
+    return Forecast(parameters, size, removed, removed * item_size, added_parameters, losses, by_kind)
+
+
+def warn_of_rounding(sites: Sequence[Site], config: PruningConfig, budget: Budget, outcome: Forecast) -> None:
+    """Warn where whole units bring a request to nothing, or to a sparsity far from the one asked for.
+
+    Args:
+        sites (sequence of `Site`): of the dense model.
+        config (`PruningConfig`): the settled request.
+        budget (`Budget`): what it removes.
+        outcome (`Forecast`): what it comes to.
+    """
+    if budget.amount > 0 and outcome.removed_parameters == 0:
+        logger.warning(
+            "This request removes nothing, because %s, and the budget is less than half of the smallest step that "
+            "this allows. Ask for more, or relax that.",
+            _why_rounded(config),
+        )
+        return
+    for field, asked, removed in _sparsities(sites, config, budget, outcome):
+        if abs(removed - asked) > FAR_OFF * asked:
+            logger.warning(
+                "%s=%.4g comes to %.4g here, because %s. Ask for another %s, or relax that.",
+                field,
+                asked,
+                removed,
+                _why_rounded(config),
+                field,
+            )
+
+
+def _sparsities(
+    sites: Sequence[Site], config: PruningConfig, budget: Budget, outcome: Forecast
+) -> Iterator[tuple[str, float, float]]:
+    """Yield every sparsity that a request names: its field, its value and what it comes to."""
+    prunable = {kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in KINDS}
+    if config.has_budget_per_kind:
+        for kind in config.resolved_kinds:
+            if prunable[kind]:
+                removed = outcome.removed_by_kind[kind] / prunable[kind]
+                yield config.field_of(kind), config.sparsity_of(kind), removed
+    elif not budget.at_least:
+        yield "sparsity", config.sparsity, outcome.removed_parameters / sum(prunable.values())
+
+
+def _why_rounded(config: PruningConfig) -> str:
+    reasons = ["units are removed whole"]
+    if config.multiple_of > 1 and MLP in config.resolved_kinds:
+        reasons.append(f"MLP widths are rounded to multiple_of={config.multiple_of}")
+    if config.layout == "stock":
+        reasons.append("layout='stock' cuts every layer alike")
+    return " and ".join(reasons)
 
 
 def _losses(

@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune.allocation import allocate
 from optimum_fwdprune.budgets import removal_budget
-from optimum_fwdprune.settling import forecast, settle
+from optimum_fwdprune.settling import forecast, settle, warn_of_rounding
 
 
 CONCEPTS = Path(__file__).parents[1] / "docs" / "concepts.md"
@@ -160,3 +161,28 @@ def test_a_request_that_removes_nothing_says_so(caplog):
 
     assert pruner.report.removed_parameters == 0
     assert any("removes nothing" in message and "multiple_of=32" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("fields", "widths", "message"),
+    [
+        ({"sparsity": 0.2}, [32, 64, 32], "sparsity=0.2 comes to 0.2225 .* multiple_of=32"),
+        ({"sparsity": 0.34}, [32, 32, 32], ""),
+        ({"sparsity": 0.15, "scope": "global"}, [64, 64, 32], "sparsity=0.15 comes to 0.1112"),
+        ({"mlp_sparsity": 0.3}, [32, 64, 32], "mlp_sparsity=0.3 comes to 0.3333"),
+        # What one layer's channels round down is left to another's, not to heads.
+        ({"sparsity": 0.25, "kinds": ["attention", "mlp"]}, [32, 64, 32], "sparsity=0.25 comes to"),
+        ({"sparsity": 0.2, "layout": "stock"}, [32, 32, 32], "comes to 0.3337 .* layout='stock' cuts"),
+        ({"sparsity": 0.15, "layout": "stock"}, [64, 64, 64], "removes nothing, .* layout='stock'"),
+        ({"sparsity": 0.2, "multiple_of": 1}, [45, 45, 45], ""),
+    ],
+)
+def test_layers_round_apart_so_that_all_together_come_nearest_to_the_share(fields, widths, message, caplog):
+    sites = find_sites(tiny.make_model("llama_gqa_biases"))
+    config, budget = settled(sites, **{"multiple_of": 32, **fields})
+    scores = {site.key: torch.arange(site.num_units, dtype=torch.float32) - site.layer for site in sites}
+    kept = allocate(sites, scores, config, budget)
+
+    assert [len(kept[layer, "mlp"]) for layer in range(3)] == widths
+    warn_of_rounding(sites, config, budget, forecast(sites, config, budget, 1, 1, 0))
+    assert len(caplog.messages) == bool(message) and re.search(message, "".join(caplog.messages))
