@@ -395,7 +395,7 @@ def test_adapters_of_ones_own_are_saved_alone_where_their_base_is_saved(pruner, 
 
     def upload(folder, *_):
         pushed.append(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
-        return CommitInfo("https://hub/commit/1", "", "", "1")
+        return CommitInfo("https://huggingface.co/someone/adapters/commit/1", "", "", "1")
 
     pushed = []
     monkeypatch.setattr("optimum_fwdprune.pruner.check_upload", lambda *_: None)
