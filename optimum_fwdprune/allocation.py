@@ -262,20 +262,31 @@ def _check_reachable(pools: list[_Pool], part: Budget, total: int, config: Pruni
     # Every pool gives the same share, so the tightest one limits them all.
     share, layer = min(shares, default=(0.0, 0))
     where = f"layer {layer}" if config.resolved_scope == "layer" and shares else "the model"
-    constraints = [f"min_units_per_site={config.min_units_per_site}"]
-    # Under a speed-up these are the widths that were timed, whatever the request says.
-    widths = f"multiple_of={config.multiple_of}"
-    if config.target_speedup is not None:
-        widths = f"MLP widths in multiples of {config.multiple_of}, which are those that were timed"
-    constraints += [widths] * (config.multiple_of > 1)
-    skip_layers = _layers_to_skip(config, num_layers)
-    default = " (the default here, [] spares none)" if config.skip_layers is None else ""
-    constraints += [f"skip_layers={skip_layers}{default}"] * bool(skip_layers)
-    constraints += [f"kinds={config.resolved_kinds}"] * (len(config.resolved_kinds) == 1)
     raise OutOfReach(
-        f"{part.cost.asked(part.amount, total)} is more than {where} can give under {', '.join(constraints)}: the "
-        f"largest possible {part.cost.most(share * part.amount, total)}. Ask for less, or relax the constraint."
+        f"{part.cost.asked(part.amount, total)} is more than {where} can give under "
+        f"{', '.join(_constraints(config, num_layers))}: the largest possible "
+        f"{part.cost.most(share * part.amount, total)}. Ask for less, or relax the constraint."
     )
+
+
+def _constraints(config: PruningConfig, num_layers: int) -> list[str]:
+    """Name the options that limit what can be removed: those that are set, and defaults that can be relaxed."""
+    constraints = []
+    if config.multiple_of > 1:
+        # Under a speed-up these are the widths that were timed, whatever the request says.
+        timed = f"MLP widths in multiples of {config.multiple_of}, which are those that were timed"
+        constraints.append(timed if config.target_speedup is not None else f"multiple_of={config.multiple_of}")
+    if skip_layers := _layers_to_skip(config, num_layers):
+        default = " (the default here, [] spares none)" if config.skip_layers is None else ""
+        constraints.append(f"skip_layers={skip_layers}{default}")
+    if config.layout == "stock" and config.kinds is None and len(config.resolved_kinds) == 1:
+        constraints.append("layout='stock', which leaves the attention heads whole here")
+    if config.kinds is not None and len(config.kinds) == 1:
+        constraints.append(f"kinds={config.kinds}")
+    # One unit always stays, which is what there is to name where nothing else is.
+    if config.min_units_per_site > 1 or not constraints:
+        constraints.insert(0, f"min_units_per_site={config.min_units_per_site}")
+    return constraints
 
 
 def _fill(pool: list[_Steps], target: Budget, cuts: dict[SiteKey, int], mode: str, makes_up: bool) -> int:

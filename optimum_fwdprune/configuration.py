@@ -124,7 +124,7 @@ class PruningConfig:
         None,
         "Whether every layer loses the same share (layer), layers compete for one budget (global), or the loss of "
         "whole pruned models decides what each site loses (search). Default: layer, and global for methods that learn "
-        "how the budget is split.",
+        "how the budget is split, where layout is any.",
         ("layer", "global", "search"),
         group=SHARES,
     )
@@ -282,8 +282,8 @@ class PruningConfig:
             )
         if self.layout == "stock" and (self.resolved_scope != "layer" or self.skip_layers):
             raise ValueError(
-                f"layout='stock' cuts every layer alike, and scope={self.resolved_scope!r} with "
-                f"skip_layers={self.skip_layers} does not; set scope='layer' and leave out skip_layers."
+                f"layout='stock' cuts every layer alike, and scope={self.scope!r} with "
+                f"skip_layers={self.skip_layers} does not; leave out scope and skip_layers."
             )
         if self.checkpoint_seconds < 0:
             raise ValueError(f"checkpoint_seconds must be at least 0; got {self.checkpoint_seconds}.")
@@ -323,9 +323,12 @@ class PruningConfig:
 
     @property
     def resolved_scope(self) -> str:
-        """The scope, with the default of `None` put in: `"layer"`, and `"global"` for methods that learn the split."""
+        """The scope, with the default of `None` put in: `"layer"`, and `"global"` for methods that learn the split, where
+        the layout allows it."""
         if self.scope is not None:
             return self.scope
+        if self.layout == "stock":
+            return "layer"
         method = METHODS.get(self.method)
         return "global" if method is not None and method.learns_split else "layer"
 

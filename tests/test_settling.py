@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
-from optimum_fwdprune.allocation import allocate
+from optimum_fwdprune.allocation import OutOfReach, allocate
 from optimum_fwdprune.budgets import removal_budget
 from optimum_fwdprune.settling import forecast, settle, warn_of_rounding
 
@@ -186,3 +186,23 @@ def test_layers_round_apart_so_that_all_together_come_nearest_to_the_share(field
     assert [len(kept[layer, "mlp"]) for layer in range(3)] == widths
     warn_of_rounding(sites, config, budget, forecast(sites, config, budget, 1, 1, 0))
     assert len(caplog.messages) == bool(message) and re.search(message, "".join(caplog.messages))
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "named"),
+    [
+        ("opt_pre_norm", {"layout": "stock"}, "layout='stock', which leaves the attention heads whole here"),
+        ("opt_pre_norm", {"layout": "stock", "kinds": ["mlp"]}, "kinds=['mlp']"),
+        (
+            "opt_pre_norm",
+            {"layout": "stock", "min_units_per_site": 3, "kinds": ["mlp"]},
+            "min_units_per_site=3, kinds=['mlp']",
+        ),
+        ("llama_mqa", {"layout": "stock"}, "min_units_per_site=1"),
+        ("llama_mqa", {"mlp_sparsity": 0.995}, "min_units_per_site=1"),
+    ],
+)
+def test_a_refusal_names_what_was_set(model, fields, named):
+    pruner = FwdPruner(tiny.make_model(model))
+    with pytest.raises(OutOfReach, match=re.escape(f"can give under {named}: the largest")):
+        pruner.prune(sparsity=0.995, **fields)

@@ -29,7 +29,8 @@ class PolicyGradientConfig(PruningConfig):
     method: str = "policy_gradient"
     scope: str | None = option(
         None,
-        "Whether every layer keeps its share (layer) or layers compete for one budget (global). Default: global.",
+        "Whether every layer keeps its share (layer) or layers compete for one budget (global). Default: global, and "
+        "layer where layout is stock.",
         ("layer", "global"),
     )
     parametrization: str = option(
@@ -84,9 +85,12 @@ class PolicyGradientConfig(PruningConfig):
         if self.ratio_spread <= 0:
             raise ValueError(f"ratio_spread must be positive; got {self.ratio_spread}.")
         if self.parametrization == "ratio" and self.resolved_scope == "layer" and not self._kinds_trade:
+            reason, way_out = "scope='layer'", "use scope='global' or budget='joint', or parametrization='unit'"
+            if self.layout == "stock":
+                reason, way_out = "layout='stock'", "use parametrization='unit', or leave out layout='stock'"
             raise ValueError(
-                "parametrization='ratio' moves ratios between sites, and scope='layer' with a budget for each kind "
-                "leaves every site on its own; use scope='global' or budget='joint', or parametrization='unit'."
+                f"parametrization='ratio' moves ratios between sites, and {reason} with a budget for each kind leaves "
+                f"every site on its own; {way_out}."
             )
         if self.antithetic and self.estimator == "moving_average":
             raise ValueError(

@@ -161,6 +161,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match="layout='stock' cuts every layer alike"):
             tiny.request(layout="stock", **fields)
 
+    def test_a_method_that_learns_the_split_is_told_what_goes_with_the_layout(self, tokens):
+        options = {"method": "policy_gradient", "layout": "stock", "kinds": ["mlp"]}
+        with pytest.raises(ValueError, match=r"layout='stock' .*; use parametrization='unit', or leave out"):
+            tiny.request(**options)
+        pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+        pruner.prune(dataset=tokens, parametrization="unit", steps=1, reconstruction="none", **options)
+
+        assert len({len(kept) for (_, kind), kept in pruner.plan.kept.items() if kind == "mlp"}) == 1
+
     def test_a_stock_model_that_computes_something_else_is_not_written(self, tokens, tmp_path, monkeypatch):
         model = pruned("llama_mqa", tokens).model
         monkeypatch.setattr(
