@@ -323,8 +323,8 @@ class PruningConfig:
 
     @property
     def resolved_scope(self) -> str:
-        """The scope, with the default of `None` put in: `"layer"`, and `"global"` for methods that learn the split, where
-        the layout allows it."""
+        """The scope, with the default of `None` put in: `"layer"`, and `"global"` for methods that learn the split,
+        where the layout allows it."""
         if self.scope is not None:
             return self.scope
         if self.layout == "stock":

@@ -322,8 +322,9 @@ class FwdPruner:
             dataset (*optional*): calibration text or tokens instead of `config.calibration`.
             plan (`PruningPlan`, *optional*): replay this plan instead of scoring and allocating. Weights are
                 reconstructed only where a config, a preset or the option `reconstruction` is given as well.
-            scores (`Scores`, *optional*): allocate by these instead of scoring again. The options of their method are
-                those that they were made with, whatever the config says.
+            scores (`Scores`, *optional*): allocate by these instead of scoring again. The options of their method, the
+                seed and the calibration are those that they were made with, with a warning where the request names
+                others. Scores of a checkpoint have no tokens: what needs them reads those of the request.
             inplace (`bool`, defaults to `True`): consume the dense model. `False` leaves it whole, and needs memory
                 for both.
             fields: options of `PruningConfig` by name, which override those of `config`.
@@ -364,10 +365,12 @@ class FwdPruner:
         check_counterpart(self.model, sites)
         if scores is not None:
             scores.check_matches(sites, config)
-            config = scores.options_into(config)
+            config = scores.options_into(config, fields.keys())
         in_memory = dataset is not None and not isinstance(dataset, (str, Path))
-        if scores is not None and scores.calibrated_on:
-            in_memory = scores.calibrated_on["source"] in IN_MEMORY
+        if scores is not None and not scores.reads_anew(config):
+            if dataset is not None:
+                scores.check_dataset(self._calibration(config, dataset))
+            in_memory = scores.calibrated_on.get("source") in IN_MEMORY
         source = Source.of(self.model.config, {name: value for name, value in self._access.items() if name in WHERE})
         inputs = inputs_of(self._loading, self.model.dtype, is_pruned(self.model.config), in_memory)
         asked, before, seconds = config, _Sizes.of(self.model, sites), dict[str, float]()

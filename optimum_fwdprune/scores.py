@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .architectures import Site, SiteKey
 from .calibration import Calibration
 from .checkpoints import Checkpoint, State
+from .configuration import CALIBRATION
 from .layerwise import gather_statistics
 from .loggers import get_logger
 from .methods import PruningConfig, ScoringInputs, UnitScores, get_method
@@ -235,11 +236,55 @@ class Scores:
             if len(self.values[site.key]) != site.num_units:
                 raise ValueError(f"These scores were made for another model: they do not fit the {site}.")
 
-    def options_into(self, config: PruningConfig) -> PruningConfig:
-        """Return `config` with the method's own options that these scores were made with."""
-        shared = {declared.name for declared in fields(PruningConfig)}
-        own = {declared.name for declared in fields(self.config)} - shared
-        return replace(config, **{name: getattr(self.config, name) for name in own})
+    def reads_anew(self, config: PruningConfig) -> bool:
+        """Whether a request that reuses these scores reads calibration tokens of its own."""
+        return self.calibration is None and (config.rounds > 1 or runs_tokens(config, self))
+
+    def options_into(self, config: PruningConfig, named: Collection[str] = ()) -> PruningConfig:
+        """Return `config` with what these scores were made with: the options of their method, the seed and, unless the
+        request reads tokens of its own, the calibration. A warning names what was asked for otherwise.
+
+        Args:
+            config (`PruningConfig`): the request.
+            named (collection of `str`): options that were passed by name, which are asked for even where they are the
+                defaults; of others the defaults are taken for not asked for.
+        """
+        made_with = {name: getattr(self.config, name) for name in self._options(config)}
+        defaults = type(config)()
+        other = [
+            name
+            for name, value in made_with.items()
+            if (name in named or getattr(config, name) != getattr(defaults, name))
+            and config.to_dict()[name] != self.config.to_dict()[name]
+        ]
+        if other:
+            logger.warning(
+                "The scores were made with %s, which holds for this request too, and not %s. Leave out scores to "
+                "score anew.",
+                ", ".join(f"{name}={made_with[name]!r}" for name in other),
+                ", ".join(f"{name}={getattr(config, name)!r}" for name in other),
+            )
+        return replace(config, **made_with)
+
+    def _options(self, config: PruningConfig) -> list[str]:
+        """The options of a request that these scores decide."""
+        shared = {declared.name: declared for declared in fields(PruningConfig)}
+        decided = [declared.name for declared in fields(self.config) if declared.name not in shared]
+        if self.reads_anew(config):
+            return [*decided, "seed"]
+        # How many windows pass at a time changes no score.
+        of_tokens = [name for name, declared in shared.items() if declared.metadata.get("group") == CALIBRATION]
+        return [*decided, *(name for name in of_tokens if name != "batch_size")]
+
+    def check_dataset(self, calibration: Calibration) -> None:
+        """Warn where data that was passed with these scores is not what they were made on, and is not read."""
+        if self.calibrated_on.get("fingerprint") not in (None, calibration.fingerprint):
+            logger.warning(
+                "The scores bring the calibration tokens that they were made on (%s), and dataset (%s), which holds "
+                "others, is not used. Leave out scores to score anew.",
+                self.calibrated_on.get("source"),
+                calibration.source,
+            )
 
     def save(self, path: str | Path, tokens: bool = True) -> None:
         """Write everything to one safetensors file.

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -133,6 +134,32 @@ def test_scores_of_a_checkpoint_read_the_tokens_again_where_weights_are_refitted
     assert "other calibration tokens" not in caplog.text
     FwdPruner(tiny.make_model("llama_gqa_biases")).prune(PruningConfig(**config), tokens.flip(0), scores=scores)
     assert "other calibration tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({}, ""),
+        ({"seed": 3, "n_samples": 2}, ""),
+        ({"batch_size": 1}, ""),
+        ({"seed": 0}, "made with seed=3, which holds for this request too, and not seed=0"),
+        (
+            {"n_samples": 4, "calibration": "builtin"},
+            "n_samples=2, calibration=None, .* not n_samples=4, calibration='b",
+        ),
+        ({"config": PruningConfig("flap", seed=4)}, "made with seed=3"),
+        ({"dataset": torch.ones(2, 16, dtype=torch.int64)}, "dataset .* is not used"),
+    ],
+)
+def test_the_request_says_what_reused_scores_were_made_with(asked, message, tokens, caplog):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    scores = pruner.score(dataset=tokens, method="flap", seed=3, n_samples=2, reconstruction="none")
+    pruner.prune(scores=scores, **{"method": "flap", "reconstruction": "none", "dataset": tokens, **asked})
+
+    assert (pruner.config.seed, pruner.config.n_samples, pruner.plan.metadata["seed"]) == (3, 2, 3)
+    assert pruner.config.calibration is None and pruner.config.batch_size == asked.get("batch_size", 8)
+    warnings = [message for message in caplog.messages if "scores" in message]
+    assert len(warnings) == bool(message) and re.search(message, "".join(warnings))
 
 
 @pytest.mark.parametrize(
