@@ -219,7 +219,7 @@ class PruningConfig:
     dataset_config: str | None = option(None, "Configuration name of a Hub dataset.", group=CALIBRATION)
     dataset_split: str = option("train", "Split of a Hub dataset.", group=CALIBRATION)
     dataset_column: str | None = option(
-        None, "Text column of a dataset. Default: text, or the only string column.", group=CALIBRATION
+        None, "Column of the text, the chat messages or the token ids. Default: found by its name.", group=CALIBRATION
     )
     n_samples: int = option(128, "Calibration windows.", group=CALIBRATION)
     seq_len: int = option(256, "Tokens per calibration window.", group=CALIBRATION)

@@ -10,6 +10,9 @@ from argparse import ArgumentParser
 # A value as Python writes it: a list, a quoted string, or a word. A full stop after it ends the sentence.
 _VALUE = r"\[[^\]]*\]|'[^']*'|\"[^\"]*\"|[\w+-]+(?:\.\w+)*"
 
+# Arguments that the commands which measure texts call otherwise.
+_OF_TEXTS = {"dataset_column": "text_column", "dataset_split": "text_split", "dataset_config": "text_config"}
+
 # Not inside of a path, an option or a quoted name.
 _START = r"(?<![\w\-/.`'\"])"
 
@@ -25,6 +28,9 @@ def in_options(message: str, parser: ArgumentParser) -> str:
         parser (`ArgumentParser`): of the command; names that it has no option for stay as they are.
     """
     options = {name for action in parser._actions for name in action.option_strings if name.startswith("--")}
+    for name, other in _OF_TEXTS.items():
+        if f"--{name}" not in options and f"--{other}" in options:
+            message = re.sub(rf"{_START}{name}\b", other, message)
 
     def assigned(found: re.Match) -> str:
         name, value = found["name"], found["value"]

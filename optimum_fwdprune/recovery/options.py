@@ -76,7 +76,9 @@ class RecoveryOptions:
     )
     dataset_config: str | None = option(None, "Configuration name of a Hub dataset.")
     dataset_split: str = option("train", "Split of a Hub dataset.")
-    dataset_column: str | None = option(None, "Text column, or the one of chat messages. Default: found by its name.")
+    dataset_column: str | None = option(
+        None, "Column of the text, the chat messages or the token ids. Default: found by its name."
+    )
 
     def check(self) -> None:
         """Raise `ValueError` on a value out of range."""
