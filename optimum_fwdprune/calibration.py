@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -17,14 +17,16 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from . import ranks
-from .chats import UnusableRow, chat_text, check_template
+from .chats import chat_text, check_template
 from .checkpoints import Checkpoint
 from .loggers import get_logger
 from .losses import counted_targets
+from .messages import UnusableRow, refusing_all
 from .offline import offline_variable
 from .offloading import input_device, lies_on_disk
-from .rows import CHAT, TOKENS, Data, Tokens
-from .texts import PRESETS, always_text, detokenize, load_rows, open_rows, texts_of
+from .rows import CHAT, TOKENS, Data
+from .texts import PRESETS, SELF, always_text, detokenize, load_rows, open_rows, texts_of
+from .tokens import Tokens, check_table, present_tokens
 from .utils import progress, seeded_generator
 
 
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
-
-SELF = "self"
 
 # Windows are drawn from this many times as many tokens as asked for, so that a stream is never read to its end.
 POOL_FACTOR = 8
@@ -50,7 +50,8 @@ class Calibration:
 
     Args:
         input_ids (`Tensor[n_samples, seq_len]`, int64): the tokens; other integers are converted.
-        attention_mask (`Tensor[n_samples, seq_len]`, *optional*): 0 where a token is padding.
+        attention_mask (`Tensor[n_samples, seq_len]`, *optional*): 0 where a token is padding, of any dtype; converted
+            to int64.
         source (`str`): where they came from, for the record.
     """
 
@@ -59,6 +60,15 @@ class Calibration:
     source: str = "tokens"
 
     def __post_init__(self):
+        for name in ("input_ids", "attention_mask"):
+            values = getattr(self, name)
+            if not isinstance(values, torch.Tensor) and (values is not None or name == "input_ids"):
+                raise ValueError(
+                    f"{name} of a Calibration must be a tensor [n_samples, seq_len]; got a {type(values).__name__}. "
+                    f"Give torch.tensor(...), or lists and arrays as dataset."
+                )
+            with refusing_all():
+                check_table(values, name)
         if self.input_ids.dim() != 2 or self.input_ids.numel() == 0:
             raise ValueError(
                 f"Calibration tokens must be [n_samples, seq_len] and not empty; got {tuple(self.input_ids.shape)}."
@@ -68,8 +78,16 @@ class Calibration:
             raise ValueError(f"Calibration tokens must be int64 token ids; got {dtype}. Give a tokenizer's input_ids.")
         # Embeddings and losses take few of the integer types that tokens are kept in.
         object.__setattr__(self, "input_ids", self.input_ids.long())
-        if self.attention_mask is not None and self.attention_mask.shape != self.input_ids.shape:
-            raise ValueError("attention_mask must have the shape of input_ids.")
+        if self.attention_mask is None:
+            return
+        if self.attention_mask.shape != self.input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids, {list(self.input_ids.shape)}; it has "
+                f"{list(self.attention_mask.shape)}."
+            )
+        with refusing_all():
+            present_tokens(self.attention_mask)
+        object.__setattr__(self, "attention_mask", self.attention_mask.long())
 
     def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yield `(input_ids, attention_mask)` of at most `batch_size` windows each."""
@@ -175,12 +193,17 @@ def _as_table(values: Any) -> torch.Tensor | None:
     if isinstance(values, np.ndarray):
         # A copy, since PyTorch takes no array that runs backwards or has its bytes in another order.
         values = values.astype(values.dtype.newbyteorder("="), order="C")
+    elif isinstance(values, str) or not isinstance(values, (torch.Tensor, Sequence)):
+        return None
     elif not isinstance(values, torch.Tensor):
         values = [row.tolist() if hasattr(row, "tolist") else row for row in values]
     try:
         table = values if isinstance(values, torch.Tensor) else torch.tensor(values)
     except (TypeError, ValueError, RuntimeError):
         # Rows of different lengths, or no numbers.
+        return None
+    if isinstance(values, list) and table.dim() > 2:
+        # Batches.
         return None
     return table[None] if table.dim() == 1 else table
 

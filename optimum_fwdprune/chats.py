@@ -1,82 +1,21 @@
-"""Chats: what a row says as messages, and the tokens that a tokenizer's chat template makes of them."""
+"""Chats: the text and the tokens that a tokenizer's chat template makes of messages."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from .messages import ASSISTANT, Chat, UnusableRow
 
 
 # Labels that do not count in the loss.
 IGNORED = -100
 
-# Columns that hold the messages of a chat.
-CHATS = ("messages", "conversation", "conversations")
-# ShareGPT's names of the roles.
-SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-# What asks and what answers; an optional input stands between the two.
-QUESTIONS = {"prompt": "completion", "instruction": "output", "question": "answer"}
-# The role whose messages are answers.
-ASSISTANT = "assistant"
 # A template that marks the assistant's words itself.
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class UnusableRow(ValueError):
-    """A row that cannot be used; the message is the reason, a clause without a full stop."""
-
-
-@dataclass(frozen=True)
-class Chat:
-    """Messages with `role` and `content`.
-
-    Args:
-        messages (`list[dict]`): at least one.
-        tools (`list`, *optional*): schemas of the functions that the assistant may call, for the template.
-        asked (`int`, defaults to 0): messages at the beginning that are a prompt, whose answers do not count.
-    """
-
-    messages: list[dict]
-    tools: list | None = None
-    asked: int = 0
-
-
-def chat_of(row: Mapping, column: str | None = None) -> Chat:
-    """Return the chat of a row.
-
-    Raises:
-        UnusableRow: where it has none, or a message without a role or a text.
-    """
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise UnusableRow("tools is not JSON") from error
-    if tools is not None and not isinstance(tools, list):
-        raise UnusableRow(f"tools is a {type(tools).__name__}, not a list")
-    for name in CHATS if column is None else (column,):
-        if row.get(name) is not None:
-            return Chat(_messages(row[name], name), tools or None)
-    for question, answer in QUESTIONS.items() if column is None else ():
-        if question not in row or answer not in row:
-            continue
-        asked, answered = row[question], row[answer]
-        if _is_list(asked) and _is_list(answered):
-            prompt = _messages(asked, question)
-            return Chat(prompt + _messages(answered, answer), tools or None, len(prompt))
-        more = row.get("input") if question == "instruction" else None
-        for key, value in ((question, asked), (answer, answered), ("input", more or "")):
-            if not isinstance(value, str):
-                raise UnusableRow(f"{key} is {'null' if value is None else f'a {type(value).__name__}'}, not a text")
-        messages = [{"role": "user", "content": "\n\n".join(filter(None, (asked, more)))}]
-        return Chat([*messages, {"role": ASSISTANT, "content": answered}], tools or None, 1)
-    raise UnusableRow("it has no messages")
 
 
 def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -96,14 +35,18 @@ def encoded_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[l
     in a sequence of its own, as the model would meet it: what stands before it as the template writes it then.
 
     Returns:
-        `list[tuple[list[int], list[int]]]`: tokens and labels; none where no answer counts.
+        `list[tuple[list[int], list[int]]]`: tokens and labels, of which some count.
 
     Raises:
-        UnusableRow: where the template refuses the chat.
+        UnusableRow: where the chat has no answer that counts, or the template refuses it.
     """
+    if not _answers_of(chat):
+        raise UnusableRow(_why_no_answer(chat))
     template = _template_of(tokenizer, chat.tools)
     if template is not None and MARKED.search(template) and tokenizer.is_fast:
-        return _marked_by_template(chat, tokenizer)
+        sequence = _marked_by_template(chat, tokenizer)
+        if sequence is not None:
+            return [sequence]
     sequences = []
     for pieces in _answers_told_apart(chat, tokenizer):
         ids: list[int] = []
@@ -126,7 +69,12 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     _template_of(tokenizer)
 
 
-def _marked_by_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
+def _marked_by_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
+    """Tokens and labels by the template's marks; `None` where these leave open which of them count.
+
+    A template marks whatever the assistant says, also in a prompt. Where some of it does not count, the marks must be
+    one for every message of the assistant.
+    """
     encoded: Any = _applied(
         chat.messages,
         chat,
@@ -135,8 +83,18 @@ def _marked_by_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    ids, counted = encoded["input_ids"], encoded["assistant_masks"]
-    return [(ids, [token if counts else IGNORED for token, counts in zip(ids, counted)])]
+    ids, marks = encoded["input_ids"], encoded["assistant_masks"]
+    spoken = [number for number, message in enumerate(chat.messages) if message["role"] == ASSISTANT]
+    answers = _answers_of(chat)
+    if spoken == answers:
+        return ids, [token if marked else IGNORED for token, marked in zip(ids, marks)]
+    starts = [bool(marked) and not before for marked, before in zip(marks, [0, *marks])]
+    if sum(starts) != len(spoken):
+        return None
+    messages = (spoken[max(count - 1, 0)] for count in itertools.accumulate(starts))
+    return ids, [
+        token if marked and message in answers else IGNORED for token, marked, message in zip(ids, marks, messages)
+    ]
 
 
 def _answers_told_apart(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, bool]]]:
@@ -161,9 +119,24 @@ def _answers_of(chat: Chat) -> list[int]:
         for number, message in enumerate(chat.messages)
         if number >= max(1, chat.asked)
         and message["role"] == ASSISTANT
-        and (message.get("tool_calls") or str(message.get("content") or "").strip())
+        and _says_something(message)
         and any(earlier["role"] != ASSISTANT for earlier in chat.messages[:number])
     ]
+
+
+def _says_something(message: dict) -> bool:
+    return bool(message.get("tool_calls") or str(message.get("content") or "").strip())
+
+
+def _why_no_answer(chat: Chat) -> str:
+    """The reason why no message of a chat is an answer that counts."""
+    spoken = [message for message in chat.messages if message["role"] == ASSISTANT]
+    if not spoken:
+        roles = ", ".join(dict.fromkeys(message["role"] for message in chat.messages))
+        return f"it has no message of the role {ASSISTANT}, only of {roles}"
+    if not any(_says_something(message) for message in spoken):
+        return "its answers are empty"
+    return "what the assistant says in it is part of the prompt, or answers no message before it"
 
 
 def _start_of_answer(chat: Chat, number: int, text: str, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -211,49 +184,3 @@ def _template_of(tokenizer: PreTrainedTokenizerBase, tools: list | None = None) 
             f"The tokenizer has the chat templates {', '.join(sorted(tokenizer.chat_template))}, and none is called "
             f"default; set tokenizer.chat_template to one of them."
         ) from error
-
-
-def _messages(values: Any, column: str) -> list[dict]:
-    if hasattr(values, "tolist"):
-        values = values.tolist()
-    if not _is_list(values):
-        raise UnusableRow(f"{column} is a {type(values).__name__}, not a list of messages")
-    if not values:
-        raise UnusableRow(f"{column} is empty")
-    return [_message(value, column) for value in values]
-
-
-def _message(value: Any, column: str) -> dict:
-    """A message with `role` and `content`, which ShareGPT calls `from` and `value`."""
-    if not isinstance(value, Mapping) or not value.keys() & {"role", "from"}:
-        has = ", ".join(map(str, value)) if isinstance(value, Mapping) else f"a {type(value).__name__}"
-        raise UnusableRow(f"a message has role and content, or from and value; one in {column!r} has {has}")
-    message = {name: content for name, content in value.items() if name not in ("from", "value")}
-    if "role" not in value:
-        message["role"] = SPEAKERS.get(value["from"], value["from"])
-    content = value.get("content", value.get("value"))
-    if not isinstance(message["role"], str):
-        raise UnusableRow(f"a message in {column!r} has no role")
-    if _is_list(content):
-        content = "".join(_text_of_part(part, column) for part in content)
-    if content is None and not message.get("tool_calls"):
-        raise UnusableRow(f"a message of {message['role']} in {column!r} has no content")
-    if content is not None and not isinstance(content, str):
-        raise UnusableRow(
-            f"the content of a message of {message['role']} in {column!r} is a {type(content).__name__}, not a text"
-        )
-    return {**message, "content": content}
-
-
-def _text_of_part(part: Any, column: str) -> str:
-    """A part of a message's content, of which there may be several."""
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type", "text") == "text":
-        return part["text"]
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise UnusableRow(f"the content of a message in {column!r} has a part of the type {kind}, and only text is used")
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
 
-from .chats import CHATS, QUESTIONS, UnusableRow, chat_of
 from .loggers import get_logger
+from .messages import CHATS, LIST_OF_MESSAGES, QUESTIONS, UnusableRow, chat_of, messages_in
+from .tokens import tokens_of
 
 
 logger = get_logger(__name__)
@@ -22,33 +22,6 @@ TEXT, CHAT, TOKENS = "text", "chat", "tokens"
 GIVE_UP = 1000
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A sequence of tokens as its row holds it.
-
-    Args:
-        input_ids (`ndarray[tokens]`, int64): the tokens, padding included.
-        mask (`ndarray[tokens]`, bool): False where a token is padding.
-        labels (`ndarray[tokens]`, int64, *optional*): what the row says should be predicted.
-    """
-
-    input_ids: np.ndarray
-    mask: np.ndarray
-    labels: np.ndarray | None = None
-
-    def without_padding(self) -> Tokens:
-        """Return the tokens that are no padding."""
-        labels = None if self.labels is None else self.labels[self.mask]
-        return Tokens(self.input_ids[self.mask], self.mask[self.mask], labels)
-
-    def pieces(self, length: int) -> Iterator[Tokens]:
-        """Yield the sequence in pieces of `length` tokens; the last one is as short as the sequence leaves it."""
-        for start in range(0, len(self.input_ids), length):
-            part = slice(start, start + length)
-            labels = None if self.labels is None else self.labels[part]
-            yield Tokens(self.input_ids[part], self.mask[part], labels)
 
 
 class Data:
@@ -137,7 +110,10 @@ class Data:
         if "input_ids" in row:
             return None if row["input_ids"] is None else TOKENS
         for name in CHATS:
-            if isinstance(row.get(name), (list, tuple, np.ndarray)):
+            value = row.get(name)
+            if isinstance(value, (list, tuple, np.ndarray)):
+                return CHAT
+            if isinstance(value, str) and LIST_OF_MESSAGES.match(value):
                 return CHAT
         for question, answer in QUESTIONS.items():
             if question in row and answer in row:
@@ -163,7 +139,7 @@ class Data:
             )
         value = row[column]
         if isinstance(value, str):
-            return TEXT
+            return TEXT if messages_in(value) is None else CHAT
         if value is None or (isinstance(value, (list, tuple)) and not value):
             return None
         if _holds_numbers(value):
@@ -171,19 +147,21 @@ class Data:
         if isinstance(value, (list, tuple, np.ndarray)):
             return CHAT
         raise ValueError(
-            f"{self.name} has a {type(value).__name__} in the column {column}; name one of text or messages as "
-            f"dataset_column."
+            f"{self.name} has a {type(value).__name__} in the column {column}, which is no text, no messages and no "
+            f"list of token ids; name another column as dataset_column."
         )
 
     def _items(self, row: Mapping) -> Iterable[Any]:
         if self.kind == CHAT:
             return [chat_of(row, self._column)]
+        column = self._column or "input_ids"
+        if column not in row:
+            raise UnusableRow(f"it has no {column}; it has {', '.join(map(str, row)) or 'nothing'}")
         if self.kind == TOKENS:
-            return tokens_of(row, self._column or "input_ids")
-        assert self._column is not None
-        text = row.get(self._column)
+            return tokens_of(row, column)
+        text = row[column]
         if not isinstance(text, str):
-            raise UnusableRow(f"{self._column} is {_described(text)}, not a text")
+            raise UnusableRow(f"{column} is {_described(text)}, not a text")
         return [text]
 
     def _leave_out(self, number: int, reason: UnusableRow) -> None:
@@ -192,43 +170,6 @@ class Data:
             self._first_reason = f"The first of them is row {number}, counted from 0: {reason}."
         if not self._used and self._left_out >= GIVE_UP:
             self.report()
-
-
-def tokens_of(row: Mapping, column: str = "input_ids") -> Iterator[Tokens]:
-    """Yield the sequences of a row: one, or where it is a padded batch `[sequences, tokens]` as many.
-
-    Raises:
-        UnusableRow: where there are no token ids, or a mask or labels of another length.
-    """
-    mask = labels = None
-    input_ids = _numbers(row, column, may_be_bool=False)
-    # A row with several columns of token ids has the mask and the labels of the one with the usual name.
-    if column == "input_ids" or "input_ids" not in row:
-        mask, labels = (_numbers(row, name) for name in ("attention_mask", "labels"))
-    if input_ids is None or not input_ids.size:
-        raise UnusableRow(f"{column} is empty")
-    for name, values in (("attention_mask", mask), ("labels", labels)):
-        if values is not None and values.shape != input_ids.shape:
-            raise UnusableRow(f"{name} has the shape {list(values.shape)} and {column} {list(input_ids.shape)}")
-    width = input_ids.shape[-1]
-    table = input_ids.reshape(-1, width)
-    masks = np.ones(table.shape, dtype=bool) if mask is None else mask.reshape(-1, width) != 0
-    for number in range(len(table)):
-        yield Tokens(table[number], masks[number], None if labels is None else labels.reshape(-1, width)[number])
-
-
-def _numbers(row: Mapping, name: str, may_be_bool: bool = True) -> np.ndarray | None:
-    """A column as int64; `None` where it is missing."""
-    values = row.get(name)
-    if values is None:
-        return None
-    try:
-        array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UnusableRow(f"{name} has rows of different lengths") from error
-    if array.size and (array.dtype.kind not in ("iub" if may_be_bool else "iu") or array.ndim not in (1, 2)):
-        raise UnusableRow(f"{name} has no list of whole numbers")
-    return array.astype(np.int64)
 
 
 def _holds_numbers(value: Any) -> bool:

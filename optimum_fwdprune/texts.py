@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from .messages import is_message, refusing_all
 from .offline import naming_offline
 from .rows import CHAT, TEXT, TOKENS, Data
+from .tokens import check_table
 
 
 PRESETS = {
@@ -19,6 +22,10 @@ PRESETS = {
     "c4": {"path": "allenai/c4", "name": "en"},
 }
 BUILTIN = "builtin"
+# Text that the model writes itself, which calibration makes.
+SELF = "self"
+# Columns of numbers, one for every token.
+TOKEN_COLUMNS = {"input_ids", "attention_mask", "labels"}
 KINDS = {CHAT: "chats", TOKENS: "tokens"}
 # Longer than names of files are, and those of datasets.
 LONGEST_NAME = 4096
@@ -67,6 +74,11 @@ def open_rows(
     if isinstance(source, (str, Path)):
         if source == BUILTIN:
             return BUILTIN, _builtin_rows()
+        if source == SELF:
+            raise ValueError(
+                f"{SELF!r} is text that the model writes itself, which is for calibration alone; name a file (.txt, "
+                f".json, .jsonl, .parquet), {BUILTIN!r} or a dataset of the Hub."
+            )
         if source in PRESETS:
             return str(source), _shuffled(load_rows(**PRESETS[str(source)], split=split), seed)
         _check_name(str(source))
@@ -83,6 +95,8 @@ def open_rows(
     elif hasattr(source, "iterrows") or hasattr(source, "to_frame"):
         source = _pandas_rows(source)
     elif hasattr(source, "tolist"):
+        with refusing_all():
+            check_table(source, "the data")
         source = source.tolist()
     elif isinstance(source, Mapping):
         source = _rows_of_columns(source)
@@ -90,7 +104,7 @@ def open_rows(
         # A column of a dataset has these too, and holds no rows but what is in them.
         return "dataset", map(_row_of, source)
     if isinstance(source, Sequence):
-        if source and all(isinstance(value, Mapping) and value.keys() >= {"role", "content"} for value in source):
+        if source and all(map(is_message, source)):
             source = [source]
         if source and all(isinstance(value, (int, np.integer)) for value in source):
             source = [source]
@@ -168,13 +182,13 @@ def _reported(texts: Iterator[str], data: Data) -> Iterator[str]:
 
 def _rows_of_columns(columns: Mapping) -> list[dict]:
     """Rows of a mapping of columns, such as a tokenizer returns for one text or for several."""
-    columns = dict(columns.items())
-    lengths = {name: len(values) for name, values in columns.items() if hasattr(values, "__len__")}
-    if not columns or len(lengths) < len(columns) or any(isinstance(values, str) for values in columns.values()):
-        raise ValueError(
-            "Cannot read a dict that has no columns; give a mapping of columns to lists of equal lengths, or a list "
-            "of rows."
-        )
+    _check_columns(columns)
+    # A tokenizer may return no mask.
+    columns = {name: values for name, values in columns.items() if values is not None}
+    for name in TOKEN_COLUMNS & columns.keys():
+        with refusing_all():
+            check_table(columns[name], name)
+    lengths = {name: len(values) for name, values in columns.items()}
     ids = columns.get("input_ids")
     if ids is not None and lengths["input_ids"] and getattr(ids, "ndim", 1) == 1 and not hasattr(ids[0], "__len__"):
         return [columns]
@@ -182,6 +196,23 @@ def _rows_of_columns(columns: Mapping) -> list[dict]:
         counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise ValueError(f"The columns have different lengths: {counts}.")
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def _check_columns(columns: Mapping) -> None:
+    """Raise `ValueError` where a mapping has no columns, or one that is no list."""
+    reasons = [
+        f"whose column {name!r} is a {type(values).__name__}"
+        for name, values in columns.items()
+        if values is not None and (isinstance(values, (str, bytes)) or not hasattr(values, "__len__"))
+    ]
+    if not columns:
+        reasons = ["that has no columns"]
+    elif all(values is None for values in columns.values()):
+        reasons = [f"whose columns are None: {', '.join(map(str, columns))}"]
+    if reasons:
+        raise ValueError(
+            f"Cannot read a dict {reasons[0]}; give a mapping of columns to lists of equal lengths, or a list of rows."
+        )
 
 
 def _row_of(value: Any) -> Mapping:
@@ -226,7 +257,19 @@ def _file_rows(path: Path) -> Iterator[dict]:
         raise FileNotFoundError(f"There is no file {path}.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty.")
+    if path.suffix != ".parquet":
+        _check_encoding(path)
     return _read_rows(path)
+
+
+def _check_encoding(path: Path) -> None:
+    """Raise `ValueError` where a file begins in UTF-16 or UTF-32, which may pass for UTF-8 or fail unclearly."""
+    with open(path, "rb") as file:
+        beginning = file.read(4096)
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in beginning:
+        raise ValueError(
+            f"{path} is not UTF-8: it begins with the mark of UTF-16, or has null bytes. Save it as UTF-8."
+        )
 
 
 def _read_rows(path: Path) -> Iterator[dict]:
@@ -234,8 +277,11 @@ def _read_rows(path: Path) -> Iterator[dict]:
 
     # It takes names for patterns, and `data[1].jsonl` is how browsers name a second download.
     literal = glob.escape(str(path.absolute()))
+    loader = FILE_LOADERS[path.suffix]
+    # Editors may begin a file with a mark of its encoding, which is no part of the text. JSON is read without it.
+    options = {"encoding": "utf-8-sig"} if loader == "text" else {}
     try:
-        yield from load_dataset(FILE_LOADERS[path.suffix], data_files=literal, split="train", streaming=True)
+        yield from load_dataset(loader, data_files=literal, split="train", streaming=True, **options)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ValueError(

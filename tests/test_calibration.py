@@ -1,7 +1,9 @@
 """Where calibration tokens come from, and what happens where they do not."""
 
+import codecs
 import copy
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -217,6 +219,8 @@ SHARED = [[{"from": "human", "value": text}, {"from": "gpt", "value": "over the 
         [message for chat in CHATS for message in chat],
         {"messages": CHATS},
         [{"conversations": chat} for chat in SHARED],
+        [message for chat in SHARED for message in chat],
+        [json.dumps(chat) for chat in SHARED],
         [{"prompt": text, "completion": "over the dog"} for text in TEXTS],
         [{"question": text, "answer": "over the dog"} for text in TEXTS],
         datasets.Dataset.from_dict({"messages": CHATS}),
@@ -225,8 +229,8 @@ SHARED = [[{"from": "human", "value": text}, {"from": "gpt", "value": "over the 
         "chats.parquet",
     ],
     ids=[
-        "rows", "lists", "one chat", "columns", "ShareGPT", "prompts", "questions", "dataset", "splits", "jsonl",
-        "parquet",
+        "rows", "lists", "one chat", "columns", "ShareGPT", "one chat of ShareGPT", "JSON", "prompts", "questions",
+        "dataset", "splits", "jsonl", "parquet",
     ],
 )  # fmt: skip
 def test_chats_are_written_by_the_template_and_put_end_to_end(source, model, tokenizer, tmp_path):
@@ -354,6 +358,8 @@ def test_a_file_gives_the_same_windows_from_any_folder(model, tokenizer, tmp_pat
     [
         ("a.txt", "café\n".encode("latin-1") * 99, r"a\.txt is not UTF-8: it holds the byte 0xe9"),
         ("a.jsonl", '{"text": "café"}\n'.encode("latin-1"), r"a\.jsonl is not UTF-8: it holds the byte 0xe9"),
+        ("a.txt", "the fox\n".encode("utf-16"), r"a\.txt is not UTF-8: it begins with the mark of UTF-16"),
+        ("a.jsonl", '{"text": "fox"}\n'.encode("utf-16-le"), r"a\.jsonl is not UTF-8: .* or has null bytes\. Save it"),
         ("a.jsonl", b"{not json\n", r"a\.jsonl cannot be read as \.jsonl: JSON parse error"),
         ("a.parquet", b"no parquet at all", r"a\.parquet cannot be read as \.parquet: Parquet magic bytes"),
     ],
@@ -451,7 +457,7 @@ def test_a_named_column_is_taken(model, tokenizer, tmp_path):
     ("column", "message"),
     [
         ("nothing", r"has no column 'nothing'; it has the columns text, id\. Name one of text or messages"),
-        ("id", "has a int in the column id; name one of text or messages as dataset_column"),
+        ("id", "has a int in the column id, which is no text, no messages and no list of token ids; name another"),
     ],
 )
 def test_a_column_that_is_missing_or_no_text_is_refused(column, message, model, tokenizer, tmp_path):
@@ -622,17 +628,17 @@ def test_wikitexts_marks_are_undone():
         ({"a": 1}, "Cannot read a dict"),
         (3.5, "Cannot read a float"),
         (torch.zeros(0, 4, dtype=torch.int64), r"must be \[n_samples, seq_len\] and not empty; got \(0, 4\)"),
-        (torch.zeros(2, 2, 4, dtype=torch.int64), r"must be \[n_samples, seq_len\] and not empty; got \(2, 2, 4\)"),
+        (torch.zeros(2, 2, 4, dtype=torch.int64), r"has the shape \[2, 2, 4\], not \[tokens\]"),
         (torch.zeros(2, 4), "must be int64 token ids; got torch.float32"),
         (torch.ones(2, 4, dtype=torch.bool), "must be int64 token ids; got torch.bool"),
         (np.zeros((2, 4)), "must be int64 token ids; got torch.float64"),
         (np.zeros((0,), dtype=int), r"must be \[n_samples, seq_len\] and not empty; got \(1, 0\)"),
-        ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "attention_mask must have the shape of input_ids"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, r"the shape of input_ids, \[1, 2\]; it has \[1, 1\]"),
         ({"input_ids": [[1, 2, 3], [3, 4]], "attention_mask": [[1], [1]]}, r"attention_mask has the shape \[1\]"),
         ({"input_ids": ["a", "b"]}, "None of 2 rows of rows can be used.*input_ids has no list of whole numbers"),
         ({"text": ["the fox"], "id": [1, 2]}, "The columns have different lengths: text has 1, id has 2"),
         (pandas.DataFrame({"id": [1], "length": [2]}), "has the columns id, length; name one of text"),
-        (pandas.Series([1, 2]), "has a int in the column text; name one of text"),
+        (pandas.Series([1, 2]), "has a int in the column text, which is no text"),
         (torch.full((2, 4), -100), "hold token -100, and tokens start at 0"),
         (torch.full((2, 4), 300), r"token 300.*vocabulary of 300"),
     ],
@@ -654,6 +660,33 @@ def test_empty_datasets_and_files_are_refused(model, tokenizer, tmp_path):
         windows(model, tokenizer, calibration=str(tmp_path / "data.csv"))
 
 
-def test_a_mask_of_another_shape_is_refused(model, tokens):
-    with pytest.raises(ValueError, match="attention_mask must have the shape"):
-        windows(model, None, {"input_ids": tokens, "attention_mask": torch.ones(2, 2)})
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_the_mark_of_the_encoding_is_no_part_of_the_text(suffix, model, tokenizer, tmp_path):
+    path = write(tmp_path, f"text{suffix}")
+    expected = windows(model, tokenizer, calibration=path).input_ids
+    marked = tmp_path / f"marked{suffix}"
+    marked.write_bytes(codecs.BOM_UTF8 + Path(path).read_bytes())
+
+    assert torch.equal(windows(model, tokenizer, calibration=str(marked)).input_ids, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([[1]],), r"input_ids of a Calibration must be a tensor \[n_samples, seq_len\]; got a list"),
+        ((None,), "input_ids of a Calibration must be a tensor .*; got a NoneType"),
+        ((torch.ones(1, 2).long(), 5), "attention_mask of a Calibration must be a tensor .*; got a int"),
+        ((torch.ones(1, 2).long(), torch.ones(2, 2)), r"the shape of input_ids, \[1, 2\]; it has \[2, 2\]"),
+        ((torch.ones(1, 2).long(), torch.tensor([[0, -torch.inf]])), "attention_mask has values below 0"),
+        ((torch.ones(1, 2).long().to_sparse(),), "input_ids is a sparse or nested tensor"),
+    ],
+)
+def test_a_calibration_that_is_none_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Calibration(*arguments)
+
+
+def test_a_mask_of_numbers_becomes_int64(tokens):
+    mask = (tokens > 20).float()
+
+    assert torch.equal(Calibration(tokens, mask).attention_mask, mask.long())

@@ -1,10 +1,12 @@
 """Chats under templates of the families that models come with: which words count, and which rows cannot be used."""
 
 import copy
+import json
 
 import pytest
 
-from optimum_fwdprune.chats import IGNORED, Chat, UnusableRow, chat_of, chat_text, check_template, encoded_chat
+from optimum_fwdprune.chats import IGNORED, chat_text, check_template, encoded_chat
+from optimum_fwdprune.messages import Chat, UnusableRow, chat_of
 
 
 # Qwen3's template keeps the thought only in the answers after the last question.
@@ -121,7 +123,67 @@ def test_a_chat_that_begins_with_the_assistant_has_that_as_context(encode):
     ]
     with pytest.raises(UnusableRow, match="chat template refuses it: Roles must alternate"):
         encode(GEMMA, {"conversations": [greeting, *asked]})
-    assert encode(PLAIN, {"conversations": [greeting]}) == []
+    with pytest.raises(UnusableRow, match="is part of the prompt, or answers no message before it"):
+        encode(PLAIN, {"conversations": [greeting]})
+
+
+UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+PARTED = MARKED.replace("m.content + '</s>' }}", "m.content }}{% endgeneration %}-{% generation %}{{- '</s>' }}", 1)
+
+
+@pytest.mark.parametrize("template", [MARKED, PARTED, UNMARKED], ids=["marks", "marks in parts", "no marks"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": QUICK[:3], "completion": QUICK[3:]},
+        {"messages": [QUICK[1], QUICK[2], QUICK[3]]},
+        {"messages": [QUICK[0], {"role": "assistant", "content": ""}, *QUICK[2:]]},
+    ],
+    ids=["in the prompt", "unasked", "empty"],
+)
+def test_what_is_no_answer_does_not_count_whatever_the_template_marks(row, template, encode):
+    ((_, counted),) = encode(template, row)
+
+    assert counted.replace("-", "") == "<think>dog</think>jumps</s>"
+
+
+PAIR = [{"role": "user", "content": "quick"}, {"role": "assistant", "content": "fox"}]
+LAZY = [{"role": "system", "content": "lazy"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": json.dumps(PAIR)}, PAIR),
+        ({"prompt": json.dumps(PAIR[:1]), "completion": json.dumps(PAIR[1:])}, PAIR),
+        ({"messages": [{"role": "human", "content": "quick"}, {"role": "GPT", "content": "fox"}]}, PAIR),
+        ({"messages": [{"from": "Human", "value": "quick"}, {"from": "model", "value": "fox"}]}, PAIR),
+        ({"messages": PAIR, "system": "lazy"}, LAZY + PAIR),
+        ({"messages": LAZY + PAIR, "system": "dog"}, LAZY + PAIR),
+        ({"question": "quick", "answer": "fox", "system_prompt": "lazy"}, LAZY + PAIR),
+        ({"prompt": PAIR[:1], "completion": PAIR[1:], "system": "lazy"}, LAZY + PAIR),
+        ({"prompt": "quick", "completion": "fox", "system": "", "history": None}, PAIR),
+        ({"instruction": "quick", "output": "fox", "history": [["quick", "fox"]]}, PAIR + PAIR),
+        (
+            {"instruction": "quick", "output": "fox", "history": '[["quick", "fox"]]', "system": "lazy"},
+            LAZY + PAIR * 2,
+        ),
+        ({"instruction": "quick", "output": "fox", "history": PAIR}, PAIR + PAIR),
+    ],
+)
+def test_forms_of_datasets_become_the_same_messages(row, expected):
+    assert chat_of(row).messages == expected
+
+
+def test_answers_of_the_history_count(encode):
+    row = {"instruction": "quick", "output": "fox", "history": [["lazy", "dog"]], "system": "over"}
+
+    assert encode(PLAIN, row) == [
+        (
+            "<system>over</s><user>lazy</s><assistant>dog</s><user>quick</s><assistant>fox</s>",
+            "dog</s>fox</s>",
+        )
+    ]
 
 
 def test_of_a_prompt_of_messages_the_completion_counts(encode):
@@ -155,6 +217,11 @@ def test_tools_of_a_row_reach_the_template(tokenizer):
     ("row", "reason"),
     [
         ({"messages": None}, "it has no messages"),
+        ({"messages": "[{'role': 'user'}]"}, "messages is a str, not a list of messages"),
+        ({"messages": QUICK, "system": 5}, "system is a int, not a text"),
+        ({"prompt": "the", "completion": "fox", "history": [["a"]]}, "history is no list of pairs"),
+        ({"prompt": "the", "completion": "fox", "history": [["a", None]]}, "history is null, not a text"),
+        ({"prompt": "the", "completion": "fox", "history": "a"}, "history is not JSON"),
         ({"messages": []}, "messages is empty"),
         ({"messages": "the fox"}, "messages is a str, not a list of messages"),
         ({"messages": [None]}, "one in 'messages' has a NoneType"),

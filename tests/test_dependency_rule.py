@@ -58,6 +58,8 @@ ORDER = [
     "texts",
     "rows",
     "chats",
+    "tokens",
+    "messages",
     "saving",
     "sources",
     "tokenizing",

@@ -13,12 +13,17 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from ..chats import IGNORED, Chat, UnusableRow, check_template, encoded_chat
-from ..rows import CHAT, TOKENS, Data, Tokens
+from ..chats import IGNORED, check_template, encoded_chat
+from ..loggers import get_logger
+from ..messages import Chat, UnusableRow
+from ..rows import CHAT, TOKENS, Data
 from ..texts import always_text, detokenize, open_rows
+from ..tokens import Tokens
 from ..utils import progress
 from .options import RecoveryOptions
 
+
+logger = get_logger(__name__)
 
 # Tokens per sequence where nobody says.
 MAX_LENGTH = 512
@@ -41,7 +46,8 @@ def training_data(
     - Chats (`messages` with `role` and `content`, or ShareGPT's `from` and `value`; and `prompt` and `completion`,
       `instruction` (`input`) and `output`, or `question` and `answer`, which become one) are put through the
       tokenizer's chat template where it has one, with the loss on the answers alone. Where the template writes an
-      answer differently once the chat goes on, every answer is in a sequence of its own.
+      answer differently once the chat goes on, every answer is in a sequence of its own. What is beyond `max_length`
+      tokens is cut, and a warning counts the tokens of answers that are lost.
     - Text is packed end to end into sequences of `max_length` tokens.
 
     Rows that cannot be used, such as a chat that the template refuses, are left out, and a warning says how many.
@@ -130,23 +136,46 @@ def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted:
 
 def _answers(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted: int | None) -> Dataset:
     check_template(tokenizer)
+    # Of every chat that is used: tokens of answers, and those of them beyond the length.
+    counted: list[tuple[int, int]] = []
 
     def sequences_of(chat: Chat) -> Iterable[dict[str, list[int]]]:
-        cut = [(ids[:length], labels[:length]) for ids, labels in encoded_chat(chat, tokenizer)]
+        encoded = encoded_chat(chat, tokenizer)
         # The first token is predicted from nothing.
-        sequences = [
-            {"input_ids": ids, "labels": labels} for ids, labels in cut if any(x != IGNORED for x in labels[1:])
-        ]
-        if not sequences:
+        total = sum(_counted(labels[1:]) for _, labels in encoded)
+        kept = sum(_counted(labels[1:length]) for _, labels in encoded)
+        if not total:
+            raise UnusableRow("the chat template marks no token of it as the assistant's")
+        if not kept:
             raise UnusableRow(
                 f"it has no answer of the assistant within its first {length} tokens, which is max_length"
             )
-        return sequences
+        counted.append((total, total - kept))
+        return [
+            {"input_ids": ids[:length], "labels": labels[:length]}
+            for ids, labels in encoded
+            if _counted(labels[1:length])
+        ]
 
     sequences = progress(data.converted(sequences_of), "Tokenizing", unit="chat")
     taken = list(islice(sequences, wanted))
     data.report()
+    if cut := sum(1 for _, beyond in counted if beyond):
+        logger.warning(
+            "%d of %d chats of %s go on beyond max_length=%d tokens: they are cut there, and %d of the %d tokens of "
+            "all answers are not trained on. Raise max_length to keep them.",
+            cut,
+            len(counted),
+            data.name,
+            length,
+            sum(beyond for _, beyond in counted),
+            sum(total for total, _ in counted),
+        )
     return Dataset.from_list(taken)
+
+
+def _counted(labels: list[int]) -> int:
+    return sum(label != IGNORED for label in labels)
 
 
 def _check_vocabulary(sequences: Dataset, name: str, vocab_size: int | None) -> None:

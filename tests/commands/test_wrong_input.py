@@ -22,6 +22,8 @@ def folder(checkpoints, tmp_path, monkeypatch):
     (tmp_path / "note.txt").write_text("")
     (tmp_path / "short.txt").write_text("the quick brown fox")
     (tmp_path / "text.txt").write_text("the quick brown fox " * 3000)
+    (tmp_path / "rows.jsonl").write_text('{"a": "the fox", "b": "the dog"}')
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "the fox"}]}')
     return tmp_path
 
 
@@ -76,6 +78,16 @@ def test_what_is_empty_is_named(words, cli, folder):
         ),
         (("prune", "-m", "dense", "out", "--dtype", "nope"), "--dtype nope is no dtype; name auto, float32"),
         (("evaluate", "dense", "--text", "text.txt", "--max_length", "9999"), "--max_length 9999 is more than the"),
+        (
+            ("evaluate", "dense", "--text", "rows.jsonl"),
+            "has the columns a, b; name one of text or messages as --text_",
+        ),
+        (("compare", "dense", "pruned", "--text", "chat.jsonl"), "text is needed; name its column as --text_column."),
+        (("prune", "-m", "dense", "out", "--calibration", "rows.jsonl"), "text or messages as --dataset_column."),
+        (
+            ("recover", "pruned", "out", "--dataset", "self"),
+            "'self' is text that the model writes itself, which is for",
+        ),
         (("report", "pruned", "--json", "text.txt"), "pass --overwrite to replace it"),
     ],
 )
@@ -94,6 +106,7 @@ def test_errors_speak_of_options(words, message, cli, folder):
         ("set overwrite=True", "set --overwrite"),
         ("set refit=False or refit=True", "set --no-refit or --refit"),
         ("with skip_layers=None", "with no --skip_layers"),
+        ("name it as dataset_column.", "name it as --text_column."),
         ("/home/me/seq_len/x=3.txt has seq_len", "/home/me/seq_len/x=3.txt has --seq_len"),
         ("the scope of it is a plan, other_name=3", "the scope of it is a plan, other_name=3"),
         ("`seq_len` and --seq_len and 'seq_len'", "`seq_len` and --seq_len and 'seq_len'"),
@@ -101,7 +114,7 @@ def test_errors_speak_of_options(words, message, cli, folder):
 )
 def test_arguments_become_the_options_that_there_are(message, expected):
     parser = ArgumentParser()
-    for name in ("sparsity", "kinds", "scope", "skip_layers", "seq_len", "plan"):
+    for name in ("sparsity", "kinds", "scope", "skip_layers", "seq_len", "plan", "text_column"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--refit", action=BooleanOptionalAction)

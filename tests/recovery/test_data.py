@@ -10,6 +10,7 @@ import tiny
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from optimum_fwdprune.calibration import load_calibration
 from optimum_fwdprune.recovery import RecoveryOptions, training_data
 from optimum_fwdprune.recovery.data import IGNORED, collate
 
@@ -24,6 +25,7 @@ CHAT = [
     {"role": "user", "content": "the lazy"},
     {"role": "assistant", "content": "dog jumps"},
 ]
+GOOD, TEXT = {"messages": CHAT[:2]}, "the quick brown fox jumps over the lazy dog" * 10
 
 
 def options(**changes):
@@ -40,9 +42,10 @@ def chatty(tokenizer):
 
 @pytest.fixture
 def warnings(monkeypatch):
-    """Warnings of rows that are left out."""
+    """Warnings of what is left out."""
     said = []
-    monkeypatch.setattr("optimum_fwdprune.rows.logger.warning", lambda text, *args: said.append(text % args))
+    for module in ("rows", "recovery.data"):
+        monkeypatch.setattr(f"optimum_fwdprune.{module}.logger.warning", lambda text, *args: said.append(text % args))
     return said
 
 
@@ -111,14 +114,20 @@ def test_an_input_stands_between_instruction_and_answer(tokenizer):
 
 
 def test_long_chats_are_cut_and_those_without_an_answer_left_out(chatty, warnings):
-    rows = [{"messages": CHAT}, {"messages": [{"role": "user", "content": "the " * 100}, CHAT[1]]}]
+    rows = [{"messages": CHAT}, {"messages": [{"role": "user", "content": "the " * 100}, CHAT[1]]}, GOOD]
+    whole = training_data(rows[::2], chatty, options(max_length=200))
+    assert warnings == []
     data = training_data(rows, chatty, options(max_length=40))
 
-    assert len(data) == 1 and len(data[0]["input_ids"]) == 40
-    assert len(warnings) == 1
+    assert len(data) == 2 and len(data[0]["input_ids"]) == 40
+    total, kept = (sum(label != IGNORED for row in rows["labels"] for label in row) for rows in (whole, data))
     assert (
-        "1 of 2 rows of rows are left out. The first of them is row 1, counted from 0: it has no answer" in warnings[0]
+        "1 of 3 rows of rows are left out. The first of them is row 1, counted from 0: it has no answer" in warnings[0]
     )
+    assert warnings[1:] == [
+        f"1 of 2 chats of rows go on beyond max_length=40 tokens: they are cut there, and {total - kept} of the "
+        f"{total} tokens of all answers are not trained on. Raise max_length to keep them."
+    ]
 
 
 def test_files_and_tokens(tokenizer, tmp_path):
@@ -220,9 +229,6 @@ def test_padding_that_makes_a_row_too_long_is_cut_off(padded):
     assert list(data["input_ids"]) == [row[:length] for row in unpadded(padded)]
 
 
-GOOD, TEXT = {"messages": CHAT[:2]}, "the quick brown fox jumps over the lazy dog" * 10
-
-
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
@@ -234,8 +240,16 @@ GOOD, TEXT = {"messages": CHAT[:2]}, "the quick brown fox jumps over the lazy do
         ([GOOD, {"messages": None}], "row 1, counted from 0: it has no messages"),
         ([{"messages": []}, GOOD], "row 0, counted from 0: messages is empty"),
         ([GOOD, {"messages": [{"role": "user", "content": None}, CHAT[1]]}], "a message of user in 'messages' has no"),
-        ([GOOD, {"messages": CHAT[1:2]}], "row 1, counted from 0: it has no answer of the assistant"),
-        ([GOOD, {"messages": [CHAT[0], {"role": "assistant", "content": " "}]}], "it has no answer of the assistant"),
+        ([GOOD, {"messages": CHAT[1:2]}], "row 1, counted from 0: what the assistant says in it is part"),
+        ([GOOD, {"messages": [CHAT[0], {"role": "assistant", "content": " "}]}], "its answers are empty"),
+        (
+            [GOOD, {"messages": [{"role": "narrator", "content": "x"}]}],
+            "no message of the role assistant, only of narr",
+        ),
+        ([GOOD, TEXT], "it has no messages; it has text"),
+        ([TEXT, [1, 2, 3]], "it has no text; it has input_ids"),
+        ([[1, 2, 3], TEXT], "it has no input_ids; it has text"),
+        ([{"messages": "[{broken"}, GOOD], "row 0, counted from 0: messages is a str, not a list of messages"),
         ([GOOD, {"messages": [{"role": "system", "content": "x"}, *CHAT[:2]]}], "refuses it: No system role here"),
         ([[1, 2, 3], [1]], "row 1, counted from 0: it has no token to predict"),
         ([[1, 2, 3], [0.5, 1.5]], "row 1, counted from 0: input_ids has no list of whole numbers"),
@@ -305,10 +319,11 @@ def test_batches_are_padded_behind_their_end_and_only_where_they_must():
         ),
         ([{"a": "x", "b": "y"}], {}, "rows has the columns a, b; name one"),
         ([{"a": "x", "b": "y"}], {"dataset_column": "text"}, "rows has no column 'text'; it has the columns a, b"),
-        ([{"messages": [{"role": "user", "content": "x"}]}], {}, "None of 1 rows of rows can be used.* no answer"),
+        ([{"messages": CHAT[:1]}], {}, "None of 1 rows of rows can be used.* no message of the role assistant, only"),
         ([{"messages": [{"who": "me", "says": "x"}]}], {}, "one in 'messages' has who, says"),
         ([{"turns": ["x", "y"]}], {"dataset_column": "turns"}, "one in 'turns' has a str"),
         ("nowhere.txt", {}, "There is no file nowhere.txt"),
+        ("self", {}, "'self' is text that the model writes itself, which is for calibration alone; name a file"),
         (3.5, {}, "Cannot read a float"),
     ],
 )
@@ -340,6 +355,73 @@ def test_of_a_dataset_of_splits_the_named_one_is_taken(tokenizer):
         assert found.to_dict() == training_data(splits[name], tokenizer, options()).to_dict()
     with pytest.raises(ValueError, match="has no split 'dev'; it has train, test"):
         training_data(both, tokenizer, options(dataset_split="dev"))
+
+
+IDS = torch.arange(8).view(2, 4)
+HALF = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+SCORES = torch.where(HALF == 1, 0.0, -torch.inf)
+
+
+@pytest.mark.parametrize("as_rows", [False, True], ids=["batch", "rows"])
+@pytest.mark.parametrize(
+    ("batch", "lengths"),
+    [
+        ({"input_ids": IDS, "attention_mask": None, "labels": None}, [4, 4]),
+        ({"input_ids": IDS.tolist(), "attention_mask": None}, [4, 4]),
+        ({"input_ids": IDS, "attention_mask": HALF.float()}, [3, 2]),
+        ({"input_ids": IDS, "attention_mask": HALF.bool().numpy()}, [3, 2]),
+        ({"input_ids": IDS, "attention_mask": HALF.float().tolist()}, [3, 2]),
+        ({"input_ids": IDS, "attention_mask": SCORES}, "attention_mask has values below 0, like a mask that is added"),
+        (
+            {"input_ids": IDS, "attention_mask": HALF[:, :3]},
+            r"\[2, 4\]; it has \[2, 3\]|the shape .*3\] and input_ids",
+        ),
+        (
+            {"input_ids": IDS, "attention_mask": HALF[:, None, None]},
+            r"attention_mask has the shape \[2, 1, 1, 4\], not",
+        ),
+        ({"input_ids": IDS[None]}, r"input_ids has the shape \[1, 2, 4\], not \[tokens\] or \[sequences, tokens\]"),
+        ({"input_ids": IDS.to_sparse()}, r"input_ids is a sparse or nested tensor; give a dense one"),
+        ({"input_ids": IDS, "attention_mask": HALF.to_sparse()}, "attention_mask is a sparse or nested tensor"),
+        ({"input_ids": IDS.to("meta")}, "input_ids is a tensor on the device meta"),
+    ],
+)
+def test_calibration_and_training_take_the_same_tokens_and_masks(batch, lengths, as_rows):
+    source = [batch] if as_rows else batch
+    request, model = tiny.request(n_samples=2, seq_len=4), tiny.make_model("llama_gqa_biases")
+    if isinstance(lengths, str):
+        for read in (
+            lambda: training_data(source, None, options()),
+            lambda: load_calibration(request, model, None, source),
+        ):
+            with pytest.raises(ValueError, match=lengths):
+                read()
+        return
+    trained = training_data(source, None, options())
+    calibration = load_calibration(request, model, None, source)
+
+    masks = [row.get("attention_mask", [1] * 4) for row in trained]
+    assert [sum(mask) for mask in masks] == lengths and calibration.num_tokens == sum(lengths)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"input_ids": None}, "Cannot read a dict whose columns are None: input_ids; give"),
+        ({"input_ids": 5}, "Cannot read a dict whose column 'input_ids' is a int; give a mapping of columns to lists"),
+        ({"input_ids": IDS, "attention_mask": 5}, "Cannot read a dict whose column 'attention_mask' is a int"),
+        ({"text": "the fox"}, "Cannot read a dict whose column 'text' is a str"),
+        (IDS[None], r"the data has the shape|input_ids has the shape \[1, 2, 4\], not"),
+        (IDS.to_sparse(), "is a sparse or nested tensor"),
+        (torch.tensor(3), r"has the shape \[\], not"),
+    ],
+)
+def test_calibration_and_training_refuse_the_same_sources(source, message, tokenizer):
+    model = tiny.make_model("llama_gqa_biases")
+    with pytest.raises(ValueError, match=message):
+        training_data(source, tokenizer, options())
+    with pytest.raises(ValueError, match=message):
+        load_calibration(tiny.request(n_samples=2, seq_len=4), model, tokenizer, source)
 
 
 def test_the_mask_counts_whatever_the_column_of_token_ids_is_called(tokenizer):
