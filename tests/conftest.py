@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import tiny
 import torch
+from fresh import FreshProcesses
 from hypothesis import settings
 
 
@@ -31,6 +32,14 @@ def python_without_the_package(tmp_path_factory):
     # In a folder that is named there, the file that an editable installation goes by is not read.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+
+
+@pytest.fixture(scope="session")
+def fresh_processes():
+    """Runs code in processes in which neither transformers nor the package under test was imported."""
+    processes = FreshProcesses()
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")

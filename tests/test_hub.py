@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import hub_server
 import pytest
@@ -18,7 +16,7 @@ def hub():
 
 
 @pytest.fixture
-def run(hub, tmp_path):
+def run(hub, tmp_path, fresh_processes):
     """Run code in a process whose Hub is the loopback one; returns what it prints as JSON."""
 
     def run(code, cache="cache", check=True):
@@ -32,9 +30,7 @@ def run(hub, tmp_path):
             "HF_HUB_OFFLINE": "0",
             "PYTHONPATH": os.path.dirname(__file__),
         }
-        result = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
-        )
+        result = fresh_processes.run(code, environment)
         if not check:
             return result
         assert result.returncode == 0, result.stderr[-3000:]

@@ -28,20 +28,23 @@ assert type(AutoModelForCausalLM.from_pretrained({path!r})).__name__ == "PrunedL
 """
 
 
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-
-
 def test_importing_the_package_imports_neither_torch_nor_transformers():
     code = "import sys, optimum_fwdprune; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
-    assert run(code).stdout.strip() == "[]"
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    FwdPruner(tiny.make_model("llama_gqa_biases")).prune(method="magnitude").save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_pruned_checkpoints_load_in_every_import_order(order, tokens, tmp_path):
-    FwdPruner(tiny.make_model("llama_gqa_biases")).prune(None, tokens).save_pretrained(tmp_path)
-    result = run(ORDERS[order] + LOAD.format(path=str(tmp_path)))
+def test_pruned_checkpoints_load_in_every_import_order(order, checkpoint, fresh_processes):
+    result = fresh_processes.run(ORDERS[order] + LOAD.format(path=str(checkpoint)))
 
     assert result.returncode == 0, result.stderr[-3000:]
 

@@ -1,6 +1,7 @@
 """MINI-LLM and Taylor against plain loops over their formulas, and what their options do."""
 
 import copy
+import gc
 
 import numpy as np
 import pytest
@@ -167,8 +168,8 @@ def test_more_draws_come_closer_to_the_exact_scores(perturb):
         found = score(model, tokens, perturb=perturb, **options).values[0, "mlp"]
         return float(torch.corrcoef(torch.stack([found, exact]))[0, 1])
 
-    assert correlation(4000) > 0.95
-    assert correlation(4000) > correlation(8)
+    many = correlation(4000)
+    assert many > 0.95 and many > correlation(8)
 
 
 def test_what_was_drawn_is_in_the_plan_and_in_the_scores_file(tokens, tmp_path):
@@ -202,10 +203,11 @@ def test_scores_bring_the_options_that_they_were_made_with(tokens):
 
 def test_scoring_holds_a_handful_of_copies_of_one_linear(tokens, monkeypatch):
     """Never a gradient of the size of the model: the parts that standard errors need, and three more."""
-    import gc
-
     from optimum_fwdprune.architectures import Site
 
+    # What other tests left need not be looked through at every step.
+    gc.collect()
+    gc.freeze()
     model = tiny.make_model("llama_gqa_biases", intermediate_size=1000)
     size, held = 1000 * 48, []
     sum_owned = Site.sum_owned
@@ -214,14 +216,17 @@ def test_scoring_holds_a_handful_of_copies_of_one_linear(tokens, monkeypatch):
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in gc.get_objects()
-            if isinstance(tensor, torch.Tensor)
+            if issubclass(type(tensor), torch.Tensor)
         }
         held.append(sum(bytes for bytes in storages.values() if bytes % (4 * size) == 0) / (4 * size))
         return sum_owned(self, *arguments)
 
     weights = sum(linear.weight.numel() == size for linear in model.modules() if isinstance(linear, torch.nn.Linear))
     monkeypatch.setattr(Site, "sum_owned", counting)
-    score(model, tokens, draws=16)
+    try:
+        score(model, tokens, draws=16)
+    finally:
+        gc.unfreeze()
 
     assert weights == 9 and 8 <= max(held) - weights <= 8 + 3
 

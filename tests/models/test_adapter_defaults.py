@@ -1,8 +1,5 @@
 """PEFT puts adapters on pruned models as on the stock family, whichever of the two packages is imported first."""
 
-import subprocess
-import sys
-
 import peft
 import pytest
 import tiny
@@ -48,11 +45,11 @@ def test_every_table_has_the_pruned_family_where_it_has_the_stock_one(family):
         "from optimum_fwdprune import FwdPruner; assert 'peft.utils.constants' not in sys.modules; import peft",
     ],
 )
-def test_the_order_of_imports_does_not_matter(first):
+def test_the_order_of_imports_does_not_matter(first, fresh_processes):
     code = (
         f"import sys; {first}; from transformers import AutoModelForCausalLM\n"
         "from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table\n"
         f"assert all(table['pruned_' + name] == table[name] for name in {FAMILIES})\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    result = fresh_processes.run(code)
     assert result.returncode == 0, result.stderr[-2000:]
