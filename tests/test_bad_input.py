@@ -55,8 +55,7 @@ def test_an_impossible_request_names_the_constraint_and_changes_nothing(config, 
     assert torch.equal(model(tokens).logits, before)
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("reconstruction", ["none", "bias"])
+@pytest.mark.parametrize(*tiny.crossed(scope=["layer", "global"], reconstruction=["none", "bias"]))
 def test_targets_are_ceilings_of_the_whole_model(dense, tokens, scope, reconstruction, tmp_path):
     parameters = sum(parameter.numel() for parameter in dense.parameters())
     target = int(parameters * 0.75)

@@ -55,9 +55,11 @@ def test_an_epoch_takes_every_window_once(tokens):
     assert first.tolist() != second.tolist()
 
 
-@pytest.mark.parametrize("estimator", ["leave_one_out", "moving_average"])
-@pytest.mark.parametrize("budget", ["separate", "joint"])
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(
+    *tiny.crossed(
+        estimator=["leave_one_out", "moving_average"], budget=["separate", "joint"], scope=["layer", "global"]
+    )
+)
 def test_probabilities_stay_within_their_budgets(dense, tokens, estimator, budget, scope):
     pruner = FwdPruner(dense)
     request = config(estimator=estimator, budget=budget, scope=scope, learning_rate=0.5, attention_unit="kv_group")

@@ -1,5 +1,6 @@
 """Several processes end where one does: `accelerate launch` with gloo on the CPU, all cases in one launch."""
 
+import functools
 import json
 import os
 import subprocess
@@ -26,12 +27,23 @@ OF_LAYERS = "statistics-by-layer"
 WEIGHTS = {"rtol": 5e-3, "atol": 5e-4}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def folders(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """Launches so many processes, once, and returns the folder that they wrote to."""
+
+    @functools.cache
+    def launched(processes):
+        folder = tmp_path_factory.mktemp("ranks")
+        launch(processes, prune_in_ranks.__file__, folder)
+        return folder
+
+    return launched
+
+
+@pytest.fixture(params=[2, 3])
+def folders(request, launched):
     """What each process of a launch wrote, one folder each."""
-    folder = tmp_path_factory.mktemp("ranks")
-    launch(request.param, prune_in_ranks.__file__, folder)
-    return [folder / str(rank) for rank in range(request.param)]
+    return [launched(request.param) / str(rank) for rank in range(request.param)]
 
 
 def launch(processes, *arguments):
@@ -100,7 +112,11 @@ def test_each_process_passes_its_share_of_the_windows(folders, alone, name):
     assert max(passed) <= common + 1.3 * (expected - common) / len(folders), (passed, expected)
 
 
-@pytest.mark.parametrize("name", prune_in_ranks.RESUMED)
+@pytest.mark.parametrize(
+    ("folders", "name"),
+    [(processes, name) for processes in (2, 3) for name in prune_in_ranks.resumed_in(processes)],
+    indirect=["folders"],
+)
 def test_a_run_of_several_processes_goes_on(folders, name):
     for folder in folders:
         plan = json.loads((folder / f"{name}.json").read_text())

@@ -12,7 +12,10 @@ def removed(plan, sites):
     return sum(len(plan.removed(site.key)) * site.unit_parameters for site in sites)
 
 
-@pytest.mark.parametrize("reconstruction", ["none", "least_squares"])
+@pytest.mark.parametrize(
+    ("architecture_name", "reconstruction"),
+    [(name, "none") for name in tiny.CONFIGS] + [(name, "least_squares") for name in tiny.REPRESENTATIVE],
+)
 def test_rounds_come_to_the_budget_and_to_a_plan_that_gives_the_same_units(dense, tokens, reconstruction):
     sites = find_sites(dense)
     prunable = sum(site.num_parameters for site in sites)

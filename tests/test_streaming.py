@@ -58,7 +58,15 @@ def llama(tmp_path):
     return tmp_path / "llama"
 
 
-@pytest.mark.parametrize("name", REQUESTS)
+# One that reconstructs layer by layer and one that does not with every architecture, and the others with three.
+CASES = [
+    (architecture, name)
+    for architecture in tiny.CONFIGS
+    for name in (REQUESTS if architecture in tiny.REPRESENTATIVE else ("flap", "sequential"))
+]
+
+
+@pytest.mark.parametrize(("architecture_name", "name"), CASES)
 def test_streamed_equals_in_memory_bit_for_bit(checkpoint, tokens, tmp_path, name):
     memory, disk = tmp_path / "memory", tmp_path / "disk"
     for folder in (memory, disk):

@@ -1,5 +1,7 @@
 """Tiny models of every architecture, built from configs, and a tiny tokenizer."""
 
+import itertools
+
 import torch
 import transformers
 from third_party_phi3 import register_phi3
@@ -60,6 +62,25 @@ CONFIGS = {
     "qwen3": (transformers.Qwen3Config, {**_LLAMA_SIZES, "head_dim": 16}),
     "phi3_third_party": (transformers.Phi3Config, {**_LLAMA_SIZES, "pad_token_id": 0}),
 }
+
+# Grouped-query attention with rotary positions, learned positions, and ALiBi with fused sources.
+REPRESENTATIVE = ("llama_gqa_biases", "opt_pre_norm", "bloom")
+
+
+def crossed(**options):
+    """Arguments of `parametrize` for a test of `architecture_name` and options, which are lists of values.
+
+    The representative architectures have all combinations, and the others as few as it takes to have every value.
+    """
+    combinations = list(itertools.product(*options.values()))
+    longest = max(map(len, options.values()))
+    every_value = [tuple(values[index % len(values)] for values in options.values()) for index in range(longest)]
+    cases = [
+        (architecture, *case)
+        for architecture in CONFIGS
+        for case in (combinations if architecture in REPRESENTATIVE else every_value)
+    ]
+    return ("architecture_name", *options), cases
 
 
 def make_config(name, **changes):

@@ -74,8 +74,9 @@ AGGREGATES = {
 }
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATES)
-@pytest.mark.parametrize("gradient", ["exact", "ones"])
+@pytest.mark.parametrize(
+    *tiny.crossed(unit=["kv_group", "query_head"], gradient=["exact", "ones"], aggregation=[*AGGREGATES])
+)
 def test_feature_map_sensitivity(dense, tokens, unit, gradient, aggregation):
     """Σ |W · ∂L/∂W| · ‖X‖ over source rows, their biases, and projection columns."""
     scores = score(dense, tokens, unit, gradient=gradient, aggregation=aggregation).values
@@ -293,8 +294,7 @@ def test_nothing_is_kept_for_gradients(tokens, perturb, monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("perturb", ["weights", "units"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(*tiny.crossed(perturb=["weights", "units"], dtype=[torch.bfloat16, torch.float16]))
 def test_half_precision_models_are_scored(dense, tokens, dtype, perturb):
     scores = score(dense.to(dtype), tokens, perturb=perturb, draws=4, epsilon=0.05)
 

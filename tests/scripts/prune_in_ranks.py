@@ -52,6 +52,11 @@ latency.median_seconds = another_clock
 RESUMED = ["mini_llm_units", "policy_gradient_ratio", "search", "sequential_dense", "sources", "self", "offloaded"]
 
 
+def resumed_in(processes):
+    """The cases that go on: all of them in two processes, and one of each kind of state in more."""
+    return RESUMED if processes == 2 else ["mini_llm_units", "sequential_dense", "offloaded"]
+
+
 def dataset_of(name):
     """Calibration of a case: 16 windows of 24 (96 for sources), 16 of which two hold nothing but padding, or two."""
     if name in ("self", "builtin"):
@@ -92,7 +97,7 @@ def main(output):
         pruner.scores.save(folder / f"{name}.safetensors")
         weights = {each: read_parameter(pruner.model, each) for each, _ in pruner.model.named_parameters()}
         save_tensors_atomically(folder / f"{name}.weights", weights, {})
-    for name in RESUMED:
+    for name in resumed_in(ranks.world_size()):
         # The second time there is nothing left to measure.
         for time in ("first", "again"):
             state = {"checkpoint": str(output / "state" / name), "checkpoint_seconds": 0.0}
