@@ -135,8 +135,7 @@ def _history_of(row: Mapping) -> list[dict]:
             history = json.loads(history)
         except (ValueError, RecursionError) as error:
             raise UnusableRow("history is not JSON") from error
-    if hasattr(history, "tolist"):
-        history = history.tolist()
+    history = _plain(history)
     if not history:
         return []
     if _is_list(history) and all(_is_list(pair) and len(pair) == 2 for pair in history):
@@ -156,15 +155,21 @@ def _text_of(value: Any, name: str) -> str:
     return value
 
 
+def _plain(value: Any) -> Any:
+    """A value with lists in the places of arrays, which pandas and formats of datasets have there."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
 def _from_json(value: Any) -> Any:
-    """The messages that a value holds as JSON, or else the value."""
+    """The messages that a value holds as JSON, or else the value, without arrays."""
+    value = _plain(value)
     found = messages_in(value) if isinstance(value, str) else None
     return value if found is None else found
 
 
 def _messages(values: Any, column: str) -> list[dict]:
-    if hasattr(values, "tolist"):
-        values = values.tolist()
     values = _from_json(values)
     if not _is_list(values):
         raise UnusableRow(f"{column} is a {type(values).__name__}, not a list of messages")
@@ -183,7 +188,7 @@ def _message(value: Any, column: str) -> dict:
     if not isinstance(role, str):
         raise UnusableRow(f"a message in {column!r} has no role")
     message["role"] = ROLES.get(role.strip().lower(), role)
-    content = value.get("content", value.get("value"))
+    content = _plain(value.get("content", value.get("value")))
     if _is_list(content):
         content = "".join(_text_of_part(part, column) for part in content)
     if content is None and not message.get("tool_calls"):

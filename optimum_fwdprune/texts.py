@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import glob
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -112,7 +113,7 @@ def open_rows(
         return "strings" if strings else "rows", map(_row_of, source)
     if isinstance(source, Iterable):
         return "rows", map(_row_of, source)
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, type):
         # PyTorch's datasets.
         return "rows", (_row_of(source[number]) for number in range(len(source)))
     raise ValueError(
@@ -182,6 +183,9 @@ def _reported(texts: Iterator[str], data: Data) -> Iterator[str]:
 
 def _rows_of_columns(columns: Mapping) -> list[dict]:
     """Rows of a mapping of columns, such as a tokenizer returns for one text or for several."""
+    if any(isinstance(values, list) and values and all(map(is_message, values)) for values in columns.values()):
+        # A row with one chat.
+        return [dict(columns)]
     _check_columns(columns)
     # A tokenizer may return no mask.
     columns = {name: values for name, values in columns.items() if values is not None}
@@ -218,7 +222,7 @@ def _check_columns(columns: Mapping) -> None:
 def _row_of(value: Any) -> Mapping:
     """A row, from what lists and generators hold."""
     if isinstance(value, Mapping):
-        return value
+        return {name: None if _is_missing(each) else each for name, each in value.items()}
     if isinstance(value, (list, tuple)) and value and all(isinstance(message, Mapping) for message in value):
         return {"messages": value}
     if isinstance(value, (list, tuple)) and value and all(getattr(part, "ndim", 0) for part in value):
@@ -232,6 +236,11 @@ def _row_of(value: Any) -> Mapping:
     if hasattr(value, "tolist") or isinstance(value, (list, tuple)):
         return {"input_ids": value}
     return {"text": value}
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value is what pandas writes where there is none."""
+    return (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in ("NAType", "NaTType")
 
 
 def _pandas_rows(frame: Any) -> Any:

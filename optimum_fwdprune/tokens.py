@@ -94,6 +94,8 @@ def check_table(values: Any, name: str) -> None:
             raise UnusableRow(
                 f"{name} is a sparse or nested tensor; give a dense one, such as of to_dense(), or lists"
             )
+        if values.is_complex() or values.is_quantized:
+            raise UnusableRow(f"{name} is a tensor of {values.dtype}; give whole numbers")
         if values.is_meta:
             raise UnusableRow(f"{name} is a tensor on the device meta, which holds no values")
     if isinstance(values, (torch.Tensor, np.ndarray)) and values.ndim not in (1, 2):
@@ -106,8 +108,12 @@ def _numbers(row: Mapping, name: str, kinds: str = "iu") -> np.ndarray | None:
     if values is None:
         return None
     check_table(values, name)
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        # Arrays have no bfloat16.
+        values = values.float() if values.is_floating_point() else values
     try:
-        array = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
+        array = np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UnusableRow(f"{name} has rows of different lengths") from error
     if array.size and array.dtype.kind in kinds:

@@ -3,6 +3,8 @@
 import copy
 import json
 
+import numpy as np
+import pandas
 import pytest
 
 from optimum_fwdprune.chats import IGNORED, chat_text, check_template, encoded_chat
@@ -169,6 +171,8 @@ LAZY = [{"role": "system", "content": "lazy"}]
             LAZY + PAIR * 2,
         ),
         ({"instruction": "quick", "output": "fox", "history": PAIR}, PAIR + PAIR),
+        ({"prompt": np.array(PAIR[:1]), "completion": np.array(PAIR[1:])}, PAIR),
+        ({"instruction": "quick", "output": "fox", "history": pandas.Series([np.array(["quick", "fox"])])}, PAIR * 2),
     ],
 )
 def test_forms_of_datasets_become_the_same_messages(row, expected):

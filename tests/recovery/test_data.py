@@ -5,6 +5,7 @@ import json
 import re
 
 import datasets
+import pandas
 import pytest
 import tiny
 import torch
@@ -96,6 +97,20 @@ def test_the_loss_is_on_the_answer_alone(row, chatty):
     everything = "<s>user: the quick</s><s>assistant: brown fox</s>"
 
     assert chatty.decode(found["input_ids"]).replace(" ", "") == everything.replace(" ", "")
+    assert answers(found, chatty).replace(" ", "") == "brownfox</s>"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"messages": CHAT[:2]},
+        [{"instruction": "the quick", "input": float("nan"), "output": "brown fox", "system": pandas.NA}],
+    ],
+    ids=["one row", "missing values of pandas"],
+)
+def test_rows_of_other_forms_are_read(source, chatty):
+    (found,) = training_data(source, chatty, options(max_length=64))
+
     assert answers(found, chatty).replace(" ", "") == "brownfox</s>"
 
 
@@ -369,7 +384,12 @@ SCORES = torch.where(HALF == 1, 0.0, -torch.inf)
         ({"input_ids": IDS, "attention_mask": None, "labels": None}, [4, 4]),
         ({"input_ids": IDS.tolist(), "attention_mask": None}, [4, 4]),
         ({"input_ids": IDS, "attention_mask": HALF.float()}, [3, 2]),
+        ({"input_ids": IDS, "attention_mask": HALF.bfloat16().requires_grad_()}, [3, 2]),
         ({"input_ids": IDS, "attention_mask": HALF.bool().numpy()}, [3, 2]),
+        (
+            {"input_ids": IDS, "attention_mask": HALF.cfloat()},
+            "attention_mask is a tensor of torch.complex64; give whole",
+        ),
         ({"input_ids": IDS, "attention_mask": HALF.float().tolist()}, [3, 2]),
         ({"input_ids": IDS, "attention_mask": SCORES}, "attention_mask has values below 0, like a mask that is added"),
         (
@@ -414,6 +434,7 @@ def test_calibration_and_training_take_the_same_tokens_and_masks(batch, lengths,
         (IDS[None], r"the data has the shape|input_ids has the shape \[1, 2, 4\], not"),
         (IDS.to_sparse(), "is a sparse or nested tensor"),
         (torch.tensor(3), r"has the shape \[\], not"),
+        (dict, "Cannot read a type"),
     ],
 )
 def test_calibration_and_training_refuse_the_same_sources(source, message, tokenizer):
