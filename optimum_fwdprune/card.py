@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .reconstruction import BIAS, INDEPENDENT, NONE
 from .record import Record
 from .recovery.options import DISTILL
 from .report import PruningReport, calibration_in_words, plan_table, plot_plan
-from .reproduction import reproduction_of
+from .reproduction import INPUTS, reproduction_of
 from .search import SEARCH
 
 
@@ -144,9 +144,14 @@ def _what_became_of_the_weights(record: Record) -> Iterator[str]:
     config = record.config
     if config is None:
         return
-    was_pruned = record.plan is not None and bool(record.plan.metadata.get(EARLIER))
+    metadata = record.plan.metadata if record.plan is not None else {}
+    earlier = metadata.get(EARLIER) or []
+    was_pruned = bool(earlier or (metadata.get(INPUTS) or {}).get("was_pruned"))
     if was_pruned:
         yield "The model had been pruned before, and this pruning started from the weights that it had then."
+    for recovery in (each.get("recovery") for each in earlier):
+        if recovery:
+            yield f"Before this pruning it had been trained {_training_in_words(recovery)}."
     if config.reconstruction == NONE:
         yield f"The weights that were kept are those of the {'model before it' if was_pruned else 'dense model'}."
     elif config.reconstruction == BIAS:
@@ -161,11 +166,15 @@ def _how_it_was_trained(record: Record) -> Iterator[str]:
     recovery = record.outcome.get("recovery")
     if not recovery:
         return
+    yield f"Afterwards it was trained {_training_in_words(recovery)}."
+
+
+def _training_in_words(recovery: Mapping[str, Any]) -> str:
     what = "with LoRA adapters, which are merged into the weights," if recovery.get("adapters") else "in all weights"
     steps = f" for {recovery['steps']} steps" if "steps" in recovery else ""
     data = f" on `{recovery['dataset']}`" if "dataset" in recovery else ""
     towards = ", towards the predictions of the dense model" if recovery.get("mode") == DISTILL else ""
-    yield f"Afterwards it was trained {what}{steps}{data}{towards}."
+    return f"{what}{steps}{data}{towards}"
 
 
 def _calibration_of(record: Record, report: PruningReport | None) -> str | None:

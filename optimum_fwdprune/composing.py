@@ -83,6 +83,17 @@ class EarlierPruning:
                 )
         return None
 
+    def why_apart(self, later: PruningPlan) -> str:
+        """Return what to tell a user of a later plan that `followed_by` cannot combine with this one."""
+        now = {self.units_now[key] for key in later.kept if key[1] == ATTENTION and later.removed(key)}
+        return (
+            f"The new plan is of the pruned model that this pruning started from, and replays on that model only: "
+            f"attention heads were removed in units of {self.plan.attention_unit!r} before and of "
+            f"{' and '.join(map(repr, sorted(now)))} now, which no plan of the dense model expresses. A query head "
+            f"that is left alone with its keys and values is a KV group. Keep both checkpoints to replay the plans "
+            f"one after the other."
+        )
+
     def _in_units(self, key: SiteKey, later: PruningPlan, unit: str) -> tuple[list[int], int] | None:
         """What both plans keep of a site, in attention units of this kind; `None` where these cannot express it."""
         before, after = self.plan.kept[key], later.kept[key]

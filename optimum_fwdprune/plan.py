@@ -15,6 +15,9 @@ from .utils import html_table, write_text_atomically
 
 PLAN_NAME = "fwdprune_plan.json"
 
+# What a file must name, metadata aside.
+_KEYS = {"format", "model_type", "attention_unit", "num_units", "kept"}
+
 # A file may claim any number.
 MOST_UNITS = 2**24
 
@@ -105,10 +108,9 @@ class PruningPlan:
         """Raise `ValueError` where the plan was made for a model with other sites."""
         sites = list(sites)
         if model_type != self.model_type:
-            pruned = " It starts from what an earlier pruning left: replay that one first." * (
-                self.model_type == f"pruned_{model_type}"
+            raise ValueError(
+                f"The plan is for a {self.model_type!r} model, this one is {model_type!r}. {self._way_out(model_type)}"
             )
-            raise ValueError(f"The plan is for a {self.model_type!r} model, this one is {model_type!r}.{pruned}")
         if {site.key for site in sites} != self.kept.keys():
             raise ValueError(
                 f"The plan names {len(self.kept)} sites and the model has {len(sites)}: it was made for another model."
@@ -131,6 +133,16 @@ class PruningPlan:
                     f"The plan keeps {counts} query heads per KV group in the {site}; every group of a layer must "
                     f"keep the same number."
                 )
+
+    def _way_out(self, model_type: str) -> str:
+        """What to do with a plan of another type of model than this one."""
+        if self.model_type == f"pruned_{model_type}":
+            return "It starts from what an earlier pruning left: replay that one first."
+        if model_type == f"pruned_{self.model_type}":
+            source = self.metadata.get("source")
+            name = f", {source}," if source else ""
+            return f"It is of the dense model{name} with all that was removed since: replay it there."
+        return "Replay a plan on the model it was made from."
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON to the file `path`, or into it where it is a folder."""
@@ -162,6 +174,11 @@ class PruningPlan:
             )
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(document, dict) or not document.keys() >= _KEYS:
+                raise ValueError(
+                    f"it must be a JSON object with {', '.join(sorted(_KEYS))}. Name the folder of a pruned "
+                    f"checkpoint, or the {PLAN_NAME} of one"
+                )
             if document["format"] != 1:
                 raise ValueError(f"format {document['format']!r} is not known, 1 is")
             return cls(
@@ -172,7 +189,8 @@ class PruningPlan:
                 metadata=document.get("metadata", {}),
             )
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no pruning plan: {type(error).__name__}: {error}") from error
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            raise ValueError(f"{path} is no pruning plan: {kind}{str(error).rstrip('.')}.") from error
 
 
 def losses_by_kind(

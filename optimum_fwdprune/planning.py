@@ -14,7 +14,7 @@ from .architectures import Site, SiteKey
 from .budgets import Budget
 from .checkpoints import Checkpoint
 from .composing import EARLIER
-from .configuration import PruningConfig
+from .configuration import UNDECIDED_BY_PLANS, PruningConfig
 from .loggers import get_logger
 from .plan import PruningPlan
 from .reconstruction import NONE
@@ -104,6 +104,12 @@ def replayed(plan: PruningPlan, config: PruningConfig) -> PruningPlan:
         plan,
         metadata={**metadata, "reconstruction": config.reconstruction, "versions": _versions(), "replayed": True},
     )
+
+
+def request_of_replay(plan: PruningPlan, config: PruningConfig) -> PruningConfig:
+    """Return what a replay records as its request: of `config` the options that a plan leaves open."""
+    open_options = {name: getattr(config, name) for name in UNDECIDED_BY_PLANS}
+    return PruningConfig(attention_unit=plan.attention_unit, **open_options)
 
 
 def _versions() -> dict[str, str]:

@@ -42,7 +42,7 @@ from .offline import naming_offline
 from .offloading import check_readable, device_map_on_disk, is_offloaded
 from .placement import placed, warn_of_placement
 from .plan import PruningPlan, losses_by_kind
-from .planning import keeper, make_plan, replayed
+from .planning import keeper, make_plan, replayed, request_of_replay
 from .reconstruction import NONE, added_parameters, check_reconstruction
 from .record import Record
 from .report import PruningReport, Speedup
@@ -321,7 +321,8 @@ class FwdPruner:
                 preset `balanced`, whose recipe is the defaults of [`PruningConfig`].
             dataset (*optional*): calibration text or tokens instead of `config.calibration`.
             plan (`PruningPlan`, *optional*): replay this plan instead of scoring and allocating. Weights are
-                reconstructed only where a config, a preset or the option `reconstruction` is given as well.
+                reconstructed only where a config, a preset or the option `reconstruction` is given as well. Options of
+                a config that the plan decides are ignored, and not recorded.
             scores (`Scores`, *optional*): allocate by these instead of scoring again. The options of their method, the
                 seed and the calibration are those that they were made with, with a warning where the request names
                 others. Scores of a checkpoint have no tokens: what needs them reads those of the request.
@@ -364,7 +365,7 @@ class FwdPruner:
         sites = find_sites(self.model, config.attention_unit)
         check_counterpart(self.model, sites)
         if scores is not None:
-            scores.check_matches(sites, config)
+            scores.check_matches(sites, config, get_architecture(self.model.config).model_type)
             config = scores.options_into(config, fields.keys())
         in_memory = dataset is not None and not isinstance(dataset, (str, Path))
         if scores is not None and not scores.reads_anew(config):
@@ -373,7 +374,8 @@ class FwdPruner:
             in_memory = scores.calibrated_on.get("source") in IN_MEMORY
         source = Source.of(self.model.config, {name: value for name, value in self._access.items() if name in WHERE})
         inputs = inputs_of(self._loading, self.model.dtype, is_pruned(self.model.config), in_memory)
-        asked, before, seconds = config, _Sizes.of(self.model, sites), dict[str, float]()
+        asked = config if plan is None else request_of_replay(plan, config)
+        before, seconds = _Sizes.of(self.model, sites), dict[str, float]()
         calibration, calibrated_on, speedup = None, None, None
         earlier = EarlierPruning.of(self.model, sites, self._plan_of_model(), self.recovery)
 
@@ -418,6 +420,8 @@ class FwdPruner:
                         measured = dense_seconds / _prefill_seconds(done.model, config)
                     removed = rounds.removed({key: len(units) for key, units in done.plan.kept.items()})
                     speedup = Speedup(config.target_speedup, budget.cost.speedup(removed), measured)
+            if earlier is not None and earlier.followed_by(done.plan) is None:
+                logger.warning("%s", earlier.why_apart(done.plan))
             self.scores = scores
             after = _Sizes.of(self.model, [])
             self.report = PruningReport(
@@ -847,13 +851,6 @@ def _of_dense_model(plan: PruningPlan, earlier: EarlierPruning | None) -> Prunin
         return plan
     composed = earlier.followed_by(plan)
     if composed is None:
-        logger.warning(
-            "The new plan is of the pruned model that this pruning started from, and replays on that model only: "
-            "attention heads were removed in units of %r before and of %r now, which no plan of the dense model "
-            "expresses.",
-            earlier.plan.attention_unit,
-            plan.attention_unit,
-        )
         return plan
     origin = {name: earlier.plan.metadata.get(name) for name in (NAME, FINGERPRINT, REVISION)}
     metadata = composed.metadata | {name: value for name, value in origin.items() if value is not None}

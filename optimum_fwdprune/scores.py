@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from .architectures import Site, SiteKey
+from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
 from .checkpoints import Checkpoint, State
 from .configuration import CALIBRATION
@@ -104,7 +104,9 @@ def score_units(
         _check_scores(found, sites, config)
         stage.save(lambda: _state_of(found))
     errors, history = dict(found.standard_errors), dict(found.history)
-    return Scores(config, dict(found.values), statistics, calibration, errors, found.details, history, grams)
+    about = (errors, found.details, history, grams)
+    family = get_architecture(model.config).model_type
+    return Scores(config, dict(found.values), statistics, calibration, *about, model_type=family)
 
 
 def _in_memory(found: UnitScores | Mapping[SiteKey, torch.Tensor]) -> UnitScores:
@@ -173,6 +175,7 @@ class Scores:
         grams (`Grams`): for independent least squares, where they came along with the statistics; they are not saved.
         calibrated_on (`dict[str, str]`): `source` and `fingerprint` of the tokens, also where the tokens themselves
             were not saved; empty where there were none.
+        model_type (`str`, *optional*): family of the model; `None` in files of earlier versions.
     """
 
     config: PruningConfig
@@ -184,6 +187,7 @@ class Scores:
     history: dict[str, torch.Tensor] = field(default_factory=dict)
     grams: Grams = field(default_factory=dict, repr=False)
     calibrated_on: dict[str, str] = field(default_factory=dict)
+    model_type: str | None = None
 
     def __post_init__(self):
         if self.calibration is not None and not self.calibrated_on:
@@ -220,8 +224,13 @@ class Scores:
         ]
         return html_table(header, rows)
 
-    def check_matches(self, sites: Iterable[Site], config: PruningConfig) -> None:
-        """Raise `ValueError` where the scores belong to another method, attention unit or model."""
+    def check_matches(self, sites: Iterable[Site], config: PruningConfig, model_type: str) -> None:
+        """Raise `ValueError` where the scores belong to another method, attention unit, family or model."""
+        if self.model_type not in (None, model_type):
+            raise ValueError(
+                f"These scores were made for a {self.model_type!r} model, and this one is {model_type!r}. Leave "
+                f"scores out to score this model."
+            )
         for name in ("method", "attention_unit"):
             made_for, asked = getattr(self.config, name), getattr(config, name)
             if made_for != asked:
@@ -304,6 +313,8 @@ class Scores:
             tensors[f"standard_error.{layer}.{kind}"] = error
         tensors |= {f"history.{name}": values for name, values in self.history.items()}
         metadata: dict[str, Any] = {"config": self.config.to_dict(), "details": self.details}
+        if self.model_type is not None:
+            metadata["model_type"] = self.model_type
         if self.statistics:
             metadata["count"] = next(iter(self.statistics.values())).count
         if self.calibrated_on:
@@ -368,4 +379,5 @@ class Scores:
             details,
             history,
             calibrated_on=calibrated_on,
+            model_type=metadata.get("model_type"),
         )

@@ -181,9 +181,16 @@ def test_what_no_command_can_make_has_none_and_says_why(prune, reason, folder, t
 def test_pruned_from_a_pruned_model_says_so(folder):
     pruner = FwdPruner.from_pretrained("dense")
     pruner.prune(method="magnitude", reconstruction="none")
+    pruner.recovery = {"mode": "full", "steps": 7}
     pruner.prune(method="magnitude", reconstruction="none", sparsity=0.3)
+    card = card_of(pruner)
 
-    assert "`MODEL` is the pruned model that this pruning started from." in card_of(pruner)
+    assert "`MODEL` is the pruned model that this pruning started from." in card
+    assert "Before this pruning it had been trained in all weights for 7 steps." in card.partition("## ")[0]
+    # Also where the plan of the second has nothing of the first.
+    pruner.plan = None
+    pruner.prune(method="magnitude", reconstruction="none", sparsity=0.3)
+    assert "The weights that were kept are those of the model before it." in card_of(pruner, "again")
 
 
 INTRODUCTIONS = [

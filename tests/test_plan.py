@@ -62,12 +62,15 @@ def test_kept_and_totals_name_the_same_sites():
         "[]",
         "\x00\x01",
         '"text"',
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}',
         '{"format": 1, "kept": {"0": {"heads": [0]}}, "num_units": {}, "model_type": "llama"}',
     ],
 )
 def test_files_that_hold_no_plan_are_named(document, tmp_path):
     (tmp_path / "plan.json").write_text(document)
-    with pytest.raises(ValueError, match=r"plan\.json is no pruning plan"):
+    is_json = document.startswith(("{", "[", '"'))
+    message = r"plan\.json is no pruning plan" + r".*Name the folder of a pruned checkpoint" * is_json
+    with pytest.raises(ValueError, match=message):
         PruningPlan.load(tmp_path / "plan.json")
 
 
@@ -250,9 +253,22 @@ def test_heads_without_groups_compose_whatever_their_unit_is_called(tokens):
         assert torch.equal(replayed(tokens).logits, pruner.model(tokens).logits)
 
 
+HEADS = {"kinds": ["attention"], "attention_sparsity": 0.34}
+
+
+@pytest.mark.parametrize(
+    ("requests", "units"),
+    [
+        (prunings({**KV, "sparsity": 0.3}, {"sparsity": 0.3}), "'kv_group' before and of 'query_head' now"),
+        # What is left of a group of two heads after the first of them goes as a group.
+        (prunings(HEADS, HEADS), "'query_head' before and of 'kv_group' now"),
+    ],
+)
 @torch.no_grad()
-def test_a_plan_that_no_plan_of_the_dense_model_expresses_is_of_the_pruned_one(tokens, tmp_path, caplog):
-    first, second = prunings({**KV, "sparsity": 0.3}, {"sparsity": 0.3})
+def test_a_plan_that_no_plan_of_the_dense_model_expresses_is_of_the_pruned_one(
+    requests, units, tokens, tmp_path, caplog
+):
+    first, second = requests
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     pruner.prune(first, tokens)
     earlier = pruner.plan
@@ -261,7 +277,7 @@ def test_a_plan_that_no_plan_of_the_dense_model_expresses_is_of_the_pruned_one(t
     pruner.save_pretrained(tmp_path / "twice")
     again = FwdPruner(tiny.make_model("llama_gqa_biases"))
 
-    assert "replays on that model only" in caplog.text
+    assert caplog.text.count("replays on that model only") == 1 and units in caplog.text
     with pytest.raises(ValueError, match=r"is for a 'pruned_llama' model, this one is 'llama'.*replay that one first"):
         again.prune(plan=PruningPlan.load(tmp_path / "twice"))
     again.prune(plan=earlier)
@@ -319,6 +335,18 @@ def test_options_that_a_plan_decides_are_refused(fields):
     pruner.prune(sparsity=0.4, method="magnitude", reconstruction="none", inplace=False)
     with pytest.raises(ValueError, match=f"A plan decides which units stay, so {next(iter(fields))} would"):
         pruner.prune(plan=pruner.plan, **fields)
+
+
+def test_a_replay_records_the_options_that_the_plan_leaves_open(tokens):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(sparsity=0.4, method="magnitude", reconstruction="none", attention_unit="kv_group")
+    plan = pruner.plan
+    replayed = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    replayed.prune(PruningConfig(method="flap", sparsity=0.7, kinds=["mlp"], reconstruction="bias"), tokens, plan=plan)
+
+    assert replayed.config == PruningConfig(reconstruction="bias", attention_unit="kv_group")
+    with pytest.raises(ValueError, match=r"It is of the dense model with all that was removed since: replay it there"):
+        replayed.prune(plan=plan)
 
 
 def test_names_of_files_in_the_place_of_plans_scores_and_arguments_are_refused(tokens):

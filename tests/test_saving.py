@@ -167,7 +167,7 @@ def test_the_request_says_what_reused_scores_were_made_with(asked, message, toke
     [
         ("llama_gqa_biases", {"method": "wanda_sp"}, "made with method='flap', the request says 'wanda_sp'"),
         ("llama_gqa_biases", {"method": "flap", "attention_unit": "kv_group"}, "attention_unit='query_head'"),
-        ("opt_pre_norm", {"method": "flap"}, None),
+        ("opt_pre_norm", {"method": "flap"}, "made for a 'llama' model, and this one is 'opt'"),
         ("llama3_head_dim", {"method": "flap"}, None),
     ],
 )
