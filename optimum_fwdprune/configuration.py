@@ -16,7 +16,7 @@ from typing import Any
 
 from .loggers import get_logger
 from .registry import METHODS, Method, get_method, get_preset
-from .utils import did_you_mean, public_name, write_text_atomically
+from .utils import as_path, did_you_mean, public_name, write_text_atomically
 from .version import __version__
 
 
@@ -453,7 +453,9 @@ class PruningConfig:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `fwdprune_config.json` into a folder."""
-        write_text_atomically(Path(save_directory) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text_atomically(
+            as_path(save_directory, "save_directory") / CONFIG_NAME, json.dumps(self.to_dict(), indent=2) + "\n"
+        )
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **hub_kwargs) -> PruningConfig:
@@ -463,7 +465,7 @@ class PruningConfig:
             name_or_path (`str` or `Path`): folder or repository id.
             hub_kwargs: `revision`, `token`, `cache_dir` and the like, for `huggingface_hub.hf_hub_download`.
         """
-        path = Path(name_or_path) / CONFIG_NAME
+        path = as_path(name_or_path, "name_or_path") / CONFIG_NAME
         if not Path(name_or_path).is_dir():
             from huggingface_hub import hf_hub_download
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .architectures.site import ATTENTION_UNITS, KINDS, Site, SiteKey, unit_name
-from .utils import html_table, write_text_atomically
+from .utils import as_path, html_table, write_text_atomically
 
 
 PLAN_NAME = "fwdprune_plan.json"
@@ -252,7 +252,7 @@ def _layers_named(layers: Iterable[int]) -> str:
 
 
 def _plan_file(path: str | Path) -> Path:
-    path = Path(path)
+    path = as_path(path, "path")
     return path / PLAN_NAME if path.is_dir() else path
 
 

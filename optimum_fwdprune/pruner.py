@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
@@ -720,6 +721,9 @@ class FwdPruner:
     def _save(
         self, folder: str | Path, overwrite: bool, max_shard_size: str, name: str | None, pushed: bool = False
     ) -> None:
+        for option, value, kinds in (("max_shard_size", max_shard_size, (int, str)), ("name", name, (str, NoneType))):
+            if not isinstance(value, kinds):
+                raise TypeError(f"{option} cannot be {value!r:.80} ({type(value).__name__}); leave it out.")
         check_not_consumed(self.model)
         if not is_pruned(self.model.config):
             raise ValueError("There is nothing to save yet; call prune() first.")

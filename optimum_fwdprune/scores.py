@@ -30,7 +30,7 @@ from .reconstruction import (
 )
 from .search import SEARCH
 from .statistics import PlacedStatistics, SiteStatistics
-from .utils import html_table, load_tensors, save_tensors_atomically
+from .utils import as_path, check_output_file, html_table, load_tensors, save_tensors_atomically
 
 
 logger = get_logger(__name__)
@@ -323,8 +323,7 @@ class Scores:
             tensors["input_ids"] = self.calibration.input_ids
             if self.calibration.attention_mask is not None:
                 tensors["attention_mask"] = self.calibration.attention_mask
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = check_output_file(as_path(path, "path"))
         save_tensors_atomically(path, tensors, metadata)
 
     @classmethod
@@ -334,7 +333,7 @@ class Scores:
         Raises:
             ValueError: where the file holds no scores.
         """
-        path = Path(path)
+        path = as_path(path, "path")
         path = path / SCORES_NAME if path.is_dir() else path
         groups: dict[str, dict[SiteKey, torch.Tensor]] = {
             name: {} for name in ("scores", "mean", "variance", "standard_error")

@@ -94,6 +94,17 @@ def seeded_generator(*numbers: int, device: torch.device | str = "cpu") -> torch
     return torch.Generator(device).manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
+def as_path(value: Any, name: str) -> Path:
+    """Return the path that `value`, passed as the argument `name`, stands for.
+
+    Raises:
+        TypeError: where it is neither text nor a path.
+    """
+    if not isinstance(value, (str, Path)):
+        raise TypeError(f"{name} must be a str or a Path; got {value!r:.80} ({type(value).__name__}).")
+    return Path(value)
+
+
 def check_output_file(file: str | Path, overwrite: bool = True) -> Path:
     """Return `file` as a path that can be written, and read where it exists.
 
@@ -101,7 +112,7 @@ def check_output_file(file: str | Path, overwrite: bool = True) -> Path:
         FileExistsError: where it exists and `overwrite` is not set.
         OSError: where it is a folder, or nothing can be written beside it.
     """
-    file = Path(file).expanduser().absolute()
+    file = as_path(file, "file").expanduser().absolute()
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a folder; name a file.")
     if file.exists() and not overwrite:
@@ -117,7 +128,7 @@ def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
         FileExistsError: where it is a file, or holds files and `overwrite` is not set.
         OSError: where nothing can be written beside it.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = as_path(folder, "folder").expanduser().absolute()
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; name a folder to write the checkpoint to.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:

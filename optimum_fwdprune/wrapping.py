@@ -48,6 +48,15 @@ def check_plain(model: Any) -> None:
     _check_not_quantized(model)
 
 
+def check_in_memory(model: Any) -> None:
+    """Raise `TypeError` where `model` is no transformers model in memory, with adapters or without."""
+    if not isinstance(model, PreTrainedModel) and not is_peft_model(model):
+        raise TypeError(
+            f"model must be a transformers model in memory (PreTrainedModel); got a {type(model).__name__}. "
+            f"FwdPruner.from_pretrained loads one as its attribute model."
+        )
+
+
 def is_peft_model(model: Any) -> bool:
     """Whether `model` is a `PeftModel` or another class of PEFT; PEFT is not imported."""
     return any(base.__module__.partition(".")[0] == "peft" for base in type(model).__mro__)

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -23,6 +24,7 @@ from huggingface_hub import CommitInfo
 from safetensors.torch import save_file
 
 from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, Scores
+from optimum_fwdprune.export import export_gguf, export_stock
 from optimum_fwdprune.hub import check_upload
 from optimum_fwdprune.utils import folder_moved_into_place, public_name, write_text_atomically
 
@@ -486,6 +488,23 @@ def test_what_is_no_model_is_not_assigned(model, message, pruner):
     with pytest.raises(ValueError, match=message):
         pruner.model = model
     assert pruner.model is known
+
+
+def test_what_is_no_path_is_named(pruner, tmp_path):
+    of_paths = [pruner.save_pretrained, pruner.check_saving, pruner.plan.save, pruner.scores.save, pruner.report.save]
+    of_paths += [pruner.config.save_pretrained, PruningPlan.load, Scores.load, PruningConfig.from_pretrained]
+    of_paths += [partial(export_stock, pruner.model, None), partial(export_gguf, pruner.model, pruner.tokenizer)]
+    for function in of_paths:
+        with pytest.raises(TypeError, match=r"must be a str or a Path; got 5 \(int\)"):
+            function(5)
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file"):
+        pruner.scores.save(tmp_path)
+    for option in ({"max_shard_size": None}, {"name": 5}):
+        with pytest.raises(TypeError, match=rf"{next(iter(option))} cannot be .*; leave it out"):
+            pruner.save_pretrained(tmp_path / "out", **option)
+    for export in (export_stock, export_gguf):
+        with pytest.raises(TypeError, match=r"model must be a transformers model in memory.*got a FwdPruner"):
+            export(pruner, pruner.tokenizer, tmp_path / "out")
 
 
 def test_what_an_upload_would_refuse_is_known_before_the_work(monkeypatch):

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..utils import check_output_file, html_table, render_table, write_text_atomically
+from ..utils import as_path, check_output_file, html_table, render_table, write_text_atomically
 from .perplexity import TextLoss, texts_loss
 from .speed import Benchmark, Spread, Timing, benchmark
 from .tasks import TaskScore, evaluate_tasks
@@ -201,7 +201,7 @@ def checked_format(file: str | Path) -> str:
         ValueError: where there is no such format.
         OSError: where the file cannot be written; what is measured takes long.
     """
-    ending = Path(file).suffix
+    ending = as_path(file, "file").suffix
     if ending not in FORMATS:
         raise ValueError(f"{file} must end in one of {', '.join(FORMATS)}; it says which format to write.")
     check_output_file(file)

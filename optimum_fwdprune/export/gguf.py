@@ -17,7 +17,7 @@ from ..models.per_layer import stock_config
 from ..module_state import check_not_consumed
 from ..offloading import read_parameter
 from ..utils import check_output_file
-from ..wrapping import check_no_adapters
+from ..wrapping import check_in_memory, check_no_adapters
 from .gguf_families import FAMILIES, GGUFFamily, LayerSizes
 from .gguf_tensors import GGUFTensor, write_tensors
 from .gguf_tokenizer import add_tokenizer
@@ -65,6 +65,7 @@ def export_gguf(
         import gguf
     except ImportError as error:
         raise ImportError('The GGUF export needs gguf: pip install "optimum-fwdprune[gguf]".') from error
+    check_in_memory(model)
     check_not_consumed(model)
     check_no_adapters(model, "an export cannot hold")
     file = check_output_file(file, overwrite)

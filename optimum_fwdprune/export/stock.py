@@ -21,7 +21,7 @@ from ..saving import generation_config_as_it_is, save_offloaded
 from ..surgery import pruned_config
 from ..utils import folder_moved_into_place, one_step
 from ..verification import logits, probe_batch, share_of_scale, tolerance_of
-from ..wrapping import check_no_adapters
+from ..wrapping import check_in_memory, check_no_adapters
 
 
 # Families whose stock classes compute the same and may hold what a family's own cannot, tried in this order: Mistral's
@@ -57,6 +57,7 @@ def export_stock(
         RuntimeError: where the stock model does not compute the same.
         FileExistsError: where the folder is not empty.
     """
+    check_in_memory(model)
     check_not_consumed(model)
     check_no_adapters(model, "an export cannot hold")
     config, model_class = stock_form(model.config, get_architecture(model.config).pruned_class(model))

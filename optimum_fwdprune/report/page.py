@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..utils import check_output_file, progress, write_text_atomically
+from ..utils import as_path, check_output_file, progress, write_text_atomically
 from .document import models_of
 from .figures import pictures_of, pictures_of_all
 from .numbers import calibration_in_words, figure_label, figure_way, headline, is_quality, is_speed, shown_as
@@ -64,7 +64,7 @@ def check_page_file(file: str | Path, overwrite: bool = False) -> tuple[Path, Pa
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(NO_MATPLOTLIB)
-    if Path(file).suffix not in (".html", ".htm"):
+    if as_path(file, "file").suffix not in (".html", ".htm"):
         raise ValueError(f"{file} must end in .html.")
     page = check_new_file(file, overwrite)
     return page, check_new_file(page.with_suffix(".json"), overwrite)
