@@ -63,8 +63,12 @@ def request_of(fields):
     return tiny.request(**{"sparsity": 0.4, "seed": 3, **fields})
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("offloading", OFFLOADING)
+# Layers in memory and on disk with every case, and with the cases in turn what offloads a whole model.
+PLACED = [("device_map", name) for name in CASES]
+PLACED += [(("cpu_offload", "disk_offload")[number % 2], name) for number, name in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("offloading", "name"), PLACED)
 def test_dispatched_models_end_where_those_in_memory_do(name, offloading, tokens, tmp_path, alone):
     model = OFFLOADING[offloading](tiny.make_model("llama_gqa_biases"), tmp_path)
     assert is_offloaded(model)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,15 +32,18 @@ def folder(tmp_path_factory, tokenizer):
 
 
 def run(folder, processes, mode, output):
-    command = [sys.executable]
-    if processes > 1:
+    script = [str(SCRIPT), str(folder / "pruned"), str(folder / output), mode]
+    if processes == 1:
+        with pytest.MonkeyPatch.context() as here:
+            here.setattr(sys, "argv", script)
+            runpy.run_path(script[0])
+    else:
         # `accelerate launch` as for several GPUs, which starts torchrun; `use_cpu` then takes gloo.
         launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
-        command += [*launch, "--num_processes", str(processes), "--main_process_port", "0"]
-    command += [str(SCRIPT), str(folder / "pruned"), str(folder / output), mode]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+        command = [sys.executable, *launch, "--num_processes", str(processes), "--main_process_port", "0", *script]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / f"{output}.json").read_text())
 
 
