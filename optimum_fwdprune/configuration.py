@@ -9,13 +9,13 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .loggers import get_logger
-from .registry import METHODS, Method, get_method, get_preset
+from .registry import METHODS, Method, get_method, get_preset, registered_methods
 from .utils import as_path, did_you_mean, public_name, write_text_atomically
 from .version import __version__
 
@@ -236,18 +236,24 @@ class PruningConfig:
 
     def __new__(cls, method: str | None = None, *args, **kwargs):
         if cls is PruningConfig:
+            if isinstance(method, numbers.Real):
+                raise TypeError(f"method must be a name; got {method!r}. Options are named: sparsity={method!r}.")
             cls = get_method(DEFAULT_METHOD if method is None else method).config_class
         known = inspect.signature(cls.__init__).parameters
         for name in kwargs:
             if name not in known:
-                raise TypeError(f"{cls.__name__} has no option {name!r}.{did_you_mean(name, known)}")
+                raise TypeError(_no_option(cls, name, known))
         return super().__new__(cls)
 
     def __post_init__(self):
         self._check_types()
         own = type(self).method
         if self.method != own:
-            raise ValueError(f"{type(self).__name__} is the config of {own!r}; for {self.method!r} use PruningConfig.")
+            get_method(self.method)
+            raise ValueError(
+                f"{type(self).__name__} is the config of {own!r}; for {self.method!r} use "
+                f"PruningConfig(method={self.method!r}, ...)."
+            )
         for name in ("sparsity", "attention_sparsity", "mlp_sparsity"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
@@ -317,7 +323,7 @@ class PruningConfig:
             return
         known = [declared.name for declared in dataclasses.fields(self)]
         if name not in known:
-            raise AttributeError(f"{type(self).__name__} has no option {name!r}.{did_you_mean(name, known)}")
+            raise AttributeError(_no_option(type(self), name, known))
         changed = dataclasses.replace(self, **{name: value})
         super().__setattr__(name, getattr(changed, name))
 
@@ -395,9 +401,13 @@ class PruningConfig:
             if request is None:
                 fields.setdefault("reconstruction", "none")
         if isinstance(request, PruningConfig):
+            if fields.get("method", request.method) != request.method:
+                get_method(fields["method"])
+                raise ValueError(
+                    f"The request is a config of method {request.method!r}, and method={fields['method']!r} is "
+                    f"another. Leave out method, or pass the options by name and no config."
+                )
             return dataclasses.replace(request, **fields)
-        if isinstance(request, str) and request in METHODS:
-            raise ValueError(f"{request!r} is a method and not a preset; pass method={request!r}.")
         if request is None or isinstance(request, str):
             return cls.from_preset(DEFAULT_PRESET if request is None else request, **fields)
         way_out = (
@@ -434,14 +444,20 @@ class PruningConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PruningConfig:
-        """Build the config of `values["method"]`; keys that this version does not know are dropped with a warning."""
+        """Build the config of `values["method"]`; keys that this version does not know are dropped with a warning.
+
+        Raises:
+            ValueError: where `values` is no dictionary, or a value is out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"A config is made from a dictionary of its options; got a {type(values).__name__}.")
         values = dict(values)
         written_by = values.pop("fwdprune_version", "an unknown version")
         if "reconstruction" in values and values["reconstruction"] is None:
             values["reconstruction"] = RECONSTRUCTION_OF_OLD_FILES.get(str(values.get("method")), "least_squares")
         config_class = get_method(values.get("method", DEFAULT_METHOD)).config_class if cls is PruningConfig else cls
         known = {declared.name for declared in dataclasses.fields(config_class)}
-        unknown = sorted(values.keys() - known)
+        unknown = sorted(map(str, values.keys() - known))
         if unknown:
             logger.warning(
                 "Ignoring the unknown keys %s of a config written by optimum-fwdprune %s; this is %s.",
@@ -493,6 +509,19 @@ class PruningConfig:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         content = json.dumps(self.to_dict(), indent=2).encode()
         return api.upload_file(path_or_fileobj=content, path_in_repo=CONFIG_NAME, repo_id=repo_id, **commit_kwargs)
+
+
+def _no_option(config_class: type[PruningConfig], name: str, known: Iterable[str]) -> str:
+    """Return what is wrong with an option that a config lacks: another method has it, or it is misspelt."""
+    owners = [
+        owner
+        for owner in registered_methods()
+        if name in (declared.name for declared in dataclasses.fields(METHODS[owner].config_class))
+    ]
+    hint = did_you_mean(name, known)
+    if owners:
+        hint = f" That is an option of method={' or method='.join(map(repr, owners))}."
+    return f"{config_class.__name__} has no option {name!r}.{hint}"
 
 
 def register_method(

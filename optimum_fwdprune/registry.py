@@ -59,8 +59,10 @@ def get_method(name: str) -> Method:
     Raises:
         ValueError: where there is none.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         near = did_you_mean(str(name), METHODS)
+        if isinstance(name, str) and name in PRESETS:
+            near = f" {name!r} is a preset and not a method; write PruningConfig.from_preset({name!r})."
         raise ValueError(f"method must be one of {', '.join(registered_methods())}; got {name!r}.{near}")
     return METHODS[name]
 
@@ -107,8 +109,10 @@ def get_preset(name: str) -> Preset:
     Raises:
         ValueError: where there is none.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         near = did_you_mean(str(name), PRESETS)
+        if isinstance(name, str) and name in METHODS:
+            near = f" {name!r} is a method and not a preset; pass method={name!r}."
         raise ValueError(f"preset must be one of {', '.join(registered_presets())}; got {name!r}.{near}")
     return PRESETS[name]
 

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 # The one metadata entry of our safetensors files.
 METADATA_KEY = "fwdprune"
 
+# The least likeness of two names of which one is taken for a misspelling of the other.
+NEAR = 0.75
+
 # How models are run for hidden states or logits, whatever else their configs ask for: states and attentions of every
 # layer would be held for nothing, and layers that stand in for others return none.
 PLAIN_OUTPUTS = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
@@ -225,13 +228,28 @@ def first_difference(found: Any, expected: Any, name: str = "content") -> str | 
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """Return a sentence, with a space before it, that names the nearest of `words`, or nothing where none is near."""
+    """Return a sentence, with a space before it, that names the nearest of `words`, or nothing where none is near.
+
+    Near are words of nearly the same letters, and those that the word is a part of, as `speedup` is of
+    `target_speedup`.
+    """
     import difflib
 
-    # Underscores and dashes, and either case, mean the same to whoever types them.
-    spelt = {each.lower().replace("-", "_"): each for each in words}
-    near = difflib.get_close_matches(word.lower().replace("-", "_"), spelt, n=1)
-    return f" Did you mean {spelt[near[0]]}?" if near else ""
+    def plain(name: str) -> str:
+        # Underscores and dashes, and either case, mean the same to whoever types them.
+        return name.lower().replace("-", "_").strip("_")
+
+    def likeness(name: str) -> float:
+        return difflib.SequenceMatcher(None, plain(word), plain(name)).ratio()
+
+    near = [
+        name
+        for name in words
+        if likeness(name) >= NEAR
+        or sorted(plain(name)) == sorted(plain(word))
+        or (len(plain(word)) > 3 and plain(word) in plain(name).split("_"))
+    ]
+    return f" Did you mean {max(near, key=likeness)}?" if near else ""
 
 
 def median_seconds(runs: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:

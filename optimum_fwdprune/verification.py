@@ -72,6 +72,7 @@ def check_counterpart(model: PreTrainedModel, sites: list[Site]) -> None:
             f"The config of this {type(model).__name__} describes {len(missing)} parameters that the model lacks, "
             f"such as {missing[0]}. Set model.config to what the modules have, or load the model again."
         )
+    _check_shared(model, whole)
     _check_frequencies(model, whole)
     if is_offloaded(model) or len({parameter.device for parameter in model.parameters()}) > 1:
         # The counterpart has no hooks that would bring weights and inputs together.
@@ -116,6 +117,19 @@ def _check_sizes(model: PreTrainedModel, sites: list[Site], everything: dict[Sit
                     f"config.{key} is {expected} and layer {layer} of this {type(model).__name__} has {size}. Set "
                     f"model.config.{key} to the size of the modules, or load the model again."
                 )
+
+
+def _check_shared(model: PreTrainedModel, counterpart: PreTrainedModel) -> None:
+    """Raise `ValueError` where modules of a model share a parameter that a checkpoint of it would have twice."""
+    own = dict(counterpart.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if own[name] is not own[other]:
+            raise ValueError(
+                f"{other} and {name} are one tensor in this {type(model).__name__} and two by its config. Give every "
+                f"layer modules of its own, such as copies that copy.deepcopy makes."
+            )
 
 
 def _check_frequencies(model: PreTrainedModel, counterpart: PreTrainedModel) -> None:

@@ -77,6 +77,7 @@ def test_attention_is_pruned_where_it_has_a_budget_of_its_own():
         ("reconstruction_target", "layer", ValueError, "reconstruction_order is 'independent' here"),
         ("method", "flap", ValueError, "for 'flap' use PruningConfig"),
         ("sparsty", 0.3, AttributeError, "has no option 'sparsty'. Did you mean sparsity?"),
+        ("draws", 4, AttributeError, "has no option 'draws'. That is an option of method='mini_llm'."),
     ],
 )
 def test_assignments_are_checked_and_leave_the_config_as_it_was(name, value, error, message):
@@ -96,12 +97,44 @@ def test_assignments_are_checked_and_leave_the_config_as_it_was(name, value, err
         (0.3, TypeError, r"got a float. Options are named: sparsity=0.3"),
         ([[1, 2]], TypeError, "got a list. Calibration text and tokens are passed as dataset="),
         ("flap", ValueError, "'flap' is a method and not a preset; pass method='flap'"),
+        (["best"], TypeError, "got a list"),
         ("bset", ValueError, "preset must be one of .*; got 'bset'. Did you mean best?"),
     ],
 )
 def test_what_is_no_request_is_refused_with_the_way_out(asked, error, message):
     with pytest.raises(error, match=message):
         PruningConfig.of(asked)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (
+            lambda: PruningConfig("best"),
+            ValueError,
+            r"'best' is a preset .*; write PruningConfig.from_preset\('best'\)",
+        ),
+        (lambda: PruningConfig(0.3), TypeError, "got 0.3. Options are named: sparsity=0.3"),
+        (lambda: PruningConfig(["flap"]), ValueError, r"method must be one of .*; got \['flap'\]"),
+        (lambda: PruningConfig.from_preset("flap"), ValueError, "'flap' is a method and not a preset"),
+        (lambda: PruningConfig.from_preset({}), ValueError, "preset must be one of"),
+        (
+            lambda: PruningConfig.of(draws=4),
+            TypeError,
+            "has no option 'draws'. That is an option of method='mini_llm'",
+        ),
+        (
+            lambda: PruningConfig.of(PruningConfig(), method="flap"),
+            ValueError,
+            "Leave out method, or pass the options",
+        ),
+        (lambda: PruningConfig.from_dict([1]), ValueError, "made from a dictionary of its options; got a list"),
+        (lambda: PruningConfig.from_dict({"method": [1]}), ValueError, "method must be one of"),
+    ],
+)
+def test_what_makes_no_config_is_refused_with_the_way_out(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
 
 
 def test_a_request_is_a_preset_or_a_config_with_fields_changed():

@@ -111,3 +111,42 @@ def test_a_dense_model_that_is_not_consumed_keeps_its_generation_config():
     pruned.generation_config.max_new_tokens = 7
 
     assert model.generation_config.max_new_tokens is None
+
+
+def share_a_layer(layers):
+    layers[1] = layers[0]
+
+
+def share_a_norm(layers):
+    layers[1].input_layernorm = layers[0].input_layernorm
+
+
+def share_an_mlp(layers):
+    layers[1].mlp = layers[0].mlp
+
+
+def drop_an_mlp(layers):
+    layers[1].mlp = torch.nn.Identity()
+
+
+def drop_a_projection(layers):
+    layers[1].self_attn.o_proj = torch.nn.Identity()
+
+
+def drop_a_layer(layers):
+    layers[1] = torch.nn.Identity()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *((share, "are one tensor in this LlamaForCausalLM") for share in (share_a_layer, share_a_norm, share_an_mlp)),
+        *((drop, "layers.1 .* is not built as") for drop in (drop_an_mlp, drop_a_projection, drop_a_layer)),
+    ],
+)
+def test_layers_that_share_or_lack_modules_are_refused_while_whole(change, message, monkeypatch):
+    monkeypatch.setattr("optimum_fwdprune.pruner.score_units", lambda *_: pytest.fail("it was scored"))
+    model = tiny.make_model("llama_mha_tied")
+    change(model.model.layers)
+    with pytest.raises(ValueError, match=message):
+        FwdPruner(model).prune(method="magnitude", reconstruction="none")

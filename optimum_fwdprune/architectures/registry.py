@@ -86,7 +86,13 @@ class Architecture:
         _check_layer_count(model, len(self.layers(model)))
         found = []
         for index, (path, layer) in enumerate(self.layers(model)):
-            found += [self.attention.site(index, path, layer, attention_unit), self.mlp.site(index, path, layer)]
+            try:
+                found += [self.attention.site(index, path, layer, attention_unit), self.mlp.site(index, path, layer)]
+            except AttributeError as error:
+                raise ValueError(
+                    f"{path} of this {type(model).__name__} is not built as a decoder layer of {self.model_type} is: "
+                    f"{error}. Put back what was replaced in it, or load the model again."
+                ) from error
         for site in found:
             for coupling in (*site.couplings, *site.shared):
                 linear = coupling.linear

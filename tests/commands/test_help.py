@@ -167,6 +167,11 @@ def test_python_names_what_was_likely_meant(ask, error, meant):
 def test_words_are_near_whatever_their_case_and_dashes():
     assert did_you_mean("--Skip-Layers", ["--skip_layers", "--seed"]) == " Did you mean --skip_layers?"
     assert did_you_mean("x", ["--skip_layers"]) == ""
+    options = ["seed", "layout", "calibration", "n_samples", "target_speedup"]
+    far = ["amount", "ratio", "epochs", "model"]
+    near = {"samples": "n_samples", "speedup": "target_speedup", "num_samples": "n_samples"}
+    assert [did_you_mean(word, options) for word in far] == [""] * len(far)
+    assert {word: did_you_mean(word, options) for word in near} == {w: f" Did you mean {n}?" for w, n in near.items()}
 
 
 @pytest.mark.parametrize("words", [["--help"], ["fwdprune", "--help"], ["fwdprune", "prune", "--help"]], ids=" ".join)
