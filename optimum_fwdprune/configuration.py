@@ -394,9 +394,10 @@ class PruningConfig:
         if replays:
             decided = sorted(fields.keys() - UNDECIDED_BY_PLANS)
             if decided:
+                options = ", ".join(f"{name}={fields[name]!r}" for name in decided)
                 raise ValueError(
-                    f"A plan decides which units stay, so {', '.join(decided)} would change nothing. Leave them out, "
-                    f"or prune without the plan."
+                    f"A plan decides which units stay, so {options} would change nothing. Leave out what is named, or "
+                    f"prune without the plan."
                 )
             if request is None:
                 fields.setdefault("reconstruction", "none")

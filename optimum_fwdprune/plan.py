@@ -175,10 +175,7 @@ class PruningPlan:
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(document, dict) or not document.keys() >= _KEYS:
-                raise ValueError(
-                    f"it must be a JSON object with {', '.join(sorted(_KEYS))}. Name the folder of a pruned "
-                    f"checkpoint, or the {PLAN_NAME} of one"
-                )
+                raise ValueError(f"it must be a JSON object with {', '.join(sorted(_KEYS))}")
             if document["format"] != 1:
                 raise ValueError(f"format {document['format']!r} is not known, 1 is")
             return cls(
@@ -189,8 +186,19 @@ class PruningPlan:
                 metadata=document.get("metadata", {}),
             )
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            raise ValueError(f"{path} is no pruning plan: {kind}{str(error).rstrip('.')}.") from error
+            raise ValueError(
+                f"{path} is no pruning plan: {_why(error)}. Name the folder of a pruned checkpoint, or the "
+                f"{PLAN_NAME} of one."
+            ) from error
+
+
+def _why(error: Exception) -> str:
+    """Return why a file cannot be read as a plan."""
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        return f"it is not JSON ({error})"
+    if isinstance(error, (KeyError, ValueError)):
+        return str(error.args[0]).rstrip(".")
+    return f"its entries are not those of a plan ({error})"
 
 
 def losses_by_kind(

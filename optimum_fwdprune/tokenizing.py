@@ -88,14 +88,19 @@ def named_tokenizer(tokenizer: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
             f"tokenizer must be a tokenizer of transformers, or its folder or repository; got a "
             f"{type(tokenizer).__name__}."
         )
-    loaded = load_tokenizer(tokenizer, **kwargs)
-    if loaded is None:
-        if not Path(tokenizer).is_dir():
-            # There may be no such repository, or no way to it, which this says.
-            with naming_offline(tokenizer, "name a folder that holds a tokenizer"):
-                where = {name: kwargs[name] for name in WHERE if name in kwargs}
-                cached_file(str(tokenizer), TOKENIZER_FILES[-1], **where)
-        raise ValueError(f"{tokenizer} has no files of a tokenizer ({', '.join(TOKENIZER_FILES)}).")
+    try:
+        loaded = load_tokenizer(tokenizer, **kwargs)
+        if loaded is None:
+            if not Path(tokenizer).is_dir():
+                # There may be no such repository, or no way to it, which this says.
+                with naming_offline(tokenizer, "name a folder that holds a tokenizer"):
+                    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+                    cached_file(str(tokenizer), TOKENIZER_FILES[-1], **where)
+            raise ValueError(f"{tokenizer} has no files of a tokenizer ({', '.join(TOKENIZER_FILES)}).")
+    except (OSError, ValueError) as error:
+        # Beside a model that is loaded too, an error must tell which of them it is about.
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"Cannot load the tokenizer {tokenizer}: {error}") from error
     return loaded
 
 

@@ -68,9 +68,7 @@ def test_kept_and_totals_name_the_same_sites():
 )
 def test_files_that_hold_no_plan_are_named(document, tmp_path):
     (tmp_path / "plan.json").write_text(document)
-    is_json = document.startswith(("{", "[", '"'))
-    message = r"plan\.json is no pruning plan" + r".*Name the folder of a pruned checkpoint" * is_json
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"plan\.json is no pruning plan: (?!\w+Error).* Name the folder"):
         PruningPlan.load(tmp_path / "plan.json")
 
 
@@ -333,7 +331,7 @@ def test_a_replay_records_what_it_did_and_how_to_have_what_it_did_not(reconstruc
 def test_options_that_a_plan_decides_are_refused(fields):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     pruner.prune(sparsity=0.4, method="magnitude", reconstruction="none", inplace=False)
-    with pytest.raises(ValueError, match=f"A plan decides which units stay, so {next(iter(fields))} would"):
+    with pytest.raises(ValueError, match=f"A plan decides which units stay, so {next(iter(fields))}=.* would"):
         pruner.prune(plan=pruner.plan, **fields)
 
 

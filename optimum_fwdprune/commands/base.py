@@ -138,10 +138,11 @@ def naming_the_model(model: str) -> Iterator[None]:
     """Say in errors of loading what could not be loaded; some of transformers' messages leave it out."""
     try:
         yield
-    except OSError as error:
-        raise OSError(f"Cannot load {model}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"Cannot load {model}: {error}") from error
+    except (OSError, ValueError) as error:
+        if str(error).startswith("Cannot load "):
+            raise
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"Cannot load {model}: {error}") from error
 
 
 def load_model(model: str, args: Namespace) -> PreTrainedModel:

@@ -119,9 +119,10 @@ class RecoverCommand(Command):
 
     def _arguments(self, own: dict):
         """The Trainer's arguments, its own parser reading what was given of them."""
-        from transformers import HfArgumentParser
+        from transformers import HfArgumentParser, IntervalStrategy
 
         from optimum_fwdprune.recovery import RecoveryArguments
+        from optimum_fwdprune.utils import did_you_mean
 
         texts = {name: getattr(self.args, name) for name in TRAINING if getattr(self.args, name) is not None}
         for pair in self.args.set:
@@ -132,10 +133,10 @@ class RecoverCommand(Command):
         known = set(RecoveryArguments.__dataclass_fields__)
         for name in texts:
             if name not in known:
-                import difflib
-
-                nearest = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
-                raise ValueError(f"TrainingArguments has no {name!r}; the nearest are {nearest}.")
+                raise ValueError(
+                    f"--set takes arguments of transformers.TrainingArguments, which has no {name!r}."
+                    f"{did_you_mean(name, known)}"
+                )
         words = [word for name, value in texts.items() for word in (f"--{name}", value)]
         for name, value in own.items():
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -149,4 +150,9 @@ class RecoverCommand(Command):
         except ArgumentError as error:
             # Not with the usage of all that TrainingArguments knows.
             raise ValueError(str(error)) from error
+        if (strategy := IntervalStrategy(parsed.eval_strategy)) != IntervalStrategy.NO:
+            raise ValueError(
+                f"--set eval_strategy={strategy.value} needs data to evaluate on, which this command does not take. "
+                f"Leave it out, or pass eval_dataset to FwdPruner.recover in Python."
+            )
         return parsed

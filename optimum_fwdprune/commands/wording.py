@@ -20,8 +20,8 @@ _START = r"(?<![\w\-/.`'\"])"
 def in_options(message: str, parser: ArgumentParser) -> str:
     """Return an error message with the options of a command in the places of the arguments of Python.
 
-    `sparsity=0.3` becomes `--sparsity 0.3`, `overwrite=True` becomes `--overwrite`, and a bare name such as `seq_len`,
-    which is no word of English, becomes an option.
+    `sparsity=0.3` becomes `--sparsity 0.3`, `teacher=...` becomes `--teacher`, `overwrite=True` becomes `--overwrite`,
+    and a bare name such as `seq_len`, which is no word of English, becomes an option.
 
     Args:
         message (`str`): the message.
@@ -37,6 +37,12 @@ def in_options(message: str, parser: ArgumentParser) -> str:
         return _option(name, value, options) or found[0]
 
     message = re.sub(rf"{_START}(?P<name>[a-z]\w*)=(?P<value>{_VALUE})", assigned, message)
+
+    def left_open(found: re.Match) -> str:
+        return f"--{found['name']}" if f"--{found['name']}" in options else found[0]
+
+    # "teacher=..." stands for any value.
+    message = re.sub(rf"{_START}(?P<name>[a-z]\w*)=\.\.\.", left_open, message)
     # "(--layout stock)" said it twice for readers of both.
     message = re.sub(r"(--[\w-]+(?: [\w-]+)?) \(\1\)", r"\1", message)
     if "--overwrite" in options:

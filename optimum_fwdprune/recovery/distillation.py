@@ -105,16 +105,20 @@ def load_teacher(
 
     Raises:
         ValueError: where no teacher is known.
-        OSError: where it cannot be loaded.
+        OSError, ValueError: where it cannot be loaded.
     """
     name = options.teacher or default
     if name is None:
-        raise ValueError("mode='distill' needs the dense model; name it as teacher.")
+        raise ValueError("mode='distill' needs the dense model, which teacher=... names.")
     try:
         placed = {"dtype": options.teacher_dtype, "device_map": options.teacher_device_map}
         model = load_causal_lm(name, **placed, **(access or {}))
-    except OSError as error:
-        raise OSError(f"Cannot load the teacher {name}: {error} Name another one as teacher.") from error
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"Cannot load the teacher {name}: {error} Another one can be named with teacher=...; without it, it is "
+            f"the model that was pruned."
+        ) from error
     return model if options.teacher_device_map else model.to(device)  # type: ignore[arg-type]
 
 

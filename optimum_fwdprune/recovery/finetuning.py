@@ -224,7 +224,7 @@ def _check_teacher(args: RecoveryArguments, teacher: PreTrainedModel | str | Sou
     if cache is not None and cache.is_dir() and any(cache.iterdir()):
         return
     if teacher is None:
-        raise ValueError("mode='distill' needs the dense model; name it as teacher.")
+        raise ValueError("mode='distill' needs the dense model, which teacher=... names.")
     if isinstance(teacher, Source):
         teacher.find()
 

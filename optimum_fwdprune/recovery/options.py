@@ -86,9 +86,15 @@ class RecoveryOptions:
         if self.mode not in modes:
             raise ValueError(f"mode must be one of {', '.join(modes)}; got {self.mode!r}.")
         if self.mode == LORA and self.adapters is False:
-            raise ValueError("mode='lora' trains adapters; for all weights use mode='full' or 'distill'.")
+            raise ValueError(
+                "adapters=False does not go with mode='lora', which trains adapters; for all weights use mode='full' "
+                "or mode='distill'."
+            )
         if self.mode == FULL and self.adapters:
-            raise ValueError("mode='full' trains all weights; for adapters use mode='lora' or 'distill'.")
+            raise ValueError(
+                "adapters=True does not go with mode='full', which trains all weights; for adapters use mode='lora' "
+                "or mode='distill'."
+            )
         for name in ("lora_r", "lora_alpha", "teacher_top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")

@@ -76,6 +76,12 @@ def test_what_is_empty_is_named(words, cli, folder):
             ("prune", "-m", "dense", "out", "--low-memory", "--rounds", "2"),
             "--rounds 2 runs whole models, and --low",
         ),
+        (("prune", "-m", "dense", "out", "--tokenizer", "nope"), "error: Cannot load the tokenizer nope: "),
+        (("prune", "-m", "dense", "out", "--plan", "pruned", "--kinds", "mlp"), "so --kinds mlp would change nothing"),
+        (
+            ("prune", "-m", "dense", "out", "--plan", "pruned/config.json"),
+            "no pruning plan: it must be a JSON object with",
+        ),
         (("prune", "-m", "dense", "out", "--dtype", "nope"), "--dtype nope is no dtype; name auto, float32"),
         (("evaluate", "dense", "--text", "text.txt", "--max_length", "9999"), "--max_length 9999 is more than the"),
         (
@@ -107,6 +113,7 @@ def test_errors_speak_of_options(words, message, cli, folder):
         ("set refit=False or refit=True", "set --no-refit or --refit"),
         ("with skip_layers=None", "with no --skip_layers"),
         ("name it as dataset_column.", "name it as --text_column."),
+        ("plan=... (--plan) and other=... name it", "--plan and other=... name it"),
         ("/home/me/seq_len/x=3.txt has seq_len", "/home/me/seq_len/x=3.txt has --seq_len"),
         ("the scope of it is a plan, other_name=3", "the scope of it is a plan, other_name=3"),
         ("`seq_len` and --seq_len and 'seq_len'", "`seq_len` and --seq_len and 'seq_len'"),

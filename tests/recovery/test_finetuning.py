@@ -452,7 +452,7 @@ class TestBadInput:
     def test_a_teacher_that_is_not_known_or_not_there(self, tokenizer, tokens, tmp_path):
         pruner = pruner_of(tokenizer, tokens)
         pruner.plan.metadata["source"] = None
-        with pytest.raises(ValueError, match="needs the dense model; name it as teacher"):
+        with pytest.raises(ValueError, match=r"needs the dense model, which teacher=\.\.\. names"):
             pruner.recover(TEXTS, arguments(tmp_path, mode="distill"))
         with pytest.raises(OSError, match="Cannot load the teacher nowhere"):
             pruner.recover(TEXTS, arguments(tmp_path, mode="distill", teacher="nowhere/at-all"))
