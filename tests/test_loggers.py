@@ -3,6 +3,8 @@
 import ast
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,17 +31,12 @@ def levels():
     LIBRARY.setLevel(logging.NOTSET)
 
 
-@pytest.fixture
-def run(fresh_processes):
+def run(code, **environment):
     """Run code in a process of its own, and return the lines on stderr that are not those of transformers."""
-
-    def run(code, **changes):
-        environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
-        done = fresh_processes.run(code, environment | changes)
-        assert done.returncode == 0, done.stderr
-        return [line for line in done.stderr.splitlines() if not line.startswith("[transformers]")]
-
-    return run
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"} | environment
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stderr.splitlines() if not line.startswith("[transformers]")]
 
 
 def test_every_module_has_a_logger_of_the_library():
@@ -94,7 +91,7 @@ def test_handlers_of_the_root_logger_get_every_message(caplog):
         ("info", "import transformers", ["low", "loud"]),
     ],
 )
-def test_the_variable_of_transformers_governs(verbosity, before, shown, run):
+def test_the_variable_of_transformers_governs(verbosity, before, shown):
     environment = {} if verbosity is None else {"TRANSFORMERS_VERBOSITY": verbosity}
 
     assert run(before + SPEAK, **environment) == [f"[optimum_fwdprune] {word} words" for word in shown]
@@ -109,14 +106,14 @@ def test_the_variable_of_transformers_governs(verbosity, before, shown, run):
         ("import logging; logging.basicConfig(filename='/dev/null')", ["loud"]),
     ],
 )
-def test_messages_go_to_stderr_at_the_level_that_was_set_before_the_import(before, expected, run):
+def test_messages_go_to_stderr_at_the_level_that_was_set_before_the_import(before, expected):
     assert run(before + SPEAK) == [f"[optimum_fwdprune] {word} words" for word in expected]
 
 
-def test_where_the_root_logger_writes_to_the_console_a_message_is_there_once(run):
+def test_where_the_root_logger_writes_to_the_console_a_message_is_there_once():
     assert run("import logging; logging.basicConfig(format='mine: %(message)s')" + SPEAK) == ["mine: loud words"]
 
 
-def test_of_several_processes_the_main_one_speaks(run):
+def test_of_several_processes_the_main_one_speaks():
     assert run(SPEAK, RANK="1", WORLD_SIZE="2") == []
     assert run(SPEAK, RANK="0", WORLD_SIZE="2") == ["[optimum_fwdprune] loud words"]
