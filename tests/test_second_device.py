@@ -102,7 +102,7 @@ def check_request(architecture, name, placement, tokens, tmp_path, on_the_cpu):
 
 
 # They change which units stay, which is settled on the CPU: enough that they run on one device.
-ON_ONE_DEVICE = {"random", "fixed ridge", "KV groups", "multiple_of"}
+ON_ONE_DEVICE = {"random", "KV groups", "multiple_of"}
 # All other requests on the two placements that differ most from the CPU, and one of every kind on the others.
 FEW = [
     "sequential",
