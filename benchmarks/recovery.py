@@ -125,7 +125,7 @@ class RecoveryStudy(Study):
             # Of this process alone: the machine may be shared.
             start = time.process_time()
             with PeakMemory(self.model.device) as peak:
-                model = pruner.recover(self.text, args, teacher=self.model)
+                model = pruner.recover(self.text, args, teacher=self.model if args.mode == "distill" else None)
             seconds = time.process_time() - start
         return {"seconds": seconds, "peak_bytes": peak.bytes, **self.quality(model)}
 

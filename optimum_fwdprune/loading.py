@@ -53,19 +53,35 @@ def check_is_model(model_id: Any, where: Mapping[str, Any]) -> None:
             f"from_pretrained takes a folder or a repository of the Hub; got a {type(model_id).__name__}. "
             f"FwdPruner(model, tokenizer) takes a model in memory."
         )
-    file = find_adapter_config_file(str(model_id), **where)
-    if file is None:
+    values = adapter_config(model_id, where)
+    if values is None:
         return
-    try:
-        values = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
-    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    base = values.get("base_model_name_or_path")
     raise ValueError(
         f"{model_id} holds adapters{f' of {base}' if base else ''}, and a plain model is needed. Merge the "
         f"adapters into their base first: model = AutoPeftModelForCausalLM.from_pretrained({str(model_id)!r})"
         f".merge_and_unload(); then FwdPruner(model, tokenizer), or model.save_pretrained(folder) for the commands."
     )
+
+
+def adapter_config(model_id: str | Path, where: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the config of the adapters that a folder or repository holds, or `None` where it holds none.
+
+    Args:
+        model_id (`str` or `Path`): folder or repository.
+        where (mapping): `revision`, `token`, `cache_dir`, `subfolder` and the like.
+
+    Raises:
+        ValueError: where the config is damaged, naming its file.
+    """
+    file = find_adapter_config_file(str(model_id), **where)
+    if file is None:
+        return None
+    try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+    return values if isinstance(values, dict) else {}
 
 
 def check_unquantized(model_id: Any, config: PreTrainedConfig, quantization_config: Any = None) -> None:

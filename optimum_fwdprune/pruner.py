@@ -602,8 +602,6 @@ class FwdPruner:
             )
         if teacher is None and self.plan is not None:
             teacher = Source.of_plan(self.plan.metadata, self._source_folders)
-        elif isinstance(teacher, Path):
-            teacher = str(teacher)
         data = public_name(str(dataset)) if isinstance(dataset, (str, Path)) else "data in memory"
         counter = StepCounter()
         try:

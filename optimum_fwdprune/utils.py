@@ -214,9 +214,13 @@ def public_name(name_or_path: str) -> str:
     """Return a Hub repository as it is, a file or folder by its last part, also where it is gone: checkpoints get
     shared, home directories do not."""
     path = Path(name_or_path)
-    # A repository is `name` or `owner/name`.
-    is_path = path.is_absolute() or name_or_path.startswith((".", "~")) or "\\" in name_or_path or len(path.parts) > 2
-    return path.name if is_path or path.exists() else name_or_path
+    return path.name if is_no_repository(name_or_path) or path.exists() else name_or_path
+
+
+def is_no_repository(name_or_path: str) -> bool:
+    """Whether a name can only be that of a file or folder; a repository of the Hub is `name` or `owner/name`."""
+    path = Path(name_or_path)
+    return path.is_absolute() or name_or_path.startswith((".", "~")) or "\\" in name_or_path or len(path.parts) > 2
 
 
 def first_difference(found: Any, expected: Any, name: str = "content") -> str | None:

@@ -33,7 +33,7 @@ def check_plain(model: Any) -> None:
             f"FwdPruner(model.{way_out}(), tokenizer)."
         )
     if not isinstance(model, PreTrainedModel):
-        inner = next((name for name in INSIDE if isinstance(getattr(model, name, None), nn.Module)), None)
+        inner = model_inside(model)
         if inner is not None:
             raise ValueError(
                 f"FwdPruner takes a transformers model, and a {type(model).__name__} is an object around one. Pass "
@@ -55,6 +55,11 @@ def check_in_memory(model: Any) -> None:
             f"model must be a transformers model in memory (PreTrainedModel); got a {type(model).__name__}. "
             f"FwdPruner.from_pretrained loads one as its attribute model."
         )
+
+
+def model_inside(wrapper: Any) -> str | None:
+    """Return the attribute in which an object keeps a model, or `None` where it keeps none."""
+    return next((name for name in INSIDE if isinstance(getattr(wrapper, name, None), nn.Module)), None)
 
 
 def is_peft_model(model: Any) -> bool:

@@ -65,7 +65,7 @@ def training_data(
         ValueError: where the data is empty or too short, a named column is missing (listing those there are), no row
             can be used (with the reason), or tokens are beyond the vocabulary.
     """
-    length = min(MAX_LENGTH, longest or MAX_LENGTH) if options.max_length is None else options.max_length
+    length = sequence_length(options, longest)
     if longest is not None and length > longest:
         raise ValueError(f"max_length={length} is more than the {longest} positions that the model knows.")
 
@@ -84,6 +84,11 @@ def training_data(
         sequences = (_answers if data.kind == CHAT else _packed)(data, tokenizer, length, wanted)
     _check_vocabulary(sequences, data.name, vocab_size)
     return sequences
+
+
+def sequence_length(options: RecoveryOptions, longest: int | None) -> int:
+    """Return the tokens of a training sequence: `max_length`, or by default as many as the model knows, up to 512."""
+    return min(MAX_LENGTH, longest or MAX_LENGTH) if options.max_length is None else options.max_length
 
 
 def _tokens(data: Data, length: int, wanted: int | None) -> Dataset:

@@ -15,12 +15,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..loading import load_causal_lm
 from ..losses import LOGITS_AT_ONCE
 from ..offloading import input_device
-from ..utils import first_difference, folder_moved_into_place, progress
+from ..utils import check_output_folder, first_difference, folder_moved_into_place, progress
 from .data import collate
-from .options import RecoveryOptions
+from .restoring import removed_where_unused
 
 
 # Columns of a dataset that hold a teacher's likeliest tokens and their log-probabilities.
@@ -92,46 +91,6 @@ def _with_rest(log_probabilities: torch.Tensor) -> torch.Tensor:
     return torch.cat([log_probabilities, rest], -1)
 
 
-def load_teacher(
-    options: RecoveryOptions, default: str | None, device: torch.device, access: Mapping[str, Any] | None = None
-) -> PreTrainedModel:
-    """Load the dense model in its own dtype and where its device map says, or onto `device`.
-
-    Args:
-        options (`RecoveryOptions`): `teacher`, `teacher_dtype` and `teacher_device_map`.
-        default (`str`, *optional*): the model to take where the options name none.
-        device (`torch.device`): where training happens.
-        access (mapping, *optional*): for `from_pretrained`: `token`, `trust_remote_code` and the like.
-
-    Raises:
-        ValueError: where no teacher is known.
-        OSError, ValueError: where it cannot be loaded.
-    """
-    name = options.teacher or default
-    if name is None:
-        raise ValueError("mode='distill' needs the dense model, which teacher=... names.")
-    try:
-        placed = {"dtype": options.teacher_dtype, "device_map": options.teacher_device_map}
-        model = load_causal_lm(name, **placed, **(access or {}))
-    except (OSError, ValueError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(
-            f"Cannot load the teacher {name}: {error} Another one can be named with teacher=...; without it, it is "
-            f"the model that was pruned."
-        ) from error
-    return model if options.teacher_device_map else model.to(device)  # type: ignore[arg-type]
-
-
-def check_same_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Raise `ValueError` where two models do not predict the same tokens."""
-    sizes = [model.config.get_text_config().vocab_size for model in (teacher, student)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"The teacher predicts {sizes[0]} tokens and the student {sizes[1]}; distillation compares predictions "
-            f"token by token, so the teacher must be a model of the same tokenizer."
-        )
-
-
 class Teacher:
     """Predicts along with a student.
 
@@ -180,22 +139,43 @@ def identity_of_teacher(data: Dataset, name: str, top_k: int) -> dict[str, Any]:
     return {"teacher": name, "top_k": top_k, "tokens": digest.hexdigest()[:16]}
 
 
-def kept_predictions(folder: str | Path, identity: dict[str, Any]) -> Dataset | None:
-    """Return the sequences with what a teacher predicted for them, or `None` where the folder does not exist yet.
+def check_kept(folder: str | Path | None, identity: Mapping[str, Any]) -> bool:
+    """Return whether a folder holds predictions of a teacher; where it does not, they can be written there.
+
+    Args:
+        folder (`str` or `Path`, *optional*): where predictions are kept.
+        identity (mapping): what they belong to, as far as it is known (see [`identity_of_teacher`]).
 
     Raises:
         ValueError: where the folder holds predictions of another teacher or of other sequences, or something else.
+        OSError: where it is a file, or nothing can be written there.
     """
+    if folder is None:
+        return False
     folder = Path(folder)
-    if not folder.exists() or not any(folder.iterdir()):
-        return None
+    if not folder.is_dir() or not any(folder.iterdir()):
+        if folder.is_file():
+            raise FileExistsError(f"{folder} is a file; name a folder to keep the teacher's predictions in.")
+        with removed_where_unused(folder.parent):
+            check_output_folder(folder)
+        return False
     try:
         found = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        known = {name: found[name] for name in identity}
+    except (KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} holds no predictions of a teacher; name a new folder.") from error
-    if difference := first_difference(found, identity):
+    if difference := first_difference(known, dict(identity)):
         raise ValueError(f"{folder} belongs to other sequences or another teacher: {difference}. Name a new folder.")
-    return load_from_disk(str(folder))
+    return True
+
+
+def kept_predictions(folder: str | Path, identity: dict[str, Any]) -> Dataset | None:
+    """Return the sequences with what a teacher predicted for them, or `None` where the folder holds none yet.
+
+    Args:
+        folder, identity: as for [`check_kept`], which raises the errors.
+    """
+    return load_from_disk(str(folder)) if check_kept(folder, identity) else None
 
 
 def keep_predictions(

@@ -13,21 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from ..saving import check_savable
-from ..sources import Source
 from ..utils import check_output_file, random_states_kept
 from .adapters import check_adapters, merged, with_adapters
 from .arguments import RecoveryArguments
 from .data import training_data
-from .distillation import (
-    Teacher,
-    check_same_vocabulary,
-    identity_of_teacher,
-    keep_predictions,
-    kept_predictions,
-    load_teacher,
-)
+from .distillation import Teacher, identity_of_teacher, keep_predictions, kept_predictions
 from .options import DISTILL
 from .restoring import ModelState, left_as_it_was, removed_where_unused
+from .teachers import TeacherSource, find_teacher
 from .trainer import RecoveryTrainer
 
 
@@ -37,7 +30,7 @@ def recover(
     dataset: Any,
     args: RecoveryArguments,
     *,
-    teacher: PreTrainedModel | str | Source | None = None,
+    teacher: Any = None,
     eval_dataset: Any = None,
     callbacks: list | None = None,
     access: Mapping[str, Any] | None = None,
@@ -53,8 +46,8 @@ def recover(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for all data but token ids.
         dataset: text, chats or instructions, see [`training_data`].
         args (`RecoveryArguments`): how.
-        teacher (`PreTrainedModel`, `str` or `Source`, *optional*): for `mode="distill"`: the dense model, or what to
-            load it from where `args.teacher` does not say.
+        teacher (`PreTrainedModel`, `PeftModel`, `str`, `Path` or `Source`, *optional*): for `mode="distill"`: the
+            dense model, or what to load it from where `args.teacher` does not say.
         eval_dataset (*optional*): of the same kinds as `dataset`, for `eval_strategy`.
         callbacks (`list` of `TrainerCallback`, *optional*): the Trainer's.
         access (mapping, *optional*): for loading a teacher by name: `token`, `trust_remote_code` and the like.
@@ -69,16 +62,16 @@ def recover(
     """
     check_savable(model, tokenizer)
     _check_arguments(args, eval_dataset, callbacks)
-    _check_teacher(args, teacher)
     resumed = _checkpoint_of(args)
+    source = find_teacher(model, args, teacher, access)
     adapters_stay = args.trains_adapters and not args.merge_adapters
     before = ModelState(model)
-    in_memory = teacher if isinstance(teacher, PreTrainedModel) else None
+    in_memory = None if source is None else source.model
     with random_states_kept(), left_as_it_was(in_memory), removed_where_unused(str(args.output_dir)):
         try:
             # The Trainer writes its checkpoints there.
             check_output_file(Path(str(args.output_dir)) / "trainer_state.json")
-            trainer = _trainer(model, tokenizer, dataset, args, teacher, eval_dataset, callbacks, access)
+            trainer = _trainer(model, tokenizer, dataset, args, source, eval_dataset, callbacks)
             if resumed is not None and args.trains_adapters:
                 check_adapters(resumed, trainer.model)
             assert trainer.model is not None
@@ -115,10 +108,9 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase | None,
     dataset: Any,
     args: RecoveryArguments,
-    teacher: PreTrainedModel | str | Source | None,
+    source: TeacherSource | None,
     eval_dataset: Any,
     callbacks: list | None,
-    access: Mapping[str, Any] | None,
 ) -> RecoveryTrainer:
     """Read the data, ask for the teacher, put adapters on the model, and return what trains it."""
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -126,10 +118,8 @@ def _trainer(
     data = training_data(dataset, tokenizer, args, _sequences_of(args), **limits)
     held_out = None if eval_dataset is None else training_data(eval_dataset, tokenizer, args, **limits)
     live = None
-    if args.mode == DISTILL:
-        if isinstance(teacher, PreTrainedModel):
-            check_same_vocabulary(teacher, model)
-        data, live = _taught(data, model, args, teacher, access)
+    if source is not None:
+        data, live = _taught(data, model, args, source)
     trained: Any = model
     # New adapters are drawn before the Trainer sets its seed.
     set_seed(args.seed)
@@ -142,7 +132,7 @@ def _trainer(
         model=trained,
         args=args,
         teacher=live,
-        distills=args.mode == DISTILL,
+        distills=source is not None,
         train_dataset=data.with_format("torch"),
         eval_dataset=None if held_out is None else held_out.with_format("torch"),
         processing_class=tokenizer,
@@ -174,59 +164,19 @@ def _sequences_of(args: RecoveryArguments) -> int | None:
 
 
 def _taught(
-    data: Dataset,
-    student: PreTrainedModel,
-    args: RecoveryArguments,
-    teacher: PreTrainedModel | str | Source | None,
-    access: Mapping[str, Any] | None,
+    data: Dataset, student: PreTrainedModel, args: RecoveryArguments, source: TeacherSource
 ) -> tuple[Dataset, Teacher | None]:
     """The data with what the teacher predicts, or the teacher itself."""
-
-    def loaded() -> PreTrainedModel:
-        if isinstance(teacher, PreTrainedModel):
-            check_same_vocabulary(teacher, student)
-            return teacher
-        name, options = teacher, dict(access or {})
-        if isinstance(teacher, Source) and args.teacher is None:
-            name = teacher.find()
-            if name == teacher.name and teacher.revision is not None:
-                options["revision"] = teacher.revision
-        found = load_teacher(args, None if isinstance(name, Source) else name, args.device, options)
-        check_same_vocabulary(found, student)
-        return found
-
     if args.teacher_cache is None:
-        return data, Teacher(loaded(), hidden_states=args.hidden_weight > 0)
-    name = args.teacher or _name_of(teacher)
-    identity = identity_of_teacher(data, name, args.teacher_top_k)
+        return data, Teacher(source.load(student, args, args.device), hidden_states=args.hidden_weight > 0)
+    identity = identity_of_teacher(data, source.identity, args.teacher_top_k)
     # One process asks, the others find the answers.
     with args.main_process_first(desc="asking the teacher"):
         kept = kept_predictions(args.teacher_cache, identity)
         if kept is None:
-            kept = keep_predictions(data, Teacher(loaded()), args.teacher_cache, identity, args.train_batch_size)
+            teacher = Teacher(source.load(student, args, args.device))
+            kept = keep_predictions(data, teacher, args.teacher_cache, identity, args.train_batch_size)
     return kept, None
-
-
-def _name_of(teacher: PreTrainedModel | str | Source | None) -> str:
-    """What kept predictions name as their teacher."""
-    if isinstance(teacher, PreTrainedModel):
-        return str(teacher.config._name_or_path)
-    if isinstance(teacher, Source):
-        return f"{teacher.name} {teacher.revision or teacher.fingerprint or ''}".rstrip()
-    return teacher or ""
-
-
-def _check_teacher(args: RecoveryArguments, teacher: PreTrainedModel | str | Source | None) -> None:
-    """Raise `ValueError` where the teacher is not known, before any data is read. Kept predictions need none."""
-    if args.mode != DISTILL or args.teacher is not None:
-        return
-    cache = None if args.teacher_cache is None else Path(args.teacher_cache)
-    if cache is not None and cache.is_dir() and any(cache.iterdir()):
-        return
-    if teacher is None:
-        raise ValueError("mode='distill' needs the dense model, which teacher=... names.")
-    if isinstance(teacher, Source):
-        teacher.find()
 
 
 def _checkpoint_of(args: RecoveryArguments) -> str | None:

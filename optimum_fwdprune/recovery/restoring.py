@@ -97,11 +97,12 @@ def left_as_it_was(model: PreTrainedModel | None) -> Iterator[None]:
 
 @contextmanager
 def removed_where_unused(folder: str | Path) -> Iterator[None]:
-    """Remove a folder that the block made and left empty."""
-    folder = Path(folder)
-    existed = folder.exists()
+    """Remove a folder, and those around it, that the block made and left empty."""
+    folder = Path(folder).absolute()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         yield
     finally:
-        if not existed and folder.is_dir() and not os.listdir(folder):
-            folder.rmdir()
+        for each in made:
+            if each.is_dir() and not os.listdir(each):
+                each.rmdir()

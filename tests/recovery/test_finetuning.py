@@ -268,11 +268,12 @@ def test_what_opened_the_model_opens_its_teacher_and_the_config_is_left_as_it_wa
         opened.append((name, options.get("token"), options.get("trust_remote_code")))
         return load_causal_lm(name, **options)
 
-    monkeypatch.setattr("optimum_fwdprune.recovery.distillation.load_causal_lm", loading)
+    monkeypatch.setattr("optimum_fwdprune.recovery.teachers.load_causal_lm", loading)
     pruner.recover(
         {"input_ids": tokens}, arguments(tmp_path, mode="distill", max_steps=1, teacher=str(tmp_path / "dense"))
     )
-    assert opened == [(str(tmp_path / "dense"), "hf_x", True)]
+    # Once without its weights, to check it before data is read.
+    assert opened == [(str(tmp_path / "dense"), "hf_x", True)] * 2
     # The Trainer switches the cache off.
     assert pruner.model.config.use_cache is True
 

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel
 
 from optimum_fwdprune import FwdPruner, RecoveryArguments, sources
-from optimum_fwdprune.recovery import finetuning
+from optimum_fwdprune.recovery import teachers
 from optimum_fwdprune.sources import Source, fingerprint_of
 
 
@@ -26,11 +29,15 @@ def opened(monkeypatch):
     """What teachers were loaded from, and with which revision."""
     names = []
 
-    def loading(args, name, device, access):
-        names.append((name, access.get("revision")))
+    def loading(source, **placed):
+        # The first load, to check the teacher, leaves out its weights.
+        if placed["device_map"] != "meta":
+            names.append((source.name, source.access.get("revision")))
         return tiny.make_model("llama_gqa_biases")
 
-    monkeypatch.setattr(finetuning, "load_teacher", loading)
+    monkeypatch.setattr(teachers, "_loaded", loading)
+    config = SimpleNamespace(from_pretrained=lambda *_, **__: tiny.make_config("llama_gqa_biases"))
+    monkeypatch.setattr(teachers, "AutoConfig", config)
     return names
 
 
@@ -45,11 +52,11 @@ def home(tmp_path):
     return tmp_path
 
 
-def distill(folder, tmp_path, tokens, **changes):
+def distill(folder, tmp_path, tokens, taught_by=None, **changes):
     values = {"output_dir": str(tmp_path / "training"), "mode": "distill", "max_steps": 1, "use_cpu": True}
     args = RecoveryArguments(**{**values, "save_strategy": "no", **changes})
     pruner = FwdPruner.from_pretrained(folder) if not isinstance(folder, FwdPruner) else folder
-    pruner.recover({"input_ids": tokens}, args)
+    pruner.recover({"input_ids": tokens}, args, teacher=taught_by)
 
 
 def another_model(folder):
@@ -138,6 +145,78 @@ def test_a_teacher_that_is_named_needs_no_fingerprint(home, tokens, tmp_path, op
     another_model(home / "other")
     distill(home / "pruned", tmp_path, tokens, teacher=str(home / "other"))
     assert len(opened) == 1
+
+
+class TestTeachersThatAreRefused:
+    """Before any data is read, which is `None` here."""
+
+    def refused(self, tmp_path, message, taught_by, error=ValueError, **changes):
+        pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+        pruner.prune(**CUT)
+        values = {"output_dir": str(tmp_path / "training"), "mode": "distill", "use_cpu": True}
+        teacher = taught_by(pruner) if callable(taught_by) else taught_by
+        with pytest.raises(error, match=message):
+            pruner.recover(None, RecoveryArguments(**values | changes), teacher=teacher)
+        assert not (tmp_path / "training").exists()
+
+    @pytest.mark.parametrize(
+        ("teacher", "message"),
+        [
+            (lambda _: 5, "a folder or a repository of the Hub; got a int"),
+            (lambda _: FwdPruner(tiny.make_model("llama_gqa_biases")), "got a FwdPruner.*its attribute 'model'"),
+            (lambda pruner: pruner.model, "has the weights of the model that is trained"),
+            (lambda _: tiny.make_model("llama_gqa_biases", AutoModel), "a LlamaModel, which predicts no next token"),
+            (lambda _: tiny.make_model("llama_gqa_biases", num_hidden_layers=2), "teacher has 2 layers and the stud"),
+            (lambda _: tiny.make_model("llama_gqa_biases", hidden_size=96), "teacher has 96 hidden features and the"),
+            (lambda _: tiny.make_model("llama_gqa_biases", vocab_size=310), "predicts 310 tokens and the student 300"),
+            (lambda _: tiny.make_model("llama_gqa_biases", max_position_embeddings=8), "max_length=8"),
+        ],
+    )
+    def test_in_memory(self, tmp_path, teacher, message):
+        self.refused(tmp_path, message, teacher, hidden_weight=0.5)
+
+    def test_on_disk(self, tmp_path):
+        tiny.make_model("llama_gqa_biases", AutoModel).save_pretrained(tmp_path / "bare")
+        self.refused(tmp_path, "lacks 1 of the parameters.*lm_head.weight, which", str(tmp_path / "bare"))
+        adapted = get_peft_model(tiny.make_model("llama_gqa_biases"), LoraConfig(r=2, target_modules=["q_proj"]))
+        adapted.save_pretrained(tmp_path / "adapters")
+        self.refused(tmp_path, "it holds adapters of .*pass the model", str(tmp_path / "adapters"), error=OSError)
+        self.refused(tmp_path, "there is no such folder", tmp_path / "nowhere", error=OSError)
+        tiny.make_model("llama_gqa_biases").save_pretrained(tmp_path / "dense")
+        self.refused(tmp_path, "'flux:0' is no device", str(tmp_path / "dense"), teacher_device_map="flux:0")
+
+    def test_where_none_or_another_one_is_asked_for(self, tmp_path):
+        self.refused(tmp_path, "A teacher is for mode='distill'", "dense", mode="lora")
+        self.refused(tmp_path, "leave one of them out", "dense", teacher="other")
+
+    def test_with_a_cache_of_something_else(self, tmp_path):
+        (tmp_path / "text.txt").touch()
+        for cache in ("text.txt", "text.txt/inside"):
+            self.refused(tmp_path, "text.txt", None, error=OSError, teacher_cache=str(tmp_path / cache))
+        (tmp_path / "kept").mkdir()
+        (tmp_path / "kept" / "teacher.json").write_text("[1]")
+        self.refused(tmp_path, "holds no predictions", None, teacher_cache=str(tmp_path / "kept"))
+        (tmp_path / "kept" / "teacher.json").write_text('{"teacher": "dense", "top_k": 3, "tokens": ""}')
+        self.refused(tmp_path, "its top_k is 3", "dense", teacher_cache=str(tmp_path / "kept"))
+        self.refused(tmp_path, "needs the dense model", None, teacher_cache=str(tmp_path / "new" / "cache"))
+        assert not (tmp_path / "new").exists()
+
+
+def test_adapters_of_a_teacher_count(tokens, tmp_path):
+    """A PeftModel teaches with its adapters, and its kept predictions are not those of its base."""
+    base = tiny.make_model("llama_gqa_biases")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    losses = []
+    for teacher in (tiny.make_model("llama_gqa_biases"), adapted):
+        pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+        pruner.prune(**CUT)
+        options = {"logging_steps": 1, "teacher_cache": str(tmp_path / f"kept{len(losses)}")}
+        distill(pruner, tmp_path, tokens, taught_by=teacher, **options)
+        losses.append(pruner.trainer.state.log_history[0]["divergence"])
+
+    assert losses[0] != losses[1]
+    identities = [json.loads((tmp_path / f"kept{n}" / "teacher.json").read_text())["teacher"] for n in (0, 1)]
+    assert identities[0] != identities[1] and "with adapters" in identities[1]
 
 
 class TestFingerprint:

@@ -1,0 +1,289 @@
+"""The teacher of a distillation: where it is, and whether the student can learn from it, known before data is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..checkpoints import digest_of
+from ..loading import FOLDER_OTHERWISE, WHERE, adapter_config, load_causal_lm
+from ..module_state import check_not_consumed
+from ..offline import naming_offline
+from ..sources import Source
+from ..utils import is_no_repository
+from ..wrapping import adapted_module, is_peft_model, model_inside
+from .data import sequence_length
+from .distillation import check_kept
+from .options import DISTILL, RecoveryOptions
+
+
+# Maps that accelerate makes, beside names of devices.
+PLANNED_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """A teacher that has been checked: in memory, or still to be loaded.
+
+    Args:
+        identity (`str`): what kept predictions name as their teacher.
+        model (`PreTrainedModel`, *optional*): the teacher where it is in memory.
+        name (`str`, *optional*): the folder or repository where it is not; neither is there where all its predictions
+            are kept.
+        access (mapping): for `from_pretrained`: `token`, `revision`, `trust_remote_code` and the like.
+    """
+
+    identity: str
+    model: PreTrainedModel | None = None
+    name: str | None = None
+    access: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, student: PreTrainedModel, options: RecoveryOptions, device: torch.device) -> PreTrainedModel:
+        """Return the teacher, in its own dtype and where its device map says, or on `device`.
+
+        Raises:
+            ValueError: where the student cannot learn from it.
+            OSError: where it cannot be loaded.
+        """
+        if self.model is not None:
+            return self.model
+        model = _loaded(self, dtype=options.teacher_dtype, device_map=options.teacher_device_map)
+        check_teacher(model, student, options)
+        return model if options.teacher_device_map else model.to(device)  # type: ignore[arg-type]
+
+
+def find_teacher(
+    student: PreTrainedModel, options: RecoveryOptions, teacher: Any, access: Mapping[str, Any] | None = None
+) -> TeacherSource | None:
+    """Return the teacher that a distillation asks for, checked without reading its weights; `None` in other modes.
+
+    Args:
+        student (`PreTrainedModel`): the model that is trained.
+        options (`RecoveryOptions`): `mode`, `teacher` and the other options of distillation.
+        teacher (`PreTrainedModel`, `PeftModel`, `str`, `Path` or `Source`, *optional*): what the caller named; a
+            `Source`, the model that was pruned, gives way to `options.teacher`.
+        access (mapping, *optional*): for `from_pretrained`.
+
+    Raises:
+        ValueError: where there is none, two are named, it is no model, or the student cannot learn from it.
+        OSError: where it cannot be loaded.
+    """
+    named = None if isinstance(teacher, Source) else teacher
+    if options.mode != DISTILL:
+        if named is not None:
+            raise ValueError(f"A teacher is for mode='distill'; the mode asked for is {options.mode!r}.")
+        return None
+    if named is not None and options.teacher is not None and str(named) != options.teacher:
+        raise ValueError(
+            f"args.teacher is {options.teacher!r}, and recover was called with another teacher; leave one of them out."
+        )
+    model = None if named is None or isinstance(named, (str, Path)) else _in_memory(named)
+    source = _named(options, teacher) if model is None else TeacherSource(_identity(model), model)
+    if check_kept(options.teacher_cache, {"teacher": source.identity, "top_k": options.teacher_top_k}):
+        return source
+    if model is not None:
+        check_teacher(model, student, options)
+        return source
+    if isinstance(teacher, Source) and options.teacher is None:
+        source = _found(source, teacher)
+    if not source.name:
+        raise ValueError("mode='distill' needs the dense model, which teacher=... names.")
+    source = TeacherSource(source.identity, None, source.name, {**(access or {}), **source.access})
+    _check_without_weights(source, student, options)
+    return source
+
+
+def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, options: RecoveryOptions) -> None:
+    """Raise `ValueError` where a student cannot learn from a teacher.
+
+    Args:
+        teacher (`PreTrainedModel`): with or without its weights.
+        student (`PreTrainedModel`): the model that is trained.
+        options (`RecoveryOptions`): whether hidden states are compared, and how long sequences are.
+    """
+    check_not_consumed(teacher)
+    own, wanted = student.config.get_text_config(), teacher.config.get_text_config()
+    if not teacher.can_generate() or wanted.is_encoder_decoder:
+        raise ValueError(
+            f"The teacher is a {type(teacher).__name__}, which predicts no next token; name a causal language model, "
+            f"such as one of AutoModelForCausalLM."
+        )
+    if _share_weights(teacher, student):
+        raise ValueError(
+            "The teacher has the weights of the model that is trained, from which there is nothing to learn. Load the "
+            "dense model again, or name its folder as teacher."
+        )
+    if wanted.vocab_size != own.vocab_size:
+        raise ValueError(
+            f"The teacher predicts {wanted.vocab_size} tokens and the student {own.vocab_size}; distillation compares "
+            f"predictions token by token, so the teacher must be a model of the same tokenizer."
+        )
+    if options.hidden_weight:
+        _check_hidden_states(own, wanted)
+    longest = getattr(wanted, "max_position_embeddings", None)
+    length = sequence_length(options, getattr(own, "max_position_embeddings", None))
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"The teacher knows {longest} positions, and training sequences have {length} tokens; set "
+            f"max_length={longest}, or name another teacher."
+        )
+
+
+def _check_hidden_states(own: Any, wanted: Any) -> None:
+    for name, what in (("num_hidden_layers", "layers"), ("hidden_size", "hidden features")):
+        sizes = getattr(wanted, name), getattr(own, name)
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"hidden_weight compares hidden states layer by layer, and the teacher has {sizes[0]} {what} and the "
+                f"student {sizes[1]}. Leave hidden_weight at 0, or name another teacher."
+            )
+
+
+def _share_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
+    """Whether a weight in memory is one of both models: training would change the teacher too."""
+    places = {parameter.data_ptr() for parameter in student.parameters() if not parameter.is_meta}
+    own = (parameter for parameter in teacher.parameters() if not parameter.is_meta and parameter.numel())
+    return teacher is student or any(parameter.data_ptr() in places for parameter in own)
+
+
+def _in_memory(teacher: Any) -> PreTrainedModel:
+    """The model of a teacher in memory: that of a `PeftModel` has its adapters in it."""
+    if is_peft_model(teacher) and hasattr(teacher, "get_base_model"):
+        if teacher.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"The teacher, a {type(teacher).__name__}, has learned prompts, which are no part of its model. Name "
+                f"a model with its own weights, or one with adapters such as LoRA's."
+            )
+        teacher = teacher.get_base_model()
+    if isinstance(teacher, PreTrainedModel):
+        return teacher
+    inner = model_inside(teacher)
+    hint = f" Pass the model itself, its attribute {inner!r}." if inner is not None else ""
+    raise ValueError(
+        f"teacher takes a transformers model, a folder or a repository of the Hub; got a {type(teacher).__name__}."
+        f"{hint}"
+    )
+
+
+def _identity(model: PreTrainedModel) -> str:
+    """What kept predictions name as their teacher in memory: adapters count as well."""
+    name = str(model.config._name_or_path)
+    if adapted_module(model) is None:
+        return name
+    adapters = (
+        (f"{path}.{leaf}", parameter)
+        for path, module in model.named_modules()
+        if is_peft_model(module)
+        for leaf, parameter in module.named_parameters()
+        if "base_layer." not in leaf
+    )
+    return f"{name} with adapters {digest_of(adapters)[:16]}"
+
+
+def _named(options: RecoveryOptions, teacher: Any) -> TeacherSource:
+    """A teacher that is loaded from a folder or a repository."""
+    if options.teacher is None and isinstance(teacher, Source):
+        return TeacherSource(f"{teacher.name} {teacher.revision or teacher.fingerprint or ''}".rstrip())
+    name = options.teacher if isinstance(teacher, Source) or teacher is None else str(teacher)
+    return TeacherSource(name or "", name=name)
+
+
+def _found(source: TeacherSource, pruned: Source) -> TeacherSource:
+    name = pruned.find()
+    # A folder has no commits.
+    revision = {"revision": pruned.revision} if name == pruned.name and pruned.revision is not None else {}
+    return TeacherSource(source.identity, name=name, access=revision)
+
+
+def _check_without_weights(source: TeacherSource, student: PreTrainedModel, options: RecoveryOptions) -> None:
+    """Check a teacher as it will be loaded, on a device that holds no values."""
+    name = str(source.name)
+    _check_device_map(options.teacher_device_map)
+    if is_no_repository(name) and not Path(name).is_dir():
+        raise OSError(f"Cannot load the teacher {name}: there is no such folder. Another one can be named with teacher=....")
+    with _naming_the_teacher(source):
+        if adapter_config(name, _where(source)) is None:
+            known = {key: value for key, value in source.access.items() if key in (*WHERE, "trust_remote_code")}
+            with naming_offline(name, FOLDER_OTHERWISE):
+                config = AutoConfig.from_pretrained(name, **known)
+            if getattr(config, "quantization_config", None) is not None:
+                # Its kernels need a real device: it is checked when it is loaded.
+                return
+    with _reported_once():
+        check_teacher(_loaded(source, dtype=options.teacher_dtype, device_map="meta"), student, options)
+
+
+def _check_device_map(device_map: str | None) -> None:
+    if device_map in (None, *PLANNED_MAPS):
+        return
+    try:
+        torch.device(str(device_map))
+    except RuntimeError as error:
+        raise ValueError(
+            f"teacher_device_map={device_map!r} is no device; name {', '.join(PLANNED_MAPS)}, or a device such as "
+            f"cuda:0."
+        ) from error
+
+
+def _loaded(source: TeacherSource, **placed: Any) -> PreTrainedModel:
+    """Load a teacher; whatever is not in its files would be drawn at random."""
+    with _naming_the_teacher(source):
+        model, notes = load_causal_lm(str(source.name), **placed, **source.access, output_loading_info=True)  # type: ignore[misc]
+    if notes["missing_keys"]:
+        missing = sorted(notes["missing_keys"])
+        raise ValueError(
+            f"The teacher {source.name} lacks {len(missing)} of the parameters of a {type(model).__name__}, such as "
+            f"{missing[0]}, which would be drawn at random. Name a checkpoint that was saved with its language model "
+            f"head."
+        )
+    return model
+
+
+@contextmanager
+def _naming_the_teacher(source: TeacherSource) -> Iterator[None]:
+    """Say in errors of loading which teacher it is, and that of adapters the base is needed too."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        adapters = _adapters_without_base(source)
+        raise (OSError if isinstance(error, OSError) else ValueError)(
+            f"Cannot load the teacher {source.name}: {adapters}{error} Another one can be named with "
+            f"teacher=...; without it, it is the model that was pruned."
+        ) from error
+
+
+def _adapters_without_base(source: TeacherSource) -> str:
+    """What to do about a folder of adapters that could not be loaded: a sentence, or nothing."""
+    try:
+        values = adapter_config(str(source.name), _where(source))
+    except (OSError, ValueError):
+        return ""
+    if values is None:
+        return ""
+    base = values.get("base_model_name_or_path") or "a model that they do not name"
+    return (
+        f"it holds adapters of {base}, which is needed too. Put them on their base, and pass the model: "
+        f"PeftModel.from_pretrained(base, {str(source.name)!r}). "
+    )
+
+
+def _where(source: TeacherSource) -> dict[str, Any]:
+    return {name: value for name, value in source.access.items() if name in WHERE}
+
+
+@contextmanager
+def _reported_once() -> Iterator[None]:
+    """Leave reports to the load that is made again for the weights; downloads keep their progress bars."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
