@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 
@@ -22,9 +23,15 @@ FREQUENCIES, ORIGINAL_FREQUENCIES = "inv_freq", "original_inv_freq"
 LONGEST, ORIGINAL_LONGEST = "max_seq_len_cached", "original_max_seq_len"
 
 
-def mark_consumed(model: nn.Module) -> None:
-    """Note on `model` that some of its weights were cut away in place."""
+def mark_consumed(model: PreTrainedModel) -> None:
+    """Note on `model` that some of its weights were cut away in place, and have it refuse to run or to be saved."""
+    if is_consumed(model):
+        return
     model.__dict__["_consumed_by_pruning"] = True
+    model.register_forward_pre_hook(_refuse_to_run, prepend=True)
+    # It would write a checkpoint without those weights. The message alone is kept: the model would keep itself alive.
+    refuse = partial(_refuse, _was_consumed(model))
+    model.__dict__.update(dict.fromkeys(("save_pretrained", "push_to_hub", "generate"), refuse))
 
 
 def is_consumed(model: nn.Module) -> bool:
@@ -35,13 +42,25 @@ def is_consumed(model: nn.Module) -> bool:
 def check_not_consumed(model: PreTrainedModel) -> None:
     """Raise `ValueError` where weights of `model` were cut away in place."""
     if is_consumed(model):
-        name = model.config._name_or_path
-        where = f".from_pretrained({name!r})" if name else ", for example with from_pretrained"
-        raise ValueError(
-            f"This {type(model).__name__} was consumed by prune(), which cuts weights in place and was finished or "
-            f"interrupted: some of its tensors are empty. Load it again{where}. prune(inplace=False) keeps the model, "
-            f"and needs memory for both."
-        )
+        raise ValueError(_was_consumed(model))
+
+
+def _was_consumed(model: PreTrainedModel) -> str:
+    name = model.config._name_or_path
+    where = f".from_pretrained({name!r})" if name else ", for example with from_pretrained"
+    return (
+        f"This {type(model).__name__} was consumed by prune(), which cuts weights in place and was finished or "
+        f"interrupted: some of its tensors are empty. Load it again{where}. prune(inplace=False) keeps the model, "
+        f"and needs memory for both."
+    )
+
+
+def _refuse_to_run(model: PreTrainedModel, _arguments: Any) -> None:
+    check_not_consumed(model)
+
+
+def _refuse(message: str, *_args: Any, **_options: Any) -> None:
+    raise ValueError(message)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import ranks
-from .module_state import forward_state_kept
+from .module_state import check_not_consumed, forward_state_kept
 from .progress import announce as announce
 from .progress import one_step as one_step
 from .progress import progress as progress
@@ -334,7 +334,12 @@ def random_states_kept() -> Iterator[None]:
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Put `model` into eval mode while the context is open, and leave modes, buffers and what forward passes change in
-    its modules as they were."""
+    its modules as they were.
+
+    Raises:
+        ValueError: where `model` was consumed by pruning.
+    """
+    check_not_consumed(model)
     modes = [(module, module.training) for module in model.modules()]
     with forward_state_kept(model):
         model.eval()

@@ -1,9 +1,11 @@
 """What a run leaves behind: the model, its modules and the process are as they were, whether it succeeds or fails."""
 
 import copy
+import gc
 import os
 import random
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimum_fwdprune import FwdPruner, PruningConfig, cutting, pruner, surgery
+from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments, cutting, pruner, surgery
 from optimum_fwdprune.architectures import get_architecture
+from optimum_fwdprune.evaluation import benchmark, perplexity, text_loss
 from optimum_fwdprune.methods import registered_methods
 from optimum_fwdprune.utils import folder_moved_into_place, write_text_atomically
 
@@ -237,11 +240,40 @@ def test_a_later_round_that_fails_leaves_what_is_finished(stage, tokens, monkeyp
     assert torch.equal(replayed(tokens).logits, fwd_pruner.model(tokens).logits)
 
 
-def test_a_consumed_model_is_named_where_it_is_used_again(tokens):
+def test_a_consumed_model_is_named_where_it_is_used_again(tokens, tmp_path):
     dense = tiny.make_model("llama_gqa_biases")
-    FwdPruner(dense).prune(PruningConfig(reconstruction="none", **BOTH_KINDS), tokens)
-    with pytest.raises(ValueError, match="was consumed by prune"):
-        FwdPruner(dense)
+    fwd_pruner = FwdPruner(dense)
+    fwd_pruner.prune(PruningConfig(reconstruction="none", **BOTH_KINDS), tokens)
+    distill = RecoveryArguments(str(tmp_path / "training"), mode="distill", use_cpu=True)
+    for call in (
+        lambda: FwdPruner(dense),
+        lambda: fwd_pruner.recover(None, distill, teacher=dense),
+        lambda: text_loss(dense, tokens[0]),
+        lambda: perplexity(dense, tokens),
+        lambda: benchmark([dense]),
+        lambda: dense(tokens),
+        lambda: copy.deepcopy(dense)(tokens),
+        lambda: dense.generate(tokens),
+        lambda: dense.save_pretrained(tmp_path / "out"),
+        lambda: dense.push_to_hub("someone/dense"),
+    ):
+        with pytest.raises(ValueError, match="was consumed by prune"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_consumed_model_is_freed_with_its_last_reference(tokens):
+    dense = tiny.make_model("llama_gqa_biases")
+    fwd_pruner = FwdPruner(dense)
+    fwd_pruner.prune(PruningConfig(reconstruction="none", **BOTH_KINDS), tokens)
+    held = weakref.ref(dense)
+    gc.collect()
+    gc.disable()
+    try:
+        del dense
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("method", registered_methods())

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from ..loggers import get_logger
+from ..module_state import check_not_consumed
 from ..offloading import input_device
 from ..utils import evaluating, progress, synchronize
 from .memory import PeakMemory
@@ -124,13 +125,14 @@ def benchmark(
             `time.process_time` leaves out what they take.
 
     Raises:
-        ValueError: where a prompt with its new tokens is too long for a model.
+        ValueError: where a prompt with its new tokens is too long for a model, or a model was consumed by pruning.
     """
     if not models:
         raise ValueError("There is no model to measure.")
     if min(*batch_sizes, *prompt_tokens, new_tokens, repeats) < 1:
         raise ValueError("batch_sizes, prompt_tokens, new_tokens and repeats must be at least 1.")
     for model in models:
+        check_not_consumed(model)
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and max(prompt_tokens) + new_tokens > longest:
             raise ValueError(
