@@ -171,6 +171,8 @@ def _how_it_was_trained(record: Record) -> Iterator[str]:
 
 def _training_in_words(recovery: Mapping[str, Any]) -> str:
     what = "with LoRA adapters, which are merged into the weights," if recovery.get("adapters") else "in all weights"
+    if frozen := recovery.get("frozen"):
+        what = f"in part, with {frozen} frozen,"
     steps = f" for {recovery['steps']} steps" if "steps" in recovery else ""
     data = f" on `{recovery['dataset']}`" if "dataset" in recovery else ""
     towards = ", towards the predictions of the dense model" if recovery.get("mode") == DISTILL else ""

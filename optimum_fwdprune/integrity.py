@@ -40,7 +40,7 @@ def check_checkpoint(
     files = weight_files(model_id, where)
     if not files:
         return
-    found = _shapes_of(files)
+    found = shapes_of(files)
     described = _described_by(config, auto_class, len(found), files[0].parent)
     if getattr(config, "quantization_config", None) is not None:
         return
@@ -88,7 +88,12 @@ def weight_files(model_id: str | Path, where: Mapping[str, Any]) -> list[Path]:
     return [Path(shard) for shard in shards]
 
 
-def _shapes_of(files: Iterable[Path]) -> Shapes:
+def shapes_of(files: Iterable[Path]) -> Shapes:
+    """Return names and shapes of the tensors in safetensors files, of which only the headers are read.
+
+    Raises:
+        OSError: where a file is damaged or not there, naming it.
+    """
     shapes: Shapes = {}
     damaged = []
     for path in files:

@@ -578,10 +578,9 @@ class FwdPruner:
             ValueError: before anything is trained, where the model is dense, has adapters in it or offloaded layers,
                 and where the data, the teacher or a checkpoint to resume from does not fit.
         """
-        from transformers import TrainerCallback
-
         from .recovery import RecoveryArguments, recover
-        from .recovery.trainer import StepCounter
+        from .recovery.callbacks import checked_callbacks
+        from .recovery.trainer import StepCounter, frozen_share
 
         check_not_consumed(self.model)
         self._check_trainable()
@@ -592,8 +591,7 @@ class FwdPruner:
                 f"args must be RecoveryArguments, which extend the Trainer's TrainingArguments; got a "
                 f"{type(args).__name__}. Write RecoveryArguments(output_dir=..., ...)."
             )
-        if isinstance(callbacks, TrainerCallback):
-            callbacks = [callbacks]
+        callbacks = checked_callbacks(callbacks)
         keeps_adapters = args.trains_adapters and not args.merge_adapters
         if keeps_adapters and self._saved_as is None:
             raise ValueError(
@@ -613,13 +611,14 @@ class FwdPruner:
                     args,
                     teacher=teacher,
                     eval_dataset=eval_dataset,
-                    callbacks=[counter, *(callbacks or ())],
+                    callbacks=[counter, *callbacks],
                     access=self._access,
                 )
         except BaseException as error:
             if counter.steps and not args.trains_adapters:
                 # Weights that were trained for a while are not those that were pruned and measured.
-                stopped = {"mode": args.mode, "adapters": False, "steps": counter.steps, "dataset": data}
+                stopped = {"mode": args.mode, "adapters": False, **frozen_share(self.model, trains_adapters=False)}
+                stopped |= {"steps": counter.steps, "dataset": data}
                 self.recovery = {**stopped, "interrupted by": type(error).__name__}
                 self.trainer = self.comparison = self._saved_as = None
                 self._keep_record()

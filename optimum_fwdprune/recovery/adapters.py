@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError as error:
         raise ImportError('Adapters need PEFT: pip install "optimum-fwdprune[recovery]".') from error
+    _check_targets(model, options.lora_targets)
     targets: Any = options.lora_targets[0] if options.lora_targets == ["all-linear"] else options.lora_targets
     config = LoraConfig(
         r=options.lora_r,
@@ -39,9 +41,27 @@ def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
         target_modules=targets,
         task_type=TaskType.CAUSAL_LM,
     )
-    adapted = get_peft_model(model, config)
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"lora_targets={options.lora_targets} cannot get adapters: {error}") from error
     _check_untied(adapted)
     return adapted
+
+
+def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    """Raise `ValueError` on a name that no module has, and list those of linears."""
+    modules = dict(model.named_modules())
+    unknown = [] if targets == ["all-linear"] else [each for each in targets if not _has_target(modules, each)]
+    if targets and not unknown:
+        return
+    linears = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    wrong = f"No module has a name that ends in {unknown[0]!r}" if unknown else "lora_targets is empty"
+    raise ValueError(f"{wrong}; lora_targets takes all-linear, or some of {', '.join(sorted(linears))}.")
+
+
+def _has_target(names: Iterable[str], target: str) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 def _check_untied(model: Any) -> None:

@@ -10,20 +10,23 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from ..saving import check_savable
 from ..utils import check_output_file, random_states_kept
-from .adapters import check_adapters, merged, with_adapters
+from .adapters import merged, with_adapters
 from .arguments import RecoveryArguments
+from .callbacks import check_evaluations, checked_callbacks
 from .data import training_data
 from .distillation import Teacher, identity_of_teacher, keep_predictions, kept_predictions
 from .options import DISTILL
 from .restoring import ModelState, left_as_it_was, removed_where_unused
+from .resuming import check_resumable, checkpoint_of
 from .teachers import TeacherSource, find_teacher
 from .trainer import RecoveryTrainer
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def recover(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -32,7 +35,7 @@ def recover(
     *,
     teacher: Any = None,
     eval_dataset: Any = None,
-    callbacks: list | None = None,
+    callbacks: Any = None,
     access: Mapping[str, Any] | None = None,
 ) -> tuple[Any, RecoveryTrainer]:
     """Train a pruned model: adapters or all weights, by the text alone or towards the dense model too.
@@ -49,7 +52,7 @@ def recover(
         teacher (`PreTrainedModel`, `PeftModel`, `str`, `Path` or `Source`, *optional*): for `mode="distill"`: the
             dense model, or what to load it from where `args.teacher` does not say.
         eval_dataset (*optional*): of the same kinds as `dataset`, for `eval_strategy`.
-        callbacks (`list` of `TrainerCallback`, *optional*): the Trainer's.
+        callbacks (`TrainerCallback` or iterable of these, *optional*): the Trainer's.
         access (mapping, *optional*): for loading a teacher by name: `token`, `trust_remote_code` and the like.
 
     Returns:
@@ -61,8 +64,12 @@ def recover(
             tokenizer could not be saved.
     """
     check_savable(model, tokenizer)
-    _check_arguments(args, eval_dataset, callbacks)
-    resumed = _checkpoint_of(args)
+    callbacks = checked_callbacks(callbacks)
+    check_evaluations(args, eval_dataset, callbacks)
+    if eval_dataset is not None and args.mode == DISTILL and args.teacher_cache is not None:
+        raise ValueError("teacher_cache keeps no predictions for eval_dataset; leave one of them out.")
+    _check_weights(model, args)
+    resumed = checkpoint_of(args)
     source = find_teacher(model, args, teacher, access)
     adapters_stay = args.trains_adapters and not args.merge_adapters
     before = ModelState(model)
@@ -71,9 +78,11 @@ def recover(
         try:
             # The Trainer writes its checkpoints there.
             check_output_file(Path(str(args.output_dir)) / "trainer_state.json")
-            trainer = _trainer(model, tokenizer, dataset, args, source, eval_dataset, callbacks)
-            if resumed is not None and args.trains_adapters:
-                check_adapters(resumed, trainer.model)
+            # Names of linears and a checkpoint are checked before data is read.
+            trained = _trainable(model, args)
+            if resumed is not None:
+                check_resumable(resumed, trained, args)
+            trainer = _trainer(model, trained, tokenizer, dataset, args, source, eval_dataset, callbacks)
             assert trainer.model is not None
             with _steps_reach_the_weights(trainer.model):
                 trainer.train(resume_from_checkpoint=resumed)
@@ -87,32 +96,44 @@ def recover(
     return trained.eval(), trainer
 
 
-def _check_arguments(args: RecoveryArguments, eval_dataset: Any, callbacks: list | None) -> None:
-    """Raise `ValueError` on what would show only when a teacher was asked, or in the middle of a run."""
-    strategy = IntervalStrategy(args.eval_strategy)
-    if eval_dataset is None and strategy != IntervalStrategy.NO:
-        raise ValueError(f"eval_strategy={strategy.value!r} needs an eval_dataset.")
-    if eval_dataset is not None and args.mode == DISTILL and args.teacher_cache is not None:
-        raise ValueError("teacher_cache keeps no predictions for eval_dataset; leave one of them out.")
-    for callback in callbacks or ():
-        kind = callback if isinstance(callback, type) else type(callback)
-        if not issubclass(kind, TrainerCallback):
-            raise ValueError(
-                f"callbacks are objects or classes of transformers.TrainerCallback, such as "
-                f"EarlyStoppingCallback(3); got a {kind.__name__}."
-            )
+def _check_weights(model: PreTrainedModel, args: RecoveryArguments) -> None:
+    """Raise `ValueError` where a step could change no weight."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "Weights of the model were made under torch.inference_mode, and cannot be trained. Load and prune the "
+            "model outside of it."
+        )
+    if not args.trains_adapters and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"All parameters of the model are frozen, and mode={args.mode!r} without adapters would train none. Call "
+            f"pruner.model.requires_grad_(True), or train adapters with mode='lora'."
+        )
+
+
+def _trainable(model: PreTrainedModel, args: RecoveryArguments) -> Any:
+    """The model as it is trained: with new adapters where these are."""
+    if not args.trains_adapters:
+        return model
+    # New adapters are drawn before the Trainer sets its seed.
+    set_seed(args.seed)
+    adapted = with_adapters(model, args)
+    if args.gradient_checkpointing:
+        # The embeddings are frozen, and what follows needs gradients to reach it.
+        adapted.enable_input_require_grads()
+    return adapted
 
 
 def _trainer(
     model: PreTrainedModel,
+    trained: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     dataset: Any,
     args: RecoveryArguments,
     source: TeacherSource | None,
     eval_dataset: Any,
-    callbacks: list | None,
+    callbacks: list[TrainerCallback],
 ) -> RecoveryTrainer:
-    """Read the data, ask for the teacher, put adapters on the model, and return what trains it."""
+    """Read the data, ask for the teacher, and return what trains the model."""
     longest = getattr(model.config, "max_position_embeddings", None)
     limits = {"longest": longest, "vocab_size": model.config.get_text_config().vocab_size}
     data = training_data(dataset, tokenizer, args, _sequences_of(args), **limits)
@@ -120,14 +141,6 @@ def _trainer(
     live = None
     if source is not None:
         data, live = _taught(data, model, args, source)
-    trained: Any = model
-    # New adapters are drawn before the Trainer sets its seed.
-    set_seed(args.seed)
-    if args.trains_adapters:
-        trained = with_adapters(model, args)
-        if args.gradient_checkpointing:
-            # The embeddings are frozen, and what follows needs gradients to reach it.
-            trained.enable_input_require_grads()
     return RecoveryTrainer(
         model=trained,
         args=args,
@@ -177,19 +190,3 @@ def _taught(
             teacher = Teacher(source.load(student, args, args.device))
             kept = keep_predictions(data, teacher, args.teacher_cache, identity, args.train_batch_size)
     return kept, None
-
-
-def _checkpoint_of(args: RecoveryArguments) -> str | None:
-    """The checkpoint to go on from, where the arguments ask for one."""
-    asked: Any = args.resume_from_checkpoint
-    if asked is None or str(asked).lower() == "false":
-        return None
-    if asked is True or str(asked).lower() == "true":
-        folder = str(args.output_dir)
-        found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-        if found is None:
-            raise ValueError(f"There is no checkpoint to resume from in {args.output_dir}.")
-        return found
-    if not Path(asked).is_dir():
-        raise ValueError(f"There is no checkpoint {asked} to resume from.")
-    return str(asked)

@@ -85,6 +85,8 @@ class RecoveryOptions:
         modes = (LORA, FULL, DISTILL)
         if self.mode not in modes:
             raise ValueError(f"mode must be one of {', '.join(modes)}; got {self.mode!r}.")
+        if isinstance(self.lora_targets, str):
+            self.lora_targets = [self.lora_targets]
         if self.mode == LORA and self.adapters is False:
             raise ValueError(
                 "adapters=False does not go with mode='lora', which trains adapters; for all weights use mode='full' "

@@ -64,6 +64,7 @@ class RecoveryTrainer(Trainer):
         return {
             "mode": self.args.mode,
             "adapters": self.args.trains_adapters,
+            **frozen_share(self.model, self.args.trains_adapters),
             "steps": self.state.global_step,
             "sequences per step": self.args.train_batch_size
             * self.args.gradient_accumulation_steps
@@ -101,6 +102,20 @@ class RecoveryTrainer(Trainer):
                 self._parts[name] = self._parts.get(name, 0.0) + float(value.detach()) / tokens
             self._batches += 1
         return loss
+
+
+def frozen_share(model: Any, trains_adapters: bool) -> dict[str, str]:
+    """Return an entry of the record where not all weights were trained, since a user froze some of them.
+
+    Args:
+        model (`PreTrainedModel`): after training.
+        trains_adapters (`bool`): whether adapters were trained, which leave all weights frozen.
+    """
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    frozen = sum(size for size, trained in sizes if not trained)
+    if trains_adapters or not frozen:
+        return {}
+    return {"frozen": f"{frozen:,} of {sum(size for size, _ in sizes):,} parameters"}
 
 
 class StepCounter(TrainerCallback):

@@ -1,0 +1,72 @@
+"""Callbacks of the Trainer, checked before a run whose middle they would end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from .arguments import RecoveryArguments
+
+
+# What an evaluation on the way measures.
+MEASURED = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+
+
+def checked_callbacks(callbacks: Any) -> list[TrainerCallback]:
+    """Return callbacks as a list of objects.
+
+    Args:
+        callbacks (`TrainerCallback`, its class, or an iterable of these, *optional*): what the caller passed.
+
+    Raises:
+        ValueError: on anything else, and on a class that cannot be called without arguments.
+    """
+    if callbacks is None:
+        return []
+    if isinstance(callbacks, (TrainerCallback, type, str, Mapping)) or not isinstance(callbacks, Iterable):
+        callbacks = [callbacks]
+    return [_callback(each) for each in callbacks]
+
+
+def _callback(callback: Any) -> TrainerCallback:
+    kind = callback if isinstance(callback, type) else type(callback)
+    if not issubclass(kind, TrainerCallback):
+        raise ValueError(
+            f"callbacks are objects or classes of transformers.TrainerCallback, such as EarlyStoppingCallback(3); got "
+            f"a {kind.__name__}."
+        )
+    if kind is not callback:
+        return callback
+    try:
+        return kind()
+    except TypeError as error:
+        raise ValueError(f"{kind.__name__} needs arguments ({error}); pass an object of it.") from error
+
+
+def check_evaluations(args: RecoveryArguments, eval_dataset: Any, callbacks: Iterable[TrainerCallback]) -> None:
+    """Raise `ValueError` where evaluations on the way lack their data, or callbacks their evaluations.
+
+    Args:
+        args (`RecoveryArguments`): `eval_strategy` and `metric_for_best_model`.
+        eval_dataset (*optional*): held-out data.
+        callbacks (iterable of `TrainerCallback`): the Trainer's.
+    """
+    strategy, metric = IntervalStrategy(args.eval_strategy), args.metric_for_best_model
+    if eval_dataset is None and strategy != IntervalStrategy.NO:
+        raise ValueError(f"eval_strategy={strategy.value!r} needs an eval_dataset.")
+    if any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks) and (
+        strategy == IntervalStrategy.NO or metric is None
+    ):
+        raise ValueError(
+            "EarlyStoppingCallback compares evaluations: set eval_strategy='steps' or 'epoch' and "
+            "metric_for_best_model='eval_loss', and pass an eval_dataset."
+        )
+    evaluates = strategy != IntervalStrategy.NO
+    if evaluates and metric is not None and f"eval_{metric.removeprefix('eval_')}" not in MEASURED:
+        raise ValueError(
+            f"metric_for_best_model={metric!r} is not measured; an evaluation on the way measures "
+            f"{', '.join(MEASURED)}."
+        )

@@ -1,0 +1,85 @@
+"""Checkpoints of an earlier run: which one to go on from, and whether it is one of the model that is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..integrity import shapes_of, weight_files
+from .adapters import WEIGHTS_NAME, check_adapters
+from .arguments import RecoveryArguments
+
+
+def checkpoint_of(args: RecoveryArguments) -> str | None:
+    """Return the checkpoint to go on from, where the arguments ask for one.
+
+    Raises:
+        ValueError: where it is not there, or its record of the run is damaged.
+    """
+    asked: Any = args.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        return None
+    if str(asked).lower() == "true":
+        folder = str(args.output_dir)
+        found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if found is None:
+            raise ValueError(f"There is no checkpoint to resume from in {args.output_dir}.")
+    else:
+        found = str(asked)
+    if not Path(found).is_dir():
+        raise ValueError(f"There is no checkpoint {found} to resume from.")
+    _check_state(Path(found) / TRAINER_STATE_NAME)
+    return found
+
+
+def check_resumable(folder: str, model: Any, args: RecoveryArguments) -> None:
+    """Raise `ValueError` where a checkpoint is of another mode, or of a model with other shapes.
+
+    Args:
+        folder (`str`): of the checkpoint.
+        model (`PreTrainedModel` or `PeftModel`): what is trained, with new adapters where these are.
+        args (`RecoveryArguments`): what is trained.
+    """
+    if args.trains_adapters:
+        check_adapters(folder, model)
+    elif (Path(folder) / WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"{folder} holds adapters, and this run trains all weights. Resume with mode='lora' or 'distill', or name "
+            f"a checkpoint of all weights."
+        )
+    elif not (args.fsdp or args.deepspeed):  # These have files of their own.
+        _check_weights(folder, model)
+
+
+def _check_state(file: Path) -> None:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{file.parent} is no checkpoint of a run: there is no {file.name} in it.") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}. Resume from another checkpoint.") from error
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+        raise ValueError(f"{file} is no record of a run: it has no global_step. Resume from another checkpoint.")
+
+
+def _check_weights(folder: str, model: PreTrainedModel) -> None:
+    files = weight_files(folder, {})
+    if not files:
+        raise ValueError(f"{folder} holds no weights: there is no safetensors file of a model in it.")
+    try:
+        found = shapes_of(files)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be resumed from: {error}") from error
+    tied = getattr(model, "all_tied_weights_keys", {})
+    own = {name: tuple(value.shape) for name, value in model.named_parameters() if name not in tied}
+    for name, shape in own.items():
+        if found.get(name) != shape:
+            raise ValueError(
+                f"The checkpoint {folder} is of another model: {name} has the shape {found.get(name)} there and "
+                f"{shape} here. Resume the training of the model that it was made from, or start afresh."
+            )
