@@ -235,7 +235,9 @@ def _check_device_map(device_map: str | None) -> None:
 def _loaded(source: TeacherSource, **placed: Any) -> PreTrainedModel:
     """Load a teacher; whatever is not in its files would be drawn at random."""
     with _naming_the_teacher(source):
-        model, notes = load_causal_lm(str(source.name), **placed, **source.access, output_loading_info=True)  # type: ignore[misc]
+        # With the notes it returns a pair.
+        loaded: Any = load_causal_lm(str(source.name), **placed, **source.access, output_loading_info=True)
+    model, notes = loaded
     if notes["missing_keys"]:
         missing = sorted(notes["missing_keys"])
         raise ValueError(
