@@ -207,7 +207,10 @@ def _check_without_weights(source: TeacherSource, student: PreTrainedModel, opti
     name = str(source.name)
     _check_device_map(options.teacher_device_map)
     if is_no_repository(name) and not Path(name).is_dir():
-        raise OSError(f"Cannot load the teacher {name}: there is no such folder. Another one can be named with teacher=....")
+        raise OSError(
+            f"Cannot load the teacher {name}: there is no such folder. Another one can be named with teacher=...; "
+            f"without it, it is the model that was pruned."
+        )
     with _naming_the_teacher(source):
         if adapter_config(name, _where(source)) is None:
             known = {key: value for key, value in source.access.items() if key in (*WHERE, "trust_remote_code")}
