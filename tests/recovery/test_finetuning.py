@@ -428,8 +428,8 @@ class TestBadInput:
         ("changes", "message"),
         [
             ({"mode": "lore"}, "mode must be one of lora, full, distill; got 'lore'"),
-            ({"mode": "lora", "adapters": False}, "mode='lora' trains adapters"),
-            ({"mode": "full", "adapters": True}, "mode='full' trains all weights"),
+            ({"mode": "lora", "adapters": False}, "does not go with mode='lora', which trains adapters"),
+            ({"mode": "full", "adapters": True}, "does not go with mode='full', which trains all weights"),
             ({"fp16": True}, "fp16 overflows"),
             ({"lora_r": 0}, "lora_r must be at least 1; got 0"),
             ({"lora_dropout": 1.5}, r"lora_dropout must be in \[0, 1\]; got 1.5"),
