@@ -31,7 +31,7 @@ from gpu_requests import LAYOUTS, NOT_STREAMED, OFFLOADED, placements
 from gpu_run import Part, quiet, run_parts
 from requests_for_devices import REQUESTS
 
-from optimum_fwdprune.utils import write_text_atomically
+from optimum_fwdprune.files import write_text_atomically
 
 
 # A tiny model's request, on one H100.

@@ -24,7 +24,7 @@ from study import table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_fwdprune import FwdPruner, PruningConfig
-from optimum_fwdprune.utils import save_weights_atomically, write_text_atomically
+from optimum_fwdprune.files import save_weights_atomically, write_text_atomically
 
 
 SIZES = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}

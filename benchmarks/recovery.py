@@ -25,7 +25,7 @@ from study import WINDOW, Study, difference, digest_of, file_name, in_dtype, log
 
 from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
 from optimum_fwdprune.evaluation import PeakMemory, benchmark, evaluate_tasks, window_losses
-from optimum_fwdprune.utils import write_text_atomically
+from optimum_fwdprune.files import write_text_atomically
 
 
 PRESET, CALIBRATION = "fast", {"n_samples": 32, "seq_len": 256}

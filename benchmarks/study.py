@@ -13,7 +13,7 @@ import torch
 from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
 from optimum_fwdprune.calibration import load_calibration
 from optimum_fwdprune.evaluation import window_losses
-from optimum_fwdprune.utils import write_text_atomically
+from optimum_fwdprune.files import write_text_atomically
 
 
 WINDOW = 512

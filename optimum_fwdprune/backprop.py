@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .architectures import Site, SiteKey
-from .calibration import Calibration
+from .calibration import Calibration, counted_targets
 from .gates import gated
-from .losses import counted_targets, model_nll
-from .utils import progress
+from .losses import model_nll
+from .progress import progress
 
 
 def weight_gradients(

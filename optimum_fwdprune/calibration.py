@@ -20,14 +20,14 @@ from . import ranks
 from .chats import chat_text, check_template
 from .checkpoints import Checkpoint
 from .loggers import get_logger
-from .losses import counted_targets
 from .messages import UnusableRow, refusing_all
 from .offline import offline_variable
 from .offloading import input_device, lies_on_disk
+from .progress import progress
+from .randomness import seeded_generator
 from .rows import CHAT, TOKENS, Data
 from .texts import PRESETS, SELF, always_text, detokenize, load_rows, open_rows, texts_of
 from .tokens import Tokens, check_table, present_tokens
-from .utils import progress, seeded_generator
 
 
 if TYPE_CHECKING:
@@ -135,6 +135,14 @@ class Calibration:
         if self.attention_mask is not None:
             digest.update(self.attention_mask.bool().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def counted_targets(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return which predicted tokens count, bool `[batch_size, seq_len - 1]`: neither they nor the ones before pad."""
+    if attention_mask is None:
+        return torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
+    mask = attention_mask.bool()
+    return mask[:, 1:] & mask[:, :-1]
 
 
 def load_calibration(

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
 from .architectures.site import ATTENTION, KINDS, MLP
+from .choices import SEARCH
 from .composing import EARLIER
 from .configuration import CONFIG_NAME
 from .evaluation import Comparison
@@ -22,7 +23,6 @@ from .record import Record
 from .recovery.options import DISTILL
 from .report import PruningReport, calibration_in_words, plan_table, plot_plan
 from .reproduction import INPUTS, reproduction_of
-from .search import SEARCH
 
 
 PICTURE_NAME = "kept_units.png"

@@ -6,33 +6,32 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load
-from transformers import PreTrainedModel
 
 from . import ranks
-from .configuration import PruningConfig
-from .offloading import read_parameter
-from .utils import METADATA_KEY, check_output_file, first_difference, save_tensors_atomically
+from .files import METADATA_KEY, check_output_file, save_tensors_atomically
+from .words import first_difference
 
-
-if TYPE_CHECKING:
-    from .calibration import Calibration
 
 T = TypeVar("T")
 
 # A state: tensors and JSON values.
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
-# Fields of a request that do not change what is found, up to rounding.
-IMMATERIAL = ("batch_size",)
-
 # Writing takes no larger share of the time than one in so many.
 SHARE = 10
+
+
+class HasFingerprint(Protocol):
+    """Tokens that a fingerprint tells from others."""
+
+    @property
+    def fingerprint(self) -> str: ...
 
 
 class Checkpoint:
@@ -42,31 +41,20 @@ class Checkpoint:
         folder (`Path`, *optional*): where; without one nothing is kept, and nothing found.
         identity (`dict`): what the states belong to, as JSON values.
         seconds (`float`, defaults to 0): a stage writes its state at most so often.
+
+    Raises:
+        OSError: where the folder is a file, or nothing can be written there.
     """
 
     def __init__(self, folder: Path | None = None, identity: dict[str, Any] | None = None, seconds: float = 0.0):
+        if folder is not None:
+            # Whatever is wrong with the folder shows before anything is measured.
+            check_output_file(folder / "state")
         self._folder = folder
         self._identity = identity or {}
         self._seconds = seconds
 
-    @classmethod
-    def of(cls, config: PruningConfig, model: PreTrainedModel) -> Checkpoint:
-        """Return that of a request for a model, in `config.checkpoint`.
-
-        Raises:
-            OSError: where that is a file, or nothing can be written there.
-        """
-        if config.checkpoint is None:
-            return cls()
-        folder = Path(config.checkpoint)
-        # Whatever is wrong with the folder shows before anything is measured.
-        check_output_file(folder / "state")
-        request = {name: value for name, value in config.to_dict().items() if name not in IMMATERIAL}
-        # Not where it lies, which another machine calls otherwise.
-        identity = {"model": type(model).__name__, "weights": _digest(model), "request": request}
-        return cls(folder, identity, config.checkpoint_seconds)
-
-    def stage(self, name: str, calibration: Calibration | None = None, own: bool = False, **about) -> Stage:
+    def stage(self, name: str, calibration: HasFingerprint | None = None, own: bool = False, **about) -> Stage:
         """Return the state of one stage.
 
         Args:
@@ -85,7 +73,7 @@ class Checkpoint:
             identity["tokens"] = calibration.fingerprint
         return Stage(self._folder / f"{name}.safetensors", json.loads(json.dumps(identity)), self._seconds, own)
 
-    def folder(self, name: str, calibration: Calibration | None = None, **about) -> Path | None:
+    def folder(self, name: str, calibration: HasFingerprint | None = None, **about) -> Path | None:
         """Return a folder for what a stage keeps beside its state, or `None` where nothing is kept.
 
         Args:
@@ -175,7 +163,3 @@ def digest_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _digest(model: PreTrainedModel) -> str:
-    return digest_of((name, read_parameter(model, name)) for name, _ in model.named_parameters())

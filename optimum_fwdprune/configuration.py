@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .files import as_path, write_text_atomically
 from .loggers import get_logger
 from .registry import METHODS, Method, get_method, get_preset, registered_methods
-from .utils import as_path, did_you_mean, public_name, write_text_atomically
 from .version import __version__
+from .words import did_you_mean, public_name
 
 
 logger = get_logger(__name__)

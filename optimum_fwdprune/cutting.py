@@ -17,11 +17,12 @@ from .calibration import Calibration
 from .checkpoints import Checkpoint
 from .configuration import PruningConfig
 from .dispatching import PlacementError
+from .module_state import evaluating
 from .plan import PruningPlan
+from .progress import one_step
 from .reconstruction import Grams, reconstruct
 from .statistics import SiteStatistics
 from .surgery import prune_model
-from .utils import evaluating, one_step
 from .verification import logits, masked_logits, probe_batch, relative_difference, rounding_of
 
 

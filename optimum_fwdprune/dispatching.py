@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .devices import hooks_of
+from .files import naming_what_is_full, save_weights_atomically, write_text_atomically
 from .offloading import lies_in_files
-from .utils import naming_what_is_full, save_weights_atomically, write_text_atomically
 
 
 class PlacementError(RuntimeError):

@@ -14,7 +14,7 @@ from .devices import on_host, precise_sum
 from .gates import Projection, replaced_projections
 from .layerwise import Batch, LayerRunner
 from .losses import LOGITS_AT_ONCE
-from .utils import progress
+from .progress import progress
 
 
 # Distributions are compared at every so many-th token: neighbours say much the same, and the vocabulary is dear.

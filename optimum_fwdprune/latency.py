@@ -21,12 +21,16 @@ from .allocation import coarse_multiple, levels_of
 from .architectures import Site, get_architecture
 from .budgets import Budget
 from .calibration import Calibration
+from .clock import median_seconds
 from .configuration import PruningConfig
+from .files import check_output_file, write_text_atomically
 from .layerwise import Batch, LayerRunner
 from .loggers import get_logger
+from .module_state import evaluating
 from .offloading import is_offloaded
+from .progress import progress
 from .surgery import pruned_config
-from .utils import check_output_file, evaluating, first_difference, median_seconds, progress, write_text_atomically
+from .words import first_difference
 
 
 logger = get_logger(__name__)

@@ -17,10 +17,11 @@ from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
 from .checkpoints import Checkpoint, State
 from .devices import compute_device
+from .losses import PLAIN_OUTPUTS
 from .offloading import input_device, is_offloaded, resident
+from .progress import progress
 from .shelves import Shelf
 from .statistics import Observer, SiteStatistics, collect_statistics
-from .utils import PLAIN_OUTPUTS, progress
 
 
 class Stop(Exception):

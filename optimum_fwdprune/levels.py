@@ -18,12 +18,13 @@ from .calibration import Calibration
 from .checkpoints import Checkpoint
 from .configuration import PruningConfig
 from .devices import back_to, precise
+from .files import save_tensors_atomically
 from .gates import Projection, kept_projection
 from .least_squares import DEFAULT_RIDGE, NormalEquations, nested_changes, refit
 from .offloading import resident
+from .progress import progress
 from .reconstruction import BIAS, HELD_OUT_EVERY, LEAST_SQUARES, compensate_bias, gram_statistics
 from .statistics import MOMENTS, PlacedStatistics, SiteStatistics, collect_statistics
-from .utils import progress, save_tensors_atomically
 
 
 class Levels:

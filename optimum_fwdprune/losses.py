@@ -6,10 +6,14 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .calibration import counted_targets
 from .devices import precise
 from .offloading import input_device
-from .utils import PLAIN_OUTPUTS
 
+
+# How models are run for hidden states or logits, whatever else their configs ask for: states and attentions of every
+# layer would be held for nothing, and layers that stand in for others return none.
+PLAIN_OUTPUTS = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
 # Logits that are turned into probabilities at once; a second copy of all of them would double the peak.
 LOGITS_AT_ONCE = 2**23
@@ -65,14 +69,6 @@ def next_token_nll(
     # Not a product with the mask: what a model says about padding may be NaN.
     sums = precise(torch.stack(rows).where(counted, 0)).sum(1)
     return sums, counted.sum(1).to(sums.device)
-
-
-def counted_targets(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Return which predicted tokens count, bool `[batch_size, seq_len - 1]`: neither they nor the ones before pad."""
-    if attention_mask is None:
-        return torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
-    mask = attention_mask.bool()
-    return mask[:, 1:] & mask[:, :-1]
 
 
 def _at_least_float32(values: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from .loggers import get_logger
 from .losses import model_nll
 from .policies import Policy, entropy
 from .policy_gradient import LEAVE_ONE_OUT, cosine, policy_gradient, project
-from .utils import progress
+from .progress import progress
 
 
 logger = get_logger(__name__)

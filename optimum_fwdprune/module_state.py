@@ -80,6 +80,25 @@ def forward_state_kept(model: nn.Module) -> Iterator[None]:
             state.put_back()
 
 
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put `model` into eval mode while the context is open, and leave modes, buffers and what forward passes change in
+    its modules as they were.
+
+    Raises:
+        ValueError: where `model` was consumed by pruning.
+    """
+    check_not_consumed(model)
+    modes = [(module, module.training) for module in model.modules()]
+    with forward_state_kept(model):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
 def forget_lengths(model: nn.Module) -> None:
     """Give rotary embeddings the frequencies that they have before any text: those that a loaded checkpoint has."""
     for module in model.modules():

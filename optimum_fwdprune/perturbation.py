@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .architectures import Site
 from .devices import compute_device
 from .gates import gated
-from .utils import seeded_generator
+from .randomness import seeded_generator
 
 
 RADEMACHER, GAUSSIAN = "rademacher", "gaussian"

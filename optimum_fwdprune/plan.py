@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .architectures.site import ATTENTION_UNITS, KINDS, Site, SiteKey, unit_name
-from .utils import as_path, html_table, write_text_atomically
+from .files import as_path, write_text_atomically
+from .words import html_table
 
 
 PLAN_NAME = "fwdprune_plan.json"

@@ -13,6 +13,7 @@ from transformers import __version__ as transformers_version
 from .architectures import Site, SiteKey
 from .budgets import Budget
 from .checkpoints import Checkpoint
+from .choices import SEARCH
 from .composing import EARLIER
 from .configuration import UNDECIDED_BY_PLANS, PruningConfig
 from .loggers import get_logger
@@ -21,9 +22,9 @@ from .reconstruction import NONE
 from .registry import get_method
 from .rounds import Rounds
 from .scores import Scores
-from .search import SEARCH, search
-from .utils import public_name
+from .search import search
 from .version import __version__
+from .words import public_name
 
 
 logger = get_logger(__name__)

@@ -12,7 +12,7 @@ from .architectures import Site, SiteKey
 from .budgets import PARAMETERS, Cost
 from .configuration import PruningConfig
 from .policy_gradient import Budget, project
-from .utils import seeded_generator
+from .randomness import seeded_generator
 
 
 # Inside the root that preconditions the gradient, as in the paper's code: finite at probabilities of 0 and 1.

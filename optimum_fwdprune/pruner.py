@@ -20,12 +20,15 @@ from .budgets import Budget, removal_budget
 from .calibration import Calibration, load_calibration
 from .card import write_card
 from .checkpoints import Checkpoint
+from .choices import SEARCH
 from .composing import EarlierPruning
 from .cutting import Cut, cut, timed
 from .devices import host_by_default
 from .evaluation import Comparison
 from .export.stock import STOCK, check_stock_layout, check_stock_request
+from .files import check_output_folder, folder_moved_into_place, naming_what_is_full
 from .hub import Base, check_name, check_upload, upload
+from .job import checkpoint_of
 from .latency import LatencyCost, LatencyTable, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
 from .loading import (
     ACCESS,
@@ -38,12 +41,13 @@ from .loading import (
 )
 from .loggers import get_logger
 from .methods import PruningConfig
-from .module_state import check_not_consumed, forward_state_kept, is_consumed
+from .module_state import check_not_consumed, evaluating, forward_state_kept, is_consumed
 from .offline import naming_offline
 from .offloading import check_readable, device_map_on_disk, is_offloaded
 from .placement import placed, warn_of_placement
 from .plan import PruningPlan, losses_by_kind
 from .planning import keeper, make_plan, replayed, request_of_replay
+from .progress import announce, one_step, progress
 from .reconstruction import NONE, added_parameters, check_reconstruction
 from .record import Record
 from .report import PruningReport, Speedup
@@ -52,22 +56,13 @@ from .reproduction import IN_MEMORY, INPUTS, inputs_of
 from .rounds import Rounds
 from .saving import check_savable, generation_config_as_it_is, naming_base, save_offloaded
 from .scores import Scores, check_scoring, needs_calibration, runs_tokens, score_units
-from .search import SEARCH, check_search
+from .search import check_search
 from .settling import forecast, settle, warn_of_rounding
 from .sources import FINGERPRINT, NAME, REVISION, Source
 from .streaming import Workspace, check_streamable, cut_streamed, files_of
 from .tokenizing import load_tokenizer, named_tokenizer, warn_of_missing_tokenizer
-from .utils import (
-    announce,
-    check_output_folder,
-    evaluating,
-    folder_moved_into_place,
-    naming_what_is_full,
-    one_step,
-    progress,
-    public_name,
-)
 from .verification import check_counterpart
+from .words import public_name
 from .wrapping import check_no_adapters, check_plain, is_peft_model, plain_model
 
 
@@ -291,7 +286,7 @@ class FwdPruner:
         with evaluating(self.model):
             rounds = Rounds(sites, config, budget)
             request, budget = rounds.request(sites, 1)
-            checkpoint = Checkpoint.of(request, self.model)
+            checkpoint = checkpoint_of(request, self.model)
             self.scores = self._score(self.model, sites, rounds, request, budget, dataset, checkpoint)
         return self.scores
 
@@ -400,7 +395,7 @@ class FwdPruner:
                 if config.reconstruction != NONE:
                     calibration = self._calibration(config, dataset)
                     calibrated_on = calibration.source
-                checkpoint = Checkpoint.of(config, self.model)
+                checkpoint = checkpoint_of(config, self.model)
                 gathered: tuple[dict, dict] = ({}, {})
                 done = self._cut(
                     self.model, sites, plan, config, calibration, *gathered, inplace, seconds, checkpoint, finished
@@ -471,7 +466,7 @@ class FwdPruner:
             model = done.model if done else self.model
             sites = find_sites(model, config.attention_unit) if done else sites
             request, budget = rounds.request(sites, number)
-            checkpoint = Checkpoint.of(request, model)
+            checkpoint = checkpoint_of(request, model)
             with evaluating(model):
                 with timed(seconds, "score"):
                     if scores is None or done:

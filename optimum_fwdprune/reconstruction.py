@@ -23,10 +23,10 @@ from .layerwise import decoder_layers, gather_statistics, statistics_by_layer
 from .least_squares import NormalEquations, refit
 from .loggers import get_logger
 from .offloading import is_offloaded, resident
+from .progress import progress
 from .sequential import DENSE, LAYER, Refitted, refit_in_sequence
 from .shelves import Shelf
 from .statistics import GRAM, MOMENTS, PlacedStatistics, SiteStatistics
-from .utils import progress
 
 
 logger = get_logger(__name__)

@@ -13,10 +13,10 @@ from typing import Any
 from transformers.utils import cached_file
 
 from .configuration import CONFIG_NAME, UNDECIDED_BY_PLANS
+from .files import write_text_atomically
 from .methods import PruningConfig
 from .plan import PLAN_NAME, PruningPlan
 from .scores import SCORES_NAME, Scores
-from .utils import write_text_atomically
 
 
 OUTCOME_NAME = "fwdprune/outcome.json"

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .utils import did_you_mean
-
-
-if TYPE_CHECKING:
-    from .configuration import PruningConfig
+from .words import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -32,20 +28,20 @@ class Method:
             which no offloaded weight allows.
     """
 
-    config_class: type[PruningConfig]
+    config_class: type[Any]
     score: Callable[..., Any]
     statistics: tuple[str, ...] = ()
     calibrated: bool = False
-    additive: bool | Callable[[PruningConfig], bool] = True
+    additive: bool | Callable[[Any], bool] = True
     learns_split: bool = False
-    differentiates: Callable[[PruningConfig], bool] = lambda _config: False
+    differentiates: Callable[[Any], bool] = lambda _config: False
 
     @property
     def summary(self) -> str:
         """What it does in one line: the first of its config's docstring."""
         return (self.config_class.__doc__ or "").strip().partition("\n")[0]
 
-    def is_additive(self, config: PruningConfig) -> bool:
+    def is_additive(self, config: Any) -> bool:
         """Whether its scores add up under the options of `config`."""
         return self.additive(config) if callable(self.additive) else self.additive
 

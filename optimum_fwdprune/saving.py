@@ -17,9 +17,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .architectures import get_architecture
+from .files import (
+    DiskFullError,
+    naming_what_is_full,
+    save_weights_atomically,
+    write_text_atomically,
+)
 from .loggers import get_logger
 from .offloading import file_of, read_parameter
-from .utils import DiskFullError, naming_what_is_full, public_name, save_weights_atomically, write_text_atomically
+from .words import public_name
 from .wrapping import plain_model
 
 

@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
 from .checkpoints import Checkpoint, State
+from .choices import SEARCH
 from .configuration import CALIBRATION
+from .files import (
+    as_path,
+    check_output_file,
+    load_tensors,
+    save_tensors_atomically,
+)
 from .layerwise import gather_statistics
 from .loggers import get_logger
 from .methods import PruningConfig, ScoringInputs, UnitScores, get_method
@@ -28,9 +35,8 @@ from .reconstruction import (
     grams_fit,
     statistics_with_grams,
 )
-from .search import SEARCH
 from .statistics import PlacedStatistics, SiteStatistics
-from .utils import as_path, check_output_file, html_table, load_tensors, save_tensors_atomically
+from .words import html_table
 
 
 logger = get_logger(__name__)

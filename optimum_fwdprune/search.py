@@ -25,14 +25,11 @@ from .levels import Levels
 from .loggers import get_logger
 from .policies import Ratios, budgets_of, even_rates
 from .policy_gradient import Budget, project
+from .progress import progress
 from .reconstruction import HELD_OUT_EVERY
-from .utils import progress
 
 
 logger = get_logger(__name__)
-
-# The scope that asks for it.
-SEARCH = "search"
 
 # How far keep ratios move in a step at first; halved when no step helps, down to half a level.
 FIRST_STEP, LAST_STEP = 0.2, 0.5 / LEVELS

@@ -9,8 +9,8 @@ import torch
 
 from .architectures import Coupling, Site, SiteKey
 from .perturbation import Noise, Perturbation, UnitPerturbation, WeightPerturbation
+from .progress import progress
 from .statistics import SiteStatistics
-from .utils import progress
 from .zeroth_order import Draws
 
 

@@ -17,9 +17,9 @@ from .gauss_newton import LeastSquares, gauss_newton_changes, summed_squares
 from .layerwise import LayerRunner
 from .least_squares import NormalEquations, Refit, refit
 from .offloading import resident
+from .progress import progress
 from .shelves import Shelf
 from .streams import Stream
-from .utils import progress
 
 
 LAYER, DENSE = "layer", "dense"

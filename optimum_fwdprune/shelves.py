@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from . import ranks
 from .devices import on_host
-from .utils import write_text_atomically
+from .files import write_text_atomically
 
 
 class Shelf:

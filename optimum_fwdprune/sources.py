@@ -17,9 +17,10 @@ from huggingface_hub import constants
 from transformers import PreTrainedConfig
 
 from . import ranks
+from .files import write_text_atomically
 from .integrity import weight_files
 from .loggers import get_logger
-from .utils import public_name, write_text_atomically
+from .words import public_name
 
 
 logger = get_logger(__name__)

@@ -19,7 +19,7 @@ from .calibration import Calibration
 from .checkpoints import Checkpoint
 from .devices import compute_device, precise, precise_device
 from .offloading import input_device
-from .utils import progress
+from .progress import progress
 
 
 MOMENTS, GRAM, SOURCE_NORMS = "moments", "gram", "source_norms"

@@ -17,19 +17,20 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from . import ranks
 from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
+from .choices import SEARCH
 from .configuration import PruningConfig
 from .cutting import Cut, timed
+from .files import save_weights_atomically, write_text_atomically
 from .gates import gated, replaced_projections
 from .layerwise import LayerRunner
 from .offloading import on_disk, read_parameter
 from .plan import PruningPlan
+from .progress import progress
 from .reconstruction import Reconstruction, kinds_with_bias, reconstruct_by_layer, warn_of_unchanged
 from .saving import generation_config_as_it_is
-from .search import SEARCH
 from .shelves import Shelf
 from .statistics import SiteStatistics
 from .surgery import empty_pruned_model, plan_cuts, replaced_parameters, set_parameter, slice_tensor
-from .utils import progress, save_weights_atomically, write_text_atomically
 from .verification import probe_batch, relative_difference, rounded, share_of_scale
 
 

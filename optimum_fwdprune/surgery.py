@@ -16,7 +16,7 @@ from .gates import Projection
 from .module_state import forget_lengths, mark_consumed
 from .offloading import read_parameter
 from .plan import PruningPlan
-from .utils import progress
+from .progress import progress
 
 
 # Parameter name -> the cuts to make: (axis, int64 positions that stay).

@@ -12,12 +12,11 @@ from transformers import PreTrainedModel
 from .architectures import Site, SiteKey, get_architecture
 from .calibration import Calibration
 from .gates import Projection, gated, replaced_projections
-from .module_state import FREQUENCIES, ORIGINAL_FREQUENCIES
+from .module_state import FREQUENCIES, ORIGINAL_FREQUENCIES, evaluating
 from .offloading import input_device, is_offloaded
 from .plan import PruningPlan
 from .statistics import check_called
 from .surgery import empty_pruned_model, share_tensors
-from .utils import evaluating
 
 
 class Allowance(NamedTuple):

@@ -21,7 +21,7 @@ from .checkpoints import Checkpoint, State
 from .loggers import get_logger
 from .losses import model_nll
 from .perturbation import Perturbation
-from .utils import progress
+from .progress import progress
 
 
 logger = get_logger(__name__)

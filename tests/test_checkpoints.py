@@ -13,7 +13,7 @@ import torch
 
 from optimum_fwdprune import FwdPruner, configuration, perturbation
 from optimum_fwdprune.checkpoints import Checkpoint, digest_of
-from optimum_fwdprune.utils import load_tensors
+from optimum_fwdprune.files import load_tensors
 
 
 # Name -> fields of a request; each keeps at least one long stage busy.

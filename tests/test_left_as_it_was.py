@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments, cutting, pruner, surgery
 from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.evaluation import benchmark, perplexity, text_loss
+from optimum_fwdprune.files import folder_moved_into_place, write_text_atomically
 from optimum_fwdprune.methods import registered_methods
-from optimum_fwdprune.utils import folder_moved_into_place, write_text_atomically
 
 
 # Frequencies that depend on the length of the text.

@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 
 from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, Scores
 from optimum_fwdprune.export import export_gguf, export_stock
+from optimum_fwdprune.files import folder_moved_into_place, write_text_atomically
 from optimum_fwdprune.hub import check_upload
-from optimum_fwdprune.utils import folder_moved_into_place, public_name, write_text_atomically
+from optimum_fwdprune.words import public_name
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from optimum_fwdprune import Calibration, FwdPruner, PruningPlan, find_sites, se
 from optimum_fwdprune import levels as levels_module
 from optimum_fwdprune.allocation import LEVELS, levels_of
 from optimum_fwdprune.divergence import Divergence
+from optimum_fwdprune.files import save_tensors_atomically
 from optimum_fwdprune.gates import Projection, replaced_projections
 from optimum_fwdprune.least_squares import NormalEquations, nested_changes
 from optimum_fwdprune.levels import Levels
 from optimum_fwdprune.scores import Scores
-from optimum_fwdprune.utils import save_tensors_atomically
 
 
 def request_of(**fields):

@@ -44,7 +44,7 @@ class ExportCommand(Command):
         add_loading_options(parser)
 
     def execute(self) -> None:
-        from optimum_fwdprune.utils import check_output_file, check_output_folder
+        from optimum_fwdprune.files import check_output_file, check_output_folder
 
         is_file = (self.args.format or Path(self.args.output).suffix.lstrip(".")) == "gguf"
         if is_file:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from optimum_fwdprune.utils import did_you_mean
+from optimum_fwdprune.words import did_you_mean
 
 from .compare import BenchmarkCommand, CompareCommand
 from .evaluate import EvaluateCommand

@@ -9,7 +9,7 @@ from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormat
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
-from optimum_fwdprune.utils import did_you_mean
+from optimum_fwdprune.words import did_you_mean
 
 
 WIDTH = 100

@@ -85,9 +85,9 @@ class PruneCommand(Command):
         import dataclasses
 
         from optimum_fwdprune.configuration import DEFAULT_METHOD
+        from optimum_fwdprune.files import check_output_folder
         from optimum_fwdprune.methods import PruningConfig, get_method, get_preset, registered_methods
         from optimum_fwdprune.plan import PruningPlan
-        from optimum_fwdprune.utils import check_output_folder
 
         given = vars(self.args)
         preset = get_preset(self.args.preset).fields if self.args.preset else {}

@@ -80,8 +80,8 @@ class RecoverCommand(Command):
     def execute(self) -> None:
         import dataclasses
 
+        from optimum_fwdprune.files import check_output_folder
         from optimum_fwdprune.recovery.options import RecoveryOptions
-        from optimum_fwdprune.utils import check_output_folder
 
         given = vars(self.args)
         own = {field.name: given[field.name] for field in dataclasses.fields(RecoveryOptions) if field.name in given}
@@ -122,7 +122,7 @@ class RecoverCommand(Command):
         from transformers import HfArgumentParser, IntervalStrategy
 
         from optimum_fwdprune.recovery import RecoveryArguments
-        from optimum_fwdprune.utils import did_you_mean
+        from optimum_fwdprune.words import did_you_mean
 
         texts = {name: getattr(self.args, name) for name in TRAINING if getattr(self.args, name) is not None}
         for pair in self.args.set:

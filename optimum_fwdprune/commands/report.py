@@ -77,11 +77,11 @@ class ReportCommand(Command):
                 )
             check_new_file(given.json, given.overwrite)
 
+        from optimum_fwdprune.files import write_text_atomically
         from optimum_fwdprune.report import report_table
         from optimum_fwdprune.report.checkpoint import describe_checkpoint
         from optimum_fwdprune.report.document import document_of, measured_of
         from optimum_fwdprune.report.page import to_json, write_page
-        from optimum_fwdprune.utils import write_text_atomically
 
         where = {name: value for name, value in loading_options(given).items() if name in WHERE}
         described = [describe_checkpoint(each, name=name, **where) for each, name in self._named()]

@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..utils import as_path, check_output_file, html_table, render_table, write_text_atomically
+from ..files import as_path, check_output_file, write_text_atomically
+from ..words import html_table, render_table
 from .perplexity import TextLoss, texts_loss
 from .speed import Benchmark, Spread, Timing, benchmark
 from .tasks import TaskScore, evaluate_tasks

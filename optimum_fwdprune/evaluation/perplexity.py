@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..losses import model_nll
-from ..utils import evaluating, progress
+from ..module_state import evaluating
+from ..progress import progress
 
 
 # Tokens per window where nobody says.

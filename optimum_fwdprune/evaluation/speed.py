@@ -14,10 +14,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from ..clock import synchronize
 from ..loggers import get_logger
-from ..module_state import check_not_consumed
+from ..module_state import check_not_consumed, evaluating
 from ..offloading import input_device
-from ..utils import evaluating, progress, synchronize
+from ..progress import progress
 from .memory import PeakMemory
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..module_state import evaluating
 from ..offline import naming_offline
-from ..utils import evaluating, random_states_kept
+from ..randomness import random_states_kept
 
 
 if TYPE_CHECKING:

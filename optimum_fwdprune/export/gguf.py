@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import get_architecture, is_pruned
+from ..files import check_output_file
 from ..loggers import get_logger
 from ..models.per_layer import stock_config
 from ..module_state import check_not_consumed
 from ..offloading import read_parameter
-from ..utils import check_output_file
 from ..wrapping import check_in_memory, check_no_adapters
 from .gguf_families import FAMILIES, GGUFFamily, LayerSizes
 from .gguf_tensors import GGUFTensor, write_tensors

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..utils import progress
+from ..progress import progress
 
 
 if TYPE_CHECKING:

@@ -12,14 +12,15 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from ..architectures import KINDS, Site, get_architecture
 from ..configuration import PruningConfig
+from ..files import folder_moved_into_place
 from ..models.per_layer import stock_config
 from ..module_state import check_not_consumed
 from ..offloading import input_device, is_offloaded, on_disk
 from ..plan import PruningPlan
+from ..progress import one_step
 from ..reconstruction import NONE, added_parameters
 from ..saving import generation_config_as_it_is, save_offloaded
 from ..surgery import pruned_config
-from ..utils import folder_moved_into_place, one_step
 from ..verification import logits, probe_batch, share_of_scale, tolerance_of
 from ..wrapping import check_in_memory, check_no_adapters
 

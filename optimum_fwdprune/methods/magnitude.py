@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..configuration import PruningConfig, register_method
-from ..utils import progress
+from ..progress import progress
 from .scoring import ScoringInputs
 
 

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from ..chats import IGNORED, check_template, encoded_chat
 from ..loggers import get_logger
 from ..messages import Chat, UnusableRow
+from ..progress import progress
 from ..rows import CHAT, TOKENS, Data
 from ..texts import always_text, detokenize, open_rows
 from ..tokens import Tokens
-from ..utils import progress
 from .options import RecoveryOptions
 
 

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ..files import check_output_folder, folder_moved_into_place
 from ..losses import LOGITS_AT_ONCE
 from ..offloading import input_device
-from ..utils import check_output_folder, first_difference, folder_moved_into_place, progress
+from ..progress import progress
+from ..words import first_difference
 from .data import collate
 from .restoring import removed_where_unused
 

@@ -17,7 +17,7 @@ from ..loading import FOLDER_OTHERWISE, WHERE, adapter_config, load_causal_lm
 from ..module_state import check_not_consumed
 from ..offline import naming_offline
 from ..sources import Source
-from ..utils import is_no_repository
+from ..words import is_no_repository
 from ..wrapping import adapted_module, is_peft_model, model_inside
 from .data import sequence_length
 from .distillation import check_kept

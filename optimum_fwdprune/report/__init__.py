@@ -1,6 +1,6 @@
 """What pruning did, for people and for machines: figures, tables, pictures, and a page of all of them."""
 
-from ..utils import render_table as render_table
+from ..words import render_table as render_table
 from .numbers import calibration_in_words as calibration_in_words
 from .pictures import plot_history as plot_history
 from .pictures import plot_plan as plot_plan

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..architectures.site import SiteKey
 from ..composing import EARLIER
 from ..plan import losses_by_kind
-from ..utils import html_table, render_table
+from ..words import html_table, render_table
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..architectures.site import KINDS, unit_name
 from ..plan import PruningPlan
-from ..utils import render_table
+from ..words import render_table
 from .document import models_of
 from .learning import learning_of
 from .numbers import figure_label, figure_way, is_quality, is_speed, written

@@ -15,8 +15,8 @@ import tiny
 from accelerate import cpu_offload
 
 from optimum_fwdprune import FwdPruner, latency, ranks
+from optimum_fwdprune.files import save_tensors_atomically
 from optimum_fwdprune.offloading import read_parameter
-from optimum_fwdprune.utils import save_tensors_atomically
 
 
 # Name -> fields of a request. Batches of a size that no number of processes divides the windows by.

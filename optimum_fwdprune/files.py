@@ -1,4 +1,4 @@
-"""Files that are whole or absent, tables, models in eval mode, fair timing."""
+"""Files and folders that are whole or absent, and what is checked before they are written."""
 
 from __future__ import annotations
 
@@ -7,35 +7,19 @@ import json
 import os
 import secrets
 import shutil
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import ranks
-from .module_state import check_not_consumed, forward_state_kept
-from .progress import announce as announce
-from .progress import one_step as one_step
-from .progress import progress as progress
-
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
 
 # The one metadata entry of our safetensors files.
 METADATA_KEY = "fwdprune"
-
-# The least likeness of two names of which one is taken for a misspelling of the other.
-NEAR = 0.75
-
-# How models are run for hidden states or logits, whatever else their configs ask for: states and attentions of every
-# layer would be held for nothing, and layers that stand in for others return none.
-PLAIN_OUTPUTS = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -68,8 +52,9 @@ def _save_atomically(path: Path, tensors: dict[str, torch.Tensor], entry: dict[s
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The same name every time, so that what a killed process left behind is replaced; but not that of another process.
-    partial = path.with_name(f".{path.name}.{ranks.launched_as()}.partial")
+    # The same name every time, so that what a killed process left behind is replaced; but not that of another process
+    # of the same launcher.
+    partial = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.partial")
     with naming_what_is_full(path):
         try:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, entry)
@@ -86,15 +71,6 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     with safe_open(path, framework="pt") as file:
         metadata = json.loads((file.metadata() or {})[METADATA_KEY])
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  safe_open is no dict
-
-
-def seeded_generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator that the numbers alone determine; equal numbers give equal streams, others unrelated ones."""
-    import numpy as np
-    import torch
-
-    words = np.random.SeedSequence(numbers).generate_state(2)
-    return torch.Generator(device).manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
 def as_path(value: Any, name: str) -> Path:
@@ -208,146 +184,6 @@ def folder_moved_into_place(folder: str | Path, overwrite: bool = False) -> Iter
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def public_name(name_or_path: str) -> str:
-    """Return a Hub repository as it is, a file or folder by its last part, also where it is gone: checkpoints get
-    shared, home directories do not."""
-    path = Path(name_or_path)
-    return path.name if is_no_repository(name_or_path) or path.exists() else name_or_path
-
-
-def is_no_repository(name_or_path: str) -> bool:
-    """Whether a name can only be that of a file or folder; a repository of the Hub is `name` or `owner/name`."""
-    path = Path(name_or_path)
-    return path.is_absolute() or name_or_path.startswith((".", "~")) or "\\" in name_or_path or len(path.parts) > 2
-
-
-def first_difference(found: Any, expected: Any, name: str = "content") -> str | None:
-    """Say where two JSON values differ first, or return `None` where they are equal."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        differences = (first_difference(found.get(key), expected.get(key), key) for key in {**expected, **found})
-        return next((difference for difference in differences if difference), None)
-    return None if found == expected else f"its {name} is {found!r}, this one's is {expected!r}"
-
-
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """Return a sentence, with a space before it, that names the nearest of `words`, or nothing where none is near.
-
-    Near are words of nearly the same letters, and those that the word is a part of, as `speedup` is of
-    `target_speedup`.
-    """
-    import difflib
-
-    def plain(name: str) -> str:
-        # Underscores and dashes, and either case, mean the same to whoever types them.
-        return name.lower().replace("-", "_").strip("_")
-
-    def likeness(name: str) -> float:
-        return difflib.SequenceMatcher(None, plain(word), plain(name)).ratio()
-
-    near = [
-        name
-        for name in words
-        if likeness(name) >= NEAR
-        or sorted(plain(name)) == sorted(plain(word))
-        or (len(plain(word)) > 3 and plain(word) in plain(name).split("_"))
-    ]
-    return f" Did you mean {max(near, key=likeness)}?" if near else ""
-
-
-def median_seconds(runs: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:
-    """Return the median seconds of each run after one to warm up.
-
-    They take turns, so that whatever else the machine does slows them all: compare the results of one call.
-    """
-    seconds: list[list[float]] = [[] for _ in runs]
-    turns = [turn for _ in range(repeats + 1) for turn in zip(runs, seconds)]
-    for run, taken in progress(turns, "Timing", unit="run"):
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        taken.append(time.perf_counter() - start)
-    # The first run pays for kernels and caches.
-    return [statistics.median(taken[1:]) for taken in seconds]
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given, so that a clock tells the truth."""
-    import torch
-
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def render_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return rows of text as a table of plain text: the same on a terminal, in a file, in a notebook and in a test."""
-    import io
-
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for index, name in enumerate(header):
-        # What does not fit is broken and not cut: the ends of names are what tells them apart.
-        table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    output = io.StringIO()
-    # In a notebook rich writes to the notebook, and where FORCE_COLOR is set it writes escape codes.
-    plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False, "color_system": None}
-    Console(file=output, width=110, legacy_windows=False, **plain).print(table)
-    return output.getvalue().rstrip("\n")
-
-
-def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return rows of text as an HTML table, which notebooks show."""
-    from html import escape
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    return f"<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
-
-
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Leave the random number generators of Python, numpy and torch as they were before the block."""
-    import random
-
-    import numpy as np
-    import torch
-
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put `model` into eval mode while the context is open, and leave modes, buffers and what forward passes change in
-    its modules as they were.
-
-    Raises:
-        ValueError: where `model` was consumed by pruning.
-    """
-    check_not_consumed(model)
-    modes = [(module, module.training) for module in model.modules()]
-    with forward_state_kept(model):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def _hidden_sibling(path: Path, purpose: str) -> Path:
