@@ -18,11 +18,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites
-from optimum_fwdprune.gates import gated
-from optimum_fwdprune.losses import model_nll
+from optimum_fwdprune.cutting.surgery import prune_model
+from optimum_fwdprune.forward.gates import gated
+from optimum_fwdprune.forward.losses import model_nll
+from optimum_fwdprune.forward.statistics import collect_statistics
 from optimum_fwdprune.report import render_table
-from optimum_fwdprune.statistics import collect_statistics
-from optimum_fwdprune.surgery import prune_model
 
 
 SMOLLM2_135M = {

@@ -99,7 +99,8 @@ class Device:
 
         Stages also wait for the device in the block, so that their seconds are their own.
         """
-        from optimum_fwdprune import cutting, pruner, streaming  # noqa: F401  they hold the function
+        from optimum_fwdprune import pruner  # noqa: F401  they hold the function
+        from optimum_fwdprune.cutting import cut as cutting
 
         original = cutting.timed
         holders = [

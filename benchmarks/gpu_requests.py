@@ -12,8 +12,8 @@ from gpu_device import Device
 from requests_for_devices import COMMON, REQUESTS
 
 from optimum_fwdprune import FwdPruner, PruningConfig
-from optimum_fwdprune.losses import next_token_nll
-from optimum_fwdprune.offloading import input_device
+from optimum_fwdprune.forward.losses import next_token_nll
+from optimum_fwdprune.loading.offloading import input_device
 
 
 SIZES = {

@@ -20,11 +20,16 @@ from study import WINDOW, Study, difference, file_name, log, table
 
 from optimum_fwdprune import FwdPruner, PruningConfig
 from optimum_fwdprune.files import write_text_atomically
-from optimum_fwdprune.perturbation import Noise
-from optimum_fwdprune.scores import Scores
-from optimum_fwdprune.sensitivity import UnitSensitivity, WeightSensitivity, estimated
-from optimum_fwdprune.statistics import GRAM, MOMENTS, SOURCE_NORMS, collect_statistics
-from optimum_fwdprune.zeroth_order import Draws, draw_slopes
+from optimum_fwdprune.forward.statistics import (
+    GRAM,
+    MOMENTS,
+    SOURCE_NORMS,
+    collect_statistics,
+)
+from optimum_fwdprune.scoring.gradients.perturbation import Noise
+from optimum_fwdprune.scoring.gradients.sensitivity import UnitSensitivity, WeightSensitivity, estimated
+from optimum_fwdprune.scoring.gradients.zeroth_order import Draws, draw_slopes
+from optimum_fwdprune.scoring.scores import Scores
 
 
 SEEDS = (0, 1, 2)

@@ -21,9 +21,9 @@ import torch
 from study import load_smollm2
 
 from optimum_fwdprune import Calibration, PruningConfig, find_sites
-from optimum_fwdprune.losses import model_nll
-from optimum_fwdprune.perturbation import Noise, UnitPerturbation, WeightPerturbation
+from optimum_fwdprune.forward.losses import model_nll
 from optimum_fwdprune.report import render_table
+from optimum_fwdprune.scoring.gradients.perturbation import Noise, UnitPerturbation, WeightPerturbation
 
 
 REQUESTS = {

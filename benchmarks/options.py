@@ -6,7 +6,13 @@ python benchmarks/options.py
 import dataclasses
 from pathlib import Path
 
-from optimum_fwdprune.methods import PruningConfig, get_method, get_preset, registered_methods, registered_presets
+from optimum_fwdprune.scoring.methods import (
+    PruningConfig,
+    get_method,
+    get_preset,
+    registered_methods,
+    registered_presets,
+)
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"

@@ -18,15 +18,21 @@ import torch
 from study import WINDOW, Study, difference, digest_of, file_name, in_dtype, log, table
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig
-from optimum_fwdprune.allocation import allocate
-from optimum_fwdprune.budgets import removal_budget
+from optimum_fwdprune.allocation.allocate import allocate
+from optimum_fwdprune.allocation.budgets import removal_budget
 from optimum_fwdprune.files import write_text_atomically
-from optimum_fwdprune.gates import gated
-from optimum_fwdprune.losses import model_nll
-from optimum_fwdprune.methods.policy_gradient import LEARNING_RATES
-from optimum_fwdprune.policies import RatioPolicy, Ratios, UnitPolicy, budgets_of, even_rates
-from optimum_fwdprune.policy_gradient import policy_gradient
-from optimum_fwdprune.scores import Scores
+from optimum_fwdprune.forward.gates import gated
+from optimum_fwdprune.forward.losses import model_nll
+from optimum_fwdprune.scoring.learning.policies import (
+    RatioPolicy,
+    Ratios,
+    UnitPolicy,
+    budgets_of,
+    even_rates,
+)
+from optimum_fwdprune.scoring.learning.policy_gradient import policy_gradient
+from optimum_fwdprune.scoring.methods.policy_gradient import LEARNING_RATES
+from optimum_fwdprune.scoring.scores import Scores
 
 
 SPARSITIES = (0.2, 0.4)

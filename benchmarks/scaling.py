@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, ranks
+from optimum_fwdprune import Calibration, FwdPruner, PruningConfig
 from optimum_fwdprune.report import render_table
+from optimum_fwdprune.runs import ranks
 
 
 SIZES = {

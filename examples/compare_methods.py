@@ -6,9 +6,9 @@ python examples/compare_methods.py --methods wanda_sp flap magnitude random
 import argparse
 
 from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune.data.texts import open_texts
 from optimum_fwdprune.evaluation import text_loss
 from optimum_fwdprune.report import render_table
-from optimum_fwdprune.texts import open_texts
 
 
 def main():

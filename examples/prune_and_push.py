@@ -7,8 +7,8 @@ python examples/prune_and_push.py me/smollm2-135m-pruned
 import argparse
 
 from optimum_fwdprune import FwdPruner, PruningConfig
+from optimum_fwdprune.data.texts import BUILTIN, open_texts
 from optimum_fwdprune.evaluation import compare
-from optimum_fwdprune.texts import BUILTIN, open_texts
 
 
 def main():

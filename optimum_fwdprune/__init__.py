@@ -14,36 +14,36 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .allocation.plan import PruningPlan as PruningPlan
     from .architectures import Architecture as Architecture
     from .architectures import AttentionLayout as AttentionLayout
     from .architectures import MLPLayout as MLPLayout
     from .architectures import find_sites as find_sites
     from .architectures import register_architecture as register_architecture
-    from .calibration import Calibration as Calibration
-    from .methods import PruningConfig as PruningConfig
-    from .methods import ScoringInputs as ScoringInputs
-    from .methods import register_method as register_method
-    from .plan import PruningPlan as PruningPlan
+    from .data.calibration import Calibration as Calibration
     from .pruner import FwdPruner as FwdPruner
     from .recovery import RecoveryArguments as RecoveryArguments
     from .report import PruningReport as PruningReport
-    from .scores import Scores as Scores
+    from .scoring.methods import PruningConfig as PruningConfig
+    from .scoring.methods import ScoringInputs as ScoringInputs
+    from .scoring.methods import register_method as register_method
+    from .scoring.scores import Scores as Scores
 
 _HOME = {
     "Architecture": "architectures",
     "AttentionLayout": "architectures",
-    "Calibration": "calibration",
+    "Calibration": "data.calibration",
     "FwdPruner": "pruner",
     "MLPLayout": "architectures",
-    "PruningConfig": "methods",
-    "PruningPlan": "plan",
+    "PruningConfig": "scoring.methods",
+    "PruningPlan": "allocation.plan",
     "PruningReport": "report",
     "RecoveryArguments": "recovery",
-    "Scores": "scores",
-    "ScoringInputs": "methods",
+    "Scores": "scoring.scores",
+    "ScoringInputs": "scoring.methods",
     "find_sites": "architectures",
     "register_architecture": "architectures",
-    "register_method": "methods",
+    "register_method": "scoring.methods",
 }
 
 __all__ = ["__version__", *_HOME]

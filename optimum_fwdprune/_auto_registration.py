@@ -13,7 +13,7 @@ import importlib
 import importlib.machinery
 import sys
 
-from .adapter_defaults import PEFT_MODULE, add_adapter_defaults
+from .models.adapter_defaults import PEFT_MODULE, add_adapter_defaults
 
 
 _AUTO_MODULE = "transformers.models.auto.configuration_auto"

@@ -14,23 +14,38 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import CommitInfo
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import ranks
+from .allocation.budgets import Budget, removal_budget
+from .allocation.composing import EarlierPruning
+from .allocation.plan import PruningPlan, losses_by_kind
+from .allocation.rounds import Rounds
 from .architectures import Site, SiteKey, find_sites, get_architecture, is_pruned
-from .budgets import Budget, removal_budget
-from .calibration import Calibration, load_calibration
-from .card import write_card
-from .checkpoints import Checkpoint
-from .choices import SEARCH
-from .composing import EarlierPruning
-from .cutting import Cut, cut, timed
-from .devices import host_by_default
+from .architectures.wrapping import (
+    check_no_adapters,
+    check_plain,
+    is_peft_model,
+    plain_model,
+)
+from .checkpoint.hub import (
+    Base,
+    check_name,
+    check_upload,
+    upload,
+)
+from .checkpoint.record import Record
+from .checkpoint.reproduction import IN_MEMORY, INPUTS, inputs_of
+from .cutting.cut import Cut, cut, timed
+from .cutting.streamed import (
+    Workspace,
+    check_streamable,
+    cut_streamed,
+    files_of,
+)
+from .cutting.verification import check_counterpart
+from .data.calibration import Calibration, load_calibration
 from .evaluation import Comparison
 from .export.stock import STOCK, check_stock_layout, check_stock_request
 from .files import check_output_folder, folder_moved_into_place, naming_what_is_full
-from .hub import Base, check_name, check_upload, upload
-from .job import checkpoint_of
-from .latency import LatencyCost, LatencyTable, at_measured_widths, load_or_measure, prefill_seconds, speed_budget
-from .loading import (
+from .loading.models import (
     ACCESS,
     FOLDER_OTHERWISE,
     WHERE,
@@ -39,31 +54,64 @@ from .loading import (
     check_unquantized,
     load_for_task,
 )
-from .loggers import get_logger
-from .methods import PruningConfig
-from .module_state import check_not_consumed, evaluating, forward_state_kept, is_consumed
-from .offline import naming_offline
-from .offloading import check_readable, device_map_on_disk, is_offloaded
-from .placement import placed, warn_of_placement
-from .plan import PruningPlan, losses_by_kind
-from .planning import keeper, make_plan, replayed, request_of_replay
-from .progress import announce, one_step, progress
-from .reconstruction import NONE, added_parameters, check_reconstruction
-from .record import Record
+from .loading.offline import naming_offline
+from .loading.offloading import check_readable, device_map_on_disk, is_offloaded
+from .loading.placement import placed, warn_of_placement
+from .loading.saving import (
+    check_savable,
+    generation_config_as_it_is,
+    naming_base,
+    save_offloaded,
+)
+from .loading.source import (
+    FINGERPRINT,
+    NAME,
+    REVISION,
+    Source,
+)
+from .loading.state import (
+    check_not_consumed,
+    evaluating,
+    forward_state_kept,
+    is_consumed,
+)
+from .loading.tokenizers import load_tokenizer, named_tokenizer, warn_of_missing_tokenizer
+from .planning.job import checkpoint_of
+from .planning.latency import (
+    LatencyCost,
+    LatencyTable,
+    at_measured_widths,
+    load_or_measure,
+    prefill_seconds,
+    speed_budget,
+)
+from .planning.make_plan import (
+    keeper,
+    make_plan,
+    replayed,
+    request_of_replay,
+)
+from .planning.search import check_search
+from .planning.settling import forecast, settle, warn_of_rounding
+from .reconstruction.reconstruct import NONE, added_parameters, check_reconstruction
 from .report import PruningReport, Speedup
+from .report.card import write_card
 from .report.checkpoint import report_of
-from .reproduction import IN_MEMORY, INPUTS, inputs_of
-from .rounds import Rounds
-from .saving import check_savable, generation_config_as_it_is, naming_base, save_offloaded
-from .scores import Scores, check_scoring, needs_calibration, runs_tokens, score_units
-from .search import check_search
-from .settling import forecast, settle, warn_of_rounding
-from .sources import FINGERPRINT, NAME, REVISION, Source
-from .streaming import Workspace, check_streamable, cut_streamed, files_of
-from .tokenizing import load_tokenizer, named_tokenizer, warn_of_missing_tokenizer
-from .verification import check_counterpart
+from .request.choices import SEARCH
+from .runs import ranks
+from .runs.devices import host_by_default
+from .runs.loggers import get_logger
+from .runs.progress import announce, one_step, progress
+from .runs.resume import Checkpoint
+from .scoring.methods import PruningConfig
+from .scoring.scores import (
+    Scores,
+    check_scoring,
+    needs_calibration,
+    runs_tokens,
+    score_units,
+)
 from .words import public_name
-from .wrapping import check_no_adapters, check_plain, is_peft_model, plain_model
 
 
 if TYPE_CHECKING:
@@ -267,7 +315,7 @@ class FwdPruner:
             config (`PruningConfig` or `str`, *optional*): method and calibration, or the name of a preset; by default
                 those of `prune()`.
             dataset (*optional*): calibration text or tokens instead of `config.calibration`; see
-                [`~optimum_fwdprune.calibration.load_calibration`].
+                [`~optimum_fwdprune.data.calibration.load_calibration`].
             fields: options of `PruningConfig` by name, which override those of `config`.
 
         Returns:

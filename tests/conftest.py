@@ -51,7 +51,7 @@ def tokenizer():
 @pytest.fixture(autouse=True, scope="session")
 def remembered(tmp_path_factory):
     """What is remembered of models that were pruned stays out of the user's cache."""
-    from optimum_fwdprune import sources
+    from optimum_fwdprune.loading import source as sources
 
     sources.REMEMBERED = str(tmp_path_factory.mktemp("remembered"))
 
@@ -98,7 +98,7 @@ def device(monkeypatch):
     """The state of a second device, which is the accelerator of the machine; layers take there what they hold."""
     import second_device
 
-    from optimum_fwdprune import latency
+    from optimum_fwdprune.planning import latency
 
     monkeypatch.setattr(latency, "median_seconds", tiny.counted_seconds)
     with second_device.second_device(monkeypatch) as state:

@@ -24,8 +24,9 @@ import transformers.pytorch_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from optimum_fwdprune import PruningConfig, wrapping
-from optimum_fwdprune.devices import has_float64
+from optimum_fwdprune import PruningConfig
+from optimum_fwdprune.architectures import wrapping
+from optimum_fwdprune.runs.devices import has_float64
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

@@ -5,7 +5,11 @@ import shutil
 import tiny
 from datasets import Dataset
 
-from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments, configuration, latency, registry, texts
+from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
+from optimum_fwdprune.data import texts
+from optimum_fwdprune.planning import latency
+from optimum_fwdprune.request import config as configuration
+from optimum_fwdprune.request import registry
 
 
 # A checkpoint names a folder that it was made from by its last part.
@@ -34,7 +38,7 @@ def install(monkeypatch, folder, checkpoints):
     monkeypatch.setattr(registry, "METHODS", known)
     monkeypatch.setattr(configuration, "METHODS", known)
     monkeypatch.setattr(texts, "load_rows", wikitext)
-    monkeypatch.setattr("optimum_fwdprune.calibration.load_rows", wikitext)
+    monkeypatch.setattr("optimum_fwdprune.data.calibration.load_rows", wikitext)
     make_smaller(monkeypatch, PruningConfig, SMALLER)
     make_smaller(monkeypatch, RecoveryArguments, {"max_steps": 2})
     # How long a layer takes is what it multiplies: a busy machine changes no plan.

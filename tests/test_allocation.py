@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_fwdprune.allocation import _convex, allocate
+from optimum_fwdprune.allocation.allocate import _convex, allocate
+from optimum_fwdprune.allocation.budgets import Budget, removal_budget
 from optimum_fwdprune.architectures import ATTENTION, MLP
-from optimum_fwdprune.budgets import Budget, removal_budget
 
 
 HEAD_COST, CHANNEL_COST = 40, 9

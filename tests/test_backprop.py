@@ -7,8 +7,8 @@ import tiny
 import torch
 
 from optimum_fwdprune import Calibration, find_sites
-from optimum_fwdprune import backprop as module
-from optimum_fwdprune.backprop import unit_gradients, weight_gradients
+from optimum_fwdprune.scoring.gradients import backprop as module
+from optimum_fwdprune.scoring.gradients.backprop import unit_gradients, weight_gradients
 
 
 def owned(model):

@@ -14,9 +14,9 @@ import torch
 import transformers
 
 from optimum_fwdprune import Calibration, FwdPruner
-from optimum_fwdprune import calibration as module
-from optimum_fwdprune.calibration import load_calibration
-from optimum_fwdprune.texts import detokenize
+from optimum_fwdprune.data import calibration as module
+from optimum_fwdprune.data.calibration import load_calibration
+from optimum_fwdprune.data.texts import detokenize
 
 
 TEXTS = [f"the quick brown fox number {number} jumps over the lazy dog" for number in range(60)]
@@ -263,7 +263,7 @@ def test_a_generator_of_texts_is_read_no_further_than_needed(model, tokenizer):
 
 def test_rows_that_cannot_be_used_are_left_out_and_counted(model, tokenizer, monkeypatch):
     said = []
-    monkeypatch.setattr("optimum_fwdprune.rows.logger.warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr("optimum_fwdprune.data.rows.logger.warning", lambda text, *args: said.append(text % args))
     expected = windows(model, tokenizer, TEXTS).input_ids
 
     assert torch.equal(windows(model, tokenizer, [None, *TEXTS[:3], 7, *TEXTS[3:]]).input_ids, expected)

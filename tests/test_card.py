@@ -76,12 +76,12 @@ def test_the_command_makes_the_same_weights(name, folder, monkeypatch):
 
 
 def test_the_command_names_the_text_that_was_taken_by_default(folder, monkeypatch):
-    monkeypatch.setattr("optimum_fwdprune.calibration._default_source", lambda: "self")
+    monkeypatch.setattr("optimum_fwdprune.data.calibration._default_source", lambda: "self")
     pruner = FwdPruner.from_pretrained("dense")
     pruner.prune(n_samples=4, seq_len=16)
     card = card_of(pruner)
 
-    monkeypatch.setattr("optimum_fwdprune.calibration._default_source", lambda: "builtin")
+    monkeypatch.setattr("optimum_fwdprune.data.calibration._default_source", lambda: "builtin")
     assert same(run(command_in(card), monkeypatch), load_file("pruned/model.safetensors")), card
 
 
@@ -162,7 +162,8 @@ def prune_with_own_method(pruner, tokens):
 def test_what_no_command_can_make_has_none_and_says_why(prune, reason, folder, tokens, monkeypatch):
     import dataclasses
 
-    from optimum_fwdprune import configuration, registry
+    from optimum_fwdprune.request import config as configuration
+    from optimum_fwdprune.request import registry
 
     known = dict(registry.METHODS)
     monkeypatch.setattr(registry, "METHODS", known)

@@ -7,8 +7,13 @@ import numpy as np
 import pandas
 import pytest
 
-from optimum_fwdprune.chats import IGNORED, chat_text, check_template, encoded_chat
-from optimum_fwdprune.messages import Chat, UnusableRow, chat_of
+from optimum_fwdprune.data.chats import (
+    IGNORED,
+    chat_text,
+    check_template,
+    encoded_chat,
+)
+from optimum_fwdprune.data.messages import Chat, UnusableRow, chat_of
 
 
 # Qwen3's template keeps the thought only in the answers after the last question.

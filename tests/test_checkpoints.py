@@ -11,9 +11,11 @@ import safetensors.torch
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, configuration, perturbation
-from optimum_fwdprune.checkpoints import Checkpoint, digest_of
+from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.files import load_tensors
+from optimum_fwdprune.request import config as configuration
+from optimum_fwdprune.runs.resume import Checkpoint, digest_of
+from optimum_fwdprune.scoring.gradients import perturbation
 
 
 # Name -> fields of a request; each keeps at least one long stage busy.

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 
 from optimum_fwdprune import PruningConfig, register_method
-from optimum_fwdprune.configuration import CONFIG_NAME
-from optimum_fwdprune.methods import FlapConfig, RandomConfig, TaylorConfig
-from optimum_fwdprune.registry import get_method, get_preset, registered_methods, registered_presets
+from optimum_fwdprune.request.config import CONFIG_NAME
+from optimum_fwdprune.request.registry import (
+    get_method,
+    get_preset,
+    registered_methods,
+    registered_presets,
+)
+from optimum_fwdprune.scoring.methods import FlapConfig, RandomConfig, TaylorConfig
 
 
 @pytest.mark.parametrize("name", registered_methods())

@@ -93,7 +93,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def module_of(path):
-    """`optimum_fwdprune/methods/flap.py` -> `["methods", "flap"]`."""
+    """`optimum_fwdprune/scoring/methods/flap.py` -> `["methods", "flap"]`."""
     parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
     return parts[:-1] if parts[-1] == "__init__" else parts
 

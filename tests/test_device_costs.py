@@ -5,11 +5,13 @@ import tiny
 import torch
 from second_device import FIRST, request_of
 
-from optimum_fwdprune import FwdPruner, divergence, find_sites, gauss_newton
-from optimum_fwdprune.calibration import Calibration
-from optimum_fwdprune.divergence import Divergence
-from optimum_fwdprune.shelves import Shelf
-from optimum_fwdprune.streams import Stream
+from optimum_fwdprune import FwdPruner, find_sites
+from optimum_fwdprune.data.calibration import Calibration
+from optimum_fwdprune.planning import divergence
+from optimum_fwdprune.planning.divergence import Divergence
+from optimum_fwdprune.reconstruction import gauss_newton
+from optimum_fwdprune.reconstruction.streams import Stream
+from optimum_fwdprune.runs.shelves import Shelf
 
 
 def prune(name, tokens, place=FIRST, channels=64, **fields):
@@ -42,7 +44,7 @@ def test_hidden_states_wait_in_the_memory_of_the_host(name, device, tokens, monk
     monkeypatch.setattr(Divergence, "_measure", measured)
     monkeypatch.setattr(Stream, "linearize", linearized)
     # Independent least squares of a model in memory gathers all matrices in one pass, where they are small.
-    monkeypatch.setattr("optimum_fwdprune.scores.grams_fit", lambda _sites: False)
+    monkeypatch.setattr("optimum_fwdprune.scoring.scores.grams_fit", lambda _sites: False)
     prune(name, tokens)
 
     assert waiting and {tensor.device.type for tensor in waiting} == {"cpu"}

@@ -6,7 +6,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
 from optimum_fwdprune import FwdPruner
-from optimum_fwdprune.offloading import is_offloaded, read_parameter
+from optimum_fwdprune.loading.offloading import is_offloaded, read_parameter
 
 
 # Noise is added to the outputs of a linear that is not in memory, and to its weights otherwise; a slope is the

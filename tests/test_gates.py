@@ -5,9 +5,9 @@ import tiny
 import torch
 
 from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
-from optimum_fwdprune.gates import gated
-from optimum_fwdprune.registry import registered_methods
-from optimum_fwdprune.verification import masked_logits, relative_difference, rounding_of
+from optimum_fwdprune.cutting.verification import masked_logits, relative_difference, rounding_of
+from optimum_fwdprune.forward.gates import gated
+from optimum_fwdprune.request.registry import registered_methods
 
 
 def random_masks(sites, rows=None, seed=0):
@@ -167,7 +167,7 @@ def test_rounding_that_the_model_amplifies_is_no_disagreement(tokens):
 
 
 def test_a_pruned_model_that_disagrees_with_the_masked_one_is_an_error(tokens, monkeypatch):
-    from optimum_fwdprune import cutting as module
+    from optimum_fwdprune.cutting import cut as module
 
     surgery = module.prune_model
 

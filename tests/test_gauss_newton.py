@@ -9,12 +9,19 @@ import tiny
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from optimum_fwdprune import Calibration, FwdPruner, find_sites, gauss_newton
-from optimum_fwdprune.gates import kept_projection, kept_sources
-from optimum_fwdprune.gauss_newton import FACTOR_DAMPING, PULL, LeastSquares, Linearized, gauss_newton_changes
-from optimum_fwdprune.layerwise import LayerRunner
-from optimum_fwdprune.shelves import Shelf
-from optimum_fwdprune.streams import Stream
+from optimum_fwdprune import Calibration, FwdPruner, find_sites
+from optimum_fwdprune.forward.gates import kept_projection, kept_sources
+from optimum_fwdprune.forward.layerwise import LayerRunner
+from optimum_fwdprune.reconstruction import gauss_newton
+from optimum_fwdprune.reconstruction.gauss_newton import (
+    FACTOR_DAMPING,
+    PULL,
+    LeastSquares,
+    Linearized,
+    gauss_newton_changes,
+)
+from optimum_fwdprune.reconstruction.streams import Stream
+from optimum_fwdprune.runs.shelves import Shelf
 
 
 REQUEST = {"sparsity": 0.3, "kinds": ["mlp"], "refit_sources": True}

@@ -9,7 +9,7 @@ import pytest
 import second_device
 import torch
 
-from optimum_fwdprune import cutting
+from optimum_fwdprune.cutting import cut as cutting
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from optimum_fwdprune import FwdPruner, find_sites
-from optimum_fwdprune.registry import registered_methods
+from optimum_fwdprune.request.registry import registered_methods
 
 
 RECONSTRUCTIONS = ("none", "bias", "least_squares")

@@ -12,10 +12,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from optimum_fwdprune import FwdPruner, find_sites, latency
-from optimum_fwdprune.allocation import allocate
-from optimum_fwdprune.budgets import Budget
-from optimum_fwdprune.latency import LatencyCost, LatencyTable, load_or_measure, shape_of, speed_budget
+from optimum_fwdprune import FwdPruner, find_sites
+from optimum_fwdprune.allocation.allocate import allocate
+from optimum_fwdprune.allocation.budgets import Budget
+from optimum_fwdprune.planning import latency
+from optimum_fwdprune.planning.latency import (
+    LatencyCost,
+    LatencyTable,
+    load_or_measure,
+    shape_of,
+    speed_budget,
+)
 
 
 PROMPT = 16

@@ -14,11 +14,18 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments, cutting, pruner, surgery
+from optimum_fwdprune import (
+    FwdPruner,
+    PruningConfig,
+    RecoveryArguments,
+    pruner,
+)
 from optimum_fwdprune.architectures import get_architecture
+from optimum_fwdprune.cutting import cut as cutting
+from optimum_fwdprune.cutting import surgery
 from optimum_fwdprune.evaluation import benchmark, perplexity, text_loss
 from optimum_fwdprune.files import folder_moved_into_place, write_text_atomically
-from optimum_fwdprune.methods import registered_methods
+from optimum_fwdprune.scoring.methods import registered_methods
 
 
 # Frequencies that depend on the length of the text.
@@ -292,7 +299,7 @@ def test_a_run_leaves_the_process_as_it_was(method, tokenizer, tmp_path):
 
 
 def test_latencies_are_timed_without_drawing_numbers(tokens, monkeypatch):
-    monkeypatch.setattr("optimum_fwdprune.latency.median_seconds", tiny.counted_seconds)
+    monkeypatch.setattr("optimum_fwdprune.planning.latency.median_seconds", tiny.counted_seconds)
     fwd_pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     before = process_state()
     speed = {"target_speedup": 1.1, "latency_tokens": 16, "kinds": ["attention", "mlp"]}

@@ -11,13 +11,13 @@ import pytest
 import transformers
 
 import optimum_fwdprune
-from optimum_fwdprune.loggers import get_logger
+from optimum_fwdprune.runs.loggers import get_logger
 
 
 LIBRARY = logging.getLogger("optimum_fwdprune")
 SPEAK = """
-from optimum_fwdprune.loggers import get_logger
-logger = get_logger("optimum_fwdprune.calibration")
+from optimum_fwdprune.runs.loggers import get_logger
+logger = get_logger("optimum_fwdprune.data.calibration")
 logger.debug("quiet words"), logger.info("low words"), logger.warning("loud words")
 """
 
@@ -50,7 +50,7 @@ def test_every_module_has_a_logger_of_the_library():
 
 
 def test_transformers_verbosity_governs():
-    logger = get_logger("optimum_fwdprune.calibration")
+    logger = get_logger("optimum_fwdprune.data.calibration")
 
     transformers.logging.set_verbosity_error()
     assert not logger.isEnabledFor(logging.WARNING)
@@ -61,7 +61,7 @@ def test_transformers_verbosity_governs():
 
 
 def test_a_level_of_the_library_or_of_a_module_goes_before_transformers():
-    logger = get_logger("optimum_fwdprune.calibration")
+    logger = get_logger("optimum_fwdprune.data.calibration")
 
     transformers.logging.set_verbosity_error()
     LIBRARY.setLevel(logging.DEBUG)
@@ -69,16 +69,16 @@ def test_a_level_of_the_library_or_of_a_module_goes_before_transformers():
     logger.setLevel(logging.WARNING)
     try:
         assert not logger.isEnabledFor(logging.INFO)
-        assert get_logger("optimum_fwdprune.search").isEnabledFor(logging.DEBUG)
+        assert get_logger("optimum_fwdprune.planning.search").isEnabledFor(logging.DEBUG)
     finally:
         logger.setLevel(logging.NOTSET)
 
 
 def test_handlers_of_the_root_logger_get_every_message(caplog):
     with caplog.at_level(logging.INFO, logger="optimum_fwdprune"):
-        get_logger("optimum_fwdprune.calibration").info("low words")
+        get_logger("optimum_fwdprune.data.calibration").info("low words")
 
-    assert caplog.record_tuples == [("optimum_fwdprune.calibration", logging.INFO, "low words")]
+    assert caplog.record_tuples == [("optimum_fwdprune.data.calibration", logging.INFO, "low words")]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_the_variable_of_transformers_governs(verbosity, before, shown):
     ("before", "expected"),
     [
         ("import logging; logging.getLogger('optimum_fwdprune').setLevel(10)", ["quiet", "low", "loud"]),
-        ("import logging; logging.getLogger('optimum_fwdprune.calibration').setLevel(20)", ["low", "loud"]),
+        ("import logging; logging.getLogger('optimum_fwdprune.data.calibration').setLevel(20)", ["low", "loud"]),
         ("import transformers; transformers.logging.set_verbosity_info()", ["low", "loud"]),
         ("import logging; logging.basicConfig(filename='/dev/null')", ["loud"]),
     ],

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from optimum_fwdprune import losses
+from optimum_fwdprune.forward import losses
 
 
 @pytest.fixture

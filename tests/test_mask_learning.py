@@ -5,10 +5,10 @@ import tiny
 import torch
 
 from optimum_fwdprune import Calibration, FwdPruner, find_sites
-from optimum_fwdprune import mask_learning as module
-from optimum_fwdprune.methods import PolicyGradientConfig
-from optimum_fwdprune.policies import UnitPolicy
-from optimum_fwdprune.scores import Scores
+from optimum_fwdprune.scoring.learning import mask_learning as module
+from optimum_fwdprune.scoring.learning.policies import UnitPolicy
+from optimum_fwdprune.scoring.methods import PolicyGradientConfig
+from optimum_fwdprune.scoring.scores import Scores
 
 
 def config(**fields):

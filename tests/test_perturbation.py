@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload
 
 from optimum_fwdprune import find_sites
-from optimum_fwdprune.perturbation import Noise, UnitPerturbation, WeightPerturbation
+from optimum_fwdprune.scoring.gradients.perturbation import Noise, UnitPerturbation, WeightPerturbation
 
 
 @pytest.fixture(params=["rademacher", "gaussian"])

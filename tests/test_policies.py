@@ -5,10 +5,16 @@ import tiny
 import torch
 
 from optimum_fwdprune import find_sites
-from optimum_fwdprune.allocation import allocate
-from optimum_fwdprune.budgets import Budget as Removal
-from optimum_fwdprune.policies import RatioPolicy, Ratios, UnitPolicy, entropy, initial_probabilities
-from optimum_fwdprune.policy_gradient import Budget, policy_gradient
+from optimum_fwdprune.allocation.allocate import allocate
+from optimum_fwdprune.allocation.budgets import Budget as Removal
+from optimum_fwdprune.scoring.learning.policies import (
+    RatioPolicy,
+    Ratios,
+    UnitPolicy,
+    entropy,
+    initial_probabilities,
+)
+from optimum_fwdprune.scoring.learning.policy_gradient import Budget, policy_gradient
 
 
 def test_decided_units_give_no_nan():

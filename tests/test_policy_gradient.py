@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_fwdprune import policy_gradient as module
-from optimum_fwdprune.policies import standardized
-from optimum_fwdprune.policy_gradient import Budget, policy_gradient, project
+from optimum_fwdprune.scoring.learning import policy_gradient as module
+from optimum_fwdprune.scoring.learning.policies import standardized
+from optimum_fwdprune.scoring.learning.policy_gradient import Budget, policy_gradient, project
 
 
 numbers = st.integers(2, 40).flatmap(

@@ -12,10 +12,10 @@ import tqdm
 import transformers
 
 from optimum_fwdprune import FwdPruner, PruningConfig
-from optimum_fwdprune.progress import INTERVAL, one_step, progress
+from optimum_fwdprune.runs.progress import INTERVAL, one_step, progress
 
 
-module = importlib.import_module("optimum_fwdprune.progress")
+module = importlib.import_module("optimum_fwdprune.runs.progress")
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ REQUESTS = {
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_long_stage_of_pruning_has_its_lines(name, tokens, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("optimum_fwdprune.latency.median_seconds", tiny.counted_seconds)
+    monkeypatch.setattr("optimum_fwdprune.planning.latency.median_seconds", tiny.counted_seconds)
     method = name if name not in REQUESTS else "wanda_sp"
     request = {"kinds": ["attention", "mlp"], "method": method, "sparsity": 0.2, **tiny.SHORT.get(name, {})}
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))

@@ -13,12 +13,14 @@ import torch
 from scripts import prune_in_ranks
 from transformers import AutoModelForCausalLM
 
-from optimum_fwdprune import FwdPruner, PruningPlan, placement, pruner, ranks
+from optimum_fwdprune import FwdPruner, PruningPlan, pruner
 from optimum_fwdprune.files import load_tensors
-from optimum_fwdprune.offloading import read_parameter
-from optimum_fwdprune.placement import placed
-from optimum_fwdprune.scores import Scores
-from optimum_fwdprune.shelves import Shelf
+from optimum_fwdprune.loading import placement
+from optimum_fwdprune.loading.offloading import read_parameter
+from optimum_fwdprune.loading.placement import placed
+from optimum_fwdprune.runs import ranks
+from optimum_fwdprune.runs.shelves import Shelf
+from optimum_fwdprune.scoring.scores import Scores
 
 
 # Sums over tokens in another order, in float32; refitted weights come out of systems that amplify it.

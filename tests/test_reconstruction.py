@@ -9,9 +9,21 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites, least_squares, reconstruction
-from optimum_fwdprune.layerwise import LayerRunner, outputs_of, stopped_before
-from optimum_fwdprune.least_squares import RIDGES, NormalEquations, Refit, refit
+from optimum_fwdprune import (
+    Calibration,
+    FwdPruner,
+    PruningConfig,
+    find_sites,
+)
+from optimum_fwdprune.forward.layerwise import LayerRunner, outputs_of, stopped_before
+from optimum_fwdprune.reconstruction import least_squares
+from optimum_fwdprune.reconstruction import reconstruct as reconstruction
+from optimum_fwdprune.reconstruction.least_squares import (
+    RIDGES,
+    NormalEquations,
+    Refit,
+    refit,
+)
 
 
 def sequential(target):
@@ -105,7 +117,7 @@ def test_where_it_does_not_help_the_columns_stay_and_the_user_is_told(caplog, mo
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(0, 4, (16, 24), generator=generator)
     tokens[held_out(tokens)] = torch.randint(100, 300, (2, 24), generator=generator)
-    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.reconstruction"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.reconstruction.reconstruct"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         pruner = pruned_by(model, tokens)
     untouched = [place for place, found in pruner.plan.metadata["reconstructed"].items() if not found["refitted"]]
@@ -286,7 +298,7 @@ def test_bfloat16_models_gain_as_well(tokens, options):
 
 
 def test_too_few_tokens_for_the_features_are_told(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.reconstruction"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.reconstruction.reconstruct"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         pruned_by(tiny.make_model("llama_gqa_biases"), torch.randint(0, 300, (2, 16)))
 
@@ -348,7 +360,7 @@ def test_nothing_lost_is_nothing_to_warn_of(caplog, monkeypatch):
     for layer in model.model.decoder.layers:
         layer.fc1.weight.data[:32] = 0
         layer.fc1.bias.data[:32] = -1
-    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.reconstruction"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.reconstruction.reconstruct"), "propagate", True)
     tokens = torch.randint(0, 300, (16, 24), generator=torch.Generator().manual_seed(0))
     with caplog.at_level(logging.WARNING):
         FwdPruner(model).prune(tiny.request(sparsity=0.2, kinds=["mlp"], **INDEPENDENT), tokens)

@@ -24,9 +24,9 @@ from huggingface_hub import CommitInfo
 from safetensors.torch import save_file
 
 from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, Scores
+from optimum_fwdprune.checkpoint.hub import check_upload
 from optimum_fwdprune.export import export_gguf, export_stock
 from optimum_fwdprune.files import folder_moved_into_place, write_text_atomically
-from optimum_fwdprune.hub import check_upload
 from optimum_fwdprune.words import public_name
 
 
@@ -278,7 +278,7 @@ def test_a_killed_save_leaves_no_half_checkpoint(tmp_path):
     """SIGKILL in the middle of writing: the folder is not there, rather than there and short of files."""
     code = f"""
 import time
-from optimum_fwdprune.hub import check_upload
+from optimum_fwdprune.checkpoint.hub import check_upload
 from optimum_fwdprune.utils import folder_moved_into_place
 with folder_moved_into_place({str(tmp_path / "out")!r}) as folder:
     (folder / "config.json").write_text("half")
@@ -510,7 +510,7 @@ def test_what_is_no_path_is_named(pruner, tmp_path):
 
 def test_what_an_upload_would_refuse_is_known_before_the_work(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("optimum_fwdprune.hub.get_token", lambda: None)
+    monkeypatch.setattr("optimum_fwdprune.checkpoint.hub.get_token", lambda: None)
     check_upload("someone/model", token="hf_x")
     with pytest.raises(ValueError, match="'/tmp/out' is no name of a repository"):
         check_upload("/tmp/out", token="hf_x")

@@ -11,15 +11,21 @@ import tiny
 import torch
 import transformers
 
-from optimum_fwdprune import Calibration, FwdPruner, PruningPlan, find_sites, search
-from optimum_fwdprune import levels as levels_module
-from optimum_fwdprune.allocation import LEVELS, levels_of
-from optimum_fwdprune.divergence import Divergence
+from optimum_fwdprune import (
+    Calibration,
+    FwdPruner,
+    PruningPlan,
+    find_sites,
+)
+from optimum_fwdprune.allocation.allocate import LEVELS, levels_of
 from optimum_fwdprune.files import save_tensors_atomically
-from optimum_fwdprune.gates import Projection, replaced_projections
-from optimum_fwdprune.least_squares import NormalEquations, nested_changes
-from optimum_fwdprune.levels import Levels
-from optimum_fwdprune.scores import Scores
+from optimum_fwdprune.forward.gates import Projection, replaced_projections
+from optimum_fwdprune.planning import levels as levels_module
+from optimum_fwdprune.planning import search
+from optimum_fwdprune.planning.divergence import Divergence
+from optimum_fwdprune.planning.levels import Levels
+from optimum_fwdprune.reconstruction.least_squares import NormalEquations, nested_changes
+from optimum_fwdprune.scoring.scores import Scores
 
 
 def request_of(**fields):
@@ -214,7 +220,7 @@ def test_a_deep_model_starts_without_its_ends_where_that_is_nearer(tokens, monke
         return total
 
     monkeypatch.setattr(Divergence, "_measure", lost)
-    monkeypatch.setattr("optimum_fwdprune.search._Descent.run", lambda *_: None)
+    monkeypatch.setattr("optimum_fwdprune.planning.search._Descent.run", lambda *_: None)
     pruner = FwdPruner(tiny.make_model("llama_mha_tied", num_hidden_layers=layers))
     pruner.prune(request_of(kinds=["mlp"], sparsity=0.2), tokens)
     kept = [len(pruner.plan.kept[layer, "mlp"]) for layer in range(layers)]
@@ -234,7 +240,7 @@ def test_what_it_ends_with_is_no_worse_than_the_even_share(dense, tokens):
 
 
 def test_an_interrupt_ends_it_with_the_best_so_far(tokens, monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.search"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.planning.search"), "propagate", True)
     monkeypatch.setattr(
         Divergence, "_measure", lambda self, projections, first, record: lost_share(self, projections, first)
     )

@@ -9,13 +9,15 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from second_device import FIRST, REQUESTS, SECOND, request_of
 from transformers import AutoModelForCausalLM
 
-from optimum_fwdprune import FwdPruner, dispatching, latency
+from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.architectures import get_architecture
-from optimum_fwdprune.devices import has_float64
-from optimum_fwdprune.dispatching import PlacementError
 from optimum_fwdprune.evaluation import benchmark, perplexity
 from optimum_fwdprune.export import export_gguf, export_stock
-from optimum_fwdprune.offloading import is_offloaded, lies_on_disk, read_parameter
+from optimum_fwdprune.loading import dispatching
+from optimum_fwdprune.loading.dispatching import PlacementError
+from optimum_fwdprune.loading.offloading import is_offloaded, lies_on_disk, read_parameter
+from optimum_fwdprune.planning import latency
+from optimum_fwdprune.runs.devices import has_float64
 
 
 # Requests that back-propagate, through whole models or through one layer.

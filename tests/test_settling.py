@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
-from optimum_fwdprune.allocation import OutOfReach, allocate
-from optimum_fwdprune.budgets import removal_budget
-from optimum_fwdprune.settling import forecast, settle, warn_of_rounding
+from optimum_fwdprune.allocation.allocate import OutOfReach, allocate
+from optimum_fwdprune.allocation.budgets import removal_budget
+from optimum_fwdprune.planning.settling import forecast, settle, warn_of_rounding
 
 
 CONCEPTS = Path(__file__).parents[1] / "docs" / "concepts.md"

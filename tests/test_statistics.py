@@ -6,7 +6,12 @@ import tiny
 import torch
 
 from optimum_fwdprune import Calibration, find_sites
-from optimum_fwdprune.statistics import GRAM, MOMENTS, SOURCE_NORMS, collect_statistics
+from optimum_fwdprune.forward.statistics import (
+    GRAM,
+    MOMENTS,
+    SOURCE_NORMS,
+    collect_statistics,
+)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16])
@@ -68,7 +73,7 @@ def test_padding_is_left_out(architecture_name, tokens, side):
 
 def test_a_small_variance_far_from_zero_does_not_cancel():
     """Squares of values around 1000 summed in float32 would drown a variance of 1e-4."""
-    from optimum_fwdprune.statistics import _Accumulator
+    from optimum_fwdprune.forward.statistics import _Accumulator
 
     generator = torch.Generator().manual_seed(0)
     values = 1000 + 0.01 * torch.randn(20_000, 4, generator=generator, dtype=torch.float64)

@@ -14,9 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from optimum_fwdprune import FwdPruner, find_sites
-from optimum_fwdprune.layerwise import decoder_layers
-from optimum_fwdprune.offloading import InTurn, is_offloaded, read_parameter, resident
-from optimum_fwdprune.shelves import Shelf
+from optimum_fwdprune.forward.layerwise import decoder_layers
+from optimum_fwdprune.loading.offloading import (
+    InTurn,
+    is_offloaded,
+    read_parameter,
+    resident,
+)
+from optimum_fwdprune.runs.shelves import Shelf
 
 
 REQUESTS = {

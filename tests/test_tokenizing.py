@@ -5,8 +5,8 @@ import tiny
 from transformers import AutoTokenizer
 
 from optimum_fwdprune import FwdPruner
-from optimum_fwdprune import tokenizing as module
-from optimum_fwdprune.tokenizing import load_tokenizer, tokenizer_files
+from optimum_fwdprune.loading import tokenizers as module
+from optimum_fwdprune.loading.tokenizers import load_tokenizer, tokenizer_files
 
 
 SENTENCEPIECE, TIKTOKEN = b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02", b"IQ== 0\nIg== 1\n"

@@ -7,11 +7,11 @@ import tiny
 import torch
 
 from optimum_fwdprune import Calibration, find_sites
-from optimum_fwdprune import zeroth_order as module
-from optimum_fwdprune.backprop import unit_gradients, weight_gradients
-from optimum_fwdprune.perturbation import Noise, UnitPerturbation, WeightPerturbation
-from optimum_fwdprune.sensitivity import estimated, jackknife
-from optimum_fwdprune.zeroth_order import draw_slopes
+from optimum_fwdprune.scoring.gradients import zeroth_order as module
+from optimum_fwdprune.scoring.gradients.backprop import unit_gradients, weight_gradients
+from optimum_fwdprune.scoring.gradients.perturbation import Noise, UnitPerturbation, WeightPerturbation
+from optimum_fwdprune.scoring.gradients.sensitivity import estimated, jackknife
+from optimum_fwdprune.scoring.gradients.zeroth_order import draw_slopes
 
 
 SMALL = {
@@ -186,7 +186,7 @@ def test_draws_without_a_finite_loss_are_rejected_and_counted(small, windows, mo
     perturbation = WeightPerturbation(find_sites(small), Noise(0))
     expected = measure(small, perturbation, windows, draws=9, batch_size=8)
     losses_with_nan(monkeypatch, bad={0, 3})
-    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.zeroth_order"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.scoring.gradients.zeroth_order"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         draws = measure(small, perturbation, windows, draws=9, batch_size=8)
 
@@ -225,7 +225,7 @@ def test_the_rounding_floor_is_the_scatter_of_slopes_between_dtypes(tokens, monk
     assert exact.rounding_floor < 1e-2 * coarse.rounding_floor
     assert scatter / 3 < coarse.rounding_floor < 3 * scatter
     # A tenth of the step measures noise, and says so.
-    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.zeroth_order"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.scoring.gradients.zeroth_order"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         measure(coarse_model, perturbation, calibration, epsilon=1e-2)
         assert "Rounding" not in caplog.text
@@ -270,7 +270,7 @@ def test_the_stopping_rule_sees_all_draws_so_far(small, windows):
 
 def test_draws_that_stopped_early_still_say_what_was_rejected(small, windows, monkeypatch, caplog):
     losses_with_nan(monkeypatch, bad={1})
-    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.zeroth_order"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("optimum_fwdprune.scoring.gradients.zeroth_order"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         perturbation = UnitPerturbation(find_sites(small), Noise(0))
         draws = measure(small, perturbation, windows, draws=20, is_converged=lambda _: True, check_every=4)

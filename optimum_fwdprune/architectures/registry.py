@@ -11,10 +11,10 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..adapter_defaults import add_adapter_defaults
-from ..wrapping import check_no_adapters
+from ..models.adapter_defaults import add_adapter_defaults
 from .layout import AttentionLayout, MLPLayout
 from .site import ATTENTION, ATTENTION_UNITS, KINDS, QUERY_HEAD, Site
+from .wrapping import check_no_adapters
 
 
 def _always(config: PreTrainedConfig) -> bool:

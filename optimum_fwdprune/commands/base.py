@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
-from optimum_fwdprune import ranks
-from optimum_fwdprune.configuration import field_type
+from optimum_fwdprune.request.config import field_type
+from optimum_fwdprune.runs import ranks
 
 from .parser import choice
 from .wording import in_options
@@ -147,8 +147,8 @@ def naming_the_model(model: str) -> Iterator[None]:
 
 def load_model(model: str, args: Namespace) -> PreTrainedModel:
     """Load a causal language model, in its own dtype unless the options say otherwise."""
-    from optimum_fwdprune.loading import load_causal_lm
-    from optimum_fwdprune.placement import placed
+    from optimum_fwdprune.loading.models import load_causal_lm
+    from optimum_fwdprune.loading.placement import placed
 
     with naming_the_model(model):
         return load_causal_lm(model, **placed({"dtype": "auto"} | loading_options(args)))
@@ -163,8 +163,8 @@ def add_tokenizer_option(parser: ArgumentParser) -> None:
 
 def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:
     """Load the tokenizer that `--tokenizer` names, or the one that lies beside a model."""
-    from optimum_fwdprune.loading import check_is_there
-    from optimum_fwdprune.tokenizing import load_tokenizer, named_tokenizer
+    from optimum_fwdprune.loading.models import check_is_there
+    from optimum_fwdprune.loading.tokenizers import load_tokenizer, named_tokenizer
 
     options = loading_options(args)
     access = {name: options[name] for name in ("token", "trust_remote_code") if name in options}
@@ -192,7 +192,7 @@ def add_hub_options(parser: ArgumentParser) -> None:
 def check_hub_options(args: Namespace) -> None:
     """Raise now where an upload that the options ask for could not succeed, as far as that can be known."""
     if args.push_to_hub is not None:
-        from optimum_fwdprune.hub import check_upload
+        from optimum_fwdprune.checkpoint.hub import check_upload
 
         check_upload(args.push_to_hub, args.token)
 
@@ -254,7 +254,7 @@ def add_evaluation_options(parser: ArgumentParser) -> None:
 
 def evaluation_options(args: Namespace) -> dict[str, Any]:
     """Return these, with the texts read, for `evaluate` and `compare`."""
-    from optimum_fwdprune.texts import open_texts
+    from optimum_fwdprune.data.texts import open_texts
 
     opened = [open_texts(source, args.text_config, args.text_split, args.text_column) for source in args.text]
     short = [name for name, _ in opened]

@@ -25,7 +25,7 @@ class InspectCommand(Command):
         parser.add_argument("--revision", help="Branch, tag or commit of a Hub repository.")
 
     def execute(self) -> None:
-        from optimum_fwdprune.plan import PLAN_NAME, PruningPlan
+        from optimum_fwdprune.allocation.plan import PLAN_NAME, PruningPlan
         from optimum_fwdprune.report import plan_table
 
         plan = PruningPlan.load(self._file(PLAN_NAME))
@@ -36,7 +36,7 @@ class InspectCommand(Command):
             return
 
         from optimum_fwdprune.report import history_table, plot_history
-        from optimum_fwdprune.scores import SCORES_NAME, Scores
+        from optimum_fwdprune.scoring.scores import SCORES_NAME, Scores
 
         history = Scores.load(self._file(SCORES_NAME)).history
         print(history_table(history))

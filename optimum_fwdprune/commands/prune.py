@@ -35,8 +35,8 @@ class PruneCommand(Command):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        from optimum_fwdprune.configuration import DEFAULT_METHOD, DEFAULT_PRESET, METHOD
-        from optimum_fwdprune.methods import (
+        from optimum_fwdprune.request.config import DEFAULT_METHOD, DEFAULT_PRESET, METHOD
+        from optimum_fwdprune.scoring.methods import (
             PruningConfig,
             get_method,
             get_preset,
@@ -84,10 +84,15 @@ class PruneCommand(Command):
     def execute(self) -> None:
         import dataclasses
 
-        from optimum_fwdprune.configuration import DEFAULT_METHOD
+        from optimum_fwdprune.allocation.plan import PruningPlan
         from optimum_fwdprune.files import check_output_folder
-        from optimum_fwdprune.methods import PruningConfig, get_method, get_preset, registered_methods
-        from optimum_fwdprune.plan import PruningPlan
+        from optimum_fwdprune.request.config import DEFAULT_METHOD
+        from optimum_fwdprune.scoring.methods import (
+            PruningConfig,
+            get_method,
+            get_preset,
+            registered_methods,
+        )
 
         given = vars(self.args)
         preset = get_preset(self.args.preset).fields if self.args.preset else {}

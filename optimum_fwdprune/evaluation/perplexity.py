@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..losses import model_nll
-from ..module_state import evaluating
-from ..progress import progress
+from ..forward.losses import model_nll
+from ..loading.state import evaluating
+from ..runs.progress import progress
 
 
 # Tokens per window where nobody says.

@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
-from ..clock import synchronize
-from ..loggers import get_logger
-from ..module_state import check_not_consumed, evaluating
-from ..offloading import input_device
-from ..progress import progress
+from ..loading.offloading import input_device
+from ..loading.state import check_not_consumed, evaluating
+from ..runs.clock import synchronize
+from ..runs.loggers import get_logger
+from ..runs.progress import progress
 from .memory import PeakMemory
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..module_state import evaluating
-from ..offline import naming_offline
-from ..randomness import random_states_kept
+from ..loading.offline import naming_offline
+from ..loading.state import evaluating
+from ..runs.randomness import random_states_kept
 
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import get_architecture, is_pruned
+from ..architectures.wrapping import check_in_memory, check_no_adapters
 from ..files import check_output_file
-from ..loggers import get_logger
+from ..loading.offloading import read_parameter
+from ..loading.state import check_not_consumed
 from ..models.per_layer import stock_config
-from ..module_state import check_not_consumed
-from ..offloading import read_parameter
-from ..wrapping import check_in_memory, check_no_adapters
+from ..runs.loggers import get_logger
 from .gguf_families import FAMILIES, GGUFFamily, LayerSizes
 from .gguf_tensors import GGUFTensor, write_tensors
 from .gguf_tokenizer import add_tokenizer

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..progress import progress
+from ..runs.progress import progress
 
 
 if TYPE_CHECKING:

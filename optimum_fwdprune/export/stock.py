@@ -10,19 +10,24 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..allocation.plan import PruningPlan
 from ..architectures import KINDS, Site, get_architecture
-from ..configuration import PruningConfig
+from ..architectures.wrapping import check_in_memory, check_no_adapters
+from ..cutting.surgery import pruned_config
+from ..cutting.verification import (
+    logits,
+    probe_batch,
+    share_of_scale,
+    tolerance_of,
+)
 from ..files import folder_moved_into_place
+from ..loading.offloading import input_device, is_offloaded, on_disk
+from ..loading.saving import generation_config_as_it_is, save_offloaded
+from ..loading.state import check_not_consumed
 from ..models.per_layer import stock_config
-from ..module_state import check_not_consumed
-from ..offloading import input_device, is_offloaded, on_disk
-from ..plan import PruningPlan
-from ..progress import one_step
-from ..reconstruction import NONE, added_parameters
-from ..saving import generation_config_as_it_is, save_offloaded
-from ..surgery import pruned_config
-from ..verification import logits, probe_batch, share_of_scale, tolerance_of
-from ..wrapping import check_in_memory, check_no_adapters
+from ..reconstruction.reconstruct import NONE, added_parameters
+from ..request.config import PruningConfig
+from ..runs.progress import one_step
 
 
 # Families whose stock classes compute the same and may hold what a family's own cannot, tried in this order: Mistral's

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from ..wrapping import is_peft_model
+from ..architectures.wrapping import is_peft_model
 from .options import RecoveryOptions
 
 

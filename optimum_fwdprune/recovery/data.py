@@ -13,13 +13,13 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from ..chats import IGNORED, check_template, encoded_chat
-from ..loggers import get_logger
-from ..messages import Chat, UnusableRow
-from ..progress import progress
-from ..rows import CHAT, TOKENS, Data
-from ..texts import always_text, detokenize, open_rows
-from ..tokens import Tokens
+from ..data.chats import IGNORED, check_template, encoded_chat
+from ..data.messages import Chat, UnusableRow
+from ..data.rows import CHAT, TOKENS, Data
+from ..data.texts import always_text, detokenize, open_rows
+from ..data.tokens import Tokens
+from ..runs.loggers import get_logger
+from ..runs.progress import progress
 from .options import RecoveryOptions
 
 

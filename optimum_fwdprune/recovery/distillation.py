@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..files import check_output_folder, folder_moved_into_place
-from ..losses import LOGITS_AT_ONCE
-from ..offloading import input_device
-from ..progress import progress
+from ..forward.losses import LOGITS_AT_ONCE
+from ..loading.offloading import input_device
+from ..runs.progress import progress
 from ..words import first_difference
 from .data import collate
 from .restoring import removed_where_unused

@@ -12,8 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from ..files import check_output_file
-from ..randomness import random_states_kept
-from ..saving import check_savable
+from ..loading.saving import check_savable
+from ..runs.randomness import random_states_kept
 from .adapters import merged, with_adapters
 from .arguments import RecoveryArguments
 from .callbacks import check_evaluations, checked_callbacks

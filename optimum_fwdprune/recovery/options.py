@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..configuration import option
+from ..request.config import option
 
 
 LORA, FULL, DISTILL = "lora", "full", "distill"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..wrapping import is_peft_model
+from ..architectures.wrapping import is_peft_model
 
 
 # Attributes of a module that training changes, beside private ones: hooks, replaced submodules, marks of accelerate.

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..integrity import shapes_of, weight_files
+from ..loading.integrity import shapes_of, weight_files
 from .adapters import WEIGHTS_NAME, check_adapters
 from .arguments import RecoveryArguments
 

@@ -12,13 +12,18 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoints import digest_of
-from ..loading import FOLDER_OTHERWISE, WHERE, adapter_config, load_causal_lm
-from ..module_state import check_not_consumed
-from ..offline import naming_offline
-from ..sources import Source
+from ..architectures.wrapping import adapted_module, is_peft_model, model_inside
+from ..loading.models import (
+    FOLDER_OTHERWISE,
+    WHERE,
+    adapter_config,
+    load_causal_lm,
+)
+from ..loading.offline import naming_offline
+from ..loading.source import Source
+from ..loading.state import check_not_consumed
+from ..runs.resume import digest_of
 from ..words import is_no_repository
-from ..wrapping import adapted_module, is_peft_model, model_inside
 from .data import sequence_length
 from .distillation import check_kept
 from .options import DISTILL, RecoveryOptions

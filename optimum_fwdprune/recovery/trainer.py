@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from ..saving import generation_config_as_it_is
+from ..loading.saving import generation_config_as_it_is
 from .arguments import RecoveryArguments
 from .data import IGNORED, collate
 from .distillation import TEACHER_IDS, TEACHER_LOGARITHMS, Teacher, distillation_terms, hidden_error

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..allocation.plan import PLAN_NAME
 from ..architectures import find_sites, get_architecture, is_pruned
+from ..checkpoint.record import OUTCOME_NAME, Record
 from ..evaluation import Comparison
 from ..models.per_layer import stock_config
-from ..plan import PLAN_NAME
-from ..record import OUTCOME_NAME, Record
 from .document import describe
 from .pruning import PruningReport
 

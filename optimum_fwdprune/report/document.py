@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from ..allocation.plan import PruningPlan
 from ..architectures.site import KINDS
+from ..checkpoint.record import Record
+from ..checkpoint.reproduction import reproduction_of
 from ..evaluation import Comparison
-from ..plan import PruningPlan
-from ..record import Record
-from ..reproduction import reproduction_of
-from ..scores import Scores
+from ..scoring.scores import Scores
 from ..version import __version__
 from .learning import learning_of
 from .pruning import PruningReport

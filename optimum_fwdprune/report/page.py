@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import as_path, check_output_file, write_text_atomically
-from ..progress import progress
+from ..runs.progress import progress
 from .document import models_of
 from .figures import pictures_of, pictures_of_all
 from .numbers import calibration_in_words, figure_label, figure_way, headline, is_quality, is_speed, shown_as

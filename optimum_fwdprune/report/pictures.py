@@ -7,8 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..allocation.plan import PruningPlan
 from ..architectures.site import KINDS, unit_name
-from ..plan import PruningPlan
 from .learning import learning_of
 
 

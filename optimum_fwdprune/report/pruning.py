@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..allocation.composing import EARLIER
+from ..allocation.plan import losses_by_kind
 from ..architectures.site import SiteKey
-from ..composing import EARLIER
-from ..plan import losses_by_kind
 from ..words import html_table, render_table
 
 
 if TYPE_CHECKING:
+    from ..checkpoint.record import Record
     from ..evaluation import Comparison
-    from ..record import Record
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..allocation.plan import PruningPlan
 from ..architectures.site import KINDS, unit_name
-from ..plan import PruningPlan
 from ..words import render_table
 from .document import models_of
 from .learning import learning_of

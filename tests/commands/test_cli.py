@@ -14,9 +14,9 @@ import torch
 import transformers
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, PruningPlan
-from optimum_fwdprune.methods import PolicyGradientConfig
-from optimum_fwdprune.registry import get_method, registered_methods
-from optimum_fwdprune.scores import Scores
+from optimum_fwdprune.request.registry import get_method, registered_methods
+from optimum_fwdprune.scoring.methods import PolicyGradientConfig
+from optimum_fwdprune.scoring.scores import Scores
 
 
 SMALL = ["--calibration", "builtin", "--n_samples", "4", "--seq_len", "32"]

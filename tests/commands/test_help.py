@@ -12,7 +12,7 @@ from optimum.commands.optimum_cli import RootOptimumCLICommand, register_optimum
 
 from optimum_fwdprune import PruningConfig
 from optimum_fwdprune.commands.fwdprune import FwdPruneCommand
-from optimum_fwdprune.registry import get_method, registered_methods
+from optimum_fwdprune.request.registry import get_method, registered_methods
 from optimum_fwdprune.words import did_you_mean
 
 

@@ -330,7 +330,9 @@ def test_the_command_writes_a_file(tokens, tokenizer, tmp_path, monkeypatch, cap
     assert f"Written to {file}" in capsys.readouterr().out
     check_llama_cpp_agrees(pruner.model.eval(), file, tokens, 2e-4)
     # Once more: refused before the model is loaded.
-    monkeypatch.setattr("optimum_fwdprune.loading.load_causal_lm", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "optimum_fwdprune.loading.models.load_causal_lm", lambda *_, **__: pytest.fail("it was loaded")
+    )
     with pytest.raises(SystemExit):
         main()
     assert "exists. Name another file, or pass --overwrite to replace it." in capsys.readouterr().err

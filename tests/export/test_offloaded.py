@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.export import export_gguf, export_stock
-from optimum_fwdprune.offloading import is_offloaded
+from optimum_fwdprune.loading.offloading import is_offloaded
 
 
 REQUEST = {"method": "magnitude", "reconstruction": "none", "sparsity": 0.3, "layout": "stock", "kinds": ["mlp"]}

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from optimum_fwdprune import FwdPruner, find_sites
-from optimum_fwdprune.gates import gated
-from optimum_fwdprune.losses import model_nll
+from optimum_fwdprune.forward.gates import gated
+from optimum_fwdprune.forward.losses import model_nll
 
 
 HEADS, CHANNELS, LAYERS = 3, 5, 2

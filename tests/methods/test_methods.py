@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites, register_method
-from optimum_fwdprune.registry import METHODS
+from optimum_fwdprune.request.registry import METHODS
 
 
 @pytest.fixture(params=["kv_group", "query_head"])

@@ -9,9 +9,9 @@ import tiny
 import torch
 
 from optimum_fwdprune import Calibration, FwdPruner, find_sites
-from optimum_fwdprune.perturbation import GAUSSIAN, Noise, WeightPerturbation
-from optimum_fwdprune.scores import Scores
-from optimum_fwdprune.zeroth_order import draw_slopes
+from optimum_fwdprune.scoring.gradients.perturbation import GAUSSIAN, Noise, WeightPerturbation
+from optimum_fwdprune.scoring.gradients.zeroth_order import draw_slopes
+from optimum_fwdprune.scoring.scores import Scores
 
 
 @pytest.fixture(params=["kv_group", "query_head"])

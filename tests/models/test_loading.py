@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import optimum_fwdprune.models
 from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.architectures import get_architecture
-from optimum_fwdprune.loading import load_causal_lm
+from optimum_fwdprune.loading.models import load_causal_lm
 
 
 RELOAD = Path(__file__).parents[1] / "scripts" / "reload.py"
@@ -181,7 +181,7 @@ def test_left_padded_generation_equals_unpadded_generation(tokens, architecture_
 @torch.no_grad()
 def test_beam_search_equals_that_of_the_masked_dense_model(tokens, architecture_name):
     from optimum_fwdprune.architectures import find_sites
-    from optimum_fwdprune.gates import gated
+    from optimum_fwdprune.forward.gates import gated
 
     dense = tiny.make_model(architecture_name)
     pruner = FwdPruner(dense)

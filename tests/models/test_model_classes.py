@@ -11,7 +11,7 @@ from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttri
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from optimum_fwdprune import FwdPruner, find_sites
-from optimum_fwdprune.gates import gated
+from optimum_fwdprune.forward.gates import gated
 
 
 HETEROGENEOUS = tiny.request(sparsity=0.4, scope="global", attention_unit="kv_group", reconstruction="none")

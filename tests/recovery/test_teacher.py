@@ -10,9 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
-from optimum_fwdprune import FwdPruner, RecoveryArguments, sources
+from optimum_fwdprune import FwdPruner, RecoveryArguments
+from optimum_fwdprune.loading import source as sources
+from optimum_fwdprune.loading.source import Source, fingerprint_of
 from optimum_fwdprune.recovery import teachers
-from optimum_fwdprune.sources import Source, fingerprint_of
 
 
 CUT = {"method": "magnitude", "kinds": ["attention", "mlp"], "reconstruction": "none", "sparsity": 0.4}

@@ -12,9 +12,8 @@ import tiny
 import torch
 
 from optimum_fwdprune import FwdPruner, PruningPlan
+from optimum_fwdprune.checkpoint.record import OUTCOME_NAME, command_of
 from optimum_fwdprune.evaluation import Benchmark, Comparison, Evaluation, Spread, TextLoss, Timing
-from optimum_fwdprune.methods import registered_methods
-from optimum_fwdprune.record import OUTCOME_NAME, command_of
 from optimum_fwdprune.report import pictures, render_table, report_table
 from optimum_fwdprune.report.checkpoint import describe_checkpoint
 from optimum_fwdprune.report.document import describe, document_of, measured_of, models_of
@@ -23,7 +22,8 @@ from optimum_fwdprune.report.learning import learning_of
 from optimum_fwdprune.report.numbers import WAYS
 from optimum_fwdprune.report.page import DARK, render_page, to_json, write_page
 from optimum_fwdprune.report.pictures import PALETTE
-from optimum_fwdprune.scores import SCORES_NAME
+from optimum_fwdprune.scoring.methods import registered_methods
+from optimum_fwdprune.scoring.scores import SCORES_NAME
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 from accelerate import cpu_offload
 
-from optimum_fwdprune import FwdPruner, latency, ranks
+from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.files import save_tensors_atomically
-from optimum_fwdprune.offloading import read_parameter
+from optimum_fwdprune.loading.offloading import read_parameter
+from optimum_fwdprune.planning import latency
+from optimum_fwdprune.runs import ranks
 
 
 # Name -> fields of a request. Batches of a size that no number of processes divides the windows by.

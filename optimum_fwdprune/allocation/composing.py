@@ -1,0 +1,124 @@
+"""Two prunings of one model as one plan of the dense model, wherever a plan can have both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..architectures import (
+    ATTENTION,
+    ATTENTION_UNITS,
+    KV_GROUP,
+    QUERY_HEAD,
+    Site,
+    SiteKey,
+    get_architecture,
+    is_pruned,
+)
+from .plan import PruningPlan
+
+
+# Key of a plan's metadata: what was done to the model before, a list of JSON objects.
+EARLIER = "earlier"
+
+# What of the plan before is remembered there.
+REMEMBERED = ("method", "reconstruction", "requested_sparsity", "rounds", "seed", "calibration", "replayed")
+
+
+@dataclass(frozen=True)
+class EarlierPruning:
+    """The plan that made a model, with what combining it with the next plan takes.
+
+    Args:
+        plan (`PruningPlan`): of the dense model.
+        dense_units (mapping of `str` to `int`): attention units of a layer of the dense model, by what a unit is.
+        units_now (mapping of site key to `str`): what the units of an attention site are in the next pruning.
+        recovery (`dict`, *optional*): how the model was trained since.
+    """
+
+    plan: PruningPlan
+    dense_units: Mapping[str, int]
+    units_now: Mapping[SiteKey, str]
+    recovery: dict[str, Any] | None = None
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, sites: Sequence[Site], plan: PruningPlan | None, recovery: dict[str, Any] | None
+    ) -> EarlierPruning | None:
+        """Return what is known of how `model` was pruned; `None` for a dense model, and where no plan is known.
+
+        Args:
+            model (`PreTrainedModel`): what is to be pruned now.
+            sites (sequence of `Site`): its sites, in the units of the next pruning.
+            plan (`PruningPlan`, *optional*): what the model was pruned by.
+            recovery (`dict`, *optional*): how it was trained since.
+        """
+        architecture = get_architecture(model.config)
+        if plan is None or not is_pruned(model.config) or plan.model_type != architecture.model_type:
+            return None
+        # The dense sizes stand at the top of a pruned config.
+        sizes, attention = model.config.to_dict(), architecture.attention
+        heads = sizes[attention.heads_key]
+        groups = heads if attention.kv_heads_key is None else sizes[attention.kv_heads_key]
+        layers = [layer for _, layer in architecture.layers(model)]
+        units_now = {
+            site.key: KV_GROUP if site.num_units == attention.kv_heads(layers[site.layer]) else QUERY_HEAD
+            for site in sites
+            if site.kind == ATTENTION
+        }
+        return cls(plan, {KV_GROUP: groups, QUERY_HEAD: heads}, units_now, recovery)
+
+    def followed_by(self, later: PruningPlan) -> PruningPlan | None:
+        """Return the plan that does both at once to the dense model; `None` where heads were removed in units that one
+        plan cannot have, such as KV groups first and query heads of other groups then."""
+        earlier = {name: self.plan.metadata.get(name) for name in REMEMBERED}
+        if self.recovery:
+            earlier["recovery"] = self.recovery
+        history = [*self.plan.metadata.get(EARLIER, []), earlier]
+        later = replace(later, metadata={**later.metadata, EARLIER: history})
+        for unit in dict.fromkeys((later.attention_unit, self.plan.attention_unit, *ATTENTION_UNITS)):
+            kept, num_units = {}, {}
+            for key in self.plan.kept:
+                units = self._in_units(key, later, unit)
+                if units is None:
+                    break
+                kept[key], num_units[key] = units
+            else:
+                return replace(
+                    later, kept=kept, num_units=num_units, model_type=self.plan.model_type, attention_unit=unit
+                )
+        return None
+
+    def why_apart(self, later: PruningPlan) -> str:
+        """Return what to tell a user of a later plan that `followed_by` cannot combine with this one."""
+        now = {self.units_now[key] for key in later.kept if key[1] == ATTENTION and later.removed(key)}
+        return (
+            f"The new plan is of the pruned model that this pruning started from, and replays on that model only: "
+            f"attention heads were removed in units of {self.plan.attention_unit!r} before and of "
+            f"{' and '.join(map(repr, sorted(now)))} now, which no plan of the dense model expresses. A query head "
+            f"that is left alone with its keys and values is a KV group. Keep both checkpoints to replay the plans "
+            f"one after the other."
+        )
+
+    def _in_units(self, key: SiteKey, later: PruningPlan, unit: str) -> tuple[list[int], int] | None:
+        """What both plans keep of a site, in attention units of this kind; `None` where these cannot express it."""
+        before, after = self.plan.kept[key], later.kept[key]
+        both = [before[place] for place in after] if len(before) == later.num_units[key] else None
+        if key[1] != ATTENTION:
+            return (both, self.plan.num_units[key]) if both is not None else None
+        total = self.dense_units[unit]
+        first, second, wanted = self._kind(self.plan.attention_unit), self.units_now[key], self._kind(unit)
+        if not self.plan.removed(key):
+            if not later.removed(key):
+                return list(range(total)), total
+            return (after, total) if second == wanted else None
+        if not later.removed(key):
+            return (before, total) if first == wanted else None
+        return (both, total) if both is not None and first == second == wanted else None
+
+    def _kind(self, unit: str) -> str:
+        """What a unit is in the dense model: without groups of several heads, a query head is a KV group."""
+        return KV_GROUP if self.dense_units[KV_GROUP] == self.dense_units[QUERY_HEAD] else unit

@@ -1,0 +1,285 @@
+"""What a pruned model keeps: the one thing, beside the dense weights, that surgery needs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..architectures.site import (
+    ATTENTION_UNITS,
+    KINDS,
+    Site,
+    SiteKey,
+    unit_name,
+)
+from ..files import as_path, write_text_atomically
+from ..words import html_table
+
+
+PLAN_NAME = "fwdprune_plan.json"
+
+# What a file must name, metadata aside.
+_KEYS = {"format", "model_type", "attention_unit", "num_units", "kept"}
+
+# A file may claim any number.
+MOST_UNITS = 2**24
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which units every site keeps.
+
+    A plan can be inspected, edited (`dataclasses.replace`), saved as JSON, and replayed on the same dense model.
+
+    Args:
+        kept (`dict[tuple[int, str], list[int]]`): site, as `(layer, "attention")` or `(layer, "mlp")`, to the sorted
+            indices of the units that stay.
+        num_units (`dict[tuple[int, str], int]`): units of every site before pruning.
+        model_type (`str`): `config.model_type` of the model the plan was made for.
+        attention_unit (`str`): what an attention unit is, `"kv_group"` or `"query_head"`.
+        metadata (`dict`, *optional*): how the plan came about; JSON values only, never read by surgery.
+
+    Raises:
+        ValueError: where units are no integers, unsorted, repeated or out of range.
+    """
+
+    kept: dict[SiteKey, list[int]]
+    num_units: dict[SiteKey, int]
+    model_type: str
+    attention_unit: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.kept.keys() != self.num_units.keys():
+            raise ValueError("kept and num_units must name the same sites.")
+        for name, kind_of_value in (("model_type", str), ("metadata", dict)):
+            if not isinstance(getattr(self, name), kind_of_value):
+                raise ValueError(f"{name} must be a {kind_of_value.__name__}; got {getattr(self, name)!r}.")
+        if self.attention_unit not in ATTENTION_UNITS:
+            raise ValueError(
+                f"attention_unit must be one of {', '.join(ATTENTION_UNITS)}; got {self.attention_unit!r}."
+            )
+        for (layer, kind), units in self.kept.items():
+            total = self.num_units[(layer, kind)]
+            # JSON knows true and 1.5, and Python would take them for numbers of units.
+            if not isinstance(units, (list, tuple)) or any(type(number) is not int for number in (total, *units)):
+                raise ValueError(f"Layer {layer} {kind}: units are a list of integers; got {units} of {total}.")
+            if total > MOST_UNITS:
+                raise ValueError(
+                    f"Layer {layer} {kind}: no layer has {total} units; at most {MOST_UNITS} are believed."
+                )
+            if list(units) != sorted(set(units)) or not all(0 <= unit < total for unit in units):
+                raise ValueError(
+                    f"Layer {layer} {kind}: kept units must be sorted, different and in [0, {total}); got {units}."
+                )
+        # As they come back from a file, and as torch takes an index along one axis, which a tuple is not.
+        object.__setattr__(self, "kept", {key: list(units) for key, units in self.kept.items()})
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for layer in sorted({layer for layer, _ in self.kept}):
+            row = [str(layer)]
+            for kind in KINDS:
+                total, kept = self.num_units.get((layer, kind), 0), len(self.kept.get((layer, kind), ()))
+                row += [f"{kept} / {total}", f"{kept / total if total else 1:.0%}"]
+            rows.append(row)
+        return html_table(("layer", unit_name("attention", self.attention_unit), "", "MLP channels", ""), rows)
+
+    def removed(self, key: SiteKey) -> list[int]:
+        """Return the units of a site that go, sorted."""
+        return sorted(set(range(self.num_units[key])) - set(self.kept[key]))
+
+    def followed_by(self, later: PruningPlan) -> PruningPlan:
+        """Return the plan that does at once what this one and then `later`, on the pruned model, do; its metadata."""
+        kept = {key: [units[unit] for unit in later.kept[key]] for key, units in self.kept.items()}
+        return replace(self, kept=kept, metadata=later.metadata)
+
+    def check_left(self, sites: Iterable[Site]) -> None:
+        """Raise `ValueError` where the sites of a pruned model are not those that the plan left."""
+        found = {site.key: site.num_units for site in sites}
+        planned = {key: len(units) for key, units in self.kept.items()}
+        for layer, kind in sorted(found.keys() | planned.keys()):
+            key = (layer, kind)
+            if found.get(key) != planned.get(key):
+                raise ValueError(
+                    f"Layer {layer} {kind}: the plan leaves {planned.get(key, 'no such site')}, and the weights "
+                    f"beside it have {found.get(key, 'no such site')}. The plan was edited, or belongs to another "
+                    f"checkpoint."
+                )
+
+    def check_matches(self, sites: Iterable[Site], model_type: str) -> None:
+        """Raise `ValueError` where the plan was made for a model with other sites."""
+        sites = list(sites)
+        if model_type != self.model_type:
+            raise ValueError(
+                f"The plan is for a {self.model_type!r} model, this one is {model_type!r}. {self._way_out(model_type)}"
+            )
+        if {site.key for site in sites} != self.kept.keys():
+            raise ValueError(
+                f"The plan names {len(self.kept)} sites and the model has {len(sites)}: it was made for another model."
+            )
+        for site in sites:
+            kept, planned = self.kept[site.key], self.num_units[site.key]
+            if planned != site.num_units:
+                raise ValueError(
+                    f"The plan was made for another model: it knows {planned} units in the {site}, the model has "
+                    f"{site.num_units}. Replay a plan on the model it was made from."
+                )
+            if not kept:
+                raise ValueError(f"The plan leaves the {site} without a unit; keep at least one.")
+            per_group = site.num_units // site.num_groups
+            counts = [0] * site.num_groups
+            for unit in kept:
+                counts[unit // per_group] += 1
+            if len(set(counts)) > 1:
+                raise ValueError(
+                    f"The plan keeps {counts} query heads per KV group in the {site}; every group of a layer must "
+                    f"keep the same number."
+                )
+
+    def _way_out(self, model_type: str) -> str:
+        """What to do with a plan of another type of model than this one."""
+        if self.model_type == f"pruned_{model_type}":
+            return "It starts from what an earlier pruning left: replay that one first."
+        if model_type == f"pruned_{self.model_type}":
+            source = self.metadata.get("source")
+            name = f", {source}," if source else ""
+            return f"It is of the dense model{name} with all that was removed since: replay it there."
+        return "Replay a plan on the model it was made from."
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON to the file `path`, or into it where it is a folder."""
+        path = _plan_file(path)
+        document = {
+            "format": 1,
+            "model_type": self.model_type,
+            "attention_unit": self.attention_unit,
+            "num_units": _nest(self.num_units),
+            "kept": _nest(self.kept),
+            "metadata": self.metadata,
+        }
+        # A site a line: a number a line would make the file long and no clearer.
+        text = re.sub(r"\[[\d,\s]*\]", lambda match: " ".join(match[0].split()), json.dumps(document, indent=1))
+        write_text_atomically(path, text + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Read a plan from the file `path`, or from the checkpoint folder `path`.
+
+        Raises:
+            FileNotFoundError: where there is no such file.
+            ValueError: where the file is no plan, naming it.
+        """
+        path = _plan_file(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"There is no plan {path}. Name the folder of a pruned checkpoint, or the {PLAN_NAME} of one."
+            )
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(document, dict) or not document.keys() >= _KEYS:
+                raise ValueError(f"it must be a JSON object with {', '.join(sorted(_KEYS))}")
+            if document["format"] != 1:
+                raise ValueError(f"format {document['format']!r} is not known, 1 is")
+            return cls(
+                kept=_flatten(document["kept"]),
+                num_units=_flatten(document["num_units"]),
+                model_type=document["model_type"],
+                attention_unit=document["attention_unit"],
+                metadata=document.get("metadata", {}),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} is no pruning plan: {_why(error)}. Name the folder of a pruned checkpoint, or the "
+                f"{PLAN_NAME} of one."
+            ) from error
+
+
+def _why(error: Exception) -> str:
+    """Return why a file cannot be read as a plan."""
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        return f"it is not JSON ({error})"
+    if isinstance(error, (KeyError, ValueError)):
+        return str(error.args[0]).rstrip(".")
+    return f"its entries are not those of a plan ({error})"
+
+
+def losses_by_kind(
+    kept: Mapping[SiteKey, Sequence[int]], num_units: Mapping[SiteKey, int], attention_unit: str
+) -> dict[str, str]:
+    """Return a sentence for every kind of units: the share of them that goes, in all and in each layer.
+
+    Args:
+        kept (mapping of site key to sequence of `int`): units that stay.
+        num_units (mapping of site key to `int`): units before pruning.
+        attention_unit (`str`): what an attention unit is, `"kv_group"` or `"query_head"`.
+    """
+    names = {"attention": ATTENTION_NAMES[attention_unit], "mlp": "MLP channels"}
+    sentences = {}
+    for kind in KINDS:
+        layers = {layer: 1 - len(kept[layer, kind]) / total for (layer, of), total in num_units.items() if of == kind}
+        if not layers:
+            continue
+        total = sum(number for (_, of), number in num_units.items() if of == kind)
+        removed = total - sum(len(units) for (_, of), units in kept.items() if of == kind)
+        by_layer = {layer: share for layer, share in sorted(layers.items()) if share}
+        if not by_layer:
+            sentences[kind] = f"{_capitalised(names[kind])}: none is removed."
+            continue
+        least, most = min(by_layer, key=by_layer.__getitem__), max(by_layer, key=by_layer.__getitem__)
+        if f"{by_layer[least]:.1%}" == f"{by_layer[most]:.1%}":
+            shares = f"{by_layer[most]:.1%} in {_layers_named(by_layer)}"
+        else:
+            shares = f"from {by_layer[least]:.1%} in layer {least} to {by_layer[most]:.1%} in layer {most}"
+        whole = [layer for layer in sorted(layers) if layer not in by_layer]
+        rest = f", none in {_layers_named(whole)}" if whole else ""
+        sentences[kind] = f"{_capitalised(names[kind])}: {removed / total:.1%} are removed, {shares}{rest}."
+    return sentences
+
+
+ATTENTION_NAMES = {"query_head": "attention heads", "kv_group": "KV groups"}
+
+
+def _capitalised(name: str) -> str:
+    return name[0].upper() + name[1:]
+
+
+def _layers_named(layers: Iterable[int]) -> str:
+    """Name layers, neighbours as a range: "layers 0, 1 and 4 to 27"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [
+        part
+        for run in runs
+        for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(layer) for layer in run])
+    ]
+    if len(parts) == 1:
+        return f"layer{'s' * (' to ' in parts[0])} {parts[0]}"
+    return f"layers {', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _plan_file(path: str | Path) -> Path:
+    path = as_path(path, "path")
+    return path / PLAN_NAME if path.is_dir() else path
+
+
+def _nest(values: Mapping[SiteKey, Any]) -> dict[str, dict[str, Any]]:
+    nested: dict[str, dict[str, Any]] = {}
+    for (layer, kind), value in values.items():
+        nested.setdefault(str(layer), {})[kind] = value
+    return nested
+
+
+def _flatten(nested: Mapping[str, Mapping[str, Any]]) -> dict[SiteKey, Any]:
+    unknown = {kind for entry in nested.values() for kind in entry} - set(KINDS)
+    if unknown:
+        raise KeyError(f"unknown kinds {sorted(unknown)}")
+    return {(int(layer), kind): value for layer, entry in nested.items() for kind, value in entry.items()}

@@ -1,0 +1,145 @@
+"""Pruning in rounds, scored anew in each: what a round may remove."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..architectures import (
+    ATTENTION,
+    MLP,
+    Site,
+    SiteKey,
+)
+from ..request.config import PruningConfig
+from .allocate import allocate, pool_of, prunable_sites
+from .budgets import Budget, ParameterCost
+
+
+# A sparsity must be below 1.
+ALMOST_ALL = 1 - 1e-9
+
+
+class Rounds:
+    """Divides a request over `config.rounds` rounds, each of which starts from the model that the last one left.
+
+    Args:
+        sites (sequence of `Site`): of the dense model.
+        config (`PruningConfig`): the request.
+        budget (`Budget`): all that is to be removed.
+
+    Raises:
+        ValueError: where several rounds could not come to it.
+    """
+
+    def __init__(self, sites: Sequence[Site], config: PruningConfig, budget: Budget):
+        self._config = config
+        self._budget = budget
+        # By the number of units kept. Surgery consumes the dense model, and with it what its sites know.
+        self._costs = {site.key: budget.cost.of(site, torch.arange(site.num_units + 1)) for site in sites}
+        self._units = {site.key: (site.num_groups, site.unit_parameters) for site in sites}
+        # What pools, and the heads of each, give shares of.
+        self._pools: dict[int, dict[str, int]] = {}
+        for site in prunable_sites(sites, config):
+            of_kinds = self._pools.setdefault(pool_of(site, config.resolved_scope), dict.fromkeys((ATTENTION, MLP), 0))
+            of_kinds[site.kind] += budget.cost.total(site)
+        if config.rounds > 1:
+            # What cannot be had in the end should be refused before the first cut.
+            zeros = {site.key: torch.zeros(site.num_units, dtype=torch.float32) for site in sites}
+            allocate(list(sites), zeros, config, budget)
+
+    @property
+    def requested_sparsity(self) -> float | None:
+        """The fraction of the prunable parameters asked for; `None` where the request was for something else."""
+        if self._config.has_budget_per_kind or not isinstance(self._budget.cost, ParameterCost):
+            return None
+        return self._budget.amount / sum(int(costs[-1]) for costs in self._costs.values())
+
+    def removed(self, kept: Mapping[SiteKey, int]) -> int:
+        """Return what is gone when every site is left with so many units, in the budget's cost."""
+        return sum(int(self._costs[key][-1] - self._costs[key][units]) for key, units in kept.items())
+
+    def request(self, sites: Sequence[Site], number: int) -> tuple[PruningConfig, Budget]:
+        """Return the request and the budget of a round.
+
+        Args:
+            sites (sequence of `Site`): of the model as it is now.
+            number (`int`): of the round, counted from 1.
+        """
+        config, budget = self._config, self._budget
+        if config.rounds == 1:
+            return config, budget
+        if config.checkpoint is not None:
+            config = replace(config, checkpoint=str(Path(config.checkpoint) / f"round-{number}"))
+        counts = {site.key: site.num_units for site in sites}
+        share = number / config.rounds
+        is_last = number == config.rounds
+        budget = replace(
+            budget,
+            amount=round(budget.amount * share),
+            at_least=budget.at_least and is_last,
+            # What was rounded up on the way could not be given back.
+            at_most=budget.at_least and not is_last,
+            # All rounds together can come to the request. What is left for the last may be less than half a step.
+            as_far_as_possible=not (budget.at_least and is_last),
+        )
+        by_pool = self._left(sites, budget)
+        budget = replace(budget, amount=max(0, budget.amount - self.removed(counts)), by_pool=by_pool)
+        if config.has_budget_per_kind:
+            fields: dict[str, Any] = {
+                f"{kind}_sparsity": self._sparsity(sites, kind, share) for kind in config.resolved_kinds
+            }
+            config = replace(config, **fields)
+        return config, budget
+
+    def _left(self, sites: Sequence[Site], budget: Budget) -> dict[int, tuple[int, int]]:
+        """What is missing of every pool's part of `budget`, and of its heads' part of that.
+
+        Of all that was given before, by sites included which are closed by now. Parts of a round alone would be
+        rounded in each: where a head is more than twice of one, none would ever go.
+        """
+        given: dict[int, dict[str, int]] = {pool: dict.fromkeys((ATTENTION, MLP), 0) for pool in self._pools}
+        for site in sites:
+            if (pool := pool_of(site, self._config.resolved_scope)) in given:
+                given[pool][site.kind] += self.removed({site.key: site.num_units})
+        sizes = {pool: sum(of_kinds.values()) for pool, of_kinds in self._pools.items()}
+        return {
+            pool: (
+                part - sum(given[pool].values()),
+                round(part * self._pools[pool][ATTENTION] / sizes[pool]) - given[pool][ATTENTION],
+            )
+            for pool, part in budget.divided(sizes).items()
+        }
+
+    def _sparsity(self, sites: Sequence[Site], kind: str, share: float) -> float:
+        """The sparsity of the open sites of a kind that brings all of them to this share of their request."""
+        total = sum(int(costs[-1]) for (_, of_kind), costs in self._costs.items() if of_kind == kind)
+        removed = self.removed({site.key: site.num_units for site in sites if site.kind == kind})
+        left = sum(site.num_parameters for site in self.open_sites(sites) if site.kind == kind)
+        wanted = self._config.sparsity_of(kind) * share * total - removed
+        return min(max(0.0, wanted / max(1, left)), ALMOST_ALL)
+
+    def open_sites(self, sites: Sequence[Site]) -> list[Site]:
+        """Return the sites whose units are still those of the dense model.
+
+        A KV group with one query head left would go with its keys and values, which no plan of query heads can say.
+        """
+        return [site for site in sites if (site.num_groups, site.unit_parameters) == self._units[site.key]]
+
+    def keep(
+        self,
+        sites: Sequence[Site],
+        scores: Mapping[SiteKey, torch.Tensor],
+        config: PruningConfig,
+        budget: Budget,
+        additive: bool,
+    ) -> dict[SiteKey, list[int]]:
+        """Allocate a round's budget among the open sites."""
+        open_sites = self.open_sites(sites)
+        values = {key: value.cpu() for key, value in scores.items()}
+        kept = {site.key: list(range(site.num_units)) for site in sites}
+        return kept | allocate(open_sites, values, config, budget, additive)

@@ -1,0 +1,259 @@
+"""Masked = sliced: the pruned model must compute what the dense model computes under the plan's gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from ..allocation.plan import PruningPlan
+from ..architectures import Site, SiteKey, get_architecture
+from ..data.calibration import Calibration
+from ..forward.gates import Projection, gated, replaced_projections
+from ..forward.statistics import check_called
+from ..loading.offloading import input_device, is_offloaded
+from ..loading.state import FREQUENCIES, ORIGINAL_FREQUENCIES, evaluating
+from .surgery import empty_pruned_model, share_tensors
+
+
+class Allowance(NamedTuple):
+    """How far masked and sliced logits may be apart, as fractions of their scale: rounding, and nothing else.
+
+    Args:
+        always (`float`): whatever the model.
+        amplification (`float`): as many times what one rounding error in the embeddings becomes, where a model makes
+            more of such errors. Linears sum in float32 or better: in 16 bit the order of sums adds nothing to them.
+        limit (`float`): the most that amplification may come to.
+    """
+
+    always: float
+    amplification: float
+    limit: float
+
+
+ALLOWANCES = {
+    torch.float64: Allowance(1e-8, 100.0, 1e-2),
+    torch.float32: Allowance(1e-4, 100.0, 1e-2),
+    torch.float16: Allowance(2e-2, 1.0, 0.5),
+    torch.bfloat16: Allowance(8e-2, 1.0, 0.5),
+}
+
+
+@torch.no_grad()
+def check_counterpart(model: PreTrainedModel, sites: list[Site]) -> None:
+    """Check, before anything is measured, that `model` is what its class and its config say: surgery builds the pruned
+    model from these.
+
+    A counterpart that loses nothing is built around the same tensors. It must have the same parameters and, where all
+    of them are on one device, compute the same logits.
+
+    Raises:
+        ValueError: where something was changed on the model that its config does not tell, or a projection is never
+            called.
+    """
+    everything = {site.key: list(range(site.num_units)) for site in sites}
+    _check_sizes(model, sites, everything)
+    whole = empty_pruned_model(model, sites, everything, set())
+    expected = {name: parameter.shape for name, parameter in whole.named_parameters(remove_duplicate=False)}
+    for name, parameter in model.named_parameters():
+        if parameter.shape != expected[name]:
+            raise ValueError(
+                f"{name} is {list(parameter.shape)} in this {type(model).__name__} and {list(expected[name])} by its "
+                f"config ({_sizes_behind(model, name)}). Set model.config to the sizes of the modules, or load the "
+                f"model again."
+            )
+    missing = sorted(expected.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    if missing:
+        raise ValueError(
+            f"The config of this {type(model).__name__} describes {len(missing)} parameters that the model lacks, "
+            f"such as {missing[0]}. Set model.config to what the modules have, or load the model again."
+        )
+    _check_shared(model, whole)
+    _check_frequencies(model, whole)
+    if is_offloaded(model) or len({parameter.device for parameter in model.parameters()}) > 1:
+        # The counterpart has no hooks that would bring weights and inputs together.
+        return
+    share_tensors(model, whole)
+    probe = probe_batch(model, None)
+    calls = dict.fromkeys(everything, 0)
+    handles = [site.projection.register_forward_pre_hook(partial(_count, calls, site.key)) for site in sites]
+    try:
+        own = logits(model, probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for site in sites:
+        check_called(site, calls[site.key])
+    # NaN in weights is named by whoever reads them.
+    if not own.isfinite().all():
+        return
+    difference = share_of_scale(own, logits(whole, probe))
+    if difference > tolerance_of(own.dtype):
+        raise ValueError(
+            f"This {type(model).__name__} does not compute what its class and its config say: logits differ by "
+            f"{difference:.2g} of their scale. Something was changed on it after it was built, such as a module that "
+            f"was replaced, a hook that changes outputs, or an entry of its config. Undo that, or load the model with "
+            f"the settings that it should have."
+        )
+
+
+def _count(calls: dict[SiteKey, int], key: SiteKey, *_call: Any) -> None:
+    calls[key] += 1
+
+
+def _check_sizes(model: PreTrainedModel, sites: list[Site], everything: dict[SiteKey, list[int]]) -> None:
+    """Raise `ValueError` where a layer has other sizes than the config says."""
+    layer_configs = list(model.config.get_text_config().per_layer_config)
+    for layer, sizes in get_architecture(model.config).layer_sizes(model, sites, everything).items():
+        for key, size in sizes.items():
+            expected = getattr(layer_configs[layer], key, size)
+            # Some families leave a size to be worked out.
+            if expected is not None and expected != size:
+                raise ValueError(
+                    f"config.{key} is {expected} and layer {layer} of this {type(model).__name__} has {size}. Set "
+                    f"model.config.{key} to the size of the modules, or load the model again."
+                )
+
+
+def _check_shared(model: PreTrainedModel, counterpart: PreTrainedModel) -> None:
+    """Raise `ValueError` where modules of a model share a parameter that a checkpoint of it would have twice."""
+    own = dict(counterpart.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if own[name] is not own[other]:
+            raise ValueError(
+                f"{other} and {name} are one tensor in this {type(model).__name__} and two by its config. Give every "
+                f"layer modules of its own, such as copies that copy.deepcopy makes."
+            )
+
+
+def _check_frequencies(model: PreTrainedModel, counterpart: PreTrainedModel) -> None:
+    """Raise `ValueError` where the rotary embeddings of a model are not those that a saved checkpoint would have."""
+    for path, module in counterpart.named_modules():
+        if FREQUENCIES not in module._buffers or ORIGINAL_FREQUENCIES not in module._buffers:
+            continue
+        own = model.get_submodule(path).get_buffer(ORIGINAL_FREQUENCIES).float().cpu()
+        for name in (FREQUENCIES, ORIGINAL_FREQUENCIES):
+            module._buffers[name] = torch.zeros_like(own)
+        counterpart._init_weights(module)  # type: ignore[operator]
+        expected = module.get_buffer(ORIGINAL_FREQUENCIES)
+        # A model that was converted to 16 bit has rounded frequencies, and some families set none here.
+        if expected.any() and not own.is_meta and not torch.allclose(own, expected, rtol=2e-2):
+            raise ValueError(
+                f"The rotary embeddings of this {type(model).__name__} are not those of config.rope_parameters, which "
+                f"is {model.config.rope_parameters}: a checkpoint of it would compute something else. Set "
+                f"model.config.rope_parameters to what the model was built with, or load the model again."
+            )
+
+
+def _sizes_behind(model: PreTrainedModel, name: str) -> str:
+    """The entries of a config that the shape of a parameter comes from."""
+    config = model.config.get_text_config()
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    owner = model.get_submodule(name.rpartition(".")[0])
+    keys = ("vocab_size", "hidden_size") if owner in tables else ("hidden_size", "head_dim")
+    return ", ".join(f"{key}={getattr(config, key)}" for key in keys if hasattr(config, key))
+
+
+def probe_batch(model: PreTrainedModel, calibration: Calibration | None) -> torch.Tensor:
+    """Return a few tokens to compare on, `[1 or 2, at most 32]` int64: calibration text where there is some."""
+    config = model.config.get_text_config()
+    # Classifiers take several rows only where they can tell padding.
+    rows = 2 if model.can_generate() or config.pad_token_id is not None else 1
+    if calibration is not None and calibration.attention_mask is None:
+        return calibration.input_ids[:rows, :32]
+    generator = torch.Generator().manual_seed(0)
+    tokens = min(32, getattr(config, "max_position_embeddings", 32))
+    return torch.randint(config.vocab_size, (rows, tokens), generator=generator)
+
+
+def masked_logits(
+    model: PreTrainedModel,
+    sites: list[Site],
+    plan: PruningPlan,
+    projections: Mapping[SiteKey, Projection],
+    probe: torch.Tensor,
+) -> torch.Tensor:
+    """Return the probe's logits from the dense model with gates and reconstructed projections."""
+    masks = {site.key: site.unit_mask(plan.kept[site.key]) for site in sites}
+    with gated(sites, masks), replaced_projections(sites, projections):
+        return logits(model, probe)
+
+
+@torch.no_grad()
+def rounding_of(
+    model: PreTrainedModel,
+    sites: list[Site],
+    plan: PruningPlan,
+    projections: Mapping[SiteKey, Projection],
+    probe: torch.Tensor,
+    expected: torch.Tensor,
+) -> float:
+    """Return what becomes of a rounding error in the embeddings: the largest change of the masked model's logits.
+
+    Args:
+        expected (`Tensor`): these logits without it; the change is a fraction of their scale.
+    """
+    handle = model.get_input_embeddings().register_forward_hook(lambda _module, _args, output: rounded(output))
+    try:
+        return share_of_scale(expected, masked_logits(model, sites, plan, projections, probe))
+    finally:
+        handle.remove()
+
+
+def rounded(values: torch.Tensor) -> torch.Tensor:
+    """Return the values, each off by one rounding error of their dtype to either side."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, values.shape, generator=generator).to(values.device) * 2 - 1
+    return values * (1 + torch.finfo(values.dtype).eps * signs).to(values.dtype)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, probe: torch.Tensor) -> torch.Tensor:
+    """Return the first output of `model` for the probe: logits, or hidden states of a bare model."""
+    with evaluating(model):
+        return model(input_ids=probe.to(input_device(model)), use_cache=False)[0]
+
+
+def relative_difference(expected: torch.Tensor, actual: torch.Tensor, rounding: float = 0.0) -> float:
+    """Return `share_of_scale`, which must be no more than rounding.
+
+    Args:
+        expected, actual (`Tensor`): logits.
+        rounding (`float`, defaults to 0): what a rounding error in the embeddings changes them by.
+
+    Raises:
+        RuntimeError: where rounding in the tensors' dtype does not explain it.
+    """
+    difference = share_of_scale(expected, actual)
+    tolerance = tolerance_of(expected.dtype, rounding)
+    # Written so that NaN fails too.
+    if not difference <= tolerance:
+        cause = "The architecture's layout and its pruned class disagree; please report it."
+        if expected.dtype.itemsize < 4:
+            cause = (
+                "Prune it in float32: if that passes, a model that was cut too deep made this of rounding; if it "
+                f"does not, {cause[0].lower()}{cause[1:]}"
+            )
+        raise RuntimeError(
+            f"The pruned model does not compute what the masked dense model computes: logits differ by "
+            f"{difference:.2g} of their scale, more than the {tolerance:.2g} that {expected.dtype} rounding explains. "
+            f"{cause}"
+        )
+    return difference
+
+
+def tolerance_of(dtype: torch.dtype, rounding: float = 0.0) -> float:
+    """Return what rounding in `dtype` explains of `share_of_scale`; `rounding` as in `relative_difference`."""
+    allowed = ALLOWANCES.get(dtype, ALLOWANCES[torch.float32])
+    return max(allowed.always, min(allowed.amplification * rounding, allowed.limit))
+
+
+def share_of_scale(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """Return the largest difference as a fraction of the largest expected value."""
+    scale = float(expected.float().abs().max().clamp_min(1e-30))
+    return float((expected.float() - actual.float()).abs().max()) / scale

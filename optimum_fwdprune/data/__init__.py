@@ -1,0 +1,1 @@
+"""Texts, chats and tokens, from wherever they are to windows of tokens."""

@@ -1,0 +1,1 @@
+"""Running a model: layer by layer, with masks, for statistics and losses."""

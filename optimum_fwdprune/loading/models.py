@@ -1,0 +1,160 @@
+"""Models from a folder or from the Hub, with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file
+
+from ..architectures import get_architecture, is_pruned
+from .integrity import check_checkpoint
+from .offline import naming_offline
+
+
+# Of `from_pretrained`: where files are looked for.
+WHERE = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+
+# And what holds for other repositories of the same user.
+ACCESS = ("token", "cache_dir", "local_files_only", "trust_remote_code")
+
+# What to do where the Hub must not be asked for a model.
+FOLDER_OTHERWISE = "name a folder that holds the model"
+
+
+def auto_class_of(config: PreTrainedConfig) -> Any:
+    """Return the Auto class of the task that a checkpoint was saved for.
+
+    A dense bare model counts as a causal language model: where embeddings are tied nothing is missing.
+    """
+    pruned = is_pruned(config)
+    for candidate in get_architecture(config).model_classes:
+        known = candidate if pruned else candidate.__bases__[-1]
+        found = getattr(transformers, str(candidate._auto_class))
+        if known.__name__ in (config.architectures or [])[:1] and (pruned or found is not AutoModel):
+            return found
+    return AutoModelForCausalLM
+
+
+def check_is_model(model_id: Any, where: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where `model_id` does not name a model: an object in memory, or adapters without their base.
+
+    Args:
+        model_id (`str` or `Path`): what a user passed.
+        where (mapping): `revision`, `token`, `cache_dir`, `subfolder` and the like.
+    """
+    if not isinstance(model_id, (str, Path)):
+        raise ValueError(
+            f"from_pretrained takes a folder or a repository of the Hub; got a {type(model_id).__name__}. "
+            f"FwdPruner(model, tokenizer) takes a model in memory."
+        )
+    values = adapter_config(model_id, where)
+    if values is None:
+        return
+    base = values.get("base_model_name_or_path")
+    raise ValueError(
+        f"{model_id} holds adapters{f' of {base}' if base else ''}, and a plain model is needed. Merge the "
+        f"adapters into their base first: model = AutoPeftModelForCausalLM.from_pretrained({str(model_id)!r})"
+        f".merge_and_unload(); then FwdPruner(model, tokenizer), or model.save_pretrained(folder) for the commands."
+    )
+
+
+def adapter_config(model_id: str | Path, where: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the config of the adapters that a folder or repository holds, or `None` where it holds none.
+
+    Args:
+        model_id (`str` or `Path`): folder or repository.
+        where (mapping): `revision`, `token`, `cache_dir`, `subfolder` and the like.
+
+    Raises:
+        ValueError: where the config is damaged, naming its file.
+    """
+    file = find_adapter_config_file(str(model_id), **where)
+    if file is None:
+        return None
+    try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+    return values if isinstance(values, dict) else {}
+
+
+def check_unquantized(model_id: Any, config: PreTrainedConfig, quantization_config: Any = None) -> None:
+    """Raise `ValueError` where a checkpoint would be loaded with quantized weights.
+
+    Args:
+        model_id (`str` or `Path`): its folder or repository.
+        config (`PreTrainedConfig`): its config.
+        quantization_config (*optional*): what `from_pretrained` is called with.
+    """
+    quantization = quantization_config or getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    values: Mapping[str, Any] = quantization if isinstance(quantization, Mapping) else vars(quantization)
+    if values.get("dequantize"):
+        return
+    method = values.get("quant_method", type(quantization).__name__)
+    raise ValueError(
+        f"{model_id} would be loaded quantized ({getattr(method, 'value', method)}), and quantized weights cannot be "
+        f"cut. Load the unquantized model, or one in memory whose dequantize() was called: FwdPruner(model, "
+        f"tokenizer). The pruned model can be quantized."
+    )
+
+
+def check_is_there(model_id: str | Path, **kwargs: Any) -> None:
+    """Raise `OSError` or `ValueError`, naming it, where a folder or repository holds no config of a model."""
+    try:
+        with naming_offline(model_id, FOLDER_OTHERWISE):
+            AutoConfig.from_pretrained(model_id, **kwargs)
+    except OSError as error:
+        raise OSError(f"Cannot load {model_id}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"Cannot load {model_id}: {error}") from error
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise `ValueError` where `dtype` is a word, and not the name of a dtype."""
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is no dtype; name auto, float32, bfloat16 or float16.")
+
+
+def load_causal_lm(model_id: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a causal language model, dense or pruned (see [`load_for_task`])."""
+    return load_for_task(model_id, AutoModelForCausalLM, **kwargs)
+
+
+def load_for_task(model_id: str | Path, auto_class: Any, **kwargs: Any) -> PreTrainedModel:
+    """Load a model, dense or pruned.
+
+    Args:
+        model_id (`str` or `Path`): folder, or repository of the Hub.
+        auto_class (`type`): of the task, such as `AutoModelForCausalLM`.
+        kwargs: for `from_pretrained`.
+
+    Raises:
+        OSError: where a file is not there or, naming it, is damaged; nothing is loaded then.
+        ValueError: where its config and its weights contradict each other, or a pruned model has another task.
+    """
+    check_dtype(kwargs.get("dtype"))
+    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    # Code of the repository may describe anything, a GGUF file describes itself, and adapters name their base.
+    unchecked = "gguf_file" in kwargs or kwargs.get("trust_remote_code")
+    if not unchecked and find_adapter_config_file(str(model_id), **where) is None:
+        with naming_offline(model_id, FOLDER_OTHERWISE):
+            config = AutoConfig.from_pretrained(model_id, **where)
+        if is_pruned(config) and (own := auto_class_of(config)) is not auto_class:
+            raise ValueError(
+                f"{model_id} is a {config.architectures[0]}, and {auto_class.__name__} would load something else; "
+                f"{own.__name__} loads it."
+            )
+        check_checkpoint(model_id, config, where, auto_class)
+    if "gguf_file" in kwargs and (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:
+        # Packed weights can neither be cut nor measured column by column.
+        kwargs.setdefault("quantization_config", gguf_config(dequantize=True))
+    with naming_offline(model_id, FOLDER_OTHERWISE):
+        return auto_class.from_pretrained(model_id, **kwargs)

@@ -1,0 +1,148 @@
+"""Weights that live on disk, or beside the device, while nobody computes with them: accelerate's offload hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..architectures import Site, get_architecture
+from ..runs.devices import compute_device, hooks_of
+
+
+def device_map_on_disk(config: PreTrainedConfig, auto_class: Any) -> dict[str, str]:
+    """Return the `device_map` that leaves the decoder layers of a model of this task on disk and puts all else
+    where it computes: the accelerator, or the CPU where there is none."""
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return on_disk(model, accelerator or "cpu")
+
+
+def on_disk(model: PreTrainedModel, device: torch.device | str) -> dict[str, str]:
+    """Return the `device_map` that leaves the decoder layers of `model` on disk and puts all else on `device`."""
+    names = [name for name, _ in get_architecture(model.config).layers(model)]
+    container = names[0].rpartition(".")[0]
+    device_map = {container: "disk"}
+    for name, module in model.named_modules():
+        if container.startswith(f"{name}.") or not name:
+            # What contains the layers holds parameters and modules of its own, which are placed one by one.
+            children = [*module.named_children(), *module.named_parameters(recurse=False)]
+            paths = (f"{name}.{child}" if name else child for child, _ in children)
+            device_map |= {path: str(device) for path in paths if not f"{container}.".startswith(f"{path}.")}
+    return device_map
+
+
+def lies_on_disk(model: PreTrainedModel) -> bool:
+    """Whether parts of `model` are read from disk whenever they run."""
+    return any(parameter.is_meta and lies_in_files(model, name) for name, parameter in model.named_parameters())
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a parameter of `module` is not in memory."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return where the tokens of a batch go, also where the embeddings are offloaded."""
+    if model.device.type != "meta":
+        return model.device
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return compute_device(embeddings)
+
+
+def check_readable(model: PreTrainedModel) -> None:
+    """Raise `ValueError` where a parameter of `model` has no values anywhere."""
+    if is_offloaded(model) and not any(_offloading_hooks(module) for module in model.modules()):
+        raise ValueError(
+            f"This {type(model).__name__} is on the meta device and has no weights; load it with from_pretrained."
+        )
+
+
+@contextmanager
+def resident(module: nn.Module) -> Iterator[None]:
+    """Have the parameters of `module` in memory, where it computes, while the context is open.
+
+    They are read once, however often the module runs meanwhile, and are to be looked at only: what is written to them
+    is gone afterwards.
+    """
+    fetched: list[tuple[AlignDevicesHook, nn.Module]] = []
+    try:
+        for each in module.modules():
+            for hook in _offloading_hooks(each):
+                # What accelerate does around a forward pass, with other things in between.
+                hook.pre_forward(each)
+                hook.offload = False
+                fetched.append((hook, each))
+        yield
+    finally:
+        for hook, each in fetched:
+            hook.offload = True
+            hook.post_forward(each, None)
+
+
+class InTurn(list):
+    """Sites which, while one iterates over them, have the linears of the one at hand in memory."""
+
+    def __iter__(self) -> Iterator[Site]:
+        for site in super().__iter__():
+            linears = [site.projection, *(coupling.linear for coupling in site.couplings)]
+            with resident(nn.ModuleList(linears)):
+                yield site
+
+
+def read_parameter(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """Return the parameter or buffer `name` of `model`, read from where it is offloaded to if it is."""
+    path, _, own_name = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), own_name)
+    if not tensor.is_meta:
+        return tensor.data
+    weights, own_name = _offloaded_weights(model, name)
+    return weights[own_name]
+
+
+def lies_in_files(model: PreTrainedModel, name: str) -> bool:
+    """Whether the offloaded parameter `name` of `model` is read from a file whenever it is needed."""
+    weights, full_name = _innermost(*_offloaded_weights(model, name))
+    return isinstance(weights, OffloadedWeightsLoader) and full_name not in weights.state_dict
+
+
+def file_of(model: PreTrainedModel, name: str) -> Path | None:
+    """Return the safetensors file that the offloaded parameter `name` of `model` is read from under this name, or
+    `None` where it is read from elsewhere: memory, or a file of another kind."""
+    weights, full_name = _innermost(*_offloaded_weights(model, name))
+    if not isinstance(weights, OffloadedWeightsLoader) or full_name in weights.state_dict:
+        return None
+    place = weights.index.get(full_name, {})
+    file = place.get("safetensors_file")
+    return Path(file) if file is not None and place.get("weight_name", full_name) == name else None
+
+
+def _innermost(weights: Any, name: str) -> tuple[Mapping[str, torch.Tensor], str]:
+    """What a map of weights reads from, and by which name."""
+    while isinstance(weights, PrefixedDataset):
+        weights, name = weights.dataset, f"{weights.prefix}{name}"
+    return weights, name
+
+
+def _offloaded_weights(model: PreTrainedModel, name: str) -> tuple[Mapping[str, torch.Tensor], str]:
+    """Where an offloaded parameter is read from, and by which name: of its module, or of one around it."""
+    path, _, own_name = name.rpartition(".")
+    while True:
+        for hook in _offloading_hooks(model.get_submodule(path)):
+            return hook.weights_map, own_name
+        if not path:
+            raise ValueError(f"{name} is on the meta device, and nothing says where its values are.")
+        path, _, parent = path.rpartition(".")
+        own_name = f"{parent}.{own_name}"
+
+
+def _offloading_hooks(module: nn.Module) -> list[AlignDevicesHook]:
+    return [hook for hook in hooks_of(module) if hook.offload]

@@ -1,0 +1,234 @@
+"""What a checkpoint is made of, written as it is in memory, and checked before there is anything to lose."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from ..architectures import get_architecture
+from ..architectures.wrapping import plain_model
+from ..files import (
+    DiskFullError,
+    naming_what_is_full,
+    save_weights_atomically,
+    write_text_atomically,
+)
+from ..runs.loggers import get_logger
+from ..words import public_name
+from .offloading import file_of, read_parameter
+
+
+logger = get_logger(__name__)
+
+# Values of a generation config that transformers leaves out of its file.
+NOT_WRITTEN = ["compile_config"]
+
+
+def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise `ValueError` where `save_pretrained` would fail on a config, a generation config or a tokenizer.
+
+    They are written to a temporary folder, which takes a fraction of a second; weights are not.
+
+    Args:
+        model (`PreTrainedModel`): dense or pruned.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): saved beside it.
+    """
+    _check_generation_config(model)
+    with tempfile.TemporaryDirectory(prefix="fwdprune-") as folder:
+        try:
+            with naming_what_is_full(Path(folder)):
+                _write_all_but_weights(model, tokenizer, folder)
+        except DiskFullError as error:
+            # The checkpoint goes elsewhere.
+            logger.info("Not checked whether the config and the tokenizer can be saved: %s", error)
+
+
+def _write_all_but_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str) -> None:
+    try:
+        model.config.save_pretrained(folder)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The model's config cannot be saved ({' '.join(str(error).split())}). Mend model.config first."
+        ) from error
+    if tokenizer is None:
+        return
+    try:
+        with naming_what_is_full(Path(folder)):
+            tokenizer.save_pretrained(folder)
+    except DiskFullError:
+        raise
+    except Exception as error:  # Whatever a tokenizer's own code raises, it cannot be saved.
+        raise ValueError(
+            f"The tokenizer, a {type(tokenizer).__name__}, cannot be saved ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}). Use one that can be, or none: FwdPruner(model, tokenizer=None)."
+        ) from error
+
+
+def save_offloaded(
+    model: PreTrainedModel, folder: Path, files: Path | None = None, written_as: PreTrainedModel | None = None
+) -> None:
+    """Write a model whose decoder layers are offloaded, one layer in memory at a time.
+
+    What is written is what the model holds, also where weights were changed since it was loaded.
+
+    Args:
+        model (`PreTrainedModel`): offloaded in any way that accelerate has.
+        folder (`Path`): where to.
+        files (`Path`, *optional*): a folder of weight files that layers may be read from. A file of which every
+            weight is still offloaded is linked, or copied where that is another disk.
+        written_as (`PreTrainedModel`, *optional*): a model of another class without weights, whose parameters have the
+            same names; the checkpoint opens as one of it.
+    """
+    written_as = written_as or model
+    with generation_config_as_it_is(written_as, folder):
+        # All but weights, of which this state has none.
+        written_as.save_pretrained(folder, state_dict={})
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    prefixes = [f"{name}." for name, _ in get_architecture(model.config).layers(model)]
+    parts = [[name for name in state if not name.startswith(tuple(prefixes))]]
+    parts += [[name for name in state if name.startswith(prefix)] for prefix in prefixes]
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(parts, 1):
+        file = folder / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        tensors = {name: state[name] for name in part}
+        source = _unchanged_file(model, tensors, files)
+        if source is None:
+            save_weights_atomically(file, {name: _value(model, name, tensor) for name, tensor in tensors.items()})
+        else:
+            try:
+                os.link(source, file)
+            except OSError:
+                shutil.copy2(source, file)
+        weight_map |= dict.fromkeys(part, file.name)
+    metadata = {
+        "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "total_size": sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
+    }
+    index = {"metadata": metadata, "weight_map": weight_map}
+    write_text_atomically(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def _unchanged_file(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], files: Path | None) -> Path | None:
+    """The file of `files` that all these weights, and no others, are read from unchanged whenever they run."""
+    if files is None or not all(tensor.is_meta for tensor in tensors.values()):
+        return None
+    sources = {file_of(model, name) for name in tensors}
+    source = sources.pop() if len(sources) == 1 else None
+    if source is None or source.parent.resolve() != files.resolve():
+        return None
+    with safe_open(source, framework="pt") as content:
+        # Without reading a value; a model may have been given another dtype since.
+        dtypes = {name: content.get_slice(name)[:0].dtype for name in content.keys()}  # noqa: SIM118
+    return source if dtypes == {name: tensor.dtype for name, tensor in tensors.items()} else None
+
+
+def _value(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return read_parameter(model, name).to(tensor.dtype) if tensor.is_meta else tensor
+
+
+@contextmanager
+def generation_config_as_it_is(model: Any, folder: str | Path) -> Iterator[None]:
+    """Have what the block saves in `folder` hold the model's generation config, value by value.
+
+    Many published generation configs name a `temperature` without `do_sample`. Transformers loads them, and refuses
+    to save them as soon as any value was changed.
+
+    Args:
+        model (`PreTrainedModel`): it has a valid stand-in while the block runs, and its own object afterwards.
+        folder (`str` or `Path`): where the block saves the model.
+
+    Raises:
+        ValueError: where the config could not be loaded again.
+    """
+    _check_generation_config(model)
+    kept: GenerationConfig | None = getattr(model, "generation_config", None)
+    if kept is None or _is_valid(kept):
+        yield
+        return
+    model.generation_config = type(kept)()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+    if (file := Path(folder) / GENERATION_CONFIG_NAME).exists():
+        kept.to_json_file(file, use_diff=True, keys_to_pop=NOT_WRITTEN)
+
+
+@contextmanager
+def naming_base(model: Any, base: str, pushed: bool) -> Iterator[None]:
+    """Have the adapters that the block saves name their base: in their config, and in the card that PEFT writes.
+
+    PEFT takes the name in the card from the base model, which carries that of the model it was pruned from.
+
+    Args:
+        model (`PeftModel`): it has the names of before afterwards, but for those in the adapters' configs.
+        base (`str`): folder or repository of the pruned model.
+        pushed (`bool`): whether the adapters go to the Hub, where the place of a folder is of no use.
+    """
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = public_name(base) if pushed else base
+    plain = plain_model(model)
+    before = plain.name_or_path, plain.config._name_or_path
+    plain.name_or_path = plain.config._name_or_path = public_name(base)
+    try:
+        yield
+    finally:
+        plain.name_or_path, plain.config._name_or_path = before
+
+
+def _is_valid(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_generation_config(model: PreTrainedModel) -> None:
+    config: GenerationConfig | None = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    if not isinstance(config, GenerationConfig):
+        raise ValueError(
+            f"model.generation_config is a {type(config).__name__}, which cannot be saved; it must be a "
+            f"transformers.GenerationConfig."
+        )
+    try:
+        _try_to_save(config)
+    except Exception as error:  # Whatever transformers does with a value of the wrong type.
+        raise ValueError(
+            f"The model's generation config would not load again ({_named(error, config)}). Mend "
+            f"model.generation_config first."
+        ) from error
+
+
+def _try_to_save(config: GenerationConfig) -> None:
+    config.validate()
+    config.to_json_string(keys_to_pop=NOT_WRITTEN)
+
+
+def _named(error: Exception, config: GenerationConfig) -> str:
+    """What is wrong with a generation config; errors about a type do not name the value that has it."""
+    message = " ".join(str(error).split())
+    if isinstance(error, ValueError):
+        return message
+    for name, value in vars(config).items():
+        alone = GenerationConfig()
+        setattr(alone, name, value)
+        try:
+            _try_to_save(alone)
+        except Exception:
+            return f"{name}={value!r}: {message}"
+    return message

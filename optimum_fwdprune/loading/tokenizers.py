@@ -1,0 +1,165 @@
+"""Tokenizers from a folder or from the Hub, with errors that name the package that is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
+
+from ..runs.loggers import get_logger
+from .models import WHERE
+from .offline import naming_offline
+
+
+logger = get_logger(__name__)
+
+# Files that hold a tokenizer, or a part of one.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tiktoken.model",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer_config.json",
+)
+# A line of tiktoken's files: a token in base 64, and its number.
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*")
+
+OTHERWISE = "name another tokenizer with tokenizer=... (--tokenizer)"
+
+
+def load_tokenizer(model_id: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer that lies beside a model.
+
+    Args:
+        model_id (`str` or `Path`): folder, or repository of the Hub.
+        kwargs: for `AutoTokenizer.from_pretrained`.
+
+    Returns:
+        `PreTrainedTokenizerBase`, or `None` where there are no files of a tokenizer.
+
+    Raises:
+        ValueError: where there are such files and they cannot be read, naming the packages that are missing.
+    """
+    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    if Path(model_id).is_dir():
+        # Before transformers tries one package after the other, and names the last.
+        _check_packages(model_id, tokenizer_files(model_id, **where))
+    failure: Exception | None = None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_id, **kwargs)
+        if _has_words(tokenizer):
+            return tokenizer
+    except Exception as error:  # A damaged file raises whatever its reader does.
+        failure = error
+    files = tokenizer_files(model_id, **where)
+    if not files:
+        return None
+    _check_packages(model_id, files)
+    why = "it has no vocabulary" if failure is None else " ".join(str(failure).split()).rstrip(".")
+    raise ValueError(
+        f"The tokenizer of {model_id} ({', '.join(files)}) cannot be loaded: {why}. Mend its files, or {OTHERWISE}."
+    ) from failure
+
+
+def named_tokenizer(tokenizer: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that a user names instead of the model's own.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`): itself, or its folder or repository.
+        kwargs: for `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        ValueError: where it is none, or there is none.
+        OSError: where the folder or repository cannot be read.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    if not isinstance(tokenizer, (str, Path)):
+        raise ValueError(
+            f"tokenizer must be a tokenizer of transformers, or its folder or repository; got a "
+            f"{type(tokenizer).__name__}."
+        )
+    try:
+        loaded = load_tokenizer(tokenizer, **kwargs)
+        if loaded is None:
+            if not Path(tokenizer).is_dir():
+                # There may be no such repository, or no way to it, which this says.
+                with naming_offline(tokenizer, "name a folder that holds a tokenizer"):
+                    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+                    cached_file(str(tokenizer), TOKENIZER_FILES[-1], **where)
+            raise ValueError(f"{tokenizer} has no files of a tokenizer ({', '.join(TOKENIZER_FILES)}).")
+    except (OSError, ValueError) as error:
+        # Beside a model that is loaded too, an error must tell which of them it is about.
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"Cannot load the tokenizer {tokenizer}: {error}") from error
+    return loaded
+
+
+def tokenizer_files(model_id: str | Path, **where: Any) -> dict[str, Path]:
+    """Return the files of a tokenizer that a folder or repository has, or its copy in the cache."""
+    files: dict[str, Path] = {}
+    quiet = dict.fromkeys(
+        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+    ) | {"_raise_exceptions_for_gated_repo": False}
+    for name in TOKENIZER_FILES:
+        try:
+            file = cached_file(str(model_id), name, **where, **quiet)
+        except OSError:
+            # There is no such repository, which whoever loads the model says.
+            return {}
+        if file is not None:
+            files[name] = Path(file)
+    return files
+
+
+def warn_of_missing_tokenizer(model_id: str) -> None:
+    """Warn where a checkpoint is saved without a tokenizer although its base has one.
+
+    Args:
+        model_id (`str`): the base; only its folder, or its copy in the cache, is looked at.
+    """
+    if model_id and (files := tokenizer_files(model_id, local_files_only=True)):
+        logger.warning(
+            "The checkpoint is saved without a tokenizer, and %s has one (%s): FwdPruner(model, tokenizer) saves it "
+            "too.",
+            model_id,
+            ", ".join(files),
+        )
+
+
+def _has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether there are other tokens than special ones, which some families get even without a file."""
+    return not set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids)
+
+
+def _check_packages(model_id: str | Path, files: dict[str, Path]) -> None:
+    """Raise `ValueError` where a tokenizer can only be read with packages that are not installed."""
+    binary = [name for name in files if name.endswith(".model")]
+    if "tokenizer.json" in files or not binary:
+        return
+    name = binary[0]
+    if name == "tiktoken.model" or _is_tiktoken(files[name]):
+        needed = {"tiktoken": importlib.util.find_spec("tiktoken") is not None}
+    else:
+        needed = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    missing = [package for package, installed in needed.items() if not installed]
+    if missing:
+        raise ValueError(
+            f"{model_id} has its tokenizer in {name}, which is read with {' and '.join(needed)}; "
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed. Install: pip install "
+            f"{' '.join(missing)}; or {OTHERWISE}."
+        )
+
+
+def _is_tiktoken(file: Path) -> bool:
+    with open(file, "rb") as lines:
+        return TIKTOKEN_LINE.fullmatch(lines.readline(1000)) is not None

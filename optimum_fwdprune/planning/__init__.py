@@ -1,0 +1,1 @@
+"""Scores and a request turned into a plan, where models are run for it."""

@@ -1,0 +1,108 @@
+"""How far a whole pruned model is from the dense one, computed from the first layer that changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..architectures import Site, SiteKey
+from ..data.calibration import Calibration
+from ..forward.gates import Projection, replaced_projections
+from ..forward.layerwise import Batch, LayerRunner
+from ..forward.losses import LOGITS_AT_ONCE
+from ..runs.devices import on_host, precise_sum
+from ..runs.progress import progress
+
+
+# Distributions are compared at every so many-th token: neighbours say much the same, and the vocabulary is dear.
+EVERY = 4
+
+
+class Divergence:
+    """Mean KL divergence KL(dense ‖ pruned) of next-token distributions, in nats per token, on fixed windows.
+
+    It asks for no more than the loss does and is far less noisy: every token compares two distributions and not
+    two likelihoods of one word. The dense model's distributions at every `EVERY`-th token are kept in float16, and the
+    hidden states in front of every layer of the model that was settled last.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model in eval mode; it is not changed.
+        sites (sequence of `Site`): whose projections may be replaced.
+        calibration (`Calibration`): the windows.
+        batch_size (`int`): windows per forward pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, sites: Sequence[Site], calibration: Calibration, batch_size: int):
+        self._sites = list(sites)
+        self._runner = LayerRunner(model)
+        self._batches = self._runner.batches(calibration, batch_size)
+        self._embedded = [on_host(self._runner.embed(batch)) for batch in self._batches]
+        self._settled: list[list[torch.Tensor]] = []
+        # Of the dense model: probabilities by batch, and the sum of the entropies.
+        self._targets: list[torch.Tensor] = []
+        self._entropy: torch.Tensor | float = 0.0
+        self._tokens = 0
+        for batch, embedded in progress(
+            list(zip(self._batches, self._embedded)), "Running the dense model", unit="batch"
+        ):
+            logits = self._logits(batch, self._through(batch, embedded, 0, None))
+            log_probabilities = [part.float().log_softmax(-1) for part in logits.split(_at_once(logits))]
+            target = torch.cat([part.exp().half() for part in log_probabilities])
+            self._targets.append(on_host(target))
+            for part, probabilities in zip(log_probabilities, target.split(_at_once(logits))):
+                self._entropy = self._entropy - precise_sum(probabilities * part)
+            self._tokens += len(logits)
+        if not self._tokens:
+            raise ValueError("The windows to compare models on hold nothing but padding; give longer texts.")
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the model: what a pass of a window is measured in."""
+        return len(self._runner.layers)
+
+    def settle(self, projections: Mapping[SiteKey, Projection]) -> float:
+        """Return the divergence under these projections, and start from them from now on."""
+        self._settled = [[hidden] for hidden in self._embedded]
+        return self._measure(projections, 0, record=True)
+
+    def of(self, projections: Mapping[SiteKey, Projection], first: int = 0) -> float:
+        """Return the divergence under these projections, which are those that were settled up to layer `first`."""
+        return self._measure(projections, first, record=False)
+
+    @torch.no_grad()
+    def _measure(self, projections: Mapping[SiteKey, Projection], first: int, record: bool) -> float:
+        # Read by the host once, behind the last batch.
+        total: torch.Tensor | float = 0.0
+        with replaced_projections(self._sites, projections):
+            for number, (batch, target) in enumerate(zip(self._batches, self._targets)):
+                start = self._settled[number][first] if self._settled else self._embedded[number]
+                hidden = self._through(batch, start, first, self._settled[number] if record else None)
+                logits = self._logits(batch, hidden)
+                target = target.to(logits.device, non_blocking=True)
+                for part, probabilities in zip(logits.split(_at_once(logits)), target.split(_at_once(logits))):
+                    terms = F.cross_entropy(part.float(), probabilities.float(), reduction="none")
+                    total = total + precise_sum(terms)
+        return float(total - self._entropy) / self._tokens
+
+    def _logits(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        every = min(EVERY, hidden.shape[1])
+        compared = slice(every - 1, None, every)
+        logits, mask = self._runner.logits(batch, hidden[:, compared]), batch.attention_mask
+        return logits.flatten(0, 1) if mask is None else logits[mask[:, compared].bool().to(logits.device)]
+
+    def _through(
+        self, batch: Batch, hidden: torch.Tensor, first: int, record: list[torch.Tensor] | None
+    ) -> torch.Tensor:
+        """Run the layers from `first` on, and add what each returns to a record where there is one."""
+        for layer in range(first, self.layers):
+            hidden = self._runner.run(layer, batch, hidden)
+            if record is not None:
+                record.append(on_host(hidden))
+        return hidden
+
+
+def _at_once(logits: torch.Tensor) -> int:
+    return max(1, LOGITS_AT_ONCE // logits.shape[-1])

@@ -1,0 +1,399 @@
+"""How much each site gives, found by the loss of whole pruned models: `scope="search"`."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..allocation.allocate import (
+    ENDS,
+    FEWEST_WITH_ENDS,
+    LEVELS,
+    coarse_multiple,
+    fewest_units,
+    levels_of,
+    prunable_sites,
+)
+from ..allocation.budgets import Cost
+from ..architectures import Site, SiteKey, get_architecture
+from ..data.calibration import Calibration
+from ..forward.gates import Projection
+from ..reconstruction.reconstruct import HELD_OUT_EVERY
+from ..request.config import PruningConfig
+from ..runs import ranks
+from ..runs.loggers import get_logger
+from ..runs.progress import progress
+from ..runs.resume import (
+    Checkpoint,
+    Stage,
+    State,
+    digest_of,
+)
+from ..scoring.learning.policies import Ratios, budgets_of, even_rates
+from ..scoring.learning.policy_gradient import Budget, project
+from .divergence import Divergence
+from .levels import Levels
+
+
+logger = get_logger(__name__)
+
+# How far keep ratios move in a step at first; halved when no step helps, down to half a level.
+FIRST_STEP, LAST_STEP = 0.2, 0.5 / LEVELS
+
+# Parts of a step that are tried.
+PARTS = (1.0, 0.5, 0.25)
+
+# As a share of the usual slope: what sites count as whose narrowing costs nothing, or helps.
+SMALLEST_SLOPE = 1e-3
+
+# A search should be able to measure all sites about so often.
+SWEEPS = 6
+
+Keep = Callable[[Mapping[SiteKey, torch.Tensor], PruningConfig], dict[SiteKey, list[int]]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ended with.
+
+    Args:
+        scores (`dict[SiteKey, Tensor[num_units]]`): whose order over all sites gives the widths that were found.
+        details (`dict`): sweeps and windows it took, and the divergence from the dense model of the even share and of
+            what was found, in nats per token, as JSON values.
+        history (`dict[str, Tensor]`): `loss` (the divergence) and `expected_sparsity` `[sweeps + 1]`, and
+            `keep_rate.<layer>.<kind>` of every site.
+    """
+
+    scores: dict[SiteKey, torch.Tensor]
+    details: dict[str, Any]
+    history: dict[str, torch.Tensor]
+
+
+def check_search(model: PreTrainedModel, config: PruningConfig) -> None:
+    """Raise `ValueError` or `OSError` where a search would fail for the model or the request, before it is run."""
+    if not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} predicts no next token, and scope='search' compares what whole models predict. "
+            f"Search with its causal counterpart and replay the plan, or use scope='global'."
+        )
+
+
+@torch.no_grad()
+def search(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    scores: Mapping[SiteKey, torch.Tensor],
+    config: PruningConfig,
+    calibration: Calibration,
+    keep: Keep,
+    cost: Cost,
+    checkpoint: Checkpoint,
+) -> Found:
+    """Move budget from the sites that bear it worst to those that bear it best, as long as the whole model gains.
+
+    Starts from the even share or, where that is nearer to a deep dense model, from the same with both ends spared. A
+    sweep narrows every site in turn by a step and measures how far that takes the whole pruned model, all other sites
+    as narrow as they are and reconstructed, from the dense one: errors of sites accumulate in it, and all candidates
+    are judged on the same tokens. With several processes each measures a share of the sites. Then all keep ratios are
+    moved at once along the logarithm of what each saved unit of cost took; of three lengths of that move the best
+    stays where it gains, else the step is halved. In a single process an interrupt
+    (Ctrl-C) ends the search with the best so far.
+
+    Args:
+        model (`PreTrainedModel`): the dense model; it is not changed.
+        sites (sequence of `Site`): all its sites whose units may go.
+        scores (mapping of site key to `Tensor[num_units]`): which units of a site stay longest.
+        config (`PruningConfig`): the request; `search_windows` bounds the forward passes.
+        calibration (`Calibration`): the tokens: every eighth window judges, the others reconstruct.
+        keep (`Callable`): scores and a request in, what that request keeps under them out.
+        cost (`Cost`): what the budget is counted in.
+        checkpoint (`Checkpoint`): where the state is kept.
+
+    Raises:
+        ValueError: where nothing can move, or `search_windows` does not suffice for one sweep.
+    """
+    fixed = {site.key: scores[site.key] for site in sites}
+    candidates = prunable_sites(sites, config)
+    coarse, kept = _on_coarse_grid(candidates, fixed, config, keep)
+    # A site that cannot be narrowed has nothing to be found.
+    learned = [site for site in candidates if levels_of(site, scores[site.key], coarse)]
+    if not learned:
+        raise ValueError("scope='search' has no site that may be narrowed; see skip_layers and min_units_per_site.")
+    floors = [fewest_units(site, coarse) / site.num_units for site in learned]
+    budgets = budgets_of(learned, kept, coarse, [1] * len(learned), floors, exact=True, cost=cost)
+    if all(len(budget.members) == 1 for budget in budgets):
+        raise ValueError("scope='search' moves budget between sites, and only one of each kind is pruned here.")
+    ratios = Ratios(learned, scores, lambda found: keep(fixed | dict(found), coarse))
+    fit, judging = calibration.split(HELD_OUT_EVERY)
+    price = _price(learned, len(get_architecture(model.config).layers(model)))
+    judging = _as_many_as_allowed(judging or fit, learned, price, config)
+
+    by_name = ((f"{site.layer}.{site.kind}", scores[site.key]) for site in learned)
+    costs = [cost.total(site) for site in learned]
+    stage = checkpoint.stage("search", calibration, scores=digest_of(by_name), costs=costs)
+    state = stage.load(_State.of) or _State(torch.zeros(0, dtype=torch.float64), FIRST_STEP)
+    with tempfile.TemporaryDirectory(prefix="fwdprune-levels-") as folder:
+        if state.step >= LAST_STEP:
+            levels = Levels(model, learned, scores, coarse, fit, Path(folder), checkpoint)
+            divergence = Divergence(model, learned, judging, config.batch_size)
+            descent = _Descent(ratios, budgets, levels, divergence, cost, len(judging.input_ids))
+            if not len(state.rates):
+                starts = [even_rates(budgets, len(learned))]
+                if (spared := _ends_spared(learned, fixed, coarse, keep)) is not None:
+                    starts.append(spared)
+                descent.start(state, starts)
+
+            try:
+                descent.run(state, price, config.search_windows, stage)
+            except KeyboardInterrupt:
+                if ranks.world_size() > 1:
+                    # The others may be anywhere in their sweep.
+                    raise
+                logger.warning(
+                    "The search was interrupted after %d sweeps and goes on with the best it has found.", state.sweeps
+                )
+    found = {site.key: torch.ones(site.num_units, dtype=torch.float32) for site in sites} | ratios.by_site(state.rates)
+    details = {
+        "sweeps": state.sweeps,
+        "windows": state.windows,
+        "even_divergence": state.even,
+        "divergence": state.losses[-1],
+    }
+    return Found(found, details, state.history(learned, sites))
+
+
+def _on_coarse_grid(
+    sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor], config: PruningConfig, keep: Keep
+) -> tuple[PruningConfig, dict[SiteKey, list[int]]]:
+    """The request with MLP widths as coarse as its budget can be met with, and the even share under it."""
+    multiple = coarse_multiple(sites, config)
+    while multiple > config.multiple_of:
+        coarse = replace(config, multiple_of=multiple)
+        try:
+            return coarse, keep(scores, coarse)
+        except ValueError:
+            # The last fraction of a grid step is needed, or what the request itself asks for is not to be had.
+            multiple = multiple // config.multiple_of // 2 * config.multiple_of
+    return config, keep(scores, config)
+
+
+def _ends_spared(
+    sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor], coarse: PruningConfig, keep: Keep
+) -> torch.Tensor | None:
+    """Keep ratios of the even share over all layers but the ends of a deep model, where that can meet the budget."""
+    if coarse.skip_layers is not None or 1 + max(site.layer for site in sites) < FEWEST_WITH_ENDS:
+        return None
+    try:
+        kept = keep(scores, replace(coarse, skip_layers=ENDS))
+    except ValueError:
+        return None
+    return torch.tensor([len(kept[site.key]) / site.num_units for site in sites], dtype=torch.float64)
+
+
+def _price(sites: Sequence[Site], layers: int) -> float:
+    """Passes of one window through all layers that a sweep and its move take, at most."""
+    # A site is measured from its layer to the last; a move that is made is passed through once more.
+    return sum(layers - site.layer for site in sites) / layers + len(PARTS) + 1
+
+
+def _as_many_as_allowed(
+    judging: Calibration, sites: Sequence[Site], price: float, config: PruningConfig
+) -> Calibration:
+    """The windows to judge on: as many as leave `SWEEPS` sweeps, one at least.
+
+    Raises:
+        ValueError: where the request allows no sweep at all.
+    """
+    # Before the first sweep come the dense model, two to start from, and the better of them again.
+    fewest = math.ceil(price) + 4
+    if config.search_windows < fewest:
+        raise ValueError(
+            f"search_windows={config.search_windows} is too few to try {len(sites)} sites and {len(PARTS)} moves on "
+            f"one window; give at least {fewest}, or use scope='global'."
+        )
+    allowed = int(config.search_windows / (SWEEPS * price + 4))
+    return Calibration(*judging.windows(slice(max(1, allowed))), judging.source)
+
+
+@dataclass
+class _State:
+    """All that a search needs to go on.
+
+    Args:
+        rates (`Tensor[sites]`, float64): keep ratios of the best so far; empty before the first.
+        step (`float`): how far they move next; below `LAST_STEP` once nothing helps any more.
+        windows (`float`): passes of a window through all layers so far.
+        losses (`list[float]`): divergence of the start and after every sweep.
+        path (`list[Tensor[sites]]`): the keep ratios that these belong to.
+        even (`float`): divergence of the even share.
+    """
+
+    rates: torch.Tensor
+    step: float
+    windows: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    path: list[torch.Tensor] = field(default_factory=list)
+    even: float = math.nan
+
+    @property
+    def sweeps(self) -> int:
+        return max(0, len(self.losses) - 1)
+
+    def add(self, rates: torch.Tensor, loss: float) -> None:
+        self.rates = rates
+        self.losses.append(loss)
+        self.path.append(rates)
+
+    def history(self, sites: Sequence[Site], every_site: Sequence[Site]) -> dict[str, torch.Tensor]:
+        rates = torch.stack(self.path)
+        sizes = torch.tensor([site.num_parameters for site in sites], dtype=torch.float64)
+        removed = (1 - rates) @ sizes / sum(site.num_parameters for site in every_site)
+        found = {
+            "loss": torch.tensor(self.losses, dtype=torch.float32),
+            # Nothing is drawn, so all is decided at every sweep.
+            "entropy": torch.zeros(len(rates), dtype=torch.float32),
+            "expected_sparsity": removed.float(),
+        }
+        for site, values in zip(sites, rates.float().unbind(1)):
+            found[f"keep_rate.{site.layer}.{site.kind}"] = values
+        return found
+
+    def state(self) -> State:
+        numbers = {"step": self.step, "windows": self.windows, "losses": self.losses, "even": self.even}
+        return {"path": torch.stack(self.path)}, numbers
+
+    @classmethod
+    def of(cls, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> _State:
+        rates = list(tensors["path"])
+        return cls(rates[-1], numbers["step"], numbers["windows"], numbers["losses"], rates, numbers["even"])
+
+
+class _Descent:
+    """Moves keep ratios of sites along what sweeps find."""
+
+    def __init__(
+        self,
+        ratios: Ratios,
+        budgets: Sequence[Budget],
+        levels: Levels,
+        divergence: Divergence,
+        cost: Cost,
+        num_windows: int,
+    ):
+        self._ratios = ratios
+        self._budgets = budgets
+        self._levels = levels
+        self._divergence = divergence
+        self._cost = cost
+        self._num_windows = num_windows
+        self._sizes = ratios.sizes.double()
+        # Those of the model that is settled.
+        self._projections: dict[SiteKey, Projection] = {}
+        self._allowed = math.inf
+
+    def start(self, state: _State, starts: Sequence[torch.Tensor]) -> None:
+        """Settle the best of the keep ratios to start from, the even share first."""
+        found = [self._widths(rates) for rates in starts]
+        losses = self._divergences(found)
+        best = losses.index(min(losses))
+        state.even = losses[0]
+        state.add(found[best] / self._sizes, self._settle(found[best]))
+        state.windows += (2 + len(starts)) * self._num_windows
+
+    def run(self, state: _State, price: float, allowed: int, stage: Stage) -> None:
+        """Sweep and move, at `price` for each window, until the windows allowed are used up or nothing helps."""
+        price *= self._num_windows
+        self._allowed = allowed
+        if not self._projections:
+            self._settle((state.rates * self._sizes).round())
+        stage.save(state.state)
+        while state.step >= LAST_STEP and state.windows + price <= allowed:
+            rates, loss = self._move(state)
+            state.windows += price
+            if loss < state.losses[-1]:
+                state.add(rates, self._settle((rates * self._sizes).round()))
+            else:
+                state.add(state.rates, state.losses[-1])
+                state.step /= 2
+            stage.save(state.state)
+
+    def _move(self, state: _State) -> tuple[torch.Tensor, float]:
+        """The best of a few moves along the slopes of all sites, and its divergence."""
+        slopes = self._slopes(state)
+        direction = torch.zeros_like(slopes)
+        for budget in self._budgets:
+            own = slopes[budget.members]
+            if not (own > 0).any():
+                # Nothing here tells one site from another.
+                continue
+            logarithms = own.clamp_min(SMALLEST_SLOPE * float(own[own > 0].median())).log()
+            mean = (budget.weights @ logarithms) / budget.weights.sum()
+            direction[budget.members] = (logarithms - mean).clamp(-1, 1)
+        candidates: dict[tuple[int, ...], torch.Tensor] = {}
+        for part in PARTS:
+            moved = state.rates + part * state.step * direction
+            for budget in self._budgets:
+                moved[budget.members] = project(moved[budget.members], budget)
+            widths = self._widths(moved)
+            if not torch.equal(widths, (state.rates * self._sizes).round()):
+                candidates[tuple(widths.tolist())] = widths
+        if not candidates:
+            return state.rates, math.inf
+        losses = self._divergences(list(candidates.values()))
+        best = losses.index(min(losses))
+        return list(candidates.values())[best] / self._sizes, losses[best]
+
+    def _slopes(self, state: _State) -> torch.Tensor:
+        """What narrowing each site by a step adds to the divergence, by what it saves, `[sites]` float64."""
+        slopes = torch.zeros(len(state.rates), dtype=torch.float64)
+        own = ranks.own(list(enumerate(self._ratios.sites)))
+        used = min(1.0, state.windows / self._allowed)
+        stage = f"Searching, sweep {state.sweeps + 1}, {used:.0%} of search_windows used"
+        for place, site in progress(own, stage, unit="site"):
+            width = round(float(state.rates[place] * site.num_units))
+            other = self._neighbour(site, width, state.step)
+            changed = dict(self._projections)
+            changed.pop(site.key, None)
+            projection = self._levels.projection(site, other)
+            changed |= {} if projection is None else {site.key: projection}
+            loss = self._divergence.of(changed, first=site.layer)
+            before, after = self._cost.of(site, torch.tensor([width, other])).tolist()
+            slopes[place] = (loss - state.losses[-1]) / (before - after)
+        return ranks.summed(slopes)
+
+    def _neighbour(self, site: Site, width: int, step: float) -> int:
+        """The width nearest to one step below, or above where there is none below."""
+        widths = [each for each in self._levels.widths(site) if each != width]
+        below = [each for each in widths if each < width]
+        wanted = width - step * site.num_units if below else width + step * site.num_units
+        return min(below or widths, key=lambda each: abs(each - wanted))
+
+    def _widths(self, rates: torch.Tensor) -> torch.Tensor:
+        kept = self._ratios.kept(rates)
+        return torch.tensor([len(kept[site.key]) for site in self._ratios.sites], dtype=torch.float64)
+
+    def _projections_of(self, widths: torch.Tensor) -> dict[SiteKey, Projection]:
+        found = {}
+        for site, width in zip(self._ratios.sites, widths.long().tolist()):
+            projection = self._levels.projection(site, width)
+            if projection is not None:
+                found[site.key] = projection
+        return found
+
+    def _divergences(self, candidates: Sequence[torch.Tensor]) -> list[float]:
+        """The divergence under each of several widths of all sites."""
+        found = torch.zeros(len(candidates), dtype=torch.float64)
+        for place in progress(ranks.own(range(len(candidates))), "Comparing widths", unit="candidate"):
+            found[place] = self._divergence.of(self._projections_of(candidates[place]))
+        return ranks.summed(found).tolist()
+
+    def _settle(self, widths: torch.Tensor) -> float:
+        self._projections = self._projections_of(widths)
+        return self._divergence.settle(self._projections)

@@ -1,0 +1,249 @@
+"""What a request means for a model, before any work: defaults that depend on the model, and what will be removed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..allocation.allocate import (
+    OutOfReach,
+    allocate,
+    prunable_sites,
+    spares_ends,
+)
+from ..allocation.budgets import Budget
+from ..allocation.plan import losses_by_kind
+from ..architectures import (
+    ATTENTION,
+    KINDS,
+    MLP,
+    Site,
+    SiteKey,
+)
+from ..request.config import PruningConfig
+from ..runs.loggers import get_logger
+
+
+logger = get_logger(__name__)
+
+# The default recipe takes no more of the layers and kinds that it prunes: beyond that it opens others first.
+MOST_BY_DEFAULT = 0.9
+
+# A sparsity that whole units miss by a larger share of it is reported beforehand.
+FAR_OFF = 0.05
+
+# A request of a model becomes what is to be removed.
+BudgetOf = Callable[[PruningConfig], tuple[PruningConfig, Budget]]
+
+
+def settle(
+    sites: Sequence[Site],
+    config: PruningConfig,
+    budget_of: BudgetOf,
+    check: Callable[[PruningConfig], None] = lambda _config: None,
+) -> tuple[PruningConfig, Budget]:
+    """Return the request with the defaults that depend on the model put in, and what it removes.
+
+    Where the MLP channels of the inner layers cannot meet the budget, or would lose more than `MOST_BY_DEFAULT` of
+    their parameters, the first and last layers are pruned too, and after that query heads. Each of these steps is
+    logged, and taken only where `skip_layers` or `kinds` are not set.
+
+    Args:
+        sites (sequence of `Site`): of the dense model.
+        config (`PruningConfig`): the request.
+        budget_of (`Callable`): a request in; out the request with its constraints adapted, and its budget.
+        check (`Callable`): raises `ValueError` where the model does not allow a request.
+
+    Raises:
+        OutOfReach: where the constraints do not allow the budget, naming them and the largest budget they allow.
+        ValueError: where `check` refuses the request.
+    """
+    # Whether a budget can be met does not depend on the scores.
+    equal_scores = {site.key: torch.zeros(site.num_units, dtype=torch.float32) for site in sites}
+    met: tuple[PruningConfig, Budget, list[str]] | None = None
+    out_of_reach: OutOfReach | None = None
+    for place, (candidate, message) in enumerate(_candidates(sites, config)):
+        try:
+            check(candidate)
+        except ValueError:
+            if place == 0:
+                raise
+            break
+        try:
+            settled, budget = budget_of(candidate)
+            allocate(list(sites), equal_scores, settled, budget)
+        except OutOfReach as error:
+            out_of_reach = error
+            continue
+        met = settled, budget, message
+        if _share(sites, settled, budget) <= MOST_BY_DEFAULT:
+            break
+    if met is None:
+        assert out_of_reach is not None
+        raise out_of_reach
+    settled, budget, message = met
+    for line in message:
+        logger.warning(line)
+    return settled, budget
+
+
+def _candidates(sites: Sequence[Site], config: PruningConfig) -> Iterator[tuple[PruningConfig, list[str]]]:
+    """Yield the request, and what it becomes as defaults give way, each with what is to be said of it."""
+    message: list[str] = []
+    yield config, message
+    if spares_ends(config, 1 + max(site.layer for site in sites)):
+        config = replace(config, skip_layers=[])
+        message = [
+            "The budget is more than the inner layers should give alone: the first and last two layers, which are "
+            "unpruned by default, are pruned too. Set skip_layers to choose the layers yourself."
+        ]
+        yield config, message
+    has_attention = any(site.kind == ATTENTION for site in sites)
+    if config.kinds is None and not config.has_budget_per_kind and has_attention:
+        message = [
+            *message,
+            "The budget is more than the MLP channels should give alone: attention heads, which are unpruned by "
+            "default, are pruned too. Set kinds to choose what is pruned yourself.",
+        ]
+        yield replace(config, kinds=[ATTENTION, MLP]), message
+
+
+def _share(sites: Sequence[Site], config: PruningConfig, budget: Budget) -> float:
+    """The share of what is open that the budget takes."""
+    if config.has_budget_per_kind:
+        return max(config.sparsity_of(kind) for kind in config.resolved_kinds)
+    open_cost = sum(budget.cost.total(site) for site in prunable_sites(sites, config))
+    return budget.amount / open_cost if open_cost else 0.0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a request will do to a model, before it is done.
+
+    Args:
+        parameters (`int`): of the model now.
+        bytes (`int`): of its weights now.
+        removed_parameters (`int`): how many of them will go.
+        removed_bytes (`int`): likewise.
+        added_parameters (`int`): biases that the reconstruction will add.
+        losses (`dict[str, str]`): a sentence about every kind of units.
+        removed_by_kind (`dict[str, int]`): parameters that will go, of every kind.
+    """
+
+    parameters: int
+    bytes: int
+    removed_parameters: int
+    removed_bytes: int
+    added_parameters: int
+    losses: dict[str, str]
+    removed_by_kind: dict[str, int]
+
+    def __str__(self) -> str:
+        parameters = self.parameters - self.removed_parameters + self.added_parameters
+        item_size = self.removed_bytes / self.removed_parameters if self.removed_parameters else 0
+        size = self.bytes - self.removed_bytes + item_size * self.added_parameters
+        share = 1 - parameters / self.parameters
+        return "\n".join(
+            [
+                f"The pruned model will have {_written(parameters)} of {_written(self.parameters)} parameters "
+                f"({-share:+.1%}) and {size / 1e6:,.1f} of {self.bytes / 1e6:,.1f} MB of weights.",
+                *self.losses.values(),
+            ]
+        )
+
+
+def forecast(
+    sites: Sequence[Site], config: PruningConfig, budget: Budget, parameters: int, size: int, added_parameters: int
+) -> Forecast:
+    """Return what a settled request will remove.
+
+    Args:
+        sites (sequence of `Site`): of the dense model.
+        config (`PruningConfig`): the settled request.
+        budget (`Budget`): what it removes.
+        parameters (`int`): of the dense model.
+        size (`int`): of its weights, in bytes.
+        added_parameters (`int`): biases that the reconstruction will add.
+    """
+    equal_scores = {site.key: torch.zeros(site.num_units, dtype=torch.float32) for site in sites}
+    kept = allocate(list(sites), equal_scores, config, budget)
+    by_site = {site.key: (site.num_units - len(kept[site.key])) * site.unit_parameters for site in sites}
+    removed = sum(by_site.values())
+    item_size = sites[0].projection.weight.element_size()
+    losses = _losses(sites, config, kept, by_site)
+    by_kind = {kind: sum(by_site[site.key] for site in sites if site.kind == kind) for kind in KINDS}
+    return Forecast(parameters, size, removed, removed * item_size, added_parameters, losses, by_kind)
+
+
+def warn_of_rounding(sites: Sequence[Site], config: PruningConfig, budget: Budget, outcome: Forecast) -> None:
+    """Warn where whole units bring a request to nothing, or to a sparsity far from the one asked for.
+
+    Args:
+        sites (sequence of `Site`): of the dense model.
+        config (`PruningConfig`): the settled request.
+        budget (`Budget`): what it removes.
+        outcome (`Forecast`): what it comes to.
+    """
+    if budget.amount > 0 and outcome.removed_parameters == 0:
+        logger.warning(
+            "This request removes nothing, because %s, and the budget is less than half of the smallest step that "
+            "this allows. Ask for more, or relax that.",
+            _why_rounded(config),
+        )
+        return
+    for field, asked, removed in _sparsities(sites, config, budget, outcome):
+        if abs(removed - asked) > FAR_OFF * asked:
+            logger.warning(
+                "%s=%.4g comes to %.4g here, because %s. Ask for another %s, or relax that.",
+                field,
+                asked,
+                removed,
+                _why_rounded(config),
+                field,
+            )
+
+
+def _sparsities(
+    sites: Sequence[Site], config: PruningConfig, budget: Budget, outcome: Forecast
+) -> Iterator[tuple[str, float, float]]:
+    """Yield every sparsity that a request names: its field, its value and what it comes to."""
+    prunable = {kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in KINDS}
+    if config.has_budget_per_kind:
+        for kind in config.resolved_kinds:
+            if prunable[kind]:
+                removed = outcome.removed_by_kind[kind] / prunable[kind]
+                yield config.field_of(kind), config.sparsity_of(kind), removed
+    elif not budget.at_least:
+        yield "sparsity", config.sparsity, outcome.removed_parameters / sum(prunable.values())
+
+
+def _why_rounded(config: PruningConfig) -> str:
+    reasons = ["units are removed whole"]
+    if config.multiple_of > 1 and MLP in config.resolved_kinds:
+        reasons.append(f"MLP widths are rounded to multiple_of={config.multiple_of}")
+    if config.layout == "stock":
+        reasons.append("layout='stock' cuts every layer alike")
+    return " and ".join(reasons)
+
+
+def _losses(
+    sites: Sequence[Site], config: PruningConfig, kept: Mapping[SiteKey, list[int]], by_site: Mapping[SiteKey, int]
+) -> dict[str, str]:
+    if config.resolved_scope == "layer":
+        return losses_by_kind(kept, {site.key: site.num_units for site in sites}, config.attention_unit)
+    # Which layers lose how much follows from the scores.
+    open_sites = prunable_sites(sites, config)
+    kinds = sorted({site.kind for site in open_sites})
+    names = " and ".join({ATTENTION: "attention heads", MLP: "MLP channels"}[kind] for kind in kinds)
+    total = sum(site.num_parameters for site in open_sites)
+    share = sum(by_site.values()) / max(1, total)
+    return {
+        "all": f"On average {share:.1%} of the parameters of {names} will go. Layers compete for the budget "
+        f"(scope={config.resolved_scope!r}), so the scores decide how much each layer loses."
+    }
+
+
+def _written(number: int) -> str:
+    return f"{number / 1e6:,.1f} million" if number >= 10**6 else f"{number:,}"

@@ -1,0 +1,1 @@
+"""What the kept weights take over from the removed ones."""

@@ -1,0 +1,220 @@
+"""Reconstruction layer by layer: every projection is refitted on what the layers pruned before it make of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+import torch
+from transformers import PreTrainedModel
+
+from ..architectures import Site, SiteKey
+from ..data.calibration import Calibration
+from ..forward.gates import Projection, kept_projection, kept_sources
+from ..forward.layerwise import LayerRunner
+from ..loading.offloading import resident
+from ..runs.devices import back_to, precise
+from ..runs.progress import progress
+from ..runs.shelves import Shelf
+from .gauss_newton import LeastSquares, gauss_newton_changes, summed_squares
+from .least_squares import NormalEquations, Refit, refit
+from .streams import Stream
+
+
+LAYER, DENSE = "layer", "dense"
+
+# Parts of a Gauss-Newton step that are tried: the whole of it where the activation bends little.
+PARTS = (1.0, 0.5, 0.25)
+
+# Projections of one layer, and how each was settled.
+Refitted = tuple[dict[SiteKey, Projection], dict[SiteKey, Refit]]
+
+
+@torch.no_grad()
+def refit_in_sequence(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    kept: Mapping[SiteKey, list[int]],
+    target: str,
+    ridge: float | None,
+    fit: Calibration,
+    held_out: Calibration | None,
+    batch_size: int,
+    shelf: Shelf | None = None,
+    known: Sequence[Mapping[SiteKey, Projection]] = (),
+    refit_sources: bool = False,
+) -> Iterator[Refitted]:
+    """Yield, layer by layer, new projection parameters of every site that loses units and, where the target is the
+    dense model's stream, of every site behind the first of these, since all of them can make up for its loss.
+
+    With several processes each carries a share of the windows along, and all fit alike on the sums over all of them.
+    One projection's normal equations are in memory at a time. The hidden states of all windows wait in the memory of
+    the host, three times for the target `"dense"`. It costs about three passes of the layers over the tokens, four for
+    `"dense"`. A layer's parameters are in memory while its projections are out.
+
+    Args:
+        model (`PreTrainedModel`): the dense model; it is not changed. Its layers may be offloaded.
+        sites (sequence of `Site`): its sites, in the order in which they write to the residual stream.
+        kept (mapping of site key to `list[int]`): units that stay.
+        target (`str`): `"layer"` fits what the whole projection makes of these inputs, `"dense"` what would undo the
+            error that the residual stream has gathered so far as well.
+        ridge (`float`, *optional*): for all sites; by default chosen per site on `held_out`.
+        fit, held_out (`Calibration`, the second *optional*): the tokens.
+        batch_size (`int`): windows per forward pass.
+        shelf (`Shelf`, *optional*): where hidden states wait; it settles after every layer, and a pass that was
+            interrupted goes on behind the last layer that it settled.
+        known (sequence of mappings of site key to `Projection`): what was found for the first layers before.
+        refit_sources (`bool`, defaults to `False`): refit the sources of the features too, for the target `"dense"`:
+            all of them so that they say of the pruned stream what they said of the dense one, and those of pointwise
+            sites by Gauss-Newton steps towards the projection's target, after which the projection is fitted once
+            more. It takes about three more passes and, in the memory of the host, two more hidden states of all
+            windows, and of one pointwise site at a time what its sources read, their slopes, and in float32 the
+            residual at all tokens.
+    """
+    runner, shelf = LayerRunner(model), shelf or Shelf()
+    texts = [text for text in (fit, held_out) if text is not None]
+    streams: list[list[Stream]] = [[] for _ in texts]
+    for held, text in enumerate(texts):
+        if (share := text.own_share()) is not None:
+            for number, batch in enumerate(runner.batches(share, batch_size)):
+                stream = Stream(f"{held}.{number}", batch, runner, shelf, target == DENSE, refit_sources)
+                streams[held].append(stream)
+    every_stream = [stream for of_text in streams for stream in of_text]
+    first_loss = next((place for place, site in enumerate(sites) if len(kept[site.key]) < site.num_units), len(sites))
+    behind = {site.key for site in sites[first_loss:]}
+    if shelf.settled == 0:
+        for stream in every_stream:
+            stream.start()
+        shelf.settle(0)
+    layers = [list(group) for _, group in groupby(sites, key=lambda site: site.layer)]
+    left = layers[shelf.settled :]
+    for of_layer in progress(left, "Reconstructing", total=len(layers), unit="layer", initial=shelf.settled):
+        number = of_layer[0].layer
+        layer = _Layer(of_layer, streams, ridge, refit_sources)
+        with resident(runner.layers[number]):
+            for stream in every_stream:
+                stream.enter(of_layer)
+            if number < len(known):
+                layer.projections |= known[number]
+            for place, site in enumerate([] if number < len(known) else of_layer):
+                if site.key in behind and (target == DENSE or len(kept[site.key]) < site.num_units):
+                    layer.settle(place, kept_projection(site, kept[site.key]))
+            for stream in every_stream:
+                stream.leave(of_layer, layer.projections)
+            yield layer.projections, layer.refits
+        shelf.settle(number + 1)
+
+
+@dataclass
+class _Layer:
+    """The sites of a layer, and what was found for them.
+
+    Args:
+        sites (sequence of `Site`): in the order in which they write.
+        streams (sequence of lists of `Stream`): of the text to fit and, where there is one, of the one held out.
+        ridge (`float`, *optional*): for all sites.
+        refit_sources (`bool`): refit sources too.
+    """
+
+    sites: Sequence[Site]
+    streams: Sequence[Sequence[Stream]]
+    ridge: float | None
+    refit_sources: bool
+    projections: dict[SiteKey, Projection] = field(default_factory=dict)
+    refits: dict[SiteKey, Refit] = field(default_factory=dict)
+
+    def settle(self, place: int, projection: Projection) -> None:
+        """Find the parameters of a site, which are those of `projection` so far."""
+        site = self.sites[place]
+        self.projections[site.key] = projection
+        self.refits[site.key] = self._fit_all(place) if self.refit_sources else self._fit(place)
+
+    def _fit_all(self, place: int) -> Refit:
+        """Fit the projection and its sources."""
+        site = self.sites[place]
+        self._correct_inputs(place)
+        found = self._fit(place)
+        if site.pointwise and len(self.streams) > 1 and self._bend_features(place):
+            found = found.followed_by(self._fit(place))
+        return replace(found, sources=bool(self.projections[site.key].sources))
+
+    def _fit(self, place: int) -> Refit:
+        """Fit the projection to what it leaves of its target."""
+        site = self.sites[place]
+        now = self.projections[site.key]
+        found = self._solved(site, now.weight.shape, lambda each: each.observe(self.sites, place, self.projections))
+        self.projections[site.key] = found.projection(now)
+        return found
+
+    def _correct_inputs(self, place: int) -> None:
+        """Let the sources read (I + D) x for x, which is what they would read in the dense model as far as x tells."""
+        site = self.sites[place]
+        now = self.projections[site.key]
+        width = site.sources[0].linear.in_features
+        change = self._solved(site, (width, width), lambda each: each.read(self.sites, place, self.projections)).change
+        if change is None or not change.any():
+            return
+        sources = kept_sources(site, now.kept)
+        for name, weight in _weights(sources):
+            sources[name] = back_to(precise(weight) + precise(weight) @ change, weight)
+        self.projections[site.key] = replace(now, sources=sources)
+
+    def _solved(self, site: Site, shape: Sequence[int], observe: Callable[[Stream], tuple]) -> Refit:
+        """Least squares for a matrix `[outputs, inputs]` over what `observe` returns of every stream."""
+        outputs, inputs = shape
+        sums = [NormalEquations.empty(inputs, outputs, site.projection.weight.device) for _ in self.streams]
+        for total, streams in zip(sums, self.streams):
+            for stream in streams:
+                total.add(*observe(stream))
+        sums = [each.pooled() for each in sums]
+        if not (sums[0].gram.isfinite().all() and sums[0].cross.isfinite().all()):
+            raise ValueError(
+                f"The activations before {site.projection_name} ({site}) contain NaN or infinity once the layers "
+                f"before it are pruned. A float16 model that overflows runs in bfloat16 or float32."
+            )
+        return refit(sums[0], sums[1] if len(sums) > 1 else None, self.ridge)
+
+    def _bend_features(self, place: int) -> bool:
+        """Change the sources of a pointwise site so that its features serve the target better; whether they do."""
+        site = self.sites[place]
+        best = now = self.projections[site.key]
+        sources = dict(now.sources) or kept_sources(site, now.kept)
+        changes, lowest = self._changes_and_error(place, sources)
+        if changes is None:
+            return False
+        weights = _weights(sources)
+        rows = changes.flatten(0, 1).split([len(weight) for _, weight in weights])
+        for part in PARTS:
+            moved = {
+                name: (weight.float() + part * change).to(weight.dtype)
+                for (name, weight), change in zip(weights, rows)
+            }
+            candidate = replace(now, sources=sources | moved)
+            left = self._left(place, candidate)
+            if left < lowest:
+                best, lowest = candidate, left
+        self.projections[site.key] = best
+        return best is not now
+
+    def _changes_and_error(self, place: int, sources: dict[str, torch.Tensor]) -> tuple[torch.Tensor | None, float]:
+        """What Gauss-Newton would change of the sources' weights, and what is left of the target on held-out tokens
+        without it: summed squares. What they are found by is freed on return."""
+        weight = self.projections[self.sites[place].key].weight.float()
+        rows = sum(len(each) for _, each in _weights(sources))
+        shape = (rows // weight.shape[1], weight.shape[1], self.sites[place].sources[0].linear.in_features)
+        fit, held_out = (
+            LeastSquares([each.linearize(self.sites, place, self.projections) for each in streams], weight, shape)
+            for streams in self.streams
+        )
+        return gauss_newton_changes(fit, held_out)
+
+    def _left(self, place: int, candidate: Projection) -> float:
+        """What a candidate leaves of the target on held-out tokens: summed squares."""
+        projections = {**self.projections, self.sites[place].key: candidate}
+        return summed_squares(stream.observe(self.sites, place, projections)[1] for stream in self.streams[1])
+
+
+def _weights(sources: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """The weights among the parameters of sources."""
+    return [(name, value) for name, value in sources.items() if value.dim() == 2]

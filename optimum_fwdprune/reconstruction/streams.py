@@ -1,0 +1,177 @@
+"""Calibration tokens side by side in the pruned model and in the dense one, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..architectures import Site, SiteKey
+from ..forward.gates import Projection, replaced_projections
+from ..forward.layerwise import (
+    Batch,
+    LayerRunner,
+    inputs_of,
+    outputs_of,
+    stopped_before,
+)
+from ..runs.devices import on_host
+from ..runs.shelves import Shelf
+from .gauss_newton import Linearized
+
+
+Projections = Mapping[SiteKey, Projection]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A batch in the pruned model and, where it is followed, in the dense one.
+
+    On the shelf are, in front of layer number `l`: `"<l>.<name>.pruned"` and `"<l>.<name>.dense"`; and of the dense
+    model within the layer at hand, `"<name>.<place>"`: what its stream is in front of the site of that place (from 1),
+    and `"<name>.<place>.inputs"`: what the sources of that site read.
+
+    Args:
+        name (`str`): on the shelf.
+        batch (`Batch`): the windows.
+        runner (`LayerRunner`): of the dense model.
+        shelf (`Shelf`): where hidden states wait.
+        follows_dense (`bool`): the dense model's residual stream is what projections aim at.
+        follows_inputs (`bool`): what the dense model's sources read is known as well.
+    """
+
+    name: str
+    batch: Batch
+    runner: LayerRunner
+    shelf: Shelf
+    follows_dense: bool
+    follows_inputs: bool
+
+    def start(self) -> None:
+        """Put the batch in front of the first layer."""
+        embedded = on_host(self.runner.embed(self.batch))
+        self.shelf[f"0.{self.name}.pruned"] = embedded
+        if self.follows_dense:
+            self.shelf[f"0.{self.name}.dense"] = embedded
+
+    def enter(self, sites: Sequence[Site]) -> None:
+        """Take the dense model's stream through the layer of `sites`."""
+        if not self.follows_dense:
+            return
+        layer = sites[0].layer
+        stream = self.shelf.pop(f"{layer}.{self.name}.dense").to(self.runner.device_of(layer), non_blocking=True)
+        readers = [site.sources[0].linear for site in sites] if self.follows_inputs else []
+        with outputs_of(site.projection for site in sites) as outputs, inputs_of(readers) as inputs:
+            after = self.runner.run(layer, self.batch, stream)
+        for place, read in enumerate(inputs):
+            self.shelf[f"{self.name}.{place}.inputs"] = read
+        for place, output in enumerate(outputs[:-1], start=1):
+            stream = stream + output.view_as(stream).to(stream.device)
+            self.shelf[f"{self.name}.{place}"] = stream
+        self.shelf[f"{layer + 1}.{self.name}.dense"] = after
+
+    def observe(
+        self, sites: Sequence[Site], place: int, projections: Projections
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the kept inputs of a projection of the pruned model, and what it leaves of the target as it is:
+        `[tokens, kept]` and `[tokens, out_features]`."""
+        inputs, written = self._run_before(sites[place].projection, sites, place, projections)
+        return self._kept_and_left(sites, place, projections, inputs, written)
+
+    def read(self, sites: Sequence[Site], place: int, projections: Projections) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the sources of a site read in the pruned model, and how far that is from what they read in the
+        dense one: both `[tokens, in_features]`."""
+        inputs, _ = self._run_before(sites[place].sources[0].linear, sites, place, projections)
+        dense = self.shelf[f"{self.name}.{place}.inputs"].to(inputs.device)
+        return self.batch.tokens(inputs), self.batch.tokens(dense).float() - self.batch.tokens(inputs).float()
+
+    def linearize(self, sites: Sequence[Site], place: int, projections: Projections) -> Linearized:
+        """Return what small changes of the sources of a pointwise site do to its projection's output, in the memory of
+        the host."""
+        site = sites[place]
+        kept = projections[site.key].kept
+        linears = [source.linear for source in site.sources]
+        with torch.inference_mode(False), torch.no_grad(), inputs_of(linears[:1]) as read, _leaves(linears) as outputs:
+            features, written = self._run_before(site.projection, sites, place, projections)
+            leaves = [outputs[linear] for linear in linears]
+            # A feature sees its own row alone, so the gradient of their sum holds the derivatives of all of them.
+            derivatives = torch.autograd.grad(features, leaves, torch.ones_like(features), materialize_grads=True)
+        slopes = [
+            self.batch.tokens(derivative)[:, source.kept_index(site.num_units, kept).to(derivative.device)]
+            for source, derivative in zip(site.sources, derivatives)
+        ]
+        # A source may hold the rows of several, one behind the other: its segments.
+        by_row = [each for found in slopes for each in found.split(len(kept), dim=1)]
+        _, residual = self._kept_and_left(sites, place, projections, features.detach(), written)
+        inputs, by_source = (_in_float32_at_most(each) for each in (self.batch.tokens(read[0]), torch.stack(by_row)))
+        return Linearized(on_host(inputs), on_host(by_source), on_host(residual.float()))
+
+    def leave(self, sites: Sequence[Site], projections: Projections) -> None:
+        """Take the pruned model's stream through the layer of `sites`."""
+        layer = sites[0].layer
+        pruned = self.shelf.pop(f"{layer}.{self.name}.pruned")
+        with replaced_projections(sites, projections):
+            self.shelf[f"{layer + 1}.{self.name}.pruned"] = self.runner.run(layer, self.batch, pruned)
+        for place in range(len(sites)):
+            if self.follows_dense and place:
+                self.shelf.forget(f"{self.name}.{place}")
+            if self.follows_inputs:
+                self.shelf.forget(f"{self.name}.{place}.inputs")
+
+    def _run_before(
+        self, module: nn.Module, sites: Sequence[Site], place: int, projections: Projections
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run the layer in the pruned model up to `module`: what would go in, and what sites before have written."""
+        with (
+            replaced_projections(sites, projections),
+            outputs_of(earlier.projection for earlier in sites[:place]) as written,
+            stopped_before(module) as stop,
+        ):
+            self.runner.run(sites[0].layer, self.batch, self.shelf[f"{sites[0].layer}.{self.name}.pruned"])
+        return stop.inputs, written
+
+    def _kept_and_left(self, sites, place, projections, inputs, written) -> tuple[torch.Tensor, torch.Tensor]:
+        site, inputs = sites[place], self.batch.tokens(inputs)
+        new, columns = projections[site.key], site.kept_features(projections[site.key].kept)
+        kept = inputs[:, columns]
+        if not self.follows_dense:
+            return kept, F.linear(inputs[:, ~columns], site.projection.weight[:, ~columns])
+        device = new.weight.device
+        pruned = self.shelf[f"{site.layer}.{self.name}.pruned"]
+        target = self._dense_behind(sites, place).to(device).float() - pruned.to(device).float()
+        for output in written:
+            target -= output.view_as(target).to(device).float()
+        return kept, self.batch.tokens(target) - F.linear(kept, new.weight, new.bias).float()
+
+    def _dense_behind(self, sites, place) -> torch.Tensor:
+        last = place == len(sites) - 1
+        return self.shelf[f"{sites[0].layer + 1}.{self.name}.dense" if last else f"{self.name}.{place + 1}"]
+
+
+def _in_float32_at_most(values: torch.Tensor) -> torch.Tensor:
+    return values.float() if values.dtype.itemsize > 4 else values
+
+
+@contextmanager
+def _leaves(linears: Iterable[nn.Module]) -> Iterator[dict[nn.Module, torch.Tensor]]:
+    """Gather the outputs of `linears` in the block, and let what is computed from them, and nothing before, be
+    differentiable by them."""
+    before, leaves = torch.is_grad_enabled(), {}
+
+    def hook(module, _args, output):
+        # A copy, since outputs of inference mode cannot be differentiated by.
+        leaves[module] = output.detach().clone().requires_grad_()
+        torch.set_grad_enabled(True)
+        return leaves[module]
+
+    handles = [linear.register_forward_hook(hook) for linear in linears]
+    try:
+        yield leaves
+    finally:
+        torch.set_grad_enabled(before)
+        for handle in handles:
+            handle.remove()

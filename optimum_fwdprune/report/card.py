@@ -1,0 +1,298 @@
+"""The model card of a pruned checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from transformers import PreTrainedModel
+
+from ..allocation.composing import EARLIER
+from ..allocation.plan import ATTENTION_NAMES, PLAN_NAME, PruningPlan
+from ..architectures.site import ATTENTION, KINDS, MLP
+from ..checkpoint.hub import CARD_NAME, LICENSES_THAT_NAME, Base
+from ..checkpoint.record import Record
+from ..checkpoint.reproduction import INPUTS, reproduction_of
+from ..evaluation import Comparison
+from ..reconstruction.reconstruct import BIAS, INDEPENDENT, NONE
+from ..recovery.options import DISTILL
+from ..request.choices import SEARCH
+from ..request.config import CONFIG_NAME
+from ..scoring.methods import get_method
+from . import (
+    PruningReport,
+    calibration_in_words,
+    plan_table,
+    plot_plan,
+)
+
+
+PICTURE_NAME = "kept_units.png"
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    model: PreTrainedModel,
+    record: Record,
+    report: PruningReport | None,
+    base: Base | None,
+    comparison: Comparison | None,
+) -> None:
+    """Write a checkpoint's model card, its picture, and the base's licence into its folder.
+
+    Args:
+        folder (`Path`): of the checkpoint.
+        name (`str`): what it is loaded by: a repository, or a folder's name.
+        model (`PreTrainedModel`): the pruned model.
+        record (`Record`): how it was pruned, and trained afterwards.
+        report (`PruningReport`, *optional*): sizes before and after.
+        base (`Base`, *optional*): what was pruned.
+        comparison (`Comparison`, *optional*): what was measured; the last model is this one.
+    """
+    if record.plan is not None and importlib.util.find_spec("matplotlib"):
+        plot_plan(record.plan, folder / PICTURE_NAME)
+    for file, content in base.legal_files.items() if base else ():
+        (folder / file).write_bytes(content)
+    sections = [
+        _introduction(name, record, report, base),
+        _loading(name, model),
+        _sizes(report),
+        _measured(comparison),
+        _kept(record, folder / PICTURE_NAME),
+        _reproduction(name, record, report, base),
+        _limits(record, report, base),
+    ]
+    data = _metadata(name, model, base, comparison)
+    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+    (folder / CARD_NAME).write_text(text, encoding="utf-8")
+
+
+def _metadata(name: str, model: PreTrainedModel, base: Base | None, comparison: Comparison | None) -> ModelCardData:
+    measured: Sequence[Any] = comparison.evaluations[-1:] if comparison else ()
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset.lower().replace(" ", "-"),
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for evaluation in measured
+        for dataset, metric, value in (
+            *((text, "perplexity", loss.perplexity) for text, loss in evaluation.texts.items()),
+            *((score.task, score.metric, score.value) for score in evaluation.tasks),
+        )
+    ]
+    carried_over: dict[str, Any] = dict(base.license) if base else {}
+    return ModelCardData(
+        base_model=base.name if base and base.is_repository else None,
+        library_name="transformers",
+        pipeline_tag="text-generation" if model.can_generate() else None,
+        tags=["pruned", "optimum-fwdprune"],
+        model_name=name.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+        **carried_over,
+    )
+
+
+def _introduction(name: str, record: Record, report: PruningReport | None, base: Base | None) -> str:
+    of = f"`{base.name}`" if base else "a dense model"
+    if base and base.is_repository:
+        of = f"[{base.name}](https://huggingface.co/{base.name})"
+    wanted = LICENSES_THAT_NAME.get(base.license.get("license", "")) if base else None
+    sentences = [
+        f"This is {of}, made smaller by structured pruning with optimum-fwdprune.",
+        *_what_was_removed(record.plan),
+        *_how_units_were_chosen(record, report),
+        *_what_became_of_the_weights(record),
+        *_how_it_was_trained(record),
+    ]
+    text = f"# {name.rpartition('/')[2]}\n\n{' '.join(sentences)}"
+    return text + (f"\n\n**Built with {wanted}.**" if wanted else "")
+
+
+def _what_was_removed(plan: PruningPlan | None) -> Iterator[str]:
+    if plan is None:
+        return
+    names = {ATTENTION: ATTENTION_NAMES[plan.attention_unit], MLP: "MLP channels"}
+    removed = [kind for kind in KINDS if any(plan.removed(key) for key in plan.kept if key[1] == kind)]
+    kept = [kind for kind in KINDS if kind not in removed and any(key[1] == kind for key in plan.kept)]
+    if removed:
+        text = " and ".join(names[kind] for kind in removed)
+        rest = f", and all {names[kept[0]]} were kept" if kept else ""
+        yield f"{text[0].upper()}{text[1:]} were removed for good{rest}."
+    else:
+        yield "No unit was removed: every layer keeps its size."
+
+
+def _how_units_were_chosen(record: Record, report: PruningReport | None) -> Iterator[str]:
+    config, plan = record.config, record.plan
+    if config is None or plan is None or not any(map(plan.removed, plan.kept)):
+        return
+    if plan.metadata.get("replayed"):
+        yield "Which ones was read from a plan that was made before."
+        return
+    means = "with back-propagation" if get_method(config.method).differentiates(config) else "with forward passes only"
+    rounds = f" in {config.rounds} rounds" if config.rounds > 1 else ""
+    yield f"The method `{config.method}` chose them{rounds}, {means}."
+    if config.resolved_scope == SEARCH:
+        yield "How much each layer lost was found by a search that compared whole pruned models."
+    if text := _calibration_of(record, report):
+        yield f"It was calibrated on {calibration_in_words(text)}."
+
+
+def _what_became_of_the_weights(record: Record) -> Iterator[str]:
+    config = record.config
+    if config is None:
+        return
+    metadata = record.plan.metadata if record.plan is not None else {}
+    earlier = metadata.get(EARLIER) or []
+    was_pruned = bool(earlier or (metadata.get(INPUTS) or {}).get("was_pruned"))
+    if was_pruned:
+        yield "The model had been pruned before, and this pruning started from the weights that it had then."
+    for recovery in (each.get("recovery") for each in earlier):
+        if recovery:
+            yield f"Before this pruning it had been trained {_training_in_words(recovery)}."
+    if config.reconstruction == NONE:
+        yield f"The weights that were kept are those of the {'model before it' if was_pruned else 'dense model'}."
+    elif config.reconstruction == BIAS:
+        yield "Biases of the output projections replace the mean output of what was removed."
+    else:
+        order = " one layer after the other" if config.reconstruction_order != INDEPENDENT else ""
+        what = "the output projections, and the linears before them," if config.refit_sources else "output projections"
+        yield f"The kept columns of {what} were refitted by least squares{order}."
+
+
+def _how_it_was_trained(record: Record) -> Iterator[str]:
+    recovery = record.outcome.get("recovery")
+    if not recovery:
+        return
+    yield f"Afterwards it was trained {_training_in_words(recovery)}."
+
+
+def _training_in_words(recovery: Mapping[str, Any]) -> str:
+    what = "with LoRA adapters, which are merged into the weights," if recovery.get("adapters") else "in all weights"
+    if frozen := recovery.get("frozen"):
+        what = f"in part, with {frozen} frozen,"
+    steps = f" for {recovery['steps']} steps" if "steps" in recovery else ""
+    data = f" on `{recovery['dataset']}`" if "dataset" in recovery else ""
+    towards = ", towards the predictions of the dense model" if recovery.get("mode") == DISTILL else ""
+    return f"{what}{steps}{data}{towards}"
+
+
+def _calibration_of(record: Record, report: PruningReport | None) -> str | None:
+    """Name of the calibration data."""
+    if report is not None:
+        return report.calibration
+    recorded = (record.plan.metadata.get("calibration") if record.plan else None) or {}
+    return recorded.get("source")
+
+
+def _loading(name: str, model: PreTrainedModel) -> str:
+    auto = model.config.auto_map or {}
+    auto_class = next((each for each in auto if each.endswith(type(model).__name__.rpartition("For")[2])), "AutoModel")
+    return f"""## Load it
+
+```python
+# 1. Without optimum-fwdprune: transformers runs the modelling code that lies beside the weights.
+from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+```
+
+```python
+# 2. With optimum-fwdprune, and no remote code.
+import optimum_fwdprune
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{name}")
+```
+
+```python
+# 3. To prune further, recover or evaluate.
+from optimum_fwdprune import FwdPruner
+
+pruner = FwdPruner.from_pretrained("{name}")
+```
+
+Layers of different sizes need transformers 5.14 or later."""
+
+
+def _sizes(report: PruningReport | None) -> str:
+    if report is None:
+        return ""
+    rows = [
+        ("", "before", "after"),
+        ("---", "---:", "---:"),
+        ("parameters", f"{report.parameters_before:,}", f"{report.parameters_after:,}"),
+        (
+            "of them prunable",
+            f"{report.prunable_parameters:,}",
+            f"{report.prunable_parameters - report.removed_parameters:,}",
+        ),
+        ("weights, MB", f"{report.bytes_before / 1e6:,.1f}", f"{report.bytes_after / 1e6:,.1f}"),
+    ]
+    if report.speedup is not None:
+        rows.append(("prefill, times as fast", "1.00", f"{report.speedup.measured:.2f}"))
+    return "## Size\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _measured(comparison: Comparison | None) -> str:
+    return f"## Measured\n\n{comparison.to_markdown().rstrip()}" if comparison else ""
+
+
+def _kept(record: Record, picture: Path) -> str:
+    if record.plan is None:
+        return ""
+    shown = f"![kept units by layer]({picture.name})\n\n" if picture.exists() else ""
+    return f"## What each layer kept\n\n{shown}```\n{plan_table(record.plan)}\n```"
+
+
+def _reproduction(name: str, record: Record, report: PruningReport | None, base: Base | None) -> str:
+    repository = base.name if base and base.is_repository else None
+    made = reproduction_of(record, _calibration_of(record, report), repository)
+    if made is None:
+        return ""
+    text = "## Make it again\n\n"
+    if made.command is not None:
+        text += f"```bash\n{made.command}\n```\n\n"
+    else:
+        text += f"{made.notes[0]}\n\n" + _python_of(name, repository)
+    notes = made.notes if made.command is not None else made.notes[1:]
+    versions = (record.plan.metadata.get("versions") if record.plan else None) or {}
+    if versions:
+        listed = ", ".join(f"{package.replace('_', '-')} {version}" for package, version in versions.items())
+        notes = [*notes, f"The same weights come of the same versions ({listed}) on the same kind of device."]
+    text += "\n".join(f"- {note}" for note in notes)
+    text += (
+        f"\n\n`{CONFIG_NAME}` is the request, and `{PLAN_NAME}` lists the units that were kept: `--plan` replays it, "
+        f"and refits weights where `--reconstruction` is named."
+    )
+    if recovery := record.outcome.get("recovery"):
+        lines = "\n".join(f"- {name}: {value}" for name, value in recovery.items())
+        text += f"\n\nTrained afterwards, as `optimum-cli fwdprune recover` does:\n\n{lines}"
+    return text
+
+
+def _python_of(name: str, repository: str | None) -> str:
+    return f"""```python
+from optimum_fwdprune import FwdPruner, PruningConfig
+
+pruner = FwdPruner.from_pretrained("{repository or "MODEL"}")
+pruner.prune(PruningConfig.from_pretrained("{name}"), dataset=DATASET)
+```
+
+"""
+
+
+def _limits(record: Record, report: PruningReport | None, base: Base | None) -> str:
+    text = "## Limits\n\nPruning costs quality"
+    if _calibration_of(record, report):
+        text += ", and more on text unlike the calibration text"
+    text += ". Alignment and safety of the base were not tested again."
+    return text + (" The base's licence applies." if base and base.license else "")

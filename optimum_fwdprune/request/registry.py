@@ -1,0 +1,118 @@
+"""What is known by name: methods, and presets of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..words import did_you_mean
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered criterion.
+
+    Args:
+        config_class (`type[PruningConfig]`): its config; the class attribute `method` is its name.
+        score (`Callable[[ScoringInputs], dict[SiteKey, Tensor] | UnitScores]`): higher scores are kept; one float
+            tensor `[num_units]` per site.
+        statistics (`tuple[str, ...]`): what it needs measured on the calibration tokens, of
+            `optimum_fwdprune.forward.statistics.KINDS_OF_STATISTICS`.
+        calibrated (`bool`): it needs the calibration tokens themselves; statistics imply them.
+        additive (`bool` or `Callable[[PruningConfig], bool]`): scores of different units add up to the score of their
+            removal, so that units of unequal size compete by score per parameter; otherwise by score alone. A
+            function where it depends on the options.
+        learns_split (`bool`): it learns how the budget is split over the layers, so `scope=None` means `"global"`.
+        differentiates (`Callable[[PruningConfig], bool]`): whether it back-propagates under the options of a config,
+            which no offloaded weight allows.
+    """
+
+    config_class: type[Any]
+    score: Callable[..., Any]
+    statistics: tuple[str, ...] = ()
+    calibrated: bool = False
+    additive: bool | Callable[[Any], bool] = True
+    learns_split: bool = False
+    differentiates: Callable[[Any], bool] = lambda _config: False
+
+    @property
+    def summary(self) -> str:
+        """What it does in one line: the first of its config's docstring."""
+        return (self.config_class.__doc__ or "").strip().partition("\n")[0]
+
+    def is_additive(self, config: Any) -> bool:
+        """Whether its scores add up under the options of `config`."""
+        return self.additive(config) if callable(self.additive) else self.additive
+
+
+METHODS: dict[str, Method] = {}
+
+
+def get_method(name: str) -> Method:
+    """Return the method registered as `name`.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    if not isinstance(name, str) or name not in METHODS:
+        near = did_you_mean(str(name), METHODS)
+        if isinstance(name, str) and name in PRESETS:
+            near = f" {name!r} is a preset and not a method; write PruningConfig.from_preset({name!r})."
+        raise ValueError(f"method must be one of {', '.join(registered_methods())}; got {name!r}.{near}")
+    return METHODS[name]
+
+
+def registered_methods() -> list[str]:
+    """Return the names of the registered methods."""
+    return sorted(METHODS)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named set of overrides of the defaults.
+
+    Args:
+        fields (`dict[str, Any]`): what it overrides; a preset that does not name a method goes with every one.
+        help (`str`): what it is for, in one line.
+    """
+
+    fields: dict[str, Any]
+    help: str
+
+    def described(self) -> str:
+        """Return what it is for and what it overrides, as options of the command line."""
+        options = []
+        for name, value in self.fields.items():
+            if isinstance(value, bool):
+                options.append(f"--{'' if value else 'no-'}{name}")
+            else:
+                options.append(" ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])]))
+        return f"{self.help} Overrides: {' '.join(options) or 'nothing'}."
+
+
+PRESETS: dict[str, Preset] = {}
+
+
+def register_preset(name: str, help: str, **fields) -> None:
+    """Make a set of overrides known under `name`, for `prune(name)`, `PruningConfig.from_preset` and `--preset`."""
+    PRESETS[name] = Preset(fields, help)
+
+
+def get_preset(name: str) -> Preset:
+    """Return the preset registered as `name`.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    if not isinstance(name, str) or name not in PRESETS:
+        near = did_you_mean(str(name), PRESETS)
+        if isinstance(name, str) and name in METHODS:
+            near = f" {name!r} is a method and not a preset; pass method={name!r}."
+        raise ValueError(f"preset must be one of {', '.join(registered_presets())}; got {name!r}.{near}")
+    return PRESETS[name]
+
+
+def registered_presets() -> list[str]:
+    """Return the names of the registered presets."""
+    return sorted(PRESETS)

@@ -1,0 +1,1 @@
+"""Scores of units: one file per method, and the estimators that methods share."""

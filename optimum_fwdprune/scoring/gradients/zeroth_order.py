@@ -1,0 +1,268 @@
+"""Gradients from forward passes: simultaneous perturbation, as MeZO does it (arXiv 2305.17333).
+
+A draw shifts everything at once along its noise `z`, once in each direction. The two losses give one number,
+`c = [L(+εz) - L(-εz)] / 2ε`, the slope along `z`; the mean of `c z` over many draws is the gradient. Only the numbers
+are kept: the noise comes back from its seed, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ...data.calibration import Calibration
+from ...forward.losses import model_nll
+from ...runs import ranks
+from ...runs.loggers import get_logger
+from ...runs.progress import progress
+from ...runs.resume import Checkpoint, State
+from .perturbation import Perturbation
+
+
+logger = get_logger(__name__)
+
+# More rejected draws than this share of the request are an error.
+MAX_REJECTED = 0.25
+
+# The rounding floor is measured by repeating the first draws with ε stretched by this factor.
+STRETCH = 1.1
+
+# Above this share of the slopes' size, rounding is worth a warning.
+LOUD_ROUNDING = 0.5
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What remains of the draws.
+
+    Args:
+        indices (`list[int]`): the accepted draws; their noise comes from these numbers.
+        slopes (`Tensor[accepted]`, float64): `c` of each.
+        losses (`Tensor[accepted, 2]`, float64): mean negative log-likelihood at +ε and -ε, in nats per token.
+        rejected (`int`): draws with a loss that was not finite.
+        epsilon (`float`): step of the perturbation.
+        rounding_floor (`float`): what rounding alone contributes to a slope, one standard deviation.
+        converged (`bool`): the stopping rule ended the draws.
+    """
+
+    indices: list[int]
+    slopes: torch.Tensor
+    losses: torch.Tensor
+    rejected: int
+    epsilon: float
+    rounding_floor: float
+    converged: bool = False
+
+    def part(self, start: int, stop: int) -> Draws:
+        """Return the accepted draws from `start` to before `stop` alone."""
+        part = slice(start, stop)
+        return replace(self, indices=self.indices[part], slopes=self.slopes[part], losses=self.losses[part])
+
+    def gradient_sums(self, perturbation: Perturbation, index: int, groups: int = 1) -> torch.Tensor:
+        """Return Σ c z for one perturbed tensor, over every `groups`-th draw: `[groups, *shape]`, float32.
+
+        The sum over all groups, divided by the number of draws, is the gradient. It takes `groups` copies of a tensor.
+        """
+        sums: torch.Tensor | None = None
+        for position, (draw, slope) in enumerate(zip(self.indices, self.slopes.tolist())):
+            z = perturbation.noise(draw, index)
+            if sums is None:
+                wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+                sums = torch.zeros((groups, *z.shape), dtype=wide, device=z.device)
+            sums[position % groups].add_(z, alpha=slope)
+        assert sums is not None
+        return sums
+
+
+@torch.no_grad()
+def draw_slopes(
+    model: PreTrainedModel,
+    perturbation: Perturbation,
+    calibration: Calibration,
+    *,
+    draws: int,
+    epsilon: float,
+    windows_per_draw: int,
+    batch_size: int,
+    is_converged: Callable[[Draws], bool] | None = None,
+    check_every: int = 1,
+    checkpoint: Checkpoint | None = None,
+) -> Draws:
+    """Measure the loss on both sides of `draws` perturbations.
+
+    Draw `k` uses the `k`-th run of `windows_per_draw` calibration windows, from the start again after the last. Both
+    signs, and as many draws as fit, share one batched forward pass; how many that are changes nothing but rounding.
+    With several processes each measures a share of the draws, and all know all of them.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model in eval mode; it is not changed.
+        perturbation (`Perturbation`): what is shifted.
+        calibration (`Calibration`): the tokens.
+        draws (`int`): how many.
+        epsilon (`float`): step along the noise.
+        windows_per_draw (`int`): windows that both losses of a draw are the mean over.
+        batch_size (`int`): sequences per forward pass, of both signs together.
+        is_converged (*optional*): called with all draws so far, after every `check_every` of them; true ends it.
+        check_every (`int`, defaults to 1): see `is_converged`.
+        checkpoint (`Checkpoint`, *optional*): where the draws so far are kept.
+
+    Raises:
+        ValueError: where epsilon is too small for the model's dtype, naming one that works; or where more than
+            `MAX_REJECTED` of the draws met a loss that was not finite.
+    """
+    sampler = _Sampler(model, perturbation, calibration, windows_per_draw, batch_size)
+    in_a_batch = max(1, batch_size // (2 * windows_per_draw))
+    at_once = in_a_batch * ranks.world_size()
+    accepted: list[int] = []
+    losses: list[torch.Tensor] = []
+    done, rejected, rounding_floor = 0, 0, math.nan
+    stage = (checkpoint or Checkpoint()).stage("draws", calibration, noise=perturbation.generators)
+
+    def state() -> State:
+        numbers = {"indices": accepted, "done": done, "rejected": rejected, "rounding_floor": rounding_floor}
+        return {"losses": torch.stack(losses) if losses else torch.zeros(0, 2, dtype=torch.float64)}, numbers
+
+    def take_up(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> tuple[int, int, float]:
+        losses.extend(tensors["losses"])
+        accepted.extend(numbers["indices"])
+        return numbers["done"], numbers["rejected"], numbers["rounding_floor"]
+
+    def result(converged: bool = False) -> Draws:
+        measured = torch.stack(losses)
+        slopes = (measured[:, 0] - measured[:, 1]) / (2 * epsilon)
+        return Draws(list(accepted), slopes, measured, rejected, epsilon, rounding_floor, converged)
+
+    done, rejected, rounding_floor = stage.load(take_up) or (0, 0, math.nan)
+    converged = False
+    if is_converged is not None and accepted:
+        # It compares what it is shown with what it was shown before the run was interrupted.
+        for checked in range(max(1, done // check_every - 1) * check_every, done + 1, check_every):
+            shown = result().part(0, sum(draw < checked for draw in accepted))
+            converged = bool(shown.indices) and is_converged(shown) and checked == done
+    ends = draws if is_converged is None else check_every
+    portions = [
+        list(range(start, min(start + at_once, stretch + ends, draws)))
+        for stretch in range(0, draws, ends)
+        for start in range(stretch, min(stretch + ends, draws), at_once)
+    ]
+    # Processes may have become more or fewer.
+    total = len(portions)
+    portions = [left for portion in portions if (left := [draw for draw in portion if draw >= done])]
+    before = total - len(portions)
+    bar = progress([] if converged else portions, "Drawing perturbations", total=total, unit="batch", initial=before)
+    for portion in bar:
+        measured, window_differences = sampler.losses(portion, epsilon)
+        finite = measured.isfinite().all(1)
+        rejected += int((~finite).sum())
+        if rejected > MAX_REJECTED * draws:
+            raise ValueError(
+                f"{rejected} of {draws} draws gave a loss that is not finite at epsilon={epsilon:g} in {model.dtype}. "
+                f"Try a smaller epsilon; a float16 model that overflows runs in bfloat16 or float32."
+            )
+        if not accepted and finite.any():
+            _check_responds(sampler, portion, measured[finite], epsilon)
+            # On as many draws as a single process would take.
+            rounding_floor = sampler.rounding_floor(portion[:in_a_batch], epsilon, window_differences[:in_a_batch])
+        accepted += [draw for draw, good in zip(portion, finite.tolist()) if good]
+        losses += list(measured[finite])
+        done = portion[-1] + 1
+        stage.save_now_and_then(state)
+        if is_converged is not None and accepted and done % check_every == 0 and is_converged(result()):
+            converged = True
+            break
+    found = result(converged)
+    _report(found, model.dtype)
+    return found
+
+
+class _Sampler:
+    """Losses of perturbed models."""
+
+    def __init__(self, model, perturbation: Perturbation, calibration: Calibration, windows: int, batch_size: int):
+        self._model = model
+        self._perturbation = perturbation
+        self._calibration = calibration
+        self._windows = windows
+        self._batch_size = batch_size
+
+    def losses(self, draws: Sequence[int], epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean losses `[draws, 2]` at +ε and -ε, and their differences by window `[draws, windows]`."""
+        nll = torch.zeros(len(draws), self._windows, 2, dtype=torch.float64)
+        counts = torch.zeros(len(draws), self._windows, dtype=torch.float64)
+        rows = [
+            (place, window, side)
+            for place in ranks.own(range(len(draws)))
+            for window in range(self._windows)
+            for side in range(2)
+        ]
+        available = len(self._calibration.input_ids)
+        for start in range(0, len(rows), self._batch_size):
+            # Neighbours share their noise: both signs of a draw, and before that all windows of a sign.
+            batch = sorted(rows[start : start + self._batch_size], key=lambda row: (row[0], row[2]))
+            places, windows, sides = zip(*batch)
+            numbers = torch.tensor([(draws[place] * self._windows + window) % available for place, window, _ in batch])
+            with self._perturbation.applied(
+                [draws[place] for place in places], [epsilon if side == 0 else -epsilon for side in sides]
+            ):
+                sums, tokens = self._nll(numbers)
+            nll[places, windows, sides] = sums
+            counts[places, windows] = tokens
+        nll, counts = ranks.summed(nll), ranks.summed(counts)
+        totals = counts.sum(1, keepdim=True)
+        if not totals.all():
+            raise ValueError("A draw met windows of nothing but padding; raise windows_per_draw or drop them.")
+        return nll.sum(1) / totals, (nll[..., 0] - nll[..., 1]) / totals
+
+    def rounding_floor(self, draws: Sequence[int], epsilon: float, differences: torch.Tensor) -> float:
+        """Return the standard deviation that rounding gives to a slope.
+
+        Stretching ε stretches a smooth loss's difference alike; what is left over is rounding, and at a large ε the
+        third derivative.
+        """
+        _, stretched = self.losses(draws, STRETCH * epsilon)
+        left_over = (stretched - STRETCH * differences).square().sum(1) / (1 + STRETCH**2)
+        return float(left_over[left_over.isfinite()].mean().sqrt()) / (2 * epsilon)
+
+    def _nll(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sums, counts = model_nll(self._model, *self._calibration.windows(numbers))
+        return sums.cpu(), counts.double().cpu()
+
+
+def _check_responds(sampler: _Sampler, draws: list[int], losses: torch.Tensor, epsilon: float) -> None:
+    """Raise `ValueError` where no draw moved the loss, naming an epsilon that does."""
+    if (losses[:, 0] != losses[:, 1]).any():
+        return
+    works = epsilon * 10
+    while works <= 1:
+        _, differences = sampler.losses(draws, works)
+        slope = float(differences.sum(1).square().mean().sqrt()) / (2 * works)
+        if slope > 0 and sampler.rounding_floor(draws, works, differences) < LOUD_ROUNDING * slope:
+            raise ValueError(
+                f"epsilon={epsilon:g} is lost in rounding: the loss is {float(losses[0, 0]):.6g} on both sides. "
+                f"epsilon={works:g} works for this model in its dtype."
+            )
+        works *= 10
+    raise ValueError(
+        f"The loss is {float(losses[0, 0]):.6g} on both sides of every perturbation up to epsilon=1: this model does "
+        f"not depend on what is perturbed, or its dtype is too coarse for it; try float32."
+    )
+
+
+def _report(draws: Draws, dtype: torch.dtype) -> None:
+    if draws.rejected:
+        logger.warning("%d draws were rejected because their loss was not finite.", draws.rejected)
+    size = float(draws.slopes.square().mean().sqrt())
+    if draws.rounding_floor > LOUD_ROUNDING * size:
+        logger.warning(
+            "Rounding in %s makes up about %.2g of slopes of size %.2g at epsilon=%g. A larger epsilon, or a model in "
+            "float32, measures more than noise.",
+            dtype,
+            draws.rounding_floor,
+            size,
+            draws.epsilon,
+        )

@@ -1,0 +1,257 @@
+"""Policy-gradient pruning: keep probabilities learned by forward passes (arXiv 2406.10576)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from ...request.config import PruningConfig, option, register_method
+from ...request.registry import get_method, register_preset, registered_methods
+from .scoring import ScoringInputs, UnitScores
+
+
+# Units have thousands of times as many numbers to learn from the same losses: larger steps drown them in noise.
+LEARNING_RATES = {"ratio": 0.05, "unit": 0.02}
+
+
+@dataclass
+class PolicyGradientConfig(PruningConfig):
+    """Keep probabilities of units are learned from the losses of random masks, without back-propagation.
+
+    `parametrization="unit"` is the paper's: the score of a unit is its learned keep probability. `"ratio"` learns a
+    keep ratio per site, of units that the metric ranks: fewer numbers, which take fewer steps. A unit's score is then
+    by how much its site's ratio exceeds its rank.
+
+    `scope` and `budget` say between which units probability may move: `scope="global", budget="separate"` is the
+    paper's, one budget for all heads and one for all channels; `budget="joint"` weighs units by their parameters.
+    """
+
+    method: str = "policy_gradient"
+    scope: str | None = option(
+        None,
+        "Whether every layer keeps its share (layer) or layers compete for one budget (global). Default: global, and "
+        "layer where layout is stock.",
+        ("layer", "global"),
+    )
+    parametrization: str = option(
+        "ratio",
+        "What is learned: a keep ratio per site whose units the metric ranks, or a keep probability per unit.",
+        ("ratio", "unit"),
+    )
+    ratio_spread: float = option(0.1, "Standard deviation of the ratios drawn under parametrization=ratio.")
+    steps: int = option(300, "Updates of the probabilities; each costs masks_per_step forward passes of its windows.")
+    learning_rate: float | None = option(
+        None, "Step size of plain SGD, falling to 0 along a cosine. Default: 0.05 for ratios, 0.02 for units."
+    )
+    estimator: str = option(
+        "leave_one_out",
+        "Baseline of a mask's loss: the other masks of the step, or the paper's moving average.",
+        ("leave_one_out", "moving_average"),
+    )
+    masks_per_step: int = option(4, "Masks drawn per step, all on the same windows.")
+    antithetic: bool = option(False, "Draw masks in pairs of opposites.")
+    windows_per_step: int = option(2, "Calibration windows per step.")
+    baseline_horizon: float = option(5.0, "Steps that the moving average looks back.")
+    initialization: str = option(
+        "sigmoid",
+        "How the metric's scores become probabilities, or start without a metric.",
+        ("sigmoid", "min_max", "constant", "random"),
+    )
+    metric: str = option("wanda_sp", "Method whose scores the probabilities start from.")
+    metric_samples: int | None = option(None, "Calibration windows that the metric is measured on. Default: all.")
+    stop_when_flat: int | None = option(
+        None,
+        "Stop once three stretches of so many steps in a row had a mean loss no lower than the best before. Default: "
+        "never.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (
+            ("steps", 0),
+            ("masks_per_step", 2),
+            ("windows_per_step", 1),
+            ("metric_samples", 1),
+            ("stop_when_flat", 2),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                reason = " A mask's baseline is the loss of another one." if name == "masks_per_step" else ""
+                raise ValueError(f"{name} must be at least {least}; got {value}.{reason}")
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive; got {self.learning_rate}.")
+        if self.baseline_horizon < 1:
+            raise ValueError(f"baseline_horizon must be at least 1 step; got {self.baseline_horizon}.")
+        if self.ratio_spread <= 0:
+            raise ValueError(f"ratio_spread must be positive; got {self.ratio_spread}.")
+        if self.parametrization == "ratio" and self.resolved_scope == "layer" and not self._kinds_trade:
+            reason, way_out = "scope='layer'", "use scope='global' or budget='joint', or parametrization='unit'"
+            if self.layout == "stock":
+                reason, way_out = "layout='stock'", "use parametrization='unit', or leave out layout='stock'"
+            raise ValueError(
+                f"parametrization='ratio' moves ratios between sites, and {reason} with a budget for each kind leaves "
+                f"every site on its own; {way_out}."
+            )
+        if self.antithetic and self.estimator == "moving_average":
+            raise ValueError(
+                "antithetic masks cancel their partners' deviations, which the moving average does not allow for; use "
+                "estimator='leave_one_out'."
+            )
+        if self.antithetic and (self.masks_per_step % 2 or self.masks_per_step < 4):
+            raise ValueError(
+                f"antithetic masks come in pairs, and a pair's baseline is another pair: masks_per_step must be 4, 6, "
+                f"...; got {self.masks_per_step}."
+            )
+        if self.metric == self.method or self.metric not in _metrics():
+            raise ValueError(f"metric must be one of {', '.join(_metrics())}; got {self.metric!r}.")
+
+    @property
+    def _kinds_trade(self) -> bool:
+        return self.budget == "joint" and not self.has_budget_per_kind and len(self.resolved_kinds) > 1
+
+    @classmethod
+    def paper(cls, **fields) -> PolicyGradientConfig:
+        """Return the settings of the paper's released scripts, the preset `"policy-gradient-paper"`.
+
+        2 masks per step on 8 x 128 tokens, moving-average baseline over 5 steps, learning rate 2e-3 (LLaMA-2-7B; 6e-3
+        for LLaMA-3-8B), 15,000 steps over 120,000 sequences of C4, probabilities from Wanda-sp on 128 x 1024 tokens
+        through a sigmoid, separate global budgets of KV groups and channels, no reconstruction, seed 42.
+        """
+        config = cls.from_preset("policy-gradient-paper", **fields)
+        assert isinstance(config, cls)
+        return config
+
+
+def _metrics() -> list[str]:
+    return [name for name in registered_methods() if name != "policy_gradient"]
+
+
+def score(inputs: ScoringInputs) -> UnitScores:
+    import torch
+
+    from ...allocation.allocate import prunable_sites
+    from ..learning.mask_learning import (
+        Progress,
+        Schedule,
+        history_by_site,
+        learn_rates,
+    )
+
+    config = inputs.config
+    learned = prunable_sites(inputs.sites, config)
+    if not learned:
+        return UnitScores({site.key: torch.ones(site.num_units, dtype=torch.float32) for site in inputs.sites})
+    stage = inputs.checkpoint.stage("policy_gradient", inputs.calibration)
+    # Whatever is wrong with it shows before anything is measured.
+    found = stage.load(Progress.of)
+    policy, rates = _policy(inputs, learned, _metric_scores(inputs))
+    state = found or Progress(0, rates)
+    own = {field.name for field in dataclasses.fields(config)}
+    options: dict = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(Schedule) if field.name in own
+    }
+    options["prunable_parameters"] = sum(site.num_parameters for site in inputs.sites)
+    options["learning_rate"] = config.learning_rate or LEARNING_RATES[config.parametrization]
+    schedule = Schedule(**options)
+    learn_rates(inputs.model, learned, inputs.calibration, policy, state, schedule, stage)
+    scores = policy.scores(state.rates).split([site.num_units for site in learned])
+    values = {site.key: part for site, part in zip(learned, scores)}
+    # What the request leaves alone is kept for certain.
+    left_alone = [site for site in inputs.sites if site.key not in values]
+    values |= {site.key: torch.ones(site.num_units, dtype=torch.float32) for site in left_alone}
+    details: dict = {"steps": state.step, "skipped_steps": state.skipped, "rejected_masks": state.rejected}
+    if state.step:
+        details["expected_loss"] = state.expected_loss
+        details["entropy_bits"] = float(state.history["entropy"][-1])
+    return UnitScores(values, details=details, history=history_by_site(state, learned))
+
+
+def _metric_scores(inputs: ScoringInputs) -> dict:
+    """The scores that the probabilities start from, by the metric's own config and on its own statistics."""
+    from ...data.calibration import Calibration
+    from ...forward.layerwise import gather_statistics
+    from ...forward.statistics import PlacedStatistics
+
+    method = get_method(inputs.config.metric)
+    shared = {field.name for field in dataclasses.fields(PruningConfig)} - {"method"}
+    config = method.config_class(**{name: getattr(inputs.config, name) for name in shared})
+    input_ids, attention_mask = inputs.calibration.windows(slice(inputs.config.metric_samples))
+    tokens = Calibration(input_ids, attention_mask, inputs.calibration.source)
+    gathered: dict = {}
+    if method.statistics:
+        (gathered,) = gather_statistics(
+            inputs.model, inputs.sites, [tokens], config.batch_size, method.statistics, inputs.checkpoint
+        )
+    statistics = PlacedStatistics(inputs.sites, gathered)
+    found = method.score(dataclasses.replace(inputs, config=config, calibration=tokens, statistics=statistics))
+    return dict(found.values if isinstance(found, UnitScores) else found)
+
+
+def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
+    """What the masks are drawn from, and the keep rates to start from."""
+    from ...allocation.allocate import fewest_units
+    from ..learning.policies import (
+        RatioPolicy,
+        Ratios,
+        UnitPolicy,
+        budgets_of,
+        even_rates,
+        initial_probabilities,
+    )
+    from ..learning.policy_gradient import FLOOR
+
+    config = inputs.config
+    metric = {key: values.cpu() for key, values in metric.items()}
+    kept = inputs.keep(metric)
+    if config.parametrization == "ratio":
+        floors = [fewest_units(site, config) / site.num_units for site in sites]
+        budgets = budgets_of(sites, kept, config, [1] * len(sites), floors, exact=True)
+        if all(len(budget.members) == 1 for budget in budgets):
+            raise ValueError(
+                "parametrization='ratio' moves ratios between sites, and every site has a budget of its own here; use "
+                "budget='joint', prune more layers, or use parametrization='unit'."
+            )
+
+        def keep(scores):
+            return inputs.keep(metric | scores)
+
+        return RatioPolicy(Ratios(sites, metric, keep), budgets, config.ratio_spread), even_rates(budgets, len(sites))
+    sizes = [site.num_units for site in sites]
+    budgets = budgets_of(sites, kept, config, sizes, [FLOOR] * len(sites), exact=False)
+    rates = [float(part[0]) for part in even_rates(budgets, sum(sizes)).split(sizes)]
+    scores = [metric[site.key] for site in sites]
+    return UnitPolicy(sites, budgets), initial_probabilities(scores, rates, config.initialization, config.seed)
+
+
+register_method(
+    PolicyGradientConfig,
+    score,
+    calibrated=True,
+    additive=False,
+    learns_split=True,
+)
+register_preset(
+    "policy-gradient-paper",
+    "The settings of the policy-gradient paper's released scripts.",
+    method="policy_gradient",
+    parametrization="unit",
+    steps=15_000,
+    learning_rate=2e-3,
+    estimator="moving_average",
+    masks_per_step=2,
+    windows_per_step=8,
+    baseline_horizon=5.0,
+    initialization="sigmoid",
+    metric="wanda_sp",
+    metric_samples=1024,
+    scope="global",
+    kinds=["attention", "mlp"],
+    budget="separate",
+    attention_unit="kv_group",
+    reconstruction="none",
+    calibration="c4",
+    n_samples=120_000,
+    seq_len=128,
+    batch_size=16,
+    seed=42,
+)

@@ -1,0 +1,26 @@
+"""Scores drawn at random: the floor that every criterion must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...request.config import PruningConfig, register_method
+from .scoring import ScoringInputs
+
+
+@dataclass
+class RandomConfig(PruningConfig):
+    """Units are removed at random, by `seed`."""
+
+    method: str = "random"
+
+
+def score(inputs: ScoringInputs) -> dict:
+    import torch
+
+    generator = torch.Generator().manual_seed(inputs.config.seed)
+    return {site.key: torch.rand(site.num_units, generator=generator, dtype=torch.float32) for site in inputs.sites}
+
+
+# Not additive: a head and a channel of equal score are equally likely to go.
+register_method(RandomConfig, score, additive=False)
