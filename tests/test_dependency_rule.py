@@ -1,4 +1,4 @@
-"""Imports point down only, commands stay light, and no algorithm knows an architecture (docs/design.md)."""
+"""A room imports only rooms below it, commands stay light, and no algorithm knows an architecture (docs/design.md)."""
 
 import ast
 from pathlib import Path
@@ -10,101 +10,57 @@ import optimum_fwdprune
 
 PACKAGE = Path(optimum_fwdprune.__file__).parent
 
-# Top to bottom. A module may import what stands below it, and siblings of its own folder.
-ORDER = [
+# Top to bottom: folders, and the modules that stand beside them.
+ROOMS = [
     "commands",
     "pruner",
-    "serving",
     "export",
-    "card",
-    "hub",
-    "planning",
-    "streaming",
-    "cutting",
-    "verification",
     "report",
+    "checkpoint",
     "recovery",
     "evaluation",
-    "reproduction",
-    "record",
-    "scores",
-    "methods",
-    "search",
-    "levels",
-    "divergence",
-    "latency",
-    "rounds",
-    "settling",
-    "allocation",
-    "surgery",
+    "planning",
+    "scoring",
+    "cutting",
     "reconstruction",
-    "sequential",
-    "streams",
-    "layerwise",
-    "gauss_newton",
-    "least_squares",
-    "mask_learning",
-    "policies",
-    "policy_gradient",
-    "sensitivity",
-    "zeroth_order",
-    "backprop",
-    "perturbation",
-    "gates",
-    "statistics",
-    "calibration",
-    "losses",
-    "checkpoints",
-    "texts",
-    "rows",
-    "chats",
-    "tokens",
-    "messages",
-    "saving",
-    "sources",
-    "tokenizing",
+    "allocation",
+    "forward",
+    "data",
     "loading",
-    "integrity",
-    "dispatching",
-    "placement",
-    "offloading",
-    "shelves",
-    "devices",
-    "budgets",
-    "composing",
-    "plan",
-    "configuration",
-    "registry",
     "architectures",
-    "wrapping",
-    "adapter_defaults",
     "models",
-    "utils",
-    "module_state",
-    "progress",
-    "loggers",
-    "offline",
-    "ranks",
+    "request",
+    "runs",
+    "files",
+    "words",
     "version",
 ]
+# The door of the package: what it imports is imported when it is first used.
+DOOR = ("__init__", "_auto_registration")
 # What nothing may import before a command or a score function runs.
 HEAVY = {"torch", "transformers", "datasets", "safetensors", "numpy"}
+LIGHT = (["commands"], ["scoring", "methods"], ["scoring"], ["request", "config"], ["request", "registry"])
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def module_of(path):
-    """`optimum_fwdprune/scoring/methods/flap.py` -> `["methods", "flap"]`."""
+    """`optimum_fwdprune/scoring/methods/flap.py` -> `["scoring", "methods", "flap"]`."""
     parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
+def room_of(path):
+    return (module_of(path) or ["__init__"])[0]
+
+
 def imports_of(path, at_run_time_only=False):
-    """Absolute names of what a file imports, those in functions included; annotations' imports are not."""
+    """Absolute names of the modules that a file imports, those in functions and for annotations included."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        if for_types or (at_run_time_only and isinstance(node, ast.FunctionDef)):
-            node.body = []
+    if at_run_time_only:
+        for node in ast.walk(tree):
+            for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+            if for_types or isinstance(node, ast.FunctionDef):
+                node.body = []
     package = ["optimum_fwdprune", *module_of(path)]
     if path.name != "__init__.py":
         package.pop()
@@ -113,26 +69,47 @@ def imports_of(path, at_run_time_only=False):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            base = base + (node.module or "").split(".") if node.module else base
-            # `from . import x` names modules, `from .x import y` names what stands in one.
-            yield from (".".join([*base, alias.name]) if not node.module else ".".join(base) for alias in node.names)
+            base = [*base, *(node.module or "").split(".")] if node.module else base
+            for alias in node.names:
+                # `from .room import module` names a module, `from .module import name` names what stands in one.
+                module = [*base, alias.name]
+                is_module = PACKAGE.parent.joinpath(*module).with_suffix(".py").exists()
+                yield ".".join(module if is_module else base)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_down(path):
-    own = (module_of(path) or ["__init__"])[0]
-    if own in ("__init__", "_auto_registration"):
+def test_a_room_imports_only_rooms_below_it(path):
+    own = room_of(path)
+    if own in DOOR:
         return
-    assert own in ORDER, f"{own} has no place in the order; give it one here and in docs/design.md"
     for name in imports_of(path):
         parts = name.split(".")
         if parts[0] == "optimum_fwdprune" and len(parts) > 1:
-            assert parts[1] == own or ORDER.index(parts[1]) > ORDER.index(own), f"{own} imports {name}"
+            assert parts[1] == own or ROOMS.index(parts[1]) > ROOMS.index(own), f"{own} imports {name}"
+
+
+def test_modules_of_a_room_import_each_other_without_cycles():
+    imports = {}
+    for path in FILES:
+        own = ".".join(["optimum_fwdprune", *module_of(path)])
+        imports[own] = {name for name in imports_of(path) if name != own}
+    settled = set()
+    while ready := [
+        name for name in imports if name not in settled and not (imports[name] & imports.keys()) - settled
+    ]:
+        settled |= set(ready)
+
+    assert sorted(imports.keys() - settled) == []
+
+
+def test_every_room_says_what_it_is_for():
+    for room in (path for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE):
+        assert ast.get_docstring(ast.parse(room.read_text(encoding="utf-8"))), room
 
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in FILES if module_of(path)[:1] in (["commands"], ["methods"], ["configuration"], [])],
+    [path for path in FILES if module_of(path) in LIGHT or module_of(path)[:-1] in LIGHT[:2] or not module_of(path)],
     ids=lambda path: str(path.relative_to(PACKAGE)),
 )
 def test_commands_methods_and_requests_import_nothing_heavy(path):
@@ -144,7 +121,7 @@ def test_the_models_folder_stands_alone():
     for path in (PACKAGE / "models").glob("*.py"):
         for name in imports_of(path):
             root = name.split(".")[0]
-            assert root in ("sys", "torch", "transformers", "huggingface_hub") or name.startswith(
+            assert root in ("__future__", "sys", "torch", "transformers", "huggingface_hub") or name.startswith(
                 "optimum_fwdprune.models."
             ), f"{path.name} imports {name}"
 
@@ -155,7 +132,7 @@ def test_no_algorithm_names_an_architecture():
     families = {name for name in families if (PACKAGE / "models" / f"pruned_{name}.py").exists()}
     assert families >= {"llama", "mistral", "opt", "bloom"}
     for path in FILES:
-        if module_of(path)[:1] in (["architectures"], ["models"], ["export"]):
+        if room_of(path) in ("architectures", "models", "export"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare):
@@ -164,13 +141,11 @@ def test_no_algorithm_names_an_architecture():
                 assert not families & compared, f"{path.name}: {text}"
 
 
-def test_the_order_is_the_one_in_the_documentation():
+def test_the_rooms_are_those_in_the_documentation():
     design = (PACKAGE.parent / "docs" / "design.md").read_text(encoding="utf-8")
     listing = design.partition("```\ncommands/")[2].partition("```")[0]
-    names = ["commands", *(line.split()[0].removesuffix("/").removesuffix(".py") for line in listing.splitlines()[1:])]
+    lines = ["commands/", *listing.splitlines()[1:]]
+    names = [line.split()[0].removesuffix("/").removesuffix(".py") for line in lines if not line.startswith(" ")]
 
-    assert [name for name in ORDER if name != "version"] == names
-    assert set(ORDER) == {(module_of(path) or ["__init__"])[0] for path in FILES} - {
-        "__init__",
-        "_auto_registration",
-    }
+    assert [name for name in ROOMS if name != "version"] == names
+    assert set(ROOMS) == {room_of(path) for path in FILES} - {*DOOR}

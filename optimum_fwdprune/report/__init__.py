@@ -2,10 +2,10 @@
 
 from ..words import render_table as render_table
 from .numbers import calibration_in_words as calibration_in_words
+from .outcome import Speedup as Speedup
 from .pictures import plot_history as plot_history
 from .pictures import plot_plan as plot_plan
 from .pruning import PruningReport as PruningReport
-from .pruning import Speedup as Speedup
 from .tables import history_table as history_table
 from .tables import plan_table as plan_table
 from .tables import report_table as report_table

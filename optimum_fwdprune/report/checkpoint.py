@@ -80,7 +80,7 @@ def report_of(model: PreTrainedModel, record: Record) -> PruningReport | None:
     assert plan is not None
     if record.outcome.get("report"):
         try:
-            return PruningReport.from_dict(record.outcome["report"], record)
+            return PruningReport.from_dict(record.outcome["report"], record=record)
         except ValueError as error:
             raise ValueError(f"{OUTCOME_NAME} is damaged. {error}") from error
     dense = _dense_skeleton(model)

@@ -17,7 +17,7 @@ from ..evaluation import Comparison
 from ..scoring.scores import Scores
 from ..version import __version__
 from .learning import learning_of
-from .pruning import PruningReport
+from .outcome import Outcome
 
 
 BINS = 32
@@ -61,13 +61,13 @@ def models_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def describe(
-    name: str, report: PruningReport | None, record: Record | None, comparison: Comparison | None
+    name: str, report: Outcome | None, record: Record | None, comparison: Comparison | None
 ) -> dict[str, Any]:
     """Return what is known of a pruned model, as JSON values; `None` stands for what is not.
 
     Args:
         name (`str`): to show.
-        report (`PruningReport`, *optional*): sizes and checks.
+        report (`Outcome`, *optional*): sizes and checks.
         record (`Record`, *optional*): request, plan and scores.
         comparison (`Comparison`, *optional*): what was measured: this model last, and first what it is compared with.
     """
@@ -117,7 +117,7 @@ def measured_of(comparison: Comparison | None) -> dict[str, Any] | None:
     return {"dense": found[0] if len(found) > 1 else None, "pruned": found[-1]}
 
 
-def _sizes(report: PruningReport) -> dict[str, Any]:
+def _sizes(report: Outcome) -> dict[str, Any]:
     prunable = report.prunable_parameters
     return {
         "parameters": _change(report.parameters_before, report.parameters_after),
@@ -131,12 +131,12 @@ def _change(before: float, after: float) -> dict[str, float]:
     return {"before": before, "after": after, "change": after / before - 1}
 
 
-def _pruning(report: PruningReport) -> dict[str, Any]:
+def _pruning(report: Outcome) -> dict[str, Any]:
     figures = report.to_dict()
     return {name: figures[name] for name in ("masked_difference", "seconds", "speedup")}
 
 
-def _layers(plan: PruningPlan, report: PruningReport | None) -> list[dict[str, Any]]:
+def _layers(plan: PruningPlan, report: Outcome | None) -> list[dict[str, Any]]:
     per_unit = report.unit_parameters if report else {}
     rows = []
     for layer in sorted({layer for layer, _ in plan.kept}):
