@@ -12,6 +12,7 @@ from ..allocation.composing import EARLIER
 from ..allocation.plan import PLAN_NAME
 from ..data.texts import FILE_LOADERS
 from ..request.config import CALIBRATION, PruningConfig
+from ..runs.loggers import LIBRARY
 from .record import Record, command_of
 
 
@@ -109,7 +110,7 @@ def _obstacles(record: Record, inputs: Mapping[str, Any], calibration: str | Non
             "No command makes this checkpoint again: its calibration data was passed to `prune(dataset=...)` in "
             "Python."
         )
-    if not type(config).__module__.startswith(f"{__package__}."):
+    if type(config).__module__.partition(".")[0] != LIBRARY:
         yield f"No command makes this checkpoint again: the method `{config.method}` is registered in Python."
     if record.scores is not None and not _same_scoring(config, record.scores.config):
         yield (
