@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites
 from optimum_fwdprune.cutting.surgery import prune_model
 from optimum_fwdprune.forward.gates import gated
+from optimum_fwdprune.forward.gathering import collect_statistics
 from optimum_fwdprune.forward.losses import model_nll
-from optimum_fwdprune.forward.statistics import collect_statistics
 from optimum_fwdprune.report import render_table
 
 

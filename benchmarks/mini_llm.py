@@ -20,12 +20,8 @@ from study import WINDOW, Study, difference, file_name, log, table
 
 from optimum_fwdprune import FwdPruner, PruningConfig
 from optimum_fwdprune.files import write_text_atomically
-from optimum_fwdprune.forward.statistics import (
-    GRAM,
-    MOMENTS,
-    SOURCE_NORMS,
-    collect_statistics,
-)
+from optimum_fwdprune.forward.gathering import collect_statistics
+from optimum_fwdprune.forward.statistics import GRAM, MOMENTS, SOURCE_NORMS
 from optimum_fwdprune.scoring.gradients.perturbation import Noise
 from optimum_fwdprune.scoring.gradients.sensitivity import UnitSensitivity, WeightSensitivity, estimated
 from optimum_fwdprune.scoring.gradients.zeroth_order import Draws, draw_slopes

@@ -15,7 +15,8 @@ from optimum_fwdprune import (
     PruningConfig,
     find_sites,
 )
-from optimum_fwdprune.forward.layerwise import LayerRunner, outputs_of, stopped_before
+from optimum_fwdprune.forward.hooks import outputs_of, stopped_before
+from optimum_fwdprune.forward.layerwise import LayerRunner
 from optimum_fwdprune.reconstruction import least_squares
 from optimum_fwdprune.reconstruction import reconstruct as reconstruction
 from optimum_fwdprune.reconstruction.least_squares import (

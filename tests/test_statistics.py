@@ -6,12 +6,8 @@ import tiny
 import torch
 
 from optimum_fwdprune import Calibration, find_sites
-from optimum_fwdprune.forward.statistics import (
-    GRAM,
-    MOMENTS,
-    SOURCE_NORMS,
-    collect_statistics,
-)
+from optimum_fwdprune.forward.gathering import collect_statistics
+from optimum_fwdprune.forward.statistics import GRAM, MOMENTS, SOURCE_NORMS
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16])
@@ -73,11 +69,11 @@ def test_padding_is_left_out(architecture_name, tokens, side):
 
 def test_a_small_variance_far_from_zero_does_not_cancel():
     """Squares of values around 1000 summed in float32 would drown a variance of 1e-4."""
-    from optimum_fwdprune.forward.statistics import _Accumulator
+    from optimum_fwdprune.forward.accumulators import Accumulator
 
     generator = torch.Generator().manual_seed(0)
     values = 1000 + 0.01 * torch.randn(20_000, 4, generator=generator, dtype=torch.float64)
-    accumulator = _Accumulator(torch.nn.Linear(4, 1), with_gram=False)
+    accumulator = Accumulator(torch.nn.Linear(4, 1), with_gram=False)
     for batch in values.float().split(999):
         accumulator.add(batch)
 

@@ -13,7 +13,7 @@ from ..allocation.plan import PruningPlan
 from ..architectures import Site, SiteKey, get_architecture
 from ..data.calibration import Calibration
 from ..forward.gates import Projection, gated, replaced_projections
-from ..forward.statistics import check_called
+from ..forward.observer import check_called
 from ..loading.offloading import input_device, is_offloaded
 from ..loading.state import FREQUENCIES, ORIGINAL_FREQUENCIES, evaluating
 from .surgery import empty_pruned_model, share_tensors

@@ -17,12 +17,8 @@ from ..architectures import Site, SiteKey
 from ..data.calibration import Calibration
 from ..files import save_tensors_atomically
 from ..forward.gates import Projection, kept_projection
-from ..forward.statistics import (
-    MOMENTS,
-    PlacedStatistics,
-    SiteStatistics,
-    collect_statistics,
-)
+from ..forward.gathering import collect_statistics
+from ..forward.statistics import MOMENTS, PlacedStatistics, SiteStatistics
 from ..loading.offloading import resident
 from ..reconstruction.least_squares import (
     DEFAULT_RIDGE,

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from ..architectures import Site, SiteKey, get_architecture
 from ..data.calibration import Calibration
 from ..forward.gates import Projection, kept_projection
-from ..forward.layerwise import decoder_layers, gather_statistics, statistics_by_layer
+from ..forward.gathering import gather_statistics, statistics_by_layer
+from ..forward.layerwise import decoder_layers
 from ..forward.statistics import (
     GRAM,
     MOMENTS,

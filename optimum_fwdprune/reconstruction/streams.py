@@ -12,13 +12,8 @@ from torch.nn import functional as F
 
 from ..architectures import Site, SiteKey
 from ..forward.gates import Projection, replaced_projections
-from ..forward.layerwise import (
-    Batch,
-    LayerRunner,
-    inputs_of,
-    outputs_of,
-    stopped_before,
-)
+from ..forward.hooks import inputs_of, outputs_of, stopped_before
+from ..forward.layerwise import Batch, LayerRunner
 from ..runs.devices import on_host
 from ..runs.shelves import Shelf
 from .gauss_newton import Linearized

@@ -19,7 +19,7 @@ from ..files import (
     load_tensors,
     save_tensors_atomically,
 )
-from ..forward.layerwise import gather_statistics
+from ..forward.gathering import gather_statistics
 from ..forward.statistics import PlacedStatistics, SiteStatistics
 from ..loading.offloading import InTurn, is_offloaded
 from ..reconstruction.reconstruct import (

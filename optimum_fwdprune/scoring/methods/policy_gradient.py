@@ -169,7 +169,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
 def _metric_scores(inputs: ScoringInputs) -> dict:
     """The scores that the probabilities start from, by the metric's own config and on its own statistics."""
     from ...data.calibration import Calibration
-    from ...forward.layerwise import gather_statistics
+    from ...forward.gathering import gather_statistics
     from ...forward.statistics import PlacedStatistics
 
     method = get_method(inputs.config.metric)

@@ -1,0 +1,98 @@
+"""Running sums over the inputs of a linear, from which statistics are made."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..runs import ranks
+from ..runs.devices import compute_device, precise, precise_device
+from .statistics import SiteStatistics
+
+
+class Accumulator:
+    """Sums of deviations from the first batch's mean, whose squares do not cancel as raw ones would."""
+
+    # Everything that stays is allocated beforehand: allocated between a layer's large temporary tensors, these vectors
+    # would keep the allocator from using their memory for the next layer's, and the peak would grow layer by layer.
+    def __init__(self, linear: nn.Linear, with_gram: bool):
+        device = compute_device(linear)
+        self.with_gram = with_gram
+        self.count = 0
+        self.gram: torch.Tensor | None = None
+        self.shift = torch.zeros(linear.in_features, dtype=torch.float32, device=device)
+        # Batches are summed in float32 and added up in float64: a vector per site, which costs nothing.
+        self.sum = torch.zeros(linear.in_features, dtype=torch.float64, device=precise_device(device))
+        self.squares = torch.zeros_like(self.sum)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add `inputs`, `[tokens, in_features]` in any float dtype."""
+        values = inputs.float()
+        if not len(values):
+            return
+        ones = values.new_ones(len(values))
+        if self.count == 0:
+            self.shift.copy_(values.mean(0))
+            if self.with_gram:
+                self.gram = values.new_zeros(values.shape[1], values.shape[1])
+        if self.gram is not None:
+            self.gram.addmm_(values.T, values)
+        deviations = values - self.shift.to(values.device)
+        self.sum += (ones @ deviations).to(self.sum.device)
+        self.squares += torch.linalg.vecdot(deviations, deviations, dim=0).to(self.sum.device)
+        self.count += len(values)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        count = torch.tensor(self.count, device="cpu")
+        found = {"count": count, "shift": self.shift, "sum": self.sum, "squares": self.squares}
+        return found if self.gram is None else {**found, "gram": self.gram}
+
+    def take_up(self, state: dict[str, torch.Tensor]) -> None:
+        self.count = int(state["count"])
+        for own, name in ((self.shift, "shift"), (self.sum, "sum"), (self.squares, "squares")):
+            own.copy_(state[name])
+        if self.with_gram and self.count:
+            self.gram = state["gram"].to(self.shift.device)
+
+    def pool(self) -> None:
+        """Take in what the other processes have summed, around other shifts."""
+        mean = precise(self.shift) + self.sum / max(1, self.count)
+        squares = self.squares - self.sum.square() / max(1, self.count)
+        counts, means, squares = ranks.gathered(
+            torch.stack([torch.full_like(mean, self.count), mean, squares])
+        ).unbind(1)
+        self.count = int(counts[:, 0].sum())
+        total = (counts / max(1, self.count) * means).sum(0)
+        self.shift.copy_(total)
+        deviation = total - precise(self.shift)
+        self.sum = self.count * deviation
+        self.squares = (squares + counts * (means - precise(self.shift)).square()).sum(0)
+        if self.with_gram:
+            gram = self.shift.new_zeros(2 * self.shift.shape) if self.gram is None else self.gram
+            self.gram = ranks.summed(gram)
+
+    def result(self) -> SiteStatistics:
+        mean_deviation = self.sum / self.count
+        variance = (self.squares / self.count - mean_deviation.square()).clamp_(min=0)
+        mean, device = precise(self.shift) + mean_deviation, self.shift.device
+        return SiteStatistics(self.count, mean.float().to(device), variance.float().to(device), self.gram)
+
+
+class SquareSums:
+    """Sums of squares of each feature."""
+
+    def __init__(self, linear: nn.Linear):
+        self._device = compute_device(linear)
+        self.squares = torch.zeros(linear.in_features, dtype=torch.float64, device=precise_device(self._device))
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add `inputs`, `[tokens, in_features]` in any float dtype."""
+        values = inputs.float()
+        self.squares += torch.linalg.vecdot(values, values, dim=0).to(self.squares.device)
+
+    def pool(self) -> None:
+        """Take in what the other processes have summed."""
+        self.squares = ranks.summed(self.squares)
+
+    def norm(self) -> torch.Tensor:
+        return self.squares.sqrt().float().to(self._device)

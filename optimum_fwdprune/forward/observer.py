@@ -1,0 +1,119 @@
+"""Watching the sites of a model while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..architectures import Site, SiteKey
+from ..runs import ranks
+from .accumulators import Accumulator, SquareSums
+from .statistics import GRAM, SOURCE_NORMS, SiteStatistics
+
+
+class Observer:
+    """Watches the sites of a model, or of some of its layers, while it runs.
+
+    Args:
+        sites (iterable of `Site`): where to look.
+        kinds (iterable of `str`): what to gather, of `KINDS_OF_STATISTICS`.
+
+    Attributes:
+        attention_mask (`Tensor[windows, tokens]`, *optional*): of the batch that runs next; 0 where a token is
+            padding.
+    """
+
+    def __init__(self, sites: Iterable[Site], kinds: Iterable[str]):
+        self._sites, kinds = list(sites), set(kinds)
+        self._accumulators = {site.key: Accumulator(site.projection, GRAM in kinds) for site in self._sites}
+        self._sources = {
+            coupling.name: (coupling.linear, SquareSums(coupling.linear))
+            for site in self._sites
+            for coupling in site.couplings
+            if SOURCE_NORMS in kinds and coupling.axis == 0
+        }
+        self.attention_mask: torch.Tensor | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Gather while the context is open."""
+        watched = [(site.projection, self._adds_to(self._accumulators[site.key])) for site in self._sites]
+        watched += [(linear, self._adds_to(squares)) for linear, squares in self._sources.values()]
+        with _pre_hooks(watched):
+            yield
+
+    def _adds_to(self, sums: Accumulator | SquareSums):
+        def hook(_module, args):
+            inputs = args[0].flatten(0, -2)
+            if self.attention_mask is not None:
+                inputs = inputs[self.attention_mask.bool().flatten().to(inputs.device)]
+            sums.add(inputs)
+
+        return hook
+
+    def sums(self) -> dict[str, torch.Tensor]:
+        """Return what was gathered so far, for [`take_up`]."""
+        found = {f"squares.{name}": squares.squares for name, (_, squares) in self._sources.items()}
+        for (layer, kind), accumulator in self._accumulators.items():
+            found |= {f"{layer}.{kind}.{name}": value for name, value in accumulator.state().items()}
+        return found
+
+    def take_up(self, sums: dict[str, torch.Tensor], numbers: dict[str, Any]) -> int:
+        """Go on from `sums` that were gathered before, and return over how many windows, which `numbers` say."""
+        for name, (_, squares) in self._sources.items():
+            squares.squares.copy_(sums[f"squares.{name}"])
+        for (layer, kind), accumulator in self._accumulators.items():
+            prefix = f"{layer}.{kind}."
+            own = {name.removeprefix(prefix): value for name, value in sums.items() if name.startswith(prefix)}
+            accumulator.take_up(own)
+        return numbers["windows"]
+
+    def pool(self) -> None:
+        """Put together what the processes of a run have gathered, each on windows of its own."""
+        if ranks.world_size() > 1:
+            for accumulator in self._accumulators.values():
+                accumulator.pool()
+            for _, squares in self._sources.values():
+                squares.pool()
+
+    def statistics(self) -> dict[SiteKey, SiteStatistics]:
+        """Return what was gathered.
+
+        Raises:
+            ValueError: where a projection was bypassed, or saw a NaN or an infinity.
+        """
+        found = {}
+        for site in self._sites:
+            check_called(site, self._accumulators[site.key].count)
+            result = self._accumulators[site.key].result()
+            if not (result.mean.isfinite().all() and result.variance.isfinite().all()):
+                raise ValueError(
+                    f"The activations before {site.projection_name} ({site}) contain NaN or infinity. Check the "
+                    f"weights up to this layer; a float16 model that overflows runs in bfloat16 or float32."
+                )
+            names = [coupling.name for coupling in site.couplings if coupling.name in self._sources]
+            result.source_norms = {name: self._sources[name][1].norm() for name in names}
+            found[site.key] = result
+        return found
+
+
+@contextmanager
+def _pre_hooks(pairs: Iterable) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_called(site: Site, calls: int) -> None:
+    """Raise `ValueError` where forward passes made no calls of the projection of `site`."""
+    if calls == 0:
+        raise ValueError(
+            f"The forward pass never called {site.projection_name}, so the {site} cannot be measured or cut. A fused "
+            f"or slow-but-exact attention path may bypass it; load the model with its plain implementation."
+        )
