@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_fwdprune.allocation.allocate import _convex, allocate
+from optimum_fwdprune.allocation.allocate import allocate
 from optimum_fwdprune.allocation.budgets import Budget, removal_budget
+from optimum_fwdprune.allocation.steps import convex
 from optimum_fwdprune.architectures import ATTENTION, MLP
 
 
@@ -176,9 +177,9 @@ def test_units_of_unequal_size_compete_by_score_per_parameter_where_scores_add_u
 def test_a_step_that_opens_up_a_cheaper_one_becomes_one_with_it():
     # 1 for 1, then 1 for 9, 6 for 3, 1 for 9: 2 for 10, 7 for 12.
     lost, saved = torch.tensor([0.0, 1, 2, 8, 9]).double(), torch.tensor([0, 1, 10, 13, 22])
-    assert _convex(lost, saved).tolist() == [2, 4]
-    assert _convex(lost, torch.tensor([0, 1, 2, 3, 4])).tolist() == [1, 2, 4]
-    assert _convex(torch.tensor([0.0, 1, 2, 4]).double(), torch.tensor([0, 1, 2, 3])).tolist() == [1, 2, 3]
+    assert convex(lost, saved).tolist() == [2, 4]
+    assert convex(lost, torch.tensor([0, 1, 2, 3, 4])).tolist() == [1, 2, 4]
+    assert convex(torch.tensor([0.0, 1, 2, 4]).double(), torch.tensor([0, 1, 2, 3])).tolist() == [1, 2, 3]
 
 
 def test_two_budgets_of_their_own():

@@ -17,7 +17,7 @@ from optimum_fwdprune import (
     PruningPlan,
     find_sites,
 )
-from optimum_fwdprune.allocation.allocate import LEVELS, levels_of
+from optimum_fwdprune.allocation.constraints import LEVELS, levels_of
 from optimum_fwdprune.files import save_tensors_atomically
 from optimum_fwdprune.forward.gates import Projection, replaced_projections
 from optimum_fwdprune.planning import levels as levels_module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -16,132 +16,15 @@ from ..architectures import (
 )
 from ..request.config import PruningConfig
 from .budgets import (
-    PARAMETERS,
     Budget,
-    Cost,
     ParameterCost,
 )
-
-
-# The layers that a deep model can least do without (docs/quality.md).
-ENDS = [0, 1, -2, -1]
-FEWEST_WITH_ENDS = 12
-
-# Steps in which a coarse grid takes the widest cut of an MLP.
-LEVELS = 16
+from .constraints import named_constraints, prunable_sites
+from .steps import Steps
 
 
 class OutOfReach(ValueError):
     """The constraints of a request do not allow its budget."""
-
-
-class _Steps:
-    """The order in which a site gives up its units: the smallest cuts that keep its constraints, cheapest first."""
-
-    def __init__(
-        self, site: Site, scores: torch.Tensor, config: PruningConfig, additive: bool, cost: Cost = PARAMETERS
-    ):
-        per_group = site.num_units // site.num_groups
-        grouped = scores.double().view(site.num_groups, per_group)
-        ranked = grouped.argsort(dim=1, stable=True)
-        offsets = torch.arange(site.num_groups)[:, None] * per_group
-        # One unit of every group at a time: [step, group], flattened.
-        self.order = (ranked + offsets).T.flatten()
-
-        multiple = config.multiple_of if site.kind == MLP else 1
-        floor = -(-config.min_units_per_site // site.num_groups)
-        # Kept units per group after each step: the largest multiple below the present width, and down to the floor.
-        largest = (per_group - 1) // multiple * multiple
-        kept = torch.tensor(range(largest, floor - 1, -multiple), dtype=torch.int64)
-        ends = (per_group - kept) * site.num_groups
-        # What went, and what that saved, before the first step and after each.
-        gone = torch.cat([ends.new_zeros(1), ends])
-        sums = torch.cat([scores.new_zeros(1, dtype=torch.float64), scores.double()[self.order].cumsum(0)])
-        costs = cost.of(site, site.num_units - gone)
-        saved = costs[0] - costs
-        # Units of a site all have the same parameters, and the lowest scores go first: convex as it is.
-        pooled = additive and not isinstance(cost, ParameterCost)
-        places = _convex(sums[gone], saved) if pooled else torch.arange(1, len(gone))
-        self.costs = saved[places].diff(prepend=saved[:1])
-        sizes = gone[places].diff(prepend=gone[:1])
-        self.keys = sums[gone[places]].diff(prepend=sums[:1]) / (self.costs if additive else sizes)
-        self.total = int(costs[0])
-        self.site = site
-        # All the cuts there are, of which steps may take several at once.
-        self.gone, self.saved, self.lost = gone, saved, sums[gone]
-        self.stops = torch.cat([places.new_zeros(1), places])
-
-    def kept(self, cut: int) -> list[int]:
-        return self.order[int(self.gone[cut]) :].sort().values.tolist()
-
-    def removable(self) -> int:
-        return int(self.saved[-1])
-
-
-def _convex(lost: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
-    """Return after which steps to stop so that the loss per saving never falls from one stop to the next.
-
-    A step that opens up a cheaper one becomes one with it.
-
-    Args:
-        lost, saved (`Tensor[steps + 1]`): in all, before the first step and after each.
-    """
-    hull = [0]
-    for place in range(1, len(lost)):
-        while len(hull) > 1 and _slope(lost, saved, hull[-1], place) < _slope(lost, saved, hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(place)
-    return torch.tensor(hull[1:], dtype=torch.int64)
-
-
-def _slope(lost: torch.Tensor, saved: torch.Tensor, start: int, end: int) -> float:
-    return float((lost[end] - lost[start]) / (saved[end] - saved[start]))
-
-
-def prunable_sites(sites: Iterable[Site], config: PruningConfig) -> list[Site]:
-    """Return the sites that the request may prune: of its kinds, outside of the layers that it skips.
-
-    Raises:
-        ValueError: where a skipped layer does not exist.
-    """
-    sites = list(sites)
-    num_layers = 1 + max(site.layer for site in sites)
-    skip_layers = _layers_to_skip(config, num_layers)
-    for layer in skip_layers:
-        if not -num_layers <= layer < num_layers:
-            raise ValueError(f"skip_layers names layer {layer}; the model has layers 0 to {num_layers - 1}.")
-    skipped = {layer % num_layers for layer in skip_layers}
-    return [site for site in sites if site.kind in config.resolved_kinds and site.layer not in skipped]
-
-
-def _layers_to_skip(config: PruningConfig, num_layers: int) -> list[int]:
-    if config.skip_layers is None:
-        return ENDS if spares_ends(config, num_layers) else []
-    return config.skip_layers
-
-
-def spares_ends(config: PruningConfig, num_layers: int) -> bool:
-    """Whether the first and last layers of a model stay unpruned by default."""
-    by_default = config.skip_layers is None and config.resolved_scope == "layer" and config.layout == "any"
-    return by_default and num_layers >= FEWEST_WITH_ENDS
-
-
-def levels_of(site: Site, scores: torch.Tensor, config: PruningConfig) -> list[list[int]]:
-    """Return the units that stay after each of the cuts that the request allows, the smallest cut first."""
-    steps = _Steps(site, scores, config, additive=False)
-    return [steps.kept(cut) for cut in range(1, len(steps.gone))]
-
-
-def fewest_units(site: Site, config: PruningConfig) -> int:
-    """Return how many units `site` keeps at least under the request."""
-    steps = _Steps(site, torch.zeros(site.num_units, dtype=torch.float32), config, additive=False)
-    return site.num_units - int(steps.gone[-1])
-
-
-def coarse_multiple(sites: Sequence[Site], config: PruningConfig) -> int:
-    """Return a multiple of `multiple_of` that gives the widest MLP about `LEVELS` widths."""
-    widest = max((site.num_units for site in sites if site.kind == MLP), default=1)
-    return -(-widest // (LEVELS * config.multiple_of)) * config.multiple_of
 
 
 def allocate(
@@ -175,7 +58,7 @@ def allocate(
     cost, open_sites = budget.cost, prunable_sites(sites, config)
     if config.layout == "stock":
         scores = _alike(open_sites, scores)
-    steps = {site.key: _Steps(site, scores[site.key], config, additive, cost) for site in open_sites}
+    steps = {site.key: Steps(site, scores[site.key], config, additive, cost) for site in open_sites}
     if config.has_budget_per_kind:
         parts = []
         for kind in config.resolved_kinds:
@@ -234,7 +117,7 @@ def _shape(site: Site) -> tuple[str, int, int]:
 
 
 # Sites that compete, and what they give up together.
-_Pool = tuple[list[_Steps], Budget]
+_Pool = tuple[list[Steps], Budget]
 
 
 def pool_of(site: Site, scope: str) -> int:
@@ -242,9 +125,9 @@ def pool_of(site: Site, scope: str) -> int:
     return site.layer if scope == "layer" else 0
 
 
-def _pools(steps: list[_Steps], budget: Budget, scope: str) -> list[_Pool]:
+def _pools(steps: list[Steps], budget: Budget, scope: str) -> list[_Pool]:
     """Split the budget over the pools."""
-    pools: dict[int, list[_Steps]] = {}
+    pools: dict[int, list[Steps]] = {}
     for step in steps:
         pools.setdefault(pool_of(step.site, scope), []).append(step)
     if budget.by_pool is not None:
@@ -254,7 +137,7 @@ def _pools(steps: list[_Steps], budget: Budget, scope: str) -> list[_Pool]:
     return [(pool, replace(budget, amount=amounts[key])) for key, pool in pools.items()]
 
 
-def _prunable(pool: list[_Steps]) -> int:
+def _prunable(pool: list[Steps]) -> int:
     return sum(step.total for step in pool)
 
 
@@ -274,32 +157,12 @@ def _check_reachable(pools: list[_Pool], part: Budget, total: int, config: Pruni
     where = f"layer {layer}" if config.resolved_scope == "layer" and shares else "the model"
     raise OutOfReach(
         f"{part.cost.asked(part.amount, total)} is more than {where} can give under "
-        f"{', '.join(_constraints(config, num_layers))}: the largest possible "
+        f"{', '.join(named_constraints(config, num_layers))}: the largest possible "
         f"{part.cost.most(share * part.amount, total)}. Ask for less, or relax the constraint."
     )
 
 
-def _constraints(config: PruningConfig, num_layers: int) -> list[str]:
-    """Name the options that limit what can be removed: those that are set, and defaults that can be relaxed."""
-    constraints = []
-    if config.multiple_of > 1:
-        # Under a speed-up these are the widths that were timed, whatever the request says.
-        timed = f"MLP widths in multiples of {config.multiple_of}, which are those that were timed"
-        constraints.append(timed if config.target_speedup is not None else f"multiple_of={config.multiple_of}")
-    if skip_layers := _layers_to_skip(config, num_layers):
-        default = " (the default here, [] spares none)" if config.skip_layers is None else ""
-        constraints.append(f"skip_layers={skip_layers}{default}")
-    if config.layout == "stock" and config.kinds is None and len(config.resolved_kinds) == 1:
-        constraints.append("layout='stock', which leaves the attention heads whole here")
-    if config.kinds is not None and len(config.kinds) == 1:
-        constraints.append(f"kinds={config.kinds}")
-    # One unit always stays, which is what there is to name where nothing else is.
-    if config.min_units_per_site > 1 or not constraints:
-        constraints.insert(0, f"min_units_per_site={config.min_units_per_site}")
-    return constraints
-
-
-def _fill(pool: list[_Steps], target: Budget, cuts: dict[SiteKey, int], mode: str, makes_up: bool) -> int:
+def _fill(pool: list[Steps], target: Budget, cuts: dict[SiteKey, int], mode: str, makes_up: bool) -> int:
     """Cut the sites of `pool` until `target` is met to within one step, and return how much more went than that."""
     taken = {step.site.key: 0 for step in pool}
     removed = _take(pool, target, taken, mode, makes_up)
@@ -308,7 +171,7 @@ def _fill(pool: list[_Steps], target: Budget, cuts: dict[SiteKey, int], mode: st
     return _give_back(pool, surplus, cuts) if target.at_least else surplus
 
 
-def _take(pool: list[_Steps], target: Budget, taken: dict[SiteKey, int], mode: str, makes_up: bool) -> int:
+def _take(pool: list[Steps], target: Budget, taken: dict[SiteKey, int], mode: str, makes_up: bool) -> int:
     """Take steps from `pool` as `mode` divides the target over the kinds, and return how much was removed.
 
     With `makes_up`, what channels round down is left to those of the next pool, and not to the heads of this one.
@@ -328,7 +191,7 @@ def _take(pool: list[_Steps], target: Budget, taken: dict[SiteKey, int], mode: s
     return removed
 
 
-def _give_back(pool: list[_Steps], surplus: int, cuts: dict[SiteKey, int]) -> int:
+def _give_back(pool: list[Steps], surplus: int, cuts: dict[SiteKey, int]) -> int:
     """Return units to the sites of `pool` while the surplus pays for them, and return what remains of it.
 
     The dearest are the first: a step may have gone past smaller cuts that would have done for the target.
@@ -347,7 +210,7 @@ def _give_back(pool: list[_Steps], surplus: int, cuts: dict[SiteKey, int]) -> in
         cuts[step.site.key] = smaller
 
 
-def _spend(pool: list[_Steps], budget: Budget, taken: dict[SiteKey, int]) -> int:
+def _spend(pool: list[Steps], budget: Budget, taken: dict[SiteKey, int]) -> int:
     """Take the lowest-ranked steps of `pool` up to the budget and return how much was removed.
 
     The last step is taken where that brings the sum closer to the budget; always with `at_least`, never with
@@ -366,7 +229,7 @@ def _spend(pool: list[_Steps], budget: Budget, taken: dict[SiteKey, int]) -> int
     for index, count in enumerate(owners[order[:prefix]].bincount(minlength=len(pool)).tolist()):
         taken[pool[index].site.key] += count
 
-    def next_steps() -> list[tuple[float, int, _Steps]]:
+    def next_steps() -> list[tuple[float, int, Steps]]:
         return [
             (float(step.keys[done]), int(step.costs[done]), step)
             for step in pool

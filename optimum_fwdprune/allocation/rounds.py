@@ -16,8 +16,9 @@ from ..architectures import (
     SiteKey,
 )
 from ..request.config import PruningConfig
-from .allocate import allocate, pool_of, prunable_sites
+from .allocate import allocate, pool_of
 from .budgets import Budget, ParameterCost
+from .constraints import prunable_sites
 
 
 # A sparsity must be below 1.

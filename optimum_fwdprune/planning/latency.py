@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..allocation.allocate import coarse_multiple, levels_of
 from ..allocation.budgets import Budget
+from ..allocation.constraints import coarse_multiple, levels_of
 from ..architectures import Site, get_architecture
 from ..cutting.surgery import pruned_config
 from ..data.calibration import Calibration

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from ..allocation.allocate import levels_of
+from ..allocation.constraints import levels_of
 from ..architectures import Site, SiteKey
 from ..data.calibration import Calibration
 from ..files import save_tensors_atomically

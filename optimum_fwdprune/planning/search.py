@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..allocation.allocate import (
+from ..allocation.budgets import Cost
+from ..allocation.constraints import (
     ENDS,
     FEWEST_WITH_ENDS,
     LEVELS,
@@ -21,7 +22,6 @@ from ..allocation.allocate import (
     levels_of,
     prunable_sites,
 )
-from ..allocation.budgets import Cost
 from ..architectures import Site, SiteKey, get_architecture
 from ..data.calibration import Calibration
 from ..forward.gates import Projection

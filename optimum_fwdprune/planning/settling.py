@@ -7,13 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..allocation.allocate import (
-    OutOfReach,
-    allocate,
-    prunable_sites,
-    spares_ends,
-)
+from ..allocation.allocate import OutOfReach, allocate
 from ..allocation.budgets import Budget
+from ..allocation.constraints import prunable_sites, spares_ends
 from ..allocation.plan import losses_by_kind
 from ..architectures import (
     ATTENTION,

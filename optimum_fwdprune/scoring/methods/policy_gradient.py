@@ -129,7 +129,7 @@ def _metrics() -> list[str]:
 def score(inputs: ScoringInputs) -> UnitScores:
     import torch
 
-    from ...allocation.allocate import prunable_sites
+    from ...allocation.constraints import prunable_sites
     from ..learning.mask_learning import (
         Progress,
         Schedule,
@@ -189,7 +189,7 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
 
 def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
     """What the masks are drawn from, and the keep rates to start from."""
-    from ...allocation.allocate import fewest_units
+    from ...allocation.constraints import fewest_units
     from ..learning.policies import (
         RatioPolicy,
         Ratios,

@@ -1,0 +1,79 @@
+"""In which order a site gives up its units, and what that saves."""
+
+from __future__ import annotations
+
+import torch
+
+from ..architectures import (
+    MLP,
+    Site,
+)
+from ..request.config import PruningConfig
+from .budgets import (
+    PARAMETERS,
+    Cost,
+    ParameterCost,
+)
+
+
+class Steps:
+    """The order in which a site gives up its units: the smallest cuts that keep its constraints, cheapest first."""
+
+    def __init__(
+        self, site: Site, scores: torch.Tensor, config: PruningConfig, additive: bool, cost: Cost = PARAMETERS
+    ):
+        per_group = site.num_units // site.num_groups
+        grouped = scores.double().view(site.num_groups, per_group)
+        ranked = grouped.argsort(dim=1, stable=True)
+        offsets = torch.arange(site.num_groups)[:, None] * per_group
+        # One unit of every group at a time: [step, group], flattened.
+        self.order = (ranked + offsets).T.flatten()
+
+        multiple = config.multiple_of if site.kind == MLP else 1
+        floor = -(-config.min_units_per_site // site.num_groups)
+        # Kept units per group after each step: the largest multiple below the present width, and down to the floor.
+        largest = (per_group - 1) // multiple * multiple
+        kept = torch.tensor(range(largest, floor - 1, -multiple), dtype=torch.int64)
+        ends = (per_group - kept) * site.num_groups
+        # What went, and what that saved, before the first step and after each.
+        gone = torch.cat([ends.new_zeros(1), ends])
+        sums = torch.cat([scores.new_zeros(1, dtype=torch.float64), scores.double()[self.order].cumsum(0)])
+        costs = cost.of(site, site.num_units - gone)
+        saved = costs[0] - costs
+        # Units of a site all have the same parameters, and the lowest scores go first: convex as it is.
+        pooled = additive and not isinstance(cost, ParameterCost)
+        places = convex(sums[gone], saved) if pooled else torch.arange(1, len(gone))
+        self.costs = saved[places].diff(prepend=saved[:1])
+        sizes = gone[places].diff(prepend=gone[:1])
+        self.keys = sums[gone[places]].diff(prepend=sums[:1]) / (self.costs if additive else sizes)
+        self.total = int(costs[0])
+        self.site = site
+        # All the cuts there are, of which steps may take several at once.
+        self.gone, self.saved, self.lost = gone, saved, sums[gone]
+        self.stops = torch.cat([places.new_zeros(1), places])
+
+    def kept(self, cut: int) -> list[int]:
+        return self.order[int(self.gone[cut]) :].sort().values.tolist()
+
+    def removable(self) -> int:
+        return int(self.saved[-1])
+
+
+def convex(lost: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
+    """Return after which steps to stop so that the loss per saving never falls from one stop to the next.
+
+    A step that opens up a cheaper one becomes one with it.
+
+    Args:
+        lost, saved (`Tensor[steps + 1]`): in all, before the first step and after each.
+    """
+    hull = [0]
+    for place in range(1, len(lost)):
+        while len(hull) > 1 and _slope(lost, saved, hull[-1], place) < _slope(lost, saved, hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(place)
+    return torch.tensor(hull[1:], dtype=torch.int64)
+
+
+def _slope(lost: torch.Tensor, saved: torch.Tensor, start: int, end: int) -> float:
+    return float((lost[end] - lost[start]) / (saved[end] - saved[start]))
