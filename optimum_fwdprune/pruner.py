@@ -93,7 +93,9 @@ from .planning.make_plan import (
 )
 from .planning.search import check_search
 from .planning.settling import forecast, settle, warn_of_rounding
-from .reconstruction.reconstruct import NONE, added_parameters, check_reconstruction
+from .reconstruction.bias import added_parameters
+from .reconstruction.kinds import NONE
+from .reconstruction.reconstruct import check_reconstruction
 from .report import PruningReport, Speedup
 from .report.card import write_card
 from .report.checkpoint import report_of

@@ -18,7 +18,8 @@ from ..data.calibration import Calibration
 from ..forward.statistics import SiteStatistics
 from ..loading.dispatching import PlacementError
 from ..loading.state import evaluating
-from ..reconstruction.reconstruct import Grams, reconstruct
+from ..reconstruction.independent import Grams
+from ..reconstruction.reconstruct import reconstruct
 from ..request.config import PruningConfig
 from ..runs.progress import one_step
 from ..runs.resume import Checkpoint

@@ -23,12 +23,9 @@ from ..forward.layerwise import LayerRunner
 from ..forward.statistics import SiteStatistics
 from ..loading.offloading import on_disk, read_parameter
 from ..loading.saving import generation_config_as_it_is
-from ..reconstruction.reconstruct import (
-    Reconstruction,
-    kinds_with_bias,
-    reconstruct_by_layer,
-    warn_of_unchanged,
-)
+from ..reconstruction.bias import kinds_with_bias
+from ..reconstruction.reconstruct import reconstruct_by_layer, warn_of_unchanged
+from ..reconstruction.reconstruction import Reconstruction
 from ..request.choices import SEARCH
 from ..request.config import PruningConfig
 from ..runs import ranks

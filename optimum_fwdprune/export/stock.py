@@ -25,7 +25,8 @@ from ..loading.offloading import input_device, is_offloaded, on_disk
 from ..loading.saving import generation_config_as_it_is, save_offloaded
 from ..loading.state import check_not_consumed
 from ..models.per_layer import stock_config
-from ..reconstruction.reconstruct import NONE, added_parameters
+from ..reconstruction.bias import added_parameters
+from ..reconstruction.kinds import NONE
 from ..request.config import PruningConfig
 from ..runs.progress import one_step
 

@@ -20,18 +20,14 @@ from ..forward.gates import Projection, kept_projection
 from ..forward.gathering import collect_statistics
 from ..forward.statistics import MOMENTS, PlacedStatistics, SiteStatistics
 from ..loading.offloading import resident
+from ..reconstruction.bias import compensate_bias
+from ..reconstruction.independent import HELD_OUT_EVERY, gram_statistics
+from ..reconstruction.kinds import BIAS, LEAST_SQUARES
 from ..reconstruction.least_squares import (
     DEFAULT_RIDGE,
     NormalEquations,
     nested_changes,
     refit,
-)
-from ..reconstruction.reconstruct import (
-    BIAS,
-    HELD_OUT_EVERY,
-    LEAST_SQUARES,
-    compensate_bias,
-    gram_statistics,
 )
 from ..request.config import PruningConfig
 from ..runs.devices import back_to, precise

@@ -15,7 +15,7 @@ from ..allocation.composing import EARLIER
 from ..allocation.plan import PruningPlan
 from ..allocation.rounds import Rounds
 from ..architectures import Site, SiteKey
-from ..reconstruction.reconstruct import NONE
+from ..reconstruction.kinds import NONE
 from ..request.choices import SEARCH
 from ..request.config import UNDECIDED_BY_PLANS, PruningConfig
 from ..request.registry import get_method

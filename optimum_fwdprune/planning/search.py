@@ -25,7 +25,7 @@ from ..allocation.constraints import (
 from ..architectures import Site, SiteKey, get_architecture
 from ..data.calibration import Calibration
 from ..forward.gates import Projection
-from ..reconstruction.reconstruct import HELD_OUT_EVERY
+from ..reconstruction.independent import HELD_OUT_EVERY
 from ..request.config import PruningConfig
 from ..runs import ranks
 from ..runs.loggers import get_logger

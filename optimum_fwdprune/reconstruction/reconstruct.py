@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,23 +13,23 @@ from transformers import PreTrainedModel
 
 from ..architectures import Site, SiteKey, get_architecture
 from ..data.calibration import Calibration
-from ..forward.gates import Projection, kept_projection
-from ..forward.gathering import gather_statistics, statistics_by_layer
+from ..forward.gates import Projection
+from ..forward.gathering import gather_statistics
 from ..forward.layerwise import decoder_layers
 from ..forward.statistics import (
-    GRAM,
     MOMENTS,
     PlacedStatistics,
     SiteStatistics,
 )
-from ..loading.offloading import is_offloaded, resident
+from ..loading.offloading import resident
 from ..request.config import PruningConfig
-from ..runs.devices import compute_device
 from ..runs.loggers import get_logger
-from ..runs.progress import progress
-from ..runs.resume import Checkpoint, State
+from ..runs.resume import Checkpoint
 from ..runs.shelves import Shelf
-from .least_squares import NormalEquations, refit
+from .bias import compensate_bias
+from .independent import HELD_OUT_EVERY, Grams, refit_independently
+from .kinds import BIAS, INDEPENDENT, LEAST_SQUARES, NONE
+from .reconstruction import Reconstruction
 from .sequential import (
     DENSE,
     LAYER,
@@ -41,80 +39,6 @@ from .sequential import (
 
 
 logger = get_logger(__name__)
-
-NONE, BIAS, LEAST_SQUARES = "none", "bias", "least_squares"
-INDEPENDENT = "independent"
-
-# Statistics that scoring gathers along the way where this kind of reconstruction will follow.
-STATISTICS_OF: dict[str, tuple[str, ...]] = {NONE: (), BIAS: (MOMENTS,), LEAST_SQUARES: ()}
-
-# Gram matrices that may be held at the same time, so that they come along with the statistics of scores.
-GRAM_BYTES = 2 * 2**30
-
-# Statistics with Gram matrices of every site: on the tokens to fit and on those held out.
-Grams = dict[SiteKey, list[SiteStatistics]]
-
-# Every so many calibration windows one is held out, to choose ridges on.
-HELD_OUT_EVERY = 8
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """What became of the projections.
-
-    Args:
-        projections (`dict[SiteKey, Projection]`): new parameters; sites that are not named keep their columns as they
-            are.
-        details (`dict[str, dict]`): of least squares, by `"<layer>.<kind>"`: the ridge, and the mean squared error on
-            held-out tokens of leaving the columns as they are and of refitting them, as JSON values.
-    """
-
-    projections: dict[SiteKey, Projection] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def state(self) -> State:
-        """Return it as tensors and JSON values."""
-        tensors = {}
-        for (layer, kind), projection in self.projections.items():
-            tensors[f"{layer}.{kind}.weight"] = projection.weight.detach()
-            if projection.bias is not None:
-                tensors[f"{layer}.{kind}.bias"] = projection.bias.detach()
-            tensors |= {f"{layer}.{kind}.source.{name}": weight for name, weight in projection.sources.items()}
-        kept = [[layer, kind, projection.kept] for (layer, kind), projection in self.projections.items()]
-        return tensors, {"kept": kept, "details": self.details}
-
-    def placed_like(self, sites: Iterable[Site]) -> Reconstruction:
-        """Return it with every projection where that of its site computes."""
-        placed = {}
-        for site in sites:
-            if site.key in self.projections:
-                found, device = self.projections[site.key], compute_device(site.projection)
-                bias = None if found.bias is None else found.bias.to(device)
-                sources = {name: weight.to(device) for name, weight in found.sources.items()}
-                placed[site.key] = Projection(found.kept, found.weight.to(device), bias, sources)
-        return Reconstruction(placed, self.details)
-
-    @classmethod
-    def of(cls, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> Reconstruction:
-        """Return what [`state`] made these of."""
-        projections = {}
-        for layer, kind, units in numbers["kept"]:
-            site = f"{layer}.{kind}"
-            sources = {
-                name.removeprefix(f"{site}.source."): weight
-                for name, weight in tensors.items()
-                if name.startswith(f"{site}.source.")
-            }
-            weight, bias = tensors[f"{site}.weight"], tensors.get(f"{site}.bias")
-            projections[layer, kind] = Projection(units, weight, bias, sources)
-        return cls(projections, numbers["details"])
-
-
-def added_parameters(sites: Iterable[Site], kind: str) -> int:
-    """Return how many parameters a reconstruction adds to the model: biases where projections had none."""
-    if kind != BIAS:
-        return 0
-    return sum(site.projection.out_features for site in sites if site.projection.bias is None)
 
 
 def check_reconstruction(model: PreTrainedModel, config: PruningConfig) -> None:
@@ -131,16 +55,6 @@ def check_reconstruction(model: PreTrainedModel, config: PruningConfig) -> None:
 
 def _adds_up(model: PreTrainedModel) -> bool:
     return get_architecture(model.config).residual_adds_up(model.config)
-
-
-def kinds_with_bias(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]], config: PruningConfig) -> set[str]:
-    """Return the kinds of sites whose projections get a bias that they do not have."""
-    losing = {site.kind for site in sites if len(kept[site.key]) < site.num_units}
-    return {
-        site.kind
-        for site in sites
-        if site.kind in losing and config.reconstruction == BIAS and site.projection.bias is None
-    }
 
 
 @torch.no_grad()
@@ -230,7 +144,7 @@ def reconstruct_by_layer(
         fit, held_out = calibration.split(HELD_OUT_EVERY)
         found: Iterable[Refitted]
         if config.reconstruction_order == INDEPENDENT:
-            found = _refit_independently(model, losing, kept, config, (fit, held_out), grams, shelf)
+            found = refit_independently(model, losing, kept, config, (fit, held_out), grams, shelf)
         else:
             target = config.reconstruction_target or (DENSE if _adds_up(model) else LAYER)
             texts = (fit, held_out)
@@ -286,90 +200,6 @@ def warn_of_unchanged(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]], 
         )
 
 
-def _refit_independently(
-    model: PreTrainedModel,
-    sites: list[Site],
-    kept: Mapping[SiteKey, list[int]],
-    config: PruningConfig,
-    texts: tuple[Calibration, Calibration | None],
-    grams: Grams | None,
-    shelf: Shelf,
-) -> Iterator[Refitted]:
-    """Refit every site on what goes into it in the dense model, layer by layer."""
-    present = [text for text in texts if text is not None]
-    measured: Iterable = statistics_by_layer(model, sites, present, config.batch_size, (GRAM,), shelf)
-    layers = decoder_layers(model)
-    if grams:
-        by_layer = [[site for site in sites if site.layer == number] for number in range(len(layers))]
-        measured = ((of_layer, grams) for of_layer in by_layer)
-    for of_layer, found in progress(measured, "Reconstructing", total=len(layers), unit="layer"):
-        projections, refits = {}, {}
-        for site in of_layer:
-            weight, columns = site.projection.weight, site.kept_features(kept[site.key])
-            # What was just measured is taken out, so that a matrix is freed once it was used.
-            statistics = grams[site.key] if grams else [each.pop(site.key) for each in found]
-            statistics = [each.to(weight.device) for each in statistics]
-            equations = [NormalEquations.of_removed(_gram(each), each.count, weight, columns) for each in statistics]
-            refits[site.key] = refit(equations[0], equations[1] if len(equations) > 1 else None, config.ridge)
-            projections[site.key] = refits[site.key].projection(kept_projection(site, kept[site.key]))
-        yield projections, refits
-
-
-def statistics_with_grams(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
-    calibration: Calibration,
-    batch_size: int,
-    kinds: Iterable[str],
-    checkpoint: Checkpoint | None = None,
-) -> tuple[dict[SiteKey, SiteStatistics], Grams]:
-    """Gather what scores need and, in the same pass, what independent least squares will; not the latter where the
-    model does not fit into memory, whose Gram matrices come layer by layer.
-
-    Args:
-        model (`PreTrainedModel`): the dense model.
-        sites (sequence of `Site`): all its sites.
-        calibration (`Calibration`): the tokens.
-        batch_size (`int`): windows per forward pass.
-        kinds (iterable of `str`): of statistics that the scores need.
-        checkpoint (`Checkpoint`, *optional*): where the sums so far are kept.
-    """
-    texts = [text for text in calibration.split(HELD_OUT_EVERY) if text is not None]
-    with_grams = not is_offloaded(model)
-    parts = gather_statistics(model, sites, texts, batch_size, {*kinds, GRAM} if with_grams else kinds, checkpoint)
-    found = {site.key: [part[site.key] for part in parts] for site in sites}
-    statistics = {key: functools.reduce(SiteStatistics.with_more, of_site) for key, of_site in found.items()}
-    return statistics, found if with_grams else {}
-
-
-def grams_fit(sites: Iterable[Site]) -> bool:
-    """Whether the Gram matrices of all sites, of both texts, can be held at the same time."""
-    return sum(2 * 4 * site.projection.in_features**2 for site in sites) <= GRAM_BYTES
-
-
-def gram_statistics(
-    model: PreTrainedModel, sites: Iterable[Site], texts: Sequence[Calibration | None], batch_size: int
-) -> Iterator[tuple[Site, list[SiteStatistics]]]:
-    """Yield every site with its Gram matrix on each of the texts that there are, in one pass, a layer's at a time.
-
-    Args:
-        model (`PreTrainedModel`): the dense model.
-        sites (iterable of `Site`): whose, layer by layer.
-        texts (sequence of `Calibration`): the tokens; `None` is left out.
-        batch_size (`int`): windows per forward pass.
-    """
-    present = [text for text in texts if text is not None]
-    for of_layer, found in statistics_by_layer(model, sites, present, batch_size, (GRAM,)):
-        for site in of_layer:
-            # Taken out, so that a matrix is freed once it was used.
-            yield site, [each.pop(site.key).to(compute_device(site.projection)) for each in found]
-
-
-def _gram(statistics: SiteStatistics) -> torch.Tensor:
-    assert statistics.gram is not None
-    return statistics.gram
-
-
 def warn_of_few_tokens(sites: list[Site], kept: Mapping[SiteKey, list[int]], calibration: Calibration) -> None:
     widest = max(len(kept[site.key]) * site.unit_width for site in sites)
     if calibration.num_tokens < widest:
@@ -382,12 +212,3 @@ def warn_of_few_tokens(sites: list[Site], kept: Mapping[SiteKey, list[int]], cal
             -(-widest * windows // calibration.num_tokens),
             length,
         )
-
-
-def compensate_bias(site: Site, kept: list[int], statistics: SiteStatistics) -> Projection:
-    """Return the projection of the kept columns whose bias says what the removed features said on average."""
-    weight, bias = site.projection.weight, site.projection.bias
-    features = site.kept_features(kept)
-    lost = weight[:, ~features].float() @ statistics.mean[~features]
-    total = lost if bias is None else bias.float() + lost
-    return Projection(kept, weight[:, features], total.to(weight.dtype))

@@ -17,7 +17,7 @@ from ..checkpoint.hub import CARD_NAME, LICENSES_THAT_NAME, Base
 from ..checkpoint.record import Record
 from ..checkpoint.reproduction import INPUTS, reproduction_of
 from ..evaluation import Comparison
-from ..reconstruction.reconstruct import BIAS, INDEPENDENT, NONE
+from ..reconstruction.kinds import BIAS, INDEPENDENT, NONE
 from ..recovery.options import DISTILL
 from ..request.choices import SEARCH
 from ..request.config import CONFIG_NAME

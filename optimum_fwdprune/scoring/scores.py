@@ -22,15 +22,8 @@ from ..files import (
 from ..forward.gathering import gather_statistics
 from ..forward.statistics import PlacedStatistics, SiteStatistics
 from ..loading.offloading import InTurn, is_offloaded
-from ..reconstruction.reconstruct import (
-    BIAS,
-    INDEPENDENT,
-    LEAST_SQUARES,
-    STATISTICS_OF,
-    Grams,
-    grams_fit,
-    statistics_with_grams,
-)
+from ..reconstruction.independent import Grams, grams_fit, statistics_with_grams
+from ..reconstruction.kinds import BIAS, INDEPENDENT, LEAST_SQUARES, STATISTICS_OF
 from ..request.choices import SEARCH
 from ..request.config import CALIBRATION
 from ..runs.loggers import get_logger

@@ -1,0 +1,39 @@
+"""The mean output of removed features as a bias (FLAP, arXiv 2312.11983)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ..architectures import Site, SiteKey
+from ..forward.gates import Projection
+from ..forward.statistics import (
+    SiteStatistics,
+)
+from ..request.config import PruningConfig
+from .kinds import BIAS
+
+
+def added_parameters(sites: Iterable[Site], kind: str) -> int:
+    """Return how many parameters a reconstruction adds to the model: biases where projections had none."""
+    if kind != BIAS:
+        return 0
+    return sum(site.projection.out_features for site in sites if site.projection.bias is None)
+
+
+def kinds_with_bias(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]], config: PruningConfig) -> set[str]:
+    """Return the kinds of sites whose projections get a bias that they do not have."""
+    losing = {site.kind for site in sites if len(kept[site.key]) < site.num_units}
+    return {
+        site.kind
+        for site in sites
+        if site.kind in losing and config.reconstruction == BIAS and site.projection.bias is None
+    }
+
+
+def compensate_bias(site: Site, kept: list[int], statistics: SiteStatistics) -> Projection:
+    """Return the projection of the kept columns whose bias says what the removed features said on average."""
+    weight, bias = site.projection.weight, site.projection.bias
+    features = site.kept_features(kept)
+    lost = weight[:, ~features].float() @ statistics.mean[~features]
+    total = lost if bias is None else bias.float() + lost
+    return Projection(kept, weight[:, features], total.to(weight.dtype))

@@ -1,0 +1,66 @@
+"""What became of the projections: their new parameters, and how well they were fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..architectures import Site, SiteKey
+from ..forward.gates import Projection
+from ..runs.devices import compute_device
+from ..runs.resume import State
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What became of the projections.
+
+    Args:
+        projections (`dict[SiteKey, Projection]`): new parameters; sites that are not named keep their columns as they
+            are.
+        details (`dict[str, dict]`): of least squares, by `"<layer>.<kind>"`: the ridge, and the mean squared error on
+            held-out tokens of leaving the columns as they are and of refitting them, as JSON values.
+    """
+
+    projections: dict[SiteKey, Projection] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def state(self) -> State:
+        """Return it as tensors and JSON values."""
+        tensors = {}
+        for (layer, kind), projection in self.projections.items():
+            tensors[f"{layer}.{kind}.weight"] = projection.weight.detach()
+            if projection.bias is not None:
+                tensors[f"{layer}.{kind}.bias"] = projection.bias.detach()
+            tensors |= {f"{layer}.{kind}.source.{name}": weight for name, weight in projection.sources.items()}
+        kept = [[layer, kind, projection.kept] for (layer, kind), projection in self.projections.items()]
+        return tensors, {"kept": kept, "details": self.details}
+
+    def placed_like(self, sites: Iterable[Site]) -> Reconstruction:
+        """Return it with every projection where that of its site computes."""
+        placed = {}
+        for site in sites:
+            if site.key in self.projections:
+                found, device = self.projections[site.key], compute_device(site.projection)
+                bias = None if found.bias is None else found.bias.to(device)
+                sources = {name: weight.to(device) for name, weight in found.sources.items()}
+                placed[site.key] = Projection(found.kept, found.weight.to(device), bias, sources)
+        return Reconstruction(placed, self.details)
+
+    @classmethod
+    def of(cls, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> Reconstruction:
+        """Return what [`state`] made these of."""
+        projections = {}
+        for layer, kind, units in numbers["kept"]:
+            site = f"{layer}.{kind}"
+            sources = {
+                name.removeprefix(f"{site}.source."): weight
+                for name, weight in tensors.items()
+                if name.startswith(f"{site}.source.")
+            }
+            weight, bias = tensors[f"{site}.weight"], tensors.get(f"{site}.bias")
+            projections[layer, kind] = Projection(units, weight, bias, sources)
+        return cls(projections, numbers["details"])
