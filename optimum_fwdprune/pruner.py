@@ -77,14 +77,7 @@ from .loading.state import (
 )
 from .loading.tokenizers import load_tokenizer, named_tokenizer, warn_of_missing_tokenizer
 from .planning.job import checkpoint_of
-from .planning.latency import (
-    LatencyCost,
-    LatencyTable,
-    at_measured_widths,
-    load_or_measure,
-    prefill_seconds,
-    speed_budget,
-)
+from .planning.latency import LatencyCost, LatencyTable, at_measured_widths, speed_budget
 from .planning.make_plan import (
     keeper,
     make_plan,
@@ -93,6 +86,7 @@ from .planning.make_plan import (
 )
 from .planning.search import check_search
 from .planning.settling import forecast, settle, warn_of_rounding
+from .planning.timing import load_or_measure, prefill_seconds
 from .reconstruction.bias import added_parameters
 from .reconstruction.kinds import NONE
 from .reconstruction.reconstruct import check_reconstruction
@@ -106,13 +100,8 @@ from .runs.loggers import get_logger
 from .runs.progress import announce, one_step, progress
 from .runs.resume import Checkpoint
 from .scoring.methods import PruningConfig
-from .scoring.scores import (
-    Scores,
-    check_scoring,
-    needs_calibration,
-    runs_tokens,
-    score_units,
-)
+from .scoring.score_units import check_scoring, needs_calibration, score_units
+from .scoring.scores import Scores
 from .words import public_name
 
 
@@ -523,7 +512,7 @@ class FwdPruner:
                         scores = self._score(model, sites, rounds, request, budget, dataset, checkpoint)
                     # Whatever fails from here on, they can serve another request.
                     self.scores = scores
-                    if scores.calibration is None and runs_tokens(request, scores):
+                    if scores.calibration is None and scores.runs_tokens(request):
                         scores = scores.calibrated_with(self._calibration(request, dataset, checkpoint))
                 with timed(seconds, "allocate"):
                     plan, scores = make_plan(model, sites, scores, rounds, request, budget, checkpoint)

@@ -98,8 +98,8 @@ def device(monkeypatch):
     """The state of a second device, which is the accelerator of the machine; layers take there what they hold."""
     import second_device
 
-    from optimum_fwdprune.planning import latency
+    from optimum_fwdprune.planning import timing
 
-    monkeypatch.setattr(latency, "median_seconds", tiny.counted_seconds)
+    monkeypatch.setattr(timing, "median_seconds", tiny.counted_seconds)
     with second_device.second_device(monkeypatch) as state:
         yield state

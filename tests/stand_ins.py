@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
 from optimum_fwdprune.data import texts
-from optimum_fwdprune.planning import latency
+from optimum_fwdprune.planning import timing
 from optimum_fwdprune.request import config as configuration
 from optimum_fwdprune.request import registry
 
@@ -42,7 +42,7 @@ def install(monkeypatch, folder, checkpoints):
     make_smaller(monkeypatch, PruningConfig, SMALLER)
     make_smaller(monkeypatch, RecoveryArguments, {"max_steps": 2})
     # How long a layer takes is what it multiplies: a busy machine changes no plan.
-    monkeypatch.setattr(latency, "median_seconds", tiny.counted_seconds)
+    monkeypatch.setattr(timing, "median_seconds", tiny.counted_seconds)
 
 
 def wikitext(path=None, name=None, split="train"):

@@ -44,7 +44,7 @@ def test_hidden_states_wait_in_the_memory_of_the_host(name, device, tokens, monk
     monkeypatch.setattr(Divergence, "_measure", measured)
     monkeypatch.setattr(Stream, "linearize", linearized)
     # Independent least squares of a model in memory gathers all matrices in one pass, where they are small.
-    monkeypatch.setattr("optimum_fwdprune.scoring.scores.grams_fit", lambda _sites: False)
+    monkeypatch.setattr("optimum_fwdprune.scoring.score_units.grams_fit", lambda _sites: False)
     prune(name, tokens)
 
     assert waiting and {tensor.device.type for tensor in waiting} == {"cpu"}

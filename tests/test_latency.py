@@ -15,14 +15,9 @@ from hypothesis import strategies as st
 from optimum_fwdprune import FwdPruner, find_sites
 from optimum_fwdprune.allocation.allocate import allocate
 from optimum_fwdprune.allocation.budgets import Budget
-from optimum_fwdprune.planning import latency
-from optimum_fwdprune.planning.latency import (
-    LatencyCost,
-    LatencyTable,
-    load_or_measure,
-    shape_of,
-    speed_budget,
-)
+from optimum_fwdprune.planning import timing
+from optimum_fwdprune.planning.latency import LatencyCost, LatencyTable, shape_of, speed_budget
+from optimum_fwdprune.planning.timing import load_or_measure
 
 
 PROMPT = 16
@@ -34,7 +29,7 @@ def request_of(**fields):
 
 @pytest.fixture
 def clock(monkeypatch):
-    monkeypatch.setattr(latency, "median_seconds", tiny.counted_seconds)
+    monkeypatch.setattr(timing, "median_seconds", tiny.counted_seconds)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +61,7 @@ def test_layers_of_every_width_are_timed(dense, monkeypatch):
         sizes.append([1e-3 * (1 + place) for place in range(len(runs))])
         return sizes[-1]
 
-    monkeypatch.setattr(latency, "median_seconds", seconds)
+    monkeypatch.setattr(timing, "median_seconds", seconds)
     table = load_or_measure(dense, sites, request_of())
     assert set(table.layer_seconds) == {shape_of(site) for site in sites}
     for site in sites:
@@ -178,7 +173,7 @@ def test_layers_are_cut_alike_whatever_the_table(seed, monkeypatch):
         counted = tiny.counted_seconds(*about)
         return [each * (1 + 0.2 * float(torch.rand((), generator=generator))) for each in counted]
 
-    monkeypatch.setattr(latency, "median_seconds", noisy)
+    monkeypatch.setattr(timing, "median_seconds", noisy)
     pruner = FwdPruner(tiny.make_model("llama_mha_tied", seed=seed))
     pruner.prune(request_of(method="magnitude", reconstruction="none", layout="stock", budget="joint"))
     for kind in ("attention", "mlp"):
@@ -207,7 +202,7 @@ def test_a_table_is_measured_once_and_kept(tokens, clock, tmp_path, monkeypatch)
     kept = json.loads(file.read_text())
     assert kept["measured_on"]["tokens"] == PROMPT
 
-    monkeypatch.setattr(latency, "_variants", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(timing, "_variants", lambda *_: pytest.fail("measured again"))
     pruner = FwdPruner(model)
     pruner.prune(request_of(latency_table=str(file)), tokens, inplace=False)
     assert pruner.report.speedup.predicted >= 1.2
@@ -223,7 +218,7 @@ def test_a_table_is_measured_once_and_kept(tokens, clock, tmp_path, monkeypatch)
 def test_scores_and_what_is_pruned_by_them_share_a_table(tokens, clock, tmp_path, monkeypatch):
     pruner = FwdPruner(tiny.make_model("llama_mha_tied"))
     scores = pruner.score(request_of(), tokens)
-    monkeypatch.setattr(latency, "_variants", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(timing, "_variants", lambda *_: pytest.fail("measured again"))
     file = tmp_path / "latency.json"
     pruner.prune(request_of(latency_table=str(file)), scores=scores)
     assert pruner.report.speedup.predicted >= 1.2 and file.exists()
@@ -233,7 +228,7 @@ def test_timed_layers_hold_their_own_weights(dense):
     """Matrices that share memory would be read from a cache."""
     sites = find_sites(dense)
     for site in sites[:2]:
-        for layer in latency._variants(dense, sites, site, [[*range(site.num_groups)], list(range(site.num_units))]):
+        for layer in timing._variants(dense, sites, site, [[*range(site.num_groups)], list(range(site.num_units))]):
             spans = sorted((each.data_ptr(), each.data_ptr() + each.nbytes) for each in layer.parameters())
             assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
@@ -251,14 +246,14 @@ def test_a_table_whose_layers_do_not_make_up_the_model_is_warned_of(llama_sites,
     layer = seconds / 3
     curves = {shape_of(site): [(site.num_groups, 0.0), (site.num_units, layer)] for site in llama_sites}
     with caplog.at_level(logging.WARNING):
-        latency.warn_of_disagreement(LatencyTable(1.0, curves, {}), llama_sites)
+        timing.warn_of_disagreement(LatencyTable(1.0, curves, {}), llama_sites)
     assert ("the machine was busy" in caplog.text) == warns
     assert (f"add up to {seconds:.3g} s and the whole model's is 1 s" in caplog.text) == warns
 
 
 def test_where_a_table_cannot_be_written_nothing_is_measured(tokens, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(latency, "_variants", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(timing, "_variants", lambda *_: pytest.fail("measured"))
     with pytest.raises(OSError, match="Cannot write beside"):
         FwdPruner(tiny.make_model("llama_mha_tied")).prune(
             request_of(latency_table=str(tmp_path / "file" / "latency.json")), tokens
@@ -302,7 +297,7 @@ def test_budgets_of_parameters_stay_what_they_were():
 
 
 def test_a_speed_up_out_of_reach_names_no_multiple_that_nobody_set(tokens, monkeypatch):
-    monkeypatch.setattr(latency, "median_seconds", tiny.counted_seconds)
+    monkeypatch.setattr(timing, "median_seconds", tiny.counted_seconds)
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases", intermediate_size=128))
 
     with pytest.raises(ValueError, match=r"MLP widths in multiples of .* which are those that were timed") as refusal:

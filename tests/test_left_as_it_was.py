@@ -299,7 +299,7 @@ def test_a_run_leaves_the_process_as_it_was(method, tokenizer, tmp_path):
 
 
 def test_latencies_are_timed_without_drawing_numbers(tokens, monkeypatch):
-    monkeypatch.setattr("optimum_fwdprune.planning.latency.median_seconds", tiny.counted_seconds)
+    monkeypatch.setattr("optimum_fwdprune.planning.timing.median_seconds", tiny.counted_seconds)
     fwd_pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     before = process_state()
     speed = {"target_speedup": 1.1, "latency_tokens": 16, "kinds": ["attention", "mlp"]}

@@ -137,7 +137,7 @@ REQUESTS = {
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_long_stage_of_pruning_has_its_lines(name, tokens, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("optimum_fwdprune.planning.latency.median_seconds", tiny.counted_seconds)
+    monkeypatch.setattr("optimum_fwdprune.planning.timing.median_seconds", tiny.counted_seconds)
     method = name if name not in REQUESTS else "wanda_sp"
     request = {"kinds": ["attention", "mlp"], "method": method, "sparsity": 0.2, **tiny.SHORT.get(name, {})}
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))

@@ -220,7 +220,7 @@ def test_a_deep_model_starts_without_its_ends_where_that_is_nearer(tokens, monke
         return total
 
     monkeypatch.setattr(Divergence, "_measure", lost)
-    monkeypatch.setattr("optimum_fwdprune.planning.search._Descent.run", lambda *_: None)
+    monkeypatch.setattr("optimum_fwdprune.planning.search.Descent.run", lambda *_: None)
     pruner = FwdPruner(tiny.make_model("llama_mha_tied", num_hidden_layers=layers))
     pruner.prune(request_of(kinds=["mlp"], sparsity=0.2), tokens)
     kept = [len(pruner.plan.kept[layer, "mlp"]) for layer in range(layers)]
@@ -244,7 +244,7 @@ def test_an_interrupt_ends_it_with_the_best_so_far(tokens, monkeypatch, caplog):
     monkeypatch.setattr(
         Divergence, "_measure", lambda self, projections, first, record: lost_share(self, projections, first)
     )
-    move = search._Descent._move
+    move = search.Descent._move
     found = []
 
     def interrupted(self, state):
@@ -253,7 +253,7 @@ def test_an_interrupt_ends_it_with_the_best_so_far(tokens, monkeypatch, caplog):
             raise KeyboardInterrupt
         return move(self, state)
 
-    monkeypatch.setattr(search._Descent, "_move", interrupted)
+    monkeypatch.setattr(search.Descent, "_move", interrupted)
     pruner = FwdPruner(tiny.make_model("llama_mha_tied"))
     pruner.prune(request_of(search_windows=800, budget="joint"), tokens, inplace=False)
 
@@ -274,7 +274,7 @@ def test_a_search_that_was_killed_goes_on_bit_for_bit(tokens, tmp_path, monkeypa
 
     whole = run()
     assert whole.plan.metadata["scoring"]["search"]["sweeps"] > 3
-    move = search._Descent._move
+    move = search.Descent._move
 
     def killed(self, state):
         if state.sweeps == 2:
@@ -282,10 +282,10 @@ def test_a_search_that_was_killed_goes_on_bit_for_bit(tokens, tmp_path, monkeypa
         return move(self, state)
 
     folder = str(tmp_path)
-    monkeypatch.setattr(search._Descent, "_move", killed)
+    monkeypatch.setattr(search.Descent, "_move", killed)
     with pytest.raises(SystemExit):
         run(checkpoint=folder)
-    monkeypatch.setattr(search._Descent, "_move", move)
+    monkeypatch.setattr(search.Descent, "_move", move)
     resumed = run(checkpoint=folder)
 
     assert resumed.plan.kept == whole.plan.kept

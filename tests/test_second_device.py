@@ -16,7 +16,7 @@ from optimum_fwdprune.export import export_gguf, export_stock
 from optimum_fwdprune.loading import dispatching
 from optimum_fwdprune.loading.dispatching import PlacementError
 from optimum_fwdprune.loading.offloading import is_offloaded, lies_on_disk, read_parameter
-from optimum_fwdprune.planning import latency
+from optimum_fwdprune.planning import timing
 from optimum_fwdprune.runs.devices import has_float64
 
 
@@ -150,7 +150,7 @@ def test_models_with_low_memory_compute_on_the_accelerator(name, device, tokens,
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_the_default_dtype_changes_nothing(name, tokens, on_the_cpu, monkeypatch):
-    monkeypatch.setattr(latency, "median_seconds", tiny.counted_seconds)
+    monkeypatch.setattr(timing, "median_seconds", tiny.counted_seconds)
     expected = on_the_cpu(ARCHITECTURE, name, tokens)
     pruner = FwdPruner(tiny.make_model(ARCHITECTURE), tiny.make_tokenizer())
     torch.set_default_dtype(torch.bfloat16)

@@ -146,7 +146,7 @@ def make_tokenizer():
 
 
 def counted_seconds(runs, repeats, device):
-    """In the place of `latency.median_seconds`: what a layer or model holds is what it takes: no noise, no waiting."""
+    """In the place of `timing.median_seconds`: what a layer or model holds is what it takes: no noise, no waiting."""
     found = []
     for run in runs:
         owner = next(cell.cell_contents for cell in run.__closure__ if hasattr(cell.cell_contents, "parameters"))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,38 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from ..allocation.budgets import Budget
-from ..allocation.constraints import coarse_multiple, levels_of
-from ..architectures import Site, get_architecture
-from ..cutting.surgery import pruned_config
-from ..data.calibration import Calibration
-from ..files import check_output_file, write_text_atomically
-from ..forward.layerwise import Batch, LayerRunner
-from ..loading.offloading import is_offloaded
-from ..loading.state import evaluating
+from ..allocation.constraints import coarse_multiple
+from ..architectures import Site
+from ..files import write_text_atomically
 from ..request.config import PruningConfig
-from ..runs import ranks
-from ..runs.clock import median_seconds
 from ..runs.loggers import get_logger
-from ..runs.progress import progress
 from ..words import first_difference
 
 
 logger = get_logger(__name__)
 
-# Every width is timed so often, all of them in turns.
-REPEATS = 7
 
 NANOSECONDS = 1e9
-
-# Elements.
-ALIGNMENT = 64
-
-# How far the layers, timed one by one, may be from the whole model that they make up.
-AGREEMENT = 1.25
 
 
 @dataclass(frozen=True)
@@ -155,176 +135,3 @@ def shape_of(site: Site) -> str:
 
 def _weights_of(site: Site):
     return [(coupling, parameter) for coupling, parameter in site.owned_parameters() if parameter.dim() == 2]
-
-
-def load_or_measure(
-    model: PreTrainedModel, sites: Sequence[Site], config: PruningConfig, known: LatencyTable | None = None
-) -> LatencyTable:
-    """Return the table of `config.latency_table` where that file exists, or measure one, and write it there.
-
-    With several processes the main one does, while the others keep still.
-
-    One layer of every shape of site is timed with each width that the request allows at the table's resolution. Its
-    weights are views of one buffer of random numbers, so the price is the memory of two layers.
-
-    Args:
-        model (`PreTrainedModel`): the dense model; it is not changed.
-        sites (sequence of `Site`): all its sites.
-        config (`PruningConfig`): `latency_tokens` and `latency_table`.
-        known (`LatencyTable`, *optional*): one that was measured before, which serves where it is of the same.
-
-    Raises:
-        ValueError: where the file belongs to another machine or model, the prompt is too long for the model, or parts
-            of the model are offloaded.
-    """
-    if is_offloaded(model):
-        raise ValueError(
-            "target_speedup times layers where they compute, and parts of this model are offloaded. Load it without "
-            "device_map where it fits, or ask for target_bytes."
-        )
-    return LatencyTable.from_dict(ranks.from_main(lambda: vars(_load_or_measure(model, sites, config, known))))
-
-
-def _load_or_measure(
-    model: PreTrainedModel, sites: Sequence[Site], config: PruningConfig, known: LatencyTable | None
-) -> LatencyTable:
-    widest: dict[str, Site] = {}
-    for site in sites:
-        shape = shape_of(site)
-        if shape not in widest or site.num_units > widest[shape].num_units:
-            widest[shape] = site
-    config = at_measured_widths(sites, replace(config, min_units_per_site=1))
-    measured_on = _circumstances(model, widest, config)
-    path = None if config.latency_table is None else check_output_file(config.latency_table)
-    if path is not None and path.exists():
-        return LatencyTable.load(path, measured_on)
-    table = known
-    if table is None or table.measured_on != measured_on:
-        table = _measure(model, list(sites), widest, config, measured_on)
-    if path is not None:
-        table.save(path)
-    return table
-
-
-@torch.no_grad()
-def _measure(
-    model: PreTrainedModel,
-    sites: list[Site],
-    widest: dict[str, Site],
-    config: PruningConfig,
-    measured_on: dict[str, Any],
-) -> LatencyTable:
-    with evaluating(model):
-        batch, embedded = _prompt(model, config.latency_tokens)
-        layer_seconds = {}
-        for shape, site in progress(widest.items(), "Timing widths", unit="shape"):
-            equal_scores = torch.zeros(site.num_units, dtype=torch.float32)
-            kept = [*reversed(levels_of(site, equal_scores, config)), list(range(site.num_units))]
-            layers = _variants(model, sites, site, kept)
-            runs = [_run_of(layer, site.layer, batch, embedded) for layer in layers]
-            seconds = median_seconds(runs, REPEATS, site.projection.weight.device)
-            layer_seconds[shape] = [(len(units), taken) for units, taken in zip(kept, seconds)]
-        table = LatencyTable(prefill_seconds(model, config.latency_tokens), layer_seconds, measured_on)
-    warn_of_disagreement(table, sites)
-    return table
-
-
-def warn_of_disagreement(table: LatencyTable, sites: Sequence[Site]) -> None:
-    """Say where the layers of a table and the model that they make up were not as fast as each other."""
-    for kind in sorted({site.kind for site in sites}):
-        of_kind = [site for site in sites if site.kind == kind]
-        layers = sum(table.seconds(site) for site in of_kind)
-        if not 1 / AGREEMENT < layers / table.model_seconds < AGREEMENT:
-            logger.warning(
-                "The layers' latencies add up to %.3g s and the whole model's is %.3g s: the machine was busy with "
-                "other things, or layers are too small to be timed alone. Speed-ups may come out other than "
-                "predicted; measure anew when the machine is idle, after deleting the latency_table if there is one.",
-                layers,
-                table.model_seconds,
-            )
-            return
-
-
-@torch.no_grad()
-def prefill_seconds(model: PreTrainedModel, tokens: int) -> float:
-    """Return the median seconds of a forward pass over one prompt of so many tokens, without the vocabulary."""
-    prompt = _prompt_ids(model, tokens).to(model.device)
-    with evaluating(model):
-        run = lambda: model.base_model(input_ids=prompt, use_cache=False)  # noqa: E731
-        return median_seconds([run], REPEATS, model.device)[0]
-
-
-def _circumstances(model: PreTrainedModel, widest: dict[str, Site], config: PruningConfig) -> dict[str, Any]:
-    on_cpu = model.device.type == "cpu"
-    return {
-        "device": _name_of(model.device),
-        "threads": torch.get_num_threads() if on_cpu else None,
-        "torch": torch.__version__,
-        "dtype": str(model.dtype),
-        "attention": model.config._attn_implementation,
-        "tokens": config.latency_tokens,
-        "multiple_of": config.multiple_of,
-        "shapes": {shape: site.num_units for shape, site in widest.items()},
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-
-
-def _name_of(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _prompt_ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and tokens > longest:
-        raise ValueError(f"latency_tokens={tokens} is more than the {longest} positions that the model knows.")
-    vocab_size = model.config.get_text_config().vocab_size
-    return torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
-
-
-def _prompt(model: PreTrainedModel, tokens: int) -> tuple[Batch, torch.Tensor]:
-    runner = LayerRunner(model)
-    (batch,) = runner.batches(Calibration(_prompt_ids(model, tokens)), 1)
-    return batch, runner.embed(batch)
-
-
-def _run_of(layer: nn.Module, index: int, batch: Batch, embedded: torch.Tensor) -> Callable[[], Any]:
-    args, kwargs = batch.arguments[index]
-    return lambda: layer(embedded, *args, **kwargs)
-
-
-def _variants(model: PreTrainedModel, sites: list[Site], site: Site, kept: list[list[int]]) -> list[nn.Module]:
-    """Return copies of the site's layer that keep so much of it, all of their weights in the same memory."""
-    architecture = get_architecture(model.config)
-    original = architecture.layers(model)[site.layer][1]
-    weight = site.projection.weight
-    size = sum(_aligned(parameter.numel()) for parameter in original.parameters())
-    generator = torch.Generator(weight.device).manual_seed(0)
-    buffer = torch.randn(size, generator=generator, dtype=torch.float32, device=weight.device)
-    buffer = buffer.mul_(0.02).to(weight.dtype)
-    pruned_class: Any = architecture.pruned_class(model)
-    skeleton = copy.deepcopy(original).to("meta")
-    everything = {each.key: list(range(each.num_units)) for each in sites}
-    layers = []
-    for units in kept:
-        config: Any = pruned_config(model, sites, everything | {site.key: units}, set())
-        layer = copy.deepcopy(skeleton)
-        pruned_class.resize(layer, list(config.per_layer_config)[site.layer])
-        # One behind the other: what overlaps would be read from a cache.
-        start = 0
-        for name, parameter in list(layer.named_parameters()):
-            parent, _, leaf = name.rpartition(".")
-            values = buffer[start : start + parameter.numel()].view(parameter.shape)
-            setattr(layer.get_submodule(parent), leaf, nn.Parameter(values, requires_grad=False))
-            start += _aligned(parameter.numel())
-        for name, _ in list(layer.named_buffers()):
-            parent, _, leaf = name.rpartition(".")
-            setattr(layer.get_submodule(parent), leaf, original.get_buffer(name))
-        layers.append(layer.eval())
-    return layers
-
-
-def _aligned(count: int) -> int:
-    """The next multiple of what kernels like tensors to start at."""
-    return -(-count // ALIGNMENT) * ALIGNMENT

@@ -17,7 +17,7 @@ from accelerate import cpu_offload
 from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.files import save_tensors_atomically
 from optimum_fwdprune.loading.offloading import read_parameter
-from optimum_fwdprune.planning import latency
+from optimum_fwdprune.planning import timing
 from optimum_fwdprune.runs import ranks
 
 
@@ -49,7 +49,7 @@ def another_clock(runs, repeats, device):
     return [seconds * (1 + ranks.rank() * number) for number, seconds in enumerate(counted)]
 
 
-latency.median_seconds = another_clock
+timing.median_seconds = another_clock
 
 RESUMED = ["mini_llm_units", "policy_gradient_ratio", "search", "sequential_dense", "sources", "self", "offloaded"]
 

@@ -1,0 +1,140 @@
+"""Scoring every unit, with what the reconstruction of the request will need gathered along the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..architectures import Site, SiteKey, get_architecture
+from ..data.calibration import Calibration
+from ..forward.gathering import gather_statistics
+from ..forward.statistics import PlacedStatistics, SiteStatistics
+from ..loading.offloading import InTurn, is_offloaded
+from ..reconstruction.independent import Grams, grams_fit, statistics_with_grams
+from ..reconstruction.kinds import INDEPENDENT, LEAST_SQUARES, STATISTICS_OF
+from ..runs.resume import Checkpoint, State
+from .methods import (
+    PruningConfig,
+    ScoringInputs,
+    UnitScores,
+    get_method,
+)
+from .scores import Scores
+
+
+def needs_calibration(config: PruningConfig) -> bool:
+    """Whether the request's scores, or its reconstruction, need calibration tokens."""
+    return bool(_needed(config)) or get_method(config.method).calibrated
+
+
+def check_scoring(model: PreTrainedModel, config: PruningConfig) -> None:
+    """Raise `ValueError` where `model` does not allow the scores that the request asks for, before anything runs."""
+    if is_offloaded(model) and get_method(config.method).differentiates(config):
+        raise ValueError(
+            f"method={config.method!r} back-propagates here, which cannot reach offloaded weights. Load the model "
+            f"without offloading, or use method='mini_llm' with gradient='zeroth_order', which runs forward passes."
+        )
+
+
+def score_units(
+    model: PreTrainedModel,
+    sites: list[Site],
+    config: PruningConfig,
+    calibration: Calibration | None,
+    keep: Callable[[Mapping[SiteKey, torch.Tensor]], dict[SiteKey, list[int]]],
+    checkpoint: Checkpoint | None = None,
+) -> Scores:
+    """Score every unit, and gather what the request's reconstruction will need, without changing the model.
+
+    Args:
+        model (`PreTrainedModel`): the dense model, in eval mode.
+        sites (`list[Site]`): all its sites.
+        config (`PruningConfig`): the request.
+        calibration (`Calibration`, *optional*): the tokens, where the request `needs_calibration`.
+        keep (`Callable`): scores of every unit in, out what the request would keep under them.
+        checkpoint (`Checkpoint`, *optional*): where long stages keep their state.
+
+    Raises:
+        ValueError: on NaN in weights, activations or scores, naming where.
+    """
+    _check_finite(model)
+    checkpoint = checkpoint or Checkpoint()
+    method, needed = get_method(config.method), _needed(config)
+    statistics: dict[SiteKey, SiteStatistics] = {}
+    grams: Grams = {}
+    if needed and calibration is not None and _will_refit_independently(config) and grams_fit(sites):
+        statistics, grams = statistics_with_grams(model, sites, calibration, config.batch_size, needed, checkpoint)
+    elif needed and calibration is not None:
+        (statistics,) = gather_statistics(model, sites, [calibration], config.batch_size, needed, checkpoint)
+    # Scored again on another device, units that are worth the same could change places.
+    stage = checkpoint.stage("scores", calibration)
+    found = stage.load(_scores_of)
+    if found is None:
+        placed = PlacedStatistics(sites, statistics)
+
+        def keep_in_memory(scores: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, list[int]]:
+            return keep({key: values.cpu() for key, values in scores.items()})
+
+        inputs = ScoringInputs(model, InTurn(sites), placed, calibration, config, keep_in_memory, checkpoint)
+        found = _in_memory(method.score(inputs))
+        _check_scores(found, sites, config)
+        stage.save(lambda: _state_of(found))
+    errors, history = dict(found.standard_errors), dict(found.history)
+    about = (errors, found.details, history, grams)
+    family = get_architecture(model.config).model_type
+    return Scores(config, dict(found.values), statistics, calibration, *about, model_type=family)
+
+
+def _in_memory(found: UnitScores | Mapping[SiteKey, torch.Tensor]) -> UnitScores:
+    found = found if isinstance(found, UnitScores) else UnitScores(found)
+    values, errors = (
+        {key: value.detach().float().cpu() for key, value in values.items()}
+        for values in (found.values, found.standard_errors)
+    )
+    return replace(found, values=values, standard_errors=errors)
+
+
+def _check_scores(found: UnitScores, sites: Iterable[Site], config: PruningConfig) -> None:
+    values = found.values
+    for site in sites:
+        if site.key not in values or values[site.key].shape != (site.num_units,):
+            raise ValueError(f"Method {config.method!r} must score {site.num_units} units for the {site}.")
+        if not values[site.key].isfinite().all():
+            raise ValueError(f"Method {config.method!r} scored NaN or infinity in the {site}.")
+
+
+def _state_of(found: UnitScores) -> State:
+    tensors = {f"scores.{layer}.{kind}": value for (layer, kind), value in found.values.items()}
+    tensors |= {f"errors.{layer}.{kind}": value for (layer, kind), value in found.standard_errors.items()}
+    tensors |= {f"history.{name}": values for name, values in found.history.items()}
+    return tensors, {"details": found.details}
+
+
+def _scores_of(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> UnitScores:
+    def of_sites(group: str) -> dict[SiteKey, torch.Tensor]:
+        names = (name.split(".") for name in tensors if name.startswith(f"{group}."))
+        return {(int(layer), kind): tensors[f"{group}.{layer}.{kind}"] for _, layer, kind in names}
+
+    history = {
+        name.removeprefix("history."): values for name, values in tensors.items() if name.startswith("history.")
+    }
+    return UnitScores(of_sites("scores"), of_sites("errors"), numbers["details"], history)
+
+
+def _will_refit_independently(config: PruningConfig) -> bool:
+    return config.reconstruction == LEAST_SQUARES and config.reconstruction_order == INDEPENDENT
+
+
+def _needed(config: PruningConfig) -> set[str]:
+    return {*get_method(config.method).statistics, *STATISTICS_OF[config.reconstruction]}
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        # amax lets NaN and infinity through and, unlike a sum, cannot overflow.
+        if not parameter.is_meta and not parameter.detach().abs().amax().isfinite():
+            raise ValueError(f"{name} contains NaN or infinity; the checkpoint is damaged or overflowed in its dtype.")
