@@ -17,8 +17,7 @@ from optimum_fwdprune import (
 )
 from optimum_fwdprune.forward.hooks import outputs_of, stopped_before
 from optimum_fwdprune.forward.layerwise import LayerRunner
-from optimum_fwdprune.reconstruction import least_squares
-from optimum_fwdprune.reconstruction import reconstruct as reconstruction
+from optimum_fwdprune.reconstruction import independent, least_squares
 from optimum_fwdprune.reconstruction.least_squares import (
     RIDGES,
     NormalEquations,
@@ -56,7 +55,7 @@ def parts_of(pruner, model):
 
 
 def held_out(tokens):
-    return torch.arange(len(tokens)) % reconstruction.HELD_OUT_EVERY == reconstruction.HELD_OUT_EVERY - 1
+    return torch.arange(len(tokens)) % independent.HELD_OUT_EVERY == independent.HELD_OUT_EVERY - 1
 
 
 def change_by_numpy(inputs, residual, ridge):
@@ -157,7 +156,7 @@ def test_gram_matrices_a_layer_at_a_time_give_the_same(tokens, monkeypatch):
     """Where those of all layers do not fit into memory at once."""
     model = tiny.make_model("llama_gqa_biases")
     expected = pruned_by(model, tokens).model(tokens).logits
-    monkeypatch.setattr(reconstruction, "GRAM_BYTES", 1)
+    monkeypatch.setattr(independent, "GRAM_BYTES", 1)
 
     assert torch.equal(pruned_by(model, tokens).model(tokens).logits, expected)
 
@@ -340,7 +339,7 @@ def test_a_forward_pass_that_stopped_holds_nothing(tokens):
 def test_a_window_of_padding_alone_is_not_held_out(tokens, options):
     model = tiny.make_model("opt_pre_norm")
     mask = torch.ones_like(tokens)
-    mask[reconstruction.HELD_OUT_EVERY - 1 :: reconstruction.HELD_OUT_EVERY] = 0
+    mask[independent.HELD_OUT_EVERY - 1 :: independent.HELD_OUT_EVERY] = 0
     pruner = pruned_by(model, {"input_ids": tokens, "attention_mask": mask}, **options)
 
     assert all(found["held_out_error_before"] > 0 for found in pruner.plan.metadata["reconstructed"].values())
@@ -398,7 +397,7 @@ def test_the_fast_preset_passes_every_window_once(tokens, monkeypatch):
     probes = [2, 2, 2]
     assert sum(passed) == len(tokens) + sum(probes)
     passed.clear()
-    monkeypatch.setattr(reconstruction, "GRAM_BYTES", 1)
+    monkeypatch.setattr(independent, "GRAM_BYTES", 1)
     again = FwdPruner(model).prune(request, tokens, inplace=False)
     handle.remove()
     assert sum(passed) > 2 * len(tokens)
