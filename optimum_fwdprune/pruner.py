@@ -559,7 +559,7 @@ class FwdPruner:
         about = (request, calibration, statistics)
         if not self._low_memory:
             return cut(model, sites, plan, *about, grams, inplace, seconds, checkpoint, finished)
-        kept = {f"{layer}.{kind}": units for (layer, kind), units in plan.kept.items()}
+        kept = {str(key): units for key, units in plan.kept.items()}
         workspace = Workspace(self._offload_folder, checkpoint.folder("streamed", calibration, kept=kept))
         with naming_what_is_full(workspace.folder), evaluating(model):
             done = cut_streamed(model, sites, plan, *about, workspace, seconds)

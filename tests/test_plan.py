@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, find_sites
-from optimum_fwdprune.architectures import is_pruned
+from optimum_fwdprune.architectures import SiteKey, is_pruned
 
 
 @pytest.fixture
@@ -30,6 +30,18 @@ def test_units_may_be_tuples(plan):
     tuples = dataclasses.replace(plan, kept={key: tuple(units) for key, units in plan.kept.items()})
 
     assert tuples == plan
+
+
+def test_sites_may_be_plain_tuples(plan):
+    assert {type(key) for key in (*plan.kept, *plan.num_units)} == {SiteKey}
+    assert plan.kept[0, "mlp"] == [1, 2, 3]
+
+
+def test_the_name_of_a_site_survives_text():
+    assert str(SiteKey(3, "mlp")) == "3.mlp"
+    assert SiteKey.parse("3.mlp") == SiteKey(3, "mlp") == (3, "mlp")
+    with pytest.raises(ValueError):
+        SiteKey.parse("mlp.3")
 
 
 def test_a_site_keeps_the_units_of_a_tuple():

@@ -68,7 +68,7 @@ def allocate(
                 cost=ParameterCost(kind, config.field_of(kind)),
                 as_far_as_possible=budget.as_far_as_possible,
             )
-            parts.append(([key for key in steps if key[1] == kind], part, of_kind))
+            parts.append(([key for key in steps if key.kind == kind], part, of_kind))
     else:
         parts = [(list(steps), budget, sum(cost.total(site) for site in sites))]
 

@@ -94,7 +94,7 @@ class EarlierPruning:
 
     def why_apart(self, later: PruningPlan) -> str:
         """Return what to tell a user of a later plan that `followed_by` cannot combine with this one."""
-        now = {self.units_now[key] for key in later.kept if key[1] == ATTENTION and later.removed(key)}
+        now = {self.units_now[key] for key in later.kept if key.kind == ATTENTION and later.removed(key)}
         return (
             f"The new plan is of the pruned model that this pruning started from, and replays on that model only: "
             f"attention heads were removed in units of {self.plan.attention_unit!r} before and of "
@@ -107,7 +107,7 @@ class EarlierPruning:
         """What both plans keep of a site, in attention units of this kind; `None` where these cannot express it."""
         before, after = self.plan.kept[key], later.kept[key]
         both = [before[place] for place in after] if len(before) == later.num_units[key] else None
-        if key[1] != ATTENTION:
+        if key.kind != ATTENTION:
             return (both, self.plan.num_units[key]) if both is not None else None
         total = self.dense_units[unit]
         first, second, wanted = self._kind(self.plan.attention_unit), self.units_now[key], self._kind(unit)

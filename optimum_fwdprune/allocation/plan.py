@@ -14,6 +14,7 @@ from ..architectures.site import (
     KINDS,
     Site,
     SiteKey,
+    keyed_by_site,
     unit_name,
 )
 from ..files import as_path, write_text_atomically
@@ -63,8 +64,8 @@ class PruningPlan:
             raise ValueError(
                 f"attention_unit must be one of {', '.join(ATTENTION_UNITS)}; got {self.attention_unit!r}."
             )
-        for (layer, kind), units in self.kept.items():
-            total = self.num_units[(layer, kind)]
+        for key, units in self.kept.items():
+            (layer, kind), total = key, self.num_units[key]
             # JSON knows true and 1.5, and Python would take them for numbers of units.
             if not isinstance(units, (list, tuple)) or any(type(number) is not int for number in (total, *units)):
                 raise ValueError(f"Layer {layer} {kind}: units are a list of integers; got {units} of {total}.")
@@ -77,14 +78,16 @@ class PruningPlan:
                     f"Layer {layer} {kind}: kept units must be sorted, different and in [0, {total}); got {units}."
                 )
         # As they come back from a file, and as torch takes an index along one axis, which a tuple is not.
-        object.__setattr__(self, "kept", {key: list(units) for key, units in self.kept.items()})
+        object.__setattr__(self, "kept", {key: list(units) for key, units in keyed_by_site(self.kept).items()})
+        object.__setattr__(self, "num_units", keyed_by_site(self.num_units))
 
     def _repr_html_(self) -> str:
         rows = []
         for layer in sorted({layer for layer, _ in self.kept}):
             row = [str(layer)]
             for kind in KINDS:
-                total, kept = self.num_units.get((layer, kind), 0), len(self.kept.get((layer, kind), ()))
+                key = SiteKey(layer, kind)
+                total, kept = self.num_units.get(key, 0), len(self.kept.get(key, []))
                 row += [f"{kept} / {total}", f"{kept / total if total else 1:.0%}"]
             rows.append(row)
         return html_table(("layer", unit_name("attention", self.attention_unit), "", "MLP channels", ""), rows)
@@ -102,8 +105,8 @@ class PruningPlan:
         """Raise `ValueError` where the sites of a pruned model are not those that the plan left."""
         found = {site.key: site.num_units for site in sites}
         planned = {key: len(units) for key, units in self.kept.items()}
-        for layer, kind in sorted(found.keys() | planned.keys()):
-            key = (layer, kind)
+        for key in sorted(found.keys() | planned.keys()):
+            layer, kind = key
             if found.get(key) != planned.get(key):
                 raise ValueError(
                     f"Layer {layer} {kind}: the plan leaves {planned.get(key, 'no such site')}, and the weights "
@@ -221,7 +224,7 @@ def losses_by_kind(
     names = {"attention": ATTENTION_NAMES[attention_unit], "mlp": "MLP channels"}
     sentences = {}
     for kind in KINDS:
-        layers = {layer: 1 - len(kept[layer, kind]) / total for (layer, of), total in num_units.items() if of == kind}
+        layers = {key.layer: 1 - len(kept[key]) / total for key, total in num_units.items() if key.kind == kind}
         if not layers:
             continue
         total = sum(number for (_, of), number in num_units.items() if of == kind)
@@ -282,4 +285,4 @@ def _flatten(nested: Mapping[str, Mapping[str, Any]]) -> dict[SiteKey, Any]:
     unknown = {kind for entry in nested.values() for kind in entry} - set(KINDS)
     if unknown:
         raise KeyError(f"unknown kinds {sorted(unknown)}")
-    return {(int(layer), kind): value for layer, entry in nested.items() for kind, value in entry.items()}
+    return {SiteKey(int(layer), kind): value for layer, entry in nested.items() for kind, value in entry.items()}

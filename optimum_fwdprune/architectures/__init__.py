@@ -11,7 +11,19 @@ from .registry import (
     registered_architectures,
     supported_architectures,
 )
-from .site import ATTENTION, ATTENTION_UNITS, KINDS, KV_GROUP, MLP, QUERY_HEAD, Coupling, Segment, Site, SiteKey
+from .site import (
+    ATTENTION,
+    ATTENTION_UNITS,
+    KINDS,
+    KV_GROUP,
+    MLP,
+    QUERY_HEAD,
+    Coupling,
+    Segment,
+    Site,
+    SiteKey,
+    keyed_by_site,
+)
 
 
 __all__ = [
@@ -31,6 +43,7 @@ __all__ = [
     "find_sites",
     "get_architecture",
     "is_pruned",
+    "keyed_by_site",
     "register_architecture",
     "registered_architectures",
     "supported_architectures",

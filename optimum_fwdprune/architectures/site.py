@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +15,38 @@ KINDS = (ATTENTION, MLP)
 KV_GROUP, QUERY_HEAD = "kv_group", "query_head"
 ATTENTION_UNITS = (KV_GROUP, QUERY_HEAD)
 
-SiteKey = tuple[int, str]
+T = TypeVar("T")
+Key = TypeVar("Key", bound=tuple[int, str])
+
+
+class SiteKey(NamedTuple):
+    """The name of a site: `"3.mlp"` as text, and equal to the tuple `(3, "mlp")`.
+
+    Args:
+        layer (`int`): index of the decoder layer.
+        kind (`str`): `"attention"` or `"mlp"`.
+    """
+
+    layer: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.kind}"
+
+    @classmethod
+    def parse(cls, text: str) -> SiteKey:
+        """Return the key that reads `text`.
+
+        Raises:
+            ValueError: where the part before the first point is no integer.
+        """
+        layer, _, kind = text.partition(".")
+        return cls(int(layer), kind)
+
+
+def keyed_by_site(values: Mapping[Key, T]) -> dict[SiteKey, T]:
+    """Return `values` with each key as a [`SiteKey`]; users and third-party methods may pass plain tuples."""
+    return {SiteKey(*key): value for key, value in values.items()}
 
 
 def unit_name(kind: str, attention_unit: str) -> str:
@@ -119,7 +151,7 @@ class Site:
 
     @property
     def key(self) -> SiteKey:
-        return (self.layer, self.kind)
+        return SiteKey(self.layer, self.kind)
 
     @property
     def unit_width(self) -> int:

@@ -107,8 +107,8 @@ def _packed(found: list[dict[SiteKey, SiteStatistics]]) -> State:
     counts = []
     for text, statistics in enumerate(found):
         counts.append(next((each.count for each in statistics.values()), 0))
-        for (layer, kind), each in statistics.items():
-            site = f"{text}.{layer}.{kind}"
+        for key, each in statistics.items():
+            site = f"{text}.{key}"
             tensors |= {f"{site}.mean": each.mean, f"{site}.variance": each.variance}
             tensors |= {f"{site}.norm.{name}": norm for name, norm in each.source_norms.items()}
     return tensors, {"counts": counts}
@@ -128,7 +128,7 @@ def _unpacked(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> list
             statistics = SiteStatistics(
                 numbers["counts"][int(text)], tensors[name], tensors[f"{site}variance"], source_norms=norms
             )
-            found[int(text)][(int(layer), kind)] = statistics
+            found[int(text)][SiteKey(int(layer), kind)] = statistics
     return found
 
 

@@ -57,16 +57,16 @@ class Observer:
     def sums(self) -> dict[str, torch.Tensor]:
         """Return what was gathered so far, for [`take_up`]."""
         found = {f"squares.{name}": squares.squares for name, (_, squares) in self._sources.items()}
-        for (layer, kind), accumulator in self._accumulators.items():
-            found |= {f"{layer}.{kind}.{name}": value for name, value in accumulator.state().items()}
+        for key, accumulator in self._accumulators.items():
+            found |= {f"{key}.{name}": value for name, value in accumulator.state().items()}
         return found
 
     def take_up(self, sums: dict[str, torch.Tensor], numbers: dict[str, Any]) -> int:
         """Go on from `sums` that were gathered before, and return over how many windows, which `numbers` say."""
         for name, (_, squares) in self._sources.items():
             squares.squares.copy_(sums[f"squares.{name}"])
-        for (layer, kind), accumulator in self._accumulators.items():
-            prefix = f"{layer}.{kind}."
+        for key, accumulator in self._accumulators.items():
+            prefix = f"{key}."
             own = {name.removeprefix(prefix): value for name, value in sums.items() if name.startswith(prefix)}
             accumulator.take_up(own)
         return numbers["windows"]

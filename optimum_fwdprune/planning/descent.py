@@ -79,7 +79,7 @@ class SearchState:
             "expected_sparsity": removed.float(),
         }
         for site, values in zip(sites, rates.float().unbind(1)):
-            found[f"keep_rate.{site.layer}.{site.kind}"] = values
+            found[f"keep_rate.{site.key}"] = values
         return found
 
     def state(self) -> State:

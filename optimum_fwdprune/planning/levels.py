@@ -75,7 +75,7 @@ class Levels:
                 kept = self._kept[site.key]
                 grams = [each.gram for each in statistics if each.gram is not None]
                 ridge = _ridge(site, kept, grams, [each.count for each in statistics], config.ridge)
-                file = folder / f"{site.layer}.{site.kind}.safetensors"
+                file = folder / f"{site.key}.safetensors"
                 save_tensors_atomically(file, _refitted(site, kept, functools.reduce(torch.add, grams), ridge), {})
                 # Memory-mapped: the system keeps what is used often.
                 self._files[site.key] = safe_open(file, framework="pt")

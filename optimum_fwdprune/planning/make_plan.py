@@ -125,12 +125,12 @@ def _metadata(model: PreTrainedModel, scores: Scores, rounds: Rounds, config: Pr
         "requested_sparsity": rounds.requested_sparsity,
         "rounds": config.rounds,
         "scores": {
-            f"{layer}.{kind}": {
+            str(key): {
                 "lowest": float(value.min()),
                 "mean": float(value.mean()),
                 "highest": float(value.max()),
             }
-            for (layer, kind), value in scores.values.items()
+            for key, value in scores.values.items()
         },
         "scoring": scores.details,
         "calibration": scores.calibrated_on or None,

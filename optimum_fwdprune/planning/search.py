@@ -122,7 +122,7 @@ def search(
     price = _price(learned, len(get_architecture(model.config).layers(model)))
     judging = _as_many_as_allowed(judging or fit, learned, price, config)
 
-    by_name = ((f"{site.layer}.{site.kind}", scores[site.key]) for site in learned)
+    by_name = ((str(site.key), scores[site.key]) for site in learned)
     costs = [cost.total(site) for site in learned]
     stage = checkpoint.stage("search", calibration, scores=digest_of(by_name), costs=costs)
     state = stage.load(SearchState.of) or SearchState(torch.zeros(0, dtype=torch.float64), FIRST_STEP)

@@ -163,7 +163,7 @@ def reconstruct_by_layer(
             if number < len(done):
                 yield done[number]
                 continue
-            details = {f"{layer}.{kind}": refit.summary() for (layer, kind), refit in refits.items()}
+            details = {str(key): refit.summary() for key, refit in refits.items()}
             yield Reconstruction(projections, details)
         return
     # A checkpoint has projection biases in all layers of a kind or in none.
@@ -188,7 +188,7 @@ def warn_of_unchanged(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]], 
     """Say at which of the sites that lose units least squares was of no use."""
     losing = [site for site in sites if len(kept[site.key]) < site.num_units]
     # Where nothing was lost, there was nothing to gain either.
-    lossy = [(site, details[f"{site.layer}.{site.kind}"]) for site in losing if f"{site.layer}.{site.kind}" in details]
+    lossy = [(site, details[str(site.key)]) for site in losing if str(site.key) in details]
     unchanged = [site for site, found in lossy if not found["refitted"] and found["held_out_error_before"]]
     if unchanged:
         logger.warning(

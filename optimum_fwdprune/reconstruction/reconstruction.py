@@ -31,12 +31,12 @@ class Reconstruction:
     def state(self) -> State:
         """Return it as tensors and JSON values."""
         tensors = {}
-        for (layer, kind), projection in self.projections.items():
-            tensors[f"{layer}.{kind}.weight"] = projection.weight.detach()
+        for key, projection in self.projections.items():
+            tensors[f"{key}.weight"] = projection.weight.detach()
             if projection.bias is not None:
-                tensors[f"{layer}.{kind}.bias"] = projection.bias.detach()
-            tensors |= {f"{layer}.{kind}.source.{name}": weight for name, weight in projection.sources.items()}
-        kept = [[layer, kind, projection.kept] for (layer, kind), projection in self.projections.items()]
+                tensors[f"{key}.bias"] = projection.bias.detach()
+            tensors |= {f"{key}.source.{name}": weight for name, weight in projection.sources.items()}
+        kept = [[*key, projection.kept] for key, projection in self.projections.items()]
         return tensors, {"kept": kept, "details": self.details}
 
     def placed_like(self, sites: Iterable[Site]) -> Reconstruction:
@@ -55,12 +55,12 @@ class Reconstruction:
         """Return what [`state`] made these of."""
         projections = {}
         for layer, kind, units in numbers["kept"]:
-            site = f"{layer}.{kind}"
+            key = SiteKey(layer, kind)
             sources = {
-                name.removeprefix(f"{site}.source."): weight
+                name.removeprefix(f"{key}.source."): weight
                 for name, weight in tensors.items()
-                if name.startswith(f"{site}.source.")
+                if name.startswith(f"{key}.source.")
             }
-            weight, bias = tensors[f"{site}.weight"], tensors.get(f"{site}.bias")
-            projections[layer, kind] = Projection(units, weight, bias, sources)
+            weight, bias = tensors[f"{key}.weight"], tensors.get(f"{key}.bias")
+            projections[key] = Projection(units, weight, bias, sources)
         return cls(projections, numbers["details"])

@@ -119,8 +119,8 @@ def _what_was_removed(plan: PruningPlan | None) -> Iterator[str]:
     if plan is None:
         return
     names = {ATTENTION: ATTENTION_NAMES[plan.attention_unit], MLP: "MLP channels"}
-    removed = [kind for kind in KINDS if any(plan.removed(key) for key in plan.kept if key[1] == kind)]
-    kept = [kind for kind in KINDS if kind not in removed and any(key[1] == kind for key in plan.kept)]
+    removed = [kind for kind in KINDS if any(plan.removed(key) for key in plan.kept if key.kind == kind)]
+    kept = [kind for kind in KINDS if kind not in removed and any(key.kind == kind for key in plan.kept)]
     if removed:
         text = " and ".join(names[kind] for kind in removed)
         rest = f", and all {names[kept[0]]} were kept" if kept else ""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..allocation.plan import PruningPlan
-from ..architectures.site import KINDS
+from ..architectures.site import KINDS, SiteKey
 from ..checkpoint.record import Record
 from ..checkpoint.reproduction import reproduction_of
 from ..evaluation import Comparison
@@ -142,9 +142,9 @@ def _layers(plan: PruningPlan, report: Outcome | None) -> list[dict[str, Any]]:
     for layer in sorted({layer for layer, _ in plan.kept}):
         row: dict[str, Any] = {"layer": layer}
         for kind in KINDS:
-            kept, units = len(plan.kept.get((layer, kind), ())), plan.num_units.get((layer, kind), 0)
-            each = per_unit.get((layer, kind))
-            known = {} if each is None else {"parameters": {"before": units * each, "after": kept * each}}
+            key = SiteKey(layer, kind)
+            kept, units, size = len(plan.kept.get(key, [])), plan.num_units.get(key, 0), per_unit.get(key)
+            known = {} if size is None else {"parameters": {"before": units * size, "after": kept * size}}
             row[kind] = {"kept": kept, "units": units, "parameters": None, **known}
         rows.append(row)
     return rows
@@ -158,7 +158,7 @@ def _scores(scores: Scores, plan: PruningPlan | None) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for kind in KINDS:
-        values = {layer: value.double().numpy() for (layer, of), value in sorted(scores.values.items()) if of == kind}
+        values = {key: value.double().numpy() for key, value in sorted(scores.values.items()) if key.kind == kind}
         if not values:
             continue
         everything = np.concatenate(list(values.values()))
@@ -167,14 +167,10 @@ def _scores(scores: Scores, plan: PruningPlan | None) -> dict[str, Any]:
         low, high = float(everything.min()), float(everything.max())
         places = edges(low, high if high > low else low + 1, BINS + 1)
         places[0], places[-1] = low, max(high, places[-1])
-        told_apart = plan is not None and all(
-            plan.num_units.get((layer, kind)) == len(value) for layer, value in values.items()
-        )
+        told_apart = plan is not None and all(plan.num_units.get(key) == len(value) for key, value in values.items())
         if told_apart:
             assert plan is not None
-            kept = np.concatenate(
-                [np.isin(np.arange(len(value)), plan.kept[(layer, kind)]) for layer, value in values.items()]
-            )
+            kept = np.concatenate([np.isin(np.arange(len(value)), plan.kept[key]) for key, value in values.items()])
             parts = {"kept": everything[kept], "removed": everything[~kept]}
         else:
             parts = {"all": everything}
@@ -183,8 +179,8 @@ def _scores(scores: Scores, plan: PruningPlan | None) -> dict[str, Any]:
             "edges": places.tolist(),
             **{name: np.histogram(part, places)[0].tolist() for name, part in parts.items()},
             "layers": [
-                {"layer": layer, **{name: float(np.quantile(value, at)) for name, at in QUANTILES.items()}}
-                for layer, value in values.items()
+                {"layer": key.layer, **{name: float(np.quantile(value, at)) for name, at in QUANTILES.items()}}
+                for key, value in values.items()
             ],
         }
     return found

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..architectures.site import SiteKey
+
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +39,8 @@ def learning_of(history: Mapping[str, Tensor], points: int = 400) -> dict[str, A
     keep_rates: dict[str, dict[str, list[float]]] = {"attention": {}, "mlp": {}}
     for name, values in history.items():
         if name.startswith("keep_rate."):
-            _, layer, kind = name.split(".")
-            keep_rates[kind][layer] = _at(values, lasts)
+            key = SiteKey.parse(name.removeprefix("keep_rate."))
+            keep_rates[key.kind][str(key.layer)] = _at(values, lasts)
     return {
         "steps": lasts,
         "loss": [_finite(float(loss[max(0, last - stretch) : last].nanmean())) for last in lasts],

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from ..architectures.site import SiteKey
+from ..architectures.site import SiteKey, keyed_by_site
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ class Outcome:
     speedup: Speedup | None = None
     unit_parameters: dict[SiteKey, int] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self):
+        object.__setattr__(self, "unit_parameters", keyed_by_site(self.unit_parameters))
+
     @property
     def sparsity(self) -> float:
         """Removed fraction of the prunable parameters."""
@@ -73,7 +76,7 @@ class Outcome:
         """Return all figures as JSON values."""
         found = {name: getattr(self, name) for name in FIGURES}
         speedup = None if self.speedup is None else dataclasses.asdict(self.speedup)
-        per_unit = {f"{layer}.{kind}": each for (layer, kind), each in self.unit_parameters.items()}
+        per_unit = {str(key): parameters for key, parameters in self.unit_parameters.items()}
         shares = {"sparsity": self.sparsity, "model_sparsity": self.model_sparsity}
         return {**found, "speedup": speedup, **shares, "unit_parameters": per_unit}
 
@@ -91,8 +94,7 @@ class Outcome:
         try:
             speedup = None if values["speedup"] is None else Speedup(**values["speedup"])
             figures = {name: values[name] for name in FIGURES}
-            named = [(name.split("."), each) for name, each in values["unit_parameters"].items()]
-            per_unit = {(int(layer), kind): each for (layer, kind), each in named}
+            per_unit = {SiteKey.parse(name): parameters for name, parameters in values["unit_parameters"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"These are not the figures of a pruning: {type(error).__name__}: {error}.") from error
         return cls(**figures, speedup=speedup, unit_parameters=per_unit, **others)

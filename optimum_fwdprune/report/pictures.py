@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..allocation.plan import PruningPlan
-from ..architectures.site import KINDS, unit_name
+from ..architectures.site import KINDS, SiteKey, unit_name
 from .learning import learning_of
 
 
@@ -39,8 +39,9 @@ def plot_plan(plan: PruningPlan, file: str | Path) -> None:
     figure = new_figure(8, 3.8)
     with drawing():
         for axis, kind in zip(figure.subplots(2, 1, sharex=True), KINDS):
-            kept = [len(plan.kept.get((layer, kind), ())) for layer in layers]
-            units = [plan.num_units.get((layer, kind), 0) for layer in layers]
+            keys = [SiteKey(layer, kind) for layer in layers]
+            kept = [len(plan.kept.get(key, [])) for key in keys]
+            units = [plan.num_units.get(key, 0) for key in keys]
             draw_kept(axis, kind, layers, kept, units, unit_name(kind, plan.attention_unit))
         axis.set_xlabel("layer")
         save_figure(figure, file)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..allocation.plan import PruningPlan
-from ..architectures.site import KINDS, unit_name
+from ..architectures.site import KINDS, SiteKey, unit_name
 from ..words import render_table
 from .document import models_of
 from .learning import learning_of
@@ -24,8 +24,8 @@ def plan_table(plan: PruningPlan) -> str:
     for layer in layers:
         row = [str(layer)]
         for kind in KINDS:
-            total = plan.num_units.get((layer, kind), 0)
-            kept = len(plan.kept.get((layer, kind), ()))
+            key = SiteKey(layer, kind)
+            total, kept = plan.num_units.get(key, 0), len(plan.kept.get(key, []))
             share = kept / total if total else 1.0
             row += [f"{kept} / {total}", f"{'█' * round(share * 20):<20} {share:4.0%}"]
         rows.append(tuple(row))

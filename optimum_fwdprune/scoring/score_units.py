@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..architectures import Site, SiteKey, get_architecture
+from ..architectures import Site, SiteKey, get_architecture, keyed_by_site
 from ..data.calibration import Calibration
 from ..forward.gathering import gather_statistics
 from ..forward.statistics import PlacedStatistics, SiteStatistics
@@ -92,7 +92,7 @@ def score_units(
 def _in_memory(found: UnitScores | Mapping[SiteKey, torch.Tensor]) -> UnitScores:
     found = found if isinstance(found, UnitScores) else UnitScores(found)
     values, errors = (
-        {key: value.detach().float().cpu() for key, value in values.items()}
+        {key: value.detach().float().cpu() for key, value in keyed_by_site(values).items()}
         for values in (found.values, found.standard_errors)
     )
     return replace(found, values=values, standard_errors=errors)
@@ -108,16 +108,16 @@ def _check_scores(found: UnitScores, sites: Iterable[Site], config: PruningConfi
 
 
 def _state_of(found: UnitScores) -> State:
-    tensors = {f"scores.{layer}.{kind}": value for (layer, kind), value in found.values.items()}
-    tensors |= {f"errors.{layer}.{kind}": value for (layer, kind), value in found.standard_errors.items()}
+    tensors = {f"scores.{key}": value for key, value in found.values.items()}
+    tensors |= {f"errors.{key}": value for key, value in found.standard_errors.items()}
     tensors |= {f"history.{name}": values for name, values in found.history.items()}
     return tensors, {"details": found.details}
 
 
 def _scores_of(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> UnitScores:
     def of_sites(group: str) -> dict[SiteKey, torch.Tensor]:
-        names = (name.split(".") for name in tensors if name.startswith(f"{group}."))
-        return {(int(layer), kind): tensors[f"{group}.{layer}.{kind}"] for _, layer, kind in names}
+        keys = (SiteKey.parse(name.removeprefix(f"{group}.")) for name in tensors if name.startswith(f"{group}."))
+        return {key: tensors[f"{group}.{key}"] for key in keys}
 
     history = {
         name.removeprefix("history."): values for name, values in tensors.items() if name.startswith("history.")

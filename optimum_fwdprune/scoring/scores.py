@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..architectures import Site, SiteKey
+from ..architectures import Site, SiteKey, keyed_by_site
 from ..data.calibration import Calibration
 from ..files import (
     as_path,
@@ -66,6 +66,8 @@ class Scores:
     model_type: str | None = None
 
     def __post_init__(self):
+        self.values = keyed_by_site(self.values)
+        self.standard_errors = keyed_by_site(self.standard_errors)
         if self.calibration is not None and not self.calibrated_on:
             self.calibrated_on = {
                 "source": self.calibration.source,
@@ -186,13 +188,13 @@ class Scores:
                 them, so checkpoints have their fingerprint alone.
         """
         tensors = {}
-        for (layer, kind), value in self.values.items():
-            tensors[f"scores.{layer}.{kind}"] = value
-        for (layer, kind), statistics in self.statistics.items():
-            tensors[f"mean.{layer}.{kind}"] = statistics.mean
-            tensors[f"variance.{layer}.{kind}"] = statistics.variance
-        for (layer, kind), error in self.standard_errors.items():
-            tensors[f"standard_error.{layer}.{kind}"] = error
+        for key, value in self.values.items():
+            tensors[f"scores.{key}"] = value
+        for key, statistics in self.statistics.items():
+            tensors[f"mean.{key}"] = statistics.mean
+            tensors[f"variance.{key}"] = statistics.variance
+        for key, error in self.standard_errors.items():
+            tensors[f"standard_error.{key}"] = error
         tensors |= {f"history.{name}": values for name, values in self.history.items()}
         metadata: dict[str, Any] = {"config": self.config.to_dict(), "details": self.details}
         if self.model_type is not None:
@@ -226,8 +228,7 @@ class Scores:
             for name, tensor in tensors.items():
                 group, _, site = name.partition(".")
                 if group in groups:
-                    layer, _, kind = site.partition(".")
-                    groups[group][(int(layer), kind)] = tensor
+                    groups[group][SiteKey.parse(site)] = tensor
                 elif group == "history":
                     history[site] = tensor
                 else:

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, find_sites, register_method
+from optimum_fwdprune import Calibration, FwdPruner, PruningConfig, Scores, find_sites, register_method
 from optimum_fwdprune.request.registry import METHODS
 
 
@@ -111,7 +111,7 @@ def test_dead_features_stay_finite(tokens):
             assert pruned(tokens).logits.isfinite().all()
 
 
-def test_a_criterion_of_ones_own(tokens, monkeypatch):
+def test_a_criterion_of_ones_own(tokens, monkeypatch, tmp_path):
     """`register_method` makes a criterion known to prune() and to the files, with its own fields."""
     from dataclasses import dataclass
 
@@ -122,7 +122,8 @@ def test_a_criterion_of_ones_own(tokens, monkeypatch):
 
     def score(inputs):
         sign = -1 if inputs.config.reverse else 1
-        return {site.key: sign * torch.arange(float(site.num_units)) for site in inputs.sites}
+        # A plain tuple names a site as well as its key does.
+        return {(site.layer, site.kind): sign * torch.arange(float(site.num_units)) for site in inputs.sites}
 
     # Forgotten afterwards.
     monkeypatch.setitem(METHODS, "keep_last", METHODS["random"])
@@ -133,6 +134,9 @@ def test_a_criterion_of_ones_own(tokens, monkeypatch):
         kept = pruner.plan.kept[(0, "mlp")]
 
         assert kept == list(range(len(kept)) if reverse else range(64 - len(kept), 64))
+
+        pruner.scores.save(tmp_path / "scores.safetensors")
+        assert Scores.load(tmp_path / "scores.safetensors").values.keys() == pruner.scores.values.keys()
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def history_by_site(state: Progress, sites: Sequence[Site]) -> dict[str, torch.T
     """Return the history with the keep rate of every site apart, `keep_rate.<layer>.<kind>`, `[steps]` each."""
     history = dict(state.history)
     for site, rates in zip(sites, history.pop("keep_rate").unbind(1)):
-        history[f"keep_rate.{site.layer}.{site.kind}"] = rates
+        history[f"keep_rate.{site.key}"] = rates
     return history
 
 
