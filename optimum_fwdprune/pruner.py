@@ -63,11 +63,11 @@ from .loading.saving import (
     naming_base,
     save_offloaded,
 )
-from .loading.source import (
+from .loading.origin import (
     FINGERPRINT,
     NAME,
     REVISION,
-    Source,
+    Origin,
 )
 from .loading.state import (
     check_not_consumed,
@@ -407,7 +407,7 @@ class FwdPruner:
             if dataset is not None:
                 scores.check_dataset(self._calibration(config, dataset))
             in_memory = scores.calibrated_on.get("source") in IN_MEMORY
-        source = Source.of(self.model.config, {name: value for name, value in self._access.items() if name in WHERE})
+        source = Origin.of(self.model.config, {name: value for name, value in self._access.items() if name in WHERE})
         inputs = inputs_of(self._loading, self.model.dtype, is_pruned(self.model.config), in_memory)
         asked = config if plan is None else request_of_replay(plan, config)
         before, seconds = _Sizes.of(self.model, sites), dict[str, float]()
@@ -585,7 +585,7 @@ class FwdPruner:
         dataset: Any,
         args: RecoveryArguments | None = None,
         *,
-        teacher: PreTrainedModel | str | Path | Source | None = None,
+        teacher: PreTrainedModel | str | Path | Origin | None = None,
         eval_dataset: Any = None,
         callbacks: list[Any] | None = None,
     ) -> PreTrainedModel:
@@ -633,7 +633,7 @@ class FwdPruner:
                 "save_pretrained first, or leave merge_adapters on."
             )
         if teacher is None and self.plan is not None:
-            teacher = Source.of_plan(self.plan.metadata, self._source_folders)
+            teacher = Origin.of_plan(self.plan.metadata, self._source_folders)
         data = public_name(str(dataset)) if isinstance(dataset, (str, Path)) else "data in memory"
         counter = StepCounter()
         try:

@@ -50,7 +50,7 @@ def recover(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for all data but token ids.
         dataset: text, chats or instructions, see [`training_data`].
         args (`RecoveryArguments`): how.
-        teacher (`PreTrainedModel`, `PeftModel`, `str`, `Path` or `Source`, *optional*): for `mode="distill"`: the
+        teacher (`PreTrainedModel`, `PeftModel`, `str`, `Path` or `Origin`, *optional*): for `mode="distill"`: the
             dense model, or what to load it from where `args.teacher` does not say.
         eval_dataset (*optional*): of the same kinds as `dataset`, for `eval_strategy`.
         callbacks (`TrainerCallback` or iterable of these, *optional*): the Trainer's.

@@ -20,7 +20,7 @@ from ..loading.models import (
     load_causal_lm,
 )
 from ..loading.offline import naming_offline
-from ..loading.source import Source
+from ..loading.origin import Origin
 from ..loading.state import check_not_consumed
 from ..runs.resume import digest_of
 from ..words import is_no_repository
@@ -72,15 +72,15 @@ def find_teacher(
     Args:
         student (`PreTrainedModel`): the model that is trained.
         options (`RecoveryOptions`): `mode`, `teacher` and the other options of distillation.
-        teacher (`PreTrainedModel`, `PeftModel`, `str`, `Path` or `Source`, *optional*): what the caller named; a
-            `Source`, the model that was pruned, gives way to `options.teacher`.
+        teacher (`PreTrainedModel`, `PeftModel`, `str`, `Path` or `Origin`, *optional*): what the caller named; a
+            `Origin`, the model that was pruned, gives way to `options.teacher`.
         access (mapping, *optional*): for `from_pretrained`.
 
     Raises:
         ValueError: where there is none, two are named, it is no model, or the student cannot learn from it.
         OSError: where it cannot be loaded.
     """
-    named = None if isinstance(teacher, Source) else teacher
+    named = None if isinstance(teacher, Origin) else teacher
     if options.mode != DISTILL:
         if named is not None:
             raise ValueError(f"A teacher is for mode='distill'; the mode asked for is {options.mode!r}.")
@@ -96,7 +96,7 @@ def find_teacher(
     if model is not None:
         check_teacher(model, student, options)
         return source
-    if isinstance(teacher, Source) and options.teacher is None:
+    if isinstance(teacher, Origin) and options.teacher is None:
         source = _found(source, teacher)
     if not source.name:
         raise ValueError("mode='distill' needs the dense model, which teacher=... names.")
@@ -194,13 +194,13 @@ def _identity(model: PreTrainedModel) -> str:
 
 def _named(options: RecoveryOptions, teacher: Any) -> TeacherSource:
     """A teacher that is loaded from a folder or a repository."""
-    if options.teacher is None and isinstance(teacher, Source):
+    if options.teacher is None and isinstance(teacher, Origin):
         return TeacherSource(f"{teacher.name} {teacher.revision or teacher.fingerprint or ''}".rstrip())
-    name = options.teacher if isinstance(teacher, Source) or teacher is None else str(teacher)
+    name = options.teacher if isinstance(teacher, Origin) or teacher is None else str(teacher)
     return TeacherSource(name or "", name=name)
 
 
-def _found(source: TeacherSource, pruned: Source) -> TeacherSource:
+def _found(source: TeacherSource, pruned: Origin) -> TeacherSource:
     name = pruned.find()
     # A folder has no commits.
     revision = {"revision": pruned.revision} if name == pruned.name and pruned.revision is not None else {}

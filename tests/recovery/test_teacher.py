@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from optimum_fwdprune import FwdPruner, RecoveryArguments
 from optimum_fwdprune.loading import source as sources
-from optimum_fwdprune.loading.source import Source, fingerprint_of
+from optimum_fwdprune.loading.origin import Origin, fingerprint_of
 from optimum_fwdprune.recovery import teachers
 
 
@@ -238,7 +238,7 @@ class TestFingerprint:
 
     @pytest.mark.parametrize("claimed", ["../../etc/passwd", "", 7, ["x"], "0" * 32])
     def test_what_a_plan_claims_is_no_path(self, claimed):
-        source = Source.of_plan({"source": "dense", "source_fingerprint": claimed})
+        source = Origin.of_plan({"source": "dense", "source_fingerprint": claimed})
         assert source.folders == ()
 
 

@@ -36,7 +36,7 @@ NAME, FINGERPRINT, REVISION = "source", "source_fingerprint", "source_revision"
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """The model that was pruned.
 
     Args:
@@ -53,8 +53,8 @@ class Source:
     folders: tuple[Path, ...] = ()
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, where: Mapping[str, Any]) -> Source:
-        """Return the source of a model that was loaded.
+    def of(cls, config: PreTrainedConfig, where: Mapping[str, Any]) -> Origin:
+        """Return the origin of what is pruned from a model that was loaded.
 
         Args:
             config (`PreTrainedConfig`): of the model.
@@ -76,8 +76,8 @@ class Source:
         return cls(public_name(name), fingerprint, None if is_folder else revision, folders)
 
     @classmethod
-    def of_plan(cls, metadata: Mapping[str, Any], folders: Iterable[Path] = ()) -> Source | None:
-        """Return the source that a plan's metadata name, or `None`.
+    def of_plan(cls, metadata: Mapping[str, Any], folders: Iterable[Path] = ()) -> Origin | None:
+        """Return the origin that a plan's metadata name, or `None`.
 
         Args:
             metadata (mapping): of the plan.
@@ -105,7 +105,7 @@ class Source:
             logger.info("Where %s is cannot be remembered: %s", self.name, error)
 
     def find(self) -> str:
-        """Return what loads the source: its folder, or its repository (with `self.revision`).
+        """Return what loads the model: its folder, or its repository (with `self.revision`).
 
         Raises:
             ValueError: where its weights are nowhere, or a folder of its name has others.
