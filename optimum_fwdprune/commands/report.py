@@ -62,7 +62,8 @@ class ReportCommand(Command):
         add_loading_options(parser)
 
     def execute(self) -> None:
-        from optimum_fwdprune.report.page import check_new_file, check_page_file
+        from optimum_fwdprune.files import check_output_file, write_text_atomically
+        from optimum_fwdprune.report.page import check_page_file
 
         given = self.args
         measures = given.dense or given.text or given.tasks
@@ -75,9 +76,8 @@ class ReportCommand(Command):
                 raise ValueError(
                     f"--html {given.html} writes {given.json} too, with the same figures; leave out --json."
                 )
-            check_new_file(given.json, given.overwrite)
+            check_output_file(given.json, given.overwrite)
 
-        from optimum_fwdprune.files import write_text_atomically
         from optimum_fwdprune.report import report_table
         from optimum_fwdprune.report.checkpoint import describe_checkpoint
         from optimum_fwdprune.report.document import document_of, measured_of
@@ -98,7 +98,7 @@ class ReportCommand(Command):
             figures = write_page(document, given.html, given.overwrite)
             print(f"Written to {given.html}, with its figures in {figures}.")
         if given.json:
-            write_text_atomically(check_new_file(given.json, given.overwrite), to_json(document))
+            write_text_atomically(check_output_file(given.json, given.overwrite), to_json(document))
             print(f"Figures written to {given.json}.")
 
     def _named(self) -> list[tuple[str, str]]:

@@ -67,20 +67,8 @@ def check_page_file(file: str | Path, overwrite: bool = False) -> tuple[Path, Pa
         raise ImportError(NO_MATPLOTLIB)
     if as_path(file, "file").suffix not in (".html", ".htm"):
         raise ValueError(f"{file} must end in .html.")
-    page = check_new_file(file, overwrite)
-    return page, check_new_file(page.with_suffix(".json"), overwrite)
-
-
-def check_new_file(file: str | Path, overwrite: bool = False) -> Path:
-    """Return `file` as a path that can be written.
-
-    Raises:
-        OSError: where it exists and `overwrite` is not set, or cannot be written.
-    """
-    path = check_output_file(file)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists. Name another file, or pass overwrite to replace it.")
-    return path
+    page = check_output_file(file, overwrite)
+    return page, check_output_file(page.with_suffix(".json"), overwrite)
 
 
 def to_json(document: Mapping[str, Any]) -> str:
