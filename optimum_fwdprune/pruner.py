@@ -19,6 +19,7 @@ from .allocation.composing import EarlierPruning
 from .allocation.plan import PruningPlan, losses_by_kind
 from .allocation.rounds import Rounds
 from .architectures import Site, SiteKey, find_sites, get_architecture, is_pruned
+from .architectures.sizes import ModelSizes
 from .architectures.wrapping import (
     check_no_adapters,
     check_plain,
@@ -26,7 +27,6 @@ from .architectures.wrapping import (
     plain_model,
 )
 from .checkpoint.hub import (
-    Base,
     check_name,
     check_upload,
     upload,
@@ -45,6 +45,7 @@ from .data.calibration import Calibration, load_calibration
 from .evaluation import Comparison
 from .export.stock import STOCK, check_stock_layout, check_stock_request
 from .files import check_output_folder, folder_moved_into_place, naming_what_is_full
+from .loading.base import Base
 from .loading.models import (
     ACCESS,
     FOLDER_OTHERWISE,
@@ -56,18 +57,18 @@ from .loading.models import (
 )
 from .loading.offline import naming_offline
 from .loading.offloading import check_readable, device_map_on_disk, is_offloaded
+from .loading.origin import (
+    FINGERPRINT,
+    NAME,
+    REVISION,
+    Origin,
+)
 from .loading.placement import placed, warn_of_placement
 from .loading.saving import (
     check_savable,
     generation_config_as_it_is,
     naming_base,
     save_offloaded,
-)
-from .loading.origin import (
-    FINGERPRINT,
-    NAME,
-    REVISION,
-    Origin,
 )
 from .loading.state import (
     check_not_consumed,
@@ -912,12 +913,11 @@ class _Sizes:
 
     @classmethod
     def of(cls, model: PreTrainedModel, sites: list[Site]) -> _Sizes:
-        parameters = list(model.parameters())
-        total = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        sizes = ModelSizes.of(model)
         return cls(
-            parameters=sum(parameter.numel() for parameter in parameters),
-            bytes=total,
-            file_bytes=total + HEADER_BYTES_PER_TENSOR * len(parameters),
+            parameters=sizes.parameters,
+            bytes=sizes.bytes,
+            file_bytes=sizes.bytes + HEADER_BYTES_PER_TENSOR * sizes.tensors,
             prunable=sum(site.num_parameters for site in sites),
             per_unit={site.key: site.unit_parameters for site in sites},
         )

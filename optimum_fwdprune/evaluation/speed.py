@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from ..architectures.sizes import ModelSizes
 from ..loading.offloading import input_device
 from ..loading.state import check_not_consumed, evaluating
 from ..runs.clock import synchronize
@@ -229,17 +230,16 @@ def _take_turns(runs: Sequence[Callable[[], tuple[float, float]]], repeats: int)
 
 
 def _sized(model: PreTrainedModel, timings: list[Timing], first: torch.Tensor, largest: torch.Tensor) -> Benchmark:
-    weights = list(model.parameters())
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    sizes = ModelSizes.of(model)
     with PeakMemory(input_device(model)) as peak:
         _generate(model, largest, 1)
     counter: Any = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     with counter, evaluating(model):
         model(input_ids=first.to(input_device(model)), use_cache=False, logits_to_keep=1)
     return Benchmark(
-        parameters=sum(weight.numel() for weight in weights),
-        bytes=size,
+        parameters=sizes.parameters,
+        bytes=sizes.bytes,
         macs_per_token=counter.get_total_flops() / 2 / first.numel(),
-        peak_bytes=size + peak.bytes,
+        peak_bytes=sizes.bytes + peak.bytes,
         timings=timings,
     )

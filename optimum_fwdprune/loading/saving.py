@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..architectures import get_architecture
+from ..architectures.sizes import ModelSizes
 from ..architectures.wrapping import plain_model
 from ..files import (
     DiskFullError,
@@ -113,7 +114,7 @@ def save_offloaded(
                 shutil.copy2(source, file)
         weight_map |= dict.fromkeys(part, file.name)
     metadata = {
-        "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "total_parameters": ModelSizes.of(model).parameters,
         "total_size": sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
     }
     index = {"metadata": metadata, "weight_map": weight_map}

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from ..allocation.composing import EARLIER
 from ..allocation.plan import ATTENTION_NAMES, PLAN_NAME, PruningPlan
 from ..architectures.site import ATTENTION, KINDS, MLP
-from ..checkpoint.hub import CARD_NAME, LICENSES_THAT_NAME, Base
 from ..checkpoint.record import Record
 from ..checkpoint.reproduction import INPUTS, reproduction_of
 from ..evaluation import Comparison
+from ..loading.base import CARD_NAME, Base
 from ..reconstruction.kinds import BIAS, INDEPENDENT, NONE
 from ..recovery.options import DISTILL
 from ..request.choices import SEARCH
@@ -103,7 +103,7 @@ def _introduction(name: str, record: Record, report: PruningReport | None, base:
     of = f"`{base.name}`" if base else "a dense model"
     if base and base.is_repository:
         of = f"[{base.name}](https://huggingface.co/{base.name})"
-    wanted = LICENSES_THAT_NAME.get(base.license.get("license", "")) if base else None
+    wanted = base.wanted_name if base else None
     sentences = [
         f"This is {of}, made smaller by structured pruning with optimum-fwdprune.",
         *_what_was_removed(record.plan),

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..allocation.plan import PLAN_NAME
 from ..architectures import find_sites, get_architecture, is_pruned
+from ..architectures.sizes import ModelSizes
 from ..checkpoint.record import OUTCOME_NAME, Record
 from ..evaluation import Comparison
 from ..models.per_layer import stock_config
@@ -90,11 +91,12 @@ def report_of(model: PreTrainedModel, record: Record) -> PruningReport | None:
     # Not those of the pruned model: a query head that is left alone with its keys and values owns them there.
     per_unit = {site.key: site.unit_parameters for site in sites}
     calibration = plan.metadata.get("calibration") or {}
+    before, after = ModelSizes.of(dense), ModelSizes.of(model)
     return PruningReport(
-        parameters_before=_count(dense),
-        parameters_after=_count(model),
-        bytes_before=_count(dense, in_bytes=True),
-        bytes_after=_count(model, in_bytes=True),
+        parameters_before=before.parameters,
+        parameters_after=after.parameters,
+        bytes_before=before.bytes,
+        bytes_after=after.bytes,
         prunable_parameters=sum(plan.num_units[key] * each for key, each in per_unit.items()),
         removed_parameters=sum(len(plan.removed(key)) * each for key, each in per_unit.items()),
         requested_sparsity=plan.metadata.get("requested_sparsity"),
@@ -124,7 +126,3 @@ def _dense_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     stock: Any = get_architecture(model.config).pruned_class(model).__bases__[-1]
     with torch.device("meta"):
         return stock._from_config(stock_config(model.config))
-
-
-def _count(model: PreTrainedModel, in_bytes: bool = False) -> int:
-    return sum(weight.numel() * (weight.element_size() if in_bytes else 1) for weight in model.parameters())
