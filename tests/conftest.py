@@ -51,9 +51,9 @@ def tokenizer():
 @pytest.fixture(autouse=True, scope="session")
 def remembered(tmp_path_factory):
     """What is remembered of models that were pruned stays out of the user's cache."""
-    from optimum_fwdprune.loading import source as sources
+    from optimum_fwdprune.loading import origin as origins
 
-    sources.REMEMBERED = str(tmp_path_factory.mktemp("remembered"))
+    origins.REMEMBERED = str(tmp_path_factory.mktemp("remembered"))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
 from optimum_fwdprune import FwdPruner, RecoveryArguments
-from optimum_fwdprune.loading import source as sources
+from optimum_fwdprune.loading import origin as origins
 from optimum_fwdprune.loading.origin import Origin, fingerprint_of
 from optimum_fwdprune.recovery import teachers
 
@@ -22,7 +22,7 @@ CUT = {"method": "magnitude", "kinds": ["attention", "mlp"], "reconstruction": "
 @pytest.fixture(autouse=True)
 def remembered(monkeypatch, tmp_path):
     """Other tests prune the same weights in other folders."""
-    monkeypatch.setattr(sources, "REMEMBERED", str(tmp_path / "remembered"))
+    monkeypatch.setattr(origins, "REMEMBERED", str(tmp_path / "remembered"))
 
 
 @pytest.fixture
