@@ -278,8 +278,7 @@ def test_a_killed_save_leaves_no_half_checkpoint(tmp_path):
     """SIGKILL in the middle of writing: the folder is not there, rather than there and short of files."""
     code = f"""
 import time
-from optimum_fwdprune.checkpoint.hub import check_upload
-from optimum_fwdprune.utils import folder_moved_into_place
+from optimum_fwdprune.files import folder_moved_into_place
 with folder_moved_into_place({str(tmp_path / "out")!r}) as folder:
     (folder / "config.json").write_text("half")
     print("writing", flush=True)
