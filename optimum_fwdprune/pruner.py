@@ -31,8 +31,6 @@ from .checkpoint.hub import (
     check_upload,
     upload,
 )
-from .checkpoint.record import Record
-from .checkpoint.reproduction import IN_MEMORY, INPUTS, inputs_of
 from .cutting.cut import Cut, cut, timed
 from .cutting.streamed import (
     Workspace,
@@ -91,6 +89,8 @@ from .planning.timing import load_or_measure, prefill_seconds
 from .reconstruction.bias import added_parameters
 from .reconstruction.kinds import NONE
 from .reconstruction.reconstruct import check_reconstruction
+from .record.record import Record
+from .record.reproduction import IN_MEMORY, INPUTS, inputs_of
 from .report import PruningReport, Speedup
 from .report.card import write_card
 from .report.checkpoint import report_of

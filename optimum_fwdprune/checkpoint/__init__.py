@@ -1,1 +1,1 @@
-"""What a pruned checkpoint is on disk and on the Hub: its record, its base, its upload."""
+"""A pruned checkpoint as a whole: its files with the model card, in a folder and on the Hub."""

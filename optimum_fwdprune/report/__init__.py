@@ -1,8 +1,8 @@
 """What pruning did, for people and for machines: figures, tables, pictures, and a page of all of them."""
 
+from ..record.outcome import Speedup as Speedup
 from ..words import render_table as render_table
 from .numbers import calibration_in_words as calibration_in_words
-from .outcome import Speedup as Speedup
 from .pictures import plot_history as plot_history
 from .pictures import plot_plan as plot_plan
 from .pruning import PruningReport as PruningReport

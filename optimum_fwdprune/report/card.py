@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from ..allocation.composing import EARLIER
 from ..allocation.plan import ATTENTION_NAMES, PLAN_NAME, PruningPlan
 from ..architectures.site import ATTENTION, KINDS, MLP
-from ..checkpoint.record import Record
-from ..checkpoint.reproduction import INPUTS, reproduction_of
 from ..evaluation import Comparison
 from ..loading.base import CARD_NAME, Base
 from ..reconstruction.kinds import BIAS, INDEPENDENT, NONE
+from ..record.record import Record
+from ..record.reproduction import INPUTS, reproduction_of
 from ..recovery.options import DISTILL
 from ..request.choices import SEARCH
 from ..request.config import CONFIG_NAME

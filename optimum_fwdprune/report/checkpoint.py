@@ -12,9 +12,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..allocation.plan import PLAN_NAME
 from ..architectures import find_sites, get_architecture, is_pruned
 from ..architectures.sizes import ModelSizes
-from ..checkpoint.record import OUTCOME_NAME, Record
 from ..evaluation import Comparison
 from ..models.per_layer import stock_config
+from ..record.record import OUTCOME_NAME, Record
 from .document import describe
 from .pruning import PruningReport
 

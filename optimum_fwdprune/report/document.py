@@ -11,13 +11,13 @@ import numpy as np
 
 from ..allocation.plan import PruningPlan
 from ..architectures.site import KINDS, SiteKey
-from ..checkpoint.record import Record
-from ..checkpoint.reproduction import reproduction_of
 from ..evaluation import Comparison
+from ..record.outcome import Outcome
+from ..record.record import Record
+from ..record.reproduction import reproduction_of
 from ..scoring.scores import Scores
 from ..version import __version__
 from .learning import learning_of
-from .outcome import Outcome
 
 
 BINS = 32

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..checkpoint.reproduction import IN_MEMORY
+from ..record.reproduction import IN_MEMORY
 
 
 def _rounded(value: float) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ..allocation.composing import EARLIER
 from ..allocation.plan import losses_by_kind
-from ..checkpoint.record import Record
 from ..evaluation import Comparison
+from ..record.outcome import Outcome
+from ..record.record import Record
 from ..words import html_table, render_table
 from .document import describe, document_of
-from .outcome import Outcome
 from .page import write_page
 
 

@@ -12,9 +12,9 @@ from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM
 
 from optimum_fwdprune import FwdPruner, RecoveryArguments
-from optimum_fwdprune.checkpoint.record import OUTCOME_NAME
 from optimum_fwdprune.evaluation import texts_loss
 from optimum_fwdprune.loading.models import load_causal_lm
+from optimum_fwdprune.record.record import OUTCOME_NAME
 from optimum_fwdprune.recovery.distillation import TEACHER_IDS, divergence, kept_predictions
 
 

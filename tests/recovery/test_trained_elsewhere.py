@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_fwdprune import FwdPruner, PruningPlan, RecoveryArguments
-from optimum_fwdprune.checkpoint.record import OUTCOME_NAME
+from optimum_fwdprune.record.record import OUTCOME_NAME
 
 
 CUT = {"method": "magnitude", "kinds": ["attention", "mlp"], "reconstruction": "none", "sparsity": 0.4}

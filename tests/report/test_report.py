@@ -12,8 +12,8 @@ import tiny
 import torch
 
 from optimum_fwdprune import FwdPruner, PruningPlan
-from optimum_fwdprune.checkpoint.record import OUTCOME_NAME, command_of
 from optimum_fwdprune.evaluation import Benchmark, Comparison, Evaluation, Spread, TextLoss, Timing
+from optimum_fwdprune.record.record import OUTCOME_NAME, command_of
 from optimum_fwdprune.report import pictures, render_table, report_table
 from optimum_fwdprune.report.checkpoint import describe_checkpoint
 from optimum_fwdprune.report.document import describe, document_of, measured_of, models_of
