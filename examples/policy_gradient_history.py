@@ -25,7 +25,7 @@ def main():
         steps=args.steps,
         calibration=args.calibration,
         # A run that was stopped goes on from this folder, bit for bit.
-        checkpoint=f"{args.output}-run",
+        resume=f"{args.output}-run",
     )
     pruner = FwdPruner.from_pretrained(args.model)
     pruner.prune(config)

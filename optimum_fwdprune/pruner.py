@@ -75,7 +75,7 @@ from .loading.state import (
     is_consumed,
 )
 from .loading.tokenizers import load_tokenizer, named_tokenizer, warn_of_missing_tokenizer
-from .planning.job import checkpoint_of
+from .planning.job import resume_of
 from .planning.latency import LatencyCost, LatencyTable, at_measured_widths, speed_budget
 from .planning.make_plan import (
     keeper,
@@ -99,7 +99,7 @@ from .runs import ranks
 from .runs.devices import host_by_default
 from .runs.loggers import get_logger
 from .runs.progress import announce, one_step, progress
-from .runs.resume import Checkpoint
+from .runs.resume import Resume
 from .scoring.methods import PruningConfig
 from .scoring.score_units import check_scoring, needs_calibration, score_units
 from .scoring.scores import Scores
@@ -326,8 +326,8 @@ class FwdPruner:
         with evaluating(self.model):
             rounds = Rounds(sites, config, budget)
             request, budget = rounds.request(sites, 1)
-            checkpoint = checkpoint_of(request, self.model)
-            self.scores = self._score(self.model, sites, rounds, request, budget, dataset, checkpoint)
+            resume = resume_of(request, self.model)
+            self.scores = self._score(self.model, sites, rounds, request, budget, dataset, resume)
         return self.scores
 
     @host_by_default()
@@ -435,10 +435,10 @@ class FwdPruner:
                 if config.reconstruction != NONE:
                     calibration = self._calibration(config, dataset)
                     calibrated_on = calibration.source
-                checkpoint = checkpoint_of(config, self.model)
+                resume = resume_of(config, self.model)
                 gathered: tuple[dict, dict] = ({}, {})
                 done = self._cut(
-                    self.model, sites, plan, config, calibration, *gathered, inplace, seconds, checkpoint, finished
+                    self.model, sites, plan, config, calibration, *gathered, inplace, seconds, resume, finished
                 )
                 keep(done)
             else:
@@ -506,24 +506,24 @@ class FwdPruner:
             model = done.model if done else self.model
             sites = find_sites(model, config.attention_unit) if done else sites
             request, budget = rounds.request(sites, number)
-            checkpoint = checkpoint_of(request, model)
+            resume = resume_of(request, model)
             with evaluating(model):
                 with timed(seconds, "score"):
                     if scores is None or done:
-                        scores = self._score(model, sites, rounds, request, budget, dataset, checkpoint)
+                        scores = self._score(model, sites, rounds, request, budget, dataset, resume)
                     # Whatever fails from here on, they can serve another request.
                     self.scores = scores
                     if scores.calibration is None and scores.runs_tokens(request):
-                        scores = scores.calibrated_with(self._calibration(request, dataset, checkpoint))
+                        scores = scores.calibrated_with(self._calibration(request, dataset, resume))
                 with timed(seconds, "allocate"):
-                    plan, scores = make_plan(model, sites, scores, rounds, request, budget, checkpoint)
+                    plan, scores = make_plan(model, sites, scores, rounds, request, budget, resume)
             if request.layout == STOCK:
                 check_stock_layout(model, sites, plan, request.reconstruction)
             # Later rounds read the same tokens, which the dense model may have written.
             dataset = scores.calibration or dataset
             gathered = (scores.statistics, scores.grams)
             consumed = inplace or bool(done)
-            about = (request, scores.calibration, *gathered, consumed, seconds, checkpoint)
+            about = (request, scores.calibration, *gathered, consumed, seconds, resume)
             # Should this round's check or a later round fail, this is what there is.
             now = self._cut(model, sites, plan, *about, _of_all_rounds(done, finished))
             # Large, and of no use once the weights are cut.
@@ -555,13 +555,13 @@ class FwdPruner:
             raise
 
     def _cut(
-        self, model, sites, plan, request, calibration, statistics, grams, inplace, seconds, checkpoint, finished
+        self, model, sites, plan, request, calibration, statistics, grams, inplace, seconds, resume, finished
     ) -> Cut:
         about = (request, calibration, statistics)
         if not self._low_memory:
-            return cut(model, sites, plan, *about, grams, inplace, seconds, checkpoint, finished)
+            return cut(model, sites, plan, *about, grams, inplace, seconds, resume, finished)
         kept = {str(key): units for key, units in plan.kept.items()}
-        workspace = Workspace(self._offload_folder, checkpoint.folder("streamed", calibration, kept=kept))
+        workspace = Workspace(self._offload_folder, resume.folder("streamed", calibration, kept=kept))
         with naming_what_is_full(workspace.folder), evaluating(model):
             done = cut_streamed(model, sites, plan, *about, workspace, seconds)
         done.model.train(model.training)
@@ -575,11 +575,11 @@ class FwdPruner:
         config: PruningConfig,
         budget: Budget,
         dataset: Any,
-        checkpoint: Checkpoint,
+        resume: Resume,
     ) -> Scores:
         check_scoring(model, config)
-        calibration = self._calibration(config, dataset, checkpoint) if needs_calibration(config) else None
-        return score_units(model, sites, config, calibration, keeper(rounds, sites, config, budget), checkpoint)
+        calibration = self._calibration(config, dataset, resume) if needs_calibration(config) else None
+        return score_units(model, sites, config, calibration, keeper(rounds, sites, config, budget), resume)
 
     def recover(
         self,
@@ -843,9 +843,9 @@ class FwdPruner:
             self._saved_as = repo_id
         return commit
 
-    def _calibration(self, config: PruningConfig, dataset: Any, checkpoint: Checkpoint | None = None) -> Calibration:
+    def _calibration(self, config: PruningConfig, dataset: Any, resume: Resume | None = None) -> Calibration:
         with evaluating(self.model):
-            return load_calibration(config, self.model, self.tokenizer, dataset, checkpoint)
+            return load_calibration(config, self.model, self.tokenizer, dataset, resume)
 
     def _settled(self, sites: list[Site], config: PruningConfig) -> tuple[PruningConfig, Budget]:
         """The request with what the model and the budget imply, and the budget; what it will do is logged."""

@@ -14,7 +14,7 @@ import torch
 from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.files import load_tensors
 from optimum_fwdprune.request import config as configuration
-from optimum_fwdprune.runs.resume import Checkpoint, digest_of
+from optimum_fwdprune.runs.resume import Resume, digest_of
 from optimum_fwdprune.scoring.gradients import perturbation
 
 
@@ -36,7 +36,7 @@ KILLS = 3
 def run(fields, tokens, folder=None):
     """Prune a tiny model, its states in `folder`, written after every step."""
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
-    state = {} if folder is None else {"checkpoint": str(folder), "checkpoint_seconds": 0.0}
+    state = {} if folder is None else {"resume": str(folder), "resume_seconds": 0.0}
     request = tiny.request(**{"sparsity": 0.4, "seed": 3, **fields, **state})
     if request.refit_sources:
         # Enough for what is fitted to hold on windows that were kept out.
@@ -151,7 +151,7 @@ def test_states_of_another_model_request_text_or_version_are_refused(tokens, tmp
     fields = CASES["draws"]
     run(fields, tokens, tmp_path)
     model = tiny.make_model("llama_gqa_biases")
-    request = tiny.request(**{"sparsity": 0.4, "seed": 3, **fields, "checkpoint": str(tmp_path)})
+    request = tiny.request(**{"sparsity": 0.4, "seed": 3, **fields, "resume": str(tmp_path)})
 
     with pytest.raises(ValueError, match=r"belongs to another run: its sparsity is 0\.4, this one's is 0\.3"):
         run({**fields, "sparsity": 0.3}, tokens, tmp_path)
@@ -227,7 +227,7 @@ def test_damaged_states_are_named(tokens, tmp_path, content):
     for file in sorted(tmp_path.iterdir(), reverse=True):
         whole = file.read_bytes()
         file.write_bytes(content or whole[:-1])
-        with pytest.raises(ValueError, match=f"{file} is no checkpoint of a run"):
+        with pytest.raises(ValueError, match=f"{file} is no state of a run"):
             run(CASES["draws"], tokens, tmp_path)
         file.unlink()
 
@@ -235,7 +235,7 @@ def test_damaged_states_are_named(tokens, tmp_path, content):
 def test_states_are_written_now_and_then_and_take_a_small_share_of_the_time(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    stage = Checkpoint(tmp_path, {}, 60.0).stage("stage")
+    stage = Resume(tmp_path, {}, 60.0).stage("stage")
     saved = []
 
     def state():

@@ -206,12 +206,12 @@ def test_a_killed_run_goes_on_to_the_same_result_bit_for_bit(
 
     monkeypatch.setattr(module._Learner, "step", killed)
     with pytest.raises(KeyboardInterrupt):
-        learn(tokens, checkpoint=str(folder), checkpoint_seconds=0.0, **options)
+        learn(tokens, resume=str(folder), resume_seconds=0.0, **options)
     done = []
     monkeypatch.setattr(
         module._Learner, "step", lambda self, state, number: done.append(number) or step(self, state, number)
     )
-    resumed = learn(tokens, checkpoint=str(folder), **options)
+    resumed = learn(tokens, resume=str(folder), **options)
 
     assert done == list(range(stopped_after, 6))
     assert all(torch.equal(resumed.values[key], whole.values[key]) for key in whole.values)
@@ -227,46 +227,46 @@ def test_a_killed_run_goes_on_to_the_same_result_bit_for_bit(
         ({"seed": 4}, "its seed is 3"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tokens, tmp_path, change, difference):
+def test_a_state_of_another_run_is_refused_with_the_difference(tokens, tmp_path, change, difference):
     file = str(tmp_path / "state")
-    learn(tokens, checkpoint=file)
+    learn(tokens, resume=file)
     with pytest.raises(ValueError, match=f"belongs to another run: {difference}"):
-        learn(tokens, checkpoint=file, **change)
+        learn(tokens, resume=file, **change)
 
 
-def test_a_checkpoint_of_another_model_or_text_is_refused(tokens, tmp_path):
+def test_a_state_of_another_model_or_text_is_refused(tokens, tmp_path):
     file = str(tmp_path / "state")
-    learn(tokens, checkpoint=file)
+    learn(tokens, resume=file)
     with pytest.raises(ValueError, match="another run: its weights is"):
-        learn(tokens, tiny.make_model("llama_gqa_biases", seed=1), checkpoint=file)
+        learn(tokens, tiny.make_model("llama_gqa_biases", seed=1), resume=file)
     changed = tiny.make_model("llama_gqa_biases")
     changed.model.layers[1].self_attn.q_proj.weight.data.mul_(2)
     with pytest.raises(ValueError, match="another run: its weights is"):
-        learn(tokens, changed, checkpoint=file)
+        learn(tokens, changed, resume=file)
     with pytest.raises(ValueError, match="another run: its weights is"):
-        learn(tokens, tiny.make_model("llama_gqa_biases").bfloat16(), checkpoint=file)
+        learn(tokens, tiny.make_model("llama_gqa_biases").bfloat16(), resume=file)
     with pytest.raises(ValueError, match="another run: its tokens is"):
-        learn(tokens.flip(0), checkpoint=file)
+        learn(tokens.flip(0), resume=file)
     padded = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens).index_fill(1, torch.tensor([0]), 0)}
     with pytest.raises(ValueError, match="another run: its tokens is"):
-        learn(padded, checkpoint=file)
+        learn(padded, resume=file)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"half"])
-def test_a_damaged_checkpoint_is_named(tokens, tmp_path, content):
+def test_a_damaged_state_is_named(tokens, tmp_path, content):
     file = tmp_path / "policy_gradient.safetensors"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="is no checkpoint of a run"):
-        learn(tokens, checkpoint=str(tmp_path))
+    with pytest.raises(ValueError, match="is no state of a run"):
+        learn(tokens, resume=str(tmp_path))
     assert file.read_bytes() == content
 
 
-def test_a_checkpoint_that_cannot_be_written_fails_before_anything_is_measured(tokens, tmp_path, monkeypatch):
+def test_a_state_that_cannot_be_written_fails_before_anything_is_measured(tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(module._Learner, "step", lambda *_: pytest.fail("it measured"))
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "folder"):
         with pytest.raises(OSError, match=r"Cannot write beside .*state"):
-            learn(tokens, checkpoint=str(path))
+            learn(tokens, resume=str(path))
 
 
 def with_losses(monkeypatch, change):
@@ -369,7 +369,7 @@ def test_ratios_start_where_the_metric_ranks(tokens):
 def test_a_run_that_stopped_flat_stays_where_it_is(tokens, monkeypatch, tmp_path):
     with_losses(monkeypatch, lambda losses: losses * 0 + 2 + 0.001 * torch.arange(len(losses)))
     file = str(tmp_path / "state")
-    first, second = (learn(tokens, steps=50, stop_when_flat=4, checkpoint=file) for _ in range(2))
+    first, second = (learn(tokens, steps=50, stop_when_flat=4, resume=file) for _ in range(2))
 
     assert first.details == second.details
     assert all(torch.equal(first.values[key], second.values[key]) for key in first.values)

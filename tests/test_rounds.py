@@ -120,7 +120,7 @@ def test_a_budget_beyond_reach_is_refused_before_anything_is_cut(tokens):
 
 
 def test_every_round_keeps_a_state_of_its_own(tokens, tmp_path):
-    request = tiny.request(sparsity=0.4, rounds=2, checkpoint=str(tmp_path), checkpoint_seconds=0.0)
+    request = tiny.request(sparsity=0.4, rounds=2, resume=str(tmp_path), resume_seconds=0.0)
     plans, passed = [], []
     for _ in range(2):
         model = tiny.make_model("llama_gqa_biases")

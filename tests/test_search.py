@@ -284,18 +284,18 @@ def test_a_search_that_was_killed_goes_on_bit_for_bit(tokens, tmp_path, monkeypa
     folder = str(tmp_path)
     monkeypatch.setattr(search.Descent, "_move", killed)
     with pytest.raises(SystemExit):
-        run(checkpoint=folder)
+        run(resume=folder)
     monkeypatch.setattr(search.Descent, "_move", move)
-    resumed = run(checkpoint=folder)
+    resumed = run(resume=folder)
 
     assert resumed.plan.kept == whole.plan.kept
     assert all(torch.equal(resumed.scores.history[name], values) for name, values in whole.scores.history.items())
     assert resumed.plan.metadata["scoring"]["search"] == whole.plan.metadata["scoring"]["search"]
     with pytest.raises(ValueError, match=r"belongs to another run: its sparsity is 0\.4, this one's is 0\.3"):
-        run(checkpoint=folder, sparsity=0.3)
+        run(resume=folder, sparsity=0.3)
     save_tensors_atomically(tmp_path / "search.safetensors", {}, {"identity": {}})
     with pytest.raises(ValueError, match="belongs to another run"):
-        run(checkpoint=folder)
+        run(resume=folder)
 
 
 def test_one_set_of_scores_serves_searches_at_several_budgets(tokens, tmp_path):

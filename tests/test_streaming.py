@@ -225,7 +225,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(llama, token
         pruner.prune(tiny.request(sparsity=0.4, batch_size=16, **REQUESTS[name], **options), tokens)
         pruner.save_pretrained(folder)
 
-    state = {"checkpoint": str(tmp_path / "state")}
+    state = {"resume": str(tmp_path / "state")}
     prune(tmp_path / "expected")
     killed = 0
     # Enough for the start and one layer, so every run gets further.
@@ -240,7 +240,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(llama, token
 
 
 def test_what_was_put_aside_for_another_run_is_refused(llama, tokens, tmp_path):
-    request = {"method": "wanda_sp", "sparsity": 0.4, "checkpoint": str(tmp_path / "state")}
+    request = {"method": "wanda_sp", "sparsity": 0.4, "resume": str(tmp_path / "state")}
     FwdPruner.from_pretrained(llama, low_memory=True).prune(tiny.request(**request), tokens)
     with pytest.raises(ValueError, match=r"belongs to another run: its ridge is None, this one's is 0.1"):
         FwdPruner.from_pretrained(llama, low_memory=True).prune(tiny.request(**request, ridge=0.1), tokens)

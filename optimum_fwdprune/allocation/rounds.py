@@ -74,8 +74,8 @@ class Rounds:
         config, budget = self._config, self._budget
         if config.rounds == 1:
             return config, budget
-        if config.checkpoint is not None:
-            config = replace(config, checkpoint=str(Path(config.checkpoint) / f"round-{number}"))
+        if config.resume is not None:
+            config = replace(config, resume=str(Path(config.resume) / f"round-{number}"))
         counts = {site.key: site.num_units for site in sites}
         share = number / config.rounds
         is_last = number == config.rounds

@@ -111,8 +111,8 @@ class Command(BaseOptimumCLICommand):
                 raise ValueError(f"{name} is empty; give it a value.")
 
     def _way_on(self) -> str:
-        folder = getattr(self.args, "checkpoint", None)
-        return f" The same command goes on from what {folder} holds." if folder and hasattr(self.args, "plan") else ""
+        folder = getattr(self.args, "resume", None)
+        return f" The same command goes on from what {folder} holds." if folder else ""
 
     def execute(self) -> None:
         """Do the work; raise on failure."""

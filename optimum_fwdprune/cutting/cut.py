@@ -22,7 +22,7 @@ from ..reconstruction.independent import Grams
 from ..reconstruction.reconstruct import reconstruct
 from ..request.config import PruningConfig
 from ..runs.progress import one_step
-from ..runs.resume import Checkpoint
+from ..runs.resume import Resume
 from .surgery import prune_model
 from .verification import (
     logits,
@@ -62,7 +62,7 @@ def cut(
     grams: Grams,
     inplace: bool,
     seconds: dict[str, float],
-    checkpoint: Checkpoint | None = None,
+    resume: Resume | None = None,
     finished: Callable[[Cut], None] = lambda _cut: None,
 ) -> Cut:
     """Reconstruct the projections, cut the model, and check it on a probe batch.
@@ -77,7 +77,7 @@ def cut(
         grams (`Grams`): for independent least squares, where they were gathered before.
         inplace (`bool`): consume the model.
         seconds (`dict[str, float]`): time by stage, added to.
-        checkpoint (`Checkpoint`, *optional*): where long stages keep their state.
+        resume (`Resume`, *optional*): where long stages keep their state.
         finished (`Callable`, *optional*): called with the pruned model as soon as it is whole, before it is checked.
 
     Raises:
@@ -85,7 +85,7 @@ def cut(
         RuntimeError: where the pruned model does not compute what the masked one computes.
     """
     with timed(seconds, "reconstruct"), evaluating(model):
-        found = reconstruct(model, sites, plan.kept, config, calibration, statistics, grams, checkpoint)
+        found = reconstruct(model, sites, plan.kept, config, calibration, statistics, grams, resume)
         if found.details:
             plan = dataclasses.replace(plan, metadata={**plan.metadata, "reconstructed": found.details})
     with timed(seconds, "verify"), one_step("Running the masked model"):

@@ -22,7 +22,7 @@ from ..runs import ranks
 from ..runs.loggers import get_logger
 from ..runs.progress import progress
 from ..runs.randomness import seeded_generator
-from ..runs.resume import Checkpoint
+from ..runs.resume import Resume
 from .chats import chat_text, check_template
 from .messages import UnusableRow, refusing_all
 from .rows import CHAT, TOKENS, Data
@@ -158,7 +158,7 @@ def load_calibration(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     dataset: Any = None,
-    checkpoint: Checkpoint | None = None,
+    resume: Resume | None = None,
 ) -> Calibration:
     """Turn whatever the user names into token windows.
 
@@ -175,7 +175,7 @@ def load_calibration(
         dataset (*optional*): a `str` (as `config.calibration`); text, chats or rows in lists, generators, datasets or
             pandas; or token ids: a tensor or array `[tokens]` or `[sequences, tokens]`, a tokenizer's batch with its
             `attention_mask`, rows with `input_ids`, lists of any lengths. A `Calibration` is taken as it is.
-        checkpoint (`Checkpoint`, *optional*): where text that the model writes is kept.
+        resume (`Resume`, *optional*): where text that the model writes is kept.
 
     Raises:
         ValueError: on a source that is empty, too short or not understood, and on tokens that the model has no
@@ -186,7 +186,7 @@ def load_calibration(
     elif (table := _table_of(dataset)) is not None:
         calibration = _of_table(table, config)
     else:
-        calibration = _from_rows(config, model, tokenizer, dataset, checkpoint)
+        calibration = _from_rows(config, model, tokenizer, dataset, resume)
     _check_tokens(calibration, model)
     return calibration
 
@@ -334,14 +334,14 @@ def _from_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     dataset: Any,
-    checkpoint: Checkpoint | None,
+    resume: Resume | None,
 ) -> Calibration:
     source = config.calibration if dataset is None else dataset
     if source is None:
         source = ranks.from_main(_default_source)
     if isinstance(source, str) and source == SELF:
         _check_length(config.seq_len, model)
-        return Calibration(_sample_from_model(model, tokenizer, config, checkpoint or Checkpoint()), source=SELF)
+        return Calibration(_sample_from_model(model, tokenizer, config, resume or Resume()), source=SELF)
 
     def needed_tokenizer() -> PreTrainedTokenizerBase:
         if tokenizer is None:
@@ -446,7 +446,7 @@ def _sample_from_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     config: PruningConfig,
-    checkpoint: Checkpoint,
+    resume: Resume,
 ) -> torch.Tensor:
     """Let the model write `n_samples` windows of `seq_len` tokens, from its BOS token at temperature 1.
 
@@ -473,7 +473,7 @@ def _sample_from_model(
     # Wider batches than in scoring: a decoding step costs about the same for 8 sequences as for 32.
     size = 4 * config.batch_size
     batches = ranks.own(list(enumerate(windows.split(size))))
-    stage = checkpoint.stage("calibration", own=True, size=size)
+    stage = resume.stage("calibration", own=True, size=size)
 
     def take_up(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> int:
         windows.copy_(tensors["windows"])

@@ -15,7 +15,7 @@ from ..architectures import Site, SiteKey
 from ..data.calibration import Calibration
 from ..loading.offloading import input_device, is_offloaded, resident
 from ..runs.progress import progress
-from ..runs.resume import Checkpoint, State
+from ..runs.resume import Resume, State
 from ..runs.shelves import Shelf
 from .layerwise import LayerRunner, decoder_layers
 from .observer import Observer
@@ -79,17 +79,17 @@ def gather_statistics(
     texts: Sequence[Calibration],
     batch_size: int,
     kinds: Iterable[str],
-    checkpoint: Checkpoint | None = None,
+    resume: Resume | None = None,
 ) -> list[dict[SiteKey, SiteStatistics]]:
     """Return the statistics of every site on each of the texts, as `collect_statistics` does, reading layers that are
     offloaded once and not once per batch."""
     sites = list(sites)
     if not is_offloaded(model.base_model):
-        return [collect_statistics(model, sites, text, batch_size, kinds, checkpoint) for text in texts]
-    checkpoint = checkpoint or Checkpoint()
+        return [collect_statistics(model, sites, text, batch_size, kinds, resume) for text in texts]
+    resume = resume or Resume()
     name, about = "statistics-by-layer", {"texts": [text.fingerprint for text in texts], "kinds": sorted(kinds)}
-    shelf = Shelf(checkpoint.folder(f"{name}-hidden-states", about=about))
-    stage = checkpoint.stage(name, about=about)
+    shelf = Shelf(resume.folder(f"{name}-hidden-states", about=about))
+    stage = resume.stage(name, about=about)
     found = stage.load(_unpacked) or [{} for _ in texts]
     layers = statistics_by_layer(model, sites, texts, batch_size, kinds, shelf)
     total = len(decoder_layers(model))
@@ -139,7 +139,7 @@ def collect_statistics(
     calibration: Calibration,
     batch_size: int,
     kinds: Iterable[str] = (MOMENTS,),
-    checkpoint: Checkpoint | None = None,
+    resume: Resume | None = None,
 ) -> dict[SiteKey, SiteStatistics]:
     """Run the calibration tokens through `model` once and return the statistics of every site.
 
@@ -152,14 +152,14 @@ def collect_statistics(
         batch_size (`int`): windows per forward pass.
         kinds (iterable of `str`): what to gather, of `KINDS_OF_STATISTICS`. Gram matrices take
             `in_features²` float32 numbers per site.
-        checkpoint (`Checkpoint`, *optional*): where the sums so far are kept.
+        resume (`Resume`, *optional*): where the sums so far are kept.
 
     Raises:
         ValueError: where a projection was bypassed, or saw a NaN or an infinity.
     """
     sites, kinds = list(sites), sorted(kinds)
     observer, device = Observer(sites, kinds), input_device(model)
-    stage = (checkpoint or Checkpoint()).stage(*_name_of_pass(calibration, sites, kinds), own=True)
+    stage = (resume or Resume()).stage(*_name_of_pass(calibration, sites, kinds), own=True)
     share, done = calibration.own_share(), stage.load(observer.take_up) or 0
     with observer.watching():
         batches = list(share.after(done).batches(batch_size)) if share is not None and done < len(share) else []

@@ -32,7 +32,7 @@ from ..reconstruction.least_squares import (
 from ..request.config import PruningConfig
 from ..runs.devices import back_to, precise
 from ..runs.progress import progress
-from ..runs.resume import Checkpoint
+from ..runs.resume import Resume
 
 
 class Levels:
@@ -45,7 +45,7 @@ class Levels:
         config (`PruningConfig`): the request, its `multiple_of` as coarse as the widths are to be.
         calibration (`Calibration`): the tokens to reconstruct on.
         folder (`Path`): where to keep refitted columns.
-        checkpoint (`Checkpoint`, *optional*): where sums of statistics are kept.
+        resume (`Resume`, *optional*): where sums of statistics are kept.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Levels:
         config: PruningConfig,
         calibration: Calibration,
         folder: Path,
-        checkpoint: Checkpoint | None = None,
+        resume: Resume | None = None,
     ):
         self._kept = {
             site.key: {len(units): units for units in levels_of(site, scores[site.key], config)} for site in sites
@@ -65,7 +65,7 @@ class Levels:
         self._files: dict[SiteKey, Any] = {}
         cut = [site for site in sites if self._kept[site.key]]
         if config.reconstruction == BIAS:
-            moments = collect_statistics(model, cut, calibration, config.batch_size, (MOMENTS,), checkpoint)
+            moments = collect_statistics(model, cut, calibration, config.batch_size, (MOMENTS,), resume)
             self._moments = PlacedStatistics(cut, moments)
         if config.reconstruction == LEAST_SQUARES:
             _check_space(cut, self._kept, folder)

@@ -20,7 +20,7 @@ from ..request.choices import SEARCH
 from ..request.config import UNDECIDED_BY_PLANS, PruningConfig
 from ..request.registry import get_method
 from ..runs.loggers import get_logger
-from ..runs.resume import Checkpoint
+from ..runs.resume import Resume
 from ..scoring.scores import Scores
 from ..version import __version__
 from ..words import public_name
@@ -45,7 +45,7 @@ def make_plan(
     rounds: Rounds,
     config: PruningConfig,
     budget: Budget,
-    checkpoint: Checkpoint | None = None,
+    resume: Resume | None = None,
 ) -> tuple[PruningPlan, Scores]:
     """Return the plan of a round, and the scores with the history of a search where there was one.
 
@@ -56,7 +56,7 @@ def make_plan(
         rounds (`Rounds`): what allocates.
         config (`PruningConfig`): the request of the round.
         budget (`Budget`): what the round removes.
-        checkpoint (`Checkpoint`, *optional*): where a search keeps its state.
+        resume (`Resume`, *optional*): where a search keeps its state.
     """
     if config.resolved_scope == SEARCH:
         assert scores.calibration is not None
@@ -64,7 +64,7 @@ def make_plan(
         def keep(values: Mapping[SiteKey, torch.Tensor], request: PruningConfig) -> dict[SiteKey, list[int]]:
             return rounds.keep(sites, values, request, budget, additive=False)
 
-        about = (scores.values, config, scores.calibration, keep, budget.cost, checkpoint or Checkpoint())
+        about = (scores.values, config, scores.calibration, keep, budget.cost, resume or Resume())
         found = search(model, rounds.open_sites(sites), *about)
         kept = keep(found.scores, config)
         details = {**scores.details, "search": found.details}

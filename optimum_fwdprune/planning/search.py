@@ -28,7 +28,7 @@ from ..request.config import PruningConfig
 from ..runs import ranks
 from ..runs.loggers import get_logger
 from ..runs.resume import (
-    Checkpoint,
+    Resume,
     digest_of,
 )
 from ..scoring.learning.policies import Ratios, budgets_of, even_rates
@@ -81,7 +81,7 @@ def search(
     calibration: Calibration,
     keep: Keep,
     cost: Cost,
-    checkpoint: Checkpoint,
+    resume: Resume,
 ) -> Found:
     """Move budget from the sites that bear it worst to those that bear it best, as long as the whole model gains.
 
@@ -101,7 +101,7 @@ def search(
         calibration (`Calibration`): the tokens: every eighth window judges, the others reconstruct.
         keep (`Callable`): scores and a request in, what that request keeps under them out.
         cost (`Cost`): what the budget is counted in.
-        checkpoint (`Checkpoint`): where the state is kept.
+        resume (`Resume`): where the state is kept.
 
     Raises:
         ValueError: where nothing can move, or `search_windows` does not suffice for one sweep.
@@ -124,11 +124,11 @@ def search(
 
     by_name = ((str(site.key), scores[site.key]) for site in learned)
     costs = [cost.total(site) for site in learned]
-    stage = checkpoint.stage("search", calibration, scores=digest_of(by_name), costs=costs)
+    stage = resume.stage("search", calibration, scores=digest_of(by_name), costs=costs)
     state = stage.load(SearchState.of) or SearchState(torch.zeros(0, dtype=torch.float64), FIRST_STEP)
     with tempfile.TemporaryDirectory(prefix="fwdprune-levels-") as folder:
         if state.step >= LAST_STEP:
-            levels = Levels(model, learned, scores, coarse, fit, Path(folder), checkpoint)
+            levels = Levels(model, learned, scores, coarse, fit, Path(folder), resume)
             divergence = Divergence(model, learned, judging, config.batch_size)
             descent = Descent(ratios, budgets, levels, divergence, cost, len(judging.input_ids))
             if not len(state.rates):

@@ -21,7 +21,7 @@ from ..loading.offloading import is_offloaded
 from ..request.config import PruningConfig
 from ..runs.devices import compute_device
 from ..runs.progress import progress
-from ..runs.resume import Checkpoint
+from ..runs.resume import Resume
 from ..runs.shelves import Shelf
 from .least_squares import NormalEquations, refit
 from .sequential import (
@@ -76,7 +76,7 @@ def statistics_with_grams(
     calibration: Calibration,
     batch_size: int,
     kinds: Iterable[str],
-    checkpoint: Checkpoint | None = None,
+    resume: Resume | None = None,
 ) -> tuple[dict[SiteKey, SiteStatistics], Grams]:
     """Gather what scores need and, in the same pass, what independent least squares will; not the latter where the
     model does not fit into memory, whose Gram matrices come layer by layer.
@@ -87,11 +87,11 @@ def statistics_with_grams(
         calibration (`Calibration`): the tokens.
         batch_size (`int`): windows per forward pass.
         kinds (iterable of `str`): of statistics that the scores need.
-        checkpoint (`Checkpoint`, *optional*): where the sums so far are kept.
+        resume (`Resume`, *optional*): where the sums so far are kept.
     """
     texts = [text for text in calibration.split(HELD_OUT_EVERY) if text is not None]
     with_grams = not is_offloaded(model)
-    parts = gather_statistics(model, sites, texts, batch_size, {*kinds, GRAM} if with_grams else kinds, checkpoint)
+    parts = gather_statistics(model, sites, texts, batch_size, {*kinds, GRAM} if with_grams else kinds, resume)
     found = {site.key: [part[site.key] for part in parts] for site in sites}
     statistics = {key: functools.reduce(SiteStatistics.with_more, of_site) for key, of_site in found.items()}
     return statistics, found if with_grams else {}

@@ -24,7 +24,7 @@ from ..forward.statistics import (
 from ..loading.offloading import resident
 from ..request.config import PruningConfig
 from ..runs.loggers import get_logger
-from ..runs.resume import Checkpoint
+from ..runs.resume import Resume
 from ..runs.shelves import Shelf
 from .bias import compensate_bias
 from .independent import HELD_OUT_EVERY, Grams, refit_independently
@@ -66,7 +66,7 @@ def reconstruct(
     calibration: Calibration | None,
     statistics: Mapping[SiteKey, SiteStatistics] | None = None,
     grams: Grams | None = None,
-    checkpoint: Checkpoint | None = None,
+    resume: Resume | None = None,
 ) -> Reconstruction:
     """Return new projection parameters for the sites.
 
@@ -86,17 +86,17 @@ def reconstruct(
         statistics (mapping of site key to `SiteStatistics`, *optional*): moments for `"bias"`, which gathers them
             where there are none.
         grams (`Grams`, *optional*): for independent least squares, where they were gathered before.
-        checkpoint (`Checkpoint`, *optional*): where the layers that are done are kept.
+        resume (`Resume`, *optional*): where the layers that are done are kept.
     """
     sites = list(sites)
     projections: dict[SiteKey, Projection] = {}
     details: dict[str, Any] = {}
     if any(len(kept[site.key]) < site.num_units for site in sites):
         # The next of several rounds belongs to a model that is the same to the bit, on any device.
-        keeps = None if config.reconstruction == NONE else checkpoint
+        resume = Resume() if config.reconstruction == NONE or resume is None else resume
         about = hashlib.sha256(json.dumps(sorted(kept.items())).encode()).hexdigest()[:16]
         stages = [
-            (keeps or Checkpoint()).stage(f"reconstruction-{number}", calibration, kept=about)
+            resume.stage(f"reconstruction-{number}", calibration, kept=about)
             for number in range(len(decoder_layers(model)))
         ]
         states = itertools.takewhile(bool, (stage.load(Reconstruction.of) for stage in stages))

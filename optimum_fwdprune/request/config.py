@@ -39,7 +39,7 @@ DEFAULT_PRESET = "balanced"
 RECONSTRUCTION_OF_OLD_FILES = {"flap": "bias", "magnitude": "none", "random": "none"}
 
 # Fields that say nothing of what comes of a request. Checkpoints get shared, home directories do not.
-OF_THE_MACHINE = ("checkpoint", "checkpoint_seconds", "latency_table")
+OF_THE_MACHINE = ("resume", "resume_seconds", "latency_table")
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None, group: str | None = None) -> Any:
@@ -232,12 +232,12 @@ class PruningConfig:
     seq_len: int = option(256, "Tokens per calibration window.", group=CALIBRATION)
     batch_size: int = option(8, "Windows per forward pass.", group=CALIBRATION)
     seed: int = option(0, "Seed of everything random.", group=CALIBRATION)
-    checkpoint: str | None = option(
+    resume: str | None = option(
         None,
-        "Folder to keep the state of long stages in; the same request goes on from what it finds there.",
+        "Folder for the state of long stages. The same request, run again, resumes from it.",
         group=RUNNING,
     )
-    checkpoint_seconds: float = option(
+    resume_seconds: float = option(
         60.0, "How often a stage writes its state; 0 writes after every step.", group=RUNNING
     )
 
@@ -298,8 +298,8 @@ class PruningConfig:
                 f"layout='stock' cuts every layer alike, and scope={self.scope!r} with "
                 f"skip_layers={self.skip_layers} does not; leave out scope and skip_layers."
             )
-        if self.checkpoint_seconds < 0:
-            raise ValueError(f"checkpoint_seconds must be at least 0; got {self.checkpoint_seconds}.")
+        if self.resume_seconds < 0:
+            raise ValueError(f"resume_seconds must be at least 0; got {self.resume_seconds}.")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}.")
         targets = [name for name in _TARGETS if getattr(self, name) is not None]

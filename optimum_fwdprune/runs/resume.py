@@ -34,8 +34,8 @@ class HasFingerprint(Protocol):
     def fingerprint(self) -> str: ...
 
 
-class Checkpoint:
-    """The states of all stages of a run, a file each in one folder.
+class Resume:
+    """The states of all stages of a run, one file per stage in one folder, from which the same run resumes.
 
     Args:
         folder (`Path`, *optional*): where; without one nothing is kept, and nothing found.
@@ -91,7 +91,7 @@ class Checkpoint:
 
 
 class Stage:
-    """The state of one stage of a run; see [`Checkpoint.stage`]."""
+    """The state of one stage of a run; see [`Resume.stage`]."""
 
     def __init__(self, path: Path | None, identity: dict[str, Any], seconds: float, own: bool):
         self._path = path
@@ -146,7 +146,7 @@ class Stage:
         return read() if self._own else ranks.bytes_from_main(read() if ranks.is_main() else b"")
 
     def _not_a_state(self, error: Exception) -> ValueError:
-        return ValueError(f"{self._path} is no checkpoint of a run: {type(error).__name__}: {error}.")
+        return ValueError(f"{self._path} is no state of a run: {type(error).__name__}: {error}.")
 
 
 def _parsed(content: bytes) -> State:

@@ -16,7 +16,7 @@ from ..forward.statistics import PlacedStatistics, SiteStatistics
 from ..loading.offloading import InTurn, is_offloaded
 from ..reconstruction.independent import Grams, grams_fit, statistics_with_grams
 from ..reconstruction.kinds import INDEPENDENT, LEAST_SQUARES, STATISTICS_OF
-from ..runs.resume import Checkpoint, State
+from ..runs.resume import Resume, State
 from .methods import (
     PruningConfig,
     ScoringInputs,
@@ -46,7 +46,7 @@ def score_units(
     config: PruningConfig,
     calibration: Calibration | None,
     keep: Callable[[Mapping[SiteKey, torch.Tensor]], dict[SiteKey, list[int]]],
-    checkpoint: Checkpoint | None = None,
+    resume: Resume | None = None,
 ) -> Scores:
     """Score every unit, and gather what the request's reconstruction will need, without changing the model.
 
@@ -56,22 +56,22 @@ def score_units(
         config (`PruningConfig`): the request.
         calibration (`Calibration`, *optional*): the tokens, where the request `needs_calibration`.
         keep (`Callable`): scores of every unit in, out what the request would keep under them.
-        checkpoint (`Checkpoint`, *optional*): where long stages keep their state.
+        resume (`Resume`, *optional*): where long stages keep their state.
 
     Raises:
         ValueError: on NaN in weights, activations or scores, naming where.
     """
     _check_finite(model)
-    checkpoint = checkpoint or Checkpoint()
+    resume = resume or Resume()
     method, needed = get_method(config.method), _needed(config)
     statistics: dict[SiteKey, SiteStatistics] = {}
     grams: Grams = {}
     if needed and calibration is not None and _will_refit_independently(config) and grams_fit(sites):
-        statistics, grams = statistics_with_grams(model, sites, calibration, config.batch_size, needed, checkpoint)
+        statistics, grams = statistics_with_grams(model, sites, calibration, config.batch_size, needed, resume)
     elif needed and calibration is not None:
-        (statistics,) = gather_statistics(model, sites, [calibration], config.batch_size, needed, checkpoint)
+        (statistics,) = gather_statistics(model, sites, [calibration], config.batch_size, needed, resume)
     # Scored again on another device, units that are worth the same could change places.
-    stage = checkpoint.stage("scores", calibration)
+    stage = resume.stage("scores", calibration)
     found = stage.load(_scores_of)
     if found is None:
         placed = PlacedStatistics(sites, statistics)
@@ -79,7 +79,7 @@ def score_units(
         def keep_in_memory(scores: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, list[int]]:
             return keep({key: values.cpu() for key, values in scores.items()})
 
-        inputs = ScoringInputs(model, InTurn(sites), placed, calibration, config, keep_in_memory, checkpoint)
+        inputs = ScoringInputs(model, InTurn(sites), placed, calibration, config, keep_in_memory, resume)
         found = _in_memory(method.score(inputs))
         _check_scores(found, sites, config)
         stage.save(lambda: _state_of(found))

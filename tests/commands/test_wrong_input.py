@@ -149,7 +149,7 @@ def test_an_interrupt_is_one_line(cli, folder, monkeypatch):
     monkeypatch.setattr(InspectCommand, "execute", interrupted)
     assert cli("inspect", "pruned") == (130, "", "Interrupted.\n")
     monkeypatch.setattr(FwdPruner, "prune", interrupted)
-    code, _, error = cli("prune", "-m", "dense", "out", "--checkpoint", "state")
+    code, _, error = cli("prune", "-m", "dense", "out", "--resume", "state")
     assert code == 130 and error.endswith("Interrupted. The same command goes on from what state holds.\n")
     assert not (folder / "out").exists()
 

@@ -102,7 +102,7 @@ def main(output):
     for name in resumed_in(ranks.world_size()):
         # The second time there is nothing left to measure.
         for time in ("first", "again"):
-            state = {"checkpoint": str(output / "state" / name), "checkpoint_seconds": 0.0}
+            state = {"resume": str(output / "state" / name), "resume_seconds": 0.0}
             pruner, passed[f"{name} {time}"] = run(name, **state)
             pruner.plan.save(folder / f"{name} {time}.json")
     (folder / "passed.json").write_text(json.dumps(passed))

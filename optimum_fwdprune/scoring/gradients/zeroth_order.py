@@ -20,7 +20,7 @@ from ...forward.losses import model_nll
 from ...runs import ranks
 from ...runs.loggers import get_logger
 from ...runs.progress import progress
-from ...runs.resume import Checkpoint, State
+from ...runs.resume import Resume, State
 from .perturbation import Perturbation
 
 
@@ -91,7 +91,7 @@ def draw_slopes(
     batch_size: int,
     is_converged: Callable[[Draws], bool] | None = None,
     check_every: int = 1,
-    checkpoint: Checkpoint | None = None,
+    resume: Resume | None = None,
 ) -> Draws:
     """Measure the loss on both sides of `draws` perturbations.
 
@@ -109,7 +109,7 @@ def draw_slopes(
         batch_size (`int`): sequences per forward pass, of both signs together.
         is_converged (*optional*): called with all draws so far, after every `check_every` of them; true ends it.
         check_every (`int`, defaults to 1): see `is_converged`.
-        checkpoint (`Checkpoint`, *optional*): where the draws so far are kept.
+        resume (`Resume`, *optional*): where the draws so far are kept.
 
     Raises:
         ValueError: where epsilon is too small for the model's dtype, naming one that works; or where more than
@@ -121,7 +121,7 @@ def draw_slopes(
     accepted: list[int] = []
     losses: list[torch.Tensor] = []
     done, rejected, rounding_floor = 0, 0, math.nan
-    stage = (checkpoint or Checkpoint()).stage("draws", calibration, noise=perturbation.generators)
+    stage = (resume or Resume()).stage("draws", calibration, noise=perturbation.generators)
 
     def state() -> State:
         numbers = {"indices": accepted, "done": done, "rejected": rejected, "rounding_floor": rounding_floor}

@@ -102,7 +102,7 @@ def _estimate(inputs: ScoringInputs, sensitivity) -> UnitScores:
         batch_size=config.batch_size,
         is_converged=is_settled if config.stop_after else None,
         check_every=config.stop_after or 1,
-        checkpoint=inputs.checkpoint,
+        resume=inputs.resume,
     )
     scores = sensitivity.of(estimated(sensitivity.perturbation, draws, GROUPS[config.perturb]))
     return UnitScores(

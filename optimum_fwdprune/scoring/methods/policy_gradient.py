@@ -141,7 +141,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
     learned = prunable_sites(inputs.sites, config)
     if not learned:
         return UnitScores({site.key: torch.ones(site.num_units, dtype=torch.float32) for site in inputs.sites})
-    stage = inputs.checkpoint.stage("policy_gradient", inputs.calibration)
+    stage = inputs.resume.stage("policy_gradient", inputs.calibration)
     # Whatever is wrong with it shows before anything is measured.
     found = stage.load(Progress.of)
     policy, rates = _policy(inputs, learned, _metric_scores(inputs))
@@ -180,7 +180,7 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
     gathered: dict = {}
     if method.statistics:
         (gathered,) = gather_statistics(
-            inputs.model, inputs.sites, [tokens], config.batch_size, method.statistics, inputs.checkpoint
+            inputs.model, inputs.sites, [tokens], config.batch_size, method.statistics, inputs.resume
         )
     statistics = PlacedStatistics(inputs.sites, gathered)
     found = method.score(dataclasses.replace(inputs, config=config, calibration=tokens, statistics=statistics))

@@ -28,7 +28,7 @@ class ScoringInputs:
         config: the method's own config.
         keep (`Callable`): scores of every unit in, by site key; out what the request would keep under them, for
             methods that stop once that is settled.
-        checkpoint (`Checkpoint`): where methods that take long keep their state.
+        resume (`Resume`): where methods that take long keep their state.
     """
 
     model: PreTrainedModel
@@ -37,7 +37,7 @@ class ScoringInputs:
     calibration: Any
     config: Any
     keep: Callable[[Mapping[SiteKey, Tensor]], dict[SiteKey, list[int]]]
-    checkpoint: Any
+    resume: Any
 
 
 @dataclass(frozen=True)
