@@ -23,7 +23,7 @@ test: $(VENV)/installed
 
 # Half an hour: damaged and made-up checkpoints, ten times as many as in the tests.
 fuzz: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --hypothesis-profile=nightly tests/test_untrusted.py
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --hypothesis-profile=nightly tests/loading/test_untrusted.py
 
 quality: $(VENV)/quality
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The invariants of docs/design.md that hold in one process. `sliced = reloaded` is in models/test_loading.py."""
+"""The invariants of docs/design.md that hold in one process. `sliced = reloaded` is in loading/test_loading.py."""
 
 import copy
 

@@ -14,7 +14,7 @@ from optimum_fwdprune.allocation.budgets import removal_budget
 from optimum_fwdprune.planning.settling import forecast, settle, warn_of_rounding
 
 
-CONCEPTS = Path(__file__).parents[1] / "docs" / "concepts.md"
+CONCEPTS = Path(__file__).parents[2] / "docs" / "concepts.md"
 # Sizes of the models in the table of docs/concepts.md: hidden, MLP, layers, heads, head width, KV heads.
 KNOWN_MODELS = {
     "SmolLM2-135M": (transformers.LlamaConfig, 576, 1536, 30, 9, 64, 3),

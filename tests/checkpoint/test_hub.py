@@ -28,7 +28,7 @@ def run(hub, tmp_path, fresh_processes):
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": "0",
-            "PYTHONPATH": os.path.dirname(__file__),
+            "PYTHONPATH": os.path.dirname(hub_server.__file__),
         }
         result = fresh_processes.run(code, environment)
         if not check:
