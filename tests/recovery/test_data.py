@@ -45,7 +45,7 @@ def chatty(tokenizer):
 def warnings(monkeypatch):
     """Warnings of what is left out."""
     said = []
-    for module in ("rows", "recovery.data"):
+    for module in ("data.rows", "recovery.data"):
         monkeypatch.setattr(f"optimum_fwdprune.{module}.logger.warning", lambda text, *args: said.append(text % args))
     return said
 
