@@ -24,14 +24,23 @@ settings.register_profile("nightly", max_examples=1000)
 
 
 @pytest.fixture(scope="session")
-def python_without_the_package(tmp_path_factory):
-    """Interpreter of a virtual environment with all that is installed here but the package under test."""
-    folder = tmp_path_factory.mktemp("without")
-    venv.EnvBuilder(symlinks=True).create(folder)
-    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
-    # In a folder that is named there, the file that an editable installation goes by is not read.
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+def make_environment():
+    """Makes a virtual environment with all that is installed here but the package under test; returns its Python."""
+
+    def make(folder):
+        venv.EnvBuilder(symlinks=True).create(folder)
+        packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+        # In a folder that is named there, the file that an editable installation goes by is not read.
+        (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        return folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def python_without_the_package(tmp_path_factory, make_environment):
+    """Interpreter of a virtual environment without the package under test."""
+    return make_environment(tmp_path_factory.mktemp("without"))
 
 
 @pytest.fixture(scope="session")
