@@ -550,8 +550,7 @@ class FwdPruner:
                 )
             if note:
                 logger.error("%s", note)
-                if hasattr(error, "add_note"):
-                    error.add_note(note)
+                error.add_note(note)
             raise
 
     def _cut(
