@@ -13,7 +13,7 @@ export XDG_CACHE_HOME := $(CACHE)
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test fuzz quality style docs benchmark gpu study recovery runtimes vllm clean
+.PHONY: quickstart test fuzz quality style hooks docs benchmark gpu study recovery runtimes vllm clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -33,6 +33,10 @@ quality: $(VENV)/quality
 style: $(VENV)/quality
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Before every commit git then runs what `make quality` does.
+hooks: $(VENV)/quality
+	$(BIN)/pre-commit install
 
 # The site, into .cache/site; a broken link or a docstring that contradicts its signature is an error.
 docs: $(VENV)/docs
