@@ -47,19 +47,12 @@ MOST_LINES = 300
 MOST_PARAMETERS = 6
 # What still exceeds a limit. Nothing is added here, and what no longer exceeds it leaves the list.
 LONG_MODULES = {
-    "allocation/allocate.py",
     "commands/base.py",
     "data/calibration.py",
     "data/texts.py",
-    "forward/layerwise.py",
-    "forward/statistics.py",
-    "planning/latency.py",
-    "planning/search.py",
     "pruner.py",
-    "reconstruction/reconstruct.py",
     "report/pictures.py",
     "request/config.py",
-    "scoring/scores.py",
 }
 LONG_SIGNATURES = {
     "checkpoint/hub.py upload",
@@ -74,7 +67,7 @@ LONG_SIGNATURES = {
     "pruner.py FwdPruner._cut",
     "pruner.py FwdPruner._prune_in_rounds",
     "pruner.py FwdPruner._score",
-    "reconstruction/reconstruct.py _refit_independently",
+    "reconstruction/independent.py refit_independently",
     "reconstruction/reconstruct.py reconstruct",
     "reconstruction/reconstruct.py reconstruct_by_layer",
     "reconstruction/sequential.py refit_in_sequence",
