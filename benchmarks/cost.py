@@ -22,6 +22,7 @@ from optimum_fwdprune.cutting.surgery import prune_model
 from optimum_fwdprune.forward.gates import gated
 from optimum_fwdprune.forward.gathering import collect_statistics
 from optimum_fwdprune.forward.losses import model_nll
+from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.report import render_table
 
 
@@ -67,7 +68,7 @@ def scoring_ratios(model, repeats, windows=8, seq_len=256):
     ratios = []
     sites = find_sites(model)
     for _ in range(repeats):
-        ratios.append(_seconds(lambda: collect_statistics(model, sites, calibration, 8)) / _seconds(plain))
+        ratios.append(_seconds(lambda: collect_statistics(Subject(model, sites), calibration, 8)) / _seconds(plain))
     yield "statistics alone", ratios
 
 
@@ -143,7 +144,7 @@ def surgery_peak(model):
     except OSError:
         return None
     before = _memory("VmRSS")
-    prune_model(model, sites, plan)
+    prune_model(Subject(model, sites), plan)
     return (_memory("VmHWM") - before) / layer_bytes
 
 

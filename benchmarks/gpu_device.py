@@ -4,7 +4,6 @@ import gc
 import importlib.metadata
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -99,29 +98,21 @@ class Device:
 
         Stages also wait for the device in the block, so that their seconds are their own.
         """
-        from optimum_fwdprune import pruner  # noqa: F401  they hold the function
-        from optimum_fwdprune.cutting import cut as cutting
+        from optimum_fwdprune.runs.clock import StageClock
 
-        original = cutting.timed
-        holders = [
-            module
-            for name, module in sys.modules.items()
-            if name.startswith("optimum_fwdprune.") and getattr(module, "timed", None) is original
-        ]
-        for module in holders:
-            module.timed = self._measuring(original, peaks)
+        original = StageClock.stage
+        StageClock.stage = self._measuring(original, peaks)
         try:
             yield
         finally:
-            for module in holders:
-                module.timed = original
+            StageClock.stage = original
 
     def _measuring(self, timed, peaks: dict[str, int]):
         @contextmanager
-        def measuring(seconds, stage):
+        def measuring(clock, stage):
             self._note_peak()
             self._open_stages.append([0])
-            with timed(seconds, stage):
+            with timed(clock, stage):
                 try:
                     yield
                 finally:

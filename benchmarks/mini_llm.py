@@ -22,9 +22,10 @@ from optimum_fwdprune import FwdPruner, PruningConfig
 from optimum_fwdprune.files import write_text_atomically
 from optimum_fwdprune.forward.gathering import collect_statistics
 from optimum_fwdprune.forward.statistics import GRAM, MOMENTS, SOURCE_NORMS
+from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.scoring.gradients.perturbation import Noise
 from optimum_fwdprune.scoring.gradients.sensitivity import UnitSensitivity, WeightSensitivity, estimated
-from optimum_fwdprune.scoring.gradients.zeroth_order import Draws, draw_slopes
+from optimum_fwdprune.scoring.gradients.zeroth_order import Draws, Sampling, draw_slopes
 from optimum_fwdprune.scoring.scores import Scores
 
 
@@ -69,7 +70,7 @@ class MiniLlmStudy(Study):
         if self._statistics is None:
             kinds = (MOMENTS, GRAM, SOURCE_NORMS)
             with torch.no_grad():
-                self._statistics = collect_statistics(self.model, self.sites, self.calibration, 8, kinds)
+                self._statistics = collect_statistics(Subject(self.model, self.sites), self.calibration, 8, kinds)
         return self._statistics
 
     def sensitivity(self, perturb, seed):
@@ -86,10 +87,7 @@ class MiniLlmStudy(Study):
                 self.model,
                 self.sensitivity(perturb, seed).perturbation,
                 self.calibration,
-                draws=max(DRAWS[perturb]),
-                epsilon=1e-3,
-                windows_per_draw=WINDOWS_PER_DRAW[perturb],
-                batch_size=8,
+                Sampling(max(DRAWS[perturb]), 1e-3, WINDOWS_PER_DRAW[perturb], batch_size=8),
             )
             values = dataclasses.asdict(found)
             values["slopes"], values["losses"] = found.slopes.tolist(), found.losses.tolist()

@@ -27,6 +27,7 @@ from optimum_fwdprune.scoring.learning.policies import (
     RatioPolicy,
     Ratios,
     UnitPolicy,
+    Variables,
     budgets_of,
     even_rates,
 )
@@ -159,9 +160,8 @@ class PolicyGradientStudy(Study):
         def keep(values):
             return allocate(self.sites, values, config, removal, additive=False)
 
-        budgets = budgets_of(
-            self.sites, keep(scores), config, [1] * len(self.sites), [0.0] * len(self.sites), exact=True
-        )
+        variables = [Variables(site, 1, 0.0) for site in self.sites]
+        budgets = budgets_of(variables, keep(scores), config, exact=True)
         rates = even_rates(budgets, len(self.sites))
         return RatioPolicy(Ratios(self.sites, scores, keep), budgets, config.ratio_spread), rates
 

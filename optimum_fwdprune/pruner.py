@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import NoneType
@@ -14,12 +13,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import CommitInfo
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .allocation.budgets import Budget, removal_budget
 from .allocation.composing import EarlierPruning
-from .allocation.plan import PruningPlan, losses_by_kind
-from .allocation.rounds import Rounds
-from .architectures import Site, SiteKey, find_sites, get_architecture, is_pruned
-from .architectures.sizes import ModelSizes
+from .allocation.plan import PruningPlan
+from .architectures import find_sites, get_architecture, is_pruned
 from .architectures.wrapping import (
     check_no_adapters,
     check_plain,
@@ -31,19 +27,13 @@ from .checkpoint.hub import (
     check_upload,
     upload,
 )
-from .cutting.cut import Cut, cut, timed
-from .cutting.streamed import (
-    Workspace,
-    check_streamable,
-    cut_streamed,
-    files_of,
-)
-from .cutting.verification import check_counterpart
-from .data.calibration import Calibration, load_calibration
+from .checkpoint.record import Record
+from .checkpoint.reproduction import IN_MEMORY, INPUTS, inputs_of
+from .cutting.cut import Cut
+from .cutting.on_disk import files_of
+from .data.calibration import load_calibration
 from .evaluation import Comparison
-from .export.stock import STOCK, check_stock_layout, check_stock_request
-from .files import check_output_folder, folder_moved_into_place, naming_what_is_full
-from .loading.base import Base
+from .files import check_output_folder, folder_moved_into_place
 from .loading.models import (
     ACCESS,
     FOLDER_OTHERWISE,
@@ -55,13 +45,7 @@ from .loading.models import (
 )
 from .loading.offline import naming_offline
 from .loading.offloading import check_readable, device_map_on_disk, is_offloaded
-from .loading.origin import (
-    FINGERPRINT,
-    NAME,
-    REVISION,
-    Origin,
-)
-from .loading.placement import placed, warn_of_placement
+from .loading.placement import placed
 from .loading.saving import (
     check_savable,
     generation_config_as_it_is,
@@ -74,34 +58,22 @@ from .loading.state import (
     forward_state_kept,
     is_consumed,
 )
+from .loading.subject import Sizes, Subject
 from .loading.tokenizers import load_tokenizer, named_tokenizer, warn_of_missing_tokenizer
-from .planning.job import resume_of
-from .planning.latency import LatencyCost, LatencyTable, at_measured_widths, speed_budget
+from .planning.checks import check_arguments, check_model, check_request
+from .planning.latency import LatencyTable
 from .planning.make_plan import (
-    keeper,
-    make_plan,
-    replayed,
     request_of_replay,
 )
-from .planning.search import check_search
-from .planning.settling import forecast, settle, warn_of_rounding
-from .planning.timing import load_or_measure, prefill_seconds
-from .reconstruction.bias import added_parameters
-from .reconstruction.kinds import NONE
-from .reconstruction.reconstruct import check_reconstruction
-from .record.record import Record
-from .record.reproduction import IN_MEMORY, INPUTS, inputs_of
+from .planning.run import Run
 from .report import PruningReport, Speedup
 from .report.card import write_card
 from .report.checkpoint import report_of
-from .request.choices import SEARCH
 from .runs import ranks
 from .runs.devices import host_by_default
 from .runs.loggers import get_logger
-from .runs.progress import announce, one_step, progress
-from .runs.resume import Resume
+from .runs.progress import one_step
 from .scoring.methods import PruningConfig
-from .scoring.score_units import check_scoring, needs_calibration, score_units
 from .scoring.scores import Scores
 from .words import public_name
 
@@ -110,9 +82,6 @@ if TYPE_CHECKING:
     from .recovery import RecoveryArguments, RecoveryTrainer
 
 logger = get_logger(__name__)
-
-# What a safetensors header spends on a tensor, generously, so that a target in bytes holds for the file.
-HEADER_BYTES_PER_TENSOR = 192
 
 
 class FwdPruner:
@@ -317,17 +286,13 @@ class FwdPruner:
             ValueError: on NaN in weights, activations or scores, naming where.
         """
         config = PruningConfig.of(config, **fields)
-        check_not_consumed(self.model)
-        check_readable(self.model)
-        warn_of_placement(self.model)
-        sites = find_sites(self.model, config.attention_unit)
-        check_counterpart(self.model, sites)
-        config, budget = self._settled(sites, config)
-        with evaluating(self.model):
-            rounds = Rounds(sites, config, budget)
-            request, budget = rounds.request(sites, 1)
-            resume = resume_of(request, self.model)
-            self.scores = self._score(self.model, sites, rounds, request, budget, dataset, resume)
+        subject = self._subject(config)
+        check_model(subject)
+        run = Run(subject, self.tokenizer, dataset, latencies=self._latencies)
+        try:
+            self.scores = run.score(config)
+        finally:
+            self._latencies = run.latencies
         return self.scores
 
     @host_by_default()
@@ -377,43 +342,18 @@ class FwdPruner:
         error during or after surgery carries a note on what `self.model` is then: the pruned model where surgery was
         complete, what earlier rounds came to, or a model that was consumed and must be loaded again.
         """
-        if plan is not None and scores is not None:
-            raise ValueError("Give a plan to replay or scores to allocate by, not both.")
-        for name, value, expected in (("plan", plan, PruningPlan), ("scores", scores, Scores)):
-            if value is not None and not isinstance(value, expected):
-                raise TypeError(
-                    f"{name} must be a {expected.__name__}; got a {type(value).__name__}. "
-                    f"{expected.__name__}.load(file) reads a file."
-                )
+        check_arguments(plan, scores)
         config = PruningConfig.of(config, replays=plan is not None, **fields)
         if plan is not None:
             config = dataclasses.replace(config, attention_unit=plan.attention_unit)
-        check_not_consumed(self.model)
-        check_readable(self.model)
-        warn_of_placement(self.model)
-        if self._low_memory:
-            check_streamable(config)
-            # It writes the pruned model along the way.
-            check_savable(self.model, None)
-        check_reconstruction(self.model, config)
-        if plan is None and config.resolved_scope == SEARCH:
-            check_search(self.model, config)
-        sites = find_sites(self.model, config.attention_unit)
-        check_counterpart(self.model, sites)
+        subject = self._subject(config)
+        check_request(subject, config, plan, scores)
         if scores is not None:
-            scores.check_matches(sites, config, get_architecture(self.model.config).model_type)
             config = scores.options_into(config, fields.keys())
-        in_memory = dataset is not None and not isinstance(dataset, (str, Path))
-        if scores is not None and not scores.reads_anew(config):
-            if dataset is not None:
-                scores.check_dataset(self._calibration(config, dataset))
-            in_memory = scores.calibrated_on.get("source") in IN_MEMORY
-        source = Origin.of(self.model.config, {name: value for name, value in self._access.items() if name in WHERE})
-        inputs = inputs_of(self._loading, self.model.dtype, is_pruned(self.model.config), in_memory)
         asked = config if plan is None else request_of_replay(plan, config)
-        before, seconds = _Sizes.of(self.model, sites), dict[str, float]()
-        calibration, calibrated_on, speedup = None, None, None
-        earlier = EarlierPruning.of(self.model, sites, self._plan_of_model(), self.recovery)
+        before, inputs = Sizes.of(self.model, subject.sites), self._inputs(config, dataset, scores)
+        earlier = EarlierPruning.of(self.model, subject.sites, self._plan_of_model(), self.recovery)
+        source = Source.of(self.model.config, {name: value for name, value in self._access.items() if name in WHERE})
 
         def keep(done: Cut) -> None:
             origin = {key: value for key, value in done.plan.metadata.items() if key not in (FINGERPRINT, REVISION)}
@@ -425,58 +365,50 @@ class FwdPruner:
 
         # A dense model that is not consumed stays, whatever happens to the pruned one.
         finished = keep if inplace else _ignored
-        with self._noting_what_is_left():
-            if plan is not None:
-                plan.check_matches(sites, self.model.config.model_type)
-                if config.layout == STOCK:
-                    check_stock_layout(self.model, sites, plan, config.reconstruction)
-                plan = replayed(plan, config)
-                announce("\n".join(losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values()))
-                if config.reconstruction != NONE:
-                    calibration = self._calibration(config, dataset)
-                    calibrated_on = calibration.source
-                resume = resume_of(config, self.model)
-                gathered: tuple[dict, dict] = ({}, {})
-                done = self._cut(
-                    self.model, sites, plan, config, calibration, *gathered, inplace, seconds, resume, finished
-                )
-                keep(done)
-            else:
-                with timed(seconds, "measure latencies"):
-                    config, budget = self._settled(sites, config)
-                    dense_seconds = _prefill_seconds(self.model, config)
-                rounds = Rounds(sites, config, budget)
-                done, scores = self._prune_in_rounds(
-                    sites, rounds, config, scores, dataset, inplace, seconds, finished
-                )
-                keep(done)
-                calibrated_on = scores.calibrated_on.get("source")
-                if config.target_speedup is not None and isinstance(budget.cost, LatencyCost):
-                    with timed(seconds, "measure latencies"):
-                        measured = dense_seconds / _prefill_seconds(done.model, config)
-                    removed = rounds.removed({key: len(units) for key, units in done.plan.kept.items()})
-                    speedup = Speedup(config.target_speedup, budget.cost.speedup(removed), measured)
+        run = Run(subject, self.tokenizer, dataset, inplace, finished, self._latencies)
+        with self._noting_what_is_left(run):
+            done = run.prune(config, scores) if plan is None else run.replay(plan, config)
+            keep(done)
             if earlier is not None and earlier.followed_by(done.plan) is None:
                 logger.warning("%s", earlier.why_apart(done.plan))
-            self.scores = scores
-            after = _Sizes.of(self.model, [])
+            self.scores = run.scores
+            after, speedup = Sizes.of(self.model), None
+            if config.target_speedup is not None and run.speedup is not None:
+                speedup = Speedup(config.target_speedup, *run.speedup)
             self.report = PruningReport(
                 parameters_before=before.parameters,
                 parameters_after=after.parameters,
                 bytes_before=before.bytes,
                 bytes_after=after.bytes,
                 prunable_parameters=before.prunable,
-                removed_parameters=sum(len(done.plan.removed(key)) * each for key, each in before.per_unit.items()),
+                removed_parameters=sum(len(done.plan.removed(key)) * size for key, size in before.per_unit.items()),
                 requested_sparsity=done.plan.metadata.get("requested_sparsity"),
                 masked_difference=done.difference,
-                seconds=seconds,
-                calibration=calibrated_on,
+                seconds=run.clock.seconds,
+                calibration=run.calibrated_on,
                 speedup=speedup,
                 unit_parameters=before.per_unit,
-                record=Record(asked, self.plan, scores),
+                record=Record(asked, self.plan, self.scores),
             )
             self._keep_record()
         return self.model
+
+    def _subject(self, config: PruningConfig) -> Subject:
+        """The model as it is, with all its sites in the units of the request."""
+        check_not_consumed(self.model)
+        check_readable(self.model)
+        sites = find_sites(self.model, config.attention_unit)
+        return Subject(self.model, sites, self._low_memory, self._offload_folder)
+
+    def _inputs(self, config: PruningConfig, dataset: Any, scores: Scores | None) -> dict[str, Any]:
+        """What goes into a pruning beside the request, as JSON values; warns of data that scores make useless."""
+        in_memory = dataset is not None and not isinstance(dataset, (str, Path))
+        if scores is not None and not scores.reads_anew(config):
+            if dataset is not None:
+                with evaluating(self.model):
+                    scores.check_dataset(load_calibration(config, self.model, self.tokenizer, dataset))
+            in_memory = scores.calibrated_on.get("source") in IN_MEMORY
+        return inputs_of(self._loading, self.model.dtype, is_pruned(self.model.config), in_memory)
 
     def _plan_of_model(self) -> PruningPlan | None:
         """The plan that the model was pruned by, where it is known and still describes the model."""
@@ -488,58 +420,15 @@ class FwdPruner:
             return None
         return self.plan
 
-    def _prune_in_rounds(
-        self,
-        sites: list[Site],
-        rounds: Rounds,
-        config: PruningConfig,
-        scores: Scores | None,
-        dataset: Any,
-        inplace: bool,
-        seconds: dict[str, float],
-        finished: Callable[[Cut], None],
-    ) -> tuple[Cut, Scores]:
-        """Score, plan and cut, round after round: the plan returned is that of all rounds, the scores are the last."""
-        done: Cut | None = None
-        numbers = range(1, config.rounds + 1)
-        for number in progress(numbers, "Pruning in rounds", unit="round") if config.rounds > 1 else numbers:
-            model = done.model if done else self.model
-            sites = find_sites(model, config.attention_unit) if done else sites
-            request, budget = rounds.request(sites, number)
-            resume = resume_of(request, model)
-            with evaluating(model):
-                with timed(seconds, "score"):
-                    if scores is None or done:
-                        scores = self._score(model, sites, rounds, request, budget, dataset, resume)
-                    # Whatever fails from here on, they can serve another request.
-                    self.scores = scores
-                    if scores.calibration is None and scores.runs_tokens(request):
-                        scores = scores.calibrated_with(self._calibration(request, dataset, resume))
-                with timed(seconds, "allocate"):
-                    plan, scores = make_plan(model, sites, scores, rounds, request, budget, resume)
-            if request.layout == STOCK:
-                check_stock_layout(model, sites, plan, request.reconstruction)
-            # Later rounds read the same tokens, which the dense model may have written.
-            dataset = scores.calibration or dataset
-            gathered = (scores.statistics, scores.grams)
-            consumed = inplace or bool(done)
-            about = (request, scores.calibration, *gathered, consumed, seconds, resume)
-            # Should this round's check or a later round fail, this is what there is.
-            now = self._cut(model, sites, plan, *about, _of_all_rounds(done, finished))
-            # Large, and of no use once the weights are cut.
-            scores = dataclasses.replace(scores, grams={})
-            done = now if done is None else now.after(done)
-            finished(done)
-        assert done is not None and scores is not None
-        return done, scores
-
     @contextmanager
-    def _noting_what_is_left(self) -> Iterator[None]:
-        """Add to an error what `self.model` is where it is no longer what it was."""
+    def _noting_what_is_left(self, run: Run) -> Iterator[None]:
+        """Keep the latencies and scores of a run that fails, which can serve another, and add to the error what
+        `self.model` is where it is no longer what it was."""
         before = self.model
         try:
             yield
         except BaseException as error:
+            self.scores = run.scores or self.scores
             note = ""
             if is_consumed(self.model):
                 note = "Surgery was interrupted, and the model was consumed: load it again."
@@ -552,33 +441,8 @@ class FwdPruner:
                 logger.error("%s", note)
                 error.add_note(note)
             raise
-
-    def _cut(
-        self, model, sites, plan, request, calibration, statistics, grams, inplace, seconds, resume, finished
-    ) -> Cut:
-        about = (request, calibration, statistics)
-        if not self._low_memory:
-            return cut(model, sites, plan, *about, grams, inplace, seconds, resume, finished)
-        kept = {str(key): units for key, units in plan.kept.items()}
-        workspace = Workspace(self._offload_folder, resume.folder("streamed", calibration, kept=kept))
-        with naming_what_is_full(workspace.folder), evaluating(model):
-            done = cut_streamed(model, sites, plan, *about, workspace, seconds)
-        done.model.train(model.training)
-        return done
-
-    def _score(
-        self,
-        model: PreTrainedModel,
-        sites: list[Site],
-        rounds: Rounds,
-        config: PruningConfig,
-        budget: Budget,
-        dataset: Any,
-        resume: Resume,
-    ) -> Scores:
-        check_scoring(model, config)
-        calibration = self._calibration(config, dataset, resume) if needs_calibration(config) else None
-        return score_units(model, sites, config, calibration, keeper(rounds, sites, config, budget), resume)
+        finally:
+            self._latencies = run.latencies
 
     def recover(
         self,
@@ -798,7 +662,7 @@ class FwdPruner:
         """The report with the sizes of the model as it is: training may have changed its dtype."""
         if self.report is None:
             return None
-        now = _Sizes.of(self.model, [])
+        now = Sizes.of(self.model)
         return dataclasses.replace(self.report, parameters_after=now.parameters, bytes_after=now.bytes)
 
     def push_to_hub(
@@ -842,36 +706,6 @@ class FwdPruner:
             self._saved_as = repo_id
         return commit
 
-    def _calibration(self, config: PruningConfig, dataset: Any, resume: Resume | None = None) -> Calibration:
-        with evaluating(self.model):
-            return load_calibration(config, self.model, self.tokenizer, dataset, resume)
-
-    def _settled(self, sites: list[Site], config: PruningConfig) -> tuple[PruningConfig, Budget]:
-        """The request with what the model and the budget imply, and the budget; what it will do is logged."""
-        dense = _Sizes.of(self.model, sites)
-
-        def added(request: PruningConfig) -> int:
-            losing = (site for site in sites if site.kind in request.resolved_kinds)
-            return added_parameters(losing, request.reconstruction)
-
-        def budget_of(request: PruningConfig) -> tuple[PruningConfig, Budget]:
-            if request.target_speedup is None:
-                budget = removal_budget(request, sites, dense.parameters, dense.file_bytes, added(request))
-                return request, budget
-            self._latencies = load_or_measure(self.model, sites, request, self._latencies)
-            return at_measured_widths(sites, request), speed_budget(self._latencies, request.target_speedup)
-
-        def check(request: PruningConfig) -> None:
-            if request.layout == STOCK:
-                check_stock_request(self.model, sites, request)
-
-        config, budget = settle(sites, config, budget_of, check)
-        outcome = forecast(sites, config, budget, dense.parameters, dense.bytes, added(config))
-        announce(str(outcome))
-        if config.rounds == 1:
-            warn_of_rounding(sites, config, budget, outcome)
-        return config, budget
-
 
 def _check_supported(model: Any) -> None:
     """Raise `ValueError` where a model cannot be pruned here, whatever the request."""
@@ -894,35 +728,3 @@ def _of_dense_model(plan: PruningPlan, earlier: EarlierPruning | None) -> Prunin
 
 def _ignored(_cut: Cut) -> None:
     """For a dense model that is not consumed."""
-
-
-def _of_all_rounds(earlier: Cut | None, finished: Callable[[Cut], None]) -> Callable[[Cut], None]:
-    """Return what hands `finished` all rounds together."""
-    return finished if earlier is None else lambda now: finished(now.after(earlier))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    parameters: int
-    bytes: int
-    file_bytes: int
-    prunable: int
-    # Surgery consumes the dense model, and with it what its sites know.
-    per_unit: dict[SiteKey, int]
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, sites: list[Site]) -> _Sizes:
-        sizes = ModelSizes.of(model)
-        return cls(
-            parameters=sizes.parameters,
-            bytes=sizes.bytes,
-            file_bytes=sizes.bytes + HEADER_BYTES_PER_TENSOR * sizes.tensors,
-            prunable=sum(site.num_parameters for site in sites),
-            per_unit={site.key: site.unit_parameters for site in sites},
-        )
-
-
-def _prefill_seconds(model: PreTrainedModel, config: PruningConfig) -> float:
-    if config.target_speedup is None:
-        return math.nan
-    return ranks.from_main(lambda: prefill_seconds(model, config.latency_tokens))

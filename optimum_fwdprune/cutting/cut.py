@@ -1,36 +1,27 @@
-"""A plan carried out: reconstruction, surgery, and the check that the pruned model computes what it should."""
+"""A plan carried out: the one loop that settles, puts down and checks layer after layer, in memory or on disk."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
+from ..allocation.job import Job
 from ..allocation.plan import PruningPlan
-from ..architectures import Site, SiteKey
-from ..data.calibration import Calibration
-from ..forward.statistics import SiteStatistics
-from ..loading.dispatching import PlacementError
+from ..forward.evidence import Evidence
 from ..loading.state import evaluating
-from ..reconstruction.independent import Grams
-from ..reconstruction.reconstruct import reconstruct
-from ..request.config import PruningConfig
+from ..loading.subject import Subject
+from ..reconstruction.reconstruct import reconstruct_by_layer, warn_of_unchanged
+from ..reconstruction.reconstruction import Reconstruction
 from ..runs.progress import one_step
-from ..runs.resume import Resume
-from .surgery import prune_model
-from .verification import (
-    logits,
-    masked_logits,
-    probe_batch,
-    relative_difference,
-    rounding_of,
-)
+from ..runs.shelves import Shelf
+from .probe import Probe
+from .verification import logits, relative_difference
 
 
 @dataclass(frozen=True)
@@ -52,63 +43,75 @@ class Cut:
         return Cut(self.model, earlier.plan.followed_by(self.plan), max(earlier.difference, self.difference))
 
 
-def cut(
-    model: PreTrainedModel,
-    sites: list[Site],
-    plan: PruningPlan,
-    config: PruningConfig,
-    calibration: Calibration | None,
-    statistics: Mapping[SiteKey, SiteStatistics],
-    grams: Grams,
-    inplace: bool,
-    seconds: dict[str, float],
-    resume: Resume | None = None,
-    finished: Callable[[Cut], None] = lambda _cut: None,
-) -> Cut:
-    """Reconstruct the projections, cut the model, and check it on a probe batch.
+class Place(Protocol):
+    """Where the layers of a pruned model are put down, and how they become a model.
+
+    Attributes:
+        shelf (`Shelf`): where hidden states of the calibration tokens wait, and how far an interrupted run came.
+        probe_shelf (`Shelf`): the same for the tokens that are compared on.
+        done (sequence of `Reconstruction`): of the first layers, where an earlier run has settled them.
+    """
+
+    shelf: Shelf
+    probe_shelf: Shelf
+    done: Sequence[Reconstruction]
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Let errors in the block name what is full, where layers are written."""
+
+    def open(self) -> None:
+        """Prepare for the first layer."""
+
+    def watched(self, layers: Iterable[Reconstruction]) -> Iterable[Reconstruction]:
+        """Show how far the layers are, where they show that nowhere else."""
+
+    def put_down(self, number: int, layer: Reconstruction) -> None:
+        """Take what is settled of layer `number`, whose dense weights are in memory."""
+
+    def details(self) -> dict[str, Any]:
+        """Return the details of the reconstruction of all layers."""
+
+    def finish(self, plan: PruningPlan) -> PreTrainedModel:
+        """Return the pruned model."""
+
+
+@torch.no_grad()
+def cut(subject: Subject, plan: PruningPlan, evidence: Evidence, job: Job, place: Place) -> Cut:
+    """Settle, put down and check one layer after the other, and return the pruned model.
 
     Args:
-        model (`PreTrainedModel`): the model to cut; it is consumed where `inplace`.
-        sites (`list[Site]`): all its sites.
+        subject (`Subject`): the dense model with all its sites. Until the last layer is settled it is whole.
         plan (`PruningPlan`): what they keep.
-        config (`PruningConfig`): the reconstruction.
-        calibration (`Calibration`, *optional*): the tokens that it needs.
-        statistics (mapping of site key to `SiteStatistics`): moments, where they were gathered before.
-        grams (`Grams`): for independent least squares, where they were gathered before.
-        inplace (`bool`): consume the model.
-        seconds (`dict[str, float]`): time by stage, added to.
-        resume (`Resume`, *optional*): where long stages keep their state.
-        finished (`Callable`, *optional*): called with the pruned model as soon as it is whole, before it is checked.
+        evidence (`Evidence`): what the reconstruction needs.
+        job (`Job`): the reconstruction that is asked for, and the clock.
+        place (`Place`): where layers are put down.
 
     Raises:
         ValueError: where the plan does not fit the model.
         RuntimeError: where the pruned model does not compute what the masked one computes.
     """
-    with timed(seconds, "reconstruct"), evaluating(model):
-        found = reconstruct(model, sites, plan.kept, config, calibration, statistics, grams, resume)
-        if found.details:
-            plan = dataclasses.replace(plan, metadata={**plan.metadata, "reconstructed": found.details})
-    with timed(seconds, "verify"), one_step("Running the masked model"):
-        probe = probe_batch(model, calibration)
-        expected = masked_logits(model, sites, plan, found.projections, probe)
-        rounding = rounding_of(model, sites, plan, found.projections, probe, expected)
-    with timed(seconds, "surgery"):
-        try:
-            pruned = prune_model(model, sites, plan, found.projections, inplace)
-        except PlacementError as error:
-            finished(Cut(error.model, plan, math.nan))
-            raise
-        finished(Cut(pruned, plan, math.nan))
-    with timed(seconds, "verify"), one_step("Verifying the pruned model"):
-        difference = relative_difference(expected, logits(pruned, probe), rounding)
+    clock = job.clock
+    plan.check_matches(subject.sites, subject.model.config.model_type)
+    with place.writing(), evaluating(subject.model):
+        with clock.stage("surgery"):
+            place.open()
+        with clock.stage("verify"):
+            probe = Probe(subject, plan, evidence.calibration, place.probe_shelf)
+        first = place.shelf.settled
+        layers = reconstruct_by_layer(subject, plan.kept, job.config, evidence, place.shelf, place.done)
+        for number, layer in enumerate(clock.each_in("reconstruct", place.watched(layers)), first):
+            with clock.stage("surgery"):
+                place.put_down(number, layer)
+            with clock.stage("verify"):
+                probe.pass_layer(number, layer.projections)
+        with clock.stage("verify"), one_step("Running the masked model"):
+            expected, rounding = probe.expected()
+    details = place.details()
+    warn_of_unchanged(subject.sites, plan.kept, details)
+    if details:
+        plan = dataclasses.replace(plan, metadata={**plan.metadata, "reconstructed": details})
+    with clock.stage("surgery"):
+        pruned = place.finish(plan)
+    with clock.stage("verify"), one_step("Verifying the pruned model"):
+        difference = relative_difference(expected, logits(pruned, probe.tokens), rounding)
     return Cut(pruned, plan, difference)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the time that the block takes to `seconds[stage]`, until the accelerator has done its work."""
-    start = time.perf_counter()
-    yield
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

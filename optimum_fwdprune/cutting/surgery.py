@@ -16,12 +16,12 @@ from ..architectures import (
     MLP,
     Site,
     SiteKey,
-    get_architecture,
 )
 from ..forward.gates import Projection
 from ..loading.dispatching import OffloadFiles, Placement
 from ..loading.offloading import read_parameter
 from ..loading.state import forget_lengths, mark_consumed
+from ..loading.subject import Subject
 from ..runs.progress import progress
 
 
@@ -50,18 +50,15 @@ def slice_tensor(name: str, tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
     return tensor
 
 
-def pruned_config(
-    model: PreTrainedModel, sites: list[Site], kept: Mapping[SiteKey, list[int]], with_bias: set[str]
-) -> PreTrainedConfig:
+def pruned_config(subject: Subject, kept: Mapping[SiteKey, list[int]], with_bias: set[str]) -> PreTrainedConfig:
     """Build the config of the pruned model.
 
     Args:
-        model (`PreTrainedModel`): the dense model.
-        sites (`list[Site]`): all its sites.
+        subject (`Subject`): the dense model with all its sites.
         kept (mapping of site key to `list[int]`): units that they keep.
         with_bias (`set[str]`): kinds whose projections have a bias after pruning where the family has none.
     """
-    architecture = get_architecture(model.config)
+    model, architecture = subject.model, subject.architecture
     values = model.config.to_dict()
     for key in ("model_type", "per_layer_config", "auto_map", "quantization_config", "transformers_version"):
         values.pop(key, None)
@@ -70,26 +67,25 @@ def pruned_config(
     values["attention_output_bias"] = values.get("attention_output_bias", False) or ATTENTION in with_bias
     values["mlp_output_bias"] = values.get("mlp_output_bias", False) or MLP in with_bias
     config = architecture.config_class.from_dict(
-        {**values, "per_layer_config": architecture.layer_sizes(model, sites, dict(kept))}
+        {**values, "per_layer_config": architecture.layer_sizes(model, subject.sites, dict(kept))}
     )
     config._attn_implementation = model.config._attn_implementation
     config._name_or_path = model.config._name_or_path
     return config
 
 
-def empty_pruned_model(
-    model: PreTrainedModel, sites: list[Site], kept: Mapping[SiteKey, list[int]], with_bias: set[str]
-) -> PreTrainedModel:
-    """Build the pruned counterpart of `model` without weights, on the meta device; the arguments are those of
+def empty_pruned_model(subject: Subject, kept: Mapping[SiteKey, list[int]], with_bias: set[str]) -> PreTrainedModel:
+    """Build the pruned counterpart of a model without weights, on the meta device; the arguments are those of
     `pruned_config`.
 
     Raises:
-        ValueError: where the weights of `model` are not those that its class and config say.
+        ValueError: where the weights of the model are not those that its class and config say.
     """
+    model = subject.model
     _check_tie(model)
-    pruned_class: Any = get_architecture(model.config).pruned_class(model)
+    pruned_class: Any = subject.architecture.pruned_class(model)
     try:
-        config = pruned_config(model, sites, kept, with_bias)
+        config = pruned_config(subject, kept, with_bias)
         with torch.device("meta"):
             pruned = pruned_class(config)
     except Exception as error:  # Of many classes: what a stock class makes of sizes that contradict each other.
@@ -144,8 +140,7 @@ def replaced_parameters(sites: Iterable[Site], projections: Mapping[SiteKey, Pro
 
 @torch.no_grad()
 def prune_model(
-    model: PreTrainedModel,
-    sites: list[Site],
+    subject: Subject,
     plan: PruningPlan,
     projections: Mapping[SiteKey, Projection] | None = None,
     inplace: bool = True,
@@ -157,9 +152,8 @@ def prune_model(
     tensor. Offloaded parameters move first: if the disk is full, the model is still whole.
 
     Args:
-        model (`PreTrainedModel`): the dense model. With `inplace` it is consumed: its tensors that were cut or
-            replaced are freed and the rest is shared with the result. What is offloaded stays there.
-        sites (`list[Site]`): all its sites.
+        subject (`Subject`): the dense model with all its sites. With `inplace` it is consumed: its tensors that were
+            cut or replaced are freed and the rest is shared with the result. What is offloaded stays there.
         plan (`PruningPlan`): what they keep.
         projections (mapping of site key to `Projection`, *optional*): reconstructed output projections, with their
             sources where these are new.
@@ -170,7 +164,7 @@ def prune_model(
             the model is whole then.
         PlacementError: where the pruned model cannot be distributed; the error has it.
     """
-    projections = projections or {}
+    model, sites, projections = subject.model, subject.sites, projections or {}
     placement = Placement.of(model)
     plan.check_matches(sites, model.config.model_type)
     with_bias = {
@@ -178,7 +172,7 @@ def prune_model(
         for site in sites
         if site.key in projections and projections[site.key].bias is not None and site.projection.bias is None
     }
-    pruned = empty_pruned_model(model, sites, plan.kept, with_bias)
+    pruned = empty_pruned_model(subject, plan.kept, with_bias)
     cuts = plan_cuts(sites, plan.kept)
     replaced = replaced_parameters(sites, projections)
     parameters = dict(model.named_parameters())

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from ..allocation.plan import PruningPlan
-from ..architectures import Site, SiteKey, get_architecture
+from ..architectures import SiteKey
 from ..data.calibration import Calibration
-from ..forward.gates import Projection, gated, replaced_projections
 from ..forward.observer import check_called
 from ..loading.offloading import input_device, is_offloaded
 from ..loading.state import FREQUENCIES, ORIGINAL_FREQUENCIES, evaluating
+from ..loading.subject import Subject
 from .surgery import empty_pruned_model, share_tensors
 
 
@@ -43,8 +41,8 @@ ALLOWANCES = {
 
 
 @torch.no_grad()
-def check_counterpart(model: PreTrainedModel, sites: list[Site]) -> None:
-    """Check, before anything is measured, that `model` is what its class and its config say: surgery builds the pruned
+def check_counterpart(subject: Subject) -> None:
+    """Check, before anything is measured, that a model is what its class and its config say: surgery builds the pruned
     model from these.
 
     A counterpart that loses nothing is built around the same tensors. It must have the same parameters and, where all
@@ -54,9 +52,10 @@ def check_counterpart(model: PreTrainedModel, sites: list[Site]) -> None:
         ValueError: where something was changed on the model that its config does not tell, or a projection is never
             called.
     """
+    model, sites = subject.model, subject.sites
     everything = {site.key: list(range(site.num_units)) for site in sites}
-    _check_sizes(model, sites, everything)
-    whole = empty_pruned_model(model, sites, everything, set())
+    _check_sizes(subject, everything)
+    whole = empty_pruned_model(subject, everything, set())
     expected = {name: parameter.shape for name, parameter in whole.named_parameters(remove_duplicate=False)}
     for name, parameter in model.named_parameters():
         if parameter.shape != expected[name]:
@@ -104,10 +103,11 @@ def _count(calls: dict[SiteKey, int], key: SiteKey, *_call: Any) -> None:
     calls[key] += 1
 
 
-def _check_sizes(model: PreTrainedModel, sites: list[Site], everything: dict[SiteKey, list[int]]) -> None:
+def _check_sizes(subject: Subject, everything: dict[SiteKey, list[int]]) -> None:
     """Raise `ValueError` where a layer has other sizes than the config says."""
+    model = subject.model
     layer_configs = list(model.config.get_text_config().per_layer_config)
-    for layer, sizes in get_architecture(model.config).layer_sizes(model, sites, everything).items():
+    for layer, sizes in subject.architecture.layer_sizes(model, subject.sites, everything).items():
         for key, size in sizes.items():
             expected = getattr(layer_configs[layer], key, size)
             # Some families leave a size to be worked out.
@@ -169,40 +169,6 @@ def probe_batch(model: PreTrainedModel, calibration: Calibration | None) -> torc
     generator = torch.Generator().manual_seed(0)
     tokens = min(32, getattr(config, "max_position_embeddings", 32))
     return torch.randint(config.vocab_size, (rows, tokens), generator=generator)
-
-
-def masked_logits(
-    model: PreTrainedModel,
-    sites: list[Site],
-    plan: PruningPlan,
-    projections: Mapping[SiteKey, Projection],
-    probe: torch.Tensor,
-) -> torch.Tensor:
-    """Return the probe's logits from the dense model with gates and reconstructed projections."""
-    masks = {site.key: site.unit_mask(plan.kept[site.key]) for site in sites}
-    with gated(sites, masks), replaced_projections(sites, projections):
-        return logits(model, probe)
-
-
-@torch.no_grad()
-def rounding_of(
-    model: PreTrainedModel,
-    sites: list[Site],
-    plan: PruningPlan,
-    projections: Mapping[SiteKey, Projection],
-    probe: torch.Tensor,
-    expected: torch.Tensor,
-) -> float:
-    """Return what becomes of a rounding error in the embeddings: the largest change of the masked model's logits.
-
-    Args:
-        expected (`Tensor`): these logits without it; the change is a fraction of their scale.
-    """
-    handle = model.get_input_embeddings().register_forward_hook(lambda _module, _args, output: rounded(output))
-    try:
-        return share_of_scale(expected, masked_logits(model, sites, plan, projections, probe))
-    finally:
-        handle.remove()
 
 
 def rounded(values: torch.Tensor) -> torch.Tensor:

@@ -9,23 +9,22 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..architectures import Site, SiteKey
 from ..data.calibration import Calibration
 from ..loading.offloading import input_device, is_offloaded, resident
+from ..loading.subject import Subject
 from ..runs.progress import progress
 from ..runs.resume import Resume, State
 from ..runs.shelves import Shelf
-from .layerwise import LayerRunner, decoder_layers
+from .layerwise import LayerRunner
 from .observer import Observer
 from .statistics import MOMENTS, SiteStatistics
 
 
 @torch.no_grad()
 def statistics_by_layer(
-    model: PreTrainedModel,
-    sites: Iterable[Site],
+    subject: Subject,
     texts: Sequence[Calibration],
     batch_size: int,
     kinds: Iterable[str],
@@ -38,24 +37,23 @@ def statistics_by_layer(
     layer's parameters are in memory while its sites are out.
 
     Args:
-        model (`PreTrainedModel`): the dense model; its layers may be offloaded.
-        sites (iterable of `Site`): where to look, layer by layer.
+        subject (`Subject`): the dense model, whose layers may be offloaded, with the sites to look at, layer by layer.
         texts (sequence of `Calibration`): the tokens.
         batch_size (`int`): windows per forward pass.
         kinds (iterable of `str`): what to gather, of `KINDS_OF_STATISTICS`.
         shelf (`Shelf`, *optional*): where hidden states wait; it settles after every layer, and a pass that was
             interrupted goes on behind the last layer that it settled.
     """
-    runner, shelf, kinds = LayerRunner(model), shelf or Shelf(), list(kinds)
+    runner, shelf, kinds = LayerRunner(subject.model), shelf or Shelf(), list(kinds)
     shares = [text.own_share() for text in texts]
     batches = [[] if share is None else runner.batches(share, batch_size) for share in shares]
-    places = [(text, number) for text, found in enumerate(batches) for number in range(len(found))]
+    places = [(text, number) for text, of_text in enumerate(batches) for number in range(len(of_text))]
     first = shelf.settled
     if first == 0:
         for text, number in places:
             shelf[f"0.{text}.{number}"] = runner.embed(batches[text][number])
         shelf.settle(0)
-    by_layer = {layer: list(group) for layer, group in groupby(sites, key=lambda site: site.layer)}
+    by_layer = {layer: list(group) for layer, group in groupby(subject.sites, key=lambda site: site.layer)}
     for layer in range(first, len(runner.layers)):
         of_layer = by_layer.get(layer, [])
         observers = [Observer(of_layer, kinds) for _ in texts]
@@ -74,8 +72,7 @@ def statistics_by_layer(
 
 
 def gather_statistics(
-    model: PreTrainedModel,
-    sites: Iterable[Site],
+    subject: Subject,
     texts: Sequence[Calibration],
     batch_size: int,
     kinds: Iterable[str],
@@ -83,71 +80,69 @@ def gather_statistics(
 ) -> list[dict[SiteKey, SiteStatistics]]:
     """Return the statistics of every site on each of the texts, as `collect_statistics` does, reading layers that are
     offloaded once and not once per batch."""
-    sites = list(sites)
-    if not is_offloaded(model.base_model):
-        return [collect_statistics(model, sites, text, batch_size, kinds, resume) for text in texts]
-    resume = resume or Resume()
-    name, about = "statistics-by-layer", {"texts": [text.fingerprint for text in texts], "kinds": sorted(kinds)}
-    shelf = Shelf(resume.folder(f"{name}-hidden-states", about=about))
-    stage = resume.stage(name, about=about)
-    found = stage.load(_unpacked) or [{} for _ in texts]
-    layers = statistics_by_layer(model, sites, texts, batch_size, kinds, shelf)
-    total = len(decoder_layers(model))
+    if not is_offloaded(subject.model.base_model):
+        return [collect_statistics(subject, text, batch_size, kinds, checkpoint) for text in texts]
+    checkpoint = checkpoint or Checkpoint()
+    name = "statistics-by-layer"
+    identity = {"texts": [text.fingerprint for text in texts], "kinds": sorted(kinds)}
+    shelf = Shelf(checkpoint.folder(f"{name}-hidden-states", about=identity))
+    stage = checkpoint.stage(name, about=identity)
+    gathered = stage.load(_unpacked) or [{} for _ in texts]
+    layers = statistics_by_layer(subject, texts, batch_size, kinds, shelf)
+    total = len(subject.layers)
     for _, of_layer in progress(layers, "Calibrating", total=total, unit="layer", initial=shelf.settled):
-        for all_layers, statistics in zip(found, of_layer):
+        for all_layers, statistics in zip(gathered, of_layer):
             all_layers |= statistics
         # Before hidden states move on: what lies behind them must be known.
-        stage.save(lambda: _packed(found))
+        stage.save(lambda: _packed(gathered))
     shelf.clear()
-    return found
+    return gathered
 
 
-def _packed(found: list[dict[SiteKey, SiteStatistics]]) -> State:
+def _packed(gathered: list[dict[SiteKey, SiteStatistics]]) -> State:
     tensors: dict[str, torch.Tensor] = {}
     counts = []
-    for text, statistics in enumerate(found):
-        counts.append(next((each.count for each in statistics.values()), 0))
-        for key, each in statistics.items():
-            site = f"{text}.{key}"
-            tensors |= {f"{site}.mean": each.mean, f"{site}.variance": each.variance}
-            tensors |= {f"{site}.norm.{name}": norm for name, norm in each.source_norms.items()}
+    for text, statistics in enumerate(gathered):
+        counts.append(next((of_site.count for of_site in statistics.values()), 0))
+        for (layer, kind), of_site in statistics.items():
+            site = f"{text}.{layer}.{kind}"
+            tensors |= {f"{site}.mean": of_site.mean, f"{site}.variance": of_site.variance}
+            tensors |= {f"{site}.norm.{name}": norm for name, norm in of_site.source_norms.items()}
     return tensors, {"counts": counts}
 
 
 def _unpacked(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> list[dict[SiteKey, SiteStatistics]]:
-    found: list[dict[SiteKey, SiteStatistics]] = [{} for _ in numbers["counts"]]
+    gathered: list[dict[SiteKey, SiteStatistics]] = [{} for _ in numbers["counts"]]
     for name in tensors:
         text, layer, kind, what = name.split(".", maxsplit=3)
         if what == "mean":
             site = name.removesuffix("mean")
             norms = {
-                each.removeprefix(f"{site}norm."): norm
-                for each, norm in tensors.items()
-                if each.startswith(f"{site}norm.")
+                key.removeprefix(f"{site}norm."): norm
+                for key, norm in tensors.items()
+                if key.startswith(f"{site}norm.")
             }
             statistics = SiteStatistics(
                 numbers["counts"][int(text)], tensors[name], tensors[f"{site}variance"], source_norms=norms
             )
-            found[int(text)][SiteKey(int(layer), kind)] = statistics
-    return found
+            gathered[int(text)][(int(layer), kind)] = statistics
+    return gathered
 
 
 @torch.no_grad()
 def collect_statistics(
-    model: PreTrainedModel,
-    sites: Iterable[Site],
+    subject: Subject,
     calibration: Calibration,
     batch_size: int,
     kinds: Iterable[str] = (MOMENTS,),
     resume: Resume | None = None,
 ) -> dict[SiteKey, SiteStatistics]:
-    """Run the calibration tokens through `model` once and return the statistics of every site.
+    """Run the calibration tokens through the model once and return the statistics of every site.
 
     With several processes each runs a share of the windows, and all return the statistics of all of them.
 
     Args:
-        model (`PreTrainedModel`): the dense model; it is not changed.
-        sites (iterable of `Site`): where to look.
+        subject (`Subject`): the dense model, which is not changed, with the sites to look at.
         calibration (`Calibration`): the tokens; padding is left out of the statistics.
         batch_size (`int`): windows per forward pass.
         kinds (iterable of `str`): what to gather, of `KINDS_OF_STATISTICS`. Gram matrices take
@@ -157,9 +152,9 @@ def collect_statistics(
     Raises:
         ValueError: where a projection was bypassed, or saw a NaN or an infinity.
     """
-    sites, kinds = list(sites), sorted(kinds)
-    observer, device = Observer(sites, kinds), input_device(model)
-    stage = (resume or Resume()).stage(*_name_of_pass(calibration, sites, kinds), own=True)
+    model, kinds = subject.model, sorted(kinds)
+    observer, device = Observer(subject.sites, kinds), input_device(model)
+    stage = (checkpoint or Checkpoint()).stage(*_name_of_pass(calibration, subject.sites, kinds), own=True)
     share, done = calibration.own_share(), stage.load(observer.take_up) or 0
     with observer.watching():
         batches = list(share.after(done).batches(batch_size)) if share is not None and done < len(share) else []
@@ -181,5 +176,5 @@ def collect_statistics(
 
 def _name_of_pass(calibration: Calibration, sites: list[Site], kinds: list[str]) -> tuple[str, Calibration]:
     """The stage of one pass over some tokens: a run may make several."""
-    about = json.dumps([calibration.fingerprint, [site.key for site in sites], kinds])
-    return f"statistics-{hashlib.sha256(about.encode()).hexdigest()[:12]}", calibration
+    identity = json.dumps([calibration.fingerprint, [site.key for site in sites], kinds])
+    return f"statistics-{hashlib.sha256(identity.encode()).hexdigest()[:12]}", calibration

@@ -121,12 +121,15 @@ class LayerRunner:
 
     @torch.no_grad()
     def logits(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what the model makes of `hidden` behind its last layer, at all tokens or some: logits."""
+        """Return the output of the model for `hidden` after its last layer, at all tokens or some: logits, or hidden
+        states of a bare model."""
+        # Hidden states wait in the memory of the host.
+        hidden = hidden.to(self.device_of(len(self.layers) - 1), non_blocking=True)
         output = (hidden,) if self._as_tuple else hidden
         with self._standing_in(lambda *_args, **_kwargs: output):
             device = self.device
             mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-            return self._model(input_ids=batch.input_ids.to(device), attention_mask=mask, **PLAIN_OUTPUTS).logits
+            return self._model(input_ids=batch.input_ids.to(device), attention_mask=mask, **PLAIN_OUTPUTS)[0]
 
     @contextmanager
     def _standing_in(self, output: Callable[..., Any]) -> Iterator[None]:

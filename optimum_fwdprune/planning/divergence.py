@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
-from ..architectures import Site, SiteKey
+from ..architectures import SiteKey
 from ..data.calibration import Calibration
 from ..forward.gates import Projection, replaced_projections
 from ..forward.layerwise import Batch, LayerRunner
 from ..forward.losses import LOGITS_AT_ONCE
+from ..loading.subject import Subject
 from ..runs.devices import on_host, precise_sum
 from ..runs.progress import progress
 
@@ -29,15 +29,15 @@ class Divergence:
     hidden states in front of every layer of the model that was settled last.
 
     Args:
-        model (`PreTrainedModel`): a causal language model in eval mode; it is not changed.
-        sites (sequence of `Site`): whose projections may be replaced.
+        subject (`Subject`): a causal language model in eval mode, which is not changed, with the sites whose
+            projections may be replaced.
         calibration (`Calibration`): the windows.
         batch_size (`int`): windows per forward pass.
     """
 
-    def __init__(self, model: PreTrainedModel, sites: Sequence[Site], calibration: Calibration, batch_size: int):
-        self._sites = list(sites)
-        self._runner = LayerRunner(model)
+    def __init__(self, subject: Subject, calibration: Calibration, batch_size: int):
+        self._sites = subject.sites
+        self._runner = LayerRunner(subject.model)
         self._batches = self._runner.batches(calibration, batch_size)
         self._embedded = [on_host(self._runner.embed(batch)) for batch in self._batches]
         self._settled: list[list[torch.Tensor]] = []

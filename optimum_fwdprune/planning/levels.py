@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
 
 from ..allocation.constraints import levels_of
 from ..architectures import Site, SiteKey
@@ -20,8 +19,9 @@ from ..forward.gates import Projection, kept_projection
 from ..forward.gathering import collect_statistics
 from ..forward.statistics import MOMENTS, PlacedStatistics, SiteStatistics
 from ..loading.offloading import resident
+from ..loading.subject import Subject
 from ..reconstruction.bias import compensate_bias
-from ..reconstruction.independent import HELD_OUT_EVERY, gram_statistics
+from ..reconstruction.independent import fit_and_held_out, gram_statistics
 from ..reconstruction.kinds import BIAS, LEAST_SQUARES
 from ..reconstruction.least_squares import (
     DEFAULT_RIDGE,
@@ -39,8 +39,7 @@ class Levels:
     """Projections of sites at several widths. Those that are refitted lie in files and are read when they are used.
 
     Args:
-        model (`PreTrainedModel`): the dense model; it is not changed.
-        sites (sequence of `Site`): whose widths are to be found.
+        subject (`Subject`): the dense model, which is not changed, with the sites whose widths are looked for.
         scores (mapping of site key to `Tensor[num_units]`): which units of a site stay longest.
         config (`PruningConfig`): the request, its `multiple_of` as coarse as the widths are to be.
         calibration (`Calibration`): the tokens to reconstruct on.
@@ -50,14 +49,14 @@ class Levels:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        sites: Sequence[Site],
+        subject: Subject,
         scores: Mapping[SiteKey, torch.Tensor],
         config: PruningConfig,
         calibration: Calibration,
         folder: Path,
         resume: Resume | None = None,
     ):
+        sites = subject.sites
         self._kept = {
             site.key: {len(units): units for units in levels_of(site, scores[site.key], config)} for site in sites
         }
@@ -65,17 +64,18 @@ class Levels:
         self._files: dict[SiteKey, Any] = {}
         cut = [site for site in sites if self._kept[site.key]]
         if config.reconstruction == BIAS:
-            moments = collect_statistics(model, cut, calibration, config.batch_size, (MOMENTS,), resume)
+            moments = collect_statistics(
+                subject.looking_at(cut), calibration, config.batch_size, (MOMENTS,), checkpoint
+            )
             self._moments = PlacedStatistics(cut, moments)
         if config.reconstruction == LEAST_SQUARES:
             _check_space(cut, self._kept, folder)
-            texts = calibration.split(HELD_OUT_EVERY)
-            measured = gram_statistics(model, cut, texts, config.batch_size)
+            measured = gram_statistics(subject.looking_at(cut), fit_and_held_out(calibration), config.batch_size)
             for site, statistics in progress(measured, "Reconstructing levels", total=len(cut), unit="site"):
                 kept = self._kept[site.key]
-                grams = [each.gram for each in statistics if each.gram is not None]
-                ridge = _ridge(site, kept, grams, [each.count for each in statistics], config.ridge)
-                file = folder / f"{site.key}.safetensors"
+                grams = [of_text.gram for of_text in statistics if of_text.gram is not None]
+                ridge = _ridge(site, kept, grams, [of_text.count for of_text in statistics], config.ridge)
+                file = folder / f"{site.layer}.{site.kind}.safetensors"
                 save_tensors_atomically(file, _refitted(site, kept, functools.reduce(torch.add, grams), ridge), {})
                 # Memory-mapped: the system keeps what is used often.
                 self._files[site.key] = safe_open(file, framework="pt")

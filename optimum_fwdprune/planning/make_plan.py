@@ -10,17 +10,17 @@ import torch
 from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
-from ..allocation.budgets import Budget
 from ..allocation.composing import EARLIER
+from ..allocation.job import Job
 from ..allocation.plan import PruningPlan
 from ..allocation.rounds import Rounds
 from ..architectures import Site, SiteKey
+from ..loading.subject import Subject
 from ..reconstruction.kinds import NONE
 from ..request.choices import SEARCH
 from ..request.config import UNDECIDED_BY_PLANS, PruningConfig
 from ..request.registry import get_method
 from ..runs.loggers import get_logger
-from ..runs.resume import Resume
 from ..scoring.scores import Scores
 from ..version import __version__
 from ..words import public_name
@@ -32,45 +32,36 @@ logger = get_logger(__name__)
 Keep = Callable[[Mapping[SiteKey, torch.Tensor]], dict[SiteKey, list[int]]]
 
 
-def keeper(rounds: Rounds, sites: list[Site], config: PruningConfig, budget: Budget) -> Keep:
-    """Return what tells which units a request would keep under scores of its method."""
-    additive = get_method(config.method).is_additive(config)
+def keeper(rounds: Rounds, sites: list[Site], job: Job) -> Keep:
+    """Return the function that turns scores of a request's method into the units that the request would keep."""
+    assert job.budget is not None
+    config, budget, additive = job.config, job.budget, get_method(job.config.method).is_additive(job.config)
     return lambda scores: rounds.keep(sites, scores, config, budget, additive)
 
 
-def make_plan(
-    model: PreTrainedModel,
-    sites: list[Site],
-    scores: Scores,
-    rounds: Rounds,
-    config: PruningConfig,
-    budget: Budget,
-    resume: Resume | None = None,
-) -> tuple[PruningPlan, Scores]:
+def make_plan(subject: Subject, scores: Scores, rounds: Rounds, job: Job) -> tuple[PruningPlan, Scores]:
     """Return the plan of a round, and the scores with the history of a search where there was one.
 
     Args:
-        model (`PreTrainedModel`): the model before the round, in eval mode; it is not changed.
-        sites (`list[Site]`): all its sites.
+        subject (`Subject`): the model before the round, in eval mode, with all its sites; it is not changed.
         scores (`Scores`): of their units; with the tokens that a search passes through the model.
         rounds (`Rounds`): what allocates.
-        config (`PruningConfig`): the request of the round.
-        budget (`Budget`): what the round removes.
-        resume (`Resume`, *optional*): where a search keeps its state.
+        job (`Job`): the request of the round, what it removes, and where a search keeps its state.
     """
+    model, sites, config = subject.model, subject.sites, job.config
     if config.resolved_scope == SEARCH:
-        assert scores.calibration is not None
+        budget, calibration = job.budget, scores.calibration
+        assert budget is not None and calibration is not None
 
         def keep(values: Mapping[SiteKey, torch.Tensor], request: PruningConfig) -> dict[SiteKey, list[int]]:
             return rounds.keep(sites, values, request, budget, additive=False)
 
-        about = (scores.values, config, scores.calibration, keep, budget.cost, resume or Resume())
-        found = search(model, rounds.open_sites(sites), *about)
-        kept = keep(found.scores, config)
-        details = {**scores.details, "search": found.details}
-        scores = dataclasses.replace(scores, details=details, history=found.history)
+        searched = search(subject.looking_at(rounds.open_sites(sites)), scores.values, job, calibration, keep)
+        kept = keep(searched.scores, config)
+        details = {**scores.details, "search": searched.details}
+        scores = dataclasses.replace(scores, details=details, history=searched.history)
     else:
-        kept = keeper(rounds, sites, config, budget)(scores.values)
+        kept = keeper(rounds, sites, job)(scores.values)
     plan = PruningPlan(
         kept=kept,
         num_units={site.key: site.num_units for site in sites},
@@ -90,7 +81,7 @@ def replayed(plan: PruningPlan, config: PruningConfig) -> PruningPlan:
         config (`PruningConfig`): the request of the replay, with its reconstruction.
     """
     before = [*plan.metadata.get(EARLIER, []), plan.metadata]
-    lost = next((kind for each in reversed(before) if (kind := each.get("reconstruction")) not in (None, NONE)), None)
+    lost = next((kind for run in reversed(before) if (kind := run.get("reconstruction")) not in (None, NONE)), None)
     if lost is not None and config.reconstruction == NONE:
         text = (plan.metadata.get("calibration") or {}).get("source")
         logger.warning(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..allocation.budgets import Cost
 from ..allocation.constraints import (
     ENDS,
     FEWEST_WITH_ENDS,
@@ -21,17 +20,18 @@ from ..allocation.constraints import (
     levels_of,
     prunable_sites,
 )
-from ..architectures import Site, SiteKey, get_architecture
+from ..allocation.job import Job
+from ..architectures import Site, SiteKey
 from ..data.calibration import Calibration
+from ..loading.subject import Subject
 from ..reconstruction.independent import HELD_OUT_EVERY
 from ..request.config import PruningConfig
 from ..runs import ranks
 from ..runs.loggers import get_logger
 from ..runs.resume import (
-    Resume,
     digest_of,
 )
-from ..scoring.learning.policies import Ratios, budgets_of, even_rates
+from ..scoring.learning.policies import Ratios, Variables, budgets_of, even_rates
 from .descent import FIRST_STEP, LAST_STEP, PARTS, Descent, SearchState
 from .divergence import Divergence
 from .levels import Levels
@@ -74,14 +74,11 @@ def check_search(model: PreTrainedModel, config: PruningConfig) -> None:
 
 @torch.no_grad()
 def search(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
+    subject: Subject,
     scores: Mapping[SiteKey, torch.Tensor],
-    config: PruningConfig,
+    job: Job,
     calibration: Calibration,
     keep: Keep,
-    cost: Cost,
-    resume: Resume,
 ) -> Found:
     """Move budget from the sites that bear it worst to those that bear it best, as long as the whole model gains.
 
@@ -94,18 +91,18 @@ def search(
     (Ctrl-C) ends the search with the best so far.
 
     Args:
-        model (`PreTrainedModel`): the dense model; it is not changed.
-        sites (sequence of `Site`): all its sites whose units may go.
+        subject (`Subject`): the dense model, which is not changed, with all its sites whose units may go.
         scores (mapping of site key to `Tensor[num_units]`): which units of a site stay longest.
-        config (`PruningConfig`): the request; `search_windows` bounds the forward passes.
+        job (`Job`): the request, whose `search_windows` bounds the forward passes, its budget, and where the state is
+            kept.
         calibration (`Calibration`): the tokens: every eighth window judges, the others reconstruct.
         keep (`Callable`): scores and a request in, what that request keeps under them out.
-        cost (`Cost`): what the budget is counted in.
-        resume (`Resume`): where the state is kept.
 
     Raises:
         ValueError: where nothing can move, or `search_windows` does not suffice for one sweep.
     """
+    assert job.budget is not None
+    sites, config, cost = subject.sites, job.config, job.budget.cost
     fixed = {site.key: scores[site.key] for site in sites}
     candidates = prunable_sites(sites, config)
     coarse, kept = _on_coarse_grid(candidates, fixed, config, keep)
@@ -113,23 +110,23 @@ def search(
     learned = [site for site in candidates if levels_of(site, scores[site.key], coarse)]
     if not learned:
         raise ValueError("scope='search' has no site that may be narrowed; see skip_layers and min_units_per_site.")
-    floors = [fewest_units(site, coarse) / site.num_units for site in learned]
-    budgets = budgets_of(learned, kept, coarse, [1] * len(learned), floors, exact=True, cost=cost)
+    variables = [Variables(site, 1, fewest_units(site, coarse) / site.num_units) for site in learned]
+    budgets = budgets_of(variables, kept, coarse, exact=True, cost=cost)
     if all(len(budget.members) == 1 for budget in budgets):
         raise ValueError("scope='search' moves budget between sites, and only one of each kind is pruned here.")
-    ratios = Ratios(learned, scores, lambda found: keep(fixed | dict(found), coarse))
+    ratios = Ratios(learned, scores, lambda of_learned: keep(fixed | dict(of_learned), coarse))
     fit, judging = calibration.split(HELD_OUT_EVERY)
-    price = _price(learned, len(get_architecture(model.config).layers(model)))
+    price = _price(learned, len(subject.layers))
     judging = _as_many_as_allowed(judging or fit, learned, price, config)
 
     by_name = ((str(site.key), scores[site.key]) for site in learned)
     costs = [cost.total(site) for site in learned]
-    stage = resume.stage("search", calibration, scores=digest_of(by_name), costs=costs)
+    stage = job.checkpoint.stage("search", calibration, scores=digest_of(by_name), costs=costs)
     state = stage.load(SearchState.of) or SearchState(torch.zeros(0, dtype=torch.float64), FIRST_STEP)
     with tempfile.TemporaryDirectory(prefix="fwdprune-levels-") as folder:
         if state.step >= LAST_STEP:
-            levels = Levels(model, learned, scores, coarse, fit, Path(folder), resume)
-            divergence = Divergence(model, learned, judging, config.batch_size)
+            levels = Levels(subject.looking_at(learned), scores, coarse, fit, Path(folder), job.checkpoint)
+            divergence = Divergence(subject.looking_at(learned), judging, config.batch_size)
             descent = Descent(ratios, budgets, levels, divergence, cost, len(judging.input_ids))
             if not len(state.rates):
                 starts = [even_rates(budgets, len(learned))]
@@ -146,14 +143,14 @@ def search(
                 logger.warning(
                     "The search was interrupted after %d sweeps and goes on with the best it has found.", state.sweeps
                 )
-    found = {site.key: torch.ones(site.num_units, dtype=torch.float32) for site in sites} | ratios.by_site(state.rates)
+    order = {site.key: torch.ones(site.num_units, dtype=torch.float32) for site in sites} | ratios.by_site(state.rates)
     details = {
         "sweeps": state.sweeps,
         "windows": state.windows,
         "even_divergence": state.even,
         "divergence": state.losses[-1],
     }
-    return Found(found, details, state.history(learned, sites))
+    return Found(order, details, state.history(learned, sites))
 
 
 def _on_coarse_grid(

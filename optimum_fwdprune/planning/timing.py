@@ -13,13 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..allocation.constraints import levels_of
-from ..architectures import Site, get_architecture
+from ..architectures import Site
 from ..cutting.surgery import pruned_config
 from ..data.calibration import Calibration
 from ..files import check_output_file
 from ..forward.layerwise import Batch, LayerRunner
 from ..loading.offloading import is_offloaded
 from ..loading.state import evaluating
+from ..loading.subject import Subject
 from ..request.config import PruningConfig
 from ..runs import ranks
 from ..runs.clock import median_seconds
@@ -42,9 +43,7 @@ ALIGNMENT = 64
 AGREEMENT = 1.25
 
 
-def load_or_measure(
-    model: PreTrainedModel, sites: Sequence[Site], config: PruningConfig, known: LatencyTable | None = None
-) -> LatencyTable:
+def load_or_measure(subject: Subject, config: PruningConfig, known: LatencyTable | None = None) -> LatencyTable:
     """Return the table of `config.latency_table` where that file exists, or measure one, and write it there.
 
     With several processes the main one does, while the others keep still.
@@ -53,8 +52,7 @@ def load_or_measure(
     weights are views of one buffer of random numbers, so the price is the memory of two layers.
 
     Args:
-        model (`PreTrainedModel`): the dense model; it is not changed.
-        sites (sequence of `Site`): all its sites.
+        subject (`Subject`): the dense model, which is not changed, with all its sites.
         config (`PruningConfig`): `latency_tokens` and `latency_table`.
         known (`LatencyTable`, *optional*): one that was measured before, which serves where it is of the same.
 
@@ -62,17 +60,16 @@ def load_or_measure(
         ValueError: where the file belongs to another machine or model, the prompt is too long for the model, or parts
             of the model are offloaded.
     """
-    if is_offloaded(model):
+    if is_offloaded(subject.model):
         raise ValueError(
             "target_speedup times layers where they compute, and parts of this model are offloaded. Load it without "
             "device_map where it fits, or ask for target_bytes."
         )
-    return LatencyTable.from_dict(ranks.from_main(lambda: vars(_load_or_measure(model, sites, config, known))))
+    return LatencyTable.from_dict(ranks.from_main(lambda: vars(_load_or_measure(subject, config, known))))
 
 
-def _load_or_measure(
-    model: PreTrainedModel, sites: Sequence[Site], config: PruningConfig, known: LatencyTable | None
-) -> LatencyTable:
+def _load_or_measure(subject: Subject, config: PruningConfig, known: LatencyTable | None) -> LatencyTable:
+    model, sites = subject.model, subject.sites
     widest: dict[str, Site] = {}
     for site in sites:
         shape = shape_of(site)
@@ -85,7 +82,7 @@ def _load_or_measure(
         return LatencyTable.load(path, measured_on)
     table = known
     if table is None or table.measured_on != measured_on:
-        table = _measure(model, list(sites), widest, config, measured_on)
+        table = _measure(subject, widest, config, measured_on)
     if path is not None:
         table.save(path)
     return table
@@ -93,24 +90,24 @@ def _load_or_measure(
 
 @torch.no_grad()
 def _measure(
-    model: PreTrainedModel,
-    sites: list[Site],
+    subject: Subject,
     widest: dict[str, Site],
     config: PruningConfig,
     measured_on: dict[str, Any],
 ) -> LatencyTable:
+    model = subject.model
     with evaluating(model):
         batch, embedded = _prompt(model, config.latency_tokens)
         layer_seconds = {}
         for shape, site in progress(widest.items(), "Timing widths", unit="shape"):
             equal_scores = torch.zeros(site.num_units, dtype=torch.float32)
             kept = [*reversed(levels_of(site, equal_scores, config)), list(range(site.num_units))]
-            layers = _variants(model, sites, site, kept)
+            layers = _variants(subject, site, kept)
             runs = [_run_of(layer, site.layer, batch, embedded) for layer in layers]
             seconds = median_seconds(runs, REPEATS, site.projection.weight.device)
             layer_seconds[shape] = [(len(units), taken) for units, taken in zip(kept, seconds)]
         table = LatencyTable(prefill_seconds(model, config.latency_tokens), layer_seconds, measured_on)
-    warn_of_disagreement(table, sites)
+    warn_of_disagreement(table, subject.sites)
     return table
 
 
@@ -179,9 +176,9 @@ def _run_of(layer: nn.Module, index: int, batch: Batch, embedded: torch.Tensor) 
     return lambda: layer(embedded, *args, **kwargs)
 
 
-def _variants(model: PreTrainedModel, sites: list[Site], site: Site, kept: list[list[int]]) -> list[nn.Module]:
+def _variants(subject: Subject, site: Site, kept: list[list[int]]) -> list[nn.Module]:
     """Return copies of the site's layer that keep so much of it, all of their weights in the same memory."""
-    architecture = get_architecture(model.config)
+    model, architecture = subject.model, subject.architecture
     original = architecture.layers(model)[site.layer][1]
     weight = site.projection.weight
     size = sum(_aligned(parameter.numel()) for parameter in original.parameters())
@@ -190,10 +187,10 @@ def _variants(model: PreTrainedModel, sites: list[Site], site: Site, kept: list[
     buffer = buffer.mul_(0.02).to(weight.dtype)
     pruned_class: Any = architecture.pruned_class(model)
     skeleton = copy.deepcopy(original).to("meta")
-    everything = {each.key: list(range(each.num_units)) for each in sites}
+    everything = {other.key: list(range(other.num_units)) for other in subject.sites}
     layers = []
     for units in kept:
-        config: Any = pruned_config(model, sites, everything | {site.key: units}, set())
+        config: Any = pruned_config(subject, everything | {site.key: units}, set())
         layer = copy.deepcopy(skeleton)
         pruned_class.resize(layer, list(config.per_layer_config)[site.layer])
         # One behind the other: what overlaps would be read from a cache.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,27 +10,26 @@ from transformers import PreTrainedModel
 
 from ..architectures import Site, SiteKey, get_architecture
 from ..data.calibration import Calibration
-from ..forward.gates import Projection
+from ..forward.evidence import Evidence
 from ..forward.gathering import gather_statistics
-from ..forward.layerwise import decoder_layers
 from ..forward.statistics import (
     MOMENTS,
     PlacedStatistics,
-    SiteStatistics,
 )
 from ..loading.offloading import resident
+from ..loading.subject import Subject
 from ..request.config import PruningConfig
 from ..runs.loggers import get_logger
-from ..runs.resume import Resume
 from ..runs.shelves import Shelf
 from .bias import compensate_bias
-from .independent import HELD_OUT_EVERY, Grams, refit_independently
+from .independent import fit_and_held_out, refit_independently
 from .kinds import BIAS, INDEPENDENT, LEAST_SQUARES, NONE
 from .reconstruction import Reconstruction
 from .sequential import (
     DENSE,
     LAYER,
     Refitted,
+    SequentialFit,
     refit_in_sequence,
 )
 
@@ -45,7 +41,8 @@ def check_reconstruction(model: PreTrainedModel, config: PruningConfig) -> None:
     """Raise `ValueError` where `model` does not allow the reconstruction that the request asks for."""
     least_squares = config.reconstruction == LEAST_SQUARES
     sequential = least_squares and config.reconstruction_order != INDEPENDENT
-    if sequential and config.reconstruction_target == DENSE and not _adds_up(model):
+    adds_up = get_architecture(model.config).residual_adds_up(model.config)
+    if sequential and config.reconstruction_target == DENSE and not adds_up:
         raise ValueError(
             f"reconstruction_target='dense' needs projections that add to the residual stream as they are, and "
             f"{model.config._name_or_path or model.config.model_type} normalizes in between. Use "
@@ -53,130 +50,93 @@ def check_reconstruction(model: PreTrainedModel, config: PruningConfig) -> None:
         )
 
 
-def _adds_up(model: PreTrainedModel) -> bool:
-    return get_architecture(model.config).residual_adds_up(model.config)
-
-
-@torch.no_grad()
-def reconstruct(
-    model: PreTrainedModel,
-    sites: Iterable[Site],
-    kept: Mapping[SiteKey, list[int]],
-    config: PruningConfig,
-    calibration: Calibration | None,
-    statistics: Mapping[SiteKey, SiteStatistics] | None = None,
-    grams: Grams | None = None,
-    resume: Resume | None = None,
-) -> Reconstruction:
-    """Return new projection parameters for the sites.
-
-    `"bias"` adds the mean output of the removed features, `b + W_r E[x_r]` (FLAP, arXiv 2312.11983, eq. 5).
-    `"least_squares"` refits the kept columns over the calibration tokens, pulled towards what they were,
-    `W_k + Σ r xᵀ (Σ x xᵀ + λI)⁻¹`: x are the kept features and r is what they should say and do not. Every eighth
-    window is held out; the ridge λ that does best on these is used, and where none is better than the columns as they
-    are, they stay.
-
-    Args:
-        model (`PreTrainedModel`): the dense model; it is not changed.
-        sites (iterable of `Site`): its sites.
-        kept (mapping of site key to `list[int]`): units that stay.
-        config (`PruningConfig`): `reconstruction` (or the method's own), `reconstruction_order`,
-            `reconstruction_target`, `ridge` and `batch_size`.
-        calibration (`Calibration`, *optional*): the tokens. `"least_squares"` passes over them again.
-        statistics (mapping of site key to `SiteStatistics`, *optional*): moments for `"bias"`, which gathers them
-            where there are none.
-        grams (`Grams`, *optional*): for independent least squares, where they were gathered before.
-        resume (`Resume`, *optional*): where the layers that are done are kept.
-    """
-    sites = list(sites)
-    projections: dict[SiteKey, Projection] = {}
-    details: dict[str, Any] = {}
-    if any(len(kept[site.key]) < site.num_units for site in sites):
-        # The next of several rounds belongs to a model that is the same to the bit, on any device.
-        resume = Resume() if config.reconstruction == NONE or resume is None else resume
-        about = hashlib.sha256(json.dumps(sorted(kept.items())).encode()).hexdigest()[:16]
-        stages = [
-            resume.stage(f"reconstruction-{number}", calibration, kept=about)
-            for number in range(len(decoder_layers(model)))
-        ]
-        states = itertools.takewhile(bool, (stage.load(Reconstruction.of) for stage in stages))
-        done = [state.placed_like(sites) for state in states if state is not None]
-        by_layer: Iterable[Reconstruction] = done
-        if len(done) < len(stages):
-            by_layer = reconstruct_by_layer(model, sites, kept, config, calibration, statistics, grams, done=done)
-        for number, found in enumerate(by_layer):
-            projections |= found.projections
-            details |= found.details
-            if number >= len(done):
-                stages[number].save(found.state)
-    warn_of_unchanged(sites, kept, details)
-    return Reconstruction(projections, details)
-
-
 @torch.no_grad()
 def reconstruct_by_layer(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
+    subject: Subject,
     kept: Mapping[SiteKey, list[int]],
     config: PruningConfig,
-    calibration: Calibration | None,
-    statistics: Mapping[SiteKey, SiteStatistics] | None = None,
-    grams: Grams | None = None,
+    evidence: Evidence,
     shelf: Shelf | None = None,
     done: Sequence[Reconstruction] = (),
 ) -> Iterator[Reconstruction]:
-    """Yield what `reconstruct` returns, layer after layer, each with the layer's parameters in memory meanwhile.
+    """Yield the new projection parameters of every layer, first to last, with its own parameters in memory meanwhile.
+
+    `"bias"` adds the mean output of the removed features, `b + W_r E[x_r]` (FLAP, arXiv 2312.11983, eq. 5).
+    `"least_squares"` refits the kept columns over the calibration tokens, pulled towards what they were,
+    `W_k + Σ r xᵀ (Σ x xᵀ + λI)⁻¹`: x are the kept features and r is the output that the kept columns fail to
+    reproduce. Every eighth window is held out; the ridge λ that does best on these is used, and where none is better
+    than the columns as they are, they stay.
 
     Args:
-        shelf (`Shelf`, *optional*): where hidden states wait, and how far an interrupted run came, which goes on
-            there; the other arguments are those of `reconstruct`.
-        done (sequence of `Reconstruction`): of the first layers, where they are known.
+        subject (`Subject`): the dense model, which is not changed, with all its sites.
+        kept (mapping of site key to `list[int]`): units that stay.
+        config (`PruningConfig`): `reconstruction` (or the method's own), `reconstruction_order`,
+            `reconstruction_target`, `ridge`, `refit_sources` and `batch_size`.
+        evidence (`Evidence`): the tokens, which `"least_squares"` passes through the model again; moments for
+            `"bias"`, which gathers them where there are none; and Gram matrices, where they were gathered before.
+        shelf (`Shelf`, *optional*): where hidden states wait, and how far an interrupted run came, which resumes
+            there.
+        done (sequence of `Reconstruction`): of the first layers, where an earlier run has settled them.
+
+    Raises:
+        ValueError: where calibration tokens are missing, or activations contain NaN or infinity.
     """
-    kind = config.reconstruction
-    losing = [site for site in sites if len(kept[site.key]) < site.num_units]
-    # Biases take no more than the means.
-    if kind != NONE and losing and calibration is None and not (kind == BIAS and statistics):
-        raise ValueError(f"reconstruction={kind!r} needs calibration tokens.")
-    shelf = shelf or Shelf()
-    if kind == LEAST_SQUARES and losing:
-        assert calibration is not None
-        warn_of_few_tokens(losing, kept, calibration)
-        fit, held_out = calibration.split(HELD_OUT_EVERY)
-        found: Iterable[Refitted]
-        if config.reconstruction_order == INDEPENDENT:
-            found = refit_independently(model, losing, kept, config, (fit, held_out), grams, shelf)
-        else:
-            target = config.reconstruction_target or (DENSE if _adds_up(model) else LAYER)
-            texts = (fit, held_out)
-            known = [each.projections for each in done]
-            with_sources = config.refit_sources and target == DENSE
-            if config.refit_sources and not with_sources:
-                logger.warning(
-                    "refit_sources aims at the dense model's residual stream, which %s normalizes in between: only "
-                    "projections are refitted.",
-                    model.config.model_type,
-                )
-            found = refit_in_sequence(
-                model, sites, kept, target, config.ridge, *texts, config.batch_size, shelf, known, with_sources
-            )
-        for number, (projections, refits) in enumerate(found):
-            if number < len(done):
-                yield done[number]
-                continue
-            details = {str(key): refit.summary() for key, refit in refits.items()}
-            yield Reconstruction(projections, details)
+    if len(done) == len(subject.layers):
+        yield from done
         return
+    kind, losing, shelf = config.reconstruction, subject.losing(kept), shelf or Shelf()
+    # Biases take no more than the means.
+    has_means = kind == BIAS and bool(evidence.statistics)
+    if kind != NONE and losing and evidence.calibration is None and not has_means:
+        raise ValueError(f"reconstruction={kind!r} needs calibration tokens.")
+    if kind != LEAST_SQUARES or not losing:
+        yield from _biases_by_layer(subject, kept, config, evidence, shelf)
+        return
+    assert evidence.calibration is not None
+    warn_of_few_tokens(losing, kept, evidence.calibration)
+    refitted: Iterable[Refitted]
+    if config.reconstruction_order == INDEPENDENT:
+        refitted = refit_independently(subject.looking_at(losing), kept, config, evidence, shelf)
+    else:
+        texts, known = fit_and_held_out(evidence.calibration), [layer.projections for layer in done]
+        refitted = refit_in_sequence(subject, kept, texts, _sequential_fit(subject, config), shelf, known)
+    for number, (projections, refits) in enumerate(refitted):
+        if number < len(done):
+            yield done[number]
+            continue
+        details = {f"{layer}.{kind}": refit.summary() for (layer, kind), refit in refits.items()}
+        yield Reconstruction(projections, details)
+
+
+def _sequential_fit(subject: Subject, config: PruningConfig) -> SequentialFit:
+    """How the request fits projections one after the other; a warning where the family does not allow all of it."""
+    target = config.reconstruction_target or (DENSE if subject.residual_adds_up else LAYER)
+    with_sources = config.refit_sources and target == DENSE
+    if config.refit_sources and not with_sources:
+        logger.warning(
+            "refit_sources aims at the dense model's residual stream, which %s normalizes in between: only "
+            "projections are refitted.",
+            subject.model.config.model_type,
+        )
+    return SequentialFit(target, config.ridge, config.batch_size, with_sources)
+
+
+def _biases_by_layer(
+    subject: Subject, kept: Mapping[SiteKey, list[int]], config: PruningConfig, evidence: Evidence, shelf: Shelf
+) -> Iterator[Reconstruction]:
+    """Yield the biases of every layer; nothing new where the request asks for none."""
     # A checkpoint has projection biases in all layers of a kind or in none.
-    biased = {site.kind for site in losing} if kind == BIAS else set()
+    biased = {site.kind for site in subject.losing(kept)} if config.reconstruction == BIAS else set()
+    statistics = evidence.statistics
     if biased and not statistics:
         # Scores that were made for another reconstruction may lack the means.
-        assert calibration is not None
-        (statistics,) = gather_statistics(model, sites, [calibration], config.batch_size, (MOMENTS,))
-    placed = PlacedStatistics(sites, statistics or {})
-    for number, layer in enumerate(decoder_layers(model)):
+        assert evidence.calibration is not None
+        (statistics,) = gather_statistics(subject, [evidence.calibration], config.batch_size, (MOMENTS,))
+    placed = PlacedStatistics(subject.sites, statistics)
+    for number, layer in enumerate(subject.layers):
         if number < shelf.settled:
             continue
-        of_layer = [site for site in sites if site.layer == number and site.kind in biased]
+        of_layer = [site for site in subject.sites if site.layer == number and site.kind in biased]
         with resident(layer):
             yield Reconstruction(
                 {site.key: compensate_bias(site, kept[site.key], placed[site.key]) for site in of_layer}

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
-from transformers import PreTrainedModel
 
 from ..architectures import Site, SiteKey
 from ..data.calibration import Calibration
 from ..forward.gates import Projection, kept_projection, kept_sources
 from ..forward.layerwise import LayerRunner
 from ..loading.offloading import resident
+from ..loading.subject import Subject
 from ..runs.devices import back_to, precise
 from ..runs.progress import progress
 from ..runs.shelves import Shelf
@@ -31,19 +31,37 @@ PARTS = (1.0, 0.5, 0.25)
 Refitted = tuple[dict[SiteKey, Projection], dict[SiteKey, Refit]]
 
 
+@dataclass(frozen=True)
+class SequentialFit:
+    """How projections are fitted one after the other.
+
+    Args:
+        target (`str`): `"layer"` fits the output of the whole projection for these inputs, `"dense"` also what would
+            undo the error that the residual stream has gathered so far.
+        ridge (`float`, *optional*): for all sites; by default chosen per site on the held-out text.
+        batch_size (`int`): windows per forward pass.
+        refit_sources (`bool`, defaults to `False`): refit the sources of the features too, for the target `"dense"`:
+            all of them so that their outputs for the pruned stream are those for the dense one, and those of pointwise
+            sites by Gauss-Newton steps towards the projection's target, after which the projection is fitted once
+            more. It takes about three more passes and, in the memory of the host, two more hidden states of all
+            windows, and of one pointwise site at a time the inputs of its sources, their slopes, and in float32 the
+            residual at all tokens.
+    """
+
+    target: str
+    ridge: float | None
+    batch_size: int
+    refit_sources: bool = False
+
+
 @torch.no_grad()
 def refit_in_sequence(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
+    subject: Subject,
     kept: Mapping[SiteKey, list[int]],
-    target: str,
-    ridge: float | None,
-    fit: Calibration,
-    held_out: Calibration | None,
-    batch_size: int,
+    texts: Sequence[Calibration],
+    fit: SequentialFit,
     shelf: Shelf | None = None,
     known: Sequence[Mapping[SiteKey, Projection]] = (),
-    refit_sources: bool = False,
 ) -> Iterator[Refitted]:
     """Yield, layer by layer, new projection parameters of every site that loses units and, where the target is the
     dense model's stream, of every site behind the first of these, since all of them can make up for its loss.
@@ -54,31 +72,21 @@ def refit_in_sequence(
     `"dense"`. A layer's parameters are in memory while its projections are out.
 
     Args:
-        model (`PreTrainedModel`): the dense model; it is not changed. Its layers may be offloaded.
-        sites (sequence of `Site`): its sites, in the order in which they write to the residual stream.
+        subject (`Subject`): the dense model, which is not changed, with all its sites. Its layers may be offloaded.
         kept (mapping of site key to `list[int]`): units that stay.
-        target (`str`): `"layer"` fits what the whole projection makes of these inputs, `"dense"` what would undo the
-            error that the residual stream has gathered so far as well.
-        ridge (`float`, *optional*): for all sites; by default chosen per site on `held_out`.
-        fit, held_out (`Calibration`, the second *optional*): the tokens.
-        batch_size (`int`): windows per forward pass.
+        texts (sequence of `Calibration`): the tokens to fit and, where there are any, those held out.
+        fit (`SequentialFit`): how.
         shelf (`Shelf`, *optional*): where hidden states wait; it settles after every layer, and a pass that was
             interrupted goes on behind the last layer that it settled.
-        known (sequence of mappings of site key to `Projection`): what was found for the first layers before.
-        refit_sources (`bool`, defaults to `False`): refit the sources of the features too, for the target `"dense"`:
-            all of them so that they say of the pruned stream what they said of the dense one, and those of pointwise
-            sites by Gauss-Newton steps towards the projection's target, after which the projection is fitted once
-            more. It takes about three more passes and, in the memory of the host, two more hidden states of all
-            windows, and of one pointwise site at a time what its sources read, their slopes, and in float32 the
-            residual at all tokens.
+        known (sequence of mappings of site key to `Projection`): the projections of the first layers, where an
+            earlier run has fitted them.
     """
-    runner, shelf = LayerRunner(model), shelf or Shelf()
-    texts = [text for text in (fit, held_out) if text is not None]
+    sites, runner, shelf = subject.sites, LayerRunner(subject.model), shelf or Shelf()
     streams: list[list[Stream]] = [[] for _ in texts]
     for held, text in enumerate(texts):
         if (share := text.own_share()) is not None:
-            for number, batch in enumerate(runner.batches(share, batch_size)):
-                stream = Stream(f"{held}.{number}", batch, runner, shelf, target == DENSE, refit_sources)
+            for number, batch in enumerate(runner.batches(share, fit.batch_size)):
+                stream = Stream(f"{held}.{number}", batch, runner, shelf, fit.target == DENSE, fit.refit_sources)
                 streams[held].append(stream)
     every_stream = [stream for of_text in streams for stream in of_text]
     first_loss = next((place for place, site in enumerate(sites) if len(kept[site.key]) < site.num_units), len(sites))
@@ -91,14 +99,14 @@ def refit_in_sequence(
     left = layers[shelf.settled :]
     for of_layer in progress(left, "Reconstructing", total=len(layers), unit="layer", initial=shelf.settled):
         number = of_layer[0].layer
-        layer = _Layer(of_layer, streams, ridge, refit_sources)
+        layer = _Layer(of_layer, streams, fit.ridge, fit.refit_sources)
         with resident(runner.layers[number]):
             for stream in every_stream:
                 stream.enter(of_layer)
             if number < len(known):
                 layer.projections |= known[number]
             for place, site in enumerate([] if number < len(known) else of_layer):
-                if site.key in behind and (target == DENSE or len(kept[site.key]) < site.num_units):
+                if site.key in behind and (fit.target == DENSE or len(kept[site.key]) < site.num_units):
                     layer.settle(place, kept_projection(site, kept[site.key]))
             for stream in every_stream:
                 stream.leave(of_layer, layer.projections)

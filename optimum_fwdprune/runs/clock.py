@@ -4,14 +4,49 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .progress import progress
 
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
+
+
+class StageClock:
+    """The seconds that stages of a run take.
+
+    Attributes:
+        seconds (`dict[str, float]`): of every stage so far, by its name.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes to a stage, until the accelerator has done its work."""
+        import torch
+
+        start = time.perf_counter()
+        yield
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def each_in(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items, and add the time that they take to come to a stage."""
+        iterator, end = iter(items), object()
+        while True:
+            with self.stage(name):
+                item: Any = next(iterator, end)
+            if item is end:
+                return
+            yield item
 
 
 def median_seconds(runs: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..architectures import Site, SiteKey, get_architecture, keyed_by_site
+from ..allocation.job import Job
+from ..architectures import Site, SiteKey
 from ..data.calibration import Calibration
+from ..forward.evidence import Grams
 from ..forward.gathering import gather_statistics
 from ..forward.statistics import PlacedStatistics, SiteStatistics
 from ..loading.offloading import InTurn, is_offloaded
-from ..reconstruction.independent import Grams, grams_fit, statistics_with_grams
+from ..loading.subject import Subject
+from ..reconstruction.independent import grams_fit, statistics_with_grams
 from ..reconstruction.kinds import INDEPENDENT, LEAST_SQUARES, STATISTICS_OF
-from ..runs.resume import Resume, State
+from ..runs.resume import State
 from .methods import (
     PruningConfig,
     ScoringInputs,
@@ -41,52 +44,55 @@ def check_scoring(model: PreTrainedModel, config: PruningConfig) -> None:
 
 
 def score_units(
-    model: PreTrainedModel,
-    sites: list[Site],
-    config: PruningConfig,
+    subject: Subject,
+    job: Job,
     calibration: Calibration | None,
     keep: Callable[[Mapping[SiteKey, torch.Tensor]], dict[SiteKey, list[int]]],
-    resume: Resume | None = None,
 ) -> Scores:
     """Score every unit, and gather what the request's reconstruction will need, without changing the model.
 
     Args:
-        model (`PreTrainedModel`): the dense model, in eval mode.
-        sites (`list[Site]`): all its sites.
-        config (`PruningConfig`): the request.
+        subject (`Subject`): the dense model, in eval mode, with all its sites.
+        job (`Job`): the request, and where long stages keep their state.
         calibration (`Calibration`, *optional*): the tokens, where the request `needs_calibration`.
         keep (`Callable`): scores of every unit in, out what the request would keep under them.
-        resume (`Resume`, *optional*): where long stages keep their state.
 
     Raises:
         ValueError: on NaN in weights, activations or scores, naming where.
     """
+    model, sites, config, checkpoint = subject.model, subject.sites, job.config, job.checkpoint
     _check_finite(model)
-    resume = resume or Resume()
     method, needed = get_method(config.method), _needed(config)
     statistics: dict[SiteKey, SiteStatistics] = {}
     grams: Grams = {}
     if needed and calibration is not None and _will_refit_independently(config) and grams_fit(sites):
-        statistics, grams = statistics_with_grams(model, sites, calibration, config.batch_size, needed, resume)
+        statistics, grams = statistics_with_grams(subject, calibration, config.batch_size, needed, checkpoint)
     elif needed and calibration is not None:
-        (statistics,) = gather_statistics(model, sites, [calibration], config.batch_size, needed, resume)
+        (statistics,) = gather_statistics(subject, [calibration], config.batch_size, needed, checkpoint)
     # Scored again on another device, units that are worth the same could change places.
-    stage = resume.stage("scores", calibration)
-    found = stage.load(_scores_of)
-    if found is None:
+    stage = checkpoint.stage("scores", calibration)
+    scored = stage.load(_scores_of)
+    if scored is None:
         placed = PlacedStatistics(sites, statistics)
 
         def keep_in_memory(scores: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, list[int]]:
             return keep({key: values.cpu() for key, values in scores.items()})
 
-        inputs = ScoringInputs(model, InTurn(sites), placed, calibration, config, keep_in_memory, resume)
-        found = _in_memory(method.score(inputs))
-        _check_scores(found, sites, config)
-        stage.save(lambda: _state_of(found))
-    errors, history = dict(found.standard_errors), dict(found.history)
-    about = (errors, found.details, history, grams)
-    family = get_architecture(model.config).model_type
-    return Scores(config, dict(found.values), statistics, calibration, *about, model_type=family)
+        inputs = ScoringInputs(model, InTurn(sites), placed, calibration, config, keep_in_memory, checkpoint)
+        scored = _in_memory(method.score(inputs))
+        _check_scores(scored, sites, config)
+        stage.save(lambda: _state_of(scored))
+    return Scores(
+        config,
+        dict(scored.values),
+        statistics,
+        calibration,
+        standard_errors=dict(scored.standard_errors),
+        details=scored.details,
+        history=dict(scored.history),
+        grams=grams,
+        model_type=subject.architecture.model_type,
+    )
 
 
 def _in_memory(found: UnitScores | Mapping[SiteKey, torch.Tensor]) -> UnitScores:

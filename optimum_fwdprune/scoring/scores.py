@@ -18,8 +18,8 @@ from ..files import (
     load_tensors,
     save_tensors_atomically,
 )
+from ..forward.evidence import Evidence, Grams
 from ..forward.statistics import SiteStatistics
-from ..reconstruction.independent import Grams
 from ..reconstruction.kinds import BIAS, LEAST_SQUARES
 from ..request.choices import SEARCH
 from ..request.config import CALIBRATION
@@ -73,6 +73,11 @@ class Scores:
                 "source": self.calibration.source,
                 "fingerprint": self.calibration.fingerprint,
             }
+
+    @property
+    def evidence(self) -> Evidence:
+        """The tokens and what was measured on them, for the reconstruction."""
+        return Evidence(self.calibration, self.statistics, self.grams)
 
     def calibrated_with(self, calibration: Calibration) -> Scores:
         """Return the same scores with tokens, for what runs them again; a warning where they are other tokens than

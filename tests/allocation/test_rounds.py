@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from optimum_fwdprune import FwdPruner, find_sites
-from optimum_fwdprune import pruner as pruner_module
+from optimum_fwdprune.planning import run as run_module
 
 
 def removed(plan, sites):
@@ -39,14 +39,15 @@ def test_rounds_come_to_the_budget_and_to_a_plan_that_gives_the_same_units(dense
 def test_later_rounds_score_what_the_earlier_ones_left_on_the_same_tokens(tokens, monkeypatch):
     dense = tiny.make_model("llama_gqa_biases")
     seen = []
-    score_units = pruner_module.score_units
+    score_units = run_module.score_units
 
-    def watched(model, sites, config, calibration, keep, *rest):
-        found = score_units(model, sites, config, calibration, keep, *rest)
-        seen.append((model, sum(site.num_units for site in sites), calibration.fingerprint, found))
+    def watched(subject, job, calibration, keep):
+        found = score_units(subject, job, calibration, keep)
+        units = sum(site.num_units for site in subject.sites)
+        seen.append((subject.model, units, calibration.fingerprint, found))
         return found
 
-    monkeypatch.setattr(pruner_module, "score_units", watched)
+    monkeypatch.setattr(run_module, "score_units", watched)
     # Written by the model itself: the second round must not ask the pruned one to write anew.
     request = tiny.request(sparsity=0.4, rounds=2, calibration="self", n_samples=4, seq_len=16)
     FwdPruner(dense).prune(request)
@@ -135,7 +136,7 @@ def test_every_round_keeps_a_state_of_its_own(tokens, tmp_path):
 
 
 def test_a_failure_in_a_later_round_leaves_what_the_earlier_ones_came_to(tokens, monkeypatch):
-    cut, calls = pruner_module.cut, []
+    cut, calls = run_module.cut, []
 
     def fails_later(*args, **kwargs):
         calls.append(1)
@@ -143,7 +144,7 @@ def test_a_failure_in_a_later_round_leaves_what_the_earlier_ones_came_to(tokens,
             raise RuntimeError("out of luck")
         return cut(*args, **kwargs)
 
-    monkeypatch.setattr(pruner_module, "cut", fails_later)
+    monkeypatch.setattr(run_module, "cut", fails_later)
     dense = tiny.make_model("llama_gqa_biases")
     for inplace in (False, True):
         calls.clear()
@@ -160,13 +161,13 @@ def test_options_of_given_scores_hold_in_every_round_and_in_the_record(tokens, m
     pruner = FwdPruner(dense)
     scores = pruner.score(tiny.request(method="taylor", salience="element"), tokens)
     asked = []
-    score_units = pruner_module.score_units
+    score_units = run_module.score_units
 
-    def watched(model, sites, config, *rest):
-        asked.append(config.salience)
-        return score_units(model, sites, config, *rest)
+    def watched(subject, job, *rest):
+        asked.append(job.config.salience)
+        return score_units(subject, job, *rest)
 
-    monkeypatch.setattr(pruner_module, "score_units", watched)
+    monkeypatch.setattr(run_module, "score_units", watched)
     pruner.prune(tiny.request(method="taylor", sparsity=0.4, rounds=3), scores=scores)
     assert asked == ["element", "element"] and pruner.config.salience == "element"
 

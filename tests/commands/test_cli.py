@@ -184,7 +184,7 @@ def test_a_method_that_does_not_learn_has_no_history(cli, source, tmp_path):
 def test_without_options_the_command_does_what_prune_without_arguments_does(cli, source, tmp_path, monkeypatch):
     # What the defaults would sample is cut short, for both alike.
     tokens = Calibration(torch.arange(96).view(4, 24))
-    monkeypatch.setattr("optimum_fwdprune.pruner.load_calibration", lambda *_: tokens)
+    monkeypatch.setattr("optimum_fwdprune.planning.run.load_calibration", lambda *_: tokens)
     assert cli("prune", "-m", source, tmp_path / "out")[0] == 0
     pruner = FwdPruner.from_pretrained(source)
     pruner.prune()

@@ -152,7 +152,7 @@ class TestRefusals:
         ],
     )
     def test_requests_that_cannot_be_exported_fail_before_scoring(self, name, fields, message, tokens, monkeypatch):
-        monkeypatch.setattr("optimum_fwdprune.pruner.score_units", lambda *_: pytest.fail("it was scored"))
+        monkeypatch.setattr("optimum_fwdprune.planning.run.score_units", lambda *_: pytest.fail("it was scored"))
         with pytest.raises(ValueError, match=message):
             pruned(name, tokens, **fields)
 

@@ -4,10 +4,13 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
-from optimum_fwdprune.cutting.verification import masked_logits, relative_difference, rounding_of
+from optimum_fwdprune import Calibration, FwdPruner, PruningPlan, find_sites
+from optimum_fwdprune.cutting.probe import Probe
+from optimum_fwdprune.cutting.verification import relative_difference
 from optimum_fwdprune.forward.gates import gated
+from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.request.registry import registered_methods
+from optimum_fwdprune.runs.shelves import Shelf
 
 
 def random_masks(sites, rows=None, seed=0):
@@ -159,15 +162,19 @@ def test_rounding_that_the_model_amplifies_is_no_disagreement(tokens):
             "query_head",
             {},
         )
-        probe = tokens[:2]
-        return rounding_of(model, sites, plan, {}, probe, masked_logits(model, sites, plan, {}, probe))
+        probe = Probe(Subject(model, sites), plan, Calibration(tokens), Shelf())
+        for number in range(len(model.model.layers)):
+            probe.pass_layer(number, {})
+        masked, amplified = probe.expected()
+        torch.testing.assert_close(masked, model(tokens[:2]).logits)
+        return amplified
 
     assert 1e-8 < rounding(1.0) < 1e-5
     assert rounding(3000.0) > 5 * rounding(1.0)
 
 
 def test_a_pruned_model_that_disagrees_with_the_masked_one_is_an_error(tokens, monkeypatch):
-    from optimum_fwdprune.cutting import cut as module
+    from optimum_fwdprune.cutting import in_memory as module
 
     surgery = module.prune_model
 

@@ -8,12 +8,13 @@ import torch
 from optimum_fwdprune import Calibration, find_sites
 from optimum_fwdprune.forward.gathering import collect_statistics
 from optimum_fwdprune.forward.statistics import GRAM, MOMENTS, SOURCE_NORMS
+from optimum_fwdprune.loading.subject import Subject
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16])
 def test_statistics_are_those_of_numpy(dense, tokens, batch_size):
     sites = find_sites(dense)
-    statistics = collect_statistics(dense, sites, Calibration(tokens), batch_size, (MOMENTS, GRAM))
+    statistics = collect_statistics(Subject(dense, sites), Calibration(tokens), batch_size, (MOMENTS, GRAM))
     for site in sites:
         values, found = tiny.projection_inputs(dense, site, tokens), statistics[site.key]
 
@@ -38,7 +39,7 @@ def test_source_norms_are_those_of_what_goes_into_the_source_linears(dense, toke
     dense(tokens, attention_mask=mask)
     for handle in handles:
         handle.remove()
-    statistics = collect_statistics(dense, sites, Calibration(tokens, mask), batch_size, (SOURCE_NORMS,))
+    statistics = collect_statistics(Subject(dense, sites), Calibration(tokens, mask), batch_size, (SOURCE_NORMS,))
 
     found = {name: norm for site in sites for name, norm in statistics[site.key].source_norms.items()}
     assert found.keys() == sources.keys()
@@ -55,9 +56,9 @@ def test_padding_is_left_out(architecture_name, tokens, side):
         mask[row, : int(length)] = 0
     mask = mask if side == "left" else mask.flip(1)
     sites = find_sites(model)
-    found = collect_statistics(model, sites, Calibration(tokens, mask), batch_size=16)
+    found = collect_statistics(Subject(model, sites), Calibration(tokens, mask), batch_size=16)
     # What stands under the padding makes no difference.
-    other = collect_statistics(model, sites, Calibration(tokens.where(mask.bool(), torch.tensor(7)), mask), 5)
+    other = collect_statistics(Subject(model, sites), Calibration(tokens.where(mask.bool(), torch.tensor(7)), mask), 5)
     for site in sites:
         values = tiny.projection_inputs(model, site, tokens, mask)
 
@@ -85,7 +86,7 @@ def test_hooks_are_gone_after_an_error(tokens):
     sites = find_sites(model)
     with pytest.raises(IndexError):
         # Tokens beyond the vocabulary, which only load_calibration checks.
-        collect_statistics(model, sites, Calibration(tokens + 10_000), 4)
+        collect_statistics(Subject(model, sites), Calibration(tokens + 10_000), 4)
 
     assert not any(site.projection._forward_pre_hooks for site in sites)
 
@@ -95,16 +96,16 @@ def test_a_projection_that_is_bypassed_is_named(tokens, monkeypatch):
     layer = model.model.layers[1]
     monkeypatch.setattr(layer.mlp, "forward", lambda hidden: hidden)
     with pytest.raises(ValueError, match=r"never called model\.layers\.1\.mlp\.down_proj, so the mlp of layer 1"):
-        collect_statistics(model, find_sites(model), Calibration(tokens), 4)
+        collect_statistics(Subject.of(model), Calibration(tokens), 4)
 
 
 def test_statistics_of_two_texts_add_up_to_those_of_both(tokens):
     model = tiny.make_model("llama_gqa_biases")
     sites = find_sites(model)
     kinds = (MOMENTS, SOURCE_NORMS)
-    whole = collect_statistics(model, sites, Calibration(tokens), 4, kinds)
-    first = collect_statistics(model, sites, Calibration(tokens[:5]), 4, kinds)
-    rest = collect_statistics(model, sites, Calibration(tokens[5:]), 4, kinds)
+    whole = collect_statistics(Subject(model, sites), Calibration(tokens), 4, kinds)
+    first = collect_statistics(Subject(model, sites), Calibration(tokens[:5]), 4, kinds)
+    rest = collect_statistics(Subject(model, sites), Calibration(tokens[5:]), 4, kinds)
     for site in sites:
         both, expected = first[site.key].with_more(rest[site.key]), whole[site.key]
         assert both.count == expected.count

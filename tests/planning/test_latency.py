@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from optimum_fwdprune import FwdPruner, find_sites
 from optimum_fwdprune.allocation.allocate import allocate
 from optimum_fwdprune.allocation.budgets import Budget
+from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.planning import timing
 from optimum_fwdprune.planning.latency import LatencyCost, LatencyTable, shape_of, speed_budget
 from optimum_fwdprune.planning.timing import load_or_measure
@@ -62,7 +63,7 @@ def test_layers_of_every_width_are_timed(dense, monkeypatch):
         return sizes[-1]
 
     monkeypatch.setattr(timing, "median_seconds", seconds)
-    table = load_or_measure(dense, sites, request_of())
+    table = load_or_measure(Subject(dense, sites), request_of())
     assert set(table.layer_seconds) == {shape_of(site) for site in sites}
     for site in sites:
         widths = [units for units, _ in table.layer_seconds[shape_of(site)]]
@@ -228,7 +229,9 @@ def test_timed_layers_hold_their_own_weights(dense):
     """Matrices that share memory would be read from a cache."""
     sites = find_sites(dense)
     for site in sites[:2]:
-        for layer in timing._variants(dense, sites, site, [[*range(site.num_groups)], list(range(site.num_units))]):
+        for layer in timing._variants(
+            Subject(dense, sites), site, [[*range(site.num_groups)], list(range(site.num_units))]
+        ):
             spans = sorted((each.data_ptr(), each.data_ptr() + each.nbytes) for each in layer.parameters())
             assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 

@@ -20,6 +20,7 @@ from optimum_fwdprune import (
 from optimum_fwdprune.allocation.constraints import LEVELS, levels_of
 from optimum_fwdprune.files import save_tensors_atomically
 from optimum_fwdprune.forward.gates import Projection, replaced_projections
+from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.planning import levels as levels_module
 from optimum_fwdprune.planning import search
 from optimum_fwdprune.planning.divergence import Divergence
@@ -53,7 +54,7 @@ def levels_for(model, sites, kind, tokens, folder, **fields):
     """Levels from scores that follow a unit's place, as if least squares had helped everywhere."""
     scores = {site.key: torch.arange(site.num_units).float() for site in sites}
     request = tiny.request(reconstruction=kind, ridge=1e-3, multiple_of=4, **fields)
-    return Levels(model, sites, scores, request, Calibration(tokens), folder)
+    return Levels(Subject(model, sites), scores, request, Calibration(tokens), folder)
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def test_divergence_is_that_of_the_whole_model_from_whatever_layer_it_starts(den
     mask = torch.ones_like(tokens)
     mask[:, -5:] = 0
     for calibration in (Calibration(tokens), Calibration(tokens, mask)):
-        divergence = Divergence(dense, sites, calibration, 7)
+        divergence = Divergence(Subject(dense, sites), calibration, 7)
         assert divergence.of({}) == pytest.approx(0, abs=1e-4)
         narrow = {site.key: levels.projection(site, levels.widths(site)[1]) for site in sites}
         other = narrow | {site.key: levels.projection(site, levels.widths(site)[-1]) for site in sites[-1:]}
@@ -109,8 +110,8 @@ def test_divergence_is_that_of_the_whole_model_from_whatever_layer_it_starts(den
 def test_divergence_needs_tokens_to_compare_at(tokens):
     model = tiny.make_model("llama_mha_tied")
     with pytest.raises(ValueError, match="hold nothing but padding"):
-        Divergence(model, find_sites(model), Calibration(tokens, torch.zeros_like(tokens)), 4)
-    assert Divergence(model, find_sites(model), Calibration(tokens[:, :2]), 4).of({}) == pytest.approx(0, abs=1e-4)
+        Divergence(Subject.of(model), Calibration(tokens, torch.zeros_like(tokens)), 4)
+    assert Divergence(Subject.of(model), Calibration(tokens[:, :2]), 4).of({}) == pytest.approx(0, abs=1e-4)
 
 
 def by_numpy(model, site, mask, tokens, kind):

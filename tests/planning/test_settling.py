@@ -65,7 +65,7 @@ def test_what_was_set_does_not_give_way(fields, message):
 
 
 def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(monkeypatch):
-    monkeypatch.setattr("optimum_fwdprune.pruner.score_units", lambda *_args: pytest.fail("It was scored."))
+    monkeypatch.setattr("optimum_fwdprune.planning.run.score_units", lambda *_args: pytest.fail("It was scored."))
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     for request in ({"sparsity": 0.99}, {"sparsity": 0.9, "kinds": ["mlp"]}, {"target_parameters": 10}):
         with pytest.raises(ValueError, match="the largest possible"):
@@ -99,7 +99,7 @@ def test_what_will_be_removed_is_written_before_anything_is_scored(monkeypatch, 
         written.append(capsys.readouterr().err)
         raise ValueError("stop")
 
-    monkeypatch.setattr("optimum_fwdprune.pruner.score_units", score)
+    monkeypatch.setattr("optimum_fwdprune.planning.run.score_units", score)
     with pytest.raises(ValueError, match="stop"):
         FwdPruner(tiny.make_model("llama_gqa_biases")).prune(sparsity=0.4, dataset=tokens)
     assert "The pruned model will have" in written[0] and "MLP channels: 59.4% are removed" in written[0]

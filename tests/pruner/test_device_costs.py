@@ -5,8 +5,9 @@ import tiny
 import torch
 from second_device import FIRST, request_of
 
-from optimum_fwdprune import FwdPruner, find_sites
+from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.data.calibration import Calibration
+from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.planning import divergence
 from optimum_fwdprune.planning.divergence import Divergence
 from optimum_fwdprune.reconstruction import gauss_newton
@@ -100,7 +101,7 @@ def test_the_host_reads_one_number_of_a_comparison_of_whole_models(device, token
     monkeypatch.setattr(divergence, "LOGITS_AT_ONCE", 10 * tiny.VOCAB)
     waits = []
     for windows in (4, 16):
-        compared = Divergence(model, find_sites(model), Calibration(tokens[:windows]), batch_size=windows)
+        compared = Divergence(Subject.of(model), Calibration(tokens[:windows]), batch_size=windows)
         device.waits.clear()
         compared.of({})
         waits.append(len(device.waits))
@@ -113,5 +114,8 @@ def test_the_time_of_a_stage_includes_what_the_accelerator_still_does(device, to
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases").to(FIRST))
     pruner.prune(request_of("none"), tokens)
 
-    # Verification has two parts, before and after surgery.
-    assert device.waits.count("synchronize") == len(pruner.report.seconds) + 1
+    # Each of three layers is settled, put down and passed by the probe. Settling ends once, surgery opens and
+    # finishes, and verification starts its probe, ends it, and compares.
+    before_the_loop, in_the_loop, around_it = 3, 3 * 3, 1 + 2 + 3
+    assert len(pruner.report.seconds) == 6
+    assert device.waits.count("synchronize") == before_the_loop + in_the_loop + around_it

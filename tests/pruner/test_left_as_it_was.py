@@ -22,9 +22,11 @@ from optimum_fwdprune import (
 )
 from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.cutting import cut as cutting
-from optimum_fwdprune.cutting import surgery
+from optimum_fwdprune.cutting import probe, surgery
 from optimum_fwdprune.evaluation import benchmark, perplexity, text_loss
 from optimum_fwdprune.files import folder_moved_into_place, write_text_atomically
+from optimum_fwdprune.planning import checks, run
+from optimum_fwdprune.reconstruction import reconstruct
 from optimum_fwdprune.scoring.methods import registered_methods
 
 
@@ -111,13 +113,15 @@ def test_scoring_leaves_what_a_model_has_read_as_it_was(rope, method, tokens):
 
 # Stages of a run, each by the function that it calls, and how many calls succeed before one fails.
 BEFORE_SURGERY = [
-    (pruner, "check_counterpart", 0),
-    (pruner, "load_calibration", 0),
-    (pruner, "score_units", 0),
-    (pruner, "make_plan", 0),
-    (cutting, "reconstruct", 0),
-    (cutting, "masked_logits", 0),
-    (cutting, "rounding_of", 0),
+    (checks, "check_counterpart", 0),
+    (run, "load_calibration", 0),
+    (run, "score_units", 0),
+    (run, "make_plan", 0),
+    (cutting, "reconstruct_by_layer", 0),
+    (reconstruct, "Reconstruction", 2),
+    (probe, "rounded", 0),
+    (probe, "replaced_projections", 3),
+    (probe, "share_of_scale", 0),
     (surgery, "empty_pruned_model", 0),
     (surgery, "slice_tensor", 0),
 ]
@@ -232,7 +236,9 @@ def test_a_dense_model_that_is_not_consumed_stays_whole_whatever_fails(stage, to
         assert fwd_pruner.model is dense and fwd_pruner.plan is None
 
 
-@pytest.mark.parametrize("stage", [(cutting, "reconstruct", 1), (cutting, "logits", 1), (pruner, "score_units", 1)])
+@pytest.mark.parametrize(
+    "stage", [(cutting, "reconstruct_by_layer", 1), (cutting, "logits", 1), (run, "score_units", 1)]
+)
 @torch.no_grad()
 def test_a_later_round_that_fails_leaves_what_is_finished(stage, tokens, monkeypatch):
     request = PruningConfig(reconstruction="none", rounds=2, **BOTH_KINDS)
@@ -380,7 +386,7 @@ def test_a_model_that_contradicts_its_config_is_refused_while_whole(words, entry
     dense = tiny.make_model("llama_mha_tied" if "kv" in words else "llama_gqa_biases", attention_bias=False)
     plan = plan_of(dense, tokens) if entry == "replay" else None
     CONTRADICTIONS[words](dense)
-    monkeypatch.setattr(pruner, "score_units", None)
+    monkeypatch.setattr(run, "score_units", None)
     fwd_pruner = FwdPruner(dense)
     with pytest.raises(ValueError, match=words):
         if entry == "score":

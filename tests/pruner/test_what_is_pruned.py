@@ -145,7 +145,7 @@ def drop_a_layer(layers):
     ],
 )
 def test_layers_that_share_or_lack_modules_are_refused_while_whole(change, message, monkeypatch):
-    monkeypatch.setattr("optimum_fwdprune.pruner.score_units", lambda *_: pytest.fail("it was scored"))
+    monkeypatch.setattr("optimum_fwdprune.planning.run.score_units", lambda *_: pytest.fail("it was scored"))
     model = tiny.make_model("llama_mha_tied")
     change(model.model.layers)
     with pytest.raises(ValueError, match=message):

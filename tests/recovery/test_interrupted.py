@@ -269,7 +269,7 @@ class TestGenerationConfig:
         tiny.make_model("llama_gqa_biases").save_pretrained(tmp_path / "dense")
         pruner = FwdPruner.from_pretrained(tmp_path / "dense", low_memory=True)
         pruner.model.generation_config.num_return_sequences = 3
-        monkeypatch.setattr("optimum_fwdprune.pruner.score_units", lambda *_: pytest.fail("scored"))
+        monkeypatch.setattr("optimum_fwdprune.planning.run.score_units", lambda *_: pytest.fail("scored"))
         with pytest.raises(ValueError, match=r"would not load again.*num_return_sequences.*Mend"):
             pruner.prune(REQUEST)
 

@@ -79,21 +79,46 @@ class Draws:
         return sums
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How perturbations are drawn.
+
+    Args:
+        draws (`int`): how many.
+        epsilon (`float`): step along the noise.
+        windows_per_draw (`int`): windows that both losses of a draw are the mean over.
+        batch_size (`int`): sequences per forward pass, of both signs together.
+    """
+
+    draws: int
+    epsilon: float
+    windows_per_draw: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When to end before all perturbations are drawn.
+
+    Args:
+        is_converged (`Callable`): called with all draws so far; true ends them.
+        check_every (`int`, defaults to 1): after how many draws it is called.
+    """
+
+    is_converged: Callable[[Draws], bool]
+    check_every: int = 1
+
+
 @torch.no_grad()
 def draw_slopes(
     model: PreTrainedModel,
     perturbation: Perturbation,
     calibration: Calibration,
-    *,
-    draws: int,
-    epsilon: float,
-    windows_per_draw: int,
-    batch_size: int,
-    is_converged: Callable[[Draws], bool] | None = None,
-    check_every: int = 1,
-    resume: Resume | None = None,
+    sampling: Sampling,
+    stopping: Stopping | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Draws:
-    """Measure the loss on both sides of `draws` perturbations.
+    """Measure the loss on both sides of many perturbations.
 
     Draw `k` uses the `k`-th run of `windows_per_draw` calibration windows, from the start again after the last. Both
     signs, and as many draws as fit, share one batched forward pass; how many that are changes nothing but rounding.
@@ -103,20 +128,17 @@ def draw_slopes(
         model (`PreTrainedModel`): a causal language model in eval mode; it is not changed.
         perturbation (`Perturbation`): what is shifted.
         calibration (`Calibration`): the tokens.
-        draws (`int`): how many.
-        epsilon (`float`): step along the noise.
-        windows_per_draw (`int`): windows that both losses of a draw are the mean over.
-        batch_size (`int`): sequences per forward pass, of both signs together.
-        is_converged (*optional*): called with all draws so far, after every `check_every` of them; true ends it.
-        check_every (`int`, defaults to 1): see `is_converged`.
-        resume (`Resume`, *optional*): where the draws so far are kept.
+        sampling (`Sampling`): how many perturbations, and what of.
+        stopping (`Stopping`, *optional*): when to end before all of them are drawn.
+        checkpoint (`Checkpoint`, *optional*): where the draws so far are kept.
 
     Raises:
         ValueError: where epsilon is too small for the model's dtype, naming one that works; or where more than
             `MAX_REJECTED` of the draws met a loss that was not finite.
     """
-    sampler = _Sampler(model, perturbation, calibration, windows_per_draw, batch_size)
-    in_a_batch = max(1, batch_size // (2 * windows_per_draw))
+    draws, epsilon = sampling.draws, sampling.epsilon
+    sampler = _Sampler(model, perturbation, calibration, sampling)
+    in_a_batch = max(1, sampling.batch_size // (2 * sampling.windows_per_draw))
     at_once = in_a_batch * ranks.world_size()
     accepted: list[int] = []
     losses: list[torch.Tensor] = []
@@ -139,16 +161,16 @@ def draw_slopes(
 
     done, rejected, rounding_floor = stage.load(take_up) or (0, 0, math.nan)
     converged = False
-    if is_converged is not None and accepted:
+    check_every = draws if stopping is None else stopping.check_every
+    if stopping is not None and accepted:
         # It compares what it is shown with what it was shown before the run was interrupted.
         for checked in range(max(1, done // check_every - 1) * check_every, done + 1, check_every):
             shown = result().part(0, sum(draw < checked for draw in accepted))
-            converged = bool(shown.indices) and is_converged(shown) and checked == done
-    ends = draws if is_converged is None else check_every
+            converged = bool(shown.indices) and stopping.is_converged(shown) and checked == done
     portions = [
-        list(range(start, min(start + at_once, stretch + ends, draws)))
-        for stretch in range(0, draws, ends)
-        for start in range(stretch, min(stretch + ends, draws), at_once)
+        list(range(start, min(start + at_once, stretch + check_every, draws)))
+        for stretch in range(0, draws, check_every)
+        for start in range(stretch, min(stretch + check_every, draws), at_once)
     ]
     # Processes may have become more or fewer.
     total = len(portions)
@@ -172,23 +194,25 @@ def draw_slopes(
         losses += list(measured[finite])
         done = portion[-1] + 1
         stage.save_now_and_then(state)
-        if is_converged is not None and accepted and done % check_every == 0 and is_converged(result()):
+        if stopping is not None and accepted and done % check_every == 0 and stopping.is_converged(result()):
             converged = True
             break
-    found = result(converged)
-    _report(found, model.dtype)
-    return found
+    measured_draws = result(converged)
+    _report(measured_draws, model.dtype)
+    return measured_draws
 
 
 class _Sampler:
     """Losses of perturbed models."""
 
-    def __init__(self, model, perturbation: Perturbation, calibration: Calibration, windows: int, batch_size: int):
+    def __init__(
+        self, model: PreTrainedModel, perturbation: Perturbation, calibration: Calibration, sampling: Sampling
+    ):
         self._model = model
         self._perturbation = perturbation
         self._calibration = calibration
-        self._windows = windows
-        self._batch_size = batch_size
+        self._windows = sampling.windows_per_draw
+        self._batch_size = sampling.batch_size
 
     def losses(self, draws: Sequence[int], epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean losses `[draws, 2]` at +ε and -ε, and their differences by window `[draws, windows]`."""

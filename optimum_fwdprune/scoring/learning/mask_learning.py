@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ...architectures import Site
 from ...data.calibration import Calibration
 from ...forward.gates import gated
 from ...forward.losses import model_nll
+from ...loading.subject import Subject
 from ...runs import ranks
 from ...runs.loggers import get_logger
 from ...runs.progress import progress
@@ -112,8 +112,7 @@ class Schedule:
 
 @torch.no_grad()
 def learn_rates(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
+    subject: Subject,
     calibration: Calibration,
     policy: Policy,
     state: Progress,
@@ -126,8 +125,8 @@ def learn_rates(
     one of them ends with the rates that a single process would have, up to the rounding of its batches.
 
     Args:
-        model (`PreTrainedModel`): a causal language model in eval mode; it is not changed.
-        sites (sequence of `Site`): whose units are learned, in the order of the policy's masks.
+        subject (`Subject`): a causal language model in eval mode, which is not changed, with the sites whose units are
+            learned, in the order of the policy's masks.
         calibration (`Calibration`): the tokens.
         policy (`Policy`): what the masks are drawn from.
         state (`Progress`): where to start; it is changed and returned.
@@ -137,8 +136,8 @@ def learn_rates(
     Raises:
         ValueError: where `MAX_SKIPPED` steps in a row have no usable loss.
     """
-    learner = _Learner(model, sites, calibration, policy, schedule)
-    _extend_history(state, schedule.steps, len(sites))
+    learner = _Learner(subject, calibration, policy, schedule)
+    _extend_history(state, schedule.steps, len(subject.sites))
 
     steps = range(state.step, schedule.steps)
     bar = progress(steps, "Learning masks", total=schedule.steps, unit="step", initial=state.step)
@@ -175,11 +174,11 @@ def learn_rates(
 
 
 class _Learner:
-    def __init__(self, model, sites, calibration, policy: Policy, schedule: Schedule):
-        self._model = model
-        self._sites = list(sites)
-        self._sizes = [site.num_units for site in sites]
-        self._parameters = torch.tensor([site.num_parameters for site in sites], dtype=torch.float64)
+    def __init__(self, subject: Subject, calibration: Calibration, policy: Policy, schedule: Schedule):
+        self._model = subject.model
+        self._sites = subject.sites
+        self._sizes = [site.num_units for site in self._sites]
+        self._parameters = torch.tensor([site.num_parameters for site in self._sites], dtype=torch.float64)
         self._calibration = calibration
         self._policy = policy
         self._schedule = schedule

@@ -164,43 +164,58 @@ class RatioPolicy:
         return torch.cat([site.unit_mask(kept[site.key]) for site in self._ratios.sites]).double()
 
 
+@dataclass(frozen=True)
+class Variables:
+    """The variables of one site.
+
+    Args:
+        site (`Site`): whose units or ratio they are.
+        count (`int`): one for every unit, or one alone.
+        floor (`float`): the least that each of them may be.
+    """
+
+    site: Site
+    count: int
+    floor: float
+
+
 def budgets_of(
-    sites: Sequence[Site],
+    variables: Sequence[Variables],
     kept: Mapping[SiteKey, list[int]],
     config: PruningConfig,
-    sizes: Sequence[int],
-    floors: Sequence[float],
     exact: bool,
     cost: Cost = PARAMETERS,
 ) -> list[Budget]:
     """Return one budget for all variables that may trade with each other, of the size of what the request keeps.
 
     Args:
-        sites (sequence of `Site`): whose units or ratios are the variables.
+        variables (sequence of `Variables`): of every site.
         kept (mapping of site key to `list[int]`): what the request keeps under some scores.
         config (`PruningConfig`): `scope` and `budget` say what trades with what.
-        sizes (sequence of `int`): how many variables each site has: one for every unit, or one alone.
-        floors (sequence of `float`): of each site's variables.
         exact (`bool`): budgets must be met, not only kept to.
         cost (`Cost`): what they are counted in; a unit takes its share of all that its site costs.
     """
-    pools: dict[tuple[str, int], list[tuple[Site, int, int, float]]] = {}
+    pools: dict[tuple[str, int], list[tuple[Variables, int]]] = {}
     start = 0
-    for site, size, floor in zip(sites, sizes, floors):
+    for of_site in variables:
+        site = of_site.site
         kind = site.kind if config.budget == "separate" or config.has_budget_per_kind else ""
         layer = site.layer if config.resolved_scope == "layer" else -1
-        pools.setdefault((kind, layer), []).append((site, start, size, floor))
-        start += size
+        pools.setdefault((kind, layer), []).append((of_site, start))
+        start += of_site.count
     budgets = []
     for members in pools.values():
         # In units of the first variable's: counts where all are of one size, as in the paper.
-        one = cost.total(members[0][0]) / members[0][2]
+        first = members[0][0]
+        one = cost.total(first.site) / first.count
         places, weights, lowest = [], [], []
-        for site, start, size, floor in members:
-            places.append(torch.arange(start, start + size))
-            weights.append(torch.full((size,), cost.total(site) / size / one, dtype=torch.float64))
-            lowest.append(torch.full((size,), floor, dtype=torch.float64))
-        limit = sum(len(kept[site.key]) * cost.total(site) / site.num_units for site, *_ in members) / one
+        for of_site, start in members:
+            count = of_site.count
+            places.append(torch.arange(start, start + count))
+            weights.append(torch.full((count,), cost.total(of_site.site) / count / one, dtype=torch.float64))
+            lowest.append(torch.full((count,), of_site.floor, dtype=torch.float64))
+        sites = [of_site.site for of_site, _ in members]
+        limit = sum(len(kept[site.key]) * cost.total(site) / site.num_units for site in sites) / one
         budgets.append(Budget(torch.cat(places), torch.cat(weights), limit, torch.cat(lowest), exact))
     return budgets
 

@@ -79,7 +79,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
 
 def _estimate(inputs: ScoringInputs, sensitivity) -> UnitScores:
     from ..gradients.sensitivity import estimated, jackknife
-    from ..gradients.zeroth_order import draw_slopes
+    from ..gradients.zeroth_order import Sampling, Stopping, draw_slopes
 
     config = inputs.config
     previously_kept = None
@@ -92,17 +92,15 @@ def _estimate(inputs: ScoringInputs, sensitivity) -> UnitScores:
         previously_kept = kept
         return settled
 
-    draws = draw_slopes(
-        inputs.model,
-        sensitivity.perturbation,
-        inputs.calibration,
+    sampling = Sampling(
         draws=config.draws,
         epsilon=config.epsilon or EPSILON[inputs.model.dtype.itemsize],
         windows_per_draw=config.windows_per_draw or WINDOWS_PER_DRAW[config.perturb],
         batch_size=config.batch_size,
-        is_converged=is_settled if config.stop_after else None,
-        check_every=config.stop_after or 1,
-        resume=inputs.resume,
+    )
+    stopping = Stopping(is_settled, config.stop_after) if config.stop_after else None
+    draws = draw_slopes(
+        inputs.model, sensitivity.perturbation, inputs.calibration, sampling, stopping, inputs.checkpoint
     )
     scores = sensitivity.of(estimated(sensitivity.perturbation, draws, GROUPS[config.perturb]))
     return UnitScores(

@@ -130,6 +130,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
     import torch
 
     from ...allocation.constraints import prunable_sites
+    from ...loading.subject import Subject
     from ..learning.mask_learning import (
         Progress,
         Schedule,
@@ -153,7 +154,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
     options["prunable_parameters"] = sum(site.num_parameters for site in inputs.sites)
     options["learning_rate"] = config.learning_rate or LEARNING_RATES[config.parametrization]
     schedule = Schedule(**options)
-    learn_rates(inputs.model, learned, inputs.calibration, policy, state, schedule, stage)
+    learn_rates(Subject(inputs.model, learned), inputs.calibration, policy, state, schedule, stage)
     scores = policy.scores(state.rates).split([site.num_units for site in learned])
     values = {site.key: part for site, part in zip(learned, scores)}
     # What the request leaves alone is kept for certain.
@@ -171,6 +172,7 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
     from ...data.calibration import Calibration
     from ...forward.gathering import gather_statistics
     from ...forward.statistics import PlacedStatistics
+    from ...loading.subject import Subject
 
     method = get_method(inputs.config.metric)
     shared = {field.name for field in dataclasses.fields(PruningConfig)} - {"method"}
@@ -180,7 +182,7 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
     gathered: dict = {}
     if method.statistics:
         (gathered,) = gather_statistics(
-            inputs.model, inputs.sites, [tokens], config.batch_size, method.statistics, inputs.resume
+            Subject(inputs.model, inputs.sites), [tokens], config.batch_size, method.statistics, inputs.checkpoint
         )
     statistics = PlacedStatistics(inputs.sites, gathered)
     found = method.score(dataclasses.replace(inputs, config=config, calibration=tokens, statistics=statistics))
@@ -194,6 +196,7 @@ def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
         RatioPolicy,
         Ratios,
         UnitPolicy,
+        Variables,
         budgets_of,
         even_rates,
         initial_probabilities,
@@ -204,8 +207,8 @@ def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
     metric = {key: values.cpu() for key, values in metric.items()}
     kept = inputs.keep(metric)
     if config.parametrization == "ratio":
-        floors = [fewest_units(site, config) / site.num_units for site in sites]
-        budgets = budgets_of(sites, kept, config, [1] * len(sites), floors, exact=True)
+        variables = [Variables(site, 1, fewest_units(site, config) / site.num_units) for site in sites]
+        budgets = budgets_of(variables, kept, config, exact=True)
         if all(len(budget.members) == 1 for budget in budgets):
             raise ValueError(
                 "parametrization='ratio' moves ratios between sites, and every site has a budget of its own here; use "
@@ -217,7 +220,8 @@ def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
 
         return RatioPolicy(Ratios(sites, metric, keep), budgets, config.ratio_spread), even_rates(budgets, len(sites))
     sizes = [site.num_units for site in sites]
-    budgets = budgets_of(sites, kept, config, sizes, [FLOOR] * len(sites), exact=False)
+    variables = [Variables(site, site.num_units, FLOOR) for site in sites]
+    budgets = budgets_of(variables, kept, config, exact=False)
     rates = [float(part[0]) for part in even_rates(budgets, sum(sizes)).split(sizes)]
     scores = [metric[site.key] for site in sites]
     return UnitPolicy(sites, budgets), initial_probabilities(scores, rates, config.initialization, config.seed)

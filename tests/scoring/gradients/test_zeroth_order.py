@@ -11,7 +11,7 @@ from optimum_fwdprune.scoring.gradients import zeroth_order as module
 from optimum_fwdprune.scoring.gradients.backprop import unit_gradients, weight_gradients
 from optimum_fwdprune.scoring.gradients.perturbation import Noise, UnitPerturbation, WeightPerturbation
 from optimum_fwdprune.scoring.gradients.sensitivity import estimated, jackknife
-from optimum_fwdprune.scoring.gradients.zeroth_order import draw_slopes
+from optimum_fwdprune.scoring.gradients.zeroth_order import Sampling, Stopping, draw_slopes
 
 
 SMALL = {
@@ -36,8 +36,10 @@ def windows():
 
 
 def measure(model, perturbation, calibration, **changes):
-    arguments = {"draws": 8, "epsilon": 1e-4, "windows_per_draw": 4, "batch_size": 64, **changes}
-    return draw_slopes(model.eval(), perturbation, calibration, **arguments)
+    stopping = Stopping(changes.pop("is_converged"), changes.pop("check_every")) if "is_converged" in changes else None
+    checkpoint = changes.pop("checkpoint", None)
+    sampling = Sampling(**{"draws": 8, "epsilon": 1e-4, "windows_per_draw": 4, "batch_size": 64, **changes})
+    return draw_slopes(model.eval(), perturbation, calibration, sampling, stopping, checkpoint)
 
 
 def relative_errors(perturbation, draws, exact, counts):

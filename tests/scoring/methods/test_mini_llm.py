@@ -10,7 +10,7 @@ import torch
 
 from optimum_fwdprune import Calibration, FwdPruner, find_sites
 from optimum_fwdprune.scoring.gradients.perturbation import GAUSSIAN, Noise, WeightPerturbation
-from optimum_fwdprune.scoring.gradients.zeroth_order import draw_slopes
+from optimum_fwdprune.scoring.gradients.zeroth_order import Sampling, draw_slopes
 from optimum_fwdprune.scoring.scores import Scores
 
 
@@ -114,9 +114,8 @@ def test_zeroth_order_scores_are_those_of_the_mean_of_slope_times_noise(dense, t
     scores = score(dense, tokens, draws=3, epsilon=1e-2, noise=GAUSSIAN, windows_per_draw=5, seed=7)
     sites = find_sites(dense)
     perturbation = WeightPerturbation(sites, Noise(7, GAUSSIAN))
-    draws = draw_slopes(
-        dense, perturbation, Calibration(tokens), draws=3, epsilon=1e-2, windows_per_draw=5, batch_size=8
-    )
+    sampling = Sampling(draws=3, epsilon=1e-2, windows_per_draw=5, batch_size=8)
+    draws = draw_slopes(dense, perturbation, Calibration(tokens), sampling)
     known = numpy_of(dense, tokens, "query_head")
     index = 0
     for site in sites:

@@ -1,0 +1,116 @@
+"""The stock class that holds the weights of a pruned model: of its own family, or of one that computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..models.per_layer import stock_config
+
+
+# Families whose stock classes compute the same and may hold what a family's own cannot, tried in this order: Mistral's
+# config takes any number of heads of any width.
+SAME_COMPUTATION = {"llama": ("llama", "mistral")}
+
+
+# What makes such a config compute the same.
+VALUES_OF_OTHERS = {"mistral": {"sliding_window": None}}
+
+
+def stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) -> tuple[PreTrainedConfig, Any]:
+    """Return the stock config and class that hold the weights of a pruned model.
+
+    Args:
+        config (`PreTrainedConfig`): of the pruned model.
+        pruned_class (`type`): its class.
+
+    Raises:
+        ValueError: where there are none, naming what is in the way and the way out.
+    """
+    try:
+        return find_stock_form(config, pruned_class)
+    except NoStockForm as error:
+        raise ValueError(
+            f"{error} Load it with trust_remote_code=True instead, or prune what the stock format can hold "
+            f"(layout='stock')."
+        ) from error
+
+
+class NoStockForm(ValueError):
+    """No stock class can hold a pruned model, for this reason."""
+
+
+def find_stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) -> tuple[PreTrainedConfig, Any]:
+    if "per_layer_config" not in config.to_dict():
+        raise ValueError(f"This {config.model_type} was not pruned here: unmodified transformers loads it as it is.")
+    dense = stock_config(config)
+    # What only a pruned config knows shows in the shapes.
+    known = type(dense)().to_dict()
+    layers = [{key: value for key, value in entry.items() if key in known} for entry in _entries(config)]
+    for number, entry in enumerate(layers):
+        if differing := [key for key in entry if entry[key] != layers[0][key]]:
+            key = differing[0]
+            raise ValueError(
+                f"A stock checkpoint has layers of one size, and layer {number} has {key}={entry[key]} where layer 0 "
+                f"has {layers[0][key]}. Prune with layout='stock' (--layout stock), or load it with the plugin."
+            )
+    shapes = _shapes(config, pruned_class)
+    reasons = []
+    for candidate, reason in _candidates(dense, layers[0]):
+        if candidate is None:
+            reasons.append(reason)
+            continue
+        model_class = _class_for(candidate, pruned_class)
+        if model_class is None:
+            reasons.append(f"{candidate.model_type} has no class for {pruned_class.__name__}")
+            continue
+        if (difference := _first_difference(shapes, _shapes(candidate, model_class))) is None:
+            return candidate, model_class
+        reasons.append(f"a stock {candidate.model_type} {difference}")
+    raise NoStockForm(f"No stock checkpoint can hold this {config.model_type}: {'; '.join(reasons)}.")
+
+
+def _entries(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """What layers differ in, of every layer: a config writes down only what is not the same as in its own fields."""
+    written: dict[str, dict] = config.to_dict()["per_layer_config"]
+    keys = sorted({key for entry in written.values() for key in entry})
+    return [{key: getattr(layer, key) for key in keys} for layer in config.per_layer_config]
+
+
+def _candidates(dense: PreTrainedConfig, layer: dict[str, Any]) -> Iterator[tuple[PreTrainedConfig | None, str]]:
+    """Yield stock configs at the sizes of `layer`; where a family's config refuses them, `None` and why."""
+    for model_type in SAME_COMPUTATION.get(dense.model_type, (dense.model_type,)):
+        config_class = type(AutoConfig.for_model(model_type))
+        values = {key: value for key, value in dense.to_dict().items() if key not in ("model_type", "architectures")}
+        try:
+            others = {} if model_type == dense.model_type else VALUES_OF_OTHERS.get(model_type, {})
+            yield config_class.from_dict({**values, **layer, **others}), ""
+        except Exception as error:  # Whatever a config validates by, the sizes are not for it.
+            yield None, f"{model_type} refuses these sizes ({' '.join(str(error).split())})"
+
+
+def _class_for(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) -> Any:
+    """The stock class of a config's family for the task of a pruned class."""
+    _, is_task, task = pruned_class.__name__.partition("For")
+    auto_class = getattr(transformers, f"AutoModel{is_task}{task}")
+    return auto_class._model_mapping.get(type(config), None)
+
+
+def _shapes(config: PreTrainedConfig, model_class: Any) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = model_class(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _first_difference(wanted: dict[str, tuple[int, ...]], held: dict[str, tuple[int, ...]]) -> str | None:
+    """Say where a stock model's parameters are not those of the pruned one."""
+    for name in {**wanted, **held}:
+        if wanted.get(name) != held.get(name):
+            have = f"{' x '.join(map(str, held[name]))}" if name in held else "nothing"
+            want = f"{' x '.join(map(str, wanted[name]))}" if name in wanted else "nothing"
+            return f"has {have} at {name} where the pruned model has {want}"
+    return None

@@ -1,0 +1,100 @@
+"""A pruned model in memory, or wherever accelerate has put the dense one."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..allocation.job import Job
+from ..allocation.plan import PruningPlan
+from ..architectures import SiteKey
+from ..data.calibration import Calibration
+from ..forward.gates import Projection
+from ..loading.dispatching import PlacementError
+from ..loading.subject import Subject
+from ..reconstruction.kinds import NONE
+from ..reconstruction.reconstruction import Reconstruction
+from ..runs.resume import Checkpoint, Stage
+from ..runs.shelves import Shelf
+from .cut import Cut
+from .surgery import prune_model
+
+
+class InMemory:
+    """A [`~optimum_fwdprune.cutting.cut.Place`] that keeps what is settled beside the dense weights, and cuts these
+    once the last layer is settled.
+
+    A layer that was cut in place could not be given back, and a later layer may fail: its activations may hold NaN,
+    and whoever waits may interrupt it. So the refitted parameters of all layers are in memory until surgery moves them
+    one by one. Units that go take none.
+
+    Args:
+        subject (`Subject`): the dense model with all its sites.
+        plan (`PruningPlan`): what they keep.
+        job (`Job`): where the layers that are settled are kept for a run that resumes.
+        calibration (`Calibration`, *optional*): the tokens that they are settled on.
+        inplace (`bool`, defaults to `True`): consume the dense model.
+        finished (`Callable`, *optional*): called with the pruned model as soon as it is whole, before it is checked.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        plan: PruningPlan,
+        job: Job,
+        calibration: Calibration | None,
+        inplace: bool = True,
+        finished: Callable[[Cut], None] = lambda _cut: None,
+    ):
+        self._subject, self._plan, self._calibration = subject, plan, calibration
+        self._job, self._inplace, self._finished = job, inplace, finished
+        self.shelf, self.probe_shelf = Shelf(), Shelf()
+        self.done: Sequence[Reconstruction] = ()
+        self._stages: list[Stage] = []
+        self._projections: dict[SiteKey, Projection] = {}
+        self._details: dict[str, Any] = {}
+
+    def writing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def open(self) -> None:
+        kept, subject = self._plan.kept, self._subject
+        # A round without reconstruction, or without a loss, has nothing to keep.
+        has_state = self._job.config.reconstruction != NONE and subject.losing(kept)
+        checkpoint = self._job.checkpoint if has_state else Checkpoint()
+        # The next of several rounds belongs to a model that is the same to the bit, on any device.
+        digest = hashlib.sha256(json.dumps(sorted(kept.items())).encode()).hexdigest()[:16]
+        self._stages = [
+            checkpoint.stage(f"reconstruction-{number}", self._calibration, kept=digest)
+            for number in range(len(subject.layers))
+        ]
+        states = itertools.takewhile(bool, (stage.load(Reconstruction.of) for stage in self._stages))
+        self.done = [state.placed_like(subject.sites) for state in states if state is not None]
+
+    def watched(self, layers: Iterable[Reconstruction]) -> Iterable[Reconstruction]:
+        return layers
+
+    def put_down(self, number: int, layer: Reconstruction) -> None:
+        self._projections |= layer.projections
+        self._details |= layer.details
+        if number >= len(self.done):
+            self._stages[number].save(layer.state)
+
+    def details(self) -> dict[str, Any]:
+        return self._details
+
+    def finish(self, plan: PruningPlan) -> PreTrainedModel:
+        try:
+            pruned = prune_model(self._subject, plan, self._projections, self._inplace)
+        except PlacementError as error:
+            self._finished(Cut(error.model, plan, math.nan))
+            raise
+        self._finished(Cut(pruned, plan, math.nan))
+        return pruned

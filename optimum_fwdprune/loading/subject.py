@@ -1,0 +1,97 @@
+"""What is pruned: a model with the sites that algorithms see of it, and where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..architectures import Architecture, Site, SiteKey, find_sites, get_architecture
+
+
+# What a safetensors header spends on a tensor, generously, so that a target in bytes holds for the file.
+HEADER_BYTES_PER_TENSOR = 192
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model that is measured or pruned.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        sites (`list[Site]`): its sites, or those of them that are looked at, in the order in which they write to the
+            residual stream.
+        streamed (`bool`, defaults to `False`): its decoder layers stay on disk, and those of the pruned model do too:
+            one layer is in memory at a time. Any other model is cut where it lies: in memory, on several devices, or
+            as accelerate has offloaded it.
+        work_folder (`str` or `Path`, *optional*): where temporary files of a streamed model lie; by default where the
+            system keeps such files.
+    """
+
+    model: PreTrainedModel
+    sites: list[Site]
+    streamed: bool = False
+    work_folder: str | Path | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, attention_unit: str = "query_head") -> Subject:
+        """Return a model in memory with all its sites."""
+        return cls(model, find_sites(model, attention_unit))
+
+    def looking_at(self, sites: Iterable[Site]) -> Subject:
+        """Return the same model with some of its sites."""
+        return replace(self, sites=list(sites))
+
+    @property
+    def architecture(self) -> Architecture:
+        """The family of the model."""
+        return get_architecture(self.model.config)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, first to last."""
+        return [layer for _, layer in self.architecture.layers(self.model)]
+
+    @property
+    def residual_adds_up(self) -> bool:
+        """Whether what sites write is added to the residual stream as it is, without a norm in between."""
+        return self.architecture.residual_adds_up(self.model.config)
+
+    def losing(self, kept: Mapping[SiteKey, list[int]]) -> list[Site]:
+        """Return the sites that keep fewer units than they have."""
+        return [site for site in self.sites if len(kept[site.key]) < site.num_units]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a model is. Surgery consumes a dense model, so this is read off before.
+
+    Args:
+        parameters (`int`): of the whole model.
+        bytes (`int`): of its weights.
+        file_bytes (`int`): of its weights as a safetensors file, at most.
+        prunable (`int`): parameters that units of its sites own.
+        per_unit (`dict[SiteKey, int]`): parameters of one unit of every site.
+    """
+
+    parameters: int
+    bytes: int
+    file_bytes: int
+    prunable: int
+    per_unit: dict[SiteKey, int]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, sites: Iterable[Site] = ()) -> Sizes:
+        """Read off the sizes of a model and of its sites."""
+        sites, parameters = list(sites), list(model.parameters())
+        total = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        return cls(
+            parameters=sum(parameter.numel() for parameter in parameters),
+            bytes=total,
+            file_bytes=total + HEADER_BYTES_PER_TENSOR * len(parameters),
+            prunable=sum(site.num_parameters for site in sites),
+            per_unit={site.key: site.unit_parameters for site in sites},
+        )

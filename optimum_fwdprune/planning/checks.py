@@ -1,0 +1,82 @@
+"""What a request would fail by, checked before anything is measured. Each check lives with the stage that it protects;
+this is the one place that calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..allocation.plan import PruningPlan
+from ..cutting.verification import check_counterpart
+from ..loading.placement import warn_of_placement
+from ..loading.saving import check_savable
+from ..loading.subject import Subject
+from ..reconstruction.reconstruct import check_reconstruction
+from ..request.choices import SEARCH
+from ..request.config import PruningConfig
+from ..runs import ranks
+from ..scoring.scores import Scores
+from .search import check_search
+
+
+def check_arguments(plan: Any, scores: Any) -> None:
+    """Raise `ValueError` or `TypeError` where a plan to replay or scores to allocate by are not that, or are both."""
+    if plan is not None and scores is not None:
+        raise ValueError("Give a plan to replay or scores to allocate by, not both.")
+    for name, value, expected in (("plan", plan, PruningPlan), ("scores", scores, Scores)):
+        if value is not None and not isinstance(value, expected):
+            raise TypeError(
+                f"{name} must be a {expected.__name__}; got a {type(value).__name__}. "
+                f"{expected.__name__}.load(file) reads a file."
+            )
+
+
+def check_model(subject: Subject) -> None:
+    """Raise `ValueError` where a model is not what its class and its config say; warn where it is in an odd place."""
+    warn_of_placement(subject.model)
+    check_counterpart(subject)
+
+
+def check_request(
+    subject: Subject, config: PruningConfig, plan: PruningPlan | None = None, scores: Scores | None = None
+) -> None:
+    """Raise where a model cannot be pruned as a request asks for.
+
+    Args:
+        subject (`Subject`): the model with all its sites.
+        config (`PruningConfig`): the request.
+        plan (`PruningPlan`, *optional*): to replay.
+        scores (`Scores`, *optional*): to allocate by.
+
+    Raises:
+        ValueError: where something does not fit, naming the way out.
+    """
+    if subject.streamed:
+        check_streamable(config)
+        # The pruned model is written along the way.
+        check_savable(subject.model, None)
+    check_reconstruction(subject.model, config)
+    if plan is None and config.resolved_scope == SEARCH:
+        check_search(subject.model, config)
+    check_model(subject)
+    if scores is not None:
+        scores.check_matches(subject.sites, config, subject.architecture.model_type)
+
+
+def check_streamable(config: PruningConfig) -> None:
+    """Raise `ValueError` where a request asks for more than one layer of the model at a time."""
+    if ranks.world_size() > 1:
+        raise ValueError(
+            f"low_memory=True runs in one process, and this is one of {ranks.world_size()}: start it without "
+            f"accelerate launch, or leave low_memory out."
+        )
+    whole = {
+        f"scope={SEARCH!r}": config.resolved_scope == SEARCH,
+        f"rounds={config.rounds}": config.rounds > 1,
+        "target_speedup": config.target_speedup is not None,
+    }
+    for name, asked in whole.items():
+        if asked:
+            raise ValueError(
+                f"{name} runs whole models, and low_memory=True has one decoder layer in memory at a time. Leave one "
+                f"of them out."
+            )

@@ -1,0 +1,214 @@
+"""The stages of a run, in order: settle the request, score, plan and cut, round after round; or replay a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..allocation.budgets import Budget, removal_budget
+from ..allocation.job import Job, checkpoint_of
+from ..allocation.plan import PruningPlan, losses_by_kind
+from ..allocation.rounds import Rounds
+from ..architectures import find_sites
+from ..cutting.cut import Cut, cut
+from ..cutting.in_memory import InMemory
+from ..cutting.on_disk import OnDisk
+from ..data.calibration import Calibration, load_calibration
+from ..forward.evidence import Evidence
+from ..loading.state import evaluating
+from ..loading.subject import Sizes, Subject
+from ..reconstruction.bias import added_parameters
+from ..reconstruction.kinds import NONE
+from ..request.config import PruningConfig
+from ..runs import ranks
+from ..runs.clock import StageClock
+from ..runs.progress import announce, progress
+from ..runs.resume import Checkpoint
+from ..scoring.score_units import check_scoring, needs_calibration, score_units
+from ..scoring.scores import Scores
+from .latency import LatencyCost, LatencyTable, at_measured_widths, speed_budget
+from .make_plan import keeper, make_plan, replayed
+from .settling import forecast, settle, warn_of_rounding
+from .stock_layout import STOCK, check_stock_layout, check_stock_request
+from .timing import load_or_measure, prefill_seconds
+
+
+class Run:
+    """One request carried out on one model.
+
+    Args:
+        subject (`Subject`): the model with all its sites. It was checked before (`planning/checks.py`).
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): for calibration on text.
+        dataset (*optional*): calibration data instead of that of the request; see
+            [`~optimum_fwdprune.data.calibration.load_calibration`].
+        inplace (`bool`, defaults to `True`): consume the model.
+        finished (`Callable`, *optional*): called with a pruned model as soon as it is whole, before it is checked, and
+            after every round.
+        latencies (`LatencyTable`, *optional*): of the model, where they were measured before.
+
+    Attributes:
+        scores (`Scores`, *optional*): the last ones; whatever fails after scoring, they can serve another request.
+        speedup (`tuple[float, float]`, *optional*): of a request for one, as predicted and as measured.
+        clock (`StageClock`): the seconds of every stage.
+        calibrated_on (`str`, *optional*): source of the calibration tokens.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        tokenizer: PreTrainedTokenizerBase | None,
+        dataset: Any = None,
+        inplace: bool = True,
+        finished: Callable[[Cut], None] = lambda _cut: None,
+        latencies: LatencyTable | None = None,
+    ):
+        self._subject, self._tokenizer, self._dataset = subject, tokenizer, dataset
+        self._inplace, self._finished = inplace, finished
+        self.latencies = latencies
+        self.scores: Scores | None = None
+        self.speedup: tuple[float, float] | None = None
+        self.clock = StageClock()
+        self.calibrated_on: str | None = None
+
+    def score(self, config: PruningConfig) -> Scores:
+        """Score the units of the model, which is not changed."""
+        config, budget = self._settled(config)
+        with evaluating(self._subject.model):
+            rounds = Rounds(self._subject.sites, config, budget)
+            return self._scored(self._subject, rounds, self._job(self._subject, rounds, 1))
+
+    def replay(self, plan: PruningPlan, config: PruningConfig) -> Cut:
+        """Cut the model as a plan says, with the reconstruction that the request asks for."""
+        subject = self._subject
+        plan.check_matches(subject.sites, subject.model.config.model_type)
+        if config.layout == STOCK:
+            check_stock_layout(subject, plan, config.reconstruction)
+        plan = replayed(plan, config)
+        announce("\n".join(losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values()))
+        evidence = Evidence()
+        if config.reconstruction != NONE:
+            calibration = self.calibration(config)
+            evidence, self.calibrated_on = Evidence(calibration), calibration.source
+        job = Job(config, None, checkpoint_of(config, subject.model), self.clock)
+        return self._cut(subject, plan, evidence, job)
+
+    def prune(self, config: PruningConfig, scores: Scores | None = None) -> Cut:
+        """Score, plan and cut in as many rounds as the request names.
+
+        Args:
+            config (`PruningConfig`): the request.
+            scores (`Scores`, *optional*): for the first round, instead of scoring.
+
+        Returns:
+            `Cut`: the last model, with the plan of all rounds.
+        """
+        with self.clock.stage("measure latencies"):
+            config, budget = self._settled(config)
+            dense_seconds = _prefill_seconds(self._subject.model, config)
+        rounds = Rounds(self._subject.sites, config, budget)
+        done: Cut | None = None
+        numbers = range(1, config.rounds + 1)
+        for number in progress(numbers, "Pruning in rounds", unit="round") if config.rounds > 1 else numbers:
+            subject = self._subject if done is None else self._left_by(done, config)
+            done = self._round(subject, rounds, number, done, scores if number == 1 else None)
+        assert done is not None and self.scores is not None
+        self.calibrated_on = self.scores.calibrated_on.get("source")
+        if config.target_speedup is not None and isinstance(budget.cost, LatencyCost):
+            with self.clock.stage("measure latencies"):
+                measured = dense_seconds / _prefill_seconds(done.model, config)
+            removed = rounds.removed({key: len(units) for key, units in done.plan.kept.items()})
+            self.speedup = budget.cost.speedup(removed), measured
+        return done
+
+    def calibration(
+        self, config: PruningConfig, model: PreTrainedModel | None = None, checkpoint: Checkpoint | None = None
+    ) -> Calibration:
+        """Return the calibration tokens of a request, which `model`, by default that of the run, may have to write."""
+        model = self._subject.model if model is None else model
+        with evaluating(model):
+            return load_calibration(config, model, self._tokenizer, self._dataset, checkpoint)
+
+    def _settled(self, config: PruningConfig) -> tuple[PruningConfig, Budget]:
+        """The request with what the model and the budget imply, and the budget; what it will do is logged."""
+        subject, sites = self._subject, self._subject.sites
+        dense = Sizes.of(subject.model, sites)
+
+        def added(request: PruningConfig) -> int:
+            return added_parameters(
+                (site for site in sites if site.kind in request.resolved_kinds), request.reconstruction
+            )
+
+        def budget_of(request: PruningConfig) -> tuple[PruningConfig, Budget]:
+            if request.target_speedup is None:
+                return request, removal_budget(request, sites, dense.parameters, dense.file_bytes, added(request))
+            self.latencies = load_or_measure(subject, request, self.latencies)
+            return at_measured_widths(sites, request), speed_budget(self.latencies, request.target_speedup)
+
+        def check(request: PruningConfig) -> None:
+            if request.layout == STOCK:
+                check_stock_request(subject, request)
+
+        config, budget = settle(sites, config, budget_of, check)
+        outcome = forecast(sites, config, budget, dense.parameters, dense.bytes, added(config))
+        announce(str(outcome))
+        if config.rounds == 1:
+            warn_of_rounding(sites, config, budget, outcome)
+        return config, budget
+
+    def _job(self, subject: Subject, rounds: Rounds, number: int) -> Job:
+        config, budget = rounds.request(subject.sites, number)
+        return Job(config, budget, checkpoint_of(config, subject.model), self.clock)
+
+    def _round(self, subject: Subject, rounds: Rounds, number: int, done: Cut | None, scores: Scores | None) -> Cut:
+        """Score the model that the last round left, plan and cut it; what is returned is what all rounds come to."""
+        job = self._job(subject, rounds, number)
+        with evaluating(subject.model):
+            with self.clock.stage("score"):
+                self.scores = scores = self._scored(subject, rounds, job) if scores is None else scores
+                if scores.calibration is None and scores.runs_tokens(job.config):
+                    scores = scores.calibrated_with(self.calibration(job.config, subject.model, job.checkpoint))
+            with self.clock.stage("allocate"):
+                plan, scores = make_plan(subject, scores, rounds, job)
+        if job.config.layout == STOCK:
+            check_stock_layout(subject, plan, job.config.reconstruction)
+        # Later rounds read the same tokens, which the dense model may have written.
+        self._dataset = scores.calibration or self._dataset
+        # Should this round's check or a later round fail, this is what there is.
+        now = self._cut(subject, plan, scores.evidence, job, done)
+        # Gram matrices are large, and of no use once the weights are cut.
+        self.scores = dataclasses.replace(scores, grams={})
+        now = now if done is None else now.after(done)
+        self._finished(now)
+        return now
+
+    def _left_by(self, done: Cut, config: PruningConfig) -> Subject:
+        sites = find_sites(done.model, config.attention_unit)
+        return dataclasses.replace(self._subject, model=done.model, sites=sites)
+
+    def _scored(self, subject: Subject, rounds: Rounds, job: Job) -> Scores:
+        check_scoring(subject.model, job.config)
+        calibration = None
+        if needs_calibration(job.config):
+            calibration = self.calibration(job.config, subject.model, job.checkpoint)
+        return score_units(subject, job, calibration, keeper(rounds, subject.sites, job))
+
+    def _cut(self, subject: Subject, plan: PruningPlan, evidence: Evidence, job: Job, done: Cut | None = None) -> Cut:
+        """Cut a model, on disk or where it lies; the models of earlier rounds are consumed whatever was asked for."""
+        if subject.streamed:
+            return cut(subject, plan, evidence, job, OnDisk(subject, plan, job, evidence.calibration))
+
+        def finished(now: Cut) -> None:
+            self._finished(now if done is None else now.after(done))
+
+        inplace = self._inplace or done is not None
+        return cut(subject, plan, evidence, job, InMemory(subject, plan, job, evidence.calibration, inplace, finished))
+
+
+def _prefill_seconds(model: PreTrainedModel, config: PruningConfig) -> float:
+    if config.target_speedup is None:
+        return math.nan
+    return ranks.from_main(lambda: prefill_seconds(model, config.latency_tokens))

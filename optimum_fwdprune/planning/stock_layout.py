@@ -1,0 +1,73 @@
+"""Whether an unmodified checkpoint can hold what a request or a plan leaves of a model: `layout="stock"`."""
+
+from __future__ import annotations
+
+from ..allocation.plan import PruningPlan
+from ..architectures import KINDS, Site
+from ..architectures.stock import find_stock_form
+from ..cutting.surgery import pruned_config
+from ..loading.subject import Subject
+from ..reconstruction.bias import added_parameters
+from ..reconstruction.kinds import NONE
+from ..request.config import PruningConfig
+
+
+# The layout of a request whose plan can be exported so.
+STOCK = "stock"
+
+
+def check_stock_layout(subject: Subject, plan: PruningPlan, reconstruction: str = NONE) -> None:
+    """Raise `ValueError` where a stock checkpoint could not hold what a plan leaves of a model.
+
+    Args:
+        subject (`Subject`): the dense model with all its sites.
+        plan (`PruningPlan`): what they keep.
+        reconstruction (`str`, defaults to `"none"`): kind of reconstruction that follows, which may add biases.
+    """
+    with_bias = {site.kind for site in subject.losing(plan.kept) if added_parameters([site], reconstruction)}
+    config = pruned_config(subject, plan.kept, with_bias)
+    find_stock_form(config, subject.architecture.pruned_class(subject.model))
+
+
+def check_stock_request(subject: Subject, config: PruningConfig) -> None:
+    """Raise `ValueError` where a stock checkpoint cannot hold half of the units of a kind that a request prunes."""
+    for kind in config.resolved_kinds:
+        plan = _halved(subject, config, kind)
+        if (reason := _not_stock(subject, plan, config.reconstruction)) is None:
+            continue
+        if config.reconstruction != NONE and _not_stock(subject, plan, NONE) is None:
+            raise ValueError(
+                f"layout='stock' does not go with reconstruction={config.reconstruction!r} here. {reason} Set "
+                f"reconstruction='least_squares' or reconstruction='none', which add no parameters."
+            )
+        others = [other for other in KINDS if other != kind and _allows(subject, config, other)]
+        way_out = f"Set kinds={others}, or leave out layout." if others else "Leave out layout."
+        raise ValueError(f"layout='stock' does not go with pruning {kind} here. {reason} {way_out}")
+
+
+def _allows(subject: Subject, config: PruningConfig, kind: str) -> bool:
+    """Whether a stock checkpoint can hold half of the units of `kind`."""
+    return _not_stock(subject, _halved(subject, config, kind), config.reconstruction) is None
+
+
+def _halved(subject: Subject, config: PruningConfig, kind: str) -> PruningPlan:
+    """The plan that keeps half of the units of `kind` in every layer, and all others."""
+    counts = {site.key: site.num_units for site in subject.sites}
+    kept = {site.key: _half(site) if site.kind == kind else list(range(site.num_units)) for site in subject.sites}
+    return PruningPlan(kept, counts, subject.model.config.model_type, config.attention_unit)
+
+
+def _not_stock(subject: Subject, plan: PruningPlan, reconstruction: str) -> str | None:
+    """Why no stock checkpoint can hold what a plan leaves, or `None` where one can."""
+    try:
+        check_stock_layout(subject, plan, reconstruction)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _half(site: Site) -> list[int]:
+    """The first half of the units of every group."""
+    per_group = site.num_units // site.num_groups
+    stay = range(max(1, per_group // 2))
+    return [group * per_group + unit for group in range(site.num_groups) for unit in stay]
