@@ -27,13 +27,12 @@ from .checkpoint.hub import (
     check_upload,
     upload,
 )
-from .checkpoint.record import Record
-from .checkpoint.reproduction import IN_MEMORY, INPUTS, inputs_of
 from .cutting.cut import Cut
 from .cutting.on_disk import files_of
 from .data.calibration import load_calibration
 from .evaluation import Comparison
 from .files import check_output_folder, folder_moved_into_place
+from .loading.base import Base
 from .loading.models import (
     ACCESS,
     FOLDER_OTHERWISE,
@@ -45,6 +44,7 @@ from .loading.models import (
 )
 from .loading.offline import naming_offline
 from .loading.offloading import check_readable, device_map_on_disk, is_offloaded
+from .loading.origin import FINGERPRINT, NAME, REVISION, Origin
 from .loading.placement import placed
 from .loading.saving import (
     check_savable,
@@ -66,6 +66,8 @@ from .planning.make_plan import (
     request_of_replay,
 )
 from .planning.run import Run
+from .record.record import Record
+from .record.reproduction import IN_MEMORY, INPUTS, inputs_of
 from .report import PruningReport, Speedup
 from .report.card import write_card
 from .report.checkpoint import report_of
@@ -353,7 +355,7 @@ class FwdPruner:
         asked = config if plan is None else request_of_replay(plan, config)
         before, inputs = Sizes.of(self.model, subject.sites), self._inputs(config, dataset, scores)
         earlier = EarlierPruning.of(self.model, subject.sites, self._plan_of_model(), self.recovery)
-        source = Source.of(self.model.config, {name: value for name, value in self._access.items() if name in WHERE})
+        source = Origin.of(self.model.config, {name: value for name, value in self._access.items() if name in WHERE})
 
         def keep(done: Cut) -> None:
             origin = {key: value for key, value in done.plan.metadata.items() if key not in (FINGERPRINT, REVISION)}

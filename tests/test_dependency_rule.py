@@ -56,28 +56,13 @@ LONG_MODULES = {
 }
 LONG_SIGNATURES = {
     "checkpoint/hub.py upload",
-    "cutting/cut.py cut",
-    "cutting/streamed.py cut_streamed",
     "evaluation/comparison.py compare",
     "evaluation/comparison.py evaluate",
     "evaluation/tasks.py evaluate_tasks",
-    "planning/levels.py Levels.__init__",
-    "planning/make_plan.py make_plan",
-    "planning/search.py search",
-    "pruner.py FwdPruner._cut",
-    "pruner.py FwdPruner._prune_in_rounds",
-    "pruner.py FwdPruner._score",
-    "reconstruction/independent.py refit_independently",
-    "reconstruction/reconstruct.py reconstruct",
-    "reconstruction/reconstruct.py reconstruct_by_layer",
-    "reconstruction/sequential.py refit_in_sequence",
     "recovery/finetuning.py _trainer",
     "recovery/finetuning.py recover",
     "report/card.py write_card",
     "request/config.py register_method",
-    "scoring/gradients/zeroth_order.py draw_slopes",
-    "scoring/learning/mask_learning.py learn_rates",
-    "scoring/learning/policies.py budgets_of",
 }
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..loading.offloading import read_parameter
 from ..request.config import PruningConfig
 from ..runs.clock import StageClock
-from ..runs.resume import Checkpoint, digest_of
+from ..runs.resume import Resume, digest_of
 from .budgets import Budget
 
 
@@ -25,18 +25,18 @@ class Job:
     Args:
         config (`PruningConfig`): the settled request.
         budget (`Budget`, *optional*): what it removes; `None` where a plan says what stays.
-        checkpoint (`Checkpoint`): where long stages keep their state; by default nowhere.
+        resume (`Resume`): where long stages keep their state; by default nowhere.
         clock (`StageClock`): the seconds of every stage so far, of all rounds.
     """
 
     config: PruningConfig
     budget: Budget | None = None
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    resume: Resume = field(default_factory=Resume)
     clock: StageClock = field(default_factory=StageClock)
 
 
-def checkpoint_of(config: PruningConfig, model: PreTrainedModel) -> Checkpoint:
-    """Return where the stages of a request for a model keep their states: in `config.checkpoint`.
+def resume_of(config: PruningConfig, model: PreTrainedModel) -> Resume:
+    """Return where the stages of a request for a model keep their states: in `config.resume`.
 
     Raises:
         OSError: where that is a file, or nothing can be written there.

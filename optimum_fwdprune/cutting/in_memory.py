@@ -21,7 +21,7 @@ from ..loading.dispatching import PlacementError
 from ..loading.subject import Subject
 from ..reconstruction.kinds import NONE
 from ..reconstruction.reconstruction import Reconstruction
-from ..runs.resume import Checkpoint, Stage
+from ..runs.resume import Resume, Stage
 from ..runs.shelves import Shelf
 from .cut import Cut
 from .surgery import prune_model
@@ -68,11 +68,11 @@ class InMemory:
         kept, subject = self._plan.kept, self._subject
         # A round without reconstruction, or without a loss, has nothing to keep.
         has_state = self._job.config.reconstruction != NONE and subject.losing(kept)
-        checkpoint = self._job.checkpoint if has_state else Checkpoint()
+        resume = self._job.resume if has_state else Resume()
         # The next of several rounds belongs to a model that is the same to the bit, on any device.
         digest = hashlib.sha256(json.dumps(sorted(kept.items())).encode()).hexdigest()[:16]
         self._stages = [
-            checkpoint.stage(f"reconstruction-{number}", self._calibration, kept=digest)
+            resume.stage(f"reconstruction-{number}", self._calibration, kept=digest)
             for number in range(len(subject.layers))
         ]
         states = itertools.takewhile(bool, (stage.load(Reconstruction.of) for stage in self._stages))

@@ -83,8 +83,8 @@ class OnDisk:
     done: Sequence[Reconstruction] = ()
 
     def __init__(self, subject: Subject, plan: PruningPlan, job: Job, calibration: Calibration | None):
-        kept = {f"{layer}.{kind}": units for (layer, kind), units in plan.kept.items()}
-        self.workspace = Workspace(subject.work_folder, job.checkpoint.folder("streamed", calibration, kept=kept))
+        kept = {str(key): units for key, units in plan.kept.items()}
+        self.workspace = Workspace(subject.work_folder, job.resume.folder("streamed", calibration, kept=kept))
         folder = self.workspace.folder
         self.shelf, self.probe_shelf = Shelf(folder / "hidden_states"), Shelf(folder / "probe")
         self._subject, self._kept = subject, plan.kept

@@ -81,12 +81,12 @@ def gather_statistics(
     """Return the statistics of every site on each of the texts, as `collect_statistics` does, reading layers that are
     offloaded once and not once per batch."""
     if not is_offloaded(subject.model.base_model):
-        return [collect_statistics(subject, text, batch_size, kinds, checkpoint) for text in texts]
-    checkpoint = checkpoint or Checkpoint()
+        return [collect_statistics(subject, text, batch_size, kinds, resume) for text in texts]
+    resume = resume or Resume()
     name = "statistics-by-layer"
     identity = {"texts": [text.fingerprint for text in texts], "kinds": sorted(kinds)}
-    shelf = Shelf(checkpoint.folder(f"{name}-hidden-states", about=identity))
-    stage = checkpoint.stage(name, about=identity)
+    shelf = Shelf(resume.folder(f"{name}-hidden-states", about=identity))
+    stage = resume.stage(name, about=identity)
     gathered = stage.load(_unpacked) or [{} for _ in texts]
     layers = statistics_by_layer(subject, texts, batch_size, kinds, shelf)
     total = len(subject.layers)
@@ -104,8 +104,8 @@ def _packed(gathered: list[dict[SiteKey, SiteStatistics]]) -> State:
     counts = []
     for text, statistics in enumerate(gathered):
         counts.append(next((of_site.count for of_site in statistics.values()), 0))
-        for (layer, kind), of_site in statistics.items():
-            site = f"{text}.{layer}.{kind}"
+        for key, of_site in statistics.items():
+            site = f"{text}.{key}"
             tensors |= {f"{site}.mean": of_site.mean, f"{site}.variance": of_site.variance}
             tensors |= {f"{site}.norm.{name}": norm for name, norm in of_site.source_norms.items()}
     return tensors, {"counts": counts}
@@ -125,7 +125,7 @@ def _unpacked(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> list
             statistics = SiteStatistics(
                 numbers["counts"][int(text)], tensors[name], tensors[f"{site}variance"], source_norms=norms
             )
-            gathered[int(text)][(int(layer), kind)] = statistics
+            gathered[int(text)][SiteKey(int(layer), kind)] = statistics
     return gathered
 
 
@@ -154,7 +154,7 @@ def collect_statistics(
     """
     model, kinds = subject.model, sorted(kinds)
     observer, device = Observer(subject.sites, kinds), input_device(model)
-    stage = (checkpoint or Checkpoint()).stage(*_name_of_pass(calibration, subject.sites, kinds), own=True)
+    stage = (resume or Resume()).stage(*_name_of_pass(calibration, subject.sites, kinds), own=True)
     share, done = calibration.own_share(), stage.load(observer.take_up) or 0
     with observer.watching():
         batches = list(share.after(done).batches(batch_size)) if share is not None and done < len(share) else []

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures import Architecture, Site, SiteKey, find_sites, get_architecture
+from ..architectures.sizes import ModelSizes
 
 
 # What a safetensors header spends on a tensor, generously, so that a target in bytes holds for the file.
@@ -86,12 +87,11 @@ class Sizes:
     @classmethod
     def of(cls, model: PreTrainedModel, sites: Iterable[Site] = ()) -> Sizes:
         """Read off the sizes of a model and of its sites."""
-        sites, parameters = list(sites), list(model.parameters())
-        total = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        sites, sizes = list(sites), ModelSizes.of(model)
         return cls(
-            parameters=sum(parameter.numel() for parameter in parameters),
-            bytes=total,
-            file_bytes=total + HEADER_BYTES_PER_TENSOR * len(parameters),
+            parameters=sizes.parameters,
+            bytes=sizes.bytes,
+            file_bytes=sizes.bytes + HEADER_BYTES_PER_TENSOR * sizes.tensors,
             prunable=sum(site.num_parameters for site in sites),
             per_unit={site.key: site.unit_parameters for site in sites},
         )

@@ -64,9 +64,7 @@ class Levels:
         self._files: dict[SiteKey, Any] = {}
         cut = [site for site in sites if self._kept[site.key]]
         if config.reconstruction == BIAS:
-            moments = collect_statistics(
-                subject.looking_at(cut), calibration, config.batch_size, (MOMENTS,), checkpoint
-            )
+            moments = collect_statistics(subject.looking_at(cut), calibration, config.batch_size, (MOMENTS,), resume)
             self._moments = PlacedStatistics(cut, moments)
         if config.reconstruction == LEAST_SQUARES:
             _check_space(cut, self._kept, folder)
@@ -75,7 +73,7 @@ class Levels:
                 kept = self._kept[site.key]
                 grams = [of_text.gram for of_text in statistics if of_text.gram is not None]
                 ridge = _ridge(site, kept, grams, [of_text.count for of_text in statistics], config.ridge)
-                file = folder / f"{site.layer}.{site.kind}.safetensors"
+                file = folder / f"{site.key}.safetensors"
                 save_tensors_atomically(file, _refitted(site, kept, functools.reduce(torch.add, grams), ridge), {})
                 # Memory-mapped: the system keeps what is used often.
                 self._files[site.key] = safe_open(file, framework="pt")

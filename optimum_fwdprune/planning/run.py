@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..allocation.budgets import Budget, removal_budget
-from ..allocation.job import Job, checkpoint_of
+from ..allocation.job import Job, resume_of
 from ..allocation.plan import PruningPlan, losses_by_kind
 from ..allocation.rounds import Rounds
 from ..architectures import find_sites
@@ -27,7 +27,7 @@ from ..request.config import PruningConfig
 from ..runs import ranks
 from ..runs.clock import StageClock
 from ..runs.progress import announce, progress
-from ..runs.resume import Checkpoint
+from ..runs.resume import Resume
 from ..scoring.score_units import check_scoring, needs_calibration, score_units
 from ..scoring.scores import Scores
 from .latency import LatencyCost, LatencyTable, at_measured_widths, speed_budget
@@ -93,7 +93,7 @@ class Run:
         if config.reconstruction != NONE:
             calibration = self.calibration(config)
             evidence, self.calibrated_on = Evidence(calibration), calibration.source
-        job = Job(config, None, checkpoint_of(config, subject.model), self.clock)
+        job = Job(config, None, resume_of(config, subject.model), self.clock)
         return self._cut(subject, plan, evidence, job)
 
     def prune(self, config: PruningConfig, scores: Scores | None = None) -> Cut:
@@ -125,12 +125,12 @@ class Run:
         return done
 
     def calibration(
-        self, config: PruningConfig, model: PreTrainedModel | None = None, checkpoint: Checkpoint | None = None
+        self, config: PruningConfig, model: PreTrainedModel | None = None, resume: Resume | None = None
     ) -> Calibration:
         """Return the calibration tokens of a request, which `model`, by default that of the run, may have to write."""
         model = self._subject.model if model is None else model
         with evaluating(model):
-            return load_calibration(config, model, self._tokenizer, self._dataset, checkpoint)
+            return load_calibration(config, model, self._tokenizer, self._dataset, resume)
 
     def _settled(self, config: PruningConfig) -> tuple[PruningConfig, Budget]:
         """The request with what the model and the budget imply, and the budget; what it will do is logged."""
@@ -161,7 +161,7 @@ class Run:
 
     def _job(self, subject: Subject, rounds: Rounds, number: int) -> Job:
         config, budget = rounds.request(subject.sites, number)
-        return Job(config, budget, checkpoint_of(config, subject.model), self.clock)
+        return Job(config, budget, resume_of(config, subject.model), self.clock)
 
     def _round(self, subject: Subject, rounds: Rounds, number: int, done: Cut | None, scores: Scores | None) -> Cut:
         """Score the model that the last round left, plan and cut it; what is returned is what all rounds come to."""
@@ -170,7 +170,7 @@ class Run:
             with self.clock.stage("score"):
                 self.scores = scores = self._scored(subject, rounds, job) if scores is None else scores
                 if scores.calibration is None and scores.runs_tokens(job.config):
-                    scores = scores.calibrated_with(self.calibration(job.config, subject.model, job.checkpoint))
+                    scores = scores.calibrated_with(self.calibration(job.config, subject.model, job.resume))
             with self.clock.stage("allocate"):
                 plan, scores = make_plan(subject, scores, rounds, job)
         if job.config.layout == STOCK:
@@ -193,7 +193,7 @@ class Run:
         check_scoring(subject.model, job.config)
         calibration = None
         if needs_calibration(job.config):
-            calibration = self.calibration(job.config, subject.model, job.checkpoint)
+            calibration = self.calibration(job.config, subject.model, job.resume)
         return score_units(subject, job, calibration, keeper(rounds, subject.sites, job))
 
     def _cut(self, subject: Subject, plan: PruningPlan, evidence: Evidence, job: Job, done: Cut | None = None) -> Cut:

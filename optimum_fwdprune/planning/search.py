@@ -121,11 +121,11 @@ def search(
 
     by_name = ((str(site.key), scores[site.key]) for site in learned)
     costs = [cost.total(site) for site in learned]
-    stage = job.checkpoint.stage("search", calibration, scores=digest_of(by_name), costs=costs)
+    stage = job.resume.stage("search", calibration, scores=digest_of(by_name), costs=costs)
     state = stage.load(SearchState.of) or SearchState(torch.zeros(0, dtype=torch.float64), FIRST_STEP)
     with tempfile.TemporaryDirectory(prefix="fwdprune-levels-") as folder:
         if state.step >= LAST_STEP:
-            levels = Levels(subject.looking_at(learned), scores, coarse, fit, Path(folder), job.checkpoint)
+            levels = Levels(subject.looking_at(learned), scores, coarse, fit, Path(folder), job.resume)
             divergence = Divergence(subject.looking_at(learned), judging, config.batch_size)
             descent = Descent(ratios, budgets, levels, divergence, cost, len(judging.input_ids))
             if not len(state.rates):

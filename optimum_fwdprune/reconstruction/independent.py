@@ -97,7 +97,7 @@ def statistics_with_grams(
     """
     texts = fit_and_held_out(calibration)
     with_grams = not is_offloaded(subject.model)
-    parts = gather_statistics(subject, texts, batch_size, {*kinds, GRAM} if with_grams else kinds, checkpoint)
+    parts = gather_statistics(subject, texts, batch_size, {*kinds, GRAM} if with_grams else kinds, resume)
     by_site = {site.key: [part[site.key] for part in parts] for site in subject.sites}
     statistics = {key: functools.reduce(SiteStatistics.with_more, of_site) for key, of_site in by_site.items()}
     return statistics, by_site if with_grams else {}

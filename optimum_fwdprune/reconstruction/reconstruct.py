@@ -104,7 +104,7 @@ def reconstruct_by_layer(
         if number < len(done):
             yield done[number]
             continue
-        details = {f"{layer}.{kind}": refit.summary() for (layer, kind), refit in refits.items()}
+        details = {str(key): refit.summary() for key, refit in refits.items()}
         yield Reconstruction(projections, details)
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..allocation.job import Job
-from ..architectures import Site, SiteKey
+from ..architectures import Site, SiteKey, keyed_by_site
 from ..data.calibration import Calibration
 from ..forward.evidence import Grams
 from ..forward.gathering import gather_statistics
@@ -60,17 +60,17 @@ def score_units(
     Raises:
         ValueError: on NaN in weights, activations or scores, naming where.
     """
-    model, sites, config, checkpoint = subject.model, subject.sites, job.config, job.checkpoint
+    model, sites, config, resume = subject.model, subject.sites, job.config, job.resume
     _check_finite(model)
     method, needed = get_method(config.method), _needed(config)
     statistics: dict[SiteKey, SiteStatistics] = {}
     grams: Grams = {}
     if needed and calibration is not None and _will_refit_independently(config) and grams_fit(sites):
-        statistics, grams = statistics_with_grams(subject, calibration, config.batch_size, needed, checkpoint)
+        statistics, grams = statistics_with_grams(subject, calibration, config.batch_size, needed, resume)
     elif needed and calibration is not None:
-        (statistics,) = gather_statistics(subject, [calibration], config.batch_size, needed, checkpoint)
+        (statistics,) = gather_statistics(subject, [calibration], config.batch_size, needed, resume)
     # Scored again on another device, units that are worth the same could change places.
-    stage = checkpoint.stage("scores", calibration)
+    stage = resume.stage("scores", calibration)
     scored = stage.load(_scores_of)
     if scored is None:
         placed = PlacedStatistics(sites, statistics)
@@ -78,7 +78,7 @@ def score_units(
         def keep_in_memory(scores: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, list[int]]:
             return keep({key: values.cpu() for key, values in scores.items()})
 
-        inputs = ScoringInputs(model, InTurn(sites), placed, calibration, config, keep_in_memory, checkpoint)
+        inputs = ScoringInputs(model, InTurn(sites), placed, calibration, config, keep_in_memory, resume)
         scored = _in_memory(method.score(inputs))
         _check_scores(scored, sites, config)
         stage.save(lambda: _state_of(scored))

@@ -116,7 +116,7 @@ def draw_slopes(
     calibration: Calibration,
     sampling: Sampling,
     stopping: Stopping | None = None,
-    checkpoint: Checkpoint | None = None,
+    resume: Resume | None = None,
 ) -> Draws:
     """Measure the loss on both sides of many perturbations.
 
@@ -130,7 +130,7 @@ def draw_slopes(
         calibration (`Calibration`): the tokens.
         sampling (`Sampling`): how many perturbations, and what of.
         stopping (`Stopping`, *optional*): when to end before all of them are drawn.
-        checkpoint (`Checkpoint`, *optional*): where the draws so far are kept.
+        resume (`Resume`, *optional*): where the draws so far are kept.
 
     Raises:
         ValueError: where epsilon is too small for the model's dtype, naming one that works; or where more than

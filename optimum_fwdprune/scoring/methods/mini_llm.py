@@ -99,9 +99,7 @@ def _estimate(inputs: ScoringInputs, sensitivity) -> UnitScores:
         batch_size=config.batch_size,
     )
     stopping = Stopping(is_settled, config.stop_after) if config.stop_after else None
-    draws = draw_slopes(
-        inputs.model, sensitivity.perturbation, inputs.calibration, sampling, stopping, inputs.checkpoint
-    )
+    draws = draw_slopes(inputs.model, sensitivity.perturbation, inputs.calibration, sampling, stopping, inputs.resume)
     scores = sensitivity.of(estimated(sensitivity.perturbation, draws, GROUPS[config.perturb]))
     return UnitScores(
         {key: estimates[0] for key, estimates in scores.items()},

@@ -182,7 +182,7 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
     gathered: dict = {}
     if method.statistics:
         (gathered,) = gather_statistics(
-            Subject(inputs.model, inputs.sites), [tokens], config.batch_size, method.statistics, inputs.checkpoint
+            Subject(inputs.model, inputs.sites), [tokens], config.batch_size, method.statistics, inputs.resume
         )
     statistics = PlacedStatistics(inputs.sites, gathered)
     found = method.score(dataclasses.replace(inputs, config=config, calibration=tokens, statistics=statistics))

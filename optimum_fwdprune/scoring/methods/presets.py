@@ -17,6 +17,7 @@ register_preset(
 )
 register_preset(
     "best",
-    "The linears before the projections are refitted too: up to twice the time of balanced, and most gain from more text.",
+    "The linears before the projections are refitted too: up to twice the time of balanced, and most gain from more "
+    "text.",
     refit_sources=True,
 )
