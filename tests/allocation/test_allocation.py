@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from optimum_fwdprune.allocation.allocate import allocate
 from optimum_fwdprune.allocation.budgets import Budget, removal_budget
 from optimum_fwdprune.allocation.steps import convex
-from optimum_fwdprune.architectures import ATTENTION, MLP
+from optimum_fwdprune.architectures import ATTENTION, MLP, SiteKey
 
 
 HEAD_COST, CHANNEL_COST = 40, 9
@@ -22,7 +22,7 @@ def make_site(layer, kind, num_units, num_groups=1):
     cost = HEAD_COST if kind == ATTENTION else CHANNEL_COST
     linear = torch.nn.Linear(num_units, 1, bias=False)
     site = SimpleNamespace(layer=layer, kind=kind, num_units=num_units, unit_parameters=cost, num_groups=num_groups)
-    return SimpleNamespace(**vars(site), num_parameters=num_units * cost, key=(layer, kind), projection=linear)
+    return SimpleNamespace(**vars(site), num_parameters=num_units * cost, key=SiteKey(layer, kind), projection=linear)
 
 
 @st.composite

@@ -421,9 +421,9 @@ def test_a_grid_that_cannot_meet_the_budget_is_halved(tokens, monkeypatch):
     widths = []
     init = Levels.__init__
 
-    def watched(self, model, sites, scores, config, *rest):
+    def watched(self, subject, scores, config, *rest):
         widths.append(config.multiple_of)
-        init(self, model, sites, scores, config, *rest)
+        init(self, subject, scores, config, *rest)
 
     monkeypatch.setattr(Levels, "__init__", watched)
     pruner = FwdPruner(tiny.make_model("llama_mha_tied"))
