@@ -13,7 +13,9 @@ export XDG_CACHE_HOME := $(CACHE)
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test fuzz quality style hooks docs benchmark gpu study recovery runtimes vllm clean
+COMPAT_TESTS := tests/test_invariants.py tests/loading/test_loading.py
+
+.PHONY: quickstart test fuzz quality style hooks compat docs benchmark gpu study recovery runtimes vllm clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -45,6 +47,11 @@ docs: $(VENV)/docs
 benchmark: $(VENV)/installed
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/mini_llm_cost.py
+
+# The invariants on the oldest and the newest transformers that setup.cfg admits, each in an environment of its own.
+compat: $(CACHE)/compat/oldest/installed $(CACHE)/compat/newest/installed
+	$(CACHE)/compat/oldest/bin/python -m pytest $(COMPAT_TESTS) $(PYTEST_ARGS)
+	$(CACHE)/compat/newest/bin/python -m pytest $(COMPAT_TESTS) $(PYTEST_ARGS)
 
 # At most eight minutes on one GPU: what fails there, memory and speed.
 gpu: $(VENV)/installed
@@ -86,6 +93,19 @@ $(CACHE)/runtimes/installed: setup.cfg pyproject.toml .ci/constraints.txt Makefi
 	test -x $(CACHE)/runtimes/bin/python || $(PYTHON) -m venv $(CACHE)/runtimes
 	$(CACHE)/runtimes/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt torch
 	$(CACHE)/runtimes/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[tests,runtimes]"
+	touch $@
+
+# What transformers pins itself follows its version; everything else is what the tests use. The newest is asked for again
+# whenever the file is older than the setup; delete .cache/compat to ask at any time.
+$(CACHE)/compat/%/installed: setup.cfg pyproject.toml .ci/constraints.txt Makefile
+	mkdir -p $(TMPDIR)
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	grep -Ev '^(transformers|tokenizers|huggingface_hub)==' .ci/constraints.txt > $(@D)/constraints.txt
+	test $* != oldest || sed -n 's/^ *transformers>=/transformers==/p' setup.cfg >> $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(@D)/constraints.txt \
+		-e ".[recovery]" transformers pytest hypothesis scipy
+	$(@D)/bin/python -m pip list | grep -E '^(transformers|tokenizers|huggingface_hub|torch) '
 	touch $@
 
 # What it brings for sound and pictures is built for CUDA, and text needs none of it.

@@ -106,7 +106,9 @@ def _count(calls: dict[SiteKey, int], key: SiteKey, *_call: Any) -> None:
 def _check_sizes(subject: Subject, everything: dict[SiteKey, list[int]]) -> None:
     """Raise `ValueError` where a layer has other sizes than the config says."""
     model = subject.model
-    layer_configs = list(model.config.get_text_config().per_layer_config)
+    config = model.config.get_text_config()
+    # In transformers 5.14, a config whose layers are alike has none for each layer.
+    layer_configs = list(config.per_layer_config or [config] * config.num_hidden_layers)
     for layer, sizes in subject.architecture.layer_sizes(model, subject.sites, everything).items():
         for key, size in sizes.items():
             expected = getattr(layer_configs[layer], key, size)
