@@ -1,37 +1,31 @@
-"""A family of your own: Granite, which this package does not know, in forty lines, pruned and loaded again.
+"""A family of your own: Granite, which this package does not know, in thirty lines, pruned and loaded again.
 
     python examples/your_own_architecture.py ibm-granite/granite-3.1-2b-base pruned
 
-Granite's layers are shaped like LLaMA's. tests/third_party_phi3.py is a family with fused projections.
+Granite's layers are shaped like LLaMA's. tests/third_party_phi3.py declares a family with fused projections.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, GraniteModel
 
-from optimum_fwdprune import Architecture, AttentionLayout, FwdPruner, MLPLayout, PruningConfig, register_architecture
-from optimum_fwdprune.models.per_layer import PerLayerMixin, resize_llama_layer
+from optimum_fwdprune import Architecture, FwdPruner, PruningConfig, register_architecture
+from optimum_fwdprune.models.layout import LLAMA_LAYOUT
+from optimum_fwdprune.models.per_layer import PerLayerConfigMixin, PerLayerMixin
 
 
 @strict
-class PrunedGraniteConfig(GraniteConfig):
+class PrunedGraniteConfig(PerLayerConfigMixin, GraniteConfig):
     model_type = "pruned_granite"
-
-    attention_output_bias: bool = False
-    mlp_output_bias: bool = False
-    head_dim: int | None = None
-
-    def __post_init__(self, **kwargs):
-        # The width of a head, which the stock config derives from a number of heads that now differs by layer.
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        super().__post_init__(**kwargs)
 
 
 class PrunedGraniteMixin(PerLayerMixin):
     config_class = PrunedGraniteConfig
-    resize = staticmethod(resize_llama_layer)
+    # The modules have the names that LLaMA's have. What they add to the residual stream is scaled.
+    layout = replace(LLAMA_LAYOUT, residual_adds_up=lambda config: config.residual_multiplier == 1)
 
 
 class PrunedGraniteModel(PrunedGraniteMixin, GraniteModel):
@@ -43,9 +37,7 @@ class PrunedGraniteForCausalLM(PrunedGraniteMixin, GraniteForCausalLM):
 
 
 def register():
-    attention = AttentionLayout(module="self_attn", query="q_proj", key="k_proj", value="v_proj", output="o_proj")
-    mlp = MLPLayout(sources=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj")
-    register_architecture(Architecture.from_module("granite", attention, mlp, sys.modules[__name__]))
+    register_architecture(Architecture.from_module(sys.modules[__name__]))
 
 
 def main():
@@ -58,7 +50,7 @@ def main():
 
     register()
     pruner = FwdPruner.from_pretrained(args.model)
-    # Should layout and resize() disagree, prune() says so: it compares the logits of masked and sliced model.
+    # Should the layout be wrong, prune() reports it: it compares the logits of the masked and the sliced model.
     pruner.prune(PruningConfig(sparsity=args.sparsity, scope="global", calibration=args.calibration))
     pruner.save_pretrained(args.output)
     print(pruner.report)

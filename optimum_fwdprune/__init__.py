@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .allocation.plan import PruningPlan as PruningPlan
     from .architectures import Architecture as Architecture
     from .architectures import AttentionLayout as AttentionLayout
+    from .architectures import DecoderLayout as DecoderLayout
     from .architectures import MLPLayout as MLPLayout
     from .architectures import find_sites as find_sites
     from .architectures import register_architecture as register_architecture
@@ -33,6 +34,7 @@ _HOME = {
     "Architecture": "architectures",
     "AttentionLayout": "architectures",
     "Calibration": "data.calibration",
+    "DecoderLayout": "architectures",
     "FwdPruner": "pruner",
     "MLPLayout": "architectures",
     "PruningConfig": "scoring.methods",

@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny
 import transformers
 
-from optimum_fwdprune import Architecture, AttentionLayout, FwdPruner, MLPLayout, register_architecture
+from optimum_fwdprune import Architecture, FwdPruner, MLPLayout, register_architecture
 from optimum_fwdprune.architectures import supported_architectures
+from optimum_fwdprune.models.layout import LLAMA_LAYOUT
+from optimum_fwdprune.models.pruned_llama import PrunedLlamaMixin
 
 
 # What a user may import first; each must end with the Auto classes knowing pruned checkpoints.
@@ -67,11 +70,8 @@ def test_an_unsupported_model_type_fails_before_its_weights_are_read(tmp_path):
 
 
 def test_an_architecture_without_the_mixin_is_refused():
-    architecture = Architecture(
-        "gemma", AttentionLayout(module="self_attn", output="o_proj"), MLPLayout((), ""), (transformers.GemmaModel,)
-    )
-    with pytest.raises(ValueError, match=r"GemmaModel lacks resize.*PerLayerMixin"):
-        register_architecture(architecture)
+    with pytest.raises(ValueError, match=r"GemmaModel lacks a layout.*PerLayerMixin"):
+        register_architecture(Architecture((transformers.GemmaModel,)))
     assert "gemma" not in supported_architectures()
 
 
@@ -91,12 +91,9 @@ def test_a_task_class_without_a_pruned_counterpart_is_refused():
 
 
 def test_a_layout_that_names_the_wrong_module_fails_readably(monkeypatch, tokens):
-    from optimum_fwdprune.architectures import registry
-
-    llama = registry._ARCHITECTURES["llama"]
-    wrong = Architecture("llama", llama.attention, MLPLayout(("mlp.up_proj",), "mlp.down_proj"), llama.model_classes)
-    monkeypatch.setitem(registry._ARCHITECTURES, "llama", wrong)
-    with pytest.raises(ValueError, match=r"gate_proj.*after the cut"):
+    wrong = replace(LLAMA_LAYOUT, mlp=MLPLayout(("mlp.up_proj",), "mlp.down_proj"))
+    monkeypatch.setattr(PrunedLlamaMixin, "layout", wrong)
+    with pytest.raises(ValueError, match=r"mlp\.gate_proj is a linear of a LlamaDecoderLayer.*does not name it"):
         FwdPruner(tiny.make_model("llama_gqa_biases")).prune(tiny.request(reconstruction="none"), tokens)
 
 

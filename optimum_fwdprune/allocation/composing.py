@@ -16,6 +16,7 @@ from ..architectures import (
     Site,
     SiteKey,
     get_architecture,
+    head_counts,
     is_pruned,
 )
 from .plan import PruningPlan
@@ -60,12 +61,12 @@ class EarlierPruning:
         if plan is None or not is_pruned(model.config) or plan.model_type != architecture.model_type:
             return None
         # The dense sizes stand at the top of a pruned config.
-        sizes, attention = model.config.to_dict(), architecture.attention
+        sizes, attention = model.config.to_dict(), architecture.layout.attention
         heads = sizes[attention.heads_key]
         groups = heads if attention.kv_heads_key is None else sizes[attention.kv_heads_key]
         layers = [layer for _, layer in architecture.layers(model)]
         units_now = {
-            site.key: KV_GROUP if site.num_units == attention.kv_heads(layers[site.layer]) else QUERY_HEAD
+            site.key: KV_GROUP if site.num_units == head_counts(attention, layers[site.layer]).kv_heads else QUERY_HEAD
             for site in sites
             if site.kind == ATTENTION
         }

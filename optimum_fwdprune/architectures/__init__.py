@@ -1,7 +1,7 @@
 """Model families: where each keeps its units, and nothing about how units are chosen."""
 
-from . import bloom, llama, mistral, opt, qwen2, qwen3  # noqa: F401  each registers itself
-from .layout import AttentionLayout, MLPLayout
+from ..models import pruned_bloom, pruned_llama, pruned_mistral, pruned_opt, pruned_qwen2, pruned_qwen3
+from ..models.layout import AttentionLayout, DecoderLayout, MLPLayout
 from .registry import (
     Architecture,
     find_sites,
@@ -24,6 +24,7 @@ from .site import (
     SiteKey,
     keyed_by_site,
 )
+from .sites import head_counts
 
 
 __all__ = [
@@ -36,15 +37,20 @@ __all__ = [
     "Architecture",
     "AttentionLayout",
     "Coupling",
+    "DecoderLayout",
     "MLPLayout",
     "Segment",
     "Site",
     "SiteKey",
     "find_sites",
     "get_architecture",
+    "head_counts",
     "is_pruned",
     "keyed_by_site",
     "register_architecture",
     "registered_architectures",
     "supported_architectures",
 ]
+
+for _module in (pruned_bloom, pruned_llama, pruned_mistral, pruned_opt, pruned_qwen2, pruned_qwen3):
+    register_architecture(Architecture.from_module(_module))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -12,46 +11,46 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..models.adapter_defaults import add_adapter_defaults
-from .layout import AttentionLayout, MLPLayout
+from ..models.layout import DecoderLayout
+from ..models.per_layer import stock_config_class
 from .site import ATTENTION, ATTENTION_UNITS, KINDS, QUERY_HEAD, Site
+from .sites import attention_site, attention_sizes, mlp_site
 from .wrapping import check_no_adapters
-
-
-def _always(config: PreTrainedConfig) -> bool:
-    return True
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything the package knows about one model family.
+    """A model family: its pruned classes, which declare everything else that the package knows of it.
 
     Args:
-        model_type (`str`): `config.model_type` of the stock family.
-        attention (`AttentionLayout`): where a decoder layer keeps its heads.
-        mlp (`MLPLayout`): where a decoder layer keeps its channels.
         model_classes (`tuple[type, ...]`): the pruned classes, one per task, each a `PerLayerMixin` in front of its
             stock class.
-        residual_adds_up (`Callable[[PreTrainedConfig], bool]`): whether, under a config, the residual stream is the
-            embeddings plus all that the projections wrote; not where it is normalized on its way.
     """
 
-    model_type: str
-    attention: AttentionLayout
-    mlp: MLPLayout
     model_classes: tuple[Any, ...]
-    residual_adds_up: Callable[[PreTrainedConfig], bool] = _always
 
     @classmethod
-    def from_module(
-        cls, model_type: str, attention: AttentionLayout, mlp: MLPLayout, module: ModuleType, **properties
-    ) -> Architecture:
+    def from_module(cls, module: ModuleType) -> Architecture:
         """Build an architecture whose pruned classes are all those that `module` defines."""
-        classes = tuple(
-            value
-            for value in vars(module).values()
-            if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__
+        return cls(
+            tuple(
+                value
+                for value in vars(module).values()
+                if isinstance(value, type)
+                and issubclass(value, PreTrainedModel)
+                and value.__module__ == module.__name__
+            )
         )
-        return cls(model_type, attention, mlp, classes, **properties)
+
+    @property
+    def layout(self) -> DecoderLayout:
+        """Where its decoder layers keep their heads and channels."""
+        return self.model_classes[0].layout
+
+    @property
+    def model_type(self) -> str:
+        """`config.model_type` of the stock family."""
+        return stock_config_class(self.config_class).model_type
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:
@@ -74,7 +73,7 @@ class Architecture:
 
     def layers(self, model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         """Return the decoder layers of `model`, each with its name inside the model."""
-        container: Any = model.base_model.get_submodule(self.model_classes[0].layers_path)
+        container: Any = model.base_model.get_submodule(self.layout.layers)
         name = next(name for name, module in model.named_modules() if module is container)
         return [(f"{name}.{index}", layer) for index, layer in enumerate(container)]
 
@@ -84,16 +83,17 @@ class Architecture:
             raise ValueError(f"attention_unit must be one of {', '.join(ATTENTION_UNITS)}; got {attention_unit!r}.")
         check_no_adapters(model, "cannot be cut")
         _check_layer_count(model, len(self.layers(model)))
-        found = []
+        sites = []
         for index, (path, layer) in enumerate(self.layers(model)):
             try:
-                found += [self.attention.site(index, path, layer, attention_unit), self.mlp.site(index, path, layer)]
+                sites.append(attention_site(self.layout.attention, index, path, layer, attention_unit))
+                sites.append(mlp_site(self.layout.mlp, index, path, layer))
             except AttributeError as error:
                 raise ValueError(
                     f"{path} of this {type(model).__name__} is not built as a decoder layer of {self.model_type} is: "
                     f"{error}. Put back what was replaced in it, or load the model again."
                 ) from error
-        for site in found:
+        for site in sites:
             for coupling in (*site.couplings, *site.shared):
                 linear = coupling.linear
                 if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
@@ -101,20 +101,18 @@ class Architecture:
                         f"{coupling.name} is a {type(linear).__name__} with {linear.weight.dtype} weights, which "
                         f"cannot be cut. Load the model unquantized."
                     )
-        return found
+        return sites
 
     def layer_sizes(self, model: PreTrainedModel, sites: list[Site], kept: dict) -> dict[int, dict]:
         """Return `per_layer_config` of the model that keeps the units `kept` (site key -> unit indices)."""
-        layers = self.layers(model)
+        layers = [layer for _, layer in self.layers(model)]
         sizes: dict[int, dict] = {index: {} for index in range(len(layers))}
         for site in sites:
             units = kept[site.key]
-            entry = (
-                self.attention.sizes(layers[site.layer][1], site, units)
-                if site.kind == ATTENTION
-                else self.mlp.sizes(units)
-            )
-            sizes[site.layer].update(entry)
+            if site.kind == ATTENTION:
+                sizes[site.layer] |= attention_sizes(self.layout.attention, layers[site.layer], site, units)
+            else:
+                sizes[site.layer][self.layout.mlp.width_key] = len(units)
         return sizes
 
 
@@ -142,11 +140,10 @@ def register_architecture(architecture: Architecture) -> None:
         ValueError: where a class lacks what loading a pruned checkpoint needs.
     """
     for model_class in architecture.model_classes:
-        missing = [name for name in ("resize", "layers_path", "_auto_class") if not hasattr(model_class, name)]
-        if missing:
+        if not hasattr(model_class, "layout"):
             raise ValueError(
-                f"{model_class.__name__} lacks {', '.join(missing)}; put "
-                f"optimum_fwdprune.models.per_layer.PerLayerMixin in front of its stock class."
+                f"{model_class.__name__} lacks a layout. Put optimum_fwdprune.models.per_layer.PerLayerMixin in front "
+                f"of its stock class, and set the class attribute layout to the DecoderLayout of the family."
             )
     _ARCHITECTURES[architecture.model_type] = architecture
     _ARCHITECTURES[architecture.config_class.model_type] = architecture

@@ -59,7 +59,7 @@ class Subject:
     @property
     def residual_adds_up(self) -> bool:
         """Whether what sites write is added to the residual stream as it is, without a norm in between."""
-        return self.architecture.residual_adds_up(self.model.config)
+        return self.architecture.layout.residual_adds_up(self.model.config)
 
     def losing(self, kept: Mapping[SiteKey, list[int]]) -> list[Site]:
         """Return the sites that keep fewer units than they have."""

@@ -1,10 +1,13 @@
 """What turns a stock transformers class into one whose layers differ in size."""
 
 import sys
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
+
+from .layout import DecoderLayout, resize_layer
 
 
 # Keys of a pruned config that its stock config does not have or must not inherit.
@@ -19,22 +22,42 @@ _NOT_STOCK = (
 )
 
 
+def stock_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Return the stock config class behind a pruned one."""
+    return next(base for base in config_class.__bases__ if issubclass(base, PreTrainedConfig))
+
+
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the stock config of the dense model that a pruned `config` was cut from."""
-    stock_class = next(base for base in type(config).__bases__ if issubclass(base, PreTrainedConfig))
     values = {key: value for key, value in config.to_dict().items() if key not in _NOT_STOCK}
-    stock = stock_class.from_dict(values)
+    stock = stock_config_class(type(config)).from_dict(values)
     stock._attn_implementation = config._attn_implementation
     return stock
 
 
+@dataclass(kw_only=True, repr=False)
 class PerLayerConfigMixin:
     """First base of a pruned config class, in front of the stock config.
 
     The sizes at the top of a pruned config are those of the dense model, and `per_layer_config` has those of each
     layer. An attribute that has the same value in every layer is read from the config as that value; transformers
     raises `AmbiguousGlobalPerLayerAttributeError` for one that differs between layers.
+
+    Args:
+        attention_output_bias (`bool`, defaults to `False`): whether reconstruction gave the output projections of
+            attention a bias that the stock family does not have.
+        mlp_output_bias (`bool`, defaults to `False`): whether it gave the output projections of the MLPs one.
     """
+
+    attention_output_bias: bool = False
+    mlp_output_bias: bool = False
+
+    def __post_init__(self, **kwargs):
+        # Stock configs without a `head_dim` derive it from the number of heads, which no longer divides the hidden
+        # size. Their own `__post_init__` makes that number a per-layer attribute, which cannot be read after it.
+        head_dim = kwargs.pop("head_dim", None) or getattr(self, "head_dim", None)
+        self.head_dim = head_dim or self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
 
     def __getattribute__(self, key: str):
         try:
@@ -58,14 +81,13 @@ class PerLayerMixin:
     """First base of a pruned model class, in front of the stock class that it shrinks.
 
     The stock class is built at its dense sizes (free on the meta device, which `from_pretrained` uses), then every
-    decoder layer is resized to its entry in `config.per_layer_config`. A family sets three class attributes:
+    decoder layer is resized to its entry in `config.per_layer_config`. A family sets two class attributes:
 
-    - `config_class`: the pruned config, whose first base is the stock config;
-    - `layers_path` (`str`): where the base model keeps its decoder layers;
-    - `resize` (`staticmethod(layer, layer_config)`): replaces the linears of one layer by empty ones of its sizes.
+    - `config_class`: the pruned config, a `PerLayerConfigMixin` in front of the stock config;
+    - `layout` (`DecoderLayout`): where its decoder layers keep their heads and channels.
     """
 
-    layers_path: str = "layers"
+    layout: DecoderLayout
 
     # How the model was pruned: an object with `save(folder)`, which writes files beside the weights. Whoever prunes or
     # loads the model sets it, so that it is kept where `Trainer.save_model` or a user saves the model.
@@ -92,12 +114,12 @@ class PerLayerMixin:
             for module in layer.modules():
                 if hasattr(module, "config"):
                     module.config = config
-            self.resize(layer, layer_config)
+            resize_layer(layer, self.layout, layer_config)
             layer.apply(self._init_weights)
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
-        return self.base_model.get_submodule(self.layers_path)
+        return self.base_model.get_submodule(self.layout.layers)
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
@@ -126,40 +148,3 @@ class PerLayerMixin:
             "AutoConfig": f"{config_file}.{cls.config_class.__name__}",
             **{value._auto_class: f"{file}.{value.__name__}" for value in classes},
         }
-
-
-def resize_linear(
-    parent: nn.Module,
-    name: str,
-    *,
-    in_features: int | None = None,
-    out_features: int | None = None,
-    add_bias: bool = False,
-) -> None:
-    """Replace the linear `parent.name` by an empty one of the given sizes on the same device and in the same dtype."""
-    old = getattr(parent, name)
-    new = nn.Linear(
-        old.in_features if in_features is None else in_features,
-        old.out_features if out_features is None else out_features,
-        bias=old.bias is not None or add_bias,
-        device=old.weight.device,
-        dtype=old.weight.dtype,
-    )
-    setattr(parent, name, new)
-
-
-def resize_llama_layer(layer: nn.Module, config: PreTrainedConfig) -> None:
-    """Resize a decoder layer with LLaMA's module names (LLaMA, Mistral, Qwen2, Qwen3)."""
-    attention, mlp = layer.self_attn, layer.mlp
-    query_features = config.num_attention_heads * attention.head_dim
-    key_features = config.num_key_value_heads * attention.head_dim
-    resize_linear(attention, "q_proj", out_features=query_features)
-    resize_linear(attention, "k_proj", out_features=key_features)
-    resize_linear(attention, "v_proj", out_features=key_features)
-    resize_linear(attention, "o_proj", in_features=query_features, add_bias=config.attention_output_bias)
-    attention.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-
-    resize_linear(mlp, "gate_proj", out_features=config.intermediate_size)
-    resize_linear(mlp, "up_proj", out_features=config.intermediate_size)
-    resize_linear(mlp, "down_proj", in_features=config.intermediate_size, add_bias=config.mlp_output_bias)
-    mlp.intermediate_size = config.intermediate_size

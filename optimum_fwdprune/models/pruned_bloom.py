@@ -11,23 +11,19 @@ from transformers.models.bloom.modeling_bloom import (
     BloomModel,
 )
 
-from .per_layer import PerLayerConfigMixin, PerLayerMixin, resize_linear
+from .layout import AttentionLayout, DecoderLayout, MLPLayout
+from .per_layer import PerLayerConfigMixin, PerLayerMixin
 
 
 @strict
 class PrunedBloomConfig(PerLayerConfigMixin, BloomConfig):
     model_type = "pruned_bloom"
 
-    attention_output_bias: bool = False
-    mlp_output_bias: bool = False
-    head_dim: int | None = None
     intermediate_size: int | None = None
     kept_heads: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         # Before the base class makes `n_head` a per-layer attribute, which the global config then refuses to read.
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.n_head
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.kept_heads is None:
@@ -48,22 +44,28 @@ class PrunedBloomAttention(BloomAttention):
 
 class PrunedBloomMixin(PerLayerMixin):
     config_class = PrunedBloomConfig
-    layers_path = "h"
-
-    @staticmethod
-    def resize(layer, config):
-        attention, mlp = layer.self_attention, layer.mlp
-        attention.__class__ = PrunedBloomAttention
-        attention.kept_heads = config.kept_heads
-        attention.num_heads = config.n_head
-        features = config.n_head * attention.head_dim
-        resize_linear(attention, "query_key_value", out_features=3 * features)
-        resize_linear(attention, "dense", in_features=features)
-
-        resize_linear(mlp, "dense_h_to_4h", out_features=config.intermediate_size)
-        resize_linear(mlp, "dense_4h_to_h", in_features=config.intermediate_size)
-        # The exact-but-slow path slices the projections by the dense sizes; the fast one computes the same sum.
-        attention.slow_but_exact = mlp.slow_but_exact = False
+    layout = DecoderLayout(
+        AttentionLayout(
+            module="self_attention",
+            fused="query_key_value",
+            interleaved=True,
+            output="dense",
+            heads_key="n_head",
+            kv_heads_key=None,
+            kept_heads_key="kept_heads",
+            pruned_class=PrunedBloomAttention,
+        ),
+        MLPLayout(sources=("mlp.dense_h_to_4h",), output="mlp.dense_4h_to_h"),
+        layers="h",
+        attributes=lambda config: {
+            "self_attention.num_heads": config.n_head,
+            "self_attention.kept_heads": config.kept_heads,
+            # The exact-but-slow path slices the projections by the dense sizes; the fast one computes the same sum.
+            "self_attention.slow_but_exact": False,
+            "mlp.slow_but_exact": False,
+        },
+        residual_adds_up=lambda config: not config.apply_residual_connection_post_layernorm,
+    )
 
 
 class PrunedBloomModel(PrunedBloomMixin, BloomModel):

@@ -10,20 +10,18 @@ from transformers.models.llama.modeling_llama import (
     LlamaModel,
 )
 
-from .per_layer import PerLayerConfigMixin, PerLayerMixin, resize_llama_layer
+from .layout import LLAMA_LAYOUT
+from .per_layer import PerLayerConfigMixin, PerLayerMixin
 
 
 @strict
 class PrunedLlamaConfig(PerLayerConfigMixin, LlamaConfig):
     model_type = "pruned_llama"
 
-    attention_output_bias: bool = False
-    mlp_output_bias: bool = False
-
 
 class PrunedLlamaMixin(PerLayerMixin):
     config_class = PrunedLlamaConfig
-    resize = staticmethod(resize_llama_layer)
+    layout = LLAMA_LAYOUT
 
 
 class PrunedLlamaModel(PrunedLlamaMixin, LlamaModel):

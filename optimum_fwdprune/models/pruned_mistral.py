@@ -10,20 +10,18 @@ from transformers.models.mistral.modeling_mistral import (
     MistralModel,
 )
 
-from .per_layer import PerLayerConfigMixin, PerLayerMixin, resize_llama_layer
+from .layout import LLAMA_LAYOUT
+from .per_layer import PerLayerConfigMixin, PerLayerMixin
 
 
 @strict
 class PrunedMistralConfig(PerLayerConfigMixin, MistralConfig):
     model_type = "pruned_mistral"
 
-    attention_output_bias: bool = False
-    mlp_output_bias: bool = False
-
 
 class PrunedMistralMixin(PerLayerMixin):
     config_class = PrunedMistralConfig
-    resize = staticmethod(resize_llama_layer)
+    layout = LLAMA_LAYOUT
 
 
 class PrunedMistralModel(PrunedMistralMixin, MistralModel):

@@ -9,39 +9,26 @@ from transformers.models.opt.modeling_opt import (
     OPTModel,
 )
 
-from .per_layer import PerLayerConfigMixin, PerLayerMixin, resize_linear
+from .layout import AttentionLayout, DecoderLayout, MLPLayout
+from .per_layer import PerLayerConfigMixin, PerLayerMixin
 
 
 @strict
 class PrunedOPTConfig(PerLayerConfigMixin, OPTConfig):
     model_type = "pruned_opt"
 
-    attention_output_bias: bool = False
-    mlp_output_bias: bool = False
-    head_dim: int | None = None
-
-    def __post_init__(self, **kwargs):
-        # The stock config derives it from the number of heads, which no longer divides the hidden size.
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        super().__post_init__(**kwargs)
-
 
 class PrunedOPTMixin(PerLayerMixin):
     config_class = PrunedOPTConfig
-    layers_path = "decoder.layers"
-
-    @staticmethod
-    def resize(layer, config):
-        attention = layer.self_attn
-        features = config.num_attention_heads * attention.head_dim
-        for name in ("q_proj", "k_proj", "v_proj"):
-            resize_linear(attention, name, out_features=features)
-        resize_linear(attention, "out_proj", in_features=features, add_bias=config.attention_output_bias)
-        attention.num_heads = config.num_attention_heads
-
-        resize_linear(layer, "fc1", out_features=config.ffn_dim)
-        resize_linear(layer, "fc2", in_features=config.ffn_dim, add_bias=config.mlp_output_bias)
+    layout = DecoderLayout(
+        AttentionLayout(
+            module="self_attn", query="q_proj", key="k_proj", value="v_proj", output="out_proj", kv_heads_key=None
+        ),
+        MLPLayout(sources=("fc1",), output="fc2", width_key="ffn_dim"),
+        layers="decoder.layers",
+        attributes=lambda config: {"self_attn.num_heads": config.num_attention_heads},
+        residual_adds_up=lambda config: config.do_layer_norm_before,
+    )
 
 
 class PrunedOPTModel(PrunedOPTMixin, OPTModel):

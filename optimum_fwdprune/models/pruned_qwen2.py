@@ -10,27 +10,18 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2Model,
 )
 
-from .per_layer import PerLayerConfigMixin, PerLayerMixin, resize_llama_layer
+from .layout import LLAMA_LAYOUT
+from .per_layer import PerLayerConfigMixin, PerLayerMixin
 
 
 @strict
 class PrunedQwen2Config(PerLayerConfigMixin, Qwen2Config):
     model_type = "pruned_qwen2"
 
-    attention_output_bias: bool = False
-    mlp_output_bias: bool = False
-    head_dim: int | None = None
-
-    def __post_init__(self, **kwargs):
-        # The stock config derives it from the number of heads, which no longer divides the hidden size.
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        super().__post_init__(**kwargs)
-
 
 class PrunedQwen2Mixin(PerLayerMixin):
     config_class = PrunedQwen2Config
-    resize = staticmethod(resize_llama_layer)
+    layout = LLAMA_LAYOUT
 
 
 class PrunedQwen2Model(PrunedQwen2Mixin, Qwen2Model):

@@ -10,20 +10,18 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Model,
 )
 
-from .per_layer import PerLayerConfigMixin, PerLayerMixin, resize_llama_layer
+from .layout import LLAMA_LAYOUT
+from .per_layer import PerLayerConfigMixin, PerLayerMixin
 
 
 @strict
 class PrunedQwen3Config(PerLayerConfigMixin, Qwen3Config):
     model_type = "pruned_qwen3"
 
-    attention_output_bias: bool = False
-    mlp_output_bias: bool = False
-
 
 class PrunedQwen3Mixin(PerLayerMixin):
     config_class = PrunedQwen3Config
-    resize = staticmethod(resize_llama_layer)
+    layout = LLAMA_LAYOUT
 
 
 class PrunedQwen3Model(PrunedQwen3Mixin, Qwen3Model):

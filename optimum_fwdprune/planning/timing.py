@@ -21,6 +21,7 @@ from ..forward.layerwise import Batch, LayerRunner
 from ..loading.offloading import is_offloaded
 from ..loading.state import evaluating
 from ..loading.subject import Subject
+from ..models.layout import resize_layer
 from ..request.config import PruningConfig
 from ..runs import ranks
 from ..runs.clock import median_seconds
@@ -185,14 +186,13 @@ def _variants(subject: Subject, site: Site, kept: list[list[int]]) -> list[nn.Mo
     generator = torch.Generator(weight.device).manual_seed(0)
     buffer = torch.randn(size, generator=generator, dtype=torch.float32, device=weight.device)
     buffer = buffer.mul_(0.02).to(weight.dtype)
-    pruned_class: Any = architecture.pruned_class(model)
     skeleton = copy.deepcopy(original).to("meta")
     everything = {other.key: list(range(other.num_units)) for other in subject.sites}
     layers = []
     for units in kept:
         config: Any = pruned_config(subject, everything | {site.key: units}, set())
         layer = copy.deepcopy(skeleton)
-        pruned_class.resize(layer, list(config.per_layer_config)[site.layer])
+        resize_layer(layer, architecture.layout, config.per_layer_config[site.layer])
         # One behind the other: what overlaps would be read from a cache.
         start = 0
         for name, parameter in list(layer.named_parameters()):

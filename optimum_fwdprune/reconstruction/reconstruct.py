@@ -41,7 +41,7 @@ def check_reconstruction(model: PreTrainedModel, config: PruningConfig) -> None:
     """Raise `ValueError` where `model` does not allow the reconstruction that the request asks for."""
     least_squares = config.reconstruction == LEAST_SQUARES
     sequential = least_squares and config.reconstruction_order != INDEPENDENT
-    adds_up = get_architecture(model.config).residual_adds_up(model.config)
+    adds_up = get_architecture(model.config).layout.residual_adds_up(model.config)
     if sequential and config.reconstruction_target == DENSE and not adds_up:
         raise ValueError(
             f"reconstruction_target='dense' needs projections that add to the residual stream as they are, and "

@@ -225,7 +225,7 @@ def test_pruned_models_and_trainers_push_like_dense_ones(hub, run, dense, tmp_pa
     models = [hub.files[f"tester/{name}"] for name in ("model", "trained")]
 
     assert pushed == plugin == remote
-    assert all({"pruned_llama.py", "per_layer.py"} <= files.keys() for files in models)
+    assert all({"pruned_llama.py", "per_layer.py", "layout.py"} <= files.keys() for files in models)
     assert models[0]["model.safetensors"] != models[1]["model.safetensors"]
 
 

@@ -53,6 +53,7 @@ def test_a_checkpoint_holds_all_that_is_promised(pruner, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
         "pruned_llama.py",
+        "layout.py",
         "per_layer.py",
         "fwdprune_config.json",
         "fwdprune_plan.json",

@@ -133,7 +133,7 @@ def test_the_copied_files_are_the_packages_own(name, tmp_path, tokens):
     pruned.save_pretrained(tmp_path)
     copied = sorted(path.name for path in tmp_path.glob("*.py"))
 
-    assert copied == ["per_layer.py", f"pruned_{tiny.make_config(name).model_type}.py"]
+    assert copied == ["layout.py", "per_layer.py", f"pruned_{tiny.make_config(name).model_type}.py"]
     assert all(filecmp.cmp(tmp_path / name, sources / name, shallow=False) for name in copied)
 
 

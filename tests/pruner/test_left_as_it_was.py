@@ -400,18 +400,18 @@ def test_a_model_that_contradicts_its_config_is_refused_while_whole(words, entry
 @pytest.mark.parametrize("kind", ["layers", "heads", "widths", "vocabulary"])
 def test_every_family_is_checked_against_its_config(kind, dense, tokens):
     fwd_pruner = FwdPruner(dense)
-    config, layout = dense.config, get_architecture(dense.config)
+    config, architecture = dense.config, get_architecture(dense.config)
     if kind == "layers":
-        path, _ = layout.layers(dense)[0]
+        path, _ = architecture.layers(dense)[0]
         container = path.rpartition(".")[0]
         parent, _, name = container.rpartition(".")
         setattr(dense.get_submodule(parent), name, dense.get_submodule(container)[:2])
         words = "num_hidden_layers is 3"
     elif kind == "heads":
-        words = layout.attention.heads_key
+        words = architecture.layout.attention.heads_key
         setattr(config, words, 12)
     elif kind == "widths":
-        words = layout.mlp.width_key
+        words = architecture.layout.mlp.width_key
         # BLOOM works its width out of the hidden size.
         words = words if hasattr(config, words) else "hidden_size"
         setattr(config, words, 192)

@@ -1,6 +1,0 @@
-from ..models import pruned_qwen3
-from .llama import LLAMA_ATTENTION, LLAMA_MLP
-from .registry import Architecture, register_architecture
-
-
-register_architecture(Architecture.from_module("qwen3", LLAMA_ATTENTION, LLAMA_MLP, pruned_qwen3))

@@ -1,0 +1,106 @@
+"""What a layout means for the layers of a loaded model: their sites, and their sizes once units are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..models.layout import AttentionLayout, MLPLayout
+from .site import ATTENTION, MLP, QUERY_HEAD, Coupling, Segment, Site
+
+
+class HeadCounts(NamedTuple):
+    """Heads of an attention module.
+
+    Args:
+        heads (`int`): query heads.
+        kv_heads (`int`): key/value heads.
+    """
+
+    heads: int
+    kv_heads: int
+
+
+def head_counts(layout: AttentionLayout, layer: nn.Module) -> HeadCounts:
+    """Count the heads of a decoder layer by its linears, so that pruned layers are described as they are."""
+    module: Any = layer.get_submodule(layout.module)
+    heads = module.get_submodule(layout.output).in_features // module.head_dim
+    if not layout.fused:
+        return HeadCounts(heads, module.get_submodule(layout.key).out_features // module.head_dim)
+    fused_heads = module.get_submodule(layout.fused).out_features // module.head_dim
+    return HeadCounts(heads, (fused_heads - heads) // 2)
+
+
+def attention_site(layout: AttentionLayout, layer_index: int, path: str, layer: nn.Module, unit: str) -> Site:
+    """Describe the attention of a decoder layer.
+
+    Args:
+        layout (`AttentionLayout`): where the family keeps its heads.
+        layer_index (`int`): index of the decoder layer.
+        path (`str`): name of the layer inside the model.
+        layer (`Module`): the layer itself.
+        unit (`str`): `"query_head"` or `"kv_group"`.
+    """
+    module: Any = layer.get_submodule(layout.module)
+    heads, kv_heads = head_counts(layout, layer)
+    head_dim, per_group = module.head_dim, heads // kv_heads
+    single_heads = unit == QUERY_HEAD and per_group > 1
+    query = Segment(head_dim if single_heads else per_group * head_dim)
+    # With single query heads as units, keys and values are shared by heads that stay: nobody owns them.
+    shared = Segment(kv_heads * head_dim, owned=False) if single_heads else Segment(head_dim)
+
+    def coupling(name: str, axis: int, *segments: Segment) -> Coupling:
+        return Coupling(f"{path}.{layout.module}.{name}", module.get_submodule(name), axis, segments)
+
+    whole: list[Coupling] = []
+    if not layout.fused:
+        sources = [coupling(layout.query, 0, query)]
+        (whole if single_heads else sources).extend(coupling(name, 0, shared) for name in (layout.key, layout.value))
+    elif layout.interleaved:
+        sources = [coupling(layout.fused, 0, Segment(3 * head_dim))]
+    else:
+        sources = [coupling(layout.fused, 0, query, shared, shared)]
+    output = coupling(layout.output, 1, query)
+    return Site(
+        layer=layer_index,
+        kind=ATTENTION,
+        projection_name=output.name,
+        projection=output.linear,
+        num_units=heads if single_heads else kv_heads,
+        couplings=(*sources, output),
+        num_groups=kv_heads if single_heads else 1,
+        shared=tuple(whole),
+    )
+
+
+def mlp_site(layout: MLPLayout, layer_index: int, path: str, layer: Any) -> Site:
+    """Describe the MLP of a decoder layer; the arguments are those of `attention_site`."""
+    channel = Segment(1)
+    output = Coupling(f"{path}.{layout.output}", layer.get_submodule(layout.output), 1, (channel,))
+    sources = [
+        Coupling(f"{path}.{name}", layer.get_submodule(name), 0, (channel,) * layout.segments)
+        for name in layout.sources
+    ]
+    return Site(
+        layer=layer_index,
+        kind=MLP,
+        projection_name=output.name,
+        projection=output.linear,
+        num_units=output.linear.in_features,
+        couplings=(*sources, output),
+        pointwise=layout.pointwise,
+    )
+
+
+def attention_sizes(layout: AttentionLayout, layer: nn.Module, site: Site, kept: Sequence[int]) -> dict[str, Any]:
+    """Return the config entries of a decoder layer once only the units `kept` of its attention are left."""
+    heads, kv_heads = head_counts(layout, layer)
+    sizes: dict[str, Any] = {layout.heads_key: len(kept) * (heads // site.num_units)}
+    if layout.kv_heads_key is not None:
+        sizes[layout.kv_heads_key] = len(kept) if site.num_units == kv_heads else kv_heads
+    if layout.kept_heads_key is not None:
+        ids = getattr(layer.get_submodule(layout.module), "kept_heads", range(heads))
+        sizes[layout.kept_heads_key] = [ids[head] for head in kept]
+    return sizes

@@ -1,0 +1,173 @@
+"""Where a family's decoder layers keep their heads and channels, and how a layer is resized by that declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """Names of the linears of a self-attention module, and the config keys of its sizes.
+
+    Args:
+        module (`str`): name of the attention module inside the decoder layer; it has a `head_dim` attribute.
+        output (`str`): name of the output projection inside it.
+        query (`str`): name of the query projection, where the three are separate.
+        key (`str`): name of the key projection.
+        value (`str`): name of the value projection.
+        fused (`str`): instead of them, the name of one linear that makes all three.
+        interleaved (`bool`, defaults to `False`): the fused rows are `[head, 3, head_dim]` (BLOOM) rather than all
+            query rows, then all key rows, then all value rows (Phi-3).
+        heads_key (`str`, defaults to `"num_attention_heads"`): config key of the number of query heads.
+        kv_heads_key (`str`, *optional*, defaults to `"num_key_value_heads"`): config key of the number of KV heads;
+            `None` where every head has its own keys and values.
+        kept_heads_key (`str`, *optional*): config key for the original ids of the kept heads, for models whose heads
+            differ by their position (ALiBi). The pruned attention module carries them as `kept_heads`.
+        pruned_class (`type`, *optional*): subclass of the stock attention class that resized layers use instead, where
+            the stock forward pass cannot compute with other sizes.
+    """
+
+    module: str
+    output: str
+    query: str = ""
+    key: str = ""
+    value: str = ""
+    fused: str = ""
+    interleaved: bool = False
+    heads_key: str = "num_attention_heads"
+    kv_heads_key: str | None = "num_key_value_heads"
+    kept_heads_key: str | None = None
+    pruned_class: type[nn.Module] | None = None
+
+    def linear_sizes(self, config: Any, head_dim: int) -> dict[str, dict[str, Any]]:
+        """Return how to resize every linear, by its name inside the decoder layer, at the sizes of its `config`."""
+        query_features = getattr(config, self.heads_key) * head_dim
+        key_features = query_features if self.kv_heads_key is None else getattr(config, self.kv_heads_key) * head_dim
+        if self.fused:
+            source_features = {self.fused: query_features + 2 * key_features}
+        else:
+            source_features = {self.query: query_features, self.key: key_features, self.value: key_features}
+        return {
+            **{f"{self.module}.{name}": {"out_features": features} for name, features in source_features.items()},
+            f"{self.module}.{self.output}": {"in_features": query_features, "add_bias": config.attention_output_bias},
+        }
+
+
+@dataclass(frozen=True)
+class MLPLayout:
+    """Names of the linears of an MLP inside the decoder layer, and the config key of its width.
+
+    Args:
+        sources (`tuple[str, ...]`): linears whose output rows are channels (`gate_proj` and `up_proj`, or `fc1`).
+        output (`str`): the projection back to the hidden size.
+        segments (`int`, defaults to 1): 2 where one source holds gate rows and then up rows.
+        width_key (`str`, defaults to `"intermediate_size"`): config key of the number of channels.
+        pointwise (`bool`, defaults to `True`): a channel is a function of its own row of every source, and all sources
+            read the same input; `False` where channels are normalized together in between.
+    """
+
+    sources: tuple[str, ...]
+    output: str
+    segments: int = 1
+    width_key: str = "intermediate_size"
+    pointwise: bool = True
+
+    def linear_sizes(self, config: Any) -> dict[str, dict[str, Any]]:
+        """Return how to resize every linear, by its name inside the decoder layer, at the sizes of its `config`."""
+        width = getattr(config, self.width_key)
+        return {
+            **{name: {"out_features": self.segments * width} for name in self.sources},
+            self.output: {"in_features": width, "add_bias": config.mlp_output_bias},
+        }
+
+
+def _no_attributes(config: Any) -> dict[str, Any]:
+    return {}
+
+
+def _always(config: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class DecoderLayout:
+    """Everything that pruning needs to know of a family's decoder layers.
+
+    Args:
+        attention (`AttentionLayout`): where a decoder layer keeps its heads.
+        mlp (`MLPLayout`): where a decoder layer keeps its channels.
+        layers (`str`, defaults to `"layers"`): name of the list of decoder layers inside the base model.
+        attributes (`Callable[[PreTrainedConfig], dict[str, Any]]`, *optional*): attributes that the modules of a layer
+            keep of its sizes, by their names inside the layer, as a function of the layer's own config. An example of
+            what it returns is `{"self_attn.num_heads": config.num_attention_heads}`.
+        whole (`tuple[str, ...]`, *optional*): linears of a decoder layer whose sizes depend on neither heads nor
+            channels. All others are named by `attention` and `mlp`.
+        residual_adds_up (`Callable[[PreTrainedConfig], bool]`, *optional*): whether, under a config, the residual
+            stream is the sum of the embeddings and the outputs of all projections. It is not where the stream or these
+            outputs are normalized or scaled. By default it always is.
+    """
+
+    attention: AttentionLayout
+    mlp: MLPLayout
+    layers: str = "layers"
+    attributes: Callable[[Any], dict[str, Any]] = _no_attributes
+    whole: tuple[str, ...] = ()
+    residual_adds_up: Callable[[Any], bool] = _always
+
+
+# The names that LLaMA's modules have, and those of most families after it.
+LLAMA_LAYOUT = DecoderLayout(
+    AttentionLayout(module="self_attn", query="q_proj", key="k_proj", value="v_proj", output="o_proj"),
+    MLPLayout(sources=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj"),
+    attributes=lambda config: {
+        "self_attn.num_key_value_groups": config.num_attention_heads // config.num_key_value_heads,
+        "mlp.intermediate_size": config.intermediate_size,
+    },
+)
+
+
+def resize_layer(layer: nn.Module, layout: DecoderLayout, config: PreTrainedConfig) -> None:
+    """Replace the linears of a decoder layer by empty ones of the sizes in its own config.
+
+    Args:
+        layer (`Module`): a decoder layer of the stock class, of any sizes; changed in place.
+        layout (`DecoderLayout`): where the layer keeps its heads and channels.
+        config (`PreTrainedConfig`): config of this layer, one of `per_layer_config`.
+
+    Raises:
+        ValueError: where the layer has a linear that the layout does not name.
+    """
+    attention: Any = layer.get_submodule(layout.attention.module)
+    sizes = layout.attention.linear_sizes(config, attention.head_dim) | layout.mlp.linear_sizes(config)
+    for name, changes in sizes.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(layer.get_submodule(owner), leaf, _resized(layer.get_submodule(name), **changes))
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and name not in sizes and name not in layout.whole:
+            raise ValueError(
+                f"{name} is a linear of a {type(layer).__name__}, and the layout of its family does not name it. Name "
+                f"it as a source, or in `whole` where its size depends on neither heads nor channels."
+            )
+    if layout.attention.pruned_class is not None:
+        attention.__class__ = layout.attention.pruned_class
+    for name, value in layout.attributes(config).items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(layer.get_submodule(owner), leaf, value)
+
+
+def _resized(
+    linear: Any, in_features: int | None = None, out_features: int | None = None, add_bias: bool = False
+) -> nn.Linear:
+    """Return an empty linear with other sizes than `linear`, on the same device and in the same dtype."""
+    return nn.Linear(
+        linear.in_features if in_features is None else in_features,
+        linear.out_features if out_features is None else out_features,
+        bias=linear.bias is not None or add_bias,
+        device=linear.weight.device,
+        dtype=linear.weight.dtype,
+    )
