@@ -14,6 +14,7 @@ from huggingface_hub import CommitInfo
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .allocation.composing import EarlierPruning
+from .allocation.job import resume_held
 from .allocation.plan import PruningPlan
 from .architectures import find_sites, get_architecture, is_pruned
 from .architectures.wrapping import (
@@ -292,7 +293,8 @@ class FwdPruner:
         check_model(subject)
         run = Run(subject, self.tokenizer, dataset, latencies=self._latencies)
         try:
-            self.scores = run.score(config)
+            with resume_held(config):
+                self.scores = run.score(config)
         finally:
             self._latencies = run.latencies
         return self.scores
@@ -368,7 +370,7 @@ class FwdPruner:
         # A dense model that is not consumed stays, whatever happens to the pruned one.
         finished = keep if inplace else _ignored
         run = Run(subject, self.tokenizer, dataset, inplace, finished, self._latencies)
-        with self._noting_what_is_left(run):
+        with self._noting_what_is_left(run), resume_held(config):
             done = run.prune(config, scores) if plan is None else run.replay(plan, config)
             keep(done)
             if earlier is not None and earlier.followed_by(done.plan) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from ..loading.offloading import read_parameter
 from ..request.config import PruningConfig
 from ..runs.clock import StageClock
+from ..runs.locks import held
 from ..runs.resume import Resume, digest_of
 from .budgets import Budget
 
@@ -48,3 +50,13 @@ def resume_of(config: PruningConfig, model: PreTrainedModel) -> Resume:
     weights = digest_of((name, read_parameter(model, name)) for name, _ in model.named_parameters())
     identity = {"model": type(model).__name__, "weights": weights, "request": request}
     return Resume(Path(config.resume), identity, config.resume_seconds)
+
+
+def resume_held(config: PruningConfig) -> AbstractContextManager[None]:
+    """Hold the folder `config.resume`, where there is one, so that no other run keeps its states there.
+
+    Raises:
+        BlockingIOError: where another run holds it.
+        OSError: where it is a file, or nothing can be written there.
+    """
+    return nullcontext() if config.resume is None else held(config.resume, "another folder with resume=...")

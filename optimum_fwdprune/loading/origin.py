@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from ..files import write_text_atomically
 from ..runs import ranks
+from ..runs.locks import taking_turns
 from ..runs.loggers import get_logger
 from ..words import public_name
 from .integrity import weight_files
@@ -98,9 +99,12 @@ class Origin:
         """Write down where the folder of this fingerprint is, on this machine alone."""
         if self.fingerprint is None or not self.folders or not ranks.is_main():
             return
-        known = [str(folder) for folder in dict.fromkeys((*self.folders, *_remembered(self.fingerprint)))]
+        memory = _memory_of(self.fingerprint)
         try:
-            write_text_atomically(_memory_of(self.fingerprint), json.dumps(known) + "\n")
+            # Of two processes that add a folder at the same time, neither loses that of the other.
+            with taking_turns(memory):
+                known = dict.fromkeys((*self.folders, *_remembered(self.fingerprint)))
+                write_text_atomically(memory, json.dumps([str(folder) for folder in known]) + "\n")
         except OSError as error:
             logger.info("Where %s is cannot be remembered: %s", self.name, error)
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from ..files import check_output_file
 from ..loading.saving import check_savable
+from ..runs.locks import held, taking_turns
 from ..runs.randomness import random_states_kept
 from .adapters import merged, with_adapters
 from .arguments import RecoveryArguments
@@ -75,10 +74,15 @@ def recover(
     adapters_stay = args.trains_adapters and not args.merge_adapters
     before = ModelState(model)
     in_memory = None if source is None else source.model
-    with random_states_kept(), left_as_it_was(in_memory), removed_where_unused(str(args.output_dir)):
+    # The Trainer writes its checkpoints to this folder.
+    folder = str(args.output_dir)
+    with (
+        random_states_kept(),
+        left_as_it_was(in_memory),
+        removed_where_unused(folder),
+        held(folder, "another one as output_dir"),
+    ):
         try:
-            # The Trainer writes its checkpoints there.
-            check_output_file(Path(str(args.output_dir)) / "trainer_state.json")
             # Names of linears and a checkpoint are checked before data is read.
             trained = _trainable(model, args)
             if resumed is not None:
@@ -188,6 +192,10 @@ def _taught(
     with args.main_process_first(desc="asking the teacher"):
         kept = kept_predictions(args.teacher_cache, identity)
         if kept is None:
-            teacher = Teacher(source.load(student, args, args.device))
-            kept = keep_predictions(data, teacher, args.teacher_cache, identity, args.train_batch_size)
+            with taking_turns(args.teacher_cache):
+                # Another run may have written them meanwhile.
+                kept = kept_predictions(args.teacher_cache, identity)
+                if kept is None:
+                    teacher = Teacher(source.load(student, args, args.device))
+                    kept = keep_predictions(data, teacher, args.teacher_cache, identity, args.train_batch_size)
     return kept, None

@@ -1,1 +1,1 @@
-"""One run on one machine or several: processes, devices, random numbers, the clock, progress, logs and kept states."""
+"""One run on one machine or several: processes, devices, randomness, clock, progress, logs, locks and kept states."""
