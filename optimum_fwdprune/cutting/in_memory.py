@@ -32,8 +32,8 @@ class InMemory:
     once the last layer is settled.
 
     A layer that was cut in place could not be given back, and a later layer may fail: its activations may hold NaN,
-    and whoever waits may interrupt it. So the refitted parameters of all layers are in memory until surgery moves them
-    one by one. Units that go take none.
+    and whoever waits may interrupt it. So the refitted parameters of all layers wait in the memory of the host, which
+    is not that of an accelerator, until surgery moves them one by one. Units that go take none.
 
     Args:
         subject (`Subject`): the dense model with all its sites.
@@ -82,7 +82,7 @@ class InMemory:
         return layers
 
     def put_down(self, number: int, layer: Reconstruction) -> None:
-        self._projections |= layer.projections
+        self._projections |= layer.on_host().projections
         self._details |= layer.details
         if number >= len(self.done):
             self._stages[number].save(layer.state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -91,6 +91,12 @@ class Projection:
     weight: torch.Tensor
     bias: torch.Tensor | None
     sources: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Projection:
+        """Return it with `change` applied to every tensor."""
+        bias = None if self.bias is None else change(self.bias)
+        sources = {name: change(tensor) for name, tensor in self.sources.items()}
+        return Projection(self.kept, change(self.weight), bias, sources)
 
 
 def kept_projection(site: Site, kept: list[int]) -> Projection:

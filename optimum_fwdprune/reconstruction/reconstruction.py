@@ -10,7 +10,7 @@ import torch
 
 from ..architectures import Site, SiteKey
 from ..forward.gates import Projection
-from ..runs.devices import compute_device
+from ..runs.devices import compute_device, on_host
 from ..runs.resume import State
 
 
@@ -44,11 +44,15 @@ class Reconstruction:
         placed = {}
         for site in sites:
             if site.key in self.projections:
-                found, device = self.projections[site.key], compute_device(site.projection)
-                bias = None if found.bias is None else found.bias.to(device)
-                sources = {name: weight.to(device) for name, weight in found.sources.items()}
-                placed[site.key] = Projection(found.kept, found.weight.to(device), bias, sources)
+                device = compute_device(site.projection)
+                placed[site.key] = self.projections[site.key].mapped(lambda tensor, device=device: tensor.to(device))
         return Reconstruction(placed, self.details)
+
+    def on_host(self) -> Reconstruction:
+        """Return it with every projection in the memory of the host."""
+        return Reconstruction(
+            {key: projection.mapped(on_host) for key, projection in self.projections.items()}, self.details
+        )
 
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> Reconstruction:

@@ -6,6 +6,7 @@ import torch
 from second_device import FIRST, request_of
 
 from optimum_fwdprune import FwdPruner
+from optimum_fwdprune.cutting import in_memory
 from optimum_fwdprune.data.calibration import Calibration
 from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.planning import divergence
@@ -19,6 +20,23 @@ def prune(name, tokens, place=FIRST, channels=64, **fields):
     """Prune a tiny model by a named request, and return it."""
     model = tiny.make_model("llama_gqa_biases", intermediate_size=channels).to(place)
     return FwdPruner(model).prune(request_of(name, **fields), tokens)
+
+
+@pytest.mark.parametrize("name", ["sequential", "independent", "refit sources", "flap global"])
+def test_refitted_parameters_wait_in_the_memory_of_the_host(name, device, tokens, monkeypatch):
+    waiting = []
+    surgery = in_memory.prune_model
+
+    def cut(subject, plan, projections, inplace):
+        for projection in projections.values():
+            waiting.extend([projection.weight, projection.bias, *projection.sources.values()])
+        return surgery(subject, plan, projections, inplace)
+
+    monkeypatch.setattr(in_memory, "prune_model", cut)
+    prune(name, tokens)
+
+    assert waiting
+    assert {str(tensor.device) for tensor in waiting if tensor is not None} == {"cpu"}
 
 
 @pytest.mark.parametrize("name", ["sequential", "independent", "refit MLP sources", "search"])
