@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ class Reconstruction:
         placed = {}
         for site in sites:
             if site.key in self.projections:
-                device = compute_device(site.projection)
-                placed[site.key] = self.projections[site.key].mapped(lambda tensor, device=device: tensor.to(device))
+                move = methodcaller("to", compute_device(site.projection))
+                placed[site.key] = self.projections[site.key].mapped(move)
         return Reconstruction(placed, self.details)
 
     def on_host(self) -> Reconstruction:
