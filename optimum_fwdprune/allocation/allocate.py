@@ -9,11 +9,10 @@ from itertools import groupby
 import torch
 
 from ..architectures import (
-    ATTENTION,
-    MLP,
     Site,
     SiteKey,
 )
+from ..request.choices import BudgetSharing, Layout, Scope, UnitKind
 from ..request.config import PruningConfig
 from .budgets import (
     Budget,
@@ -56,7 +55,7 @@ def allocate(
         OutOfReach: where the constraints do not allow the budget, naming them and the largest sparsity they allow.
     """
     cost, open_sites = budget.cost, prunable_sites(sites, config)
-    if config.layout == "stock":
+    if config.layout == Layout.STOCK:
         scores = _alike(open_sites, scores)
     steps = {site.key: Steps(site, scores[site.key], config, additive, cost) for site in open_sites}
     if config.has_budget_per_kind:
@@ -93,9 +92,9 @@ def _makes_up(part: Budget, config: PruningConfig, keys: Sequence[SiteKey]) -> b
     Rounded up in every layer, a target would be overshot as often as there are layers; and where MLP widths are
     multiples, layers of one shape would all round the same way.
     """
-    if config.layout == "stock":
+    if config.layout == Layout.STOCK:
         return False
-    coarse = config.multiple_of > 1 and any(kind == MLP for _, kind in keys)
+    coarse = config.multiple_of > 1 and any(kind == UnitKind.MLP for _, kind in keys)
     return part.at_least or (coarse and not part.at_most)
 
 
@@ -122,7 +121,7 @@ _Pool = tuple[list[Steps], Budget]
 
 def pool_of(site: Site, scope: str) -> int:
     """Return the key of the pool that the site competes in: one per layer, or one for all."""
-    return site.layer if scope == "layer" else 0
+    return site.layer if scope == Scope.LAYER else 0
 
 
 def _pools(steps: list[Steps], budget: Budget, scope: str) -> list[_Pool]:
@@ -154,7 +153,7 @@ def _check_reachable(pools: list[_Pool], part: Budget, total: int, config: Pruni
         return
     # Every pool gives the same share, so the tightest one limits them all.
     share, layer = min(shares, default=(0.0, 0))
-    where = f"layer {layer}" if config.resolved_scope == "layer" and shares else "the model"
+    where = f"layer {layer}" if config.resolved_scope == Scope.LAYER and shares else "the model"
     raise OutOfReach(
         f"{part.cost.asked(part.amount, total)} is more than {where} can give under "
         f"{', '.join(named_constraints(config, num_layers))}: the largest possible "
@@ -177,10 +176,10 @@ def _take(pool: list[Steps], target: Budget, taken: dict[SiteKey, int], mode: st
     With `makes_up`, what channels round down is left to those of the next pool, and not to the heads of this one.
     """
     kinds = {step.site.kind for step in pool}
-    if mode == "joint" or len(kinds) == 1:
+    if mode == BudgetSharing.JOINT or len(kinds) == 1:
         return _spend(pool, target, taken)
-    attention = [step for step in pool if step.site.kind == ATTENTION]
-    mlp = [step for step in pool if step.site.kind == MLP]
+    attention = [step for step in pool if step.site.kind == UnitKind.ATTENTION]
+    mlp = [step for step in pool if step.site.kind == UnitKind.MLP]
     heads = round(target.amount * _prunable(attention) / _prunable(pool)) if target.heads is None else target.heads
     removed = _spend(attention, replace(target, amount=min(heads, target.amount), at_least=False), taken)
     removed += _spend(mlp, replace(target, amount=target.amount - removed), taken)

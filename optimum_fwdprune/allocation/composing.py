@@ -9,16 +9,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..architectures import (
-    ATTENTION,
-    ATTENTION_UNITS,
-    KV_GROUP,
-    QUERY_HEAD,
     Site,
     SiteKey,
     get_architecture,
     head_counts,
     is_pruned,
 )
+from ..request.choices import AttentionUnit, UnitKind
 from .plan import PruningPlan
 
 
@@ -65,12 +62,12 @@ class EarlierPruning:
         heads = sizes[attention.heads_key]
         groups = heads if attention.kv_heads_key is None else sizes[attention.kv_heads_key]
         layers = [layer for _, layer in architecture.layers(model)]
-        units_now = {
-            site.key: KV_GROUP if site.num_units == head_counts(attention, layers[site.layer]).kv_heads else QUERY_HEAD
-            for site in sites
-            if site.kind == ATTENTION
-        }
-        return cls(plan, {KV_GROUP: groups, QUERY_HEAD: heads}, units_now, recovery)
+        units_now: dict[SiteKey, str] = {}
+        for site in sites:
+            if site.kind == UnitKind.ATTENTION:
+                is_group = site.num_units == head_counts(attention, layers[site.layer]).kv_heads
+                units_now[site.key] = AttentionUnit.KV_GROUP if is_group else AttentionUnit.QUERY_HEAD
+        return cls(plan, {AttentionUnit.KV_GROUP: groups, AttentionUnit.QUERY_HEAD: heads}, units_now, recovery)
 
     def followed_by(self, later: PruningPlan) -> PruningPlan | None:
         """Return the plan that does both at once to the dense model; `None` where heads were removed in units that one
@@ -80,7 +77,7 @@ class EarlierPruning:
             earlier["recovery"] = self.recovery
         history = [*self.plan.metadata.get(EARLIER, []), earlier]
         later = replace(later, metadata={**later.metadata, EARLIER: history})
-        for unit in dict.fromkeys((later.attention_unit, self.plan.attention_unit, *ATTENTION_UNITS)):
+        for unit in dict.fromkeys((later.attention_unit, self.plan.attention_unit, *AttentionUnit)):
             kept, num_units = {}, {}
             for key in self.plan.kept:
                 units = self._in_units(key, later, unit)
@@ -95,7 +92,7 @@ class EarlierPruning:
 
     def why_apart(self, later: PruningPlan) -> str:
         """Return what to tell a user of a later plan that `followed_by` cannot combine with this one."""
-        now = {self.units_now[key] for key in later.kept if key.kind == ATTENTION and later.removed(key)}
+        now = {self.units_now[key] for key in later.kept if key.kind == UnitKind.ATTENTION and later.removed(key)}
         return (
             f"The new plan is of the pruned model that this pruning started from, and replays on that model only: "
             f"attention heads were removed in units of {self.plan.attention_unit!r} before and of "
@@ -108,7 +105,7 @@ class EarlierPruning:
         """What both plans keep of a site, in attention units of this kind; `None` where these cannot express it."""
         before, after = self.plan.kept[key], later.kept[key]
         both = [before[place] for place in after] if len(before) == later.num_units[key] else None
-        if key.kind != ATTENTION:
+        if key.kind != UnitKind.ATTENTION:
             return (both, self.plan.num_units[key]) if both is not None else None
         total = self.dense_units[unit]
         first, second, wanted = self._kind(self.plan.attention_unit), self.units_now[key], self._kind(unit)
@@ -122,4 +119,5 @@ class EarlierPruning:
 
     def _kind(self, unit: str) -> str:
         """What a unit is in the dense model: without groups of several heads, a query head is a KV group."""
-        return KV_GROUP if self.dense_units[KV_GROUP] == self.dense_units[QUERY_HEAD] else unit
+        same = self.dense_units[AttentionUnit.KV_GROUP] == self.dense_units[AttentionUnit.QUERY_HEAD]
+        return AttentionUnit.KV_GROUP if same else unit

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..architectures import (
-    MLP,
     Site,
 )
+from ..request.choices import Layout, Scope, UnitKind
 from ..request.config import PruningConfig
 from .steps import Steps
 
@@ -46,7 +46,7 @@ def _layers_to_skip(config: PruningConfig, num_layers: int) -> list[int]:
 
 def spares_ends(config: PruningConfig, num_layers: int) -> bool:
     """Whether the first and last layers of a model stay unpruned by default."""
-    by_default = config.skip_layers is None and config.resolved_scope == "layer" and config.layout == "any"
+    by_default = config.skip_layers is None and config.resolved_scope == Scope.LAYER and config.layout == Layout.ANY
     return by_default and num_layers >= FEWEST_WITH_ENDS
 
 
@@ -64,7 +64,7 @@ def fewest_units(site: Site, config: PruningConfig) -> int:
 
 def coarse_multiple(sites: Sequence[Site], config: PruningConfig) -> int:
     """Return a multiple of `multiple_of` that gives the widest MLP about `LEVELS` widths."""
-    widest = max((site.num_units for site in sites if site.kind == MLP), default=1)
+    widest = max((site.num_units for site in sites if site.kind == UnitKind.MLP), default=1)
     return -(-widest // (LEVELS * config.multiple_of)) * config.multiple_of
 
 
@@ -78,7 +78,7 @@ def named_constraints(config: PruningConfig, num_layers: int) -> list[str]:
     if skip_layers := _layers_to_skip(config, num_layers):
         default = " (the default here, [] spares none)" if config.skip_layers is None else ""
         constraints.append(f"skip_layers={skip_layers}{default}")
-    if config.layout == "stock" and config.kinds is None and len(config.resolved_kinds) == 1:
+    if config.layout == Layout.STOCK and config.kinds is None and len(config.resolved_kinds) == 1:
         constraints.append("layout='stock', which leaves the attention heads whole here")
     if config.kinds is not None and len(config.kinds) == 1:
         constraints.append(f"kinds={config.kinds}")

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures.site import (
-    ATTENTION_UNITS,
-    KINDS,
     Site,
     SiteKey,
     keyed_by_site,
     unit_name,
 )
 from ..files import as_path, write_text_atomically
+from ..request.choices import AttentionUnit, UnitKind
 from ..words import html_table
 
 
@@ -60,10 +59,8 @@ class PruningPlan:
         for name, kind_of_value in (("model_type", str), ("metadata", dict)):
             if not isinstance(getattr(self, name), kind_of_value):
                 raise ValueError(f"{name} must be a {kind_of_value.__name__}; got {getattr(self, name)!r}.")
-        if self.attention_unit not in ATTENTION_UNITS:
-            raise ValueError(
-                f"attention_unit must be one of {', '.join(ATTENTION_UNITS)}; got {self.attention_unit!r}."
-            )
+        if self.attention_unit not in list(AttentionUnit):
+            raise ValueError(f"attention_unit must be one of {', '.join(AttentionUnit)}; got {self.attention_unit!r}.")
         for key, units in self.kept.items():
             (layer, kind), total = key, self.num_units[key]
             # JSON knows true and 1.5, and Python would take them for numbers of units.
@@ -85,12 +82,12 @@ class PruningPlan:
         rows = []
         for layer in sorted({layer for layer, _ in self.kept}):
             row = [str(layer)]
-            for kind in KINDS:
+            for kind in UnitKind:
                 key = SiteKey(layer, kind)
                 total, kept = self.num_units.get(key, 0), len(self.kept.get(key, []))
                 row += [f"{kept} / {total}", f"{kept / total if total else 1:.0%}"]
             rows.append(row)
-        return html_table(("layer", unit_name("attention", self.attention_unit), "", "MLP channels", ""), rows)
+        return html_table(("layer", unit_name(UnitKind.ATTENTION, self.attention_unit), "", "MLP channels", ""), rows)
 
     def removed(self, key: SiteKey) -> list[int]:
         """Return the units of a site that go, sorted."""
@@ -221,9 +218,9 @@ def losses_by_kind(
         num_units (mapping of site key to `int`): units before pruning.
         attention_unit (`str`): what an attention unit is, `"kv_group"` or `"query_head"`.
     """
-    names = {"attention": ATTENTION_NAMES[attention_unit], "mlp": "MLP channels"}
-    sentences = {}
-    for kind in KINDS:
+    names = {UnitKind.ATTENTION: ATTENTION_NAMES[attention_unit], UnitKind.MLP: "MLP channels"}
+    sentences: dict[str, str] = {}
+    for kind in UnitKind:
         layers = {key.layer: 1 - len(kept[key]) / total for key, total in num_units.items() if key.kind == kind}
         if not layers:
             continue
@@ -244,7 +241,7 @@ def losses_by_kind(
     return sentences
 
 
-ATTENTION_NAMES = {"query_head": "attention heads", "kv_group": "KV groups"}
+ATTENTION_NAMES: dict[str, str] = {AttentionUnit.QUERY_HEAD: "attention heads", AttentionUnit.KV_GROUP: "KV groups"}
 
 
 def _capitalised(name: str) -> str:
@@ -282,7 +279,7 @@ def _nest(values: Mapping[SiteKey, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _flatten(nested: Mapping[str, Mapping[str, Any]]) -> dict[SiteKey, Any]:
-    unknown = {kind for entry in nested.values() for kind in entry} - set(KINDS)
+    unknown = {kind for entry in nested.values() for kind in entry} - set(UnitKind)
     if unknown:
         raise KeyError(f"unknown kinds {sorted(unknown)}")
     return {SiteKey(int(layer), kind): value for layer, entry in nested.items() for kind, value in entry.items()}

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from ..architectures import (
-    ATTENTION,
-    MLP,
     Site,
     SiteKey,
 )
+from ..request.choices import UnitKind
 from ..request.config import PruningConfig
 from .allocate import allocate, pool_of
 from .budgets import Budget, ParameterCost
@@ -46,7 +45,7 @@ class Rounds:
         # What pools, and the heads of each, give shares of.
         self._pools: dict[int, dict[str, int]] = {}
         for site in prunable_sites(sites, config):
-            of_kinds = self._pools.setdefault(pool_of(site, config.resolved_scope), dict.fromkeys((ATTENTION, MLP), 0))
+            of_kinds = self._pools.setdefault(pool_of(site, config.resolved_scope), dict.fromkeys(UnitKind, 0))
             of_kinds[site.kind] += budget.cost.total(site)
         if config.rounds > 1:
             # What cannot be had in the end should be refused before the first cut.
@@ -103,7 +102,7 @@ class Rounds:
         Of all that was given before, by sites included which are closed by now. Parts of a round alone would be
         rounded in each: where a head is more than twice of one, none would ever go.
         """
-        given: dict[int, dict[str, int]] = {pool: dict.fromkeys((ATTENTION, MLP), 0) for pool in self._pools}
+        given: dict[int, dict[str, int]] = {pool: dict.fromkeys(UnitKind, 0) for pool in self._pools}
         for site in sites:
             if (pool := pool_of(site, self._config.resolved_scope)) in given:
                 given[pool][site.kind] += self.removed({site.key: site.num_units})
@@ -111,7 +110,7 @@ class Rounds:
         return {
             pool: (
                 part - sum(given[pool].values()),
-                round(part * self._pools[pool][ATTENTION] / sizes[pool]) - given[pool][ATTENTION],
+                round(part * self._pools[pool][UnitKind.ATTENTION] / sizes[pool]) - given[pool][UnitKind.ATTENTION],
             )
             for pool, part in budget.divided(sizes).items()
         }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..architectures import (
-    MLP,
     Site,
 )
+from ..request.choices import UnitKind
 from ..request.config import PruningConfig
 from .budgets import (
     PARAMETERS,
@@ -29,7 +29,7 @@ class Steps:
         # One unit of every group at a time: [step, group], flattened.
         self.order = (ranked + offsets).T.flatten()
 
-        multiple = config.multiple_of if site.kind == MLP else 1
+        multiple = config.multiple_of if site.kind == UnitKind.MLP else 1
         floor = -(-config.min_units_per_site // site.num_groups)
         # Kept units per group after each step: the largest multiple below the present width, and down to the floor.
         largest = (per_group - 1) // multiple * multiple

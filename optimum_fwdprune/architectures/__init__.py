@@ -12,12 +12,6 @@ from .registry import (
     supported_architectures,
 )
 from .site import (
-    ATTENTION,
-    ATTENTION_UNITS,
-    KINDS,
-    KV_GROUP,
-    MLP,
-    QUERY_HEAD,
     Coupling,
     Segment,
     Site,
@@ -28,12 +22,6 @@ from .sites import head_counts
 
 
 __all__ = [
-    "ATTENTION",
-    "ATTENTION_UNITS",
-    "KINDS",
-    "KV_GROUP",
-    "MLP",
-    "QUERY_HEAD",
     "Architecture",
     "AttentionLayout",
     "Coupling",

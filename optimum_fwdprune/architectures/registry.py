@@ -13,7 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..models.adapter_defaults import add_adapter_defaults
 from ..models.layout import DecoderLayout
 from ..models.per_layer import stock_config_class
-from .site import ATTENTION, ATTENTION_UNITS, KINDS, QUERY_HEAD, Site
+from ..request.choices import AttentionUnit, UnitKind
+from .site import Site
 from .sites import attention_site, attention_sizes, mlp_site
 from .wrapping import check_no_adapters
 
@@ -77,10 +78,10 @@ class Architecture:
         name = next(name for name, module in model.named_modules() if module is container)
         return [(f"{name}.{index}", layer) for index, layer in enumerate(container)]
 
-    def sites(self, model: PreTrainedModel, attention_unit: str = QUERY_HEAD) -> list[Site]:
+    def sites(self, model: PreTrainedModel, attention_unit: str = AttentionUnit.QUERY_HEAD) -> list[Site]:
         """Return every site of `model`, layer by layer, attention before MLP."""
-        if attention_unit not in ATTENTION_UNITS:
-            raise ValueError(f"attention_unit must be one of {', '.join(ATTENTION_UNITS)}; got {attention_unit!r}.")
+        if attention_unit not in list(AttentionUnit):
+            raise ValueError(f"attention_unit must be one of {', '.join(AttentionUnit)}; got {attention_unit!r}.")
         check_no_adapters(model, "cannot be cut")
         _check_layer_count(model, len(self.layers(model)))
         sites = []
@@ -109,7 +110,7 @@ class Architecture:
         sizes: dict[int, dict] = {index: {} for index in range(len(layers))}
         for site in sites:
             units = kept[site.key]
-            if site.kind == ATTENTION:
+            if site.kind == UnitKind.ATTENTION:
                 sizes[site.layer] |= attention_sizes(self.layout.attention, layers[site.layer], site, units)
             else:
                 sizes[site.layer][self.layout.mlp.width_key] = len(units)
@@ -203,7 +204,9 @@ def get_architecture(config: PreTrainedConfig) -> Architecture:
     return architecture
 
 
-def find_sites(model: PreTrainedModel, attention_unit: str = QUERY_HEAD, kinds: tuple[str, ...] = KINDS) -> list[Site]:
+def find_sites(
+    model: PreTrainedModel, attention_unit: str = AttentionUnit.QUERY_HEAD, kinds: tuple[str, ...] = tuple(UnitKind)
+) -> list[Site]:
     """Return the sites of `model` of the given kinds, layer by layer.
 
     Args:

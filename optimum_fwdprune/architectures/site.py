@@ -9,11 +9,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from ..request.choices import AttentionUnit, UnitKind
 
-ATTENTION, MLP = "attention", "mlp"
-KINDS = (ATTENTION, MLP)
-KV_GROUP, QUERY_HEAD = "kv_group", "query_head"
-ATTENTION_UNITS = (KV_GROUP, QUERY_HEAD)
 
 T = TypeVar("T")
 Key = TypeVar("Key", bound=tuple[int, str])
@@ -50,8 +47,10 @@ def keyed_by_site(values: Mapping[Key, T]) -> dict[SiteKey, T]:
 
 
 def unit_name(kind: str, attention_unit: str) -> str:
-    """Return what units of a kind are called, in the plural; `attention_unit` is one of `ATTENTION_UNITS`."""
-    return "MLP channels" if kind == MLP else {KV_GROUP: "KV groups", QUERY_HEAD: "query heads"}[attention_unit]
+    """Return what units of a kind are called, in the plural; `attention_unit` is an [`AttentionUnit`]."""
+    if kind == UnitKind.MLP:
+        return "MLP channels"
+    return "KV groups" if attention_unit == AttentionUnit.KV_GROUP else "query heads"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..models.layout import AttentionLayout, MLPLayout
-from .site import ATTENTION, MLP, QUERY_HEAD, Coupling, Segment, Site
+from ..request.choices import AttentionUnit, UnitKind
+from .site import Coupling, Segment, Site
 
 
 class HeadCounts(NamedTuple):
@@ -46,7 +47,7 @@ def attention_site(layout: AttentionLayout, layer_index: int, path: str, layer: 
     module: Any = layer.get_submodule(layout.module)
     heads, kv_heads = head_counts(layout, layer)
     head_dim, per_group = module.head_dim, heads // kv_heads
-    single_heads = unit == QUERY_HEAD and per_group > 1
+    single_heads = unit == AttentionUnit.QUERY_HEAD and per_group > 1
     query = Segment(head_dim if single_heads else per_group * head_dim)
     # With single query heads as units, keys and values are shared by heads that stay: nobody owns them.
     shared = Segment(kv_heads * head_dim, owned=False) if single_heads else Segment(head_dim)
@@ -65,7 +66,7 @@ def attention_site(layout: AttentionLayout, layer_index: int, path: str, layer: 
     output = coupling(layout.output, 1, query)
     return Site(
         layer=layer_index,
-        kind=ATTENTION,
+        kind=UnitKind.ATTENTION,
         projection_name=output.name,
         projection=output.linear,
         num_units=heads if single_heads else kv_heads,
@@ -85,7 +86,7 @@ def mlp_site(layout: MLPLayout, layer_index: int, path: str, layer: Any) -> Site
     ]
     return Site(
         layer=layer_index,
-        kind=MLP,
+        kind=UnitKind.MLP,
         projection_name=output.name,
         projection=output.linear,
         num_units=output.linear.in_features,

@@ -19,8 +19,8 @@ from ..data.calibration import Calibration
 from ..forward.gates import Projection
 from ..loading.dispatching import PlacementError
 from ..loading.subject import Subject
-from ..reconstruction.kinds import NONE
 from ..reconstruction.reconstruction import Reconstruction
+from ..request.choices import ReconstructionKind
 from ..runs.resume import Resume, Stage
 from ..runs.shelves import Shelf
 from .cut import Cut
@@ -67,7 +67,7 @@ class InMemory:
     def open(self) -> None:
         kept, subject = self._plan.kept, self._subject
         # A round without reconstruction, or without a loss, has nothing to keep.
-        has_state = self._job.config.reconstruction != NONE and subject.losing(kept)
+        has_state = self._job.config.reconstruction != ReconstructionKind.NONE and subject.losing(kept)
         resume = self._job.resume if has_state else Resume()
         # The next of several rounds belongs to a model that is the same to the bit, on any device.
         digest = hashlib.sha256(json.dumps(sorted(kept.items())).encode()).hexdigest()[:16]

@@ -12,8 +12,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..allocation.plan import PruningPlan
 from ..architectures import (
-    ATTENTION,
-    MLP,
     Site,
     SiteKey,
 )
@@ -22,6 +20,7 @@ from ..loading.dispatching import OffloadFiles, Placement
 from ..loading.offloading import read_parameter
 from ..loading.state import forget_lengths, mark_consumed
 from ..loading.subject import Subject
+from ..request.choices import UnitKind
 from ..runs.progress import progress
 
 
@@ -64,8 +63,8 @@ def pruned_config(subject: Subject, kept: Mapping[SiteKey, list[int]], with_bias
         values.pop(key, None)
     values["architectures"] = [architecture.pruned_class(model).__name__]
     # A second pruning keeps the biases that the first one added.
-    values["attention_output_bias"] = values.get("attention_output_bias", False) or ATTENTION in with_bias
-    values["mlp_output_bias"] = values.get("mlp_output_bias", False) or MLP in with_bias
+    values["attention_output_bias"] = values.get("attention_output_bias", False) or UnitKind.ATTENTION in with_bias
+    values["mlp_output_bias"] = values.get("mlp_output_bias", False) or UnitKind.MLP in with_bias
     config = architecture.config_class.from_dict(
         {**values, "per_layer_config": architecture.layer_sizes(model, subject.sites, dict(kept))}
     )

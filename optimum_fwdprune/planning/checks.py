@@ -11,7 +11,7 @@ from ..loading.placement import warn_of_placement
 from ..loading.saving import check_savable
 from ..loading.subject import Subject
 from ..reconstruction.reconstruct import check_reconstruction
-from ..request.choices import SEARCH
+from ..request.choices import Scope
 from ..request.config import PruningConfig
 from ..runs import ranks
 from ..scoring.scores import Scores
@@ -55,7 +55,7 @@ def check_request(
         # The pruned model is written along the way.
         check_savable(subject.model, None)
     check_reconstruction(subject.model, config)
-    if plan is None and config.resolved_scope == SEARCH:
+    if plan is None and config.resolved_scope == Scope.SEARCH:
         check_search(subject.model, config)
     check_model(subject)
     if scores is not None:
@@ -70,7 +70,7 @@ def check_streamable(config: PruningConfig) -> None:
             f"accelerate launch, or leave low_memory out."
         )
     whole = {
-        f"scope={SEARCH!r}": config.resolved_scope == SEARCH,
+        "scope='search'": config.resolved_scope == Scope.SEARCH,
         f"rounds={config.rounds}": config.rounds > 1,
         "target_speedup": config.target_speedup is not None,
     }

@@ -22,13 +22,13 @@ from ..loading.offloading import resident
 from ..loading.subject import Subject
 from ..reconstruction.bias import compensate_bias
 from ..reconstruction.independent import fit_and_held_out, gram_statistics
-from ..reconstruction.kinds import BIAS, LEAST_SQUARES
 from ..reconstruction.least_squares import (
     DEFAULT_RIDGE,
     NormalEquations,
     nested_changes,
     refit,
 )
+from ..request.choices import ReconstructionKind
 from ..request.config import PruningConfig
 from ..runs.devices import back_to, precise
 from ..runs.progress import progress
@@ -63,10 +63,10 @@ class Levels:
         self._moments: Mapping[SiteKey, SiteStatistics] = {}
         self._files: dict[SiteKey, Any] = {}
         cut = [site for site in sites if self._kept[site.key]]
-        if config.reconstruction == BIAS:
+        if config.reconstruction == ReconstructionKind.BIAS:
             moments = collect_statistics(subject.looking_at(cut), calibration, config.batch_size, (MOMENTS,), resume)
             self._moments = PlacedStatistics(cut, moments)
-        if config.reconstruction == LEAST_SQUARES:
+        if config.reconstruction == ReconstructionKind.LEAST_SQUARES:
             _check_space(cut, self._kept, folder)
             measured = gram_statistics(subject.looking_at(cut), fit_and_held_out(calibration), config.batch_size)
             for site, statistics in progress(measured, "Reconstructing levels", total=len(cut), unit="site"):

@@ -16,8 +16,7 @@ from ..allocation.plan import PruningPlan
 from ..allocation.rounds import Rounds
 from ..architectures import Site, SiteKey
 from ..loading.subject import Subject
-from ..reconstruction.kinds import NONE
-from ..request.choices import SEARCH
+from ..request.choices import ReconstructionKind, Scope
 from ..request.config import UNDECIDED_BY_PLANS, PruningConfig
 from ..request.registry import get_method
 from ..runs.loggers import get_logger
@@ -49,7 +48,7 @@ def make_plan(subject: Subject, scores: Scores, rounds: Rounds, job: Job) -> tup
         job (`Job`): the request of the round, what it removes, and where a search keeps its state.
     """
     model, sites, config = subject.model, subject.sites, job.config
-    if config.resolved_scope == SEARCH:
+    if config.resolved_scope == Scope.SEARCH:
         budget, calibration = job.budget, scores.calibration
         assert budget is not None and calibration is not None
 
@@ -81,8 +80,9 @@ def replayed(plan: PruningPlan, config: PruningConfig) -> PruningPlan:
         config (`PruningConfig`): the request of the replay, with its reconstruction.
     """
     before = [*plan.metadata.get(EARLIER, []), plan.metadata]
-    lost = next((kind for run in reversed(before) if (kind := run.get("reconstruction")) not in (None, NONE)), None)
-    if lost is not None and config.reconstruction == NONE:
+    kinds = (run.get("reconstruction") for run in reversed(before))
+    lost = next((kind for kind in kinds if kind not in (None, ReconstructionKind.NONE)), None)
+    if lost is not None and config.reconstruction == ReconstructionKind.NONE:
         text = (plan.metadata.get("calibration") or {}).get("source")
         logger.warning(
             "The plan is of a run with reconstruction=%r, and a plan holds no weights: the units that stay keep the "

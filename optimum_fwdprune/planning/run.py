@@ -22,7 +22,7 @@ from ..forward.evidence import Evidence
 from ..loading.state import evaluating
 from ..loading.subject import Sizes, Subject
 from ..reconstruction.bias import added_parameters
-from ..reconstruction.kinds import NONE
+from ..request.choices import ReconstructionKind
 from ..request.config import PruningConfig
 from ..runs import ranks
 from ..runs.clock import StageClock
@@ -90,7 +90,7 @@ class Run:
         plan = replayed(plan, config)
         announce("\n".join(losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values()))
         evidence = Evidence()
-        if config.reconstruction != NONE:
+        if config.reconstruction != ReconstructionKind.NONE:
             calibration = self.calibration(config)
             evidence, self.calibrated_on = Evidence(calibration), calibration.source
         job = Job(config, None, resume_of(config, subject.model), self.clock)

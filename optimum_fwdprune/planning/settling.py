@@ -12,12 +12,10 @@ from ..allocation.budgets import Budget
 from ..allocation.constraints import prunable_sites, spares_ends
 from ..allocation.plan import losses_by_kind
 from ..architectures import (
-    ATTENTION,
-    KINDS,
-    MLP,
     Site,
     SiteKey,
 )
+from ..request.choices import Layout, Scope, UnitKind
 from ..request.config import PruningConfig
 from ..runs.loggers import get_logger
 
@@ -96,14 +94,14 @@ def _candidates(sites: Sequence[Site], config: PruningConfig) -> Iterator[tuple[
             "unpruned by default, are pruned too. Set skip_layers to choose the layers yourself."
         ]
         yield config, message
-    has_attention = any(site.kind == ATTENTION for site in sites)
+    has_attention = any(site.kind == UnitKind.ATTENTION for site in sites)
     if config.kinds is None and not config.has_budget_per_kind and has_attention:
         message = [
             *message,
             "The budget is more than the MLP channels should give alone: attention heads, which are unpruned by "
             "default, are pruned too. Set kinds to choose what is pruned yourself.",
         ]
-        yield replace(config, kinds=[ATTENTION, MLP]), message
+        yield replace(config, kinds=[UnitKind.ATTENTION, UnitKind.MLP]), message
 
 
 def _share(sites: Sequence[Site], config: PruningConfig, budget: Budget) -> float:
@@ -169,7 +167,9 @@ def forecast(
     removed = sum(by_site.values())
     item_size = sites[0].projection.weight.element_size()
     losses = _losses(sites, config, kept, by_site)
-    by_kind = {kind: sum(by_site[site.key] for site in sites if site.kind == kind) for kind in KINDS}
+    by_kind: dict[str, int] = {
+        kind: sum(by_site[site.key] for site in sites if site.kind == kind) for kind in UnitKind
+    }
     return Forecast(parameters, size, removed, removed * item_size, added_parameters, losses, by_kind)
 
 
@@ -205,7 +205,9 @@ def _sparsities(
     sites: Sequence[Site], config: PruningConfig, budget: Budget, outcome: Forecast
 ) -> Iterator[tuple[str, float, float]]:
     """Yield every sparsity that a request names: its field, its value and what it comes to."""
-    prunable = {kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in KINDS}
+    prunable: dict[str, int] = {
+        kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in UnitKind
+    }
     if config.has_budget_per_kind:
         for kind in config.resolved_kinds:
             if prunable[kind]:
@@ -217,9 +219,9 @@ def _sparsities(
 
 def _why_rounded(config: PruningConfig) -> str:
     reasons = ["units are removed whole"]
-    if config.multiple_of > 1 and MLP in config.resolved_kinds:
+    if config.multiple_of > 1 and UnitKind.MLP in config.resolved_kinds:
         reasons.append(f"MLP widths are rounded to multiple_of={config.multiple_of}")
-    if config.layout == "stock":
+    if config.layout == Layout.STOCK:
         reasons.append("layout='stock' cuts every layer alike")
     return " and ".join(reasons)
 
@@ -227,12 +229,12 @@ def _why_rounded(config: PruningConfig) -> str:
 def _losses(
     sites: Sequence[Site], config: PruningConfig, kept: Mapping[SiteKey, list[int]], by_site: Mapping[SiteKey, int]
 ) -> dict[str, str]:
-    if config.resolved_scope == "layer":
+    if config.resolved_scope == Scope.LAYER:
         return losses_by_kind(kept, {site.key: site.num_units for site in sites}, config.attention_unit)
     # Which layers lose how much follows from the scores.
     open_sites = prunable_sites(sites, config)
-    kinds = sorted({site.kind for site in open_sites})
-    names = " and ".join({ATTENTION: "attention heads", MLP: "MLP channels"}[kind] for kind in kinds)
+    named: dict[str, str] = {UnitKind.ATTENTION: "attention heads", UnitKind.MLP: "MLP channels"}
+    names = " and ".join(named[kind] for kind in sorted({site.kind for site in open_sites}))
     total = sum(site.num_parameters for site in open_sites)
     share = sum(by_site.values()) / max(1, total)
     return {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ..allocation.plan import PruningPlan
-from ..architectures import KINDS, Site
+from ..architectures import Site
 from ..architectures.stock import find_stock_form
 from ..cutting.surgery import pruned_config
 from ..loading.subject import Subject
 from ..reconstruction.bias import added_parameters
-from ..reconstruction.kinds import NONE
+from ..request.choices import ReconstructionKind, UnitKind
 from ..request.config import PruningConfig
 
 
@@ -16,7 +16,7 @@ from ..request.config import PruningConfig
 STOCK = "stock"
 
 
-def check_stock_layout(subject: Subject, plan: PruningPlan, reconstruction: str = NONE) -> None:
+def check_stock_layout(subject: Subject, plan: PruningPlan, reconstruction: str = ReconstructionKind.NONE) -> None:
     """Raise `ValueError` where a stock checkpoint could not hold what a plan leaves of a model.
 
     Args:
@@ -35,12 +35,13 @@ def check_stock_request(subject: Subject, config: PruningConfig) -> None:
         plan = _halved(subject, config, kind)
         if (reason := _not_stock(subject, plan, config.reconstruction)) is None:
             continue
-        if config.reconstruction != NONE and _not_stock(subject, plan, NONE) is None:
+        reconstructs = config.reconstruction != ReconstructionKind.NONE
+        if reconstructs and _not_stock(subject, plan, ReconstructionKind.NONE) is None:
             raise ValueError(
                 f"layout='stock' does not go with reconstruction={config.reconstruction!r} here. {reason} Set "
                 f"reconstruction='least_squares' or reconstruction='none', which add no parameters."
             )
-        others = [other for other in KINDS if other != kind and _allows(subject, config, other)]
+        others = [other for other in UnitKind if other != kind and _allows(subject, config, other)]
         way_out = f"Set kinds={others}, or leave out layout." if others else "Leave out layout."
         raise ValueError(f"layout='stock' does not go with pruning {kind} here. {reason} {way_out}")
 

@@ -9,13 +9,13 @@ from ..forward.gates import Projection
 from ..forward.statistics import (
     SiteStatistics,
 )
+from ..request.choices import ReconstructionKind
 from ..request.config import PruningConfig
-from .kinds import BIAS
 
 
 def added_parameters(sites: Iterable[Site], kind: str) -> int:
     """Return how many parameters a reconstruction adds to the model: biases where projections had none."""
-    if kind != BIAS:
+    if kind != ReconstructionKind.BIAS:
         return 0
     return sum(site.projection.out_features for site in sites if site.projection.bias is None)
 
@@ -26,7 +26,7 @@ def kinds_with_bias(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]], co
     return {
         site.kind
         for site in sites
-        if site.kind in losing and config.reconstruction == BIAS and site.projection.bias is None
+        if site.kind in losing and config.reconstruction == ReconstructionKind.BIAS and site.projection.bias is None
     }
 
 

@@ -1,17 +1,14 @@
-"""The kinds of reconstruction, and the statistics that each of them reads."""
+"""The statistics that each kind of reconstruction reads."""
 
 from __future__ import annotations
 
-from ..forward.statistics import (
-    MOMENTS,
-)
-
-
-NONE, BIAS, LEAST_SQUARES = "none", "bias", "least_squares"
-
-
-INDEPENDENT = "independent"
+from ..forward.statistics import MOMENTS
+from ..request.choices import ReconstructionKind
 
 
 # Statistics that scoring gathers along the way where this kind of reconstruction will follow.
-STATISTICS_OF: dict[str, tuple[str, ...]] = {NONE: (), BIAS: (MOMENTS,), LEAST_SQUARES: ()}
+STATISTICS_OF: dict[str, tuple[str, ...]] = {
+    ReconstructionKind.NONE: (),
+    ReconstructionKind.BIAS: (MOMENTS,),
+    ReconstructionKind.LEAST_SQUARES: (),
+}

@@ -18,16 +18,14 @@ from ..forward.statistics import (
 )
 from ..loading.offloading import resident
 from ..loading.subject import Subject
+from ..request.choices import ReconstructionKind, ReconstructionOrder, ReconstructionTarget
 from ..request.config import PruningConfig
 from ..runs.loggers import get_logger
 from ..runs.shelves import Shelf
 from .bias import compensate_bias
 from .independent import fit_and_held_out, refit_independently
-from .kinds import BIAS, INDEPENDENT, LEAST_SQUARES, NONE
 from .reconstruction import Reconstruction
 from .sequential import (
-    DENSE,
-    LAYER,
     Refitted,
     SequentialFit,
     refit_in_sequence,
@@ -39,10 +37,10 @@ logger = get_logger(__name__)
 
 def check_reconstruction(model: PreTrainedModel, config: PruningConfig) -> None:
     """Raise `ValueError` where `model` does not allow the reconstruction that the request asks for."""
-    least_squares = config.reconstruction == LEAST_SQUARES
-    sequential = least_squares and config.reconstruction_order != INDEPENDENT
+    least_squares = config.reconstruction == ReconstructionKind.LEAST_SQUARES
+    sequential = least_squares and config.reconstruction_order != ReconstructionOrder.INDEPENDENT
     adds_up = get_architecture(model.config).layout.residual_adds_up(model.config)
-    if sequential and config.reconstruction_target == DENSE and not adds_up:
+    if sequential and config.reconstruction_target == ReconstructionTarget.DENSE and not adds_up:
         raise ValueError(
             f"reconstruction_target='dense' needs projections that add to the residual stream as they are, and "
             f"{model.config._name_or_path or model.config.model_type} normalizes in between. Use "
@@ -86,16 +84,16 @@ def reconstruct_by_layer(
         return
     kind, losing, shelf = config.reconstruction, subject.losing(kept), shelf or Shelf()
     # Biases take no more than the means.
-    has_means = kind == BIAS and bool(evidence.statistics)
-    if kind != NONE and losing and evidence.calibration is None and not has_means:
+    has_means = kind == ReconstructionKind.BIAS and bool(evidence.statistics)
+    if kind != ReconstructionKind.NONE and losing and evidence.calibration is None and not has_means:
         raise ValueError(f"reconstruction={kind!r} needs calibration tokens.")
-    if kind != LEAST_SQUARES or not losing:
+    if kind != ReconstructionKind.LEAST_SQUARES or not losing:
         yield from _biases_by_layer(subject, kept, config, evidence, shelf)
         return
     assert evidence.calibration is not None
     warn_of_few_tokens(losing, kept, evidence.calibration)
     refitted: Iterable[Refitted]
-    if config.reconstruction_order == INDEPENDENT:
+    if config.reconstruction_order == ReconstructionOrder.INDEPENDENT:
         refitted = refit_independently(subject.looking_at(losing), kept, config, evidence, shelf)
     else:
         texts, known = fit_and_held_out(evidence.calibration), [layer.projections for layer in done]
@@ -110,8 +108,9 @@ def reconstruct_by_layer(
 
 def _sequential_fit(subject: Subject, config: PruningConfig) -> SequentialFit:
     """How the request fits projections one after the other; a warning where the family does not allow all of it."""
-    target = config.reconstruction_target or (DENSE if subject.residual_adds_up else LAYER)
-    with_sources = config.refit_sources and target == DENSE
+    by_default = ReconstructionTarget.DENSE if subject.residual_adds_up else ReconstructionTarget.LAYER
+    target = config.reconstruction_target or by_default
+    with_sources = config.refit_sources and target == ReconstructionTarget.DENSE
     if config.refit_sources and not with_sources:
         logger.warning(
             "refit_sources aims at the dense model's residual stream, which %s normalizes in between: only "
@@ -126,7 +125,8 @@ def _biases_by_layer(
 ) -> Iterator[Reconstruction]:
     """Yield the biases of every layer; nothing new where the request asks for none."""
     # A checkpoint has projection biases in all layers of a kind or in none.
-    biased = {site.kind for site in subject.losing(kept)} if config.reconstruction == BIAS else set()
+    adds_biases = config.reconstruction == ReconstructionKind.BIAS
+    biased = {site.kind for site in subject.losing(kept)} if adds_biases else set()
     statistics = evidence.statistics
     if biased and not statistics:
         # Scores that were made for another reconstruction may lack the means.

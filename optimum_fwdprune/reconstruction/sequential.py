@@ -14,6 +14,7 @@ from ..forward.gates import Projection, kept_projection, kept_sources
 from ..forward.layerwise import LayerRunner
 from ..loading.offloading import resident
 from ..loading.subject import Subject
+from ..request.choices import ReconstructionTarget
 from ..runs.devices import back_to, precise
 from ..runs.progress import progress
 from ..runs.shelves import Shelf
@@ -21,8 +22,6 @@ from .gauss_newton import LeastSquares, gauss_newton_changes, summed_squares
 from .least_squares import NormalEquations, Refit, refit
 from .streams import Stream
 
-
-LAYER, DENSE = "layer", "dense"
 
 # Parts of a Gauss-Newton step that are tried: the whole of it where the activation bends little.
 PARTS = (1.0, 0.5, 0.25)
@@ -82,11 +81,12 @@ def refit_in_sequence(
             earlier run has fitted them.
     """
     sites, runner, shelf = subject.sites, LayerRunner(subject.model), shelf or Shelf()
+    towards_dense = fit.target == ReconstructionTarget.DENSE
     streams: list[list[Stream]] = [[] for _ in texts]
     for held, text in enumerate(texts):
         if (share := text.own_share()) is not None:
             for number, batch in enumerate(runner.batches(share, fit.batch_size)):
-                stream = Stream(f"{held}.{number}", batch, runner, shelf, fit.target == DENSE, fit.refit_sources)
+                stream = Stream(f"{held}.{number}", batch, runner, shelf, towards_dense, fit.refit_sources)
                 streams[held].append(stream)
     every_stream = [stream for of_text in streams for stream in of_text]
     first_loss = next((place for place, site in enumerate(sites) if len(kept[site.key]) < site.num_units), len(sites))
@@ -106,7 +106,7 @@ def refit_in_sequence(
             if number < len(known):
                 layer.projections |= known[number]
             for place, site in enumerate([] if number < len(known) else of_layer):
-                if site.key in behind and (fit.target == DENSE or len(kept[site.key]) < site.num_units):
+                if site.key in behind and (towards_dense or len(kept[site.key]) < site.num_units):
                     layer.settle(place, kept_projection(site, kept[site.key]))
             for stream in every_stream:
                 stream.leave(of_layer, layer.projections)

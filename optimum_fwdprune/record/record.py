@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from ..allocation.plan import PLAN_NAME, PruningPlan
 from ..files import write_text_atomically
+from ..request.choices import ReconstructionKind
 from ..request.config import CONFIG_NAME, UNDECIDED_BY_PLANS
 from ..scoring.methods import PruningConfig
 from ..scoring.scores import SCORES_NAME, Scores
@@ -101,7 +102,7 @@ def command_of(
     if replays:
         words += ["--plan", PLAN_NAME]
         defaults = {name: value for name, value in defaults.items() if name in UNDECIDED_BY_PLANS}
-        defaults["reconstruction"] = "none"
+        defaults["reconstruction"] = str(ReconstructionKind.NONE)
     else:
         words += _option("method", config.method)
     for name, default in defaults.items():

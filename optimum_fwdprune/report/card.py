@@ -12,14 +12,12 @@ from transformers import PreTrainedModel
 
 from ..allocation.composing import EARLIER
 from ..allocation.plan import ATTENTION_NAMES, PLAN_NAME, PruningPlan
-from ..architectures.site import ATTENTION, KINDS, MLP
 from ..evaluation import Comparison
 from ..loading.base import CARD_NAME, Base
-from ..reconstruction.kinds import BIAS, INDEPENDENT, NONE
 from ..record.record import Record
 from ..record.reproduction import INPUTS, reproduction_of
 from ..recovery.options import DISTILL
-from ..request.choices import SEARCH
+from ..request.choices import ReconstructionKind, ReconstructionOrder, Scope, UnitKind
 from ..request.config import CONFIG_NAME
 from ..scoring.methods import get_method
 from . import (
@@ -118,9 +116,9 @@ def _introduction(name: str, record: Record, report: PruningReport | None, base:
 def _what_was_removed(plan: PruningPlan | None) -> Iterator[str]:
     if plan is None:
         return
-    names = {ATTENTION: ATTENTION_NAMES[plan.attention_unit], MLP: "MLP channels"}
-    removed = [kind for kind in KINDS if any(plan.removed(key) for key in plan.kept if key.kind == kind)]
-    kept = [kind for kind in KINDS if kind not in removed and any(key.kind == kind for key in plan.kept)]
+    names = {UnitKind.ATTENTION: ATTENTION_NAMES[plan.attention_unit], UnitKind.MLP: "MLP channels"}
+    removed = [kind for kind in UnitKind if any(plan.removed(key) for key in plan.kept if key.kind == kind)]
+    kept = [kind for kind in UnitKind if kind not in removed and any(key.kind == kind for key in plan.kept)]
     if removed:
         text = " and ".join(names[kind] for kind in removed)
         rest = f", and all {names[kept[0]]} were kept" if kept else ""
@@ -139,7 +137,7 @@ def _how_units_were_chosen(record: Record, report: PruningReport | None) -> Iter
     means = "with back-propagation" if get_method(config.method).differentiates(config) else "with forward passes only"
     rounds = f" in {config.rounds} rounds" if config.rounds > 1 else ""
     yield f"The method `{config.method}` chose them{rounds}, {means}."
-    if config.resolved_scope == SEARCH:
+    if config.resolved_scope == Scope.SEARCH:
         yield "How much each layer lost was found by a search that compared whole pruned models."
     if text := _calibration_of(record, report):
         yield f"It was calibrated on {calibration_in_words(text)}."
@@ -157,12 +155,12 @@ def _what_became_of_the_weights(record: Record) -> Iterator[str]:
     for recovery in (each.get("recovery") for each in earlier):
         if recovery:
             yield f"Before this pruning it had been trained {_training_in_words(recovery)}."
-    if config.reconstruction == NONE:
+    if config.reconstruction == ReconstructionKind.NONE:
         yield f"The weights that were kept are those of the {'model before it' if was_pruned else 'dense model'}."
-    elif config.reconstruction == BIAS:
+    elif config.reconstruction == ReconstructionKind.BIAS:
         yield "Biases of the output projections replace the mean output of what was removed."
     else:
-        order = " one layer after the other" if config.reconstruction_order != INDEPENDENT else ""
+        order = " one layer after the other" if config.reconstruction_order != ReconstructionOrder.INDEPENDENT else ""
         what = "the output projections, and the linears before them," if config.refit_sources else "output projections"
         yield f"The kept columns of {what} were refitted by least squares{order}."
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from ..allocation.plan import PruningPlan
-from ..architectures.site import KINDS, SiteKey
+from ..architectures.site import SiteKey
 from ..evaluation import Comparison
 from ..record.outcome import Outcome
 from ..record.record import Record
 from ..record.reproduction import reproduction_of
+from ..request.choices import AttentionUnit, UnitKind
 from ..scoring.scores import Scores
 from ..version import __version__
 from .learning import learning_of
@@ -82,7 +83,7 @@ def describe(
         "model_type": plan.model_type if plan else None,
         "method": about.get("method") or (config.method if config else None),
         "reconstruction": about.get("reconstruction") or (config.reconstruction if config else None),
-        "attention_unit": plan.attention_unit if plan else "query_head",
+        "attention_unit": plan.attention_unit if plan else str(AttentionUnit.QUERY_HEAD),
         "calibration": {name: calibration.get(name) for name in ("source", "fingerprint")} if calibration else None,
         "seed": about.get("seed"),
         "rounds": about.get("rounds"),
@@ -141,11 +142,11 @@ def _layers(plan: PruningPlan, report: Outcome | None) -> list[dict[str, Any]]:
     rows = []
     for layer in sorted({layer for layer, _ in plan.kept}):
         row: dict[str, Any] = {"layer": layer}
-        for kind in KINDS:
+        for kind in UnitKind:
             key = SiteKey(layer, kind)
             kept, units, size = len(plan.kept.get(key, [])), plan.num_units.get(key, 0), per_unit.get(key)
             known = {} if size is None else {"parameters": {"before": units * size, "after": kept * size}}
-            row[kind] = {"kept": kept, "units": units, "parameters": None, **known}
+            row[str(kind)] = {"kept": kept, "units": units, "parameters": None, **known}
         rows.append(row)
     return rows
 
@@ -157,7 +158,7 @@ def _scores(scores: Scores, plan: PruningPlan | None) -> dict[str, Any]:
     not told apart then.
     """
     found: dict[str, Any] = {}
-    for kind in KINDS:
+    for kind in UnitKind:
         values = {key: value.double().numpy() for key, value in sorted(scores.values.items()) if key.kind == kind}
         if not values:
             continue
@@ -174,7 +175,7 @@ def _scores(scores: Scores, plan: PruningPlan | None) -> dict[str, Any]:
             parts = {"kept": everything[kept], "removed": everything[~kept]}
         else:
             parts = {"all": everything}
-        found[kind] = {
+        found[str(kind)] = {
             "is_log": is_log,
             "edges": places.tolist(),
             **{name: np.histogram(part, places)[0].tolist() for name, part in parts.items()},

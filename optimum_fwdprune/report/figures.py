@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..architectures.site import KINDS, unit_name
+from ..architectures.site import unit_name
+from ..request.choices import UnitKind
 from . import pictures
 from .numbers import is_quality, is_speed
 from .pictures import PALETTE
@@ -83,7 +84,7 @@ def pictures_of_all(document: Mapping[str, Any], models: Sequence[Mapping[str, A
                     )
                 )
     checkpoints = [each for each in document["checkpoints"] if each["layers"]]
-    return found + ([_kept_of_all(checkpoints, kind) for kind in KINDS] if len(checkpoints) > 1 else [])
+    return found + ([_kept_of_all(checkpoints, kind) for kind in UnitKind] if len(checkpoints) > 1 else [])
 
 
 def _kept_of_all(checkpoints: Sequence[Mapping[str, Any]], kind: str) -> Picture:
@@ -95,7 +96,7 @@ def _kept_of_all(checkpoints: Sequence[Mapping[str, Any]], kind: str) -> Picture
         pictures.draw_kept_of_several(axis, layers, shares, labels)
         axis.set_xlabel("layer")
 
-    title = "Kept MLP channels" if kind == "mlp" else "Kept attention units"
+    title = "Kept MLP channels" if kind == UnitKind.MLP else "Kept attention units"
     return _draw(f"all-kept-{kind}", title, "A line per checkpoint, by its number.", [draw], 2.6)
 
 
@@ -108,18 +109,18 @@ def _of_layers(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
 
         def draw(axis: Axes) -> None:
             pictures.draw_kept(axis, kind, layers, counts, units, unit_name(kind, checkpoint["attention_unit"]))
-            if kind == "mlp":
+            if kind == UnitKind.MLP:
                 axis.set_xlabel("layer")
 
         return draw
 
-    drawn = [kept(kind) for kind in KINDS]
+    drawn = [kept(kind) for kind in UnitKind]
     found = [
         _draw(f"{name}-kept", "Kept units", "The share of its units that each layer kept.", drawn, 3.6, sharex=True)
     ]
-    if all(row[kind]["parameters"] for row in rows for kind in KINDS):
-        before = [sum(row[kind]["parameters"]["before"] for kind in KINDS) for row in rows]
-        after = {kind: [row[kind]["parameters"]["after"] for row in rows] for kind in KINDS}
+    if all(row[kind]["parameters"] for row in rows for kind in UnitKind):
+        before = [sum(row[kind]["parameters"]["before"] for kind in UnitKind) for row in rows]
+        after: dict[str, list[int]] = {kind: [row[kind]["parameters"]["after"] for row in rows] for kind in UnitKind}
 
         def parameters(axis: Axes) -> None:
             pictures.draw_parameters(axis, layers, before, after)
@@ -131,8 +132,8 @@ def _of_layers(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
 
 
 def _of_scores(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
-    kinds = [kind for kind in KINDS if kind in checkpoint["scores"]]
-    named = {kind: unit_name(kind, checkpoint["attention_unit"]) for kind in kinds}
+    kinds = [kind for kind in UnitKind if kind in checkpoint["scores"]]
+    named: dict[str, str] = {kind: unit_name(kind, checkpoint["attention_unit"]) for kind in kinds}
 
     def histogram(kind: str) -> Callable[[Axes], None]:
         return lambda axis: pictures.draw_histogram(axis, kind, checkpoint["scores"][kind], named[kind])
@@ -183,7 +184,7 @@ def _of_learning(learning: Mapping[str, Any], name: str) -> list[Picture]:
     if not learning["is_search"] and learning["entropy"] and learning["expected_sparsity"]:
         text = "How undecided the masks are, and how much they remove."
         found.append(_draw(f"{name}-masks", "Masks", text, [over_steps(pictures.draw_masks)], 3.0))
-    for kind, title in (("attention", "Attention"), ("mlp", "MLP")):
+    for kind, title in ((UnitKind.ATTENTION, "Attention"), (UnitKind.MLP, "MLP")):
         drawn = [over_steps(pictures.draw_rates, kind)]
         text = f"The share that each layer keeps, over the {step}s."
         found.append(_draw(f"{name}-rates-{kind}", f"{title} keep rates", text, drawn, 3.4))

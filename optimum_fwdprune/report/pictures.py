@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..allocation.plan import PruningPlan
-from ..architectures.site import KINDS, SiteKey, unit_name
+from ..architectures.site import SiteKey, unit_name
+from ..request.choices import UnitKind
 from .learning import learning_of
 
 
@@ -38,7 +39,7 @@ def plot_plan(plan: PruningPlan, file: str | Path) -> None:
     layers = sorted({layer for layer, _ in plan.kept})
     figure = new_figure(8, 3.8)
     with drawing():
-        for axis, kind in zip(figure.subplots(2, 1, sharex=True), KINDS):
+        for axis, kind in zip(figure.subplots(2, 1, sharex=True), UnitKind):
             keys = [SiteKey(layer, kind) for layer in layers]
             kept = [len(plan.kept.get(key, [])) for key in keys]
             units = [plan.num_units.get(key, 0) for key in keys]
@@ -64,7 +65,7 @@ def plot_history(history: Mapping[str, Tensor], file: str | Path) -> None:
         (losses, masks), rates = figure.subplots(2, 2, sharex=True)
         draw_loss(losses, learning)
         draw_masks(masks, learning)
-        for axis, kind in zip(rates, KINDS):
+        for axis, kind in zip(rates, UnitKind):
             draw_rates(axis, kind, learning)
             axis.set_xlabel("step")
         save_figure(figure, file)
@@ -97,7 +98,7 @@ def draw_parameters(
     """
     axis.bar(layers, [count / 1e6 for count in before], width=0.74, color=PALETTE["track"], label="removed")
     floor = [0.0] * len(layers)
-    for kind, label in (("mlp", "MLP"), ("attention", "attention")):
+    for kind, label in ((UnitKind.MLP, "MLP"), (UnitKind.ATTENTION, "attention")):
         height = [count / 1e6 for count in after[kind]]
         axis.bar(layers, height, width=0.74, bottom=floor, color=PALETTE[kind], label=label)
         floor = [low + more for low, more in zip(floor, height)]

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..allocation.plan import PruningPlan
-from ..architectures.site import KINDS, SiteKey, unit_name
+from ..architectures.site import SiteKey, unit_name
+from ..request.choices import UnitKind
 from ..words import render_table
 from .document import models_of
 from .learning import learning_of
@@ -23,13 +24,13 @@ def plan_table(plan: PruningPlan) -> str:
     rows = []
     for layer in layers:
         row = [str(layer)]
-        for kind in KINDS:
+        for kind in UnitKind:
             key = SiteKey(layer, kind)
             total, kept = plan.num_units.get(key, 0), len(plan.kept.get(key, []))
             share = kept / total if total else 1.0
             row += [f"{kept} / {total}", f"{'█' * round(share * 20):<20} {share:4.0%}"]
         rows.append(tuple(row))
-    return render_table(("layer", unit_name("attention", plan.attention_unit), "", "MLP channels", ""), rows)
+    return render_table(("layer", unit_name(UnitKind.ATTENTION, plan.attention_unit), "", "MLP channels", ""), rows)
 
 
 def report_table(document: Mapping[str, Any]) -> str:
@@ -65,7 +66,7 @@ def history_table(history: Mapping[str, Tensor], rows: int = 10) -> str:
     for place, last in enumerate(learning["steps"]):
         first = 1 + (learning["steps"][place - 1] if place else 0)
         rates = []
-        for kind in KINDS:
+        for kind in UnitKind:
             now = [values[place] for values in learning["keep_rates"][kind].values()]
             rates.append(f"{min(now):.2f} to {max(now):.2f}" if now else "")
         loss = learning["loss"][place]
@@ -105,9 +106,9 @@ def _checkpoint(checkpoint: Mapping[str, Any]) -> str:
     sections = [title + (checkpoint["method"] or "hand")]
     rows = [*_sizes(checkpoint["sizes"]), *_measured(checkpoint["measured"])]
     sections.append(render_table(("", "before", "after", "change"), rows) if rows else "Sizes were not recorded.")
-    units = unit_name("attention", checkpoint["attention_unit"])
+    units = unit_name(UnitKind.ATTENTION, checkpoint["attention_unit"])
     layers = [
-        (str(row["layer"]), *(text for kind in KINDS for text in _site(row[kind]))) for row in checkpoint["layers"]
+        (str(row["layer"]), *(text for kind in UnitKind for text in _site(row[kind]))) for row in checkpoint["layers"]
     ]
     sections.append(render_table(("layer", units, "parameters", "MLP channels", "parameters"), layers))
     if checkpoint["command"]:

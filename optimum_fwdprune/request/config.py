@@ -18,6 +18,17 @@ from ..files import as_path, write_text_atomically
 from ..runs.loggers import get_logger
 from ..version import __version__
 from ..words import did_you_mean, public_name
+from .choices import (
+    AttentionUnit,
+    BudgetSharing,
+    Choice,
+    Layout,
+    ReconstructionKind,
+    ReconstructionOrder,
+    ReconstructionTarget,
+    Scope,
+    UnitKind,
+)
 from .registry import (
     METHODS,
     Method,
@@ -36,29 +47,33 @@ DEFAULT_METHOD = "wanda_sp"
 DEFAULT_PRESET = "balanced"
 
 # Reconstructions that methods once had by default. Files of that time have `null` in their place.
-RECONSTRUCTION_OF_OLD_FILES = {"flap": "bias", "magnitude": "none", "random": "none"}
+RECONSTRUCTION_OF_OLD_FILES = {
+    "flap": ReconstructionKind.BIAS,
+    "magnitude": ReconstructionKind.NONE,
+    "random": ReconstructionKind.NONE,
+}
 
 # Fields that say nothing of what comes of a request. Checkpoints get shared, home directories do not.
 OF_THE_MACHINE = ("resume", "resume_seconds", "latency_table")
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None, group: str | None = None) -> Any:
+def option(default: Any, help: str, choices: Iterable[str] | None = None, group: str | None = None) -> Any:
     """Declare a config field with its default, its help text and, where it has them, its allowed values.
 
     Args:
         default: its value where nobody says.
         help (`str`): what it does, for the command line.
-        choices (`tuple[str, ...]`, *optional*): its allowed values.
+        choices (iterable of `str`, *optional*): its allowed values; a [`Choice`] is one.
         group (`str`, *optional*): heading of the command line's help that it stands under; by default the method's.
     """
     metadata: dict[str, Any] = {"help": help}
     if choices is not None:
-        metadata["choices"] = choices
+        metadata["choices"] = tuple(map(str, choices))
     if group is not None:
         metadata["group"] = group
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=str(default) if isinstance(default, Choice) else default, metadata=metadata)
 
 
 def field_type(hint: Any) -> tuple[Any, bool, bool]:
@@ -132,7 +147,7 @@ class PruningConfig:
         "Whether every layer loses the same share (layer), layers compete for one budget (global), or the loss of "
         "whole pruned models decides what each site loses (search). Default: layer, and global for methods that learn "
         "how the budget is split, where layout is any.",
-        ("layer", "global", "search"),
+        Scope,
         group=SHARES,
     )
     search_windows: int = option(
@@ -144,28 +159,28 @@ class PruningConfig:
         1, "Prune in so many rounds of equal size, and score what is left anew in each.", group=SHARES
     )
     budget: str = option(
-        "separate",
+        BudgetSharing.SEPARATE,
         "Whether attention and MLP each give their share, or compete for one budget.",
-        ("separate", "joint"),
+        BudgetSharing,
         group=SHARES,
     )
     kinds: list[str] | None = option(
         None,
         "Which kinds of units to prune. Default: mlp, and query heads too where attention_sparsity asks for them or "
         "the layers would lose more than 90 % of their channels.",
-        ("attention", "mlp"),
+        UnitKind,
         group=UNITS,
     )
     attention_unit: str = option(
-        "query_head",
+        AttentionUnit.QUERY_HEAD,
         "Under grouped-query attention: query heads, as many in every group, or a KV group with all its query heads.",
-        ("kv_group", "query_head"),
+        AttentionUnit,
         group=UNITS,
     )
     layout: str = option(
-        "any",
+        Layout.ANY,
         "stock: cut every layer alike, as far as a checkpoint that unmodified transformers loads can hold it.",
-        ("any", "stock"),
+        Layout,
         group=UNITS,
     )
     multiple_of: int = option(
@@ -183,24 +198,24 @@ class PruningConfig:
     )
     min_units_per_site: int = option(1, "Heads and channels that every layer keeps at least.", group=UNITS)
     reconstruction: str = option(
-        "least_squares",
+        ReconstructionKind.LEAST_SQUARES,
         "How the kept weights make up for the removed ones: not at all (none), by a bias that replaces the mean "
         "output of what was removed (bias), or refitted by least_squares.",
-        ("none", "bias", "least_squares"),
+        ReconstructionKind,
         group=RECONSTRUCTION,
     )
     reconstruction_order: str | None = option(
         None,
         "Whether least squares refits all projections on the dense model's activations, or layer by layer on those of "
         "the layers pruned before (default).",
-        ("independent", "sequential"),
+        ReconstructionOrder,
         group=RECONSTRUCTION,
     )
     reconstruction_target: str | None = option(
         None,
         "What sequential least squares fits: what brings the residual stream back to the dense model's (default where "
         "the architecture allows it), or what the layer itself would have said.",
-        ("dense", "layer"),
+        ReconstructionTarget,
         group=RECONSTRUCTION,
     )
     refit_sources: bool = option(
@@ -272,28 +287,29 @@ class PruningConfig:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.ridge is not None and self.ridge < 0:
             raise ValueError(f"ridge must be at least 0; got {self.ridge}.")
-        if self.reconstruction_order == "sequential" and self.reconstruction != "least_squares":
+        least_squares = self.reconstruction == ReconstructionKind.LEAST_SQUARES
+        if self.reconstruction_order == ReconstructionOrder.SEQUENTIAL and not least_squares:
             raise ValueError(
                 f"reconstruction_order='sequential' refits weights, and reconstruction is "
                 f"{self.reconstruction!r} here; ask for reconstruction='least_squares', or leave the order "
                 f"'independent'."
             )
-        if self.reconstruction_target is not None and self.reconstruction_order == "independent":
+        if self.reconstruction_target is not None and self.reconstruction_order == ReconstructionOrder.INDEPENDENT:
             raise ValueError(
                 f"reconstruction_target={self.reconstruction_target!r} is for least squares layer by layer, and "
                 f"reconstruction_order is 'independent' here; leave one of them out."
             )
         if self.refit_sources and (
-            self.reconstruction != "least_squares"
-            or self.reconstruction_order == "independent"
-            or self.reconstruction_target == "layer"
+            not least_squares
+            or self.reconstruction_order == ReconstructionOrder.INDEPENDENT
+            or self.reconstruction_target == ReconstructionTarget.LAYER
         ):
             raise ValueError(
                 f"refit_sources goes with least squares layer by layer towards the dense model, and reconstruction is "
                 f"{self.reconstruction!r}, its order {self.reconstruction_order!r}, its target "
                 f"{self.reconstruction_target!r} here; set refit_sources=False, or leave these out."
             )
-        if self.layout == "stock" and (self.resolved_scope != "layer" or self.skip_layers):
+        if self.layout == Layout.STOCK and (self.resolved_scope != Scope.LAYER or self.skip_layers):
             raise ValueError(
                 f"layout='stock' cuts every layer alike, and scope={self.scope!r} with "
                 f"skip_layers={self.skip_layers} does not; leave out scope and skip_layers."
@@ -310,7 +326,7 @@ class PruningConfig:
             raise ValueError(f"{' and '.join(targets)} are two budgets; give one of them.")
         if self.kinds is not None and not self.kinds:
             raise ValueError("kinds must name attention, mlp or both; got none.")
-        for kind in ("attention", "mlp"):
+        for kind in UnitKind:
             if getattr(self, f"{kind}_sparsity") is not None and kind not in self.resolved_kinds:
                 raise ValueError(f"{kind}_sparsity is a budget for {kind}, which kinds={self.kinds} leaves alone.")
         if self.has_budget_per_kind and targets:
@@ -340,17 +356,17 @@ class PruningConfig:
         where the layout allows it."""
         if self.scope is not None:
             return self.scope
-        if self.layout == "stock":
-            return "layer"
+        if self.layout == Layout.STOCK:
+            return Scope.LAYER
         method = METHODS.get(self.method)
-        return "global" if method is not None and method.learns_split else "layer"
+        return Scope.GLOBAL if method is not None and method.learns_split else Scope.LAYER
 
     @property
     def resolved_kinds(self) -> list[str]:
         """The kinds, with the default of `None` put in: `["mlp"]`, and attention where it has a budget of its own."""
         if self.kinds is not None:
             return self.kinds
-        return ["mlp"] if self.attention_sparsity is None else ["attention", "mlp"]
+        return [UnitKind.MLP] if self.attention_sparsity is None else list(UnitKind)
 
     @property
     def has_budget_per_kind(self) -> bool:
@@ -407,7 +423,7 @@ class PruningConfig:
                     f"prune without the plan."
                 )
             if request is None:
-                fields.setdefault("reconstruction", "none")
+                fields.setdefault("reconstruction", ReconstructionKind.NONE)
         if isinstance(request, PruningConfig):
             if fields.get("method", request.method) != request.method:
                 get_method(fields["method"])
@@ -462,7 +478,8 @@ class PruningConfig:
         values = dict(values)
         written_by = values.pop("fwdprune_version", "an unknown version")
         if "reconstruction" in values and values["reconstruction"] is None:
-            values["reconstruction"] = RECONSTRUCTION_OF_OLD_FILES.get(str(values.get("method")), "least_squares")
+            by_default = ReconstructionKind.LEAST_SQUARES
+            values["reconstruction"] = RECONSTRUCTION_OF_OLD_FILES.get(str(values.get("method")), by_default)
         config_class = get_method(values.get("method", DEFAULT_METHOD)).config_class if cls is PruningConfig else cls
         known = {declared.name for declared in dataclasses.fields(config_class)}
         unknown = sorted(map(str, values.keys() - known))

@@ -18,7 +18,8 @@ from ..forward.statistics import PlacedStatistics, SiteStatistics
 from ..loading.offloading import InTurn, is_offloaded
 from ..loading.subject import Subject
 from ..reconstruction.independent import grams_fit, statistics_with_grams
-from ..reconstruction.kinds import INDEPENDENT, LEAST_SQUARES, STATISTICS_OF
+from ..reconstruction.kinds import STATISTICS_OF
+from ..request.choices import ReconstructionKind, ReconstructionOrder
 from ..runs.resume import State
 from .methods import (
     PruningConfig,
@@ -132,7 +133,8 @@ def _scores_of(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> Uni
 
 
 def _will_refit_independently(config: PruningConfig) -> bool:
-    return config.reconstruction == LEAST_SQUARES and config.reconstruction_order == INDEPENDENT
+    least_squares = config.reconstruction == ReconstructionKind.LEAST_SQUARES
+    return least_squares and config.reconstruction_order == ReconstructionOrder.INDEPENDENT
 
 
 def _needed(config: PruningConfig) -> set[str]:

@@ -20,8 +20,7 @@ from ..files import (
 )
 from ..forward.evidence import Evidence, Grams
 from ..forward.statistics import SiteStatistics
-from ..reconstruction.kinds import BIAS, LEAST_SQUARES
-from ..request.choices import SEARCH
+from ..request.choices import ReconstructionKind, Scope
 from ..request.config import CALIBRATION
 from ..runs.loggers import get_logger
 from ..words import html_table
@@ -134,9 +133,9 @@ class Scores:
 
     def runs_tokens(self, config: PruningConfig) -> bool:
         """Whether a request whose units are scored already passes calibration tokens through the model again."""
-        if config.resolved_scope == SEARCH or config.reconstruction == LEAST_SQUARES:
+        if config.resolved_scope == Scope.SEARCH or config.reconstruction == ReconstructionKind.LEAST_SQUARES:
             return True
-        return config.reconstruction == BIAS and not self.statistics
+        return config.reconstruction == ReconstructionKind.BIAS and not self.statistics
 
     def options_into(self, config: PruningConfig, named: Collection[str] = ()) -> PruningConfig:
         """Return `config` with what these scores were made with: the options of their method, the seed and, unless the

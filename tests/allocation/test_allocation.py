@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from optimum_fwdprune.allocation.allocate import allocate
 from optimum_fwdprune.allocation.budgets import Budget, removal_budget
 from optimum_fwdprune.allocation.steps import convex
-from optimum_fwdprune.architectures import ATTENTION, MLP, SiteKey
+from optimum_fwdprune.architectures import SiteKey
+from optimum_fwdprune.request.choices import UnitKind
 
+
+ATTENTION, MLP = UnitKind
 
 HEAD_COST, CHANNEL_COST = 40, 9
 

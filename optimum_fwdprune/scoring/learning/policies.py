@@ -10,6 +10,7 @@ import torch
 
 from ...allocation.budgets import PARAMETERS, Cost
 from ...architectures import Site, SiteKey
+from ...request.choices import Scope
 from ...request.config import PruningConfig
 from ...runs.randomness import seeded_generator
 from .policy_gradient import Budget, project
@@ -200,7 +201,7 @@ def budgets_of(
     for of_site in variables:
         site = of_site.site
         kind = site.kind if config.budget == "separate" or config.has_budget_per_kind else ""
-        layer = site.layer if config.resolved_scope == "layer" else -1
+        layer = site.layer if config.resolved_scope == Scope.LAYER else -1
         pools.setdefault((kind, layer), []).append((of_site, start))
         start += of_site.count
     budgets = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from ...request.choices import BudgetSharing, Layout, Scope
 from ...request.config import PruningConfig, option, register_method
 from ...request.registry import get_method, register_preset, registered_methods
 from .scoring import ScoringInputs, UnitScores
@@ -31,7 +32,7 @@ class PolicyGradientConfig(PruningConfig):
         None,
         "Whether every layer keeps its share (layer) or layers compete for one budget (global). Default: global, and "
         "layer where layout is stock.",
-        ("layer", "global"),
+        (Scope.LAYER, Scope.GLOBAL),
     )
     parametrization: str = option(
         "ratio",
@@ -84,9 +85,9 @@ class PolicyGradientConfig(PruningConfig):
             raise ValueError(f"baseline_horizon must be at least 1 step; got {self.baseline_horizon}.")
         if self.ratio_spread <= 0:
             raise ValueError(f"ratio_spread must be positive; got {self.ratio_spread}.")
-        if self.parametrization == "ratio" and self.resolved_scope == "layer" and not self._kinds_trade:
+        if self.parametrization == "ratio" and self.resolved_scope == Scope.LAYER and not self._kinds_trade:
             reason, way_out = "scope='layer'", "use scope='global' or budget='joint', or parametrization='unit'"
-            if self.layout == "stock":
+            if self.layout == Layout.STOCK:
                 reason, way_out = "layout='stock'", "use parametrization='unit', or leave out layout='stock'"
             raise ValueError(
                 f"parametrization='ratio' moves ratios between sites, and {reason} with a budget for each kind leaves "
@@ -107,7 +108,7 @@ class PolicyGradientConfig(PruningConfig):
 
     @property
     def _kinds_trade(self) -> bool:
-        return self.budget == "joint" and not self.has_budget_per_kind and len(self.resolved_kinds) > 1
+        return self.budget == BudgetSharing.JOINT and not self.has_budget_per_kind and len(self.resolved_kinds) > 1
 
     @classmethod
     def paper(cls, **fields) -> PolicyGradientConfig:
