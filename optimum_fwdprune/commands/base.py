@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
-from optimum_fwdprune.request.config import field_type
+from optimum_fwdprune.request.options import field_type
 from optimum_fwdprune.runs import ranks
 
 from .parser import choice

@@ -35,7 +35,8 @@ class PruneCommand(Command):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        from optimum_fwdprune.request.config import DEFAULT_METHOD, DEFAULT_PRESET, METHOD
+        from optimum_fwdprune.request.config import DEFAULT_PRESET
+        from optimum_fwdprune.request.options import DEFAULT_METHOD, METHOD
         from optimum_fwdprune.scoring.methods import (
             PruningConfig,
             get_method,
@@ -86,7 +87,7 @@ class PruneCommand(Command):
 
         from optimum_fwdprune.allocation.plan import PruningPlan
         from optimum_fwdprune.files import check_output_folder
-        from optimum_fwdprune.request.config import DEFAULT_METHOD
+        from optimum_fwdprune.request.options import DEFAULT_METHOD
         from optimum_fwdprune.scoring.methods import (
             PruningConfig,
             get_method,

@@ -15,7 +15,8 @@ from transformers.utils import cached_file
 from ..allocation.plan import PLAN_NAME, PruningPlan
 from ..files import write_text_atomically
 from ..request.choices import ReconstructionKind
-from ..request.config import CONFIG_NAME, UNDECIDED_BY_PLANS
+from ..request.config import UNDECIDED_BY_PLANS
+from ..request.files import CONFIG_NAME
 from ..scoring.methods import PruningConfig
 from ..scoring.scores import SCORES_NAME, Scores
 

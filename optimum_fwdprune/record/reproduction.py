@@ -11,7 +11,8 @@ from typing import Any
 from ..allocation.composing import EARLIER
 from ..allocation.plan import PLAN_NAME
 from ..data.texts import FILE_LOADERS
-from ..request.config import CALIBRATION, PruningConfig
+from ..request.config import PruningConfig
+from ..request.options import CALIBRATION
 from ..runs.loggers import LIBRARY
 from .record import Record, command_of
 

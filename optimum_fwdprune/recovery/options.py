@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..request.config import option
+from ..request.options import option
 
 
 LORA, FULL, DISTILL = "lora", "full", "distill"

@@ -18,7 +18,7 @@ from ..record.record import Record
 from ..record.reproduction import INPUTS, reproduction_of
 from ..recovery.options import DISTILL
 from ..request.choices import ReconstructionKind, ReconstructionOrder, Scope, UnitKind
-from ..request.config import CONFIG_NAME
+from ..request.files import CONFIG_NAME
 from ..scoring.methods import get_method
 from . import (
     PruningReport,

@@ -36,6 +36,9 @@ class Method:
     learns_split: bool = False
     differentiates: Callable[[Any], bool] = lambda _config: False
 
+    def __post_init__(self):
+        object.__setattr__(self, "statistics", tuple(self.statistics))
+
     @property
     def summary(self) -> str:
         """What it does in one line: the first of its config's docstring."""

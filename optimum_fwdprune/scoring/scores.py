@@ -21,7 +21,7 @@ from ..files import (
 from ..forward.evidence import Evidence, Grams
 from ..forward.statistics import SiteStatistics
 from ..request.choices import ReconstructionKind, Scope
-from ..request.config import CALIBRATION
+from ..request.options import CALIBRATION
 from ..runs.loggers import get_logger
 from ..words import html_table
 from .methods import (

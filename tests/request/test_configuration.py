@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from optimum_fwdprune import PruningConfig, register_method
-from optimum_fwdprune.request.config import CONFIG_NAME
+from optimum_fwdprune.request.files import CONFIG_NAME
 from optimum_fwdprune.request.registry import (
     get_method,
     get_preset,

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from ...request.choices import BudgetSharing, Layout, Scope
-from ...request.config import PruningConfig, option, register_method
+from ...request.config import PruningConfig, register_method
+from ...request.options import option
 from ...request.registry import get_method, register_preset, registered_methods
 from .scoring import ScoringInputs, UnitScores
 

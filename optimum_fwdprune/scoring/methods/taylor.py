@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...request.config import PruningConfig, option, register_method
+from ...request.config import PruningConfig, register_method
+from ...request.options import option
 from ...request.registry import register_preset
 from .scoring import ScoringInputs
 

@@ -1,0 +1,114 @@
+"""Checks of the options of a request, one by one and against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import typing
+
+from ..words import did_you_mean
+from .choices import Layout, ReconstructionKind, ReconstructionOrder, ReconstructionTarget, Scope, UnitKind
+from .options import Options, field_type
+
+
+# Budgets for the whole model.
+_TARGETS = ("target_parameters", "target_bytes", "target_speedup")
+
+_AT_LEAST_ONE = (
+    "search_windows",
+    "rounds",
+    "latency_tokens",
+    "n_samples",
+    "seq_len",
+    "batch_size",
+    "multiple_of",
+    "min_units_per_site",
+)
+
+# What is accepted as a value of an annotated type; numbers of numpy and the like are.
+_ACCEPTED = {str: str, bool: bool, int: numbers.Integral, float: numbers.Real}
+
+
+def check_types(config: Options) -> None:
+    """Turn every option into the type that it is annotated with; raise `ValueError` where it is another."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        kind, is_list, is_optional = field_type(hint)
+        value = getattr(config, name)
+        if kind not in _ACCEPTED or (is_optional and value is None):
+            continue
+        items = value if is_list else [value]
+        if not isinstance(items, (list, tuple)) or not all(
+            isinstance(item, _ACCEPTED[kind]) and (kind is bool or not isinstance(item, bool)) for item in items
+        ):
+            wanted = f"a list of {kind.__name__}" if is_list else f"a{'n' * (kind is int)} {kind.__name__}"
+            raise ValueError(f"{name} must be {wanted}; got {value!r}.")
+        items = [kind(item) for item in items]
+        if kind is float and not all(map(math.isfinite, items)):
+            raise ValueError(f"{name} must be a finite number; got {value!r}.")
+        setattr(config, name, items if is_list else items[0])
+
+
+def check_values(config: Options) -> None:
+    """Raise `ValueError` where an option is out of range or contradicts another one, naming the way out."""
+    for name in ("sparsity", "attention_sparsity", "mlp_sparsity"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(
+                f"{name} must be in [0, 1); got {value}. It is the fraction of the prunable parameters to remove."
+            )
+    for name in _AT_LEAST_ONE:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")
+    if config.ridge is not None and config.ridge < 0:
+        raise ValueError(f"ridge must be at least 0; got {config.ridge}.")
+    least_squares = config.reconstruction == ReconstructionKind.LEAST_SQUARES
+    if config.reconstruction_order == ReconstructionOrder.SEQUENTIAL and not least_squares:
+        raise ValueError(
+            f"reconstruction_order='sequential' refits weights, and reconstruction is "
+            f"{config.reconstruction!r} here; ask for reconstruction='least_squares', or leave the order "
+            f"'independent'."
+        )
+    if config.reconstruction_target is not None and config.reconstruction_order == ReconstructionOrder.INDEPENDENT:
+        raise ValueError(
+            f"reconstruction_target={config.reconstruction_target!r} is for least squares layer by layer, and "
+            f"reconstruction_order is 'independent' here; leave one of them out."
+        )
+    if config.refit_sources and (
+        not least_squares
+        or config.reconstruction_order == ReconstructionOrder.INDEPENDENT
+        or config.reconstruction_target == ReconstructionTarget.LAYER
+    ):
+        raise ValueError(
+            f"refit_sources goes with least squares layer by layer towards the dense model, and reconstruction is "
+            f"{config.reconstruction!r}, its order {config.reconstruction_order!r}, its target "
+            f"{config.reconstruction_target!r} here; set refit_sources=False, or leave these out."
+        )
+    if config.layout == Layout.STOCK and (config.resolved_scope != Scope.LAYER or config.skip_layers):
+        raise ValueError(
+            f"layout='stock' cuts every layer alike, and scope={config.scope!r} with "
+            f"skip_layers={config.skip_layers} does not; leave out scope and skip_layers."
+        )
+    if config.resume_seconds < 0:
+        raise ValueError(f"resume_seconds must be at least 0; got {config.resume_seconds}.")
+    if config.seed < 0:
+        raise ValueError(f"seed must be at least 0; got {config.seed}.")
+    targets = [name for name in _TARGETS if getattr(config, name) is not None]
+    for name in targets:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")
+    if len(targets) > 1:
+        raise ValueError(f"{' and '.join(targets)} are two budgets; give one of them.")
+    if config.kinds is not None and not config.kinds:
+        raise ValueError("kinds must name attention, mlp or both; got none.")
+    for kind in UnitKind:
+        if getattr(config, f"{kind}_sparsity") is not None and kind not in config.resolved_kinds:
+            raise ValueError(f"{kind}_sparsity is a budget for {kind}, which kinds={config.kinds} leaves alone.")
+    if config.has_budget_per_kind and targets:
+        raise ValueError("A target for the whole model and a sparsity per kind are two budgets; give one of them.")
+    for declared in dataclasses.fields(config):
+        choices, value = declared.metadata.get("choices"), getattr(config, declared.name)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if choices is not None and item is not None and item not in choices:
+                near = did_you_mean(str(item), choices)
+                raise ValueError(f"{declared.name} must be one of {', '.join(choices)}; got {item!r}.{near}")
