@@ -44,10 +44,10 @@ class AttentionLayout:
     kept_heads_key: str | None = None
     pruned_class: type[nn.Module] | None = None
 
-    def linear_sizes(self, config: Any, head_dim: int) -> dict[str, dict[str, Any]]:
+    def linear_sizes(self, config: Any) -> dict[str, dict[str, Any]]:
         """Return how to resize every linear, by its name inside the decoder layer, at the sizes of its `config`."""
-        query_features = getattr(config, self.heads_key) * head_dim
-        key_features = query_features if self.kv_heads_key is None else getattr(config, self.kv_heads_key) * head_dim
+        query_features = getattr(config, self.heads_key) * config.head_dim
+        key_features = getattr(config, self.kv_heads_key or self.heads_key) * config.head_dim
         if self.fused:
             source_features = {self.fused: query_features + 2 * key_features}
         else:
@@ -142,8 +142,7 @@ def resize_layer(layer: nn.Module, layout: DecoderLayout, config: PreTrainedConf
     Raises:
         ValueError: where the layer has a linear that the layout does not name.
     """
-    attention: Any = layer.get_submodule(layout.attention.module)
-    sizes = layout.attention.linear_sizes(config, attention.head_dim) | layout.mlp.linear_sizes(config)
+    sizes = layout.attention.linear_sizes(config) | layout.mlp.linear_sizes(config)
     for name, changes in sizes.items():
         owner, _, leaf = name.rpartition(".")
         setattr(layer.get_submodule(owner), leaf, _resized(layer.get_submodule(name), **changes))
@@ -154,7 +153,7 @@ def resize_layer(layer: nn.Module, layout: DecoderLayout, config: PreTrainedConf
                 f"it as a source, or in `whole` where its size depends on neither heads nor channels."
             )
     if layout.attention.pruned_class is not None:
-        attention.__class__ = layout.attention.pruned_class
+        layer.get_submodule(layout.attention.module).__class__ = layout.attention.pruned_class
     for name, value in layout.attributes(config).items():
         owner, _, leaf = name.rpartition(".")
         setattr(layer.get_submodule(owner), leaf, value)
