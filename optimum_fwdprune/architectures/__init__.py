@@ -1,4 +1,4 @@
-"""Model families: where each keeps its units, and nothing about how units are chosen."""
+"""Model families: the registry, and the sites of a loaded model. How units are chosen does not belong here."""
 
 from ..models import pruned_bloom, pruned_llama, pruned_mistral, pruned_opt, pruned_qwen2, pruned_qwen3
 from ..models.layout import AttentionLayout, DecoderLayout, MLPLayout

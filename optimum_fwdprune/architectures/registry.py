@@ -21,7 +21,7 @@ from .wrapping import check_no_adapters
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model family: its pruned classes, which declare everything else that the package knows of it.
+    """A model family. Its pruned classes declare everything else that the package needs, above all the layout.
 
     Args:
         model_classes (`tuple[type, ...]`): the pruned classes, one per task, each a `PerLayerMixin` in front of its
@@ -118,7 +118,7 @@ class Architecture:
 
 
 def _check_layer_count(model: PreTrainedModel, layers: int) -> None:
-    """Raise `ValueError` where `model` has another number of decoder layers than its config says."""
+    """Raise `ValueError` where the number of decoder layers of `model` is not the one in its config."""
     expected = model.config.get_text_config().num_hidden_layers
     if layers != expected:
         raise ValueError(
@@ -132,7 +132,7 @@ _ARCHITECTURES: dict[str, Architecture] = {}
 
 
 def register_architecture(architecture: Architecture) -> None:
-    """Make a model family known: to the pruner, and its pruned classes to transformers' Auto classes.
+    """Register a model family with the pruner, and its pruned classes with transformers' Auto classes.
 
     Args:
         architecture (`Architecture`): the family; one with the same `model_type` is replaced.
@@ -198,7 +198,7 @@ def get_architecture(config: PreTrainedConfig) -> Architecture:
     if config.is_heterogeneous and not is_pruned(config):
         raise ValueError(
             f"This {config.model_type!r} config has per-layer sizes of another tool in per_layer_config, which "
-            f"transformers' {config.model_type} classes ignore, so the weights are not what the config says. Load the "
+            f"transformers' {config.model_type} classes ignore, so the weights do not have these sizes. Load the "
             f"checkpoint with the tool that wrote it, or remove per_layer_config where every layer has the same size."
         )
     return architecture
@@ -207,7 +207,7 @@ def get_architecture(config: PreTrainedConfig) -> Architecture:
 def find_sites(
     model: PreTrainedModel, attention_unit: str = AttentionUnit.QUERY_HEAD, kinds: tuple[str, ...] = tuple(UnitKind)
 ) -> list[Site]:
-    """Return the sites of `model` of the given kinds, layer by layer.
+    """Return the sites of `model` that are of one of the `kinds`, layer by layer.
 
     Args:
         model (`PreTrainedModel`): a supported model, dense or pruned.

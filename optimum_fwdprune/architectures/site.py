@@ -1,4 +1,4 @@
-"""The vocabulary that every method speaks: sites, their units, and the tensors that a unit owns."""
+"""What every method sees of a model: sites, their units, and the parts of tensors that a unit owns."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SiteKey(NamedTuple):
 
 
 def keyed_by_site(values: Mapping[Key, T]) -> dict[SiteKey, T]:
-    """Return `values` with each key as a [`SiteKey`]; users and third-party methods may pass plain tuples."""
+    """Return `values` with keys that are [`SiteKey`]s; users and third-party methods may pass plain tuples."""
     return {SiteKey(*key): value for key, value in values.items()}
 
 
@@ -108,7 +108,7 @@ class Coupling:
         return sum(segment.width for segment in self.segments if segment.owned)
 
     def sum_per_unit(self, num_units: int, values: torch.Tensor) -> torch.Tensor:
-        """Sum `values`, `[..., positions along the axis]`, over the positions each unit owns: `[..., num_units]`."""
+        """Sum `values`, `[..., positions along the axis]`, over the positions that a unit owns: `[..., num_units]`."""
         total = values.new_zeros(*values.shape[:-1], num_units)
         start = 0
         for segment in self.segments:
@@ -130,7 +130,7 @@ class Site:
         projection (`nn.Linear`): the output projection; unit `u` is block `u` of its input features.
         num_units (`int`): units of the site.
         couplings (`tuple[Coupling, ...]`): every tensor that the units own a part of, the projection included.
-        num_groups (`int`, defaults to 1): units form this many equal runs, and each run must keep the same number
+        num_groups (`int`, defaults to 1): units form this many equal runs, and all runs must keep the same number
             (query heads that share keys and values).
         shared (`tuple[Coupling, ...]`, *optional*): linears that read what the sources read and that no unit owns a
             part of, so that they stay whole (keys and values of query heads that share them).
@@ -176,18 +176,18 @@ class Site:
         return self.num_units * self.unit_parameters
 
     def owned_parameters(self) -> list[tuple[Coupling, torch.Tensor]]:
-        """Every parameter that the units own a part of, each with the coupling that says which part."""
+        """Every parameter that the units own a part of, with the coupling that describes this part."""
         return [(coupling, parameter) for coupling in self.couplings for _, parameter in coupling.parameters()]
 
     def sum_owned(self, coupling: Coupling, parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Sum `values`, `[..., *parameter.shape]`, over the entries each unit owns: `[..., num_units]`."""
+        """Sum `values`, `[..., *parameter.shape]`, over the entries that a unit owns: `[..., num_units]`."""
         along_axis = values.sum(-1 if coupling.axis == 0 else -2) if parameter.dim() == 2 else values
         return coupling.sum_per_unit(self.num_units, along_axis)
 
     def unit_mask(self, kept: Sequence[int]) -> torch.Tensor:
         """Return a bool tensor `[num_units]`, true for the units `kept`."""
         mask = torch.zeros(self.num_units, dtype=torch.bool)
-        # A tuple would be one index along several axes.
+        # A tuple would index several axes.
         mask[list(kept)] = True
         return mask
 
@@ -200,7 +200,7 @@ class Site:
         return self.feature_mask(self.unit_mask(kept)).to(self.projection.weight.device)
 
     def sum_features(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum `values` over the input features of each unit: `[in_features]` -> `[num_units]`."""
+        """Sum `values` over the input features of every unit: `[in_features]` -> `[num_units]`."""
         return values.view(self.num_units, self.unit_width).sum(1)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What a layout means for the layers of a loaded model: their sites, and their sizes once units are gone."""
+"""The sites of a loaded model's layers, and the sizes of a layer after units were removed, both from its layout."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def attention_site(layout: AttentionLayout, layer_index: int, path: str, layer: 
     head_dim, per_group = module.head_dim, heads // kv_heads
     single_heads = unit == AttentionUnit.QUERY_HEAD and per_group > 1
     query = Segment(head_dim if single_heads else per_group * head_dim)
-    # With single query heads as units, keys and values are shared by heads that stay: nobody owns them.
+    # With single query heads as units, keys and values are shared by heads that stay, so that no unit owns them.
     shared = Segment(kv_heads * head_dim, owned=False) if single_heads else Segment(head_dim)
 
     def coupling(name: str, axis: int, *segments: Segment) -> Coupling:

@@ -17,7 +17,7 @@ from ..models.per_layer import stock_config
 SAME_COMPUTATION = {"llama": ("llama", "mistral")}
 
 
-# What makes such a config compute the same.
+# Values with which the config of another family computes the same.
 VALUES_OF_OTHERS = {"mistral": {"sliding_window": None}}
 
 
@@ -45,10 +45,16 @@ class NoStockForm(ValueError):
 
 
 def find_stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) -> tuple[PreTrainedConfig, Any]:
+    """Return what `stock_form` returns.
+
+    Raises:
+        NoStockForm: where no stock class can hold the weights.
+        ValueError: where the config is that of a dense model, or layers differ in size.
+    """
     if "per_layer_config" not in config.to_dict():
         raise ValueError(f"This {config.model_type} was not pruned here: unmodified transformers loads it as it is.")
     dense = stock_config(config)
-    # What only a pruned config knows shows in the shapes.
+    # Keys that only a pruned config has are compared by the shapes below.
     known = type(dense)().to_dict()
     layers = [{key: value for key, value in entry.items() if key in known} for entry in _entries(config)]
     for number, entry in enumerate(layers):
@@ -75,7 +81,8 @@ def find_stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel
 
 
 def _entries(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """What layers differ in, of every layer: a config writes down only what is not the same as in its own fields."""
+    """Return the values of every layer for all keys in which layers differ. `per_layer_config` holds only values that
+    are not those of the config itself."""
     written: dict[str, dict] = config.to_dict()["per_layer_config"]
     keys = sorted({key for entry in written.values() for key in entry})
     return [{key: getattr(layer, key) for key in keys} for layer in config.per_layer_config]
@@ -89,7 +96,7 @@ def _candidates(dense: PreTrainedConfig, layer: dict[str, Any]) -> Iterator[tupl
         try:
             others = {} if model_type == dense.model_type else VALUES_OF_OTHERS.get(model_type, {})
             yield config_class.from_dict({**values, **layer, **others}), ""
-        except Exception as error:  # Whatever a config validates by, the sizes are not for it.
+        except Exception as error:  # Configs raise many classes of errors for sizes that they do not allow.
             yield None, f"{model_type} refuses these sizes ({' '.join(str(error).split())})"
 
 
@@ -107,7 +114,7 @@ def _shapes(config: PreTrainedConfig, model_class: Any) -> dict[str, tuple[int, 
 
 
 def _first_difference(wanted: dict[str, tuple[int, ...]], held: dict[str, tuple[int, ...]]) -> str | None:
-    """Say where a stock model's parameters are not those of the pruned one."""
+    """Describe the first parameter of a stock model that is not as in the pruned one, or return `None`."""
     for name in {**wanted, **held}:
         if wanted.get(name) != held.get(name):
             have = f"{' x '.join(map(str, held[name]))}" if name in held else "nothing"

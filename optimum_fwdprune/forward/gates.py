@@ -16,7 +16,7 @@ from ..runs.devices import compute_device
 
 @contextmanager
 def gated(sites: Iterable[Site], masks: Mapping[SiteKey, torch.Tensor]) -> Iterator[None]:
-    """Multiply the input of each site's projection by its units' gates while the context is open.
+    """Multiply the inputs of the projections of sites by the gates of their units while the context is open.
 
     Args:
         sites (iterable of `Site`): the sites of the model.
@@ -51,8 +51,8 @@ def _gate(site: Site, mask: torch.Tensor, calls: dict[SiteKey, int]):
     # Spread over features once, outside the forward pass.
     features = site.feature_mask(mask)
     rounded = features.to(site.projection.weight.dtype)
-    # In 16 bit a gate of 1.001 would round to 1; such gates stay as they are, and the product is rounded instead. This
-    # is found out where the mask is, which is mostly the CPU: no device has to be waited for.
+    # In 16 bit a gate of 1.001 would round to 1; such gates stay as they are, and the product is rounded instead. The
+    # comparison runs where the mask is, mostly on the CPU, so that it does not wait for another device.
     if torch.equal(rounded.to(features.dtype), features):
         features = rounded
     features = features.to(compute_device(site.projection))
@@ -84,7 +84,7 @@ class Projection:
         weight (`Tensor[out_features, kept features]`): in the projection's dtype.
         bias (`Tensor[out_features]`, *optional*): `None` where the projection has none and needs none.
         sources (mapping of `str` to `Tensor[kept rows, ...]`): all weights and biases of the linears that make the
-            features, by the names of the parameters, where these are new; else nothing.
+            features, by the names of the parameters, where these are new; otherwise empty.
     """
 
     kept: list[int]
@@ -106,11 +106,11 @@ def kept_projection(site: Site, kept: list[int]) -> Projection:
 
 def kept_sources(site: Site, kept: list[int]) -> dict[str, torch.Tensor]:
     """Return the parameters of the sources of `site` as they are, the rows that stay, by their names."""
-    found = {}
+    parameters = {}
     for source in site.sources:
         for name, value in source.parameters():
-            found[f"{source.name}.{name}"] = value[source.kept_index(site.num_units, kept).to(value.device)]
-    return found
+            parameters[f"{source.name}.{name}"] = value[source.kept_index(site.num_units, kept).to(value.device)]
+    return parameters
 
 
 @contextmanager
@@ -140,12 +140,12 @@ def replaced_projections(sites: Iterable[Site], replacements: Mapping[SiteKey, P
 
 
 def _replaced_source(site: Site, source: Coupling, new: Projection) -> RemovableHandle:
-    """Let the rows that stay of a source speak with their new weights; those that go are read by nobody."""
+    """Let the rows of a source that stay compute with their new weights. The other rows are not read any more."""
     weight, bias = new.sources[f"{source.name}.weight"], new.sources.get(f"{source.name}.bias")
     rows = source.kept_index(site.num_units, new.kept).to(weight.device)
 
     def hook(_module, args, output):
         return output.index_copy(-1, rows, F.linear(args[0], weight, bias))
 
-    # Whoever looks at the outputs or changes them as well is to find the new ones.
+    # Other hooks on the linear must see the new outputs.
     return source.linear.register_forward_hook(hook, prepend=True)

@@ -1,4 +1,4 @@
-"""Where a family's decoder layers keep their heads and channels, and how a layer is resized by that declaration."""
+"""The layout of a family's decoder layers: where they keep their heads and channels, and resizing a layer by it."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _always(config: Any) -> bool:
 
 @dataclass(frozen=True)
 class DecoderLayout:
-    """Everything that pruning needs to know of a family's decoder layers.
+    """The decoder layers of a family: everything that pruning and resizing need.
 
     Args:
         attention (`AttentionLayout`): where a decoder layer keeps its heads.

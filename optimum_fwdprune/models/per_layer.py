@@ -1,4 +1,4 @@
-"""What turns a stock transformers class into one whose layers differ in size."""
+"""Mixins that turn a stock transformers class into one whose layers differ in size."""
 
 import sys
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
 class PerLayerConfigMixin:
     """First base of a pruned config class, in front of the stock config.
 
-    The sizes at the top of a pruned config are those of the dense model, and `per_layer_config` has those of each
+    The sizes at the top of a pruned config are those of the dense model, and `per_layer_config` has the sizes of every
     layer. An attribute that has the same value in every layer is read from the config as that value; transformers
     raises `AmbiguousGlobalPerLayerAttributeError` for one that differs between layers.
 
@@ -69,12 +69,12 @@ class PerLayerConfigMixin:
             return first
 
     # The stock checks read sizes that differ between layers here. They run on the dense sizes when the model is built,
-    # by `stock_config`.
+    # in `stock_config`.
     def validate_architecture(self) -> None:
-        """Nothing to check: a pruned layer keeps its `head_dim`, whatever number of heads is left."""
+        """Check nothing: a pruned layer keeps its `head_dim`, whatever number of heads is left."""
 
     def validate_rope(self) -> None:
-        """Nothing to check: a pruned layer keeps its `head_dim`, and with it the rotary embeddings."""
+        """Check nothing: a pruned layer keeps its `head_dim`, and with it the rotary embeddings."""
 
 
 class PerLayerMixin:
@@ -89,8 +89,8 @@ class PerLayerMixin:
 
     layout: DecoderLayout
 
-    # How the model was pruned: an object with `save(folder)`, which writes files beside the weights. Whoever prunes or
-    # loads the model sets it, so that it is kept where `Trainer.save_model` or a user saves the model.
+    # How the model was pruned: an object with `save(folder)`, which writes files beside the weights. It is set where the
+    # model is pruned or loaded, so that `save_pretrained` and `Trainer.save_model` write them.
     pruning_record = None
 
     def __init_subclass__(cls, **kwargs):
@@ -136,7 +136,7 @@ class PerLayerMixin:
 
     @classmethod
     def _auto_map(cls) -> dict[str, str]:
-        """`auto_map` of every task class in this family's file, so that each of them loads as remote code."""
+        """Return `auto_map` with every task class in this family's file, so that all of them load as remote code."""
         file = cls.__module__.rpartition(".")[2]
         classes = [
             value
