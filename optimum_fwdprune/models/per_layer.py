@@ -89,7 +89,7 @@ class PerLayerMixin:
 
     layout: DecoderLayout
 
-    # How the model was pruned: an object with `save(folder)`, which writes files beside the weights. It is set where the
+    # How the model was pruned: an object with `save(folder)`, which writes files beside the weights. It is set where a
     # model is pruned or loaded, so that `save_pretrained` and `Trainer.save_model` write them.
     pruning_record = None
 
