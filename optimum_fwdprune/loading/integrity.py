@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def check_checkpoint(
             f"The weights of {model_id} lack {len(missing)} of the parameters that its config.json describes, such as "
             f"{missing[0]}; copy or download it again."
         )
-    sizes = [sum(map(_numel, shapes.values())) for shapes in (described, found)]
+    sizes = [sum(map(math.prod, shapes.values())) for shapes in (described, found)]
     # Heads of other tasks are left out, and parts may be missing: those are drawn at random, with a warning.
     if sizes[0] > 2 * sizes[1]:
         raise ValueError(
@@ -122,10 +123,3 @@ def _described_by(config: PreTrainedConfig, auto_class: Any, tensors: int, folde
         raise ValueError(f"{folder / 'config.json'} describes no model: {type(error).__name__}: {error}.") from error
     tied = getattr(model, "all_tied_weights_keys", {})
     return {name: tuple(value.shape) for name, value in model.named_parameters() if name not in tied}
-
-
-def _numel(shape: Iterable[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
