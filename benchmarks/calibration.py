@@ -15,7 +15,7 @@ import torch
 from study import load_smollm2
 
 from optimum_fwdprune import FwdPruner, PruningConfig
-from optimum_fwdprune.data.calibration import load_calibration
+from optimum_fwdprune.data.load_calibration import load_calibration
 from optimum_fwdprune.evaluation import perplexity
 from optimum_fwdprune.report import render_table
 

@@ -22,7 +22,7 @@ import torch
 from study import Study, difference, digest_of, file_name, in_dtype, log, python_documentation, table
 
 from optimum_fwdprune import FwdPruner, PruningConfig
-from optimum_fwdprune.data.calibration import load_calibration
+from optimum_fwdprune.data.load_calibration import load_calibration
 from optimum_fwdprune.evaluation import PeakMemory, window_losses
 from optimum_fwdprune.files import write_text_atomically
 from optimum_fwdprune.request.registry import get_method, get_preset

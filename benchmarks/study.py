@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
-from optimum_fwdprune.data.calibration import load_calibration
+from optimum_fwdprune.data.load_calibration import load_calibration
 from optimum_fwdprune.evaluation import window_losses
 from optimum_fwdprune.files import write_text_atomically
 

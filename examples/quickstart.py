@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from optimum_fwdprune import FwdPruner, PruningConfig
-from optimum_fwdprune.data.calibration import load_calibration
+from optimum_fwdprune.data.load_calibration import load_calibration
 from optimum_fwdprune.evaluation import benchmark, perplexity
 from optimum_fwdprune.report import plan_table, render_table
 

@@ -30,7 +30,7 @@ from .checkpoint.hub import (
 )
 from .cutting.cut import Cut
 from .cutting.on_disk import files_of
-from .data.calibration import load_calibration
+from .data.load_calibration import load_calibration
 from .evaluation import Comparison
 from .files import check_output_folder, folder_moved_into_place
 from .loading.base import Base
@@ -279,7 +279,7 @@ class FwdPruner:
             config (`PruningConfig` or `str`, *optional*): method and calibration, or the name of a preset; by default
                 those of `prune()`.
             dataset (*optional*): calibration text or tokens instead of `config.calibration`; see
-                [`~optimum_fwdprune.data.calibration.load_calibration`].
+                [`~optimum_fwdprune.data.load_calibration.load_calibration`].
             fields: options of `PruningConfig` by name, which override those of `config`.
 
         Returns:

@@ -38,7 +38,7 @@ def install(monkeypatch, folder, checkpoints):
     monkeypatch.setattr(registry, "METHODS", known)
     monkeypatch.setattr(configuration, "METHODS", known)
     monkeypatch.setattr(texts, "load_rows", wikitext)
-    monkeypatch.setattr("optimum_fwdprune.data.calibration.load_rows", wikitext)
+    monkeypatch.setattr("optimum_fwdprune.data.load_calibration.load_rows", wikitext)
     make_smaller(monkeypatch, PruningConfig, SMALLER)
     make_smaller(monkeypatch, RecoveryArguments, {"max_steps": 2})
     # How long a layer takes is what it multiplies: a busy machine changes no plan.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import glob
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..loading.offline import naming_offline
+from .in_memory import row_of, rows_of_columns, rows_of_pandas
 from .messages import is_message, refusing_all
 from .rows import (
     CHAT,
@@ -30,8 +30,6 @@ PRESETS = {
 BUILTIN = "builtin"
 # Text that the model writes itself, which calibration makes.
 SELF = "self"
-# Columns of numbers, one for every token.
-TOKEN_COLUMNS = {"input_ids", "attention_mask", "labels"}
 KINDS = {CHAT: "chats", TOKENS: "tokens"}
 # Longer than names of files are, and those of datasets.
 LONGEST_NAME = 4096
@@ -99,28 +97,28 @@ def open_rows(
             )
         source = source[split]
     elif hasattr(source, "iterrows") or hasattr(source, "to_frame"):
-        source = _pandas_rows(source)
+        source = rows_of_pandas(source)
     elif hasattr(source, "tolist"):
         with refusing_all():
             check_table(source, "the data")
         source = source.tolist()
     elif isinstance(source, Mapping):
-        source = _rows_of_columns(source)
+        source = rows_of_columns(source)
     if hasattr(source, "column_names") or hasattr(source, "features"):
         # A column of a dataset has these too, and holds no rows but what is in them.
-        return "dataset", map(_row_of, source)
+        return "dataset", map(row_of, source)
     if isinstance(source, Sequence):
         if source and all(map(is_message, source)):
             source = [source]
         if source and all(isinstance(value, (int, np.integer)) for value in source):
             source = [source]
         strings = all(isinstance(text, str) for text in source)
-        return "strings" if strings else "rows", map(_row_of, source)
+        return "strings" if strings else "rows", map(row_of, source)
     if isinstance(source, Iterable):
-        return "rows", map(_row_of, source)
+        return "rows", map(row_of, source)
     if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, type):
         # PyTorch's datasets.
-        return "rows", (_row_of(source[number]) for number in range(len(source)))
+        return "rows", (row_of(source[number]) for number in range(len(source)))
     raise ValueError(
         f"Cannot read a {type(source).__name__}. Give a name, a file, texts, chats or token ids in a list, or a "
         f"datasets.Dataset."
@@ -184,77 +182,6 @@ def detokenize(text: str) -> str:
 def _reported(texts: Iterator[str], data: Data) -> Iterator[str]:
     yield from texts
     data.report()
-
-
-def _rows_of_columns(columns: Mapping) -> list[dict]:
-    """Rows of a mapping of columns, such as a tokenizer returns for one text or for several."""
-    if any(isinstance(values, list) and values and all(map(is_message, values)) for values in columns.values()):
-        # A row with one chat.
-        return [dict(columns)]
-    _check_columns(columns)
-    # A tokenizer may return no mask.
-    columns = {name: values for name, values in columns.items() if values is not None}
-    for name in TOKEN_COLUMNS & columns.keys():
-        with refusing_all():
-            check_table(columns[name], name)
-    lengths = {name: len(values) for name, values in columns.items()}
-    ids = columns.get("input_ids")
-    if ids is not None and lengths["input_ids"] and getattr(ids, "ndim", 1) == 1 and not hasattr(ids[0], "__len__"):
-        return [columns]
-    if len(set(lengths.values())) > 1:
-        counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise ValueError(f"The columns have different lengths: {counts}.")
-    return [dict(zip(columns, values)) for values in zip(*columns.values())]
-
-
-def _check_columns(columns: Mapping) -> None:
-    """Raise `ValueError` where a mapping has no columns, or one that is no list."""
-    reasons = [
-        f"whose column {name!r} is a {type(values).__name__}"
-        for name, values in columns.items()
-        if values is not None and (isinstance(values, (str, bytes)) or not hasattr(values, "__len__"))
-    ]
-    if not columns:
-        reasons = ["that has no columns"]
-    elif all(values is None for values in columns.values()):
-        reasons = [f"whose columns are None: {', '.join(map(str, columns))}"]
-    if reasons:
-        raise ValueError(
-            f"Cannot read a dict {reasons[0]}; give a mapping of columns to lists of equal lengths, or a list of rows."
-        )
-
-
-def _row_of(value: Any) -> Mapping:
-    """A row, from what lists and generators hold."""
-    if isinstance(value, Mapping):
-        return {name: None if _is_missing(each) else each for name, each in value.items()}
-    if isinstance(value, (list, tuple)) and value and all(isinstance(message, Mapping) for message in value):
-        return {"messages": value}
-    if isinstance(value, (list, tuple)) and value and all(getattr(part, "ndim", 0) for part in value):
-        if len(value) > 1:
-            raise ValueError(
-                f"A row is {len(value)} tensors, which do not say what they are; give mappings with input_ids, and "
-                f"attention_mask or labels where there are some."
-            )
-        # A batch of PyTorch's TensorDataset.
-        return {"input_ids": value[0]}
-    if hasattr(value, "tolist") or isinstance(value, (list, tuple)):
-        return {"input_ids": value}
-    return {"text": value}
-
-
-def _is_missing(value: Any) -> bool:
-    """Whether a value is what pandas writes where there is none."""
-    return (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in ("NAType", "NaTType")
-
-
-def _pandas_rows(frame: Any) -> Any:
-    from datasets import Dataset
-
-    if hasattr(frame, "to_frame"):
-        frame = frame.to_frame("text")
-    # Not `to_dict`, where a text that is missing would be a number, NaN.
-    return Dataset.from_pandas(frame, preserve_index=False)
 
 
 def _check_name(name: str) -> None:

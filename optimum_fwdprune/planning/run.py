@@ -17,7 +17,8 @@ from ..architectures import find_sites
 from ..cutting.cut import Cut, cut
 from ..cutting.in_memory import InMemory
 from ..cutting.on_disk import OnDisk
-from ..data.calibration import Calibration, load_calibration
+from ..data.calibration import Calibration
+from ..data.load_calibration import load_calibration
 from ..forward.evidence import Evidence
 from ..loading.state import evaluating
 from ..loading.subject import Sizes, Subject
@@ -44,7 +45,7 @@ class Run:
         subject (`Subject`): the model with all its sites. It was checked before (`planning/checks.py`).
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for calibration on text.
         dataset (*optional*): calibration data instead of that of the request; see
-            [`~optimum_fwdprune.data.calibration.load_calibration`].
+            [`~optimum_fwdprune.data.load_calibration.load_calibration`].
         inplace (`bool`, defaults to `True`): consume the model.
         finished (`Callable`, *optional*): called with a pruned model as soon as it is whole, before it is checked, and
             after every round.

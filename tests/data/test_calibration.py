@@ -14,8 +14,9 @@ import torch
 import transformers
 
 from optimum_fwdprune import Calibration, FwdPruner
-from optimum_fwdprune.data import calibration as module
-from optimum_fwdprune.data.calibration import load_calibration
+from optimum_fwdprune.data import load_calibration as module
+from optimum_fwdprune.data import tables
+from optimum_fwdprune.data.load_calibration import load_calibration
 from optimum_fwdprune.data.texts import detokenize
 
 
@@ -33,7 +34,8 @@ def model():
 @pytest.fixture
 def warnings(monkeypatch):
     said = []
-    monkeypatch.setattr(module.logger, "warning", lambda text, *args: said.append(text % args))
+    for of_module in (module, tables):
+        monkeypatch.setattr(of_module.logger, "warning", lambda text, *args: said.append(text % args))
     return said
 
 
@@ -389,7 +391,7 @@ def test_windows_beyond_learned_positions_are_refused(source, tokenizer, monkeyp
         raise AssertionError("Nothing should be read or written.")
 
     monkeypatch.setattr(module, "_tokenized", unexpected)
-    monkeypatch.setattr(module, "_sample_from_model", unexpected)
+    monkeypatch.setattr(module, "sample_from_model", unexpected)
     with pytest.raises(ValueError, match="windows of 129 tokens are longer than the 128 positions"):
         windows(model, tokenizer, dataset, seq_len=129, **request)
 

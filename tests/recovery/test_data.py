@@ -11,7 +11,7 @@ import tiny
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from optimum_fwdprune.data.calibration import load_calibration
+from optimum_fwdprune.data.load_calibration import load_calibration
 from optimum_fwdprune.recovery import RecoveryOptions, training_data
 from optimum_fwdprune.recovery.data import IGNORED, collate
 

@@ -76,12 +76,12 @@ def test_the_command_makes_the_same_weights(name, folder, monkeypatch):
 
 
 def test_the_command_names_the_text_that_was_taken_by_default(folder, monkeypatch):
-    monkeypatch.setattr("optimum_fwdprune.data.calibration._default_source", lambda: "self")
+    monkeypatch.setattr("optimum_fwdprune.data.load_calibration._default_source", lambda: "self")
     pruner = FwdPruner.from_pretrained("dense")
     pruner.prune(n_samples=4, seq_len=16)
     card = card_of(pruner)
 
-    monkeypatch.setattr("optimum_fwdprune.data.calibration._default_source", lambda: "builtin")
+    monkeypatch.setattr("optimum_fwdprune.data.load_calibration._default_source", lambda: "builtin")
     assert same(run(command_in(card), monkeypatch), load_file("pruned/model.safetensors")), card
 
 

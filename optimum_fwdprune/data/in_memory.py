@@ -1,0 +1,85 @@
+"""Rows of data that is in memory already: columns, frames, and what lists hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .messages import is_message, refusing_all
+from .tokens import check_table
+
+
+# Columns of numbers, one for every token.
+TOKEN_COLUMNS = {"input_ids", "attention_mask", "labels"}
+
+
+def rows_of_columns(columns: Mapping) -> list[dict]:
+    """Rows of a mapping of columns, such as a tokenizer returns for one text or for several."""
+    if any(isinstance(values, list) and values and all(map(is_message, values)) for values in columns.values()):
+        # A row with one chat.
+        return [dict(columns)]
+    _check_columns(columns)
+    # A tokenizer may return no mask.
+    columns = {name: values for name, values in columns.items() if values is not None}
+    for name in TOKEN_COLUMNS & columns.keys():
+        with refusing_all():
+            check_table(columns[name], name)
+    lengths = {name: len(values) for name, values in columns.items()}
+    ids = columns.get("input_ids")
+    if ids is not None and lengths["input_ids"] and getattr(ids, "ndim", 1) == 1 and not hasattr(ids[0], "__len__"):
+        return [columns]
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ValueError(f"The columns have different lengths: {counts}.")
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def _check_columns(columns: Mapping) -> None:
+    """Raise `ValueError` where a mapping has no columns, or one that is no list."""
+    reasons = [
+        f"whose column {name!r} is a {type(values).__name__}"
+        for name, values in columns.items()
+        if values is not None and (isinstance(values, (str, bytes)) or not hasattr(values, "__len__"))
+    ]
+    if not columns:
+        reasons = ["that has no columns"]
+    elif all(values is None for values in columns.values()):
+        reasons = [f"whose columns are None: {', '.join(map(str, columns))}"]
+    if reasons:
+        raise ValueError(
+            f"Cannot read a dict {reasons[0]}; give a mapping of columns to lists of equal lengths, or a list of rows."
+        )
+
+
+def row_of(value: Any) -> Mapping:
+    """A row, from what lists and generators hold."""
+    if isinstance(value, Mapping):
+        return {name: None if _is_missing(each) else each for name, each in value.items()}
+    if isinstance(value, (list, tuple)) and value and all(isinstance(message, Mapping) for message in value):
+        return {"messages": value}
+    if isinstance(value, (list, tuple)) and value and all(getattr(part, "ndim", 0) for part in value):
+        if len(value) > 1:
+            raise ValueError(
+                f"A row is {len(value)} tensors, which do not say what they are; give mappings with input_ids, and "
+                f"attention_mask or labels where there are some."
+            )
+        # A batch of PyTorch's TensorDataset.
+        return {"input_ids": value[0]}
+    if hasattr(value, "tolist") or isinstance(value, (list, tuple)):
+        return {"input_ids": value}
+    return {"text": value}
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value is what pandas writes where there is none."""
+    return (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in ("NAType", "NaTType")
+
+
+def rows_of_pandas(frame: Any) -> Any:
+    from datasets import Dataset
+
+    if hasattr(frame, "to_frame"):
+        frame = frame.to_frame("text")
+    # Not `to_dict`, where a text that is missing would be a number, NaN.
+    return Dataset.from_pandas(frame, preserve_index=False)

@@ -1,0 +1,121 @@
+"""Token ids that need no tokenizer, in tables and in rows of any lengths, as windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ..runs.loggers import get_logger
+from .calibration import Calibration
+from .messages import UnusableRow
+from .rows import Data
+from .tokens import Tokens
+
+
+if TYPE_CHECKING:
+    from ..request.config import PruningConfig
+
+
+logger = get_logger(__name__)
+
+# Windows are drawn from this many times as many tokens as asked for, so that a stream is never read to its end.
+POOL_FACTOR = 8
+
+
+def table_of(dataset: Any) -> Calibration | None:
+    """Token ids that are a table already, or one row; `None` for anything else."""
+    mask = None
+    if isinstance(dataset, Mapping) and "input_ids" in dataset:
+        dataset, mask = dataset["input_ids"], dataset.get("attention_mask")
+    elif not isinstance(dataset, torch.Tensor) and not isinstance(dataset, np.ndarray):
+        return None
+    input_ids, hidden = _as_table(dataset), None if mask is None else _as_table(mask)
+    if input_ids is None or (hidden is None) != (mask is None):
+        return None
+    return Calibration(input_ids, hidden)
+
+
+def _as_table(values: Any) -> torch.Tensor | None:
+    """What tokenizers return: a tensor, an array, or a list of lists, tensors or arrays of one length; or one row."""
+    if isinstance(values, np.ndarray):
+        # A copy, since PyTorch takes no array that runs backwards or has its bytes in another order.
+        values = values.astype(values.dtype.newbyteorder("="), order="C")
+    elif isinstance(values, str) or not isinstance(values, (torch.Tensor, Sequence)):
+        return None
+    elif not isinstance(values, torch.Tensor):
+        values = [row.tolist() if hasattr(row, "tolist") else row for row in values]
+    try:
+        table = values if isinstance(values, torch.Tensor) else torch.tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        # Rows of different lengths, or no numbers.
+        return None
+    if isinstance(values, list) and table.dim() > 2:
+        # Batches.
+        return None
+    return table[None] if table.dim() == 1 else table
+
+
+def windows_of_table(table: Calibration, config: PruningConfig) -> Calibration:
+    """The windows of a table: its rows, unless they are longer or more than asked for."""
+    input_ids, mask = table.input_ids, table.attention_mask
+    if longest(table) > config.seq_len:
+        masks: Any = [None] * len(input_ids) if mask is None else mask
+        rows = ({"input_ids": ids, "attention_mask": present} for ids, present in zip(input_ids, masks))
+        return windows_of_rows(Data(table.source, rows), config)
+    if len(input_ids) <= config.n_samples:
+        return table
+    logger.warning(
+        "The calibration tokens are %d windows and n_samples is %d, so that so many of them are drawn; raise "
+        "n_samples to take more.",
+        len(input_ids),
+        config.n_samples,
+    )
+    return Calibration(*table.windows(drawn(len(input_ids), config).to(input_ids.device)), table.source)
+
+
+def windows_of_rows(data: Data, config: PruningConfig) -> Calibration:
+    """Windows of rows of token ids: rows that are short enough, and whole windows of longer ones."""
+    shortened = False
+
+    def windows_of(row: Tokens) -> list[torch.Tensor]:
+        nonlocal shortened
+        ids = row.without_padding().input_ids
+        if len(ids) < 2:
+            raise UnusableRow(f"it has {len(ids)} tokens that are no padding, and nothing to predict")
+        if len(ids) <= config.seq_len:
+            return [torch.from_numpy(ids)]
+        shortened = True
+        return list(torch.from_numpy(ids[: len(ids) // config.seq_len * config.seq_len]).split(config.seq_len))
+
+    windows = list(islice(data.converted(windows_of), POOL_FACTOR * config.n_samples))
+    data.report()
+    if shortened and len(windows) < config.n_samples:
+        logger.warning(
+            "%s has %d windows of up to %d tokens, and n_samples is %d; all of them are used.",
+            data.name,
+            len(windows),
+            config.seq_len,
+            config.n_samples,
+        )
+    if len(windows) > config.n_samples:
+        windows = [windows[place] for place in drawn(len(windows), config)]
+    input_ids = pad_sequence(windows, batch_first=True)
+    lengths = torch.tensor([[len(window)] for window in windows])
+    mask = torch.arange(input_ids.shape[1]) < lengths
+    return Calibration(input_ids, None if mask.all() else mask.long(), data.name)
+
+
+def drawn(count: int, config: PruningConfig) -> torch.Tensor:
+    """Which `n_samples` of so many windows are taken."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))[: config.n_samples]
+
+
+def longest(calibration: Calibration) -> int:
+    """Tokens of the longest window; padding takes no position."""
+    mask = calibration.attention_mask
+    return calibration.input_ids.shape[1] if mask is None else int(mask.bool().sum(1).max())
