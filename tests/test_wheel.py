@@ -60,7 +60,8 @@ def test_the_wheel_holds_every_file_of_the_package(wheel):
 
 def test_what_is_installed_from_the_wheel_prunes_a_model(wheel, tmp_path, make_environment):
     python = make_environment(tmp_path / "environment")
-    pip("--python", python, "install", "--no-deps", "--no-index", wheel)
+    # The egg-info of the checkout, or the environment of the tests, would pass for an installation of the wheel.
+    pip("--python", python, "install", "--no-deps", "--no-index", "--ignore-installed", wheel)
     tiny.make_model("llama_gqa_biases").save_pretrained(tmp_path / "dense")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
