@@ -31,9 +31,9 @@ class InMemory:
     """A [`~optimum_fwdprune.cutting.cut.Place`] that keeps what is settled beside the dense weights, and cuts these
     once the last layer is settled.
 
-    A layer that was cut in place could not be given back, and a later layer may fail: its activations may hold NaN,
-    and whoever waits may interrupt it. So the refitted parameters of all layers wait in the memory of the host, which
-    is not that of an accelerator, until surgery moves them one by one. Units that go take none.
+    A layer that was cut in place could not be given back, and a later layer may fail: its activations may contain NaN,
+    or the run is interrupted. So what is settled waits, in the memory of the host, until surgery moves it tensor by
+    tensor; an accelerator holds the new parameters of one layer beside the dense model.
 
     Args:
         subject (`Subject`): the dense model with all its sites.
@@ -76,7 +76,7 @@ class InMemory:
             for number in range(len(subject.layers))
         ]
         states = itertools.takewhile(bool, (stage.load(Reconstruction.of) for stage in self._stages))
-        self.done = [state.placed_like(subject.sites) for state in states if state is not None]
+        self.done = [state for state in states if state is not None]
 
     def watched(self, layers: Iterable[Reconstruction]) -> Iterable[Reconstruction]:
         return layers

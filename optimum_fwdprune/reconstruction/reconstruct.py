@@ -80,7 +80,7 @@ def reconstruct_by_layer(
         ValueError: where calibration tokens are missing, or activations contain NaN or infinity.
     """
     if len(done) == len(subject.layers):
-        yield from done
+        yield from (layer.placed_like(subject.sites) for layer in done)
         return
     kind, losing, shelf = config.reconstruction, subject.losing(kept), shelf or Shelf()
     # Biases take no more than the means.
@@ -96,11 +96,11 @@ def reconstruct_by_layer(
     if config.reconstruction_order == ReconstructionOrder.INDEPENDENT:
         refitted = refit_independently(subject.looking_at(losing), kept, config, evidence, shelf)
     else:
-        texts, known = fit_and_held_out(evidence.calibration), [layer.projections for layer in done]
-        refitted = refit_in_sequence(subject, kept, texts, _sequential_fit(subject, config), shelf, known)
+        texts = fit_and_held_out(evidence.calibration)
+        refitted = refit_in_sequence(subject, kept, texts, _sequential_fit(subject, config), shelf, done)
     for number, (projections, refits) in enumerate(refitted):
         if number < len(done):
-            yield done[number]
+            yield done[number].placed_like(subject.sites)
             continue
         details = {str(key): refit.summary() for key, refit in refits.items()}
         yield Reconstruction(projections, details)

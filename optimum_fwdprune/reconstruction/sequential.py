@@ -20,6 +20,7 @@ from ..runs.progress import progress
 from ..runs.shelves import Shelf
 from .gauss_newton import LeastSquares, gauss_newton_changes, summed_squares
 from .least_squares import NormalEquations, Refit, refit
+from .reconstruction import Reconstruction
 from .streams import Stream
 
 
@@ -60,7 +61,7 @@ def refit_in_sequence(
     texts: Sequence[Calibration],
     fit: SequentialFit,
     shelf: Shelf | None = None,
-    known: Sequence[Mapping[SiteKey, Projection]] = (),
+    done: Sequence[Reconstruction] = (),
 ) -> Iterator[Refitted]:
     """Yield, layer by layer, new projection parameters of every site that loses units and, where the target is the
     dense model's stream, of every site behind the first of these, since all of them can make up for its loss.
@@ -77,8 +78,7 @@ def refit_in_sequence(
         fit (`SequentialFit`): how.
         shelf (`Shelf`, *optional*): where hidden states wait; it settles after every layer, and a pass that was
             interrupted goes on behind the last layer that it settled.
-        known (sequence of mappings of site key to `Projection`): the projections of the first layers, where an
-            earlier run has fitted them.
+        done (sequence of `Reconstruction`): of the first layers, where an earlier run has settled them.
     """
     sites, runner, shelf = subject.sites, LayerRunner(subject.model), shelf or Shelf()
     towards_dense = fit.target == ReconstructionTarget.DENSE
@@ -103,9 +103,9 @@ def refit_in_sequence(
         with resident(runner.layers[number]):
             for stream in every_stream:
                 stream.enter(of_layer)
-            if number < len(known):
-                layer.projections |= known[number]
-            for place, site in enumerate([] if number < len(known) else of_layer):
+            if number < len(done):
+                layer.projections |= done[number].placed_like(of_layer).projections
+            for place, site in enumerate([] if number < len(done) else of_layer):
                 if site.key in behind and (towards_dense or len(kept[site.key]) < site.num_units):
                     layer.settle(place, kept_projection(site, kept[site.key]))
             for stream in every_stream:
