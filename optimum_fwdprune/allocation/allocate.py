@@ -101,14 +101,14 @@ def _makes_up(part: Budget, config: PruningConfig, keys: Sequence[SiteKey]) -> b
 def _alike(sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, torch.Tensor]:
     """Return scores under which layers are cut alike: the units of a site, from the lowest to the highest, score what
     those of their rank in all layers score on average."""
-    found: dict[SiteKey, torch.Tensor] = {}
+    alike: dict[SiteKey, torch.Tensor] = {}
     for _, group in groupby(sorted(sites, key=_shape), key=_shape):
         of_shape = list(group)
         grouped = torch.stack([scores[site.key].double().view(site.num_groups, -1) for site in of_shape])
         ascending, ranked = grouped.sort(dim=2, stable=True)
         same = torch.zeros_like(grouped).scatter_(2, ranked, ascending.mean(dim=0).expand_as(grouped))
-        found |= {site.key: values.flatten() for site, values in zip(of_shape, same)}
-    return found
+        alike |= {site.key: values.flatten() for site, values in zip(of_shape, same)}
+    return alike
 
 
 def _shape(site: Site) -> tuple[str, int, int]:
@@ -196,15 +196,15 @@ def _give_back(pool: list[Steps], surplus: int, cuts: dict[SiteKey, int]) -> int
     The dearest are the first: a step may have gone past smaller cuts that would have done for the target.
     """
     while True:
-        found = []
+        refundable = []
         for step in pool:
             cut = cuts[step.site.key]
             smaller = int(torch.searchsorted(step.saved, step.saved[cut] - surplus))
             if smaller < cut:
-                found.append((float(step.lost[cut] - step.lost[smaller]), smaller, step))
-        if not found:
+                refundable.append((float(step.lost[cut] - step.lost[smaller]), smaller, step))
+        if not refundable:
             return surplus
-        _, smaller, step = max(found, key=lambda entry: entry[0])
+        _, smaller, step = max(refundable, key=lambda entry: entry[0])
         surplus -= int(step.saved[cuts[step.site.key]] - step.saved[smaller])
         cuts[step.site.key] = smaller
 

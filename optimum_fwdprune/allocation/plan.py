@@ -100,14 +100,14 @@ class PruningPlan:
 
     def check_left(self, sites: Iterable[Site]) -> None:
         """Raise `ValueError` where the sites of a pruned model are not those that the plan left."""
-        found = {site.key: site.num_units for site in sites}
+        counts = {site.key: site.num_units for site in sites}
         planned = {key: len(units) for key, units in self.kept.items()}
-        for key in sorted(found.keys() | planned.keys()):
+        for key in sorted(counts.keys() | planned.keys()):
             layer, kind = key
-            if found.get(key) != planned.get(key):
+            if counts.get(key) != planned.get(key):
                 raise ValueError(
                     f"Layer {layer} {kind}: the plan leaves {planned.get(key, 'no such site')}, and the weights "
-                    f"beside it have {found.get(key, 'no such site')}. The plan was edited, or belongs to another "
+                    f"beside it have {counts.get(key, 'no such site')}. The plan was edited, or belongs to another "
                     f"checkpoint."
                 )
 

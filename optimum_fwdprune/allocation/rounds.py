@@ -102,15 +102,15 @@ class Rounds:
         Of all that was given before, by sites included which are closed by now. Parts of a round alone would be
         rounded in each: where a head is more than twice of one, none would ever go.
         """
-        given: dict[int, dict[str, int]] = {pool: dict.fromkeys(UnitKind, 0) for pool in self._pools}
+        removed: dict[int, dict[str, int]] = {pool: dict.fromkeys(UnitKind, 0) for pool in self._pools}
         for site in sites:
-            if (pool := pool_of(site, self._config.resolved_scope)) in given:
-                given[pool][site.kind] += self.removed({site.key: site.num_units})
+            if (pool := pool_of(site, self._config.resolved_scope)) in removed:
+                removed[pool][site.kind] += self.removed({site.key: site.num_units})
         sizes = {pool: sum(of_kinds.values()) for pool, of_kinds in self._pools.items()}
         return {
             pool: (
-                part - sum(given[pool].values()),
-                round(part * self._pools[pool][UnitKind.ATTENTION] / sizes[pool]) - given[pool][UnitKind.ATTENTION],
+                part - sum(removed[pool].values()),
+                round(part * self._pools[pool][UnitKind.ATTENTION] / sizes[pool]) - removed[pool][UnitKind.ATTENTION],
             )
             for pool, part in budget.divided(sizes).items()
         }

@@ -44,8 +44,8 @@ class Accumulator:
 
     def state(self) -> dict[str, torch.Tensor]:
         count = torch.tensor(self.count, device="cpu")
-        found = {"count": count, "shift": self.shift, "sum": self.sum, "squares": self.squares}
-        return found if self.gram is None else {**found, "gram": self.gram}
+        state = {"count": count, "shift": self.shift, "sum": self.sum, "squares": self.squares}
+        return state if self.gram is None else {**state, "gram": self.gram}
 
     def take_up(self, state: dict[str, torch.Tensor]) -> None:
         self.count = int(state["count"])

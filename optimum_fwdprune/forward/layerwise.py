@@ -92,7 +92,7 @@ class LayerRunner:
     @torch.no_grad()
     def batches(self, calibration: Calibration, batch_size: int) -> list[Batch]:
         """Return the windows, ready for any layer."""
-        found = []
+        batches = []
         arguments: dict[tuple[int, ...], list] = {}
         for windows in torch.arange(len(calibration.input_ids)).split(batch_size):
             input_ids, mask = calibration.windows(windows)
@@ -100,8 +100,8 @@ class LayerRunner:
             shape = tuple(input_ids.shape)
             if mask is not None or shape not in arguments:
                 arguments[shape] = self._arguments(input_ids, mask)
-            found.append(Batch(input_ids, mask, arguments[shape]))
-        return found
+            batches.append(Batch(input_ids, mask, arguments[shape]))
+        return batches
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> torch.Tensor:

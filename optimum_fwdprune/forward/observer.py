@@ -56,10 +56,10 @@ class Observer:
 
     def sums(self) -> dict[str, torch.Tensor]:
         """Return what was gathered so far, for [`take_up`]."""
-        found = {f"squares.{name}": squares.squares for name, (_, squares) in self._sources.items()}
+        sums = {f"squares.{name}": squares.squares for name, (_, squares) in self._sources.items()}
         for key, accumulator in self._accumulators.items():
-            found |= {f"{key}.{name}": value for name, value in accumulator.state().items()}
-        return found
+            sums |= {f"{key}.{name}": value for name, value in accumulator.state().items()}
+        return sums
 
     def take_up(self, sums: dict[str, torch.Tensor], numbers: dict[str, Any]) -> int:
         """Go on from `sums` that were gathered before, and return over how many windows, which `numbers` say."""
@@ -85,7 +85,7 @@ class Observer:
         Raises:
             ValueError: where a projection was bypassed, or saw a NaN or an infinity.
         """
-        found = {}
+        statistics = {}
         for site in self._sites:
             check_called(site, self._accumulators[site.key].count)
             result = self._accumulators[site.key].result()
@@ -96,8 +96,8 @@ class Observer:
                 )
             names = [coupling.name for coupling in site.couplings if coupling.name in self._sources]
             result.source_norms = {name: self._sources[name][1].norm() for name in names}
-            found[site.key] = result
-        return found
+            statistics[site.key] = result
+        return statistics
 
 
 @contextmanager

@@ -75,17 +75,17 @@ def resident(module: nn.Module) -> Iterator[None]:
     """
     fetched: list[tuple[AlignDevicesHook, nn.Module]] = []
     try:
-        for each in module.modules():
-            for hook in _offloading_hooks(each):
+        for submodule in module.modules():
+            for hook in _offloading_hooks(submodule):
                 # What accelerate does around a forward pass, with other things in between.
-                hook.pre_forward(each)
+                hook.pre_forward(submodule)
                 hook.offload = False
-                fetched.append((hook, each))
+                fetched.append((hook, submodule))
         yield
     finally:
-        for hook, each in fetched:
+        for hook, submodule in fetched:
             hook.offload = True
-            hook.post_forward(each, None)
+            hook.post_forward(submodule, None)
 
 
 class InTurn(list):

@@ -72,15 +72,15 @@ class SearchState:
         rates = torch.stack(self.path)
         sizes = torch.tensor([site.num_parameters for site in sites], dtype=torch.float64)
         removed = (1 - rates) @ sizes / sum(site.num_parameters for site in every_site)
-        found = {
+        history = {
             "loss": torch.tensor(self.losses, dtype=torch.float32),
             # Nothing is drawn, so all is decided at every sweep.
             "entropy": torch.zeros(len(rates), dtype=torch.float32),
             "expected_sparsity": removed.float(),
         }
         for site, values in zip(sites, rates.float().unbind(1)):
-            found[f"keep_rate.{site.key}"] = values
-        return found
+            history[f"keep_rate.{site.key}"] = values
+        return history
 
     def state(self) -> State:
         numbers = {"step": self.step, "windows": self.windows, "losses": self.losses, "even": self.even}
@@ -117,11 +117,11 @@ class Descent:
 
     def start(self, state: SearchState, starts: Sequence[torch.Tensor]) -> None:
         """Settle the best of the keep ratios to start from, the even share first."""
-        found = [self._widths(rates) for rates in starts]
-        losses = self._divergences(found)
+        starting = [self._widths(rates) for rates in starts]
+        losses = self._divergences(starting)
         best = losses.index(min(losses))
         state.even = losses[0]
-        state.add(found[best] / self._sizes, self._settle(found[best]))
+        state.add(starting[best] / self._sizes, self._settle(starting[best]))
         state.windows += (2 + len(starts)) * self._num_windows
 
     def run(self, state: SearchState, price: float, allowed: int, stage: Stage) -> None:
@@ -187,29 +187,29 @@ class Descent:
 
     def _neighbour(self, site: Site, width: int, step: float) -> int:
         """The width nearest to one step below, or above where there is none below."""
-        widths = [each for each in self._levels.widths(site) if each != width]
-        below = [each for each in widths if each < width]
+        widths = [width_here for width_here in self._levels.widths(site) if width_here != width]
+        below = [width_here for width_here in widths if width_here < width]
         wanted = width - step * site.num_units if below else width + step * site.num_units
-        return min(below or widths, key=lambda each: abs(each - wanted))
+        return min(below or widths, key=lambda width_here: abs(width_here - wanted))
 
     def _widths(self, rates: torch.Tensor) -> torch.Tensor:
         kept = self._ratios.kept(rates)
         return torch.tensor([len(kept[site.key]) for site in self._ratios.sites], dtype=torch.float64)
 
     def _projections_of(self, widths: torch.Tensor) -> dict[SiteKey, Projection]:
-        found = {}
+        projections = {}
         for site, width in zip(self._ratios.sites, widths.long().tolist()):
             projection = self._levels.projection(site, width)
             if projection is not None:
-                found[site.key] = projection
-        return found
+                projections[site.key] = projection
+        return projections
 
     def _divergences(self, candidates: Sequence[torch.Tensor]) -> list[float]:
         """The divergence under each of several widths of all sites."""
-        found = torch.zeros(len(candidates), dtype=torch.float64)
+        divergences = torch.zeros(len(candidates), dtype=torch.float64)
         for place in progress(ranks.own(range(len(candidates))), "Comparing widths", unit="candidate"):
-            found[place] = self._divergence.of(self._projections_of(candidates[place]))
-        return ranks.summed(found).tolist()
+            divergences[place] = self._divergence.of(self._projections_of(candidates[place]))
+        return ranks.summed(divergences).tolist()
 
     def _settle(self, widths: torch.Tensor) -> float:
         self._projections = self._projections_of(widths)

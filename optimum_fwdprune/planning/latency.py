@@ -88,14 +88,14 @@ class LatencyCost:
 
     @cached_property
     def _nanoseconds(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        found = {}
+        nanoseconds_of = {}
         for shape, pairs in self.table.layer_seconds.items():
             units, seconds = (np.array(values) for values in zip(*pairs))
             # Fewer units never take longer: where that was measured, it is noise, or a width that kernels dislike and
             # that gains nothing.
             falling = np.maximum.accumulate(seconds)
-            found[shape] = units, (falling - falling[0]) * NANOSECONDS
-        return found
+            nanoseconds_of[shape] = units, (falling - falling[0]) * NANOSECONDS
+        return nanoseconds_of
 
     def of(self, site: Site, units: torch.Tensor) -> torch.Tensor:
         widths, nanoseconds = self._nanoseconds[shape_of(site)]

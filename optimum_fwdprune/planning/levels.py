@@ -120,8 +120,8 @@ def _ridge(
     fit, held_out = (
         NormalEquations.of_removed(gram, count, site.projection.weight, columns) for gram, count in zip(grams, counts)
     )
-    found = refit(fit, held_out, ridge)
-    return None if found.change is None else found.ridge
+    at_middle = refit(fit, held_out, ridge)
+    return None if at_middle.change is None else at_middle.ridge
 
 
 def _refitted(

@@ -61,7 +61,7 @@ class Linearized:
     def _to_multiply(self, inputs: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
         """The factors in one dtype."""
         dtype = torch.bfloat16 if inputs.dtype == torch.bfloat16 else self.residual.dtype
-        return [each.to(dtype) for each in (inputs, *others)]
+        return [tensor.to(dtype) for tensor in (inputs, *others)]
 
 
 @dataclass(frozen=True)

@@ -147,13 +147,13 @@ class Refit:
 
     def summary(self) -> dict[str, float | bool | None]:
         """Return how the change was settled, as JSON values."""
-        found = {
+        summary = {
             "refitted": self.change is not None,
             "ridge": self.ridge,
             "held_out_error_before": self.error_before,
             "held_out_error_after": self.error_after,
         }
-        return found if self.sources is None else {**found, "sources_refitted": self.sources}
+        return summary if self.sources is None else {**summary, "sources_refitted": self.sources}
 
 
 def refit(fit: NormalEquations, held_out: NormalEquations | None, ridge: float | None = None) -> Refit:

@@ -149,7 +149,7 @@ def warn_of_unchanged(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]], 
     losing = [site for site in sites if len(kept[site.key]) < site.num_units]
     # Where nothing was lost, there was nothing to gain either.
     lossy = [(site, details[str(site.key)]) for site in losing if str(site.key) in details]
-    unchanged = [site for site, found in lossy if not found["refitted"] and found["held_out_error_before"]]
+    unchanged = [site for site, detail in lossy if not detail["refitted"] and detail["held_out_error_before"]]
     if unchanged:
         logger.warning(
             "Least squares did not help on the held-out windows at %d of %d sites, which keep their columns as they "

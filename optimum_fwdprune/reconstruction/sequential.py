@@ -142,25 +142,29 @@ class _Layer:
         """Fit the projection and its sources."""
         site = self.sites[place]
         self._correct_inputs(place)
-        found = self._fit(place)
+        fitted = self._fit(place)
         if site.pointwise and len(self.streams) > 1 and self._bend_features(place):
-            found = found.followed_by(self._fit(place))
-        return replace(found, sources=bool(self.projections[site.key].sources))
+            fitted = fitted.followed_by(self._fit(place))
+        return replace(fitted, sources=bool(self.projections[site.key].sources))
 
     def _fit(self, place: int) -> Refit:
         """Fit the projection to what it leaves of its target."""
         site = self.sites[place]
         now = self.projections[site.key]
-        found = self._solved(site, now.weight.shape, lambda each: each.observe(self.sites, place, self.projections))
-        self.projections[site.key] = found.projection(now)
-        return found
+        fitted = self._solved(
+            site, now.weight.shape, lambda stream: stream.observe(self.sites, place, self.projections)
+        )
+        self.projections[site.key] = fitted.projection(now)
+        return fitted
 
     def _correct_inputs(self, place: int) -> None:
         """Let the sources read (I + D) x for x, which is what they would read in the dense model as far as x tells."""
         site = self.sites[place]
         now = self.projections[site.key]
         width = site.sources[0].linear.in_features
-        change = self._solved(site, (width, width), lambda each: each.read(self.sites, place, self.projections)).change
+        change = self._solved(
+            site, (width, width), lambda stream: stream.read(self.sites, place, self.projections)
+        ).change
         if change is None or not change.any():
             return
         sources = kept_sources(site, now.kept)
@@ -175,7 +179,7 @@ class _Layer:
         for total, streams in zip(sums, self.streams):
             for stream in streams:
                 total.add(*observe(stream))
-        sums = [each.pooled() for each in sums]
+        sums = [of_text.pooled() for of_text in sums]
         if not (sums[0].gram.isfinite().all() and sums[0].cross.isfinite().all()):
             raise ValueError(
                 f"The activations before {site.projection_name} ({site}) contain NaN or infinity once the layers "
@@ -209,10 +213,10 @@ class _Layer:
         """What Gauss-Newton would change of the sources' weights, and what is left of the target on held-out tokens
         without it: summed squares. What they are found by is freed on return."""
         weight = self.projections[self.sites[place].key].weight.float()
-        rows = sum(len(each) for _, each in _weights(sources))
+        rows = sum(len(weight_of_source) for _, weight_of_source in _weights(sources))
         shape = (rows // weight.shape[1], weight.shape[1], self.sites[place].sources[0].linear.in_features)
         fit, held_out = (
-            LeastSquares([each.linearize(self.sites, place, self.projections) for each in streams], weight, shape)
+            LeastSquares([stream.linearize(self.sites, place, self.projections) for stream in streams], weight, shape)
             for streams in self.streams
         )
         return gauss_newton_changes(fit, held_out)

@@ -100,9 +100,11 @@ class Stream:
             for source, derivative in zip(site.sources, derivatives)
         ]
         # A source may hold the rows of several, one behind the other: its segments.
-        by_row = [each for found in slopes for each in found.split(len(kept), dim=1)]
+        by_row = [segment for slope in slopes for segment in slope.split(len(kept), dim=1)]
         _, residual = self._kept_and_left(sites, place, projections, features.detach(), written)
-        inputs, by_source = (_in_float32_at_most(each) for each in (self.batch.tokens(read[0]), torch.stack(by_row)))
+        inputs, by_source = (
+            _in_float32_at_most(tensor) for tensor in (self.batch.tokens(read[0]), torch.stack(by_row))
+        )
         return Linearized(on_host(inputs), on_host(by_source), on_host(residual.float()))
 
     def leave(self, sites: Sequence[Site], projections: Projections) -> None:

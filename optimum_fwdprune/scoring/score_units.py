@@ -96,17 +96,17 @@ def score_units(
     )
 
 
-def _in_memory(found: UnitScores | Mapping[SiteKey, torch.Tensor]) -> UnitScores:
-    found = found if isinstance(found, UnitScores) else UnitScores(found)
+def _in_memory(scored: UnitScores | Mapping[SiteKey, torch.Tensor]) -> UnitScores:
+    scored = scored if isinstance(scored, UnitScores) else UnitScores(scored)
     values, errors = (
         {key: value.detach().float().cpu() for key, value in keyed_by_site(values).items()}
-        for values in (found.values, found.standard_errors)
+        for values in (scored.values, scored.standard_errors)
     )
-    return replace(found, values=values, standard_errors=errors)
+    return replace(scored, values=values, standard_errors=errors)
 
 
-def _check_scores(found: UnitScores, sites: Iterable[Site], config: PruningConfig) -> None:
-    values = found.values
+def _check_scores(scored: UnitScores, sites: Iterable[Site], config: PruningConfig) -> None:
+    values = scored.values
     for site in sites:
         if site.key not in values or values[site.key].shape != (site.num_units,):
             raise ValueError(f"Method {config.method!r} must score {site.num_units} units for the {site}.")
@@ -114,11 +114,11 @@ def _check_scores(found: UnitScores, sites: Iterable[Site], config: PruningConfi
             raise ValueError(f"Method {config.method!r} scored NaN or infinity in the {site}.")
 
 
-def _state_of(found: UnitScores) -> State:
-    tensors = {f"scores.{key}": value for key, value in found.values.items()}
-    tensors |= {f"errors.{key}": value for key, value in found.standard_errors.items()}
-    tensors |= {f"history.{name}": values for name, values in found.history.items()}
-    return tensors, {"details": found.details}
+def _state_of(scored: UnitScores) -> State:
+    tensors = {f"scores.{key}": value for key, value in scored.values.items()}
+    tensors |= {f"errors.{key}": value for key, value in scored.standard_errors.items()}
+    tensors |= {f"history.{name}": values for name, values in scored.history.items()}
+    return tensors, {"details": scored.details}
 
 
 def _scores_of(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> UnitScores:

@@ -148,7 +148,9 @@ class RatioPolicy:
         for budget in self.budgets:
             own, weights = deviations[:, budget.members], budget.weights
             deviations[:, budget.members] = own - (own @ weights / (weights @ weights))[:, None] * weights
-        return Draws(torch.stack([self._mask(rates + self._spread * each) for each in deviations]), deviations)
+        return Draws(
+            torch.stack([self._mask(rates + self._spread * deviation) for deviation in deviations]), deviations
+        )
 
     def site_rates(self, rates: torch.Tensor) -> torch.Tensor:
         return rates
@@ -258,7 +260,7 @@ def initial_probabilities(
         seed (`int`): of `"random"`.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    probabilities = []
     for values, rate in zip(scores, keep_rates):
         values = values.double()
         if how == "sigmoid":
@@ -269,8 +271,8 @@ def initial_probabilities(
             start = torch.rand(len(values), generator=generator, dtype=torch.float64)
         else:
             start = torch.zeros_like(values)
-        found.append(_shifted_to_mean(start, rate))
-    return torch.cat(found)
+        probabilities.append(_shifted_to_mean(start, rate))
+    return torch.cat(probabilities)
 
 
 def _shifted_to_mean(values: torch.Tensor, mean: float) -> torch.Tensor:

@@ -146,9 +146,9 @@ def score(inputs: ScoringInputs) -> UnitScores:
         return UnitScores({site.key: torch.ones(site.num_units, dtype=torch.float32) for site in inputs.sites})
     stage = inputs.resume.stage("policy_gradient", inputs.calibration)
     # Whatever is wrong with it shows before anything is measured.
-    found = stage.load(Progress.of)
+    interrupted = stage.load(Progress.of)
     policy, rates = _policy(inputs, learned, _metric_scores(inputs))
-    state = found or Progress(0, rates)
+    state = interrupted or Progress(0, rates)
     own = {field.name for field in dataclasses.fields(config)}
     options: dict = {
         field.name: getattr(config, field.name) for field in dataclasses.fields(Schedule) if field.name in own
@@ -187,8 +187,8 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
             Subject(inputs.model, inputs.sites), [tokens], config.batch_size, method.statistics, inputs.resume
         )
     statistics = PlacedStatistics(inputs.sites, gathered)
-    found = method.score(dataclasses.replace(inputs, config=config, calibration=tokens, statistics=statistics))
-    return dict(found.values if isinstance(found, UnitScores) else found)
+    scored = method.score(dataclasses.replace(inputs, config=config, calibration=tokens, statistics=statistics))
+    return dict(scored.values if isinstance(scored, UnitScores) else scored)
 
 
 def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
