@@ -5,6 +5,7 @@ import tiny
 import torch
 
 from optimum_fwdprune import Calibration, FwdPruner, find_sites
+from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.scoring.learning import mask_learning as module
 from optimum_fwdprune.scoring.learning.policies import UnitPolicy
 from optimum_fwdprune.scoring.methods import PolicyGradientConfig
@@ -29,7 +30,7 @@ def test_every_mask_is_judged_as_if_it_were_alone(dense, tokens):
     schedule = module.Schedule(
         6, 0.1, "leave_one_out", 4, False, 3, 5.0, None, batch_size=7, seed=0, prunable_parameters=1
     )
-    learner = module._Learner(dense, sites, Calibration(tokens), UnitPolicy(sites, []), schedule)
+    learner = module._Learner(Subject(dense, sites), Calibration(tokens), UnitPolicy(sites, []), schedule)
     masks = (torch.rand(4, sum(site.num_units for site in sites)) > 0.3).double()
     windows = torch.tensor([5, 0, 9])
     found = learner._losses(masks, windows)
@@ -47,7 +48,7 @@ def test_an_epoch_takes_every_window_once(tokens):
     model = tiny.make_model("llama_gqa_biases")
     sites = find_sites(model)
     policy = UnitPolicy(sites, [])
-    learner = module._Learner(model, sites, Calibration(tokens[:6]), policy, schedule)
+    learner = module._Learner(Subject(model, sites), Calibration(tokens[:6]), policy, schedule)
     first = torch.cat([learner._windows(0), learner._windows(1)])
     second = torch.cat([learner._windows(2), learner._windows(3)])
 
