@@ -36,7 +36,7 @@ class PruneCommand(Command):
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
         from optimum_fwdprune.request.config import DEFAULT_PRESET
-        from optimum_fwdprune.request.options import DEFAULT_METHOD, METHOD
+        from optimum_fwdprune.request.options import DEFAULT_METHOD, Heading
         from optimum_fwdprune.scoring.methods import (
             PruningConfig,
             get_method,
@@ -64,14 +64,16 @@ class PruneCommand(Command):
             help=f"Override the defaults as listed above; options override those of the preset (default: "
             f"{DEFAULT_PRESET}).",
         )
-        request = parser.add_argument_group(METHOD, listed({name: get_method(name).summary for name in methods}))
+        request = parser.add_argument_group(
+            Heading.METHOD, listed({name: get_method(name).summary for name in methods})
+        )
         request.add_argument(
             "--method",
             **choice(methods),
             default=SUPPRESS,
             help=f"How units are scored (default: {DEFAULT_METHOD}).",
         )
-        groups = {METHOD: request}
+        groups: dict[str, Any] = {Heading.METHOD: request}
         known = {"method"} | add_config_options(
             parser, PruningConfig, {"method"}, lambda field: field.metadata["group"], groups
         )

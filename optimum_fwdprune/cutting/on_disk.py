@@ -21,7 +21,7 @@ from ..files import naming_what_is_full, save_weights_atomically, write_text_ato
 from ..loading.offloading import on_disk, read_parameter
 from ..loading.saving import generation_config_as_it_is
 from ..loading.subject import Subject
-from ..reconstruction.bias import kinds_with_bias
+from ..reconstruction.bias import kinds_gaining_bias
 from ..reconstruction.reconstruction import Reconstruction
 from ..runs.progress import progress
 from ..runs.shelves import Shelf
@@ -88,7 +88,7 @@ class OnDisk:
         folder = self.workspace.folder
         self.shelf, self.probe_shelf = Shelf(folder / "hidden_states"), Shelf(folder / "probe")
         self._subject, self._kept = subject, plan.kept
-        self._with_bias = kinds_with_bias(subject.sites, plan.kept, job.config)
+        self._with_bias = kinds_gaining_bias(subject.sites, plan.kept, job.config.reconstruction)
 
     def writing(self) -> AbstractContextManager[None]:
         return naming_what_is_full(self.workspace.folder)

@@ -22,7 +22,7 @@ from ..runs.resume import (
     State,
 )
 from ..scoring.learning.policies import Ratios
-from ..scoring.learning.policy_gradient import Budget, project
+from ..scoring.learning.policy_gradient import RateBudget, project
 from .divergence import Divergence
 from .levels import Levels
 
@@ -98,7 +98,7 @@ class Descent:
     def __init__(
         self,
         ratios: Ratios,
-        budgets: Sequence[Budget],
+        budgets: Sequence[RateBudget],
         levels: Levels,
         divergence: Divergence,
         cost: Cost,

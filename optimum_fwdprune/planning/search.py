@@ -43,7 +43,7 @@ logger = get_logger(__name__)
 # A search should be able to measure all sites about so often.
 SWEEPS = 6
 
-Keep = Callable[[Mapping[SiteKey, torch.Tensor], PruningConfig], dict[SiteKey, list[int]]]
+KeepUnder = Callable[[Mapping[SiteKey, torch.Tensor], PruningConfig], dict[SiteKey, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def search(
     scores: Mapping[SiteKey, torch.Tensor],
     job: Job,
     calibration: Calibration,
-    keep: Keep,
+    keep: KeepUnder,
 ) -> Found:
     """Move budget from the sites that bear it worst to those that bear it best, as long as the whole model gains.
 
@@ -154,7 +154,7 @@ def search(
 
 
 def _on_coarse_grid(
-    sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor], config: PruningConfig, keep: Keep
+    sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor], config: PruningConfig, keep: KeepUnder
 ) -> tuple[PruningConfig, dict[SiteKey, list[int]]]:
     """The request with MLP widths as coarse as its budget can be met with, and the even share under it."""
     multiple = coarse_multiple(sites, config)
@@ -169,7 +169,7 @@ def _on_coarse_grid(
 
 
 def _ends_spared(
-    sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor], coarse: PruningConfig, keep: Keep
+    sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor], coarse: PruningConfig, keep: KeepUnder
 ) -> torch.Tensor | None:
     """Keep ratios of the even share over all layers but the ends of a deep model, where that can meet the budget."""
     if coarse.skip_layers is not None or 1 + max(site.layer for site in sites) < FEWEST_WITH_ENDS:

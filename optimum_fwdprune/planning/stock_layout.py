@@ -7,7 +7,7 @@ from ..architectures import Site
 from ..architectures.stock import find_stock_form
 from ..cutting.surgery import pruned_config
 from ..loading.subject import Subject
-from ..reconstruction.bias import added_parameters
+from ..reconstruction.bias import kinds_gaining_bias
 from ..request.choices import ReconstructionKind, UnitKind
 from ..request.config import PruningConfig
 
@@ -24,7 +24,7 @@ def check_stock_layout(subject: Subject, plan: PruningPlan, reconstruction: str 
         plan (`PruningPlan`): what they keep.
         reconstruction (`str`, defaults to `"none"`): kind of reconstruction that follows, which may add biases.
     """
-    with_bias = {site.kind for site in subject.losing(plan.kept) if added_parameters([site], reconstruction)}
+    with_bias = kinds_gaining_bias(subject.sites, plan.kept, reconstruction)
     config = pruned_config(subject, plan.kept, with_bias)
     find_stock_form(config, subject.architecture.pruned_class(subject.model))
 

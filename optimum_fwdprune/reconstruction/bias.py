@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..architectures import Site, SiteKey
 from ..forward.gates import Projection
@@ -10,7 +10,6 @@ from ..forward.statistics import (
     SiteStatistics,
 )
 from ..request.choices import ReconstructionKind
-from ..request.config import PruningConfig
 
 
 def added_parameters(sites: Iterable[Site], kind: str) -> int:
@@ -20,14 +19,18 @@ def added_parameters(sites: Iterable[Site], kind: str) -> int:
     return sum(site.projection.out_features for site in sites if site.projection.bias is None)
 
 
-def kinds_with_bias(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]], config: PruningConfig) -> set[str]:
-    """Return the kinds of sites whose projections get a bias that they do not have."""
+def kinds_gaining_bias(sites: Sequence[Site], kept: Mapping[SiteKey, list[int]], reconstruction: str) -> set[str]:
+    """Return the kinds of sites whose projections get a bias that they do not have.
+
+    Args:
+        sites (sequence of `Site`): all sites of the dense model.
+        kept (mapping of site key to `list[int]`): the units that stay.
+        reconstruction (`str`): a [`ReconstructionKind`].
+    """
+    if reconstruction != ReconstructionKind.BIAS:
+        return set()
     losing = {site.kind for site in sites if len(kept[site.key]) < site.num_units}
-    return {
-        site.kind
-        for site in sites
-        if site.kind in losing and config.reconstruction == ReconstructionKind.BIAS and site.projection.bias is None
-    }
+    return {site.kind for site in sites if site.kind in losing and site.projection.bias is None}
 
 
 def compensate_bias(site: Site, kept: list[int], statistics: SiteStatistics) -> Projection:

@@ -12,7 +12,7 @@ from ..allocation.composing import EARLIER
 from ..allocation.plan import PLAN_NAME
 from ..data.texts import FILE_LOADERS
 from ..request.config import PruningConfig
-from ..request.options import CALIBRATION
+from ..request.options import Heading
 from ..runs.loggers import LIBRARY
 from .record import Record, command_of
 
@@ -131,7 +131,7 @@ def _same_scoring(config: PruningConfig, scored: PruningConfig) -> bool:
     names = [
         declared.name
         for declared in dataclasses.fields(config)
-        if declared.name not in shared or declared.metadata.get("group") == CALIBRATION
+        if declared.name not in shared or declared.metadata.get("group") == Heading.CALIBRATION
     ]
     return all(config.to_dict()[name] == scored.to_dict()[name] for name in [*names, "attention_unit"])
 

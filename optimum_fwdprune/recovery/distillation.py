@@ -50,14 +50,14 @@ def distillation_terms(
     Args:
         student (`Tensor[places, vocab_size]`): logits.
         targets (`Tensor[places]`, int64): the text.
-        teacher, teacher_ids, temperature: see [`divergence`].
+        teacher, teacher_ids, temperature: see [`divergence_from_teacher`].
     """
     at_once = max(1, LOGITS_AT_ONCE // student.shape[-1])
     ids = [None] * len(targets) if teacher_ids is None else teacher_ids.split(at_once)
 
     def terms(own, wanted, teaching, known):
         cross_entropy = F.cross_entropy(own.float(), wanted, reduction="sum")
-        return torch.stack([cross_entropy, divergence(own, teaching, known, temperature)])
+        return torch.stack([cross_entropy, divergence_from_teacher(own, teaching, known, temperature)])
 
     parts = zip(student.split(at_once), targets.split(at_once), teacher.split(at_once), ids)
     none = student.new_zeros(2, dtype=torch.float32)
@@ -65,7 +65,7 @@ def distillation_terms(
     return cross_entropy, apart
 
 
-def divergence(
+def divergence_from_teacher(
     student: torch.Tensor, teacher: torch.Tensor, teacher_ids: torch.Tensor | None, temperature: float
 ) -> torch.Tensor:
     """Return Σ KL(teacher ‖ student) over the places, times the square of the temperature.

@@ -22,7 +22,7 @@ from .files import (
     known_options,
     read_values,
 )
-from .options import CALIBRATION, DEFAULT_METHOD, RECONSTRUCTION, RUNNING, Options
+from .options import DEFAULT_METHOD, Heading, Options
 from .registry import METHODS, Method, get_method, get_preset, registered_methods
 
 
@@ -215,5 +215,5 @@ def register_method(config_class: type[PruningConfig], score: Callable[..., Any]
 UNDECIDED_BY_PLANS = {
     declared.name
     for declared in dataclasses.fields(PruningConfig)
-    if declared.metadata.get("group") in (RECONSTRUCTION, CALIBRATION, RUNNING)
+    if declared.metadata.get("group") in (Heading.RECONSTRUCTION, Heading.CALIBRATION, Heading.RUNNING)
 }

@@ -24,10 +24,18 @@ from .registry import METHODS
 
 DEFAULT_METHOD = "wanda_sp"
 
-# Headings of the command line's help.
-METHOD, BUDGET, SHARES, SEARCH = "method", "budget", "how the budget is shared", "search, with --scope search"
-UNITS, RECONSTRUCTION, CALIBRATION = "what is pruned", "reconstruction", "calibration"
-RUNNING = "interrupt and resume"
+
+class Heading(Choice):
+    """The heading that an option has in the help of the command line."""
+
+    METHOD = "method"
+    BUDGET = "budget"
+    SHARES = "how the budget is shared"
+    SEARCH = "search, with --scope search"
+    UNITS = "what is pruned"
+    RECONSTRUCTION = "reconstruction"
+    CALIBRATION = "calibration"
+    RUNNING = "interrupt and resume"
 
 
 def option(default: Any, help: str, choices: Iterable[str] | None = None, group: str | None = None) -> Any:
@@ -63,140 +71,148 @@ def field_type(hint: Any) -> tuple[Any, bool, bool]:
 class Options:
     """The options that requests of all methods share."""
 
-    method: str = option(DEFAULT_METHOD, "How units are scored.", group=METHOD)
+    method: str = option(DEFAULT_METHOD, "How units are scored.", group=Heading.METHOD)
     sparsity: float = option(
-        0.2, "Fraction of the prunable parameters (all that heads and channels own) to remove.", group=BUDGET
+        0.2, "Fraction of the prunable parameters (all that heads and channels own) to remove.", group=Heading.BUDGET
     )
     target_parameters: int | None = option(
-        None, "Instead of sparsity: parameters of the whole pruned model, at most.", group=BUDGET
+        None, "Instead of sparsity: parameters of the whole pruned model, at most.", group=Heading.BUDGET
     )
     target_bytes: int | None = option(
-        None, "Instead of sparsity: bytes of the pruned weights on disk, at most.", group=BUDGET
+        None, "Instead of sparsity: bytes of the pruned weights on disk, at most.", group=Heading.BUDGET
     )
     target_speedup: float | None = option(
         None,
         "Instead of sparsity: how many times as fast as the dense model the pruned one must be at a prefill, by "
         "latencies of layers that are measured on this machine.",
-        group=BUDGET,
+        group=Heading.BUDGET,
     )
-    latency_tokens: int = option(512, "Length of the prompt, one alone, that target_speedup is for.", group=BUDGET)
+    latency_tokens: int = option(
+        512, "Length of the prompt, one alone, that target_speedup is for.", group=Heading.BUDGET
+    )
     latency_table: str | None = option(
-        None, "File to keep the measured latencies in; target_speedup uses one that it finds there.", group=BUDGET
+        None,
+        "File to keep the measured latencies in; target_speedup uses one that it finds there.",
+        group=Heading.BUDGET,
     )
-    attention_sparsity: float | None = option(None, "A budget of their own for the attention units.", group=BUDGET)
-    mlp_sparsity: float | None = option(None, "A budget of their own for the MLP channels.", group=BUDGET)
+    attention_sparsity: float | None = option(
+        None, "A budget of their own for the attention units.", group=Heading.BUDGET
+    )
+    mlp_sparsity: float | None = option(None, "A budget of their own for the MLP channels.", group=Heading.BUDGET)
     scope: str | None = option(
         None,
         "Whether every layer loses the same share (layer), layers compete for one budget (global), or the loss of "
         "whole pruned models decides what each site loses (search). Default: layer, and global for methods that learn "
         "how the budget is split, where layout is any.",
         Scope,
-        group=SHARES,
+        group=Heading.SHARES,
     )
     search_windows: int = option(
         600,
         "Calibration windows that scope=search may pass through the model; the more, the better it ends.",
-        group=SEARCH,
+        group=Heading.SEARCH,
     )
     rounds: int = option(
-        1, "Prune in so many rounds of equal size, and score what is left anew in each.", group=SHARES
+        1, "Prune in so many rounds of equal size, and score what is left anew in each.", group=Heading.SHARES
     )
     budget: str = option(
         BudgetSharing.SEPARATE,
         "Whether attention and MLP each give their share, or compete for one budget.",
         BudgetSharing,
-        group=SHARES,
+        group=Heading.SHARES,
     )
     kinds: list[str] | None = option(
         None,
         "Which kinds of units to prune. Default: mlp, and query heads too where attention_sparsity asks for them or "
         "the layers would lose more than 90 % of their channels.",
         UnitKind,
-        group=UNITS,
+        group=Heading.UNITS,
     )
     attention_unit: str = option(
         AttentionUnit.QUERY_HEAD,
         "Under grouped-query attention: query heads, as many in every group, or a KV group with all its query heads.",
         AttentionUnit,
-        group=UNITS,
+        group=Heading.UNITS,
     )
     layout: str = option(
         Layout.ANY,
         "stock: cut every layer alike, as far as a checkpoint that unmodified transformers loads can hold it.",
         Layout,
-        group=UNITS,
+        group=Heading.UNITS,
     )
     multiple_of: int = option(
         1,
         "Round every pruned MLP width to a multiple of this, for fast kernels; layers round up or down so that all of "
         "them together come nearest to the budget.",
-        group=UNITS,
+        group=Heading.UNITS,
     )
     skip_layers: list[int] | None = option(
         None,
         "Layers that stay unpruned; negative numbers count from the last, and an empty list means no layer. Default: "
         "the first and last two of models of 12 layers and more where scope is layer and layout is any, unless the "
         "other layers would lose more than 90 % of what is pruned in them.",
-        group=UNITS,
+        group=Heading.UNITS,
     )
-    min_units_per_site: int = option(1, "Heads and channels that every layer keeps at least.", group=UNITS)
+    min_units_per_site: int = option(1, "Heads and channels that every layer keeps at least.", group=Heading.UNITS)
     reconstruction: str = option(
         ReconstructionKind.LEAST_SQUARES,
         "How the kept weights make up for the removed ones: not at all (none), by a bias that replaces the mean "
         "output of what was removed (bias), or refitted by least_squares.",
         ReconstructionKind,
-        group=RECONSTRUCTION,
+        group=Heading.RECONSTRUCTION,
     )
     reconstruction_order: str | None = option(
         None,
         "Whether least squares refits all projections on the dense model's activations, or layer by layer on those of "
         "the layers pruned before (default).",
         ReconstructionOrder,
-        group=RECONSTRUCTION,
+        group=Heading.RECONSTRUCTION,
     )
     reconstruction_target: str | None = option(
         None,
         "What sequential least squares fits: what brings the residual stream back to the dense model's (default where "
         "the architecture allows it), or what the layer itself would have said.",
         ReconstructionTarget,
-        group=RECONSTRUCTION,
+        group=Heading.RECONSTRUCTION,
     )
     refit_sources: bool = option(
         False,
         "Let sequential least squares refit what makes the features too: queries, keys and values so that they say "
         "what they said in the dense model, the linears before an activation so that the projection behind it comes "
         "nearer to its target.",
-        group=RECONSTRUCTION,
+        group=Heading.RECONSTRUCTION,
     )
     ridge: float | None = option(
         None,
         "Ridge of least squares, as a share of the mean squared activation. Default: chosen per projection on "
         "held-out calibration windows.",
-        group=RECONSTRUCTION,
+        group=Heading.RECONSTRUCTION,
     )
     calibration: str | None = option(
         None,
         "Calibration text: wikitext2, c4, self (sampled from the model), builtin (Python's documentation, for smoke "
         "runs), a .txt, .json, .jsonl or .parquet file, or a dataset of the Hub. Default: wikitext2 where the Hub or "
         "its cache answers, else self.",
-        group=CALIBRATION,
+        group=Heading.CALIBRATION,
     )
-    dataset_config: str | None = option(None, "Configuration name of a Hub dataset.", group=CALIBRATION)
-    dataset_split: str = option("train", "Split of a Hub dataset.", group=CALIBRATION)
+    dataset_config: str | None = option(None, "Configuration name of a Hub dataset.", group=Heading.CALIBRATION)
+    dataset_split: str = option("train", "Split of a Hub dataset.", group=Heading.CALIBRATION)
     dataset_column: str | None = option(
-        None, "Column of the text, the chat messages or the token ids. Default: found by its name.", group=CALIBRATION
+        None,
+        "Column of the text, the chat messages or the token ids. Default: found by its name.",
+        group=Heading.CALIBRATION,
     )
-    n_samples: int = option(128, "Calibration windows.", group=CALIBRATION)
-    seq_len: int = option(256, "Tokens per calibration window.", group=CALIBRATION)
-    batch_size: int = option(8, "Windows per forward pass.", group=CALIBRATION)
-    seed: int = option(0, "Seed of everything random.", group=CALIBRATION)
+    n_samples: int = option(128, "Calibration windows.", group=Heading.CALIBRATION)
+    seq_len: int = option(256, "Tokens per calibration window.", group=Heading.CALIBRATION)
+    batch_size: int = option(8, "Windows per forward pass.", group=Heading.CALIBRATION)
+    seed: int = option(0, "Seed of everything random.", group=Heading.CALIBRATION)
     resume: str | None = option(
         None,
         "Folder for the state of long stages. The same request, run again, resumes from it.",
-        group=RUNNING,
+        group=Heading.RUNNING,
     )
     resume_seconds: float = option(
-        60.0, "How often a stage writes its state; 0 writes after every step.", group=RUNNING
+        60.0, "How often a stage writes its state; 0 writes after every step.", group=Heading.RUNNING
     )
 
     @property

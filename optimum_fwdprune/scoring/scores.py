@@ -21,7 +21,7 @@ from ..files import (
 from ..forward.evidence import Evidence, Grams
 from ..forward.statistics import SiteStatistics
 from ..request.choices import ReconstructionKind, Scope
-from ..request.options import CALIBRATION
+from ..request.options import Heading
 from ..runs.loggers import get_logger
 from ..words import html_table
 from .methods import (
@@ -170,7 +170,9 @@ class Scores:
         if self.reads_anew(config):
             return [*decided, "seed"]
         # How many windows pass at a time changes no score.
-        of_tokens = [name for name, declared in shared.items() if declared.metadata.get("group") == CALIBRATION]
+        of_tokens = [
+            name for name, declared in shared.items() if declared.metadata.get("group") == Heading.CALIBRATION
+        ]
         return [*decided, *(name for name in of_tokens if name != "batch_size")]
 
     def check_dataset(self, calibration: Calibration) -> None:

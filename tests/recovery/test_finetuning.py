@@ -15,7 +15,7 @@ from optimum_fwdprune import FwdPruner, RecoveryArguments
 from optimum_fwdprune.evaluation import texts_loss
 from optimum_fwdprune.loading.models import load_causal_lm
 from optimum_fwdprune.record.record import OUTCOME_NAME
-from optimum_fwdprune.recovery.distillation import TEACHER_IDS, divergence, kept_predictions
+from optimum_fwdprune.recovery.distillation import TEACHER_IDS, divergence_from_teacher, kept_predictions
 
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "the lazy dog and the brown fox are quick"] * 40
@@ -189,8 +189,8 @@ class TestKeptPredictions:
         logits = 2 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
         kept, ids = logits.log_softmax(-1).topk(5)
 
-        assert float(divergence(logits, kept, ids, temperature)) == pytest.approx(0, abs=1e-5)
-        assert float(divergence(logits.roll(1, -1), kept, ids, temperature)) > 0.1
+        assert float(divergence_from_teacher(logits, kept, ids, temperature)) == pytest.approx(0, abs=1e-5)
+        assert float(divergence_from_teacher(logits.roll(1, -1), kept, ids, temperature)) > 0.1
 
     def test_with_the_whole_vocabulary_they_teach_what_the_live_teacher_does(
         self, dense_model, tokenizer, tokens, tmp_path

@@ -13,7 +13,7 @@ from ...architectures import Site, SiteKey
 from ...request.choices import Scope
 from ...request.config import PruningConfig
 from ...runs.randomness import seeded_generator
-from .policy_gradient import Budget, project
+from .policy_gradient import RateBudget, project
 
 
 # Inside the root that preconditions the gradient, as in the paper's code: finite at probabilities of 0 and 1.
@@ -24,7 +24,7 @@ TIE_BREAK = 1e-7
 
 
 @dataclass(frozen=True)
-class Draws:
+class MaskDraws:
     """Masks, and how each came about.
 
     Args:
@@ -39,9 +39,9 @@ class Draws:
 class Policy(Protocol):
     """A distribution over masks whose means, the keep rates `[p]` in float64, are learned within budgets."""
 
-    budgets: Sequence[Budget]
+    budgets: Sequence[RateBudget]
 
-    def draw(self, rates: torch.Tensor, count: int, seed: Sequence[int], antithetic: bool) -> Draws:
+    def draw(self, rates: torch.Tensor, count: int, seed: Sequence[int], antithetic: bool) -> MaskDraws:
         """Draw `count` masks; the same seed gives the same masks, and `antithetic` makes neighbours opposites."""
 
     def site_rates(self, rates: torch.Tensor) -> torch.Tensor:
@@ -59,20 +59,20 @@ class UnitPolicy:
 
     Args:
         sites (sequence of `Site`): whose units are drawn.
-        budgets (sequence of `Budget`): over units.
+        budgets (sequence of `RateBudget`): over units.
     """
 
-    def __init__(self, sites: Sequence[Site], budgets: Sequence[Budget]):
+    def __init__(self, sites: Sequence[Site], budgets: Sequence[RateBudget]):
         self.budgets = budgets
         self._sizes = [site.num_units for site in sites]
 
-    def draw(self, rates: torch.Tensor, count: int, seed: Sequence[int], antithetic: bool = False) -> Draws:
+    def draw(self, rates: torch.Tensor, count: int, seed: Sequence[int], antithetic: bool = False) -> MaskDraws:
         draws = count // 2 if antithetic else count
         uniform = torch.rand(draws, len(rates), generator=seeded_generator(*seed), dtype=torch.float64)
         if antithetic:
             uniform = torch.stack([uniform, 1 - uniform], dim=1).flatten(0, 1)
         masks = (uniform < rates).double()
-        return Draws(masks, standardized(masks, rates))
+        return MaskDraws(masks, standardized(masks, rates))
 
     def site_rates(self, rates: torch.Tensor) -> torch.Tensor:
         return torch.stack([part.mean() for part in rates.split(self._sizes)])
@@ -126,11 +126,11 @@ class RatioPolicy:
 
     Args:
         ratios (`Ratios`): what the ratios of sites come to.
-        budgets (sequence of `Budget`): over sites.
+        budgets (sequence of `RateBudget`): over sites.
         spread (`float`): standard deviation of a ratio.
     """
 
-    def __init__(self, ratios: Ratios, budgets: Sequence[Budget], spread: float):
+    def __init__(self, ratios: Ratios, budgets: Sequence[RateBudget], spread: float):
         self.budgets = budgets
         self._ratios = ratios
         self._spread = spread
@@ -140,7 +140,7 @@ class RatioPolicy:
             squares = budget.weights.square()
             self._deviations[budget.members] = spread * (1 - squares / squares.sum()).sqrt()
 
-    def draw(self, rates: torch.Tensor, count: int, seed: Sequence[int], antithetic: bool = False) -> Draws:
+    def draw(self, rates: torch.Tensor, count: int, seed: Sequence[int], antithetic: bool = False) -> MaskDraws:
         draws = count // 2 if antithetic else count
         deviations = torch.randn(draws, len(rates), generator=seeded_generator(*seed), dtype=torch.float64)
         if antithetic:
@@ -148,7 +148,7 @@ class RatioPolicy:
         for budget in self.budgets:
             own, weights = deviations[:, budget.members], budget.weights
             deviations[:, budget.members] = own - (own @ weights / (weights @ weights))[:, None] * weights
-        return Draws(
+        return MaskDraws(
             torch.stack([self._mask(rates + self._spread * deviation) for deviation in deviations]), deviations
         )
 
@@ -188,7 +188,7 @@ def budgets_of(
     config: PruningConfig,
     exact: bool,
     cost: Cost = PARAMETERS,
-) -> list[Budget]:
+) -> list[RateBudget]:
     """Return one budget for all variables that may trade with each other, of the size of what the request keeps.
 
     Args:
@@ -219,11 +219,11 @@ def budgets_of(
             lowest.append(torch.full((count,), of_site.floor, dtype=torch.float64))
         sites = [of_site.site for of_site, _ in members]
         limit = sum(len(kept[site.key]) * cost.total(site) / site.num_units for site in sites) / one
-        budgets.append(Budget(torch.cat(places), torch.cat(weights), limit, torch.cat(lowest), exact))
+        budgets.append(RateBudget(torch.cat(places), torch.cat(weights), limit, torch.cat(lowest), exact))
     return budgets
 
 
-def even_rates(budgets: Sequence[Budget], count: int) -> torch.Tensor:
+def even_rates(budgets: Sequence[RateBudget], count: int) -> torch.Tensor:
     """Return every variable's share of its budget, `[count]` float64."""
     rates = torch.empty(count, dtype=torch.float64)
     for budget in budgets:

@@ -15,7 +15,7 @@ FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
-class Budget:
+class RateBudget:
     """Variables that share one budget: keep probabilities of units, or keep ratios of sites.
 
     Args:
@@ -33,7 +33,7 @@ class Budget:
     exact: bool = False
 
 
-def project(rates: torch.Tensor, budget: Budget) -> torch.Tensor:
+def project(rates: torch.Tensor, budget: RateBudget) -> torch.Tensor:
     """Return the nearest point of {floor ≤ s ≤ 1, Σ w s ≤ limit}: `clamp(s - v w, floor, 1)` with the smallest v ≥ 0.
 
     An exact budget asks for Σ w s = limit, with v of either sign. The solution is exact, too: Σ w clamp(s - v w) is
@@ -42,7 +42,7 @@ def project(rates: torch.Tensor, budget: Budget) -> torch.Tensor:
 
     Args:
         rates (`Tensor[n]`, float64): s, anywhere, of the budget's members.
-        budget (`Budget`): w, floors and limit.
+        budget (`RateBudget`): w, floors and limit.
 
     Raises:
         ValueError: where the limit is below what the floors alone take.

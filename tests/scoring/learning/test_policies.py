@@ -14,7 +14,7 @@ from optimum_fwdprune.scoring.learning.policies import (
     entropy,
     initial_probabilities,
 )
-from optimum_fwdprune.scoring.learning.policy_gradient import Budget, policy_gradient
+from optimum_fwdprune.scoring.learning.policy_gradient import RateBudget, policy_gradient
 
 
 def test_decided_units_give_no_nan():
@@ -81,7 +81,7 @@ def ratio_policy(sites, spread=0.1, budget="joint", **fields):
         members = [place for place, site in enumerate(sites) if site.kind == kind or not kind]
         weights = torch.tensor([float(sites[place].num_parameters) for place in members], dtype=torch.float64)
         floors = torch.zeros_like(weights)
-        budgets.append(Budget(torch.tensor(members), weights, 0.6 * float(weights.sum()), floors, exact=True))
+        budgets.append(RateBudget(torch.tensor(members), weights, 0.6 * float(weights.sum()), floors, exact=True))
 
     def keep(scores):
         return allocate(sites, scores, request, removal, additive=False)
@@ -190,7 +190,7 @@ def test_equal_ratios_do_not_pick_layers_by_their_number():
         ordered = {key: metric[order[key[0]], "attention"] for key in metric}
         request = tiny.request(scope="global", kinds=["attention"])
         weights = torch.ones(3, dtype=torch.float64)
-        budget = Budget(torch.arange(3), weights, 2.0, 0 * weights, exact=True)
+        budget = RateBudget(torch.arange(3), weights, 2.0, 0 * weights, exact=True)
         policy = RatioPolicy(Ratios(sites, ordered, None), [budget], 0.1)
         scores = policy.scores(torch.full((3,), 13 / 18, dtype=torch.float64)).split(6)
         found = allocate(sites, dict(zip(metric, scores)), request, removal, additive=False)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from optimum_fwdprune.scoring.learning import policy_gradient as module
 from optimum_fwdprune.scoring.learning.policies import standardized
-from optimum_fwdprune.scoring.learning.policy_gradient import Budget, policy_gradient, project
+from optimum_fwdprune.scoring.learning.policy_gradient import RateBudget, policy_gradient, project
 
 
 numbers = st.integers(2, 40).flatmap(
@@ -24,7 +24,7 @@ numbers = st.integers(2, 40).flatmap(
 
 
 def budget(weights, limit, floor, exact=False):
-    return Budget(torch.arange(len(weights)), weights, limit, torch.full_like(weights, floor), exact)
+    return RateBudget(torch.arange(len(weights)), weights, limit, torch.full_like(weights, floor), exact)
 
 
 @settings(max_examples=60, deadline=None)
