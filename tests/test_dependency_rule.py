@@ -54,13 +54,9 @@ LONG_MODULES = {
     "report/pictures.py",
 }
 LONG_SIGNATURES = {
-    "checkpoint/hub.py upload",
     "evaluation/comparison.py compare",
     "evaluation/comparison.py evaluate",
     "evaluation/tasks.py evaluate_tasks",
-    "recovery/finetuning.py _trainer",
-    "recovery/finetuning.py recover",
-    "report/card.py write_card",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, constants, get_token
@@ -32,40 +33,53 @@ def check_upload(repo_id: str, token: str | None = None) -> None:
         raise OSError(f"{repo_id} was not uploaded: no access token. Log in with `hf auth login`, or pass one.")
 
 
-def upload(
-    folder: Path,
-    repo_id: str,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str = "Upload a pruned model",
-) -> CommitInfo:
-    """Upload a checkpoint, creating the repository and the branch where they are missing.
+@dataclass(frozen=True)
+class Upload:
+    """Where on the Hub a checkpoint goes.
 
-    Raises:
-        OSError: where the Hub refuses or fails, saying how to try again; the folder stays as it is.
+    Args:
+        repo_id (`str`): repository id.
+        private (`bool`, *optional*): visibility of a new repository.
+        token (`str`, *optional*): access token; by default the one that is logged in.
+        revision (`str`, *optional*): branch, created where it is missing.
+        create_pr (`bool`, defaults to `False`): open a pull request instead of committing.
+        commit_message (`str`, defaults to `"Upload a pruned model"`): of the commit.
     """
-    api = HfApi(token=token, library_name="optimum-fwdprune")
-    try:
-        created = api.create_repo(repo_id, private=private, exist_ok=True)
-        if created.repo_type != "model":
-            raise ValueError(f"the name is that of a {created.repo_type}; choose another")
-        repo_id = created.repo_id
-        if revision is not None and not revision.startswith("refs/pr"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            folder_path=folder,
-            repo_id=repo_id,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-        )
-    except Exception as error:  # Whatever the network does, the way on is the same.
-        why = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
-        raise OSError(
-            f"{repo_id} was not uploaded: {why.rstrip('.')}. Nothing local is lost; try again once this is mended."
-        ) from error
+
+    repo_id: str
+    private: bool | None = None
+    token: str | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    commit_message: str = "Upload a pruned model"
+
+    def send(self, folder: Path) -> CommitInfo:
+        """Upload a checkpoint, creating the repository and the branch where they are missing.
+
+        Raises:
+            OSError: where the Hub refuses or fails, saying how to try again; the folder stays as it is.
+        """
+        api = HfApi(token=self.token, library_name="optimum-fwdprune")
+        repo_id = self.repo_id
+        try:
+            created = api.create_repo(repo_id, private=self.private, exist_ok=True)
+            if created.repo_type != "model":
+                raise ValueError(f"the name is that of a {created.repo_type}; choose another")
+            repo_id = created.repo_id
+            if self.revision is not None and not self.revision.startswith("refs/pr"):
+                api.create_branch(repo_id, branch=self.revision, exist_ok=True)
+            return api.upload_folder(
+                folder_path=folder,
+                repo_id=repo_id,
+                revision=self.revision,
+                create_pr=self.create_pr,
+                commit_message=self.commit_message,
+            )
+        except Exception as error:  # Whatever the network does, the way on is the same.
+            why = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+            raise OSError(
+                f"{repo_id} was not uploaded: {why.rstrip('.')}. Nothing local is lost; try again once this is mended."
+            ) from error
 
 
 def check_name(repo_id: str, base: Base | None) -> None:

@@ -79,8 +79,7 @@ class ReportCommand(Command):
             check_output_file(given.json, given.overwrite)
 
         from optimum_fwdprune.report import report_table
-        from optimum_fwdprune.report.checkpoint import describe_checkpoint
-        from optimum_fwdprune.report.document import document_of, measured_of
+        from optimum_fwdprune.report.document import describe_checkpoint, document_of, measured_of
         from optimum_fwdprune.report.page import to_json, write_page
 
         where = {name: value for name, value in loading_options(given).items() if name in WHERE}

@@ -74,19 +74,15 @@ class Outcome:
 
     def to_dict(self) -> dict:
         """Return all figures as JSON values."""
-        found = {name: getattr(self, name) for name in FIGURES}
+        figures = {name: getattr(self, name) for name in FIGURES}
         speedup = None if self.speedup is None else dataclasses.asdict(self.speedup)
         per_unit = {str(key): parameters for key, parameters in self.unit_parameters.items()}
         shares = {"sparsity": self.sparsity, "model_sparsity": self.model_sparsity}
-        return {**found, "speedup": speedup, **shares, "unit_parameters": per_unit}
+        return {**figures, "speedup": speedup, **shares, "unit_parameters": per_unit}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], **others) -> Self:
-        """Build it from what `to_dict` returned.
-
-        Args:
-            values (mapping): the JSON values.
-            others: further fields.
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build it from the JSON values that `to_dict` returned.
 
         Raises:
             ValueError: where a figure is missing.
@@ -97,7 +93,7 @@ class Outcome:
             per_unit = {SiteKey.parse(name): parameters for name, parameters in values["unit_parameters"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"These are not the figures of a pruning: {type(error).__name__}: {error}.") from error
-        return cls(**figures, speedup=speedup, unit_parameters=per_unit, **others)
+        return cls(**figures, speedup=speedup, unit_parameters=per_unit)
 
 
 # Fields of a report that are JSON values as they are.

@@ -1,24 +1,24 @@
-"""What a pruned checkpoint says of its pruning: the request, the plan, the scores, and what came of it."""
+"""What is known of a pruning: the request, the plan, the scores, and what came of it."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from ..allocation.plan import PLAN_NAME, PruningPlan
+from ..architectures import find_sites
+from ..architectures.sizes import ModelSizes
+from ..evaluation import Comparison
 from ..files import write_text_atomically
-from ..request.choices import ReconstructionKind
-from ..request.config import UNDECIDED_BY_PLANS
 from ..request.files import CONFIG_NAME
 from ..scoring.methods import PruningConfig
 from ..scoring.scores import SCORES_NAME, Scores
+from .outcome import Outcome
 
 
 OUTCOME_NAME = "fwdprune/outcome.json"
@@ -30,19 +30,44 @@ class Record:
 
     Args:
         config (`PruningConfig`, *optional*): the request.
-        plan (`PruningPlan`, *optional*): what was kept.
-        scores (`Scores`, *optional*): of all units, with the history of what learned.
-        outcome (`dict`): JSON values, each `None` or absent where it is not known: `report`, the sizes and checks of
-            [`PruningReport`]; `comparison`, what [`Comparison`] measured; `recovery`, how it was trained afterwards.
+        plan (`PruningPlan`, *optional*): the units that were kept.
+        scores (`Scores`, *optional*): of all units, with the history of a method that learns.
+        outcome (`Outcome`, *optional*): sizes before and after, the check of the result, and times.
+        recovery (`dict`, *optional*): how the model was trained afterwards, as JSON values.
+        comparison (`Comparison`, *optional*): what was measured; the last model is this one.
     """
 
-    config: PruningConfig | None
-    plan: PruningPlan | None
-    scores: Scores | None
-    outcome: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: PruningConfig | None = None
+    plan: PruningPlan | None = None
+    scores: Scores | None = None
+    outcome: Outcome | None = None
+    recovery: dict[str, Any] | None = None
+    comparison: Comparison | None = None
+
+    def plan_of(self, model: PreTrainedModel) -> PruningPlan | None:
+        """Return the plan where it describes `model`; `None` where there is none, or it is that of another model."""
+        try:
+            if self.plan is not None:
+                self.plan.check_left(find_sites(model, self.plan.attention_unit))
+        except ValueError:
+            return None
+        return self.plan
+
+    def leave_with(self, model: PreTrainedModel) -> Record:
+        """Leave the record with `model`, whose `save_pretrained` writes it, and return it as it is left.
+
+        It has the sizes of the model as it is now: training may have changed its dtype.
+        """
+        record = self
+        if self.outcome is not None:
+            now = ModelSizes.of(model)
+            outcome = replace(self.outcome, parameters_after=now.parameters, bytes_after=now.bytes)
+            record = replace(self, outcome=outcome)
+        vars(model)["pruning_record"] = record
+        return record
 
     def save(self, folder: str | Path) -> None:
-        """Write a file for each of them."""
+        """Write what is known to the files of a checkpoint."""
         folder = Path(folder)
         if self.config is not None:
             self.config.save_pretrained(folder)
@@ -51,8 +76,13 @@ class Record:
         if self.scores is not None:
             # Text that a model was calibrated on may be private, and checkpoints get shared.
             self.scores.save(folder / SCORES_NAME, tokens=False)
-        if any(self.outcome.values()):
-            write_text_atomically(folder / OUTCOME_NAME, json.dumps(self.outcome, indent=2) + "\n")
+        values = {
+            "report": None if self.outcome is None else self.outcome.to_dict(),
+            "comparison": None if self.comparison is None else _without_folders(self.comparison),
+            "recovery": self.recovery,
+        }
+        if any(values.values()):
+            write_text_atomically(folder / OUTCOME_NAME, json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def of_checkpoint(cls, model_id: str | Path, **hub_kwargs) -> Record:
@@ -61,74 +91,44 @@ class Record:
         Args:
             model_id (`str` or `Path`): folder or repository id.
             hub_kwargs: `revision`, `token`, `cache_dir` and the like.
+
+        Raises:
+            ValueError: where a file is damaged.
         """
-        found = [
+        files = [
             cached_file(str(model_id), name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
             for name in (CONFIG_NAME, PLAN_NAME, SCORES_NAME, OUTCOME_NAME)
         ]
-        config, plan, scores, outcome = (None if file is None else Path(file) for file in found)
+        config, plan, scores, outcome = (None if file is None else Path(file) for file in files)
+        values = {} if outcome is None else _json_object(outcome)
         return cls(
-            None if config is None else PruningConfig.from_pretrained(config.parent),
-            None if plan is None else PruningPlan.load(plan),
-            None if scores is None else Scores.load(scores),
-            {} if outcome is None else _json_object(outcome),
+            config=None if config is None else PruningConfig.from_pretrained(config.parent),
+            plan=None if plan is None else PruningPlan.load(plan),
+            scores=None if scores is None else Scores.load(scores),
+            # Sizes without a plan are those of another pruning.
+            outcome=_outcome(values["report"]) if plan is not None and values.get("report") else None,
+            recovery=values.get("recovery"),
+            comparison=Comparison.from_list(values["comparison"]) if values.get("comparison") else None,
         )
 
 
-def command_of(
-    config: PruningConfig,
-    model: str = "MODEL",
-    output: str = "OUTPUT",
-    plan: PruningPlan | None = None,
-    calibration: str | None = None,
-    loading: Mapping[str, Any] | None = None,
-) -> str:
-    """Return the command line that makes this request of a model; of a plan that was replayed, one that replays it.
-
-    Args:
-        config (`PruningConfig`): the request.
-        model (`str`, defaults to `"MODEL"`): folder or repository of the model.
-        output (`str`, defaults to `"OUTPUT"`): folder to write.
-        plan (`PruningPlan`, *optional*): what the request came to.
-        calibration (`str`, *optional*): name of the calibration text that the request came to use.
-        loading (mapping of `str` to `str` or `True`, *optional*): options of loading the model.
-    """
-    words = ["optimum-cli", "fwdprune", "prune", "-m", model, output]
-    replays = plan is not None and plan.metadata.get("replayed")
-    values = config.to_dict()
-    if calibration is not None:
-        values["calibration"] = calibration
-    # What the command takes where an option is left out.
-    defaults = type(config)().to_dict()
-    if replays:
-        words += ["--plan", PLAN_NAME]
-        defaults = {name: value for name, value in defaults.items() if name in UNDECIDED_BY_PLANS}
-        defaults["reconstruction"] = str(ReconstructionKind.NONE)
-    else:
-        words += _option("method", config.method)
-    for name, default in defaults.items():
-        if name not in ("method", "fwdprune_version") and values[name] not in (None, default):
-            words += _option(name, values[name])
-    for name, value in (loading or {}).items():
-        words += _option(name, value)
-    return shlex.join(words)
+def _without_folders(comparison: Comparison) -> list[dict[str, Any]]:
+    """A comparison as JSON values. Checkpoints get shared, and home directories do not."""
+    return [{**values, "name": Path(values["name"]).name} for values in comparison.to_list()]
 
 
-def _option(name: str, value: Any) -> list[str]:
-    """An option of the command line with its value."""
-    if isinstance(value, bool):
-        return [f"--{'' if value else 'no-'}{name}"]
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    # A value that begins with a dash would be taken for an option.
-    return [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+def _outcome(values: Any) -> Outcome:
+    try:
+        return Outcome.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{OUTCOME_NAME} is damaged. {error}") from error
 
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object; it holds a {type(found).__name__}.")
-    return found
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object; it holds a {type(values).__name__}.")
+    return values

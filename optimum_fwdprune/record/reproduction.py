@@ -14,7 +14,8 @@ from ..data.texts import FILE_LOADERS
 from ..request.config import PruningConfig
 from ..request.options import Heading
 from ..runs.loggers import LIBRARY
-from .record import Record, command_of
+from .command import command_of
+from .record import Record
 
 
 # Key of a plan's metadata: what went into a pruning beside the request.
@@ -153,5 +154,5 @@ def _about_the_request(record: Record, config: PruningConfig, calibration: str |
         yield "`--target_speedup` measures how long layers take, so another run or machine may keep other units."
     if calibration is not None and Path(calibration).suffix in FILE_LOADERS:
         yield f"`{calibration}` is the file that it was calibrated on; name the path of your copy."
-    if record.outcome.get("recovery"):
+    if record.recovery:
         yield "The command makes the pruned model as it was before it was trained."

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .arguments import RecoveryArguments as RecoveryArguments
+    from .data import TrainingTexts as TrainingTexts
     from .data import training_data as training_data
     from .distillation import Teacher as Teacher
     from .finetuning import recover as recover
@@ -22,6 +23,7 @@ _HOME = {
     "RecoveryOptions": "options",
     "RecoveryTrainer": "trainer",
     "Teacher": "distillation",
+    "TrainingTexts": "data",
     "recover": "finetuning",
     "training_data": "data",
 }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from ..data.texts import always_text, detokenize, open_rows
 from ..data.tokens import Tokens
 from ..runs.loggers import get_logger
 from ..runs.progress import progress
+from ..words import public_name
 from .options import RecoveryOptions
 
 
@@ -27,6 +30,26 @@ logger = get_logger(__name__)
 
 # Tokens per sequence where nobody says.
 MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class TrainingTexts:
+    """What a model is trained on.
+
+    Args:
+        dataset: text, chats, instructions or token ids, see [`training_data`].
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): for all data but token ids.
+        eval_dataset (*optional*): of the same kinds as `dataset`, for `eval_strategy`.
+    """
+
+    dataset: Any
+    tokenizer: PreTrainedTokenizerBase | None = None
+    eval_dataset: Any = None
+
+    @property
+    def name(self) -> str:
+        """What a record calls the data: no path of this machine."""
+        return public_name(str(self.dataset)) if isinstance(self.dataset, (str, Path)) else "data in memory"
 
 
 def training_data(

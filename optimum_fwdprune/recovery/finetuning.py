@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from ..loading.saving import check_savable
 from ..runs.locks import held, taking_turns
@@ -16,7 +16,7 @@ from ..runs.randomness import random_states_kept
 from .adapters import merged, with_adapters
 from .arguments import RecoveryArguments
 from .callbacks import check_evaluations, checked_callbacks
-from .data import training_data
+from .data import TrainingTexts, training_data
 from .distillation import Teacher, identity_of_teacher, keep_predictions, kept_predictions
 from .options import DISTILL
 from .restoring import ModelState, left_as_it_was, removed_where_unused
@@ -29,12 +29,10 @@ from .trainer import RecoveryTrainer
 @torch.enable_grad()
 def recover(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    dataset: Any,
+    texts: TrainingTexts,
     args: RecoveryArguments,
     *,
     teacher: Any = None,
-    eval_dataset: Any = None,
     callbacks: Any = None,
     access: Mapping[str, Any] | None = None,
 ) -> tuple[Any, RecoveryTrainer]:
@@ -46,12 +44,10 @@ def recover(
 
     Args:
         model (`PreTrainedModel`): pruned or not; it is trained in place.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): for all data but token ids.
-        dataset: text, chats or instructions, see [`training_data`].
+        texts (`TrainingTexts`): what it is trained on, with the tokenizer that is saved beside it.
         args (`RecoveryArguments`): how.
         teacher (`PreTrainedModel`, `PeftModel`, `str`, `Path` or `Origin`, *optional*): for `mode="distill"`: the
             dense model, or what to load it from where `args.teacher` does not say.
-        eval_dataset (*optional*): of the same kinds as `dataset`, for `eval_strategy`.
         callbacks (`TrainerCallback` or iterable of these, *optional*): the Trainer's.
         access (mapping, *optional*): for loading a teacher by name: `token`, `trust_remote_code` and the like.
 
@@ -63,10 +59,10 @@ def recover(
         ValueError: where the data, the teacher or a checkpoint to resume from does not fit, or the model or its
             tokenizer could not be saved.
     """
-    check_savable(model, tokenizer)
+    check_savable(model, texts.tokenizer)
     callbacks = checked_callbacks(callbacks)
-    check_evaluations(args, eval_dataset, callbacks)
-    if eval_dataset is not None and args.mode == DISTILL and args.teacher_cache is not None:
+    check_evaluations(args, texts.eval_dataset, callbacks)
+    if texts.eval_dataset is not None and args.mode == DISTILL and args.teacher_cache is not None:
         raise ValueError("teacher_cache keeps no predictions for eval_dataset; leave one of them out.")
     _check_weights(model, args)
     resumed = checkpoint_of(args)
@@ -87,7 +83,7 @@ def recover(
             trained = _trainable(model, args)
             if resumed is not None:
                 check_resumable(resumed, trained, args)
-            trainer = _trainer(model, trained, tokenizer, dataset, args, source, eval_dataset, callbacks)
+            trainer = _trainer(model, trained, texts, args, source, callbacks)
             assert trainer.model is not None
             with _steps_reach_the_weights(trainer.model):
                 trainer.train(resume_from_checkpoint=resumed)
@@ -131,18 +127,18 @@ def _trainable(model: PreTrainedModel, args: RecoveryArguments) -> Any:
 def _trainer(
     model: PreTrainedModel,
     trained: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    dataset: Any,
+    texts: TrainingTexts,
     args: RecoveryArguments,
     source: TeacherSource | None,
-    eval_dataset: Any,
     callbacks: list[TrainerCallback],
 ) -> RecoveryTrainer:
     """Read the data, ask for the teacher, and return what trains the model."""
     longest = getattr(model.config, "max_position_embeddings", None)
     limits = {"longest": longest, "vocab_size": model.config.get_text_config().vocab_size}
-    data = training_data(dataset, tokenizer, args, _sequences_of(args), **limits)
-    held_out = None if eval_dataset is None else training_data(eval_dataset, tokenizer, args, **limits)
+    data = training_data(texts.dataset, texts.tokenizer, args, _sequences_of(args), **limits)
+    held_out = None
+    if texts.eval_dataset is not None:
+        held_out = training_data(texts.eval_dataset, texts.tokenizer, args, **limits)
     live = None
     if source is not None:
         data, live = _taught(data, model, args, source)
@@ -153,7 +149,7 @@ def _trainer(
         distills=source is not None,
         train_dataset=data.with_format("torch"),
         eval_dataset=None if held_out is None else held_out.with_format("torch"),
-        processing_class=tokenizer,
+        processing_class=texts.tokenizer,
         callbacks=callbacks,
     )
 

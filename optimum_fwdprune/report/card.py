@@ -14,18 +14,16 @@ from ..allocation.composing import EARLIER
 from ..allocation.plan import ATTENTION_NAMES, PLAN_NAME, PruningPlan
 from ..evaluation import Comparison
 from ..loading.base import CARD_NAME, Base
+from ..record.outcome import Outcome
 from ..record.record import Record
 from ..record.reproduction import INPUTS, reproduction_of
 from ..recovery.options import DISTILL
 from ..request.choices import ReconstructionKind, ReconstructionOrder, Scope, UnitKind
 from ..request.files import CONFIG_NAME
 from ..scoring.methods import get_method
-from . import (
-    PruningReport,
-    calibration_in_words,
-    plan_table,
-    plot_plan,
-)
+from .numbers import calibration_in_words
+from .pictures import plot_plan
+from .tables import plan_table
 
 
 PICTURE_NAME = "kept_units.png"
@@ -36,9 +34,7 @@ def write_card(
     name: str,
     model: PreTrainedModel,
     record: Record,
-    report: PruningReport | None,
     base: Base | None,
-    comparison: Comparison | None,
 ) -> None:
     """Write a checkpoint's model card, its picture, and the base's licence into its folder.
 
@@ -46,25 +42,23 @@ def write_card(
         folder (`Path`): of the checkpoint.
         name (`str`): what it is loaded by: a repository, or a folder's name.
         model (`PreTrainedModel`): the pruned model.
-        record (`Record`): how it was pruned, and trained afterwards.
-        report (`PruningReport`, *optional*): sizes before and after.
+        record (`Record`): how it was pruned, trained afterwards, and measured.
         base (`Base`, *optional*): what was pruned.
-        comparison (`Comparison`, *optional*): what was measured; the last model is this one.
     """
     if record.plan is not None and importlib.util.find_spec("matplotlib"):
         plot_plan(record.plan, folder / PICTURE_NAME)
     for file, content in base.legal_files.items() if base else ():
         (folder / file).write_bytes(content)
     sections = [
-        _introduction(name, record, report, base),
+        _introduction(name, record, base),
         _loading(name, model),
-        _sizes(report),
-        _measured(comparison),
+        _sizes(record.outcome),
+        _measured(record.comparison),
         _kept(record, folder / PICTURE_NAME),
-        _reproduction(name, record, report, base),
-        _limits(record, report, base),
+        _reproduction(name, record, base),
+        _limits(record, base),
     ]
-    data = _metadata(name, model, base, comparison)
+    data = _metadata(name, model, base, record.comparison)
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
     (folder / CARD_NAME).write_text(text, encoding="utf-8")
 
@@ -97,7 +91,7 @@ def _metadata(name: str, model: PreTrainedModel, base: Base | None, comparison: 
     )
 
 
-def _introduction(name: str, record: Record, report: PruningReport | None, base: Base | None) -> str:
+def _introduction(name: str, record: Record, base: Base | None) -> str:
     of = f"`{base.name}`" if base else "a dense model"
     if base and base.is_repository:
         of = f"[{base.name}](https://huggingface.co/{base.name})"
@@ -105,7 +99,7 @@ def _introduction(name: str, record: Record, report: PruningReport | None, base:
     sentences = [
         f"This is {of}, made smaller by structured pruning with optimum-fwdprune.",
         *_what_was_removed(record.plan),
-        *_how_units_were_chosen(record, report),
+        *_how_units_were_chosen(record),
         *_what_became_of_the_weights(record),
         *_how_it_was_trained(record),
     ]
@@ -127,7 +121,7 @@ def _what_was_removed(plan: PruningPlan | None) -> Iterator[str]:
         yield "No unit was removed: every layer keeps its size."
 
 
-def _how_units_were_chosen(record: Record, report: PruningReport | None) -> Iterator[str]:
+def _how_units_were_chosen(record: Record) -> Iterator[str]:
     config, plan = record.config, record.plan
     if config is None or plan is None or not any(map(plan.removed, plan.kept)):
         return
@@ -139,7 +133,7 @@ def _how_units_were_chosen(record: Record, report: PruningReport | None) -> Iter
     yield f"The method `{config.method}` chose them{rounds}, {means}."
     if config.resolved_scope == Scope.SEARCH:
         yield "How much each layer lost was found by a search that compared whole pruned models."
-    if text := _calibration_of(record, report):
+    if text := _calibration_of(record):
         yield f"It was calibrated on {calibration_in_words(text)}."
 
 
@@ -166,7 +160,7 @@ def _what_became_of_the_weights(record: Record) -> Iterator[str]:
 
 
 def _how_it_was_trained(record: Record) -> Iterator[str]:
-    recovery = record.outcome.get("recovery")
+    recovery = record.recovery
     if not recovery:
         return
     yield f"Afterwards it was trained {_training_in_words(recovery)}."
@@ -182,10 +176,10 @@ def _training_in_words(recovery: Mapping[str, Any]) -> str:
     return f"{what}{steps}{data}{towards}"
 
 
-def _calibration_of(record: Record, report: PruningReport | None) -> str | None:
+def _calibration_of(record: Record) -> str | None:
     """Name of the calibration data."""
-    if report is not None:
-        return report.calibration
+    if record.outcome is not None:
+        return record.outcome.calibration
     recorded = (record.plan.metadata.get("calibration") if record.plan else None) or {}
     return recorded.get("source")
 
@@ -221,22 +215,22 @@ pruner = FwdPruner.from_pretrained("{name}")
 Layers of different sizes need transformers 5.14 or later."""
 
 
-def _sizes(report: PruningReport | None) -> str:
-    if report is None:
+def _sizes(outcome: Outcome | None) -> str:
+    if outcome is None:
         return ""
     rows = [
         ("", "before", "after"),
         ("---", "---:", "---:"),
-        ("parameters", f"{report.parameters_before:,}", f"{report.parameters_after:,}"),
+        ("parameters", f"{outcome.parameters_before:,}", f"{outcome.parameters_after:,}"),
         (
             "of them prunable",
-            f"{report.prunable_parameters:,}",
-            f"{report.prunable_parameters - report.removed_parameters:,}",
+            f"{outcome.prunable_parameters:,}",
+            f"{outcome.prunable_parameters - outcome.removed_parameters:,}",
         ),
-        ("weights, MB", f"{report.bytes_before / 1e6:,.1f}", f"{report.bytes_after / 1e6:,.1f}"),
+        ("weights, MB", f"{outcome.bytes_before / 1e6:,.1f}", f"{outcome.bytes_after / 1e6:,.1f}"),
     ]
-    if report.speedup is not None:
-        rows.append(("prefill, times as fast", "1.00", f"{report.speedup.measured:.2f}"))
+    if outcome.speedup is not None:
+        rows.append(("prefill, times as fast", "1.00", f"{outcome.speedup.measured:.2f}"))
     return "## Size\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -251,9 +245,9 @@ def _kept(record: Record, picture: Path) -> str:
     return f"## What each layer kept\n\n{shown}```\n{plan_table(record.plan)}\n```"
 
 
-def _reproduction(name: str, record: Record, report: PruningReport | None, base: Base | None) -> str:
+def _reproduction(name: str, record: Record, base: Base | None) -> str:
     repository = base.name if base and base.is_repository else None
-    made = reproduction_of(record, _calibration_of(record, report), repository)
+    made = reproduction_of(record, _calibration_of(record), repository)
     if made is None:
         return ""
     text = "## Make it again\n\n"
@@ -271,7 +265,7 @@ def _reproduction(name: str, record: Record, report: PruningReport | None, base:
         f"\n\n`{CONFIG_NAME}` is the request, and `{PLAN_NAME}` lists the units that were kept: `--plan` replays it, "
         f"and refits weights where `--reconstruction` is named."
     )
-    if recovery := record.outcome.get("recovery"):
+    if recovery := record.recovery:
         lines = "\n".join(f"- {name}: {value}" for name, value in recovery.items())
         text += f"\n\nTrained afterwards, as `optimum-cli fwdprune recover` does:\n\n{lines}"
     return text
@@ -288,9 +282,9 @@ pruner.prune(PruningConfig.from_pretrained("{name}"), dataset=DATASET)
 """
 
 
-def _limits(record: Record, report: PruningReport | None, base: Base | None) -> str:
+def _limits(record: Record, base: Base | None) -> str:
     text = "## Limits\n\nPruning costs quality"
-    if _calibration_of(record, report):
+    if _calibration_of(record):
         text += ", and more on text unlike the calibration text"
     text += ". Alignment and safety of the base were not tested again."
     return text + (" The base's licence applies." if base and base.license else "")

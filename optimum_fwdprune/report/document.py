@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoConfig
 
-from ..allocation.plan import PruningPlan
+from ..allocation.plan import PLAN_NAME, PruningPlan
+from ..architectures import find_sites
 from ..architectures.site import SiteKey
 from ..evaluation import Comparison
 from ..record.outcome import Outcome
+from ..record.reading import skeleton_of, with_outcome
 from ..record.record import Record
 from ..record.reproduction import reproduction_of
 from ..request.choices import AttentionUnit, UnitKind
@@ -29,7 +33,7 @@ DECADES = 2
 
 def document_of(checkpoints: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return a report of checkpoints that `describe` described, as JSON values."""
-    numbered = [{"number": number, **each} for number, each in enumerate(checkpoints, 1)]
+    numbered = [{"number": number, **checkpoint} for number, checkpoint in enumerate(checkpoints, 1)]
     return {"format": 1, "made_by": f"optimum-fwdprune {__version__}", "checkpoints": numbered}
 
 
@@ -61,40 +65,79 @@ def models_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return dense + pruned
 
 
-def describe(
-    name: str, report: Outcome | None, record: Record | None, comparison: Comparison | None
+def describe_checkpoint(
+    model_id: str | Path, comparison: Comparison | None = None, name: str | None = None, **hub_kwargs
 ) -> dict[str, Any]:
+    """Return what is known of a pruned checkpoint as JSON values; see [`describe`]. No weight is read.
+
+    Args:
+        model_id (`str` or `Path`): folder, or repository of the Hub.
+        comparison (`Comparison`, *optional*): what was measured, the dense model first and this one last; by default
+            what the checkpoint itself carries.
+        name (`str`, *optional*): to show; by default the folder's or the repository's.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `trust_remote_code` and the like.
+
+    Raises:
+        ValueError: where it is no pruned checkpoint, or a file in it is damaged, naming it.
+        OSError: where there is no such folder or repository.
+    """
+    path = Path(model_id)
+    if path.is_file():
+        raise ValueError(f"{path} is a file; a report is of the folder of a pruned checkpoint, or of its repository.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json: it is no checkpoint, or a part of one.")
+    where = {key: value for key, value in hub_kwargs.items() if key != "trust_remote_code"}
+    record = Record.of_checkpoint(model_id, **where)
+    if record.plan is None and not path.exists():
+        try:
+            AutoConfig.from_pretrained(model_id, **hub_kwargs)
+        except OSError as error:
+            raise OSError(f"There is no folder {model_id}, nor a repository to be read: {error}") from error
+    if record.plan is None:
+        raise ValueError(f"{model_id} has no {PLAN_NAME}: it is dense, or was pruned by other means.")
+    try:
+        config = AutoConfig.from_pretrained(model_id, **hub_kwargs)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config.json of {model_id} is not JSON: {error}.") from error
+    model = skeleton_of(config)
+    try:
+        record.plan.check_left(find_sites(model, record.plan.attention_unit))
+    except ValueError as error:
+        raise ValueError(f"{model_id}: {error}") from error
+    name = name or (path.name if path.exists() else str(model_id))
+    return describe(name, with_outcome(record, model), comparison or record.comparison)
+
+
+def describe(name: str, record: Record, comparison: Comparison | None = None) -> dict[str, Any]:
     """Return what is known of a pruned model, as JSON values; `None` stands for what is not.
 
     Args:
         name (`str`): to show.
-        report (`Outcome`, *optional*): sizes and checks.
-        record (`Record`, *optional*): request, plan and scores.
+        record (`Record`): request, plan, scores and figures.
         comparison (`Comparison`, *optional*): what was measured: this model last, and first what it is compared with.
     """
-    record = record or Record(None, None, None)
-    plan, config, scores = record.plan, record.config, record.scores
-    about = plan.metadata if plan else {}
-    calibration = about.get("calibration")
-    made = reproduction_of(record, report.calibration if report else (calibration or {}).get("source"))
+    plan, config, scores, outcome = record.plan, record.config, record.scores, record.outcome
+    metadata = plan.metadata if plan else {}
+    calibration = metadata.get("calibration")
+    made = reproduction_of(record, outcome.calibration if outcome else (calibration or {}).get("source"))
     return {
         "name": name,
-        "source": about.get("source"),
+        "source": metadata.get("source"),
         "model_type": plan.model_type if plan else None,
-        "method": about.get("method") or (config.method if config else None),
-        "reconstruction": about.get("reconstruction") or (config.reconstruction if config else None),
+        "method": metadata.get("method") or (config.method if config else None),
+        "reconstruction": metadata.get("reconstruction") or (config.reconstruction if config else None),
         "attention_unit": plan.attention_unit if plan else str(AttentionUnit.QUERY_HEAD),
         "calibration": {name: calibration.get(name) for name in ("source", "fingerprint")} if calibration else None,
-        "seed": about.get("seed"),
-        "rounds": about.get("rounds"),
-        "versions": about.get("versions"),
+        "seed": metadata.get("seed"),
+        "rounds": metadata.get("rounds"),
+        "versions": metadata.get("versions"),
         "request": config.to_dict() if config else None,
         "command": made.command if made else None,
         "command_notes": made.notes if made else [],
-        "recovery": record.outcome.get("recovery"),
-        "sizes": _sizes(report) if report else None,
-        "pruning": _pruning(report) if report else None,
-        "layers": _layers(plan, report) if plan else None,
+        "recovery": record.recovery,
+        "sizes": _sizes(outcome) if outcome else None,
+        "pruning": _pruning(outcome) if outcome else None,
+        "layers": _layers(plan, outcome) if plan else None,
         "scores": _scores(scores, plan) if scores else None,
         "learning": _learning(scores),
         "measured": measured_of(comparison),
@@ -118,13 +161,13 @@ def measured_of(comparison: Comparison | None) -> dict[str, Any] | None:
     return {"dense": found[0] if len(found) > 1 else None, "pruned": found[-1]}
 
 
-def _sizes(report: Outcome) -> dict[str, Any]:
-    prunable = report.prunable_parameters
+def _sizes(outcome: Outcome) -> dict[str, Any]:
+    prunable = outcome.prunable_parameters
     return {
-        "parameters": _change(report.parameters_before, report.parameters_after),
-        "prunable": _change(prunable, prunable - report.removed_parameters),
-        "bytes": _change(report.bytes_before, report.bytes_after),
-        "requested_sparsity": report.requested_sparsity,
+        "parameters": _change(outcome.parameters_before, outcome.parameters_after),
+        "prunable": _change(prunable, prunable - outcome.removed_parameters),
+        "bytes": _change(outcome.bytes_before, outcome.bytes_after),
+        "requested_sparsity": outcome.requested_sparsity,
     }
 
 
@@ -132,13 +175,13 @@ def _change(before: float, after: float) -> dict[str, float]:
     return {"before": before, "after": after, "change": after / before - 1}
 
 
-def _pruning(report: Outcome) -> dict[str, Any]:
-    figures = report.to_dict()
+def _pruning(outcome: Outcome) -> dict[str, Any]:
+    figures = outcome.to_dict()
     return {name: figures[name] for name in ("masked_difference", "seconds", "speedup")}
 
 
-def _layers(plan: PruningPlan, report: Outcome | None) -> list[dict[str, Any]]:
-    per_unit = report.unit_parameters if report else {}
+def _layers(plan: PruningPlan, outcome: Outcome | None) -> list[dict[str, Any]]:
+    per_unit = outcome.unit_parameters if outcome else {}
     rows = []
     for layer in sorted({layer for layer, _ in plan.kept}):
         row: dict[str, Any] = {"layer": layer}

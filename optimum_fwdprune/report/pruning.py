@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..allocation.composing import EARLIER
@@ -22,10 +22,15 @@ class PruningReport(Outcome):
     """What a pruning did: the figures of [`Outcome`], and the request, plan and scores behind them.
 
     Args:
-        record (`Record`, *optional*): the request, the plan and the scores.
+        record (`Record`, *optional*): the request, the plan, the scores, and how the model was trained.
     """
 
     record: Record | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, record: Record) -> PruningReport | None:
+        """Return the report of a record; `None` where sizes are not known."""
+        return None if record.outcome is None else cls(**{**vars(record.outcome), "record": record})
 
     @property
     def losses(self) -> list[str]:
@@ -59,8 +64,9 @@ class PruningReport(Outcome):
             OSError: where a file exists, or cannot be written.
             ImportError: where matplotlib is not installed.
         """
-        source = self.record.plan.metadata.get("source") if self.record and self.record.plan else None
-        described = describe(name or source or "pruned model", self, self.record, comparison)
+        record = replace(self.record or Record(), outcome=self)
+        source = record.plan.metadata.get("source") if record.plan else None
+        described = describe(name or source or "pruned model", record, comparison)
         return write_page(document_of([described]), file, overwrite=overwrite)
 
     def __str__(self) -> str:

@@ -423,13 +423,13 @@ def test_adapters_of_ones_own_are_saved_alone_where_their_base_is_saved(pruner, 
     assert config["base_model_name_or_path"] == str(tmp_path / "pruned")
     peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapters")
 
-    def upload(folder, *_):
+    def send(_upload, folder):
         pushed.append(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
         return CommitInfo("https://huggingface.co/someone/adapters/commit/1", "", "", "1")
 
     pushed = []
-    monkeypatch.setattr("optimum_fwdprune.pruner.check_upload", lambda *_: None)
-    monkeypatch.setattr("optimum_fwdprune.pruner.upload", upload)
+    monkeypatch.setattr("optimum_fwdprune.checkpoint.pruned_checkpoint.check_upload", lambda *_: None)
+    monkeypatch.setattr("optimum_fwdprune.checkpoint.hub.Upload.send", send)
     for _ in range(2):
         pruner.push_to_hub("someone/adapters")
     assert pushed == ["pruned", "pruned"]

@@ -83,7 +83,9 @@ def test_a_missing_package_is_named_before_the_model_is_loaded(
 ):
     folder = base(**{file.replace(".", "__"): content})
     installed(*packages)
-    monkeypatch.setattr("optimum_fwdprune.pruner.load_for_task", lambda *_, **__: pytest.fail("The model was loaded."))
+    monkeypatch.setattr(
+        "optimum_fwdprune.loading.opening.load_for_task", lambda *_, **__: pytest.fail("The model was loaded.")
+    )
     with pytest.raises(ValueError, match=message):
         FwdPruner.from_pretrained(folder)
 

@@ -18,7 +18,6 @@ from optimum_fwdprune import (
     FwdPruner,
     PruningConfig,
     RecoveryArguments,
-    pruner,
 )
 from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.cutting import cut as cutting
@@ -27,6 +26,7 @@ from optimum_fwdprune.evaluation import benchmark, perplexity, text_loss
 from optimum_fwdprune.files import folder_moved_into_place, write_text_atomically
 from optimum_fwdprune.planning import checks, run
 from optimum_fwdprune.reconstruction import reconstruct
+from optimum_fwdprune.record import pruning
 from optimum_fwdprune.scoring.methods import registered_methods
 
 
@@ -126,7 +126,7 @@ BEFORE_SURGERY = [
     (surgery, "slice_tensor", 0),
 ]
 IN_SURGERY = [(surgery, "slice_tensor", 20), (surgery, "set_parameter", 70), (surgery, "forget_lengths", 0)]
-AFTER_SURGERY = [(cutting, "logits", 0), (cutting, "relative_difference", 0), (pruner, "PruningReport", 0)]
+AFTER_SURGERY = [(cutting, "logits", 0), (cutting, "relative_difference", 0), (pruning, "Outcome", 0)]
 ERRORS = [torch.OutOfMemoryError, KeyboardInterrupt]
 
 
@@ -232,7 +232,7 @@ def test_a_dense_model_that_is_not_consumed_stays_whole_whatever_fails(stage, to
         fwd_pruner.prune(PruningConfig(reconstruction="none", **BOTH_KINDS), tokens, inplace=False)
 
     assert torch.equal(dense(tokens).logits, expected)
-    if stage[1] != "PruningReport":
+    if stage[1] != "Outcome":
         assert fwd_pruner.model is dense and fwd_pruner.plan is None
 
 

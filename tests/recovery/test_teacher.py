@@ -1,5 +1,6 @@
 """The teacher is the model that was pruned, wherever it was, and no other model of its name."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -246,7 +247,8 @@ def test_a_repository_that_cannot_be_read_is_known_by_its_commit(monkeypatch):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     pruner.model.config._name_or_path = "someone/dense"
     pruner.model.config._commit_hash = "c" * 40
-    pruner._access = {"token": "hf_x", "trust_remote_code": True}
+    access = {"token": "hf_x", "trust_remote_code": True}
+    pruner._source = dataclasses.replace(pruner._source, access=access)
     pruner.prune(**CUT)
 
     assert (pruner.plan.metadata["source"], pruner.plan.metadata["source_revision"]) == ("someone/dense", "c" * 40)

@@ -44,7 +44,7 @@ def page_file(tmp_path_factory):
         texts = [{"a-text-with-a-very-long-name-that-goes-on-and-on.jsonl": TextLoss(20.0 + k, 10)} for k in (0, 1)]
         comparison = Comparison([Evaluation(each, text, []) for each, text in zip(("dense", name), texts)])
         long = f"organisation/{name}-by-a-method-under-a-name-that-does-not-end-where-one-would-like-it-to"
-        described.append(describe(long, pruner.report, pruner.report.record, comparison))
+        described.append(describe(long, pruner.report.record, comparison))
     write_page(document_of(described), folder / "report.html")
     return folder / "report.html"
 

@@ -13,10 +13,10 @@ import torch
 
 from optimum_fwdprune import FwdPruner, PruningPlan
 from optimum_fwdprune.evaluation import Benchmark, Comparison, Evaluation, Spread, TextLoss, Timing
-from optimum_fwdprune.record.record import OUTCOME_NAME, command_of
+from optimum_fwdprune.record.command import command_of
+from optimum_fwdprune.record.record import OUTCOME_NAME
 from optimum_fwdprune.report import pictures, render_table, report_table
-from optimum_fwdprune.report.checkpoint import describe_checkpoint
-from optimum_fwdprune.report.document import describe, document_of, measured_of, models_of
+from optimum_fwdprune.report.document import describe, describe_checkpoint, document_of, measured_of, models_of
 from optimum_fwdprune.report.figures import pictures_of, pictures_of_all
 from optimum_fwdprune.report.learning import learning_of
 from optimum_fwdprune.report.numbers import WAYS
@@ -361,7 +361,7 @@ def test_every_architecture_is_described(dense, tokens, tmp_path):
 def test_every_method_is_described(method, tokens):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     pruner.prune(tiny.request(method=method, sparsity=0.3, **tiny.SHORT.get(method, {})), tokens)
-    found = describe("mine", pruner.report, pruner.report.record, None)
+    found = describe("mine", pruner.report.record)
 
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["method"] == method and found["scores"].keys() == {"attention", "mlp"}
@@ -385,7 +385,7 @@ def test_the_pruners_report_is_that_of_the_checkpoint(folder, tmp_path, tokens):
     pruner.prune(tiny.request(sparsity=0.3), tokens)
     pruner.save_pretrained(tmp_path / "out")
     reloaded = FwdPruner.from_pretrained(tmp_path / "out")
-    described = [describe("x", each.report, each.report.record, None) for each in (pruner, reloaded)]
+    described = [describe("x", each.report.record) for each in (pruner, reloaded)]
 
     assert described[0] == described[1] == describe_checkpoint(tmp_path / "out", name="x")
     assert str(reloaded.report) == str(pruner.report)
@@ -434,7 +434,7 @@ def test_tables_show_names_as_they_are_and_to_their_ends():
 def test_a_page_says_in_words_what_was_calibrated_on_and_checked():
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     pruner.prune(tiny.request(sparsity=0.4), calibration="self", n_samples=4, seq_len=16)
-    page = render_page(document_of([describe("pruned", pruner.report, pruner.report.record, None)]))
+    page = render_page(document_of([describe("pruned", pruner.report.record)]))
     text = re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", page))
 
     assert "calibrated on text that the model generated" in text

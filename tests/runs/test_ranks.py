@@ -13,9 +13,9 @@ import torch
 from scripts import prune_in_ranks
 from transformers import AutoModelForCausalLM
 
-from optimum_fwdprune import FwdPruner, PruningPlan, pruner
+from optimum_fwdprune import FwdPruner, PruningPlan
 from optimum_fwdprune.files import load_tensors
-from optimum_fwdprune.loading import placement
+from optimum_fwdprune.loading import opening, placement
 from optimum_fwdprune.loading.offloading import read_parameter
 from optimum_fwdprune.loading.placement import placed
 from optimum_fwdprune.runs import ranks
@@ -185,7 +185,7 @@ def test_each_process_loads_its_model_on_its_own_accelerator(options, tmp_path, 
         loaded.update(kwargs)
         return tiny.make_model("llama_gqa_biases")
 
-    monkeypatch.setattr(pruner, "load_for_task", load)
+    monkeypatch.setattr(opening, "load_for_task", load)
     FwdPruner.from_pretrained(tmp_path / "dense", offload_folder=tmp_path / "offload", **options)
 
     if options.get("device_map") is None and not options.get("low_memory"):

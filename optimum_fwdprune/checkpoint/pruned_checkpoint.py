@@ -1,0 +1,168 @@
+"""A pruned model with all that lies beside its weights, written whole to a folder or to the Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..architectures import is_pruned
+from ..architectures.wrapping import check_no_adapters, is_peft_model
+from ..cutting.on_disk import files_of
+from ..files import check_output_folder, folder_moved_into_place
+from ..loading.offloading import is_offloaded
+from ..loading.saving import check_savable, generation_config_as_it_is, naming_base, save_offloaded
+from ..loading.source import Source
+from ..loading.state import check_not_consumed
+from ..loading.tokenizers import warn_of_missing_tokenizer
+from ..record.record import Record
+from ..report.card import write_card
+from ..runs import ranks
+from ..runs.progress import one_step
+from .hub import Upload, check_name, check_upload
+
+
+# Largest weight file where nobody asks for another size.
+MAX_SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class PrunedCheckpoint:
+    """A pruned model, and all that is saved with it.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the pruned model; of adapters that were not merged, these alone are
+            saved.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): saved beside it.
+        record (`Record`): how it was pruned and trained.
+        source (`Source`): where it came from, and where its weights were saved as they are now.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase | None
+    record: Record
+    source: Source
+
+    def check(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Raise now what `save` would raise after hours of work, as far as that can be known.
+
+        Args:
+            folder (`str` or `Path`): where the checkpoint is to go.
+            overwrite (`bool`, defaults to `False`): as for `save`.
+
+        Raises:
+            FileExistsError: where the folder is not empty.
+            OSError: where it cannot be written.
+            ValueError: where the model has adapters in it, or its config, its generation config or the tokenizer
+                cannot be saved.
+        """
+        check_output_folder(folder, overwrite)
+        self._check_adapters()
+        check_savable(self.model, self.tokenizer)
+
+    def save(
+        self,
+        folder: str | Path,
+        overwrite: bool = False,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+        name: str | None = None,
+    ) -> Source:
+        """Write the checkpoint to a folder that appears whole or not at all, and return the source that names it.
+
+        With several processes all of them call this, the main one writes, and the others wait for it.
+
+        Args:
+            folder (`str` or `Path`): where to; it must be new or empty.
+            overwrite (`bool`, defaults to `False`): replace a folder that is not empty.
+            max_shard_size (`int` or `str`, defaults to `"5GB"`): largest weight file.
+            name (`str`, *optional*): repository that the model card names; by default the folder.
+
+        Raises:
+            FileExistsError: where the folder is not empty.
+            OSError: where it cannot be written.
+            TypeError: on an option of another type.
+            ValueError: where the model is not pruned, or its adapters have no saved base.
+        """
+        for option, value, kinds in (("max_shard_size", max_shard_size, (int, str)), ("name", name, (str, NoneType))):
+            if not isinstance(value, kinds):
+                raise TypeError(f"{option} cannot be {value!r:.80} ({type(value).__name__}); leave it out.")
+        ranks.from_main(lambda: self._write(folder, overwrite, max_shard_size, name))
+        return self._saved_as(str(folder))
+
+    def push(self, upload: Upload) -> tuple[CommitInfo, Source]:
+        """Upload what `save` writes, and return the commit, and the source that names the repository.
+
+        With several processes all of them call this, and the main one does it.
+
+        Args:
+            upload (`Upload`): where to.
+
+        Raises:
+            OSError: where the Hub refuses or fails.
+            ValueError: where it is no name of a repository, or as for `save`.
+        """
+
+        def send() -> dict[str, Any]:
+            check_upload(upload.repo_id, upload.token)
+            with tempfile.TemporaryDirectory() as parent:
+                folder = Path(parent) / "checkpoint"
+                self._write(folder, overwrite=False, name=upload.repo_id, is_pushed=True)
+                check_name(upload.repo_id, self.source.base)
+                commit = upload.send(folder)
+            return {field.name: getattr(commit, field.name) for field in dataclasses.fields(CommitInfo) if field.init}
+
+        return CommitInfo(**ranks.from_main(send)), self._saved_as(upload.repo_id)
+
+    def _write(
+        self,
+        folder: str | Path,
+        overwrite: bool,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+        name: str | None = None,
+        is_pushed: bool = False,
+    ) -> None:
+        check_not_consumed(self.model)
+        if not is_pruned(self.model.config):
+            raise ValueError("There is nothing to save yet; call prune() first.")
+        self._check_adapters()
+        whole = not is_peft_model(self.model)
+        record = self.record.leave_with(self.model) if whole else None
+        with folder_moved_into_place(folder, overwrite) as temporary, one_step("Writing the checkpoint"):
+            if whole and is_offloaded(self.model):
+                save_offloaded(self.model, temporary, files_of(self.model))
+            else:
+                options: dict[str, Any] = {"max_shard_size": max_shard_size} if whole else {}
+                base = nullcontext() if whole else naming_base(self.model, str(self.source.saved_as), is_pushed)
+                with base, generation_config_as_it_is(self.model, temporary):
+                    self.model.save_pretrained(temporary, **options)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(temporary)
+            elif self.source.base is None:
+                # A model that was loaded elsewhere; of others, loading has said so.
+                warn_of_missing_tokenizer(self.model.config._name_or_path)
+            if record is not None:
+                # Modelling code of earlier versions does not write it.
+                record.save(temporary)
+                write_card(temporary, name or Path(folder).name, self.model, record, self.source.base)
+
+    def _check_adapters(self) -> None:
+        """Raise `ValueError` where the model has adapters that can be saved neither alone nor within it."""
+        if not is_peft_model(self.model):
+            check_no_adapters(self.model, "a pruned checkpoint cannot hold")
+        elif self.source.saved_as is None:
+            raise ValueError(
+                "Adapters are saved without their base, and the pruned model has not been saved yet. Save it first, "
+                "or merge the adapters: pruner.model = pruner.model.merge_and_unload()."
+            )
+
+    def _saved_as(self, name: str) -> Source:
+        """The source of the model once it was saved; adapters alone are no base of others."""
+        whole = isinstance(self.model, PreTrainedModel)
+        return dataclasses.replace(self.source, saved_as=name) if whole else self.source

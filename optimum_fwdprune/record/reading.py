@@ -1,0 +1,100 @@
+"""The record of a pruned checkpoint, read beside its model; no weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..allocation.plan import PruningPlan
+from ..architectures import find_sites, get_architecture, is_pruned
+from ..architectures.sizes import ModelSizes
+from ..loading.source import Source
+from ..models.per_layer import stock_config
+from .outcome import Outcome
+from .record import Record
+
+
+def read_record(model: PreTrainedModel, model_id: str | Path, source: Source) -> tuple[Record, Source]:
+    """Return what the checkpoint of a pruned model tells of its pruning, and its source with what that adds; of a
+    dense model both are as they were.
+
+    Args:
+        model (`PreTrainedModel`): that was opened. Its `save_pretrained` writes the record too from then on.
+        model_id (`str` or `Path`): the folder or repository that it was opened from.
+        source (`Source`): how it was opened.
+
+    Raises:
+        ValueError: where a file of the record is damaged, or the plan is not that of the weights.
+    """
+    if not is_pruned(model.config):
+        return Record(), source
+    record = Record.of_checkpoint(model_id, **source.where)
+    if record.plan is not None:
+        record.plan.check_left(find_sites(model, record.plan.attention_unit))
+    record = with_outcome(record, model)
+    record.leave_with(model)
+    return record, source.of_checkpoint(model_id, record.plan.metadata if record.plan else {})
+
+
+def with_outcome(record: Record, model: PreTrainedModel) -> Record:
+    """Return a record with the sizes before and after pruning, where these can be known.
+
+    The model of a checkpoint that was made before sizes were recorded is compared with the dense model that its config
+    describes, unless it was pruned from a pruned one.
+
+    Args:
+        record (`Record`): of the pruned model.
+        model (`PreTrainedModel`): the pruned model, which may be on the meta device.
+    """
+    if record.plan is None or record.outcome is not None:
+        return record
+    return replace(record, outcome=_outcome_of(model, record.plan))
+
+
+def _outcome_of(model: PreTrainedModel, plan: PruningPlan) -> Outcome | None:
+    dense = _dense_skeleton(model)
+    sites = find_sites(dense, plan.attention_unit)
+    if {site.key: site.num_units for site in sites} != plan.num_units:
+        return None
+    # Not those of the pruned model: a query head that is left alone with its keys and values owns them there.
+    per_unit = {site.key: site.unit_parameters for site in sites}
+    calibration = plan.metadata.get("calibration") or {}
+    before, after = ModelSizes.of(dense), ModelSizes.of(model)
+    return Outcome(
+        parameters_before=before.parameters,
+        parameters_after=after.parameters,
+        bytes_before=before.bytes,
+        bytes_after=after.bytes,
+        prunable_parameters=sum(plan.num_units[key] * parameters for key, parameters in per_unit.items()),
+        removed_parameters=sum(len(plan.removed(key)) * parameters for key, parameters in per_unit.items()),
+        requested_sparsity=plan.metadata.get("requested_sparsity"),
+        masked_difference=None,
+        seconds={},
+        calibration=calibration.get("source"),
+        unit_parameters=per_unit,
+    )
+
+
+def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the pruned model of a config without its weights, for the task that it was saved with.
+
+    Raises:
+        ValueError: where the config is not that of a pruned model.
+    """
+    architecture = get_architecture(config)
+    if not is_pruned(config):
+        raise ValueError(f"model_type {config.model_type!r} is a dense one, and a plan lies beside it.")
+    names = config.architectures or ()
+    named = [model_class for model_class in architecture.model_classes if model_class.__name__ in names]
+    with torch.device("meta"):
+        return (named or architecture.model_classes)[0]._from_config(config)
+
+
+def _dense_skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    stock: Any = get_architecture(model.config).pruned_class(model).__bases__[-1]
+    with torch.device("meta"):
+        return stock._from_config(stock_config(model.config))

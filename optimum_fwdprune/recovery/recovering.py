@@ -1,0 +1,144 @@
+"""One recovery of a pruned model: checked, run, and recorded however it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..architectures import is_pruned
+from ..architectures.wrapping import check_no_adapters, is_peft_model
+from ..loading.offloading import is_offloaded
+from ..loading.origin import Origin
+from ..loading.source import Source
+from ..loading.state import check_not_consumed, forward_state_kept
+from ..record.record import Record
+from .arguments import RecoveryArguments
+from .callbacks import checked_callbacks
+from .data import TrainingTexts
+from .finetuning import recover
+from .trainer import RecoveryTrainer, StepCounter, frozen_share
+
+
+class Recovery:
+    """Trains a pruned model, and keeps what is known of it up to date.
+
+    Args:
+        model (`PreTrainedModel`): the pruned model.
+        record (`Record`): how it was pruned.
+        source (`Source`): where it came from, and where it was saved.
+
+    Attributes:
+        model (`PreTrainedModel` or `PeftModel`): the model as it is now.
+        record (`Record`): with how the model was trained, once its weights were changed.
+        source (`Source`): which names no folder of a model whose weights were changed since it was saved.
+        trainer (`RecoveryTrainer`, *optional*): once training has ended.
+        has_changed (`bool`): whether the model is no longer the one that was pruned, also where training failed.
+    """
+
+    def __init__(self, model: Any, record: Record, source: Source):
+        self.model = model
+        self.record = record
+        self.source = source
+        self.trainer: RecoveryTrainer | None = None
+        self.has_changed = False
+
+    def run(
+        self,
+        texts: TrainingTexts,
+        args: RecoveryArguments | None = None,
+        teacher: PreTrainedModel | str | Path | Origin | None = None,
+        callbacks: Any = None,
+    ) -> None:
+        """Train the model.
+
+        Args:
+            texts (`TrainingTexts`): what it is trained on.
+            args (`RecoveryArguments`, *optional*): how.
+            teacher (`PreTrainedModel`, `str`, `Path` or `Origin`, *optional*): for `mode="distill"`; by default the
+                model that was pruned.
+            callbacks (`TrainerCallback` or iterable of these, *optional*): the Trainer's.
+
+        Raises:
+            TypeError: where `args` are arguments of another kind.
+            ValueError: before anything is trained, where the model, the data, the teacher or a checkpoint to resume
+                from does not allow it.
+        """
+        check_trainable(self.model)
+        args = _checked_arguments(args)
+        callbacks = checked_callbacks(callbacks)
+        keeps_adapters = args.trains_adapters and not args.merge_adapters
+        if keeps_adapters and self.source.saved_as is None:
+            raise ValueError(
+                "Adapters are saved without their base, and the pruned model has not been saved yet: call "
+                "save_pretrained first, or leave merge_adapters on."
+            )
+        if teacher is None and self.record.plan is not None:
+            teacher = Origin.of_plan(self.record.plan.metadata, self.source.folders)
+        counter = StepCounter()
+        access = self.source.access
+        try:
+            with forward_state_kept(self.model):
+                self.model, self.trainer = recover(
+                    self.model, texts, args, teacher=teacher, callbacks=[counter, *callbacks], access=access
+                )
+        except BaseException as error:
+            if counter.steps and not args.trains_adapters:
+                # Weights that were trained for a while are not those that were pruned and measured.
+                stopped = {"mode": args.mode, "adapters": False, **frozen_share(self.model, trains_adapters=False)}
+                stopped |= {"steps": counter.steps, "dataset": texts.name}
+                self._note({**stopped, "interrupted by": type(error).__name__})
+            raise
+        summary = {**self.trainer.summary(), "dataset": texts.name}
+        if keeps_adapters:
+            self.model.peft_config["default"].base_model_name_or_path = self.source.saved_as
+        self._note(summary, has_new_weights=not keeps_adapters)
+
+    def _note(self, summary: Mapping[str, Any], has_new_weights: bool = True) -> None:
+        """Record how the model was trained, and forget what was measured and saved before."""
+        self.has_changed = True
+        self.record = replace(self.record, recovery=dict(summary), comparison=None)
+        if has_new_weights:
+            self.source = self.source.not_saved()
+            self.record.leave_with(self.model)
+
+
+def check_trainable(model: Any) -> None:
+    """Raise `ValueError` where recovery cannot train a model, or could not save what it trained."""
+    check_not_consumed(model)
+    if is_peft_model(model):
+        raise ValueError(
+            "pruner.model has adapters of an earlier training. Merge them first: "
+            "pruner.model = pruner.model.merge_and_unload()."
+        )
+    check_no_adapters(model, "recover would train instead of its own")
+    if not is_pruned(model.config):
+        raise ValueError(
+            f"recover trains a pruned model, and this {type(model).__name__} is dense: call prune() first. "
+            f"transformers.Trainer trains dense models."
+        )
+    if not model.can_generate():
+        raise ValueError(
+            f"recover trains the next-token loss, and a {type(model).__name__} predicts no tokens. Train it "
+            f"with transformers.Trainer and the labels of its task; save_pretrained of this pruner saves it then."
+        )
+    if is_offloaded(model):
+        raise ValueError(
+            "Layers of this model are offloaded to the disk or to the CPU, where training would not change them. "
+            "Save the model with save_pretrained and load it without low_memory, and without a device_map that "
+            "offloads; then call recover."
+        )
+
+
+def _checked_arguments(args: Any) -> RecoveryArguments:
+    if args is None:
+        return RecoveryArguments(output_dir="fwdprune_recovery")
+    if not isinstance(args, RecoveryArguments):
+        raise TypeError(
+            f"args must be RecoveryArguments, which extend the Trainer's TrainingArguments; got a "
+            f"{type(args).__name__}. Write RecoveryArguments(output_dir=..., ...)."
+        )
+    return args
