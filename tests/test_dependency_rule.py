@@ -53,11 +53,7 @@ LONG_MODULES = {
     "pruner.py",
     "report/pictures.py",
 }
-LONG_SIGNATURES = {
-    "evaluation/comparison.py compare",
-    "evaluation/comparison.py evaluate",
-    "evaluation/tasks.py evaluate_tasks",
-}
+LONG_SIGNATURES: set[str] = set()
 
 
 def module_of(path):

@@ -302,7 +302,9 @@ def add_speed_options(parser: ArgumentParser) -> None:
 
 def speed_options(args: Namespace) -> dict[str, Any]:
     """Return these, for `benchmark` and `compare`."""
-    return {name: getattr(args, name) for name in ("batch_sizes", "prompt_tokens", "new_tokens", "repeats")}
+    from optimum_fwdprune.evaluation.measuring import SPEED_OPTIONS
+
+    return {name: getattr(args, name) for name in SPEED_OPTIONS}
 
 
 def add_output_folder(parser: ArgumentParser, of: str) -> None:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .comparison import Comparison, Evaluation, compare, evaluate
+from .comparison import Comparison, Evaluation
+from .measuring import QualityOptions, compare, evaluate
 from .memory import PeakMemory
 from .perplexity import TextLoss, perplexity, text_loss, texts_loss, window_losses
 from .speed import Benchmark, Spread, Timing, benchmark, slower_because
@@ -19,6 +20,7 @@ __all__ = [
     "Comparison",
     "Evaluation",
     "PeakMemory",
+    "QualityOptions",
     "Spread",
     "TaskScore",
     "TextLoss",

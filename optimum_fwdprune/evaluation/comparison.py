@@ -5,18 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from ..files import as_path, check_output_file, write_text_atomically
 from ..words import html_table, render_table
-from .perplexity import TextLoss, texts_loss
-from .speed import Benchmark, Spread, Timing, benchmark
-from .tasks import TaskScore, evaluate_tasks
+from .perplexity import TextLoss
+from .speed import Benchmark, Spread, Timing
+from .tasks import TaskScore
 
 
 @dataclass(frozen=True)
@@ -37,28 +35,28 @@ class Evaluation:
 
     def figures(self, first: Evaluation | None = None) -> dict[str, float | None]:
         """Return every figure by its name and unit; speed-ups against `first` where it is another model."""
-        found: dict[str, float | None] = {}
+        figures: dict[str, float | None] = {}
         speed = self.benchmark
         if speed is not None:
-            found["parameters"] = speed.parameters
-            found["weights, bytes"] = speed.bytes
-            found["peak memory, bytes"] = speed.peak_bytes
-            found["MACs per token"] = speed.macs_per_token
+            figures["parameters"] = speed.parameters
+            figures["weights, bytes"] = speed.bytes
+            figures["peak memory, bytes"] = speed.peak_bytes
+            figures["MACs per token"] = speed.macs_per_token
             for place, timing in enumerate(speed.timings):
                 size = f"{timing.batch_size} x {timing.prompt_tokens}"
-                found[f"prefill {size}, ms"] = 1e3 * timing.prefill.median
-                found[f"prefill {size}, tokens/s"] = timing.prefill_tokens_per_second
-                found[f"decode {size}, tokens/s"] = timing.decode_tokens_per_second
+                figures[f"prefill {size}, ms"] = 1e3 * timing.prefill.median
+                figures[f"prefill {size}, tokens/s"] = timing.prefill_tokens_per_second
+                figures[f"decode {size}, tokens/s"] = timing.decode_tokens_per_second
                 if first is not None and first.benchmark is not None:
                     old = first.benchmark.timings[place]
-                    found[f"prefill {size}, times as fast"] = old.prefill.median / timing.prefill.median
-                    found[f"decode {size}, times as fast"] = old.decode.median / timing.decode.median
+                    figures[f"prefill {size}, times as fast"] = old.prefill.median / timing.prefill.median
+                    figures[f"decode {size}, times as fast"] = old.decode.median / timing.decode.median
         for name, loss in self.texts.items():
-            found[f"perplexity, {name}"] = loss.perplexity
+            figures[f"perplexity, {name}"] = loss.perplexity
         for score in self.tasks:
-            found[f"{score.task}, {score.metric}"] = score.value
-            found[f"{score.task}, {score.metric}, standard error"] = score.standard_error
-        return found
+            figures[f"{score.task}, {score.metric}"] = score.value
+            figures[f"{score.task}, {score.metric}, standard error"] = score.standard_error
+        return figures
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Comparison:
     def figures(self) -> list[dict[str, float | None]]:
         """Return the figures of every model under the same names, in the same order."""
         first = self.evaluations[0] if len(self.evaluations) > 1 else None
-        return [each.figures(first) for each in self.evaluations]
+        return [evaluation.figures(first) for evaluation in self.evaluations]
 
     def of(self, name: str) -> Comparison | None:
         """Return the first model beside the one called `name`; `None` where none is, or several are.
@@ -86,9 +84,9 @@ class Comparison:
         # A dense model that is called alike somewhere else is not it.
         last_parts = (others or [first], lambda path: Path(path).name)
         for candidates, called in ((self.evaluations, str), last_parts):
-            found = [each for each in candidates if called(each.name) == called(name)]
-            if len(found) == 1:
-                return Comparison(found if found[0] is first else [first, *found])
+            matching = [candidate for candidate in candidates if called(candidate.name) == called(name)]
+            if len(matching) == 1:
+                return Comparison(matching if matching[0] is first else [first, *matching])
         return None
 
     def last(self) -> Comparison:
@@ -101,7 +99,7 @@ class Comparison:
 
     def to_list(self) -> list[dict[str, Any]]:
         """Return all that was measured as JSON values, a model each."""
-        return [asdict(each) for each in self.evaluations]
+        return [asdict(evaluation) for evaluation in self.evaluations]
 
     @classmethod
     def from_list(cls, values: Sequence[Mapping[str, Any]]) -> Comparison:
@@ -111,12 +109,12 @@ class Comparison:
             ValueError: where something is missing.
         """
         try:
-            found = [_evaluation(each) for each in values]
+            evaluations = [_evaluation(value) for value in values]
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"This is not what models were measured as: {type(error).__name__}: {error}.") from error
-        if not found:
+        if not evaluations:
             raise ValueError("This is not what models were measured as: there is no model.")
-        return cls(found)
+        return cls(evaluations)
 
     @classmethod
     def load(cls, file: str | Path) -> Comparison:
@@ -139,12 +137,12 @@ class Comparison:
 
     def to_csv(self) -> str:
         """Return a line per model and a column per figure, unrounded."""
-        found = self.figures()
+        all_figures = self.figures()
         output = io.StringIO()
-        writer = csv.DictWriter(output, ["model", *found[0]], lineterminator="\n")
+        writer = csv.DictWriter(output, ["model", *all_figures[0]], lineterminator="\n")
         writer.writeheader()
-        for each, figures in zip(self.evaluations, found):
-            writer.writerow({"model": each.name, **figures})
+        for evaluation, figures in zip(self.evaluations, all_figures):
+            writer.writerow({"model": evaluation.name, **figures})
         return output.getvalue()
 
     def to_markdown(self) -> str:
@@ -165,11 +163,11 @@ class Comparison:
         write_text_atomically(check_output_file(file), FORMATS[checked_format(file)](self))
 
     def _rows(self) -> list[list[str]]:
-        found = self.figures()
-        rows = [["", *(each.name for each in self.evaluations)], ["---", *("---:" for _ in found)]]
-        for name in found[0]:
+        all_figures = self.figures()
+        rows = [["", *(evaluation.name for evaluation in self.evaluations)], ["---", *("---:" for _ in all_figures)]]
+        for name in all_figures[0]:
             if not name.endswith("standard error"):
-                rows.append([name, *(_shown(figures, name) for figures in found)])
+                rows.append([name, *(_shown(figures, name) for figures in all_figures)])
         return rows
 
 
@@ -207,74 +205,3 @@ def checked_format(file: str | Path) -> str:
         raise ValueError(f"{file} must end in one of {', '.join(FORMATS)}; it says which format to write.")
     check_output_file(file)
     return ending
-
-
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Mapping[str, Iterable[str]] | None = None,
-    tasks: Sequence[str | Path] = (),
-    name: str = "model",
-    max_length: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 4,
-    **task_options,
-) -> Evaluation:
-    """Measure how good a model is: perplexity of texts, and scores of tasks.
-
-    Args:
-        model (`PreTrainedModel`): a causal language model, dense or pruned.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        texts (mapping of `str` to strings, *optional*): texts by name, each joined as it is.
-        tasks (sequence of `str`): see [`evaluate_tasks`]; `task_options` are its.
-        name (`str`): of the model.
-        max_length, stride, batch_size: of the perplexity's windows, see [`text_loss`].
-    """
-    losses = {
-        text: texts_loss(model, tokenizer, pieces, max_length, stride, batch_size)
-        for text, pieces in (texts or {}).items()
-    }
-    scores = evaluate_tasks(model, tokenizer, tasks, batch_size=batch_size, **task_options) if tasks else []
-    return Evaluation(name, losses, scores)
-
-
-def compare(
-    models: Mapping[str, PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Mapping[str, Sequence[str]] | None = None,
-    tasks: Sequence[str | Path] = (),
-    batch_sizes: Sequence[int] = (1,),
-    prompt_tokens: Sequence[int] = (512,),
-    new_tokens: int = 16,
-    repeats: int = 5,
-    **evaluation_options,
-) -> Comparison:
-    """Measure models against each other: size, speed, perplexity of texts and scores of tasks.
-
-    Args:
-        models (mapping of `str` to `PreTrainedModel`): by name, of one vocabulary; speed-ups are against the first.
-        tokenizer (`PreTrainedTokenizerBase`): theirs.
-        texts (mapping of `str` to sequence of `str`, *optional*): see [`evaluate`].
-        tasks (sequence of `str` or `Path`): likewise.
-        batch_sizes (sequence of `int`, defaults to `(1,)`): see [`benchmark`].
-        prompt_tokens (sequence of `int`, defaults to `(512,)`): likewise.
-        new_tokens (`int`, defaults to 16): likewise.
-        repeats (`int`, defaults to 5): likewise.
-        evaluation_options: more for [`evaluate`].
-
-    Raises:
-        ValueError: where the vocabularies differ, so that perplexities would not compare.
-    """
-    sizes = {name: model.config.get_text_config().vocab_size for name, model in models.items()}
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(
-            f"The models have vocabularies of different sizes ({listed}), so their perplexities differ in "
-            "meaning; compare models of one tokenizer."
-        )
-    speeds = benchmark(list(models.values()), batch_sizes, prompt_tokens, new_tokens, repeats)
-    found = []
-    for (name, model), speed in zip(models.items(), speeds):
-        quality = evaluate(model, tokenizer, texts, tasks, name, **evaluation_options)
-        found.append(Evaluation(name, quality.texts, quality.tasks, speed))
-    return Comparison(found)

@@ -30,7 +30,7 @@ class TaskScore:
     """One metric of one task.
 
     Args:
-        task, metric (`str`): names in the harness; a metric's filter stands behind a comma where it is not `none`.
+        task, metric (`str`): names in the harness; a metric's filter follows after a comma where it is not `none`.
         value (`float`): the score.
         standard_error (`float`, *optional*): over the task's rows.
         rows (`int`, *optional*): how many were scored; `None` for groups of tasks.
@@ -47,11 +47,9 @@ def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str | Path],
-    num_fewshot: int | None = None,
-    limit: int | None = None,
     batch_size: int = 8,
-    apply_chat_template: bool = False,
     seed: int = 0,
+    **options: Any,
 ) -> list[TaskScore]:
     """Score a model on tasks of lm-evaluation-harness (`pip install "optimum-fwdprune[eval]"`).
 
@@ -61,11 +59,11 @@ def evaluate_tasks(
         tasks (sequence of `str`): names of tasks, groups or tags; `zero-shot` for those that papers on pruning report
             (BoolQ, PIQA, HellaSwag, WinoGrande, ARC easy and challenge, OpenBookQA); or folders of task YAML files, of
             which all tasks are run. A task whose `dataset_path` is `json` with local `data_files` needs no network.
-        num_fewshot (`int`, *optional*): examples in the prompt; by default the task's own number.
-        limit (`int`, *optional*): only so many rows of each task.
         batch_size (`int`, defaults to 8): requests per forward pass.
-        apply_chat_template (`bool`, defaults to `False`): ask through the tokenizer's chat template.
         seed (`int`, defaults to 0): of the examples in the prompt.
+        options: for `lm_eval.simple_evaluate`: `num_fewshot`, the number of examples in the prompt (by default the
+            task's own); `limit`, the number of rows of each task that are scored (by default all);
+            `apply_chat_template`, whether to ask through the tokenizer's chat template; and its other arguments.
 
     Raises:
         ValueError: where there is no such task, naming the nearest, or no task in a folder.
@@ -84,15 +82,13 @@ def evaluate_tasks(
         results = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=names,
-            num_fewshot=num_fewshot,
-            limit=limit,
             task_manager=manager,
-            apply_chat_template=apply_chat_template,
             log_samples=False,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
             fewshot_random_seed=seed,
+            **options,
         )
     assert results is not None
     rows = {name: counts["effective"] for name, counts in results["n-samples"].items()}
@@ -110,10 +106,10 @@ def _resolve(tasks: Sequence[str | Path]) -> tuple[list[str], TaskManager]:
     for task in tasks:
         if Path(task).is_dir():
             folders.append(Path(task))
-            found = TaskManager(include_path=str(task), include_defaults=False).all_tasks
-            if not found:
+            own_tasks = TaskManager(include_path=str(task), include_defaults=False).all_tasks
+            if not own_tasks:
                 raise ValueError(f"{task} holds no task: no YAML file in it names one under `task`.")
-            named += found
+            named += own_tasks
         else:
             named += TASK_PRESETS.get(str(task), (str(task),))
     # The harness's own tasks take seconds to list.
@@ -129,12 +125,12 @@ def _resolve(tasks: Sequence[str | Path]) -> tuple[list[str], TaskManager]:
 
 
 def _scores(task: str, values: dict[str, Any], rows: int | None) -> list[TaskScore]:
-    found = []
+    scores = []
     for key, value in values.items():
         metric, _, kind = key.partition(",")
         if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         error = values.get(f"{metric}_stderr,{kind}")
         name = metric if kind == "none" else key
-        found.append(TaskScore(task, name, float(value), error if isinstance(error, float) else None, rows))
-    return found
+        scores.append(TaskScore(task, name, float(value), error if isinstance(error, float) else None, rows))
+    return scores

@@ -1,0 +1,111 @@
+"""One model or several, measured: quality by texts and tasks, and beside it speed and size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .comparison import Comparison, Evaluation
+from .perplexity import texts_loss
+from .speed import benchmark
+from .tasks import evaluate_tasks
+
+
+# Options of [`benchmark`] that [`compare`] takes.
+SPEED_OPTIONS = ("batch_sizes", "prompt_tokens", "new_tokens", "repeats")
+
+
+@dataclass(frozen=True)
+class QualityOptions:
+    """How the quality of a model is measured.
+
+    Args:
+        max_length (`int`, *optional*): longest window of a text, see [`text_loss`].
+        stride (`int`, *optional*): distance between the starts of windows, likewise.
+        batch_size (`int`, defaults to 4): windows, or requests of tasks, per forward pass.
+        num_fewshot (`int`, *optional*): examples in the prompt of a task; by default the task's own number.
+        limit (`int`, *optional*): number of rows of each task that are scored; by default all.
+        apply_chat_template (`bool`, defaults to `False`): ask tasks through the tokenizer's chat template.
+        seed (`int`, defaults to 0): of the examples in the prompt.
+    """
+
+    max_length: int | None = None
+    stride: int | None = None
+    batch_size: int = 4
+    num_fewshot: int | None = None
+    limit: int | None = None
+    apply_chat_template: bool = False
+    seed: int = 0
+
+    def of_tasks(self) -> dict[str, Any]:
+        """Return those of [`evaluate_tasks`]."""
+        names = ("batch_size", "seed", "num_fewshot", "limit", "apply_chat_template")
+        return {name: getattr(self, name) for name in names}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, Iterable[str]] | None = None,
+    tasks: Sequence[str | Path] = (),
+    name: str = "model",
+    **options: Any,
+) -> Evaluation:
+    """Measure how good a model is: perplexity of texts, and scores of tasks.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model, dense or pruned.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        texts (mapping of `str` to strings, *optional*): texts by name, each joined as it is.
+        tasks (sequence of `str` or `Path`, *optional*): see [`evaluate_tasks`].
+        name (`str`, defaults to `"model"`): of the model.
+        options: fields of [`QualityOptions`], such as `max_length`, `batch_size` and `limit`.
+    """
+    quality = QualityOptions(**options)
+    losses = {
+        text: texts_loss(model, tokenizer, pieces, quality.max_length, quality.stride, quality.batch_size)
+        for text, pieces in (texts or {}).items()
+    }
+    scores = evaluate_tasks(model, tokenizer, tasks, **quality.of_tasks()) if tasks else []
+    return Evaluation(name, losses, scores)
+
+
+def compare(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, Sequence[str]] | None = None,
+    tasks: Sequence[str | Path] = (),
+    **options: Any,
+) -> Comparison:
+    """Measure models against each other: size, speed, perplexity of texts and scores of tasks.
+
+    Args:
+        models (mapping of `str` to `PreTrainedModel`): by name, of one vocabulary; speed-ups are against the first.
+        tokenizer (`PreTrainedTokenizerBase`): theirs.
+        texts (mapping of `str` to sequence of `str`, *optional*): see [`evaluate`].
+        tasks (sequence of `str` or `Path`, *optional*): likewise.
+        options: `batch_sizes`, `prompt_tokens`, `new_tokens` and `repeats` of [`benchmark`], and fields of
+            [`QualityOptions`].
+
+    Raises:
+        ValueError: where the vocabularies differ, so that perplexities would not compare.
+    """
+    sizes = {name: model.config.get_text_config().vocab_size for name, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"The models have vocabularies of different sizes ({listed}), so their perplexities differ in "
+            "meaning; compare models of one tokenizer."
+        )
+    speed = {name: options.pop(name) for name in SPEED_OPTIONS if name in options}
+    # A misspelt option fails before anything is measured.
+    QualityOptions(**options)
+    evaluations = []
+    for (name, model), timed in zip(models.items(), benchmark(list(models.values()), **speed)):
+        measured = evaluate(model, tokenizer, texts, tasks, name, **options)
+        evaluations.append(replace(measured, benchmark=timed))
+    return Comparison(evaluations)
