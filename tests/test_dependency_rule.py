@@ -51,7 +51,6 @@ MOST_PARAMETERS = 6
 LONG_MODULES = {
     "commands/base.py",
     "pruner.py",
-    "report/pictures.py",
 }
 LONG_SIGNATURES: set[str] = set()
 

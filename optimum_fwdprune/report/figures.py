@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..architectures.site import unit_name
 from ..request.choices import UnitKind
 from . import pictures
+from .canvas import PALETTE, drawing, new_figure
 from .numbers import is_quality, is_speed
-from .pictures import PALETTE
 
 
 if TYPE_CHECKING:
@@ -196,8 +196,8 @@ def _draw(
 ) -> Picture:
     output = io.StringIO()
     # Text stays text; identifiers depend on nothing but the picture.
-    with pictures.drawing(**{"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure = pictures.new_figure(WIDTH, height)
+    with drawing(**{"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure = new_figure(WIDTH, height)
         axes = figure.subplots(len(panels), 1, squeeze=False, sharex=sharex)[:, 0]
         for axis, panel in zip(axes, panels):
             axis.set_facecolor("none")

@@ -12,10 +12,10 @@ from typing import Any
 
 from ..files import as_path, check_output_file, write_text_atomically
 from ..runs.progress import progress
+from .canvas import NO_MATPLOTLIB, PALETTE
 from .document import models_of
 from .figures import pictures_of, pictures_of_all
 from .numbers import calibration_in_words, figure_label, figure_way, headline, is_quality, is_speed, shown_as
-from .pictures import NO_MATPLOTLIB, PALETTE
 
 
 # What of the palette another colour stands for on a dark page.

@@ -10,28 +10,13 @@ from typing import TYPE_CHECKING, Any
 from ..allocation.plan import PruningPlan
 from ..architectures.site import SiteKey, unit_name
 from ..request.choices import UnitKind
+from .canvas import PALETTE, add_legend, drawing, new_figure, number_layers, save_figure
 from .learning import learning_of
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from torch import Tensor
-
-# Every colour by its part; the page turns them into custom properties, which its dark theme replaces.
-PALETTE = {
-    "ink": "#1d2433",
-    "muted": "#5f6b7d",
-    "grid": "#dfe3ea",
-    "track": "#e6e9ef",
-    "attention": "#3a6fd8",
-    "mlp": "#d5742b",
-    "removed": "#a9b2c0",
-    "accent": "#12866f",
-    "paper": "#fefefe",
-}
-
-NO_MATPLOTLIB = "Plots need matplotlib: pip install optimum-fwdprune[plots]."
 
 
 def plot_plan(plan: PruningPlan, file: str | Path) -> None:
@@ -82,7 +67,7 @@ def draw_kept(
     axis.set_title(f"{name}, {sum(kept):,} of {sum(units):,} kept")
     axis.set_ylim(0, 1)
     axis.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
-    _layer_axis(axis, layers)
+    number_layers(axis, layers)
 
 
 def draw_parameters(
@@ -103,8 +88,8 @@ def draw_parameters(
         axis.bar(layers, height, width=0.74, bottom=floor, color=PALETTE[kind], label=label)
         floor = [low + more for low, more in zip(floor, height)]
     axis.set_ylabel("parameters, millions")
-    _legend(axis)
-    _layer_axis(axis, layers)
+    add_legend(axis)
+    number_layers(axis, layers)
 
 
 def draw_histogram(axis: Axes, kind: str, spread: Mapping[str, Any], name: str) -> None:
@@ -127,7 +112,7 @@ def draw_histogram(axis: Axes, kind: str, spread: Mapping[str, Any], name: str) 
         axis.set_xscale("log")
     axis.set_title(name)
     axis.set_ylabel("units")
-    _legend(axis)
+    add_legend(axis)
 
 
 def draw_spread_by_layer(axis: Axes, kind: str, rows: Sequence[Mapping[str, float]], is_log: bool, name: str) -> None:
@@ -149,7 +134,7 @@ def draw_spread_by_layer(axis: Axes, kind: str, rows: Sequence[Mapping[str, floa
         axis.set_yscale("log")
     axis.set_title(name)
     axis.set_ylabel("score")
-    _layer_axis(axis, layers)
+    number_layers(axis, layers)
 
 
 def draw_loss(axis: Axes, learning: Mapping[str, Any]) -> None:
@@ -163,7 +148,7 @@ def draw_loss(axis: Axes, learning: Mapping[str, Any]) -> None:
     name = "divergence from dense" if learning.get("is_search") else "expected loss"
     axis.set_ylabel(f"{name}, nats per token")
     if learning["smoothed_over"] > 1:
-        _legend(axis)
+        add_legend(axis)
 
 
 def draw_masks(axis: Axes, learning: Mapping[str, Any]) -> None:
@@ -174,7 +159,7 @@ def draw_masks(axis: Axes, learning: Mapping[str, Any]) -> None:
     ):
         if learning[name]:
             axis.plot(learning["steps"], learning[name], style, color=PALETTE[color], linewidth=1.8, label=label)
-            _legend(axis)
+            add_legend(axis)
     axis.set_ylim(0, 1)
     axis.set_ylabel("of the masks, per unit")
 
@@ -227,86 +212,10 @@ def draw_kept_of_several(
     for place, (where, kept, label) in enumerate(zip(layers, shares, labels)):
         color = PALETTE[colors[place % len(colors)]]
         axis.plot(where, kept, color=color, linestyle=styles[place % len(styles)], linewidth=1.8, label=label)
-    _legend(axis)
+    add_legend(axis)
     axis.set_ylim(0, 1.04)
     axis.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
-    _layer_axis(axis, sorted({layer for where in layers for layer in where}))
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches.
-
-    Raises:
-        ImportError: where matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(NO_MATPLOTLIB) from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def drawing(**more: Any):
-    """Return a context in which matplotlib draws in our colours."""
-    import matplotlib
-
-    style: dict[Any, Any] = {
-        "axes.edgecolor": PALETTE["grid"],
-        "axes.labelcolor": PALETTE["muted"],
-        "axes.titlecolor": PALETTE["ink"],
-        "axes.titlelocation": "left",
-        "axes.titlesize": 11,
-        "axes.labelsize": 10.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": PALETTE["grid"],
-        "font.size": 10.5,
-        "legend.fontsize": 10.5,
-        "legend.labelcolor": PALETTE["ink"],
-        "legend.handlelength": 1.2,
-        "text.color": PALETTE["ink"],
-        "xtick.color": PALETTE["muted"],
-        "ytick.color": PALETTE["muted"],
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "xtick.minor.size": 0,
-        "ytick.minor.size": 0,
-    }
-    return matplotlib.rc_context(style | more)
-
-
-def save_figure(figure: Figure, file: str | Path) -> None:
-    """Write a figure to a file that appears whole or not at all.
-
-    Raises:
-        ValueError: where matplotlib does not know the file's ending.
-    """
-    file = Path(file)
-    endings = figure.canvas.get_supported_filetypes()
-    if file.suffix.removeprefix(".") not in endings:
-        raise ValueError(f"{file} must end in one of {', '.join(sorted(endings))}; it says which format to write.")
-    partial = file.with_name(f".{file.stem}.partial{file.suffix}")
-    try:
-        figure.savefig(partial)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _legend(axis: Axes) -> None:
-    """Above the picture, where it covers nothing, and right of the title."""
-    axis.legend(loc="lower right", bbox_to_anchor=(1.02, 0.97), ncols=6, frameon=False, columnspacing=1.2)
-
-
-def _layer_axis(axis: Axes, layers: Sequence[int]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    if layers:
-        axis.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
+    number_layers(axis, sorted({layer for where in layers for layer in where}))
 
 
 def _floats(values: Sequence[float | None]) -> list[float]:

@@ -10,9 +10,9 @@ import torch
 
 from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.evaluation import Comparison, Evaluation, TextLoss
+from optimum_fwdprune.report.canvas import PALETTE
 from optimum_fwdprune.report.document import describe, document_of
 from optimum_fwdprune.report.page import DARK, write_page
-from optimum_fwdprune.report.pictures import PALETTE
 
 
 WIDTHS = {"phone": 390, "desk": 1280}

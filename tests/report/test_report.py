@@ -16,12 +16,12 @@ from optimum_fwdprune.evaluation import Benchmark, Comparison, Evaluation, Sprea
 from optimum_fwdprune.record.command import command_of
 from optimum_fwdprune.record.record import OUTCOME_NAME
 from optimum_fwdprune.report import pictures, render_table, report_table
+from optimum_fwdprune.report.canvas import PALETTE
 from optimum_fwdprune.report.document import describe, describe_checkpoint, document_of, measured_of, models_of
 from optimum_fwdprune.report.figures import pictures_of, pictures_of_all
 from optimum_fwdprune.report.learning import learning_of
 from optimum_fwdprune.report.numbers import WAYS
 from optimum_fwdprune.report.page import DARK, render_page, to_json, write_page
-from optimum_fwdprune.report.pictures import PALETTE
 from optimum_fwdprune.scoring.methods import registered_methods
 from optimum_fwdprune.scoring.scores import SCORES_NAME
 
