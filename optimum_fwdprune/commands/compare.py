@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
-from .base import (
-    Command,
+from .base import Command
+from .options import (
     add_evaluation_options,
     add_loading_options,
     add_speed_options,

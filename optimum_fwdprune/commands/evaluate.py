@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 
-from .base import (
-    Command,
+from .base import Command
+from .compare import add_output_option
+from .options import (
     add_evaluation_options,
     add_loading_options,
     add_tokenizer_option,
@@ -13,7 +14,6 @@ from .base import (
     load_model,
     load_tokenizer,
 )
-from .compare import add_output_option
 
 
 class EvaluateCommand(Command):

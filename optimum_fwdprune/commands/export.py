@@ -5,7 +5,13 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
-from .base import Command, add_loading_options, add_tokenizer_option, load_model, load_tokenizer
+from .base import Command
+from .options import (
+    add_loading_options,
+    add_tokenizer_option,
+    load_model,
+    load_tokenizer,
+)
 from .parser import choice
 
 

@@ -6,8 +6,8 @@ from argparse import ArgumentError, ArgumentParser
 from pathlib import Path
 from typing import Any
 
-from .base import (
-    Command,
+from .base import Command
+from .options import (
     add_config_options,
     add_hub_options,
     add_loading_options,

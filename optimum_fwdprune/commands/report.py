@@ -6,15 +6,15 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .base import (
-    Command,
+from .base import Command
+from .compare import compare_models
+from .options import (
     add_evaluation_options,
     add_loading_options,
     add_speed_options,
     add_tokenizer_option,
     loading_options,
 )
-from .compare import compare_models
 
 
 if TYPE_CHECKING:

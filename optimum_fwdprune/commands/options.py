@@ -1,0 +1,271 @@
+"""Options that several commands have, and what they stand for: models, tokenizers, uploads, measurements, requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from optimum_fwdprune.request.options import field_type
+
+from .parser import choice
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from optimum_fwdprune.pruner import FwdPruner
+
+# Of `from_pretrained`: option -> help.
+LOADING = {
+    "gguf_file": "GGUF file inside MODEL to load.",
+    "dtype": "Weights' dtype, such as bfloat16; the checkpoint's own by default.",
+    "device_map": "Where the layers go, such as auto, cuda or cpu. Default: the CPU; under accelerate launch each "
+    "process takes its own accelerator.",
+    "attn_implementation": "eager, sdpa, flash_attention_2, ...",
+    "revision": "Branch, tag or commit of a Hub repository.",
+    "token": "Access token of the Hub; by default the one that is logged in.",
+}
+
+
+def add_loading_options(parser: ArgumentParser) -> None:
+    """Add the options of `from_pretrained`."""
+    loading = parser.add_argument_group("loading")
+    for name, text in LOADING.items():
+        loading.add_argument(f"--{name}", help=text)
+    loading.add_argument("--trust_remote_code", action="store_true", help="Run modelling code of the repository.")
+
+
+def loading_options(args: Namespace) -> dict[str, Any]:
+    """Return what of these was given, for `from_pretrained`."""
+    given = {name: getattr(args, name) for name in LOADING if getattr(args, name) is not None}
+    return given | {"trust_remote_code": args.trust_remote_code}
+
+
+@contextmanager
+def naming_the_model(model: str) -> Iterator[None]:
+    """Say in errors of loading what could not be loaded; some of transformers' messages leave it out."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if str(error).startswith("Cannot load "):
+            raise
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"Cannot load {model}: {error}") from error
+
+
+def load_model(model: str, args: Namespace) -> PreTrainedModel:
+    """Load a causal language model, in its own dtype unless the options say otherwise."""
+    from optimum_fwdprune.loading.models import load_causal_lm
+    from optimum_fwdprune.loading.placement import placed
+
+    with naming_the_model(model):
+        return load_causal_lm(model, **placed({"dtype": "auto"} | loading_options(args)))
+
+
+def add_tokenizer_option(parser: ArgumentParser) -> None:
+    """Add the option that names another tokenizer than the model's own."""
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="Folder or Hub repository of the tokenizer; by default the model's own."
+    )
+
+
+def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that `--tokenizer` names, or the one that lies beside a model."""
+    from optimum_fwdprune.loading.models import check_is_there
+    from optimum_fwdprune.loading.tokenizers import load_tokenizer, named_tokenizer
+
+    options = loading_options(args)
+    access = {name: options[name] for name in ("token", "trust_remote_code") if name in options}
+    if args.tokenizer is not None:
+        return named_tokenizer(args.tokenizer, **access)
+    of_model = {name: options[name] for name in ("gguf_file", "revision") if name in options}
+    tokenizer = load_tokenizer(model, **access, **of_model)
+    if tokenizer is None:
+        # A model that is not there has none either.
+        check_is_there(model, **access, **of_model)
+        raise ValueError(f"{model} has no tokenizer; name one with --tokenizer.")
+    return tokenizer
+
+
+def add_hub_options(parser: ArgumentParser) -> None:
+    """Add where on the Hub the result goes."""
+    hub = parser.add_argument_group("hub")
+    hub.add_argument("--push-to-hub", "--push_to_hub", metavar="REPO", help="Also upload the checkpoint there.")
+    hub.add_argument("--private", action="store_true", default=None, help="A new repository is private.")
+    where = hub.add_mutually_exclusive_group()
+    where.add_argument("--push-revision", "--push_revision", metavar="BRANCH", help="Branch to upload to.")
+    where.add_argument("--create-pr", "--create_pr", action="store_true", help="Open a pull request instead.")
+
+
+def check_hub_options(args: Namespace) -> None:
+    """Raise now where an upload that the options ask for could not succeed, as far as that can be known."""
+    if args.push_to_hub is not None:
+        from optimum_fwdprune.checkpoint.hub import check_upload
+
+        check_upload(args.push_to_hub, args.token)
+
+
+def push_to_hub(pruner: FwdPruner, args: Namespace) -> None:
+    """Upload what was saved, where the options ask for it.
+
+    Raises:
+        OSError: where that fails, naming the folder that is whole, and how to try again.
+    """
+    repo_id = args.push_to_hub
+    if repo_id is None:
+        return
+    options = {"private": args.private, "token": args.token, "revision": args.push_revision}
+    try:
+        commit = pruner.push_to_hub(repo_id, create_pr=args.create_pr, **options)
+    except OSError as error:
+        raise OSError(
+            f"{error} The checkpoint is whole in {args.output}: `hf upload {repo_id} {args.output}` tries again."
+        ) from error
+    print(f"Uploaded to {commit.pr_url or repo_id}.")
+
+
+def add_evaluation_options(parser: ArgumentParser) -> None:
+    """Add what to measure quality on, and how."""
+    quality = parser.add_argument_group("quality")
+    quality.add_argument(
+        "--text",
+        nargs="+",
+        default=[],
+        help="Texts to measure perplexity on: .txt, .json, .jsonl or .parquet files, wikitext2, builtin (Python's "
+        "documentation), or datasets of the Hub.",
+    )
+    quality.add_argument("--text_split", default="test", help="Split of Hub datasets (default: test).")
+    quality.add_argument("--text_config", help="Configuration name of Hub datasets.")
+    quality.add_argument("--text_column", help="Text column. Default: text, or the only string column.")
+    quality.add_argument(
+        "--max_length", type=int, metavar="N", help="Tokens per window (default: 512, or what the model knows)."
+    )
+    quality.add_argument(
+        "--stride", type=int, metavar="N", help="How far apart windows start; by default they are disjoint."
+    )
+    quality.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        help="Tasks of lm-evaluation-harness by name, zero-shot for the set that papers on pruning report, or folders "
+        "of task YAML files.",
+    )
+    quality.add_argument(
+        "--num_fewshot", type=int, metavar="N", help="Examples in the prompt; by default the task's own number."
+    )
+    quality.add_argument("--limit", type=int, metavar="N", help="Only so many rows of each task.")
+    quality.add_argument("--apply_chat_template", action="store_true", help="Ask tasks through the chat template.")
+    quality.add_argument(
+        "--batch_size", type=int, metavar="N", default=4, help="Windows or requests at a time (default: 4)."
+    )
+
+
+def evaluation_options(args: Namespace) -> dict[str, Any]:
+    """Return these, with the texts read, for `evaluate` and `compare`."""
+    from optimum_fwdprune.data.texts import open_texts
+
+    opened = [open_texts(source, args.text_config, args.text_split, args.text_column) for source in args.text]
+    short = [name for name, _ in opened]
+    # Files of one name in two folders are two texts.
+    called = [source if short.count(name) > 1 else name for source, name in zip(args.text, short)]
+    check_different(called, "--text")
+    texts = {name: list(pieces) for name, (_, pieces) in zip(called, opened)}
+    names = ("tasks", "max_length", "stride", "batch_size", "num_fewshot", "limit", "apply_chat_template")
+    return {"texts": texts} | {name: getattr(args, name) for name in names}
+
+
+def check_different(names: Sequence[str], given_as: str) -> None:
+    """Raise `ValueError` where a name is given twice."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{given_as} names {name} twice.")
+
+
+def add_speed_options(parser: ArgumentParser) -> None:
+    """Add what to measure speed with."""
+    speed = parser.add_argument_group("speed")
+    speed.add_argument(
+        "--batch_sizes",
+        type=int,
+        metavar="N",
+        nargs="+",
+        default=[1],
+        help="Prompts at a time; each is timed (default: 1).",
+    )
+    speed.add_argument(
+        "--prompt_tokens",
+        type=int,
+        metavar="N",
+        nargs="+",
+        default=[512],
+        help="Lengths; each is timed (default: 512).",
+    )
+    speed.add_argument(
+        "--new_tokens", type=int, metavar="N", default=16, help="Decoding steps after each prefill (default: 16)."
+    )
+    speed.add_argument(
+        "--repeats", type=int, metavar="N", default=5, help="Runs, of which the median is kept (default: 5)."
+    )
+
+
+def speed_options(args: Namespace) -> dict[str, Any]:
+    """Return these, for `benchmark` and `compare`."""
+    from optimum_fwdprune.evaluation.measuring import SPEED_OPTIONS
+
+    return {name: getattr(args, name) for name in SPEED_OPTIONS}
+
+
+def add_output_folder(parser: ArgumentParser, of: str) -> None:
+    """Add the folder that a checkpoint is written to."""
+    parser.add_argument("output", help=f"Folder for the {of} checkpoint; new or empty.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an output folder that is not empty.")
+
+
+def add_config_options(
+    parser: ArgumentParser,
+    config_class: type,
+    known: set[str],
+    heading_of: Callable[[dataclasses.Field], str],
+    groups: dict[str, _ArgumentGroup],
+) -> set[str]:
+    """Add an option for every field of a config dataclass that is not `known` yet, and return the names added.
+
+    Options that are not given are absent from the namespace, so that the config's own defaults hold.
+
+    Args:
+        parser (`ArgumentParser`): to add to.
+        config_class (`type`): the dataclass.
+        known (`set[str]`): names that are options already.
+        heading_of (`Callable`): which heading of the help a field stands under.
+        groups (`dict[str, _ArgumentGroup]`): groups by heading; new ones are added to it.
+    """
+    hints = typing.get_type_hints(config_class)
+    added = set()
+    for field in dataclasses.fields(config_class):
+        if field.name in known:
+            continue
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        text = field.metadata.get("help", "")
+        if default not in (None, []):
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            text += f" (default: {shown})"
+        kind, is_list, _ = field_type(hints[field.name])
+        if kind is bool:
+            options: dict[str, Any] = {"action": BooleanOptionalAction}
+        else:
+            # Where the default is worked out, a list of nothing says something else.
+            many = "*" if default is None else "+"
+            choices = field.metadata.get("choices")
+            options = choice(choices) if choices else {"type": kind, "metavar": kind.__name__.upper()}
+            options["nargs"] = many if is_list else None
+        title = heading_of(field)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(f"--{field.name}", default=SUPPRESS, help=text.replace("%", "%%"), **options)
+        added.add(field.name)
+    return added
