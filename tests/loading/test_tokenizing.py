@@ -29,7 +29,7 @@ def base(tmp_path):
 @pytest.fixture
 def warnings(monkeypatch):
     said = []
-    for name in ("loading.tokenizers", "pruner"):
+    for name in ("loading.tokenizers", "loading.opening"):
         monkeypatch.setattr(f"optimum_fwdprune.{name}.logger.warning", lambda text, *args: said.append(text % args))
     return said
 
