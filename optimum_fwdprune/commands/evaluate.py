@@ -40,8 +40,8 @@ class EvaluateCommand(Command):
             checked_format(self.args.output)
         options = evaluation_options(self.args)
         tokenizer = load_tokenizer(self.args.model, self.args)
-        found = evaluate(load_model(self.args.model, self.args), tokenizer, name=self.args.model, **options)
-        comparison = Comparison([found])
+        evaluation = evaluate(load_model(self.args.model, self.args), tokenizer, name=self.args.model, **options)
+        comparison = Comparison([evaluation])
         print(comparison)
         if self.args.output:
             comparison.save(self.args.output)

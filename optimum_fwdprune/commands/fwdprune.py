@@ -57,7 +57,7 @@ class FwdPruneCommand(BaseOptimumCLICommand):
         def error(message: str) -> NoReturn:
             """Say also which command was likely meant."""
             wrong = re.search(r"invalid choice: '([^']*)'", message)
-            names = [each.name for each in self.SUBCOMMANDS]
+            names = [command.name for command in self.SUBCOMMANDS]
             show(message + (did_you_mean(wrong[1], names) if wrong else ""))
 
         parser.error = error  # type: ignore[method-assign]

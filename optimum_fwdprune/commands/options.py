@@ -41,8 +41,8 @@ def add_loading_options(parser: ArgumentParser) -> None:
 
 def loading_options(args: Namespace) -> dict[str, Any]:
     """Return what of these was given, for `from_pretrained`."""
-    given = {name: getattr(args, name) for name in LOADING if getattr(args, name) is not None}
-    return given | {"trust_remote_code": args.trust_remote_code}
+    options = {name: getattr(args, name) for name in LOADING if getattr(args, name) is not None}
+    return options | {"trust_remote_code": args.trust_remote_code}
 
 
 @contextmanager

@@ -35,11 +35,11 @@ class Parser(ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         """Parse the words of a command line, after a look for options that are not known."""
-        known = [each for each in self._option_string_actions if each.startswith("--")]
+        known = [option for option in self._option_string_actions if option.startswith("--")]
         for word in itertools.takewhile(lambda word: word != "--", args or ()):
             name = word.partition("=")[0]
             # The beginning of an option is as good as all of it.
-            if name.startswith("--") and not any(each.startswith(name) for each in known):
+            if name.startswith("--") and not any(option.startswith(name) for option in known):
                 self.error(f"there is no option {name}.{did_you_mean(name, known)}")
         return super().parse_known_args(args, namespace)
 

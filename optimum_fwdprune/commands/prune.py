@@ -97,9 +97,9 @@ class PruneCommand(Command):
             registered_methods,
         )
 
-        given = vars(self.args)
+        arguments = vars(self.args)
         preset = get_preset(self.args.preset).fields if self.args.preset else {}
-        method = given.get("method", preset.get("method", DEFAULT_METHOD))
+        method = arguments.get("method", preset.get("method", DEFAULT_METHOD))
         if method != preset.get("method", method):
             raise ValueError(f"--preset {self.args.preset} is for method {preset['method']}; leave out --method.")
         config_class = get_method(method).config_class
@@ -107,11 +107,11 @@ class PruneCommand(Command):
         # Whatever is wrong with the request shows before a model is loaded.
         for name in registered_methods():
             for field in dataclasses.fields(get_method(name).config_class):
-                if field.name in given and field.name not in fields:
+                if field.name in arguments and field.name not in fields:
                     raise ValueError(
                         f"--{field.name} is an option of method {name}; the method asked for is {config_class.method}."
                     )
-        options = {name: value for name, value in given.items() if name in fields}
+        options = {name: value for name, value in arguments.items() if name in fields}
         config = PruningConfig.of(self.args.preset, replays=self.args.plan is not None, **options)
         output = check_output_folder(self.args.output, self.args.overwrite)
         check_hub_options(self.args)

@@ -83,8 +83,12 @@ class RecoverCommand(Command):
         from optimum_fwdprune.files import check_output_folder
         from optimum_fwdprune.recovery.options import RecoveryOptions
 
-        given = vars(self.args)
-        own = {field.name: given[field.name] for field in dataclasses.fields(RecoveryOptions) if field.name in given}
+        arguments = vars(self.args)
+        own = {
+            field.name: arguments[field.name]
+            for field in dataclasses.fields(RecoveryOptions)
+            if field.name in arguments
+        }
         RecoveryOptions(**own).check()
         check_output_folder(self.args.output, self.args.overwrite)
         check_hub_options(self.args)
@@ -142,7 +146,7 @@ class RecoverCommand(Command):
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         if self.args.gradient_checkpointing:
             # Later releases of transformers warn of the older name.
-            name = next(each for each in ("activation_checkpointing", "gradient_checkpointing") if each in known)
+            name = next(option for option in ("activation_checkpointing", "gradient_checkpointing") if option in known)
             words += [f"--{name}", "true"]
         parser: Any = HfArgumentParser(RecoveryArguments, exit_on_error=False)  # type: ignore[arg-type]
         try:

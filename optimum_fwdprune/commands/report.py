@@ -65,45 +65,45 @@ class ReportCommand(Command):
         from optimum_fwdprune.files import check_output_file, write_text_atomically
         from optimum_fwdprune.report.page import check_page_file
 
-        given = self.args
-        measures = given.dense or given.text or given.tasks
-        if given.compare and measures:
+        options = self.args
+        measures = options.dense or options.text or options.tasks
+        if options.compare and measures:
             raise ValueError("--compare takes what was measured before; leave it out, or --dense, --text and --tasks.")
         # Whatever is wrong with the files shows before anything is measured.
-        figures = check_page_file(given.html, given.overwrite)[1] if given.html else None
-        if given.json:
-            if figures is not None and figures.resolve() == Path(given.json).resolve():
+        figures = check_page_file(options.html, options.overwrite)[1] if options.html else None
+        if options.json:
+            if figures is not None and figures.resolve() == Path(options.json).resolve():
                 raise ValueError(
-                    f"--html {given.html} writes {given.json} too, with the same figures; leave out --json."
+                    f"--html {options.html} writes {options.json} too, with the same figures; leave out --json."
                 )
-            check_output_file(given.json, given.overwrite)
+            check_output_file(options.json, options.overwrite)
 
         from optimum_fwdprune.report import report_table
         from optimum_fwdprune.report.document import describe_checkpoint, document_of, measured_of
         from optimum_fwdprune.report.page import to_json, write_page
 
-        where = {name: value for name, value in loading_options(given).items() if name in WHERE}
-        described = [describe_checkpoint(each, name=name, **where) for each, name in self._named()]
-        if measures or given.compare:
+        where = {name: value for name, value in loading_options(options).items() if name in WHERE}
+        described = [describe_checkpoint(model_id, name=name, **where) for model_id, name in self._named()]
+        if measures or options.compare:
             comparison = self._measured() if measures else self._read()
             # Without a dense model nothing is compared: the first checkpoint is not what the others were.
-            alone = measures and not given.dense
-            for each, description in zip(given.checkpoints, described):
-                found = comparison.of(each)
-                description["measured"] = measured_of(found.last() if found and alone else found)
+            alone = measures and not options.dense
+            for model_id, description in zip(options.checkpoints, described):
+                own = comparison.of(model_id)
+                description["measured"] = measured_of(own.last() if own and alone else own)
         document = document_of(described)
         print(report_table(document))
-        if given.html:
-            figures = write_page(document, given.html, given.overwrite)
-            print(f"Written to {given.html}, with its figures in {figures}.")
-        if given.json:
-            write_text_atomically(check_output_file(given.json, given.overwrite), to_json(document))
-            print(f"Figures written to {given.json}.")
+        if options.html:
+            figures = write_page(document, options.html, options.overwrite)
+            print(f"Written to {options.html}, with its figures in {figures}.")
+        if options.json:
+            write_text_atomically(check_output_file(options.json, options.overwrite), to_json(document))
+            print(f"Figures written to {options.json}.")
 
     def _named(self) -> list[tuple[str, str]]:
         """Every checkpoint with the last part of its name, or all of it where these are not different."""
         ids = self.args.checkpoints
-        short = [Path(each).name for each in ids]
+        short = [Path(model_id).name for model_id in ids]
         return list(zip(ids, short if len(set(short)) == len(ids) else ids))
 
     def _measured(self) -> Comparison:
@@ -114,7 +114,7 @@ class ReportCommand(Command):
         from optimum_fwdprune.evaluation import Comparison
 
         comparison = Comparison.load(self.args.compare)
-        if not any(comparison.of(each) for each in self.args.checkpoints):
-            names = ", ".join(each.name for each in comparison.evaluations)
+        if not any(comparison.of(model_id) for model_id in self.args.checkpoints):
+            names = ", ".join(evaluation.name for evaluation in comparison.evaluations)
             raise ValueError(f"{self.args.compare} measured {names}, and none of the checkpoints named.")
         return comparison

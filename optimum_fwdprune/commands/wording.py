@@ -32,14 +32,14 @@ def in_options(message: str, parser: ArgumentParser) -> str:
         if f"--{name}" not in options and f"--{other}" in options:
             message = re.sub(rf"{_START}{name}\b", other, message)
 
-    def assigned(found: re.Match) -> str:
-        name, value = found["name"], found["value"]
-        return _option(name, value, options) or found[0]
+    def assigned(match: re.Match) -> str:
+        name, value = match["name"], match["value"]
+        return _option(name, value, options) or match[0]
 
     message = re.sub(rf"{_START}(?P<name>[a-z]\w*)=(?P<value>{_VALUE})", assigned, message)
 
-    def left_open(found: re.Match) -> str:
-        return f"--{found['name']}" if f"--{found['name']}" in options else found[0]
+    def left_open(match: re.Match) -> str:
+        return f"--{match['name']}" if f"--{match['name']}" in options else match[0]
 
     # "teacher=..." stands for any value.
     message = re.sub(rf"{_START}(?P<name>[a-z]\w*)=\.\.\.", left_open, message)
@@ -48,8 +48,8 @@ def in_options(message: str, parser: ArgumentParser) -> str:
     if "--overwrite" in options:
         message = re.sub(rf"{_START}pass overwrite\b", "pass --overwrite", message)
 
-    def named(found: re.Match) -> str:
-        return f"--{found[0]}" if f"--{found[0]}" in options else found[0]
+    def named(match: re.Match) -> str:
+        return f"--{match[0]}" if f"--{match[0]}" in options else match[0]
 
     # At the start of a sentence that states what a value must be, every name is that of an argument.
     message = re.sub(r"^[a-z]\w*(?= must | goes with | is for )", named, message)

@@ -49,17 +49,17 @@ class Perplexity(evaluate.Metric):
             tokenizer = AutoTokenizer.from_pretrained(source)
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-        found = []
+        losses = []
         for number, text in enumerate(predictions):
             ids = tokenizer(text, verbose=False)["input_ids"]
             if len(ids) < 2:
                 raise ValueError(f"Text {number} has {len(ids)} tokens; a text needs two to predict one: {text!r}.")
             ids = torch.tensor(ids, dtype=torch.int64)
-            found.append(text_loss(model, ids, max_length, stride, batch_size))
-        total = sum(found, TextLoss(0.0, 0))
+            losses.append(text_loss(model, ids, max_length, stride, batch_size))
+        total = sum(losses, TextLoss(0.0, 0))
         return {
             "perplexity": total.perplexity,
             "nll": total.nll,
             "tokens": total.tokens,
-            "perplexities": [each.perplexity for each in found],
+            "perplexities": [loss.perplexity for loss in losses],
         }

@@ -148,11 +148,11 @@ def benchmark(
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(vocab_size, (batch_size, tokens), generator=generator)
         runs = [functools.partial(_generate, model, prompts, new_tokens, clock) for model in models]
-        for found, (prefill, decode) in zip(timings, _take_turns(runs, repeats)):
-            found.append(Timing(batch_size, tokens, prefill, decode))
+        for own_timings, (prefill, decode) in zip(timings, _take_turns(runs, repeats)):
+            own_timings.append(Timing(batch_size, tokens, prefill, decode))
     largest = torch.zeros(max(batch_sizes), max(prompt_tokens), dtype=torch.int64)
     first = torch.zeros(1, prompt_tokens[0], dtype=torch.int64)
-    measured = [_sized(model, found, first, largest) for model, found in zip(models, timings)]
+    measured = [_sized(model, own_timings, first, largest) for model, own_timings in zip(models, timings)]
     for number in range(1, len(models)):
         for reason in slower_because(models[0], models[number], measured[0], measured[number]):
             logger.warning("Model %d is not faster than the first: %s", number + 1, reason)
@@ -225,7 +225,8 @@ def _take_turns(runs: Sequence[Callable[[], tuple[float, float]]], repeats: int)
         taken.append(run())
     # The first run pays for kernels and caches.
     return [
-        (Spread.of([each[0] for each in taken[1:]]), Spread.of([each[1] for each in taken[1:]])) for taken in seconds
+        (Spread.of([prefill for prefill, _ in taken[1:]]), Spread.of([decode for _, decode in taken[1:]]))
+        for taken in seconds
     ]
 
 

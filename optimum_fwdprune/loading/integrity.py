@@ -41,23 +41,23 @@ def check_checkpoint(
     files = weight_files(model_id, where)
     if not files:
         return
-    found = shapes_of(files)
-    described = _described_by(config, auto_class, len(found), files[0].parent)
+    stored = shapes_of(files)
+    described = _described_by(config, auto_class, len(stored), files[0].parent)
     if getattr(config, "quantization_config", None) is not None:
         return
-    for name in sorted(described.keys() & found.keys()):
-        if described[name] != found[name]:
+    for name in sorted(described.keys() & stored.keys()):
+        if described[name] != stored[name]:
             raise ValueError(
-                f"{name} is {list(found[name])} in the weights of {model_id} and {list(described[name])} by its "
+                f"{name} is {list(stored[name])} in the weights of {model_id} and {list(described[name])} by its "
                 f"config.json; one of the two was changed, or belongs to another model."
             )
-    missing = sorted(described.keys() - found.keys())
+    missing = sorted(described.keys() - stored.keys())
     if missing and is_pruned(config):
         raise ValueError(
             f"The weights of {model_id} lack {len(missing)} of the parameters that its config.json describes, such as "
             f"{missing[0]}; copy or download it again."
         )
-    sizes = [sum(map(math.prod, shapes.values())) for shapes in (described, found)]
+    sizes = [sum(map(math.prod, shapes.values())) for shapes in (described, stored)]
     # Heads of other tasks are left out, and parts may be missing: those are drawn at random, with a warning.
     if sizes[0] > 2 * sizes[1]:
         raise ValueError(

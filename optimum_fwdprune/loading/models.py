@@ -35,9 +35,9 @@ def auto_class_of(config: PreTrainedConfig) -> Any:
     pruned = is_pruned(config)
     for candidate in get_architecture(config).model_classes:
         known = candidate if pruned else candidate.__bases__[-1]
-        found = getattr(transformers, str(candidate._auto_class))
-        if known.__name__ in (config.architectures or [])[:1] and (pruned or found is not AutoModel):
-            return found
+        auto_class = getattr(transformers, str(candidate._auto_class))
+        if known.__name__ in (config.architectures or [])[:1] and (pruned or auto_class is not AutoModel):
+            return auto_class
     return AutoModelForCausalLM
 
 

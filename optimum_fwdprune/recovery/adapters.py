@@ -52,7 +52,7 @@ def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
     """Raise `ValueError` on a name that no module has, and list those of linears."""
     modules = dict(model.named_modules())
-    unknown = [] if targets == ["all-linear"] else [each for each in targets if not _has_target(modules, each)]
+    unknown = [] if targets == ["all-linear"] else [target for target in targets if not _has_target(modules, target)]
     if targets and not unknown:
         return
     linears = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
@@ -111,13 +111,13 @@ def check_adapters(folder: str | Path, model: Any) -> None:
     own: dict[str, torch.Tensor] = get_peft_model_state_dict(model)
     try:
         with safe_open(file, framework="pt") as tensors:
-            found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            stored = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}.") from error
-    for name in sorted(own.keys() | found.keys()):
+    for name in sorted(own.keys() | stored.keys()):
         expected = tuple(own[name].shape) if name in own else None
-        if found.get(name) != expected:
+        if stored.get(name) != expected:
             raise ValueError(
-                f"The adapters in {folder} are of another base: {name} has the shape {found.get(name)} there and "
+                f"The adapters in {folder} are of another base: {name} has the shape {stored.get(name)} there and "
                 f"{expected} here. Train new ones, or load the base that they were trained on."
             )

@@ -28,7 +28,7 @@ def checked_callbacks(callbacks: Any) -> list[TrainerCallback]:
         return []
     if isinstance(callbacks, (TrainerCallback, type, str, Mapping)) or not isinstance(callbacks, Iterable):
         callbacks = [callbacks]
-    return [_callback(each) for each in callbacks]
+    return [_callback(callback) for callback in callbacks]
 
 
 def _callback(callback: Any) -> TrainerCallback:

@@ -83,7 +83,7 @@ def divergence_from_teacher(
     if teacher_ids is not None:
         # Both at temperature 1, where the teacher's was kept; the rest is a token that is flattened like the others.
         own, wanted = _with_rest(own.log_softmax(-1).gather(-1, teacher_ids)), _with_rest(wanted)
-    own, wanted = (F.log_softmax(each / temperature, -1) for each in (own, wanted))
+    own, wanted = (F.log_softmax(logits / temperature, -1) for logits in (own, wanted))
     return temperature**2 * F.kl_div(own, wanted, reduction="sum", log_target=True)
 
 
@@ -162,8 +162,8 @@ def check_kept(folder: str | Path | None, identity: Mapping[str, Any]) -> bool:
             check_output_folder(folder)
         return False
     try:
-        found = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
-        known = {name: found[name] for name in identity}
+        stored = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+        known = {name: stored[name] for name in identity}
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} holds no predictions of a teacher; name a new folder.") from error
     if difference := first_difference(known, dict(identity)):

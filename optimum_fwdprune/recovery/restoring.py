@@ -99,10 +99,10 @@ def left_as_it_was(model: PreTrainedModel | None) -> Iterator[None]:
 def removed_where_unused(folder: str | Path) -> Iterator[None]:
     """Remove a folder, and those around it, that the block made and left empty."""
     folder = Path(folder).absolute()
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         yield
     finally:
-        for each in made:
-            if each.is_dir() and not os.listdir(each):
-                each.rmdir()
+        for place in made:
+            if place.is_dir() and not os.listdir(place):
+                place.rmdir()

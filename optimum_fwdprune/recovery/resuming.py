@@ -26,15 +26,15 @@ def checkpoint_of(args: RecoveryArguments) -> str | None:
         return None
     if str(asked).lower() == "true":
         folder = str(args.output_dir)
-        found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-        if found is None:
+        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if checkpoint is None:
             raise ValueError(f"There is no checkpoint to resume from in {args.output_dir}.")
     else:
-        found = str(asked)
-    if not Path(found).is_dir():
-        raise ValueError(f"There is no checkpoint {found} to resume from.")
-    _check_state(Path(found) / TRAINER_STATE_NAME)
-    return found
+        checkpoint = str(asked)
+    if not Path(checkpoint).is_dir():
+        raise ValueError(f"There is no checkpoint {checkpoint} to resume from.")
+    _check_state(Path(checkpoint) / TRAINER_STATE_NAME)
+    return checkpoint
 
 
 def check_resumable(folder: str, model: Any, args: RecoveryArguments) -> None:
@@ -72,14 +72,14 @@ def _check_weights(folder: str, model: PreTrainedModel) -> None:
     if not files:
         raise ValueError(f"{folder} holds no weights: there is no safetensors file of a model in it.")
     try:
-        found = shapes_of(files)
+        stored = shapes_of(files)
     except OSError as error:
         raise ValueError(f"{folder} cannot be resumed from: {error}") from error
     tied = getattr(model, "all_tied_weights_keys", {})
     own = {name: tuple(value.shape) for name, value in model.named_parameters() if name not in tied}
     for name, shape in own.items():
-        if found.get(name) != shape:
+        if stored.get(name) != shape:
             raise ValueError(
-                f"The checkpoint {folder} is of another model: {name} has the shape {found.get(name)} there and "
+                f"The checkpoint {folder} is of another model: {name} has the shape {stored.get(name)} there and "
                 f"{shape} here. Resume the training of the model that it was made from, or start afresh."
             )

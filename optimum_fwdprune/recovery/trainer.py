@@ -19,7 +19,7 @@ class RecoveryTrainer(Trainer):
     Args:
         args (`RecoveryArguments`): `distill_weight`, `hidden_weight` and `temperature`, and all of the Trainer's.
         teacher (`Teacher`, *optional*): predicts along.
-        distills (`bool`, defaults to `False`): the loss listens to a teacher: the one given, or the predictions that
+        distills (`bool`, defaults to `False`): the loss compares with a teacher: `teacher`, or the predictions that
             the data holds.
         kwargs: the Trainer's own.
     """
@@ -91,7 +91,7 @@ class RecoveryTrainer(Trainer):
         if hidden is not None:
             present = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
             own, wanted = (
-                [each.to(loss.device)[present] for each in states] for states in (outputs.hidden_states, hidden)
+                [state.to(loss.device)[present] for state in states] for states in (outputs.hidden_states, hidden)
             )
             # A mean over places, to be summed over the batches of a step as the other parts are.
             share = int(counted.sum()) / count

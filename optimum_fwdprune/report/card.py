@@ -146,7 +146,7 @@ def _what_became_of_the_weights(record: Record) -> Iterator[str]:
     was_pruned = bool(earlier or (metadata.get(INPUTS) or {}).get("was_pruned"))
     if was_pruned:
         yield "The model had been pruned before, and this pruning started from the weights that it had then."
-    for recovery in (each.get("recovery") for each in earlier):
+    for recovery in (pruning.get("recovery") for pruning in earlier):
         if recovery:
             yield f"Before this pruning it had been trained {_training_in_words(recovery)}."
     if config.reconstruction == ReconstructionKind.NONE:
@@ -186,7 +186,7 @@ def _calibration_of(record: Record) -> str | None:
 
 def _loading(name: str, model: PreTrainedModel) -> str:
     auto = model.config.auto_map or {}
-    auto_class = next((each for each in auto if each.endswith(type(model).__name__.rpartition("For")[2])), "AutoModel")
+    auto_class = next((name for name in auto if name.endswith(type(model).__name__.rpartition("For")[2])), "AutoModel")
     return f"""## Load it
 
 ```python

@@ -53,7 +53,7 @@ def models_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         measured = checkpoint["measured"] or {"dense": None, "pruned": {"figures": {}}}
         where = ["checkpoints", place, "measured"]
         reference = measured["dense"]
-        if reference and not any(reference["figures"] == each["figures"] for each in dense):
+        if reference and not any(reference["figures"] == model["figures"] for model in dense):
             dense.append({"number": "D", "is_dense": True, **reference, "at": [*where, "dense", "figures"]})
         own = {"number": str(checkpoint["number"]), "name": checkpoint["name"], "is_dense": False}
         figures = dict(measured["pruned"]["figures"])
@@ -61,7 +61,7 @@ def models_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         if figures and checkpoint["sizes"]:
             figures.setdefault("parameters", checkpoint["sizes"]["parameters"]["after"])
     if len(dense) > 1:
-        dense = [{**each, "number": f"D{place}"} for place, each in enumerate(dense, 1)]
+        dense = [{**model, "number": f"D{place}"} for place, model in enumerate(dense, 1)]
     return dense + pruned
 
 
@@ -148,17 +148,17 @@ def measured_of(comparison: Comparison | None) -> dict[str, Any] | None:
     """Return every figure of the last model of a comparison, and of the first where that is another one."""
     if comparison is None:
         return None
-    found = [
+    models = [
         # JSON has no word for what a broken model measures.
         {
-            "name": Path(each.name).name,
+            "name": Path(evaluation.name).name,
             "figures": {
                 name: value if value is None or math.isfinite(value) else str(value) for name, value in figures.items()
             },
         }
-        for each, figures in zip(comparison.evaluations, comparison.figures())
+        for evaluation, figures in zip(comparison.evaluations, comparison.figures())
     ]
-    return {"dense": found[0] if len(found) > 1 else None, "pruned": found[-1]}
+    return {"dense": models[0] if len(models) > 1 else None, "pruned": models[-1]}
 
 
 def _sizes(outcome: Outcome) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def _scores(scores: Scores, plan: PruningPlan | None) -> dict[str, Any]:
     After several rounds the scores are of the last, whose units the plan does not number: kept and removed ones are
     not told apart then.
     """
-    found: dict[str, Any] = {}
+    spreads: dict[str, Any] = {}
     for kind in UnitKind:
         values = {key: value.double().numpy() for key, value in sorted(scores.values.items()) if key.kind == kind}
         if not values:
@@ -218,7 +218,7 @@ def _scores(scores: Scores, plan: PruningPlan | None) -> dict[str, Any]:
             parts = {"kept": everything[kept], "removed": everything[~kept]}
         else:
             parts = {"all": everything}
-        found[str(kind)] = {
+        spreads[str(kind)] = {
             "is_log": is_log,
             "edges": places.tolist(),
             **{name: np.histogram(part, places)[0].tolist() for name, part in parts.items()},
@@ -227,7 +227,7 @@ def _scores(scores: Scores, plan: PruningPlan | None) -> dict[str, Any]:
                 for key, value in values.items()
             ],
         }
-    return found
+    return spreads
 
 
 def _learning(scores: Scores | None) -> dict[str, Any] | None:

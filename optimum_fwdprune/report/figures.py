@@ -58,7 +58,7 @@ def pictures_of_all(document: Mapping[str, Any], models: Sequence[Mapping[str, A
         document (mapping): of [`document_of`].
         models (sequence of mappings): `number`, `is_dense` and `figures` of every model that was measured.
     """
-    found = []
+    drawings = []
     names = list(dict.fromkeys(name for model in models for name in model["figures"]))
     qualities, speeds = list(filter(is_quality, names)), list(filter(is_speed, names))
     for quality in qualities:
@@ -74,7 +74,7 @@ def pictures_of_all(document: Mapping[str, Any], models: Sequence[Mapping[str, A
                     pictures.draw_points(axis, points, label, quality)
 
                 of, side = ("speed", "right") if against in speeds else ("size", "left")
-                found.append(
+                drawings.append(
                     _draw(
                         f"all-{quality}-{of}",
                         f"Quality against {of}",
@@ -83,14 +83,16 @@ def pictures_of_all(document: Mapping[str, Any], models: Sequence[Mapping[str, A
                         3.1,
                     )
                 )
-    checkpoints = [each for each in document["checkpoints"] if each["layers"]]
-    return found + ([_kept_of_all(checkpoints, kind) for kind in UnitKind] if len(checkpoints) > 1 else [])
+    checkpoints = [checkpoint for checkpoint in document["checkpoints"] if checkpoint["layers"]]
+    return drawings + ([_kept_of_all(checkpoints, kind) for kind in UnitKind] if len(checkpoints) > 1 else [])
 
 
 def _kept_of_all(checkpoints: Sequence[Mapping[str, Any]], kind: str) -> Picture:
-    layers = [[row["layer"] for row in each["layers"]] for each in checkpoints]
-    shares = [[row[kind]["kept"] / max(1, row[kind]["units"]) for row in each["layers"]] for each in checkpoints]
-    labels = [str(each["number"]) for each in checkpoints]
+    layers = [[row["layer"] for row in checkpoint["layers"]] for checkpoint in checkpoints]
+    shares = [
+        [row[kind]["kept"] / max(1, row[kind]["units"]) for row in checkpoint["layers"]] for checkpoint in checkpoints
+    ]
+    labels = [str(checkpoint["number"]) for checkpoint in checkpoints]
 
     def draw(axis: Axes) -> None:
         pictures.draw_kept_of_several(axis, layers, shares, labels)
@@ -115,7 +117,7 @@ def _of_layers(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
         return draw
 
     drawn = [kept(kind) for kind in UnitKind]
-    found = [
+    drawings = [
         _draw(f"{name}-kept", "Kept units", "The share of its units that each layer kept.", drawn, 3.6, sharex=True)
     ]
     if all(row[kind]["parameters"] for row in rows for kind in UnitKind):
@@ -127,8 +129,8 @@ def _of_layers(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
             axis.set_xlabel("layer")
 
         text = "Prunable parameters of each layer: what is left, on what there was."
-        found.append(_draw(f"{name}-parameters", "Parameters", text, [parameters], 3.6))
-    return found
+        drawings.append(_draw(f"{name}-parameters", "Parameters", text, [parameters], 3.6))
+    return drawings
 
 
 def _of_scores(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
@@ -180,15 +182,15 @@ def _of_learning(learning: Mapping[str, Any], name: str) -> list[Picture]:
 
         return drawn
 
-    found = [_draw(f"{name}-loss", "Loss", f"Over the {step}s.", [over_steps(pictures.draw_loss)], 3.0)]
+    drawings = [_draw(f"{name}-loss", "Loss", f"Over the {step}s.", [over_steps(pictures.draw_loss)], 3.0)]
     if not learning["is_search"] and learning["entropy"] and learning["expected_sparsity"]:
         text = "How undecided the masks are, and how much they remove."
-        found.append(_draw(f"{name}-masks", "Masks", text, [over_steps(pictures.draw_masks)], 3.0))
+        drawings.append(_draw(f"{name}-masks", "Masks", text, [over_steps(pictures.draw_masks)], 3.0))
     for kind, title in ((UnitKind.ATTENTION, "Attention"), (UnitKind.MLP, "MLP")):
         drawn = [over_steps(pictures.draw_rates, kind)]
         text = f"The share that each layer keeps, over the {step}s."
-        found.append(_draw(f"{name}-rates-{kind}", f"{title} keep rates", text, drawn, 3.4))
-    return found
+        drawings.append(_draw(f"{name}-rates-{kind}", f"{title} keep rates", text, drawn, 3.4))
+    return drawings
 
 
 def _draw(

@@ -101,8 +101,8 @@ def render_page(document: Mapping[str, Any]) -> str:
         models=models,
         together=pictures_of_all(document, models),
         pictures=[
-            pictures_of(each, f"c{place}")
-            for place, each in enumerate(progress(document["checkpoints"], "Drawing", unit="checkpoint"))
+            pictures_of(checkpoint, f"c{place}")
+            for place, checkpoint in enumerate(progress(document["checkpoints"], "Drawing", unit="checkpoint"))
         ],
         style=(files / "page.css").read_text(encoding="utf-8"),
         light=PALETTE,
