@@ -1,8 +1,8 @@
 """Registers the pruned classes with transformers' Auto classes and with PEFT, without importing either to do so.
 
 `import optimum_fwdprune` must be cheap, and `AutoModelForCausalLM.from_pretrained` must know pruned checkpoints after
-it. So registration waits for transformers: it happens when the outermost import of a `transformers` module that
-brought the Auto classes in has finished. Earlier, in the middle of that import, modelling files may be half loaded.
+it. So registration waits for transformers: it happens when the outermost import that brought the Auto classes in has
+finished. Earlier, in the middle of that import, modelling files of transformers or of this package may be half loaded.
 
 PEFT's tables of default target modules are completed when PEFT loads, or when a family is registered after that.
 """
@@ -20,13 +20,14 @@ _AUTO_MODULE = "transformers.models.auto.configuration_auto"
 
 
 class _AfterTransformers:
-    """A meta path finder that finds nothing itself; it wraps the loading of `transformers` modules."""
+    """A meta path finder that finds nothing itself. It wraps the loading of modules of `transformers` and of this
+    package."""
 
     def __init__(self):
         self.depth = 0
 
     def find_spec(self, name, path, target=None):
-        if not name.startswith("transformers."):
+        if not name.startswith(("transformers.", f"{__package__}.")):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:

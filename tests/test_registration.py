@@ -23,6 +23,9 @@ ORDERS = {
     "plugin_then_tokenizer": "import optimum_fwdprune; from transformers import AutoTokenizer",
     "plugin_then_a_modelling_file": "import optimum_fwdprune; from transformers import LlamaForCausalLM",
     "plugin_then_auto_factory": "import optimum_fwdprune; import transformers.models.auto.auto_factory",
+    "mixins_first": "import optimum_fwdprune.models.per_layer; from transformers import AutoModelForCausalLM",
+    "layouts_first": "import optimum_fwdprune.models.layout; from transformers import AutoModelForCausalLM",
+    "a_family_first": "import optimum_fwdprune.models.pruned_llama; from transformers import AutoModelForCausalLM",
 }
 LOAD = """
 from transformers import AutoConfig, AutoModelForCausalLM
