@@ -9,7 +9,7 @@ from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
 from optimum_fwdprune.data import texts
 from optimum_fwdprune.planning import timing
 from optimum_fwdprune.request import config as configuration
-from optimum_fwdprune.request import registry
+from optimum_fwdprune.request import options, registry
 
 
 # A checkpoint names a folder that it was made from by its last part.
@@ -37,6 +37,7 @@ def install(monkeypatch, folder, checkpoints):
     known = dict(registry.METHODS)
     monkeypatch.setattr(registry, "METHODS", known)
     monkeypatch.setattr(configuration, "METHODS", known)
+    monkeypatch.setattr(options, "METHODS", known)
     monkeypatch.setattr(texts, "load_rows", wikitext)
     monkeypatch.setattr("optimum_fwdprune.data.load_calibration.load_rows", wikitext)
     make_smaller(monkeypatch, PruningConfig, SMALLER)

@@ -55,7 +55,7 @@ def _check_columns(columns: Mapping) -> None:
 def row_of(value: Any) -> Mapping:
     """A row, from what lists and generators hold."""
     if isinstance(value, Mapping):
-        return {name: None if _is_missing(each) else each for name, each in value.items()}
+        return {name: None if _is_missing(entry) else entry for name, entry in value.items()}
     if isinstance(value, (list, tuple)) and value and all(isinstance(message, Mapping) for message in value):
         return {"messages": value}
     if isinstance(value, (list, tuple)) and value and all(getattr(part, "ndim", 0) for part in value):

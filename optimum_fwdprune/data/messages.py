@@ -159,14 +159,14 @@ def _plain(value: Any) -> Any:
     """A value with lists in the places of arrays, which pandas and formats of datasets have there."""
     if hasattr(value, "tolist"):
         value = value.tolist()
-    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _from_json(value: Any) -> Any:
     """The messages that a value holds as JSON, or else the value, without arrays."""
     value = _plain(value)
-    found = messages_in(value) if isinstance(value, str) else None
-    return value if found is None else found
+    messages = messages_in(value) if isinstance(value, str) else None
+    return value if messages is None else messages
 
 
 def _messages(values: Any, column: str) -> list[dict]:

@@ -128,7 +128,7 @@ def open_rows(
 def holds_splits(source: Any) -> bool:
     """Whether a source is a mapping of datasets, of which `split` names one."""
     return (
-        isinstance(source, Mapping) and bool(source) and all(hasattr(each, "column_names") for each in source.values())
+        isinstance(source, Mapping) and bool(source) and all(hasattr(part, "column_names") for part in source.values())
     )
 
 

@@ -54,7 +54,7 @@ class Resume:
         self._identity = identity or {}
         self._seconds = seconds
 
-    def stage(self, name: str, calibration: HasFingerprint | None = None, own: bool = False, **about) -> Stage:
+    def stage(self, name: str, calibration: HasFingerprint | None = None, own: bool = False, **inputs) -> Stage:
         """Return the state of one stage.
 
         Args:
@@ -62,29 +62,29 @@ class Resume:
             calibration (`Calibration`, *optional*): the tokens that it runs.
             own (`bool`, defaults to `False`): with several processes each has a state of its own; otherwise all have
                 the same, which the main one writes and reads.
-            about: what else it belongs to, as JSON values.
+            inputs: what else the state depends on, as JSON values.
         """
         if self._folder is None:
             return Stage(None, {}, 0.0, own)
         if own and ranks.world_size() > 1:
             name = f"{name}.{ranks.rank()}-of-{ranks.world_size()}"
-        identity = {**self._identity, **about}
+        identity = {**self._identity, **inputs}
         if calibration is not None:
             identity["tokens"] = calibration.fingerprint
         return Stage(self._folder / f"{name}.safetensors", json.loads(json.dumps(identity)), self._seconds, own)
 
-    def folder(self, name: str, calibration: HasFingerprint | None = None, **about) -> Path | None:
+    def folder(self, name: str, calibration: HasFingerprint | None = None, **inputs) -> Path | None:
         """Return a folder for what a stage keeps beside its state, or `None` where nothing is kept.
 
         Args:
-            name, calibration, about: as for `stage`.
+            name, calibration, inputs: as for `stage`.
 
         Raises:
             ValueError: where there is one that belongs to another run, naming the first difference.
         """
         if self._folder is None:
             return None
-        stage = self.stage(name, calibration, **about)
+        stage = self.stage(name, calibration, **inputs)
         if stage.load(lambda _tensors, _numbers: True) is None:
             stage.save(lambda: ({}, {}))
         return self._folder / name
@@ -111,10 +111,10 @@ class Stage:
             return None
         try:
             tensors, numbers = _parsed(content)
-            found = numbers.pop("identity")
+            identity = numbers.pop("identity")
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise self._not_a_state(error) from error
-        if difference := first_difference(found, self._identity):
+        if difference := first_difference(identity, self._identity):
             raise ValueError(
                 f"{self._path} belongs to another run: {difference}. Name another folder, or delete it to start "
                 f"afresh."

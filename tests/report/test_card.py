@@ -163,11 +163,12 @@ def test_what_no_command_can_make_has_none_and_says_why(prune, reason, folder, t
     import dataclasses
 
     from optimum_fwdprune.request import config as configuration
-    from optimum_fwdprune.request import registry
+    from optimum_fwdprune.request import options, registry
 
     known = dict(registry.METHODS)
     monkeypatch.setattr(registry, "METHODS", known)
     monkeypatch.setattr(configuration, "METHODS", known)
+    monkeypatch.setattr(options, "METHODS", known)
     own = dataclasses.make_dataclass("OwnConfig", [("method", str, "own")], bases=(PruningConfig,))
     own.__module__ = __name__
     register_method(own, lambda inputs: {site.key: torch.rand(site.num_units) for site in inputs.sites})

@@ -13,7 +13,7 @@ import torch
 
 from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.files import load_tensors
-from optimum_fwdprune.request import config as configuration
+from optimum_fwdprune.request import files
 from optimum_fwdprune.runs.resume import Resume, digest_of
 from optimum_fwdprune.scoring.gradients import perturbation
 
@@ -166,7 +166,7 @@ def test_states_of_another_model_request_text_or_version_are_refused(tokens, tmp
     file = tmp_path / "draws.safetensors"
     with pytest.raises(ValueError, match=f"{file} belongs to another run: its tokens is"):
         run(fields, tokens.flip(0), tmp_path)
-    monkeypatch.setattr(configuration, "__version__", "9.9")
+    monkeypatch.setattr(files, "__version__", "9.9")
     with pytest.raises(ValueError, match=r"its fwdprune_version is '.*', this one's is '9\.9'"):
         run(fields, tokens, tmp_path)
 

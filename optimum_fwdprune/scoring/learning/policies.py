@@ -10,7 +10,7 @@ import torch
 
 from ...allocation.budgets import PARAMETERS, Cost
 from ...architectures import Site, SiteKey
-from ...request.choices import Scope
+from ...request.choices import BudgetSharing, Scope
 from ...request.config import PruningConfig
 from ...runs.randomness import seeded_generator
 from .policy_gradient import RateBudget, project
@@ -202,7 +202,7 @@ def budgets_of(
     start = 0
     for of_site in variables:
         site = of_site.site
-        kind = site.kind if config.budget == "separate" or config.has_budget_per_kind else ""
+        kind = site.kind if config.budget == BudgetSharing.SEPARATE or config.has_budget_per_kind else ""
         layer = site.layer if config.resolved_scope == Scope.LAYER else -1
         pools.setdefault((kind, layer), []).append((of_site, start))
         start += of_site.count
