@@ -18,9 +18,7 @@ from ...architectures import Site
 from ...forward.gates import gated
 from ...runs.devices import compute_device
 from ...runs.randomness import seeded_generator
-
-
-RADEMACHER, GAUSSIAN = "rademacher", "gaussian"
+from ..choices import NoiseDistribution
 
 
 @dataclass(frozen=True)
@@ -33,14 +31,14 @@ class Noise:
     """
 
     seed: int
-    distribution: str = RADEMACHER
+    distribution: str = NoiseDistribution.RADEMACHER
 
     def tensor(
         self, shape: Sequence[int], draw: int, place: int, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
         """Return the noise of `draw` for the tensor of the given shape that has the number `place`."""
         generator = seeded_generator(self.seed, draw, place, device=device)
-        if self.distribution == GAUSSIAN:
+        if self.distribution == NoiseDistribution.GAUSSIAN:
             return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
         count = math.prod(shape)
         # 64 signs from one random number: `bernoulli_` takes 40 times as long.

@@ -10,6 +10,7 @@ import torch
 from ...architectures import Coupling, Site, SiteKey
 from ...forward.statistics import SiteStatistics
 from ...runs.progress import progress
+from ..choices import Aggregation
 from .perturbation import (
     Noise,
     Perturbation,
@@ -18,8 +19,6 @@ from .perturbation import (
 )
 from .zeroth_order import Draws
 
-
-SUM, MEAN, L2 = "sum", "mean", "l2"
 
 # Gradients of perturbed tensor `index`, one after the other: the estimate, then those without a part of the draws.
 # Each belongs to whoever asked for it and may be overwritten.
@@ -64,9 +63,9 @@ class WeightSensitivity:
                 parts = [self._owned(site, coupling, parameter.detach(), estimate) for estimate in gradient(index)]
                 total = total + torch.stack(parts)
                 index += 1
-            if self._aggregation == L2:
+            if self._aggregation == Aggregation.L2:
                 total = total.sqrt()
-            elif self._aggregation == MEAN:
+            elif self._aggregation == Aggregation.MEAN:
                 total = total / site.unit_parameters
             scores[site.key] = total
         return scores
@@ -74,7 +73,7 @@ class WeightSensitivity:
     def _owned(self, site: Site, coupling: Coupling, parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         # In place: a linear may be large, and there are several estimates of its gradient.
         products = gradient.mul_(parameter).mul_(self._norms(site, coupling, parameter, gradient))
-        products = products.square_() if self._aggregation == L2 else products.abs_()
+        products = products.square_() if self._aggregation == Aggregation.L2 else products.abs_()
         return site.sum_owned(coupling, parameter, products)
 
     def _norms(self, site: Site, coupling: Coupling, parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

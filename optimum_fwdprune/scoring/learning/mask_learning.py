@@ -18,9 +18,9 @@ from ...runs import ranks
 from ...runs.loggers import get_logger
 from ...runs.progress import progress
 from ...runs.resume import Stage, State
+from ..choices import Estimator
 from .policies import Policy, entropy
 from .policy_gradient import (
-    LEAVE_ONE_OUT,
     cosine,
     policy_gradient,
     project,
@@ -193,7 +193,7 @@ class _Learner:
         usable = losses.isfinite()
         if schedule.antithetic:
             usable = usable.view(-1, 2).all(1).repeat_interleave(2)
-        fewest = 4 if schedule.antithetic and schedule.estimator == LEAVE_ONE_OUT else 2
+        fewest = 4 if schedule.antithetic and schedule.estimator == Estimator.LEAVE_ONE_OUT else 2
         state.rejected += int((~usable).sum())
         if int(usable.sum()) < fewest:
             return math.nan

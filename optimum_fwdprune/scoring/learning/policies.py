@@ -13,6 +13,7 @@ from ...architectures import Site, SiteKey
 from ...request.choices import BudgetSharing, Scope
 from ...request.config import PruningConfig
 from ...runs.randomness import seeded_generator
+from ..choices import Initialization
 from .policy_gradient import RateBudget, project
 
 
@@ -263,11 +264,11 @@ def initial_probabilities(
     probabilities = []
     for values, rate in zip(scores, keep_rates):
         values = values.double()
-        if how == "sigmoid":
+        if how == Initialization.SIGMOID:
             start = ((values - values.mean()) / values.std(correction=0).clamp_min(1e-30)).sigmoid()
-        elif how == "min_max":
+        elif how == Initialization.MIN_MAX:
             start = (values - values.min()) / (values.max() - values.min()).clamp_min(1e-30)
-        elif how == "random":
+        elif how == Initialization.RANDOM:
             start = torch.rand(len(values), generator=generator, dtype=torch.float64)
         else:
             start = torch.zeros_like(values)

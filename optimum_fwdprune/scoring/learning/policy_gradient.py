@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..choices import Estimator
 
-LEAVE_ONE_OUT = "leave_one_out"
 
 # Keep probabilities stay above this while they are learned: a unit at 0 would never be tried again.
 FLOOR = 1e-3
@@ -103,7 +103,7 @@ def policy_gradient(
         antithetic (`bool`): neighbouring draws are pairs.
     """
     count = len(losses)
-    if estimator == LEAVE_ONE_OUT:
+    if estimator == Estimator.LEAVE_ONE_OUT:
         size = 2 if antithetic else 1
         groups = losses.view(-1, size).sum(1).repeat_interleave(size)
         advantages = losses - (losses.sum() - groups) / (count - size)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ...request.config import PruningConfig, register_method
 from ...request.options import option
 from ...request.registry import register_preset
+from ..choices import Aggregation, Gradient, NoiseDistribution, Perturbed
 from .scoring import ScoringInputs, UnitScores
 
 
@@ -20,18 +21,18 @@ class MiniLlmConfig(PruningConfig):
 
     method: str = "mini_llm"
     gradient: str = option(
-        "zeroth_order",
+        Gradient.ZEROTH_ORDER,
         "Where ∂L/∂W comes from: forward passes, exact back-propagation, or a control, all ones or random numbers.",
-        ("zeroth_order", "exact", "ones", "random"),
+        Gradient,
     )
     perturb: str = option(
-        "weights",
+        Perturbed.WEIGHTS,
         "What is perturbed: every weight, as published, or the gate of every unit, thousands of times fewer numbers.",
-        ("weights", "units"),
+        Perturbed,
     )
     draws: int = option(64, "Perturbations drawn; each costs two forward passes over windows_per_draw windows.")
     epsilon: float | None = option(None, "Step of a perturbation. Default: 1e-3, and 1e-2 for a model in 16 bit.")
-    noise: str = option("rademacher", "Distribution of the perturbations.", ("rademacher", "gaussian"))
+    noise: str = option(NoiseDistribution.RADEMACHER, "Distribution of the perturbations.", NoiseDistribution)
     windows_per_draw: int | None = option(
         None, "Calibration windows that a draw is measured on. Default: 4 for weights, 1 for units."
     )
@@ -41,7 +42,7 @@ class MiniLlmConfig(PruningConfig):
         "noise so far. Default: never.",
     )
     aggregation: str = option(
-        "sum", "How the sensitivities of a unit's weights are put together.", ("sum", "mean", "l2")
+        Aggregation.SUM, "How the sensitivities of a unit's weights are put together.", Aggregation
     )
 
     def __post_init__(self):
@@ -55,10 +56,10 @@ class MiniLlmConfig(PruningConfig):
 
 
 # Parts that the standard errors leave out in turn: so many copies of one linear are held at once.
-GROUPS = {"weights": 8, "units": 32}
+GROUPS: dict[str, int] = {Perturbed.WEIGHTS: 8, Perturbed.UNITS: 32}
 # By bytes per weight. Measured on SmolLM2-135M: in bfloat16 a step of 1e-3 finds more rounding than slope.
 EPSILON = {2: 1e-2, 4: 1e-3, 8: 1e-3}
-WINDOWS_PER_DRAW = {"weights": 4, "units": 1}
+WINDOWS_PER_DRAW: dict[str, int] = {Perturbed.WEIGHTS: 4, Perturbed.UNITS: 1}
 
 
 def score(inputs: ScoringInputs) -> UnitScores:
@@ -69,10 +70,10 @@ def score(inputs: ScoringInputs) -> UnitScores:
     noise = Noise(config.seed, config.noise)
     sensitivity = (
         UnitSensitivity(inputs.sites, inputs.statistics, noise)
-        if config.perturb == "units"
+        if config.perturb == Perturbed.UNITS
         else WeightSensitivity(inputs.sites, inputs.statistics, noise, config.aggregation)
     )
-    if config.gradient == "zeroth_order":
+    if config.gradient == Gradient.ZEROTH_ORDER:
         return _estimate(inputs, sensitivity)
     scores = sensitivity.of(_known_gradient(inputs, sensitivity.perturbation))
     return UnitScores({key: estimates[0] for key, estimates in scores.items()})
@@ -122,18 +123,18 @@ def _known_gradient(inputs: ScoringInputs, perturbation) -> Callable:
     import torch
 
     from ..gradients.backprop import unit_gradients, weight_gradients
-    from ..gradients.perturbation import GAUSSIAN, Noise
+    from ..gradients.perturbation import Noise
 
     config = inputs.config
-    if config.gradient == "ones":
+    if config.gradient == Gradient.ONES:
         return lambda index: [
             torch.ones(perturbation.shapes[index], dtype=torch.float32, device=perturbation.device(index))
         ]
-    if config.gradient == "random":
-        noise = Noise(config.seed, GAUSSIAN)
+    if config.gradient == Gradient.RANDOM:
+        noise = Noise(config.seed, NoiseDistribution.GAUSSIAN)
         shapes, device = perturbation.shapes, perturbation.device
         return lambda index: [noise.tensor(shapes[index], 0, index, torch.float32, device(index))]
-    if config.perturb == "units":
+    if config.perturb == Perturbed.UNITS:
         gates = unit_gradients(inputs.model, inputs.sites, inputs.calibration, config.batch_size)
         vector = torch.cat([gates[site.key].cpu() for site in inputs.sites])
         return lambda index: [vector]
@@ -143,11 +144,11 @@ def _known_gradient(inputs: ScoringInputs, perturbation) -> Callable:
 
 
 def _is_additive(config) -> bool:
-    return config.perturb == "units" or config.aggregation == "sum"
+    return config.perturb == Perturbed.UNITS or config.aggregation == Aggregation.SUM
 
 
 def _differentiates(config) -> bool:
-    return config.gradient == "exact"
+    return config.gradient == Gradient.EXACT
 
 
 register_method(

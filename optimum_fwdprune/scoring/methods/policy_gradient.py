@@ -9,11 +9,12 @@ from ...request.choices import BudgetSharing, Layout, Scope
 from ...request.config import PruningConfig, register_method
 from ...request.options import option
 from ...request.registry import get_method, register_preset, registered_methods
+from ..choices import Estimator, Initialization, Parametrization
 from .scoring import ScoringInputs, UnitScores
 
 
 # Units have thousands of times as many numbers to learn from the same losses: larger steps drown them in noise.
-LEARNING_RATES = {"ratio": 0.05, "unit": 0.02}
+LEARNING_RATES: dict[str, float] = {Parametrization.RATIO: 0.05, Parametrization.UNIT: 0.02}
 
 
 @dataclass
@@ -36,9 +37,9 @@ class PolicyGradientConfig(PruningConfig):
         (Scope.LAYER, Scope.GLOBAL),
     )
     parametrization: str = option(
-        "ratio",
+        Parametrization.RATIO,
         "What is learned: a keep ratio per site whose units the metric ranks, or a keep probability per unit.",
-        ("ratio", "unit"),
+        Parametrization,
     )
     ratio_spread: float = option(0.1, "Standard deviation of the ratios drawn under parametrization=ratio.")
     steps: int = option(300, "Updates of the probabilities; each costs masks_per_step forward passes of its windows.")
@@ -46,18 +47,18 @@ class PolicyGradientConfig(PruningConfig):
         None, "Step size of plain SGD, falling to 0 along a cosine. Default: 0.05 for ratios, 0.02 for units."
     )
     estimator: str = option(
-        "leave_one_out",
+        Estimator.LEAVE_ONE_OUT,
         "Baseline of a mask's loss: the other masks of the step, or the paper's moving average.",
-        ("leave_one_out", "moving_average"),
+        Estimator,
     )
     masks_per_step: int = option(4, "Masks drawn per step, all on the same windows.")
     antithetic: bool = option(False, "Draw masks in pairs of opposites.")
     windows_per_step: int = option(2, "Calibration windows per step.")
     baseline_horizon: float = option(5.0, "Steps that the moving average looks back.")
     initialization: str = option(
-        "sigmoid",
+        Initialization.SIGMOID,
         "How the metric's scores become probabilities, or start without a metric.",
-        ("sigmoid", "min_max", "constant", "random"),
+        Initialization,
     )
     metric: str = option("wanda_sp", "Method whose scores the probabilities start from.")
     metric_samples: int | None = option(None, "Calibration windows that the metric is measured on. Default: all.")
@@ -86,7 +87,11 @@ class PolicyGradientConfig(PruningConfig):
             raise ValueError(f"baseline_horizon must be at least 1 step; got {self.baseline_horizon}.")
         if self.ratio_spread <= 0:
             raise ValueError(f"ratio_spread must be positive; got {self.ratio_spread}.")
-        if self.parametrization == "ratio" and self.resolved_scope == Scope.LAYER and not self._kinds_trade:
+        if (
+            self.parametrization == Parametrization.RATIO
+            and self.resolved_scope == Scope.LAYER
+            and not self._kinds_trade
+        ):
             reason, way_out = "scope='layer'", "use scope='global' or budget='joint', or parametrization='unit'"
             if self.layout == Layout.STOCK:
                 reason, way_out = "layout='stock'", "use parametrization='unit', or leave out layout='stock'"
@@ -94,7 +99,7 @@ class PolicyGradientConfig(PruningConfig):
                 f"parametrization='ratio' moves ratios between sites, and {reason} with a budget for each kind leaves "
                 f"every site on its own; {way_out}."
             )
-        if self.antithetic and self.estimator == "moving_average":
+        if self.antithetic and self.estimator == Estimator.MOVING_AVERAGE:
             raise ValueError(
                 "antithetic masks cancel their partners' deviations, which the moving average does not allow for; use "
                 "estimator='leave_one_out'."
@@ -208,7 +213,7 @@ def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
     config = inputs.config
     metric = {key: values.cpu() for key, values in metric.items()}
     kept = inputs.keep(metric)
-    if config.parametrization == "ratio":
+    if config.parametrization == Parametrization.RATIO:
         variables = [Variables(site, 1, fewest_units(site, config) / site.num_units) for site in sites]
         budgets = budgets_of(variables, kept, config, exact=True)
         if all(len(budget.members) == 1 for budget in budgets):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ...request.config import PruningConfig, register_method
 from ...request.options import option
 from ...request.registry import register_preset
+from ..choices import Salience
 from .scoring import ScoringInputs
 
 
@@ -20,9 +21,9 @@ class TaylorConfig(PruningConfig):
 
     method: str = "taylor"
     salience: str = option(
-        "vector",
+        Salience.VECTOR,
         "Whether W · ∂L/∂W is summed over the unit before its absolute value is taken, or element by element.",
-        ("vector", "element"),
+        Salience,
     )
 
 
@@ -36,7 +37,7 @@ def score(inputs: ScoringInputs) -> dict:
     scores: dict = {}
     for (site, coupling, parameter), gradient in zip(owned, gradients):
         salience = gradient.mul_(parameter.detach())
-        salience = salience.abs_() if config.salience == "element" else salience
+        salience = salience.abs_() if config.salience == Salience.ELEMENT else salience
         scores[site.key] = scores.get(site.key, 0) + site.sum_owned(coupling, parameter, salience)
     return {key: value.abs() for key, value in scores.items()}
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from optimum_fwdprune import Calibration, FwdPruner, find_sites
-from optimum_fwdprune.scoring.gradients.perturbation import GAUSSIAN, Noise, WeightPerturbation
+from optimum_fwdprune.scoring.gradients.perturbation import Noise, WeightPerturbation
 from optimum_fwdprune.scoring.gradients.zeroth_order import Sampling, draw_slopes
 from optimum_fwdprune.scoring.scores import Scores
 
@@ -111,9 +111,9 @@ def test_taylor(dense, tokens, unit, salience):
 
 
 def test_zeroth_order_scores_are_those_of_the_mean_of_slope_times_noise(dense, tokens):
-    scores = score(dense, tokens, draws=3, epsilon=1e-2, noise=GAUSSIAN, windows_per_draw=5, seed=7)
+    scores = score(dense, tokens, draws=3, epsilon=1e-2, noise="gaussian", windows_per_draw=5, seed=7)
     sites = find_sites(dense)
-    perturbation = WeightPerturbation(sites, Noise(7, GAUSSIAN))
+    perturbation = WeightPerturbation(sites, Noise(7, "gaussian"))
     sampling = Sampling(draws=3, epsilon=1e-2, windows_per_draw=5, batch_size=8)
     draws = draw_slopes(dense, perturbation, Calibration(tokens), sampling)
     known = numpy_of(dense, tokens, "query_head")
