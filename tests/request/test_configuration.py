@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from optimum_fwdprune import PruningConfig, register_method
+from optimum_fwdprune.request.choices import ReconstructionKind, Scope, UnitKind
 from optimum_fwdprune.request.files import CONFIG_NAME
 from optimum_fwdprune.request.registry import (
     get_method,
@@ -288,3 +289,13 @@ def test_a_preset_of_another_method_is_refused():
         FlapConfig.from_preset("policy-gradient-paper")
     with pytest.raises(ValueError, match="is for method 'policy_gradient', not for 'flap'"):
         PruningConfig.from_preset("policy-gradient-paper", method="flap")
+
+
+def test_values_of_options_may_be_enums_and_are_kept_as_plain_strings():
+    enums = {"scope": Scope.GLOBAL, "kinds": [UnitKind.MLP], "reconstruction": ReconstructionKind.BIAS}
+    config = PruningConfig(**enums)
+
+    assert config == PruningConfig(scope="global", kinds=["mlp"], reconstruction="bias")
+    assert {type(config.scope), type(config.kinds[0]), type(config.reconstruction)} == {str}
+    assert json.loads(json.dumps(enums)) == {name: getattr(config, name) for name in enums}
+    assert f"{Scope.GLOBAL} {Scope.GLOBAL!r}" == "global 'global'"
