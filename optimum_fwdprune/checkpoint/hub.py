@@ -17,7 +17,7 @@ logger = get_logger(__name__)
 
 
 def check_upload(repo_id: str, token: str | None = None) -> None:
-    """Raise where an upload would fail whatever the Hub answers: a name that is none, no token, the offline mode.
+    """Raise an error where an upload would fail whatever the Hub answers: an invalid name, no token, the offline mode.
 
     Raises:
         OSError: where there is no token, or `HF_HUB_OFFLINE` is set.

@@ -40,14 +40,14 @@ def add_loading_options(parser: ArgumentParser) -> None:
 
 
 def loading_options(args: Namespace) -> dict[str, Any]:
-    """Return what of these was given, for `from_pretrained`."""
+    """Return the loading options that were set, as arguments of `from_pretrained`."""
     options = {name: getattr(args, name) for name in LOADING if getattr(args, name) is not None}
     return options | {"trust_remote_code": args.trust_remote_code}
 
 
 @contextmanager
 def naming_the_model(model: str) -> Iterator[None]:
-    """Say in errors of loading what could not be loaded; some of transformers' messages leave it out."""
+    """Name the model in errors of loading it; some of the messages of transformers leave it out."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -92,7 +92,7 @@ def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:
 
 
 def add_hub_options(parser: ArgumentParser) -> None:
-    """Add where on the Hub the result goes."""
+    """Add the options of an upload to the Hub."""
     hub = parser.add_argument_group("hub")
     hub.add_argument("--push-to-hub", "--push_to_hub", metavar="REPO", help="Also upload the checkpoint there.")
     hub.add_argument("--private", action="store_true", default=None, help="A new repository is private.")
@@ -102,7 +102,7 @@ def add_hub_options(parser: ArgumentParser) -> None:
 
 
 def check_hub_options(args: Namespace) -> None:
-    """Raise now where an upload that the options ask for could not succeed, as far as that can be known."""
+    """Raise an error now where the upload that the options ask for could not succeed, as far as that can be known."""
     if args.push_to_hub is not None:
         from optimum_fwdprune.checkpoint.hub import check_upload
 
@@ -110,7 +110,7 @@ def check_hub_options(args: Namespace) -> None:
 
 
 def push_to_hub(pruner: FwdPruner, args: Namespace) -> None:
-    """Upload what was saved, where the options ask for it.
+    """Upload the checkpoint that was saved, where the options ask for it.
 
     Raises:
         OSError: where that fails, naming the folder that is whole, and how to try again.
@@ -129,7 +129,7 @@ def push_to_hub(pruner: FwdPruner, args: Namespace) -> None:
 
 
 def add_evaluation_options(parser: ArgumentParser) -> None:
-    """Add what to measure quality on, and how."""
+    """Add the options of quality measurements."""
     quality = parser.add_argument_group("quality")
     quality.add_argument(
         "--text",
@@ -165,7 +165,7 @@ def add_evaluation_options(parser: ArgumentParser) -> None:
 
 
 def evaluation_options(args: Namespace) -> dict[str, Any]:
-    """Return these, with the texts read, for `evaluate` and `compare`."""
+    """Return the options of quality measurements, with the texts read, for `evaluate` and `compare`."""
     from optimum_fwdprune.data.texts import open_texts
 
     opened = [open_texts(source, args.text_config, args.text_split, args.text_column) for source in args.text]
@@ -186,7 +186,7 @@ def check_different(names: Sequence[str], given_as: str) -> None:
 
 
 def add_speed_options(parser: ArgumentParser) -> None:
-    """Add what to measure speed with."""
+    """Add the options of speed measurements."""
     speed = parser.add_argument_group("speed")
     speed.add_argument(
         "--batch_sizes",
@@ -213,7 +213,7 @@ def add_speed_options(parser: ArgumentParser) -> None:
 
 
 def speed_options(args: Namespace) -> dict[str, Any]:
-    """Return these, for `benchmark` and `compare`."""
+    """Return the options of speed measurements, for `benchmark` and `compare`."""
     from optimum_fwdprune.evaluation.measuring import SPEED_OPTIONS
 
     return {name: getattr(args, name) for name in SPEED_OPTIONS}

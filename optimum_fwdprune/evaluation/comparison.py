@@ -19,7 +19,7 @@ from .tasks import TaskScore
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of one model.
+    """The measurements of one model.
 
     Args:
         name (`str`): of the model.
@@ -61,7 +61,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models side by side; the first is what speed-ups are against.
+    """Models side by side; speed-ups are relative to the first.
 
     Args:
         evaluations (`list[Evaluation]`): a model each.
@@ -94,11 +94,11 @@ class Comparison:
         return Comparison(self.evaluations[-1:])
 
     def to_json(self) -> str:
-        """Return all that was measured, spreads included."""
+        """Return all measurements, spreads included, as JSON."""
         return json.dumps(self.to_list(), indent=2) + "\n"
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Return all that was measured as JSON values, a model each."""
+        """Return all measurements as JSON values, one entry per model."""
         return [asdict(evaluation) for evaluation in self.evaluations]
 
     @classmethod

@@ -1,4 +1,4 @@
-"""One model or several, measured: quality by texts and tasks, and beside it speed and size."""
+"""Measurements of one model or several: quality on texts and tasks, speed and size."""
 
 from __future__ import annotations
 

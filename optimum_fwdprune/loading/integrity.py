@@ -1,4 +1,4 @@
-"""Whether the config and the weights of a checkpoint speak of the same model, asked before either is believed."""
+"""Whether the config and the weights of a checkpoint describe the same model, checked before either is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of the Hub where it must not be asked: they say why, and what to do."""
+"""Errors where the Hub must not be asked: they name the reason and the way out."""
 
 from __future__ import annotations
 

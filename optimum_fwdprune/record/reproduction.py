@@ -43,7 +43,7 @@ class Reproduction:
 
 
 def inputs_of(loading: Mapping[str, Any] | None, dtype: Any, was_pruned: bool, data_in_memory: bool) -> dict[str, Any]:
-    """Return what is to be remembered of what goes into a pruning, as JSON values.
+    """Return the inputs of a pruning beside its request that a plan records, as JSON values.
 
     Args:
         loading (mapping, *optional*): arguments of `from_pretrained`; `None` for a model that was passed in memory.

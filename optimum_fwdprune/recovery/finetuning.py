@@ -1,4 +1,4 @@
-"""Recovery: train what pruning left until it is as good as it can be again."""
+"""The training of a pruned model: with adapters or of all weights, on text alone or towards the dense model too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training changes beside weights: recorded before it begins, and put back however it ends."""
+"""The state that training changes beside weights: recorded before it begins, and put back however it ends."""
 
 from __future__ import annotations
 

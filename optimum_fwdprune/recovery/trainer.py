@@ -1,4 +1,4 @@
-"""The Trainer, taught to listen to a teacher."""
+"""A Trainer whose loss can compare the model with a teacher."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RecoveryTrainer(Trainer):
         super().__init__(args=args, data_collator=collate, compute_loss_func=loss, **kwargs)
         self._teacher = teacher
         self._distills = distills
-        # What the teacher says of the batch at hand.
+        # Predictions of the teacher for the current batch.
         self._predicted: tuple[Any, ...] = ()
         self._parts: dict[str, float] = {}
         self._batches = 0

@@ -1,4 +1,4 @@
-"""What pruning did, for people and for machines: figures, tables, pictures, and a page of all of them."""
+"""Reports of a pruning, for people and for machines: figures, tables, pictures, and a page with all of them."""
 
 from ..record.outcome import Speedup as Speedup
 from ..words import render_table as render_table

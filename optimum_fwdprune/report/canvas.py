@@ -1,4 +1,4 @@
-"""What all pictures share: colours, empty figures, axes of layers, and files that are whole."""
+"""Colours, figures, legends and axes that all pictures share, and the file that a picture is written to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report says, as JSON values: its page, its tables and its pictures show nothing else."""
+"""The content of a report as JSON values; its page, tables and pictures show nothing else."""
 
 from __future__ import annotations
 

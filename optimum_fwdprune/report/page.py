@@ -1,4 +1,4 @@
-"""A report as one HTML file that asks nobody for anything, with a JSON file of the same figures beside it."""
+"""A report as one HTML file that loads nothing from elsewhere, with a JSON file of the same figures beside it."""
 
 from __future__ import annotations
 

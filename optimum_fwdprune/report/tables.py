@@ -1,4 +1,4 @@
-"""What a terminal shows: what each layer kept, how it was learned, and checkpoints side by side."""
+"""Tables for a terminal: the kept units of each layer, the progress of learning, and checkpoints side by side."""
 
 from __future__ import annotations
 
