@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from ..loading.saving import check_savable
 from ..runs.locks import held, taking_turns
@@ -25,9 +25,31 @@ from .teachers import TeacherSource, find_teacher
 from .trainer import RecoveryTrainer
 
 
+def recover(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dataset: Any,
+    args: RecoveryArguments,
+    *,
+    eval_dataset: Any = None,
+    **options: Any,
+) -> tuple[Any, RecoveryTrainer]:
+    """Train a pruned model on a dataset, with its tokenizer; see [`train`] for the rest.
+
+    Args:
+        model (`PreTrainedModel`): pruned or not; it is trained in place.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): for all data but token ids.
+        dataset: text, chats, instructions or token ids, see [`training_data`].
+        args (`RecoveryArguments`): how.
+        eval_dataset (*optional*): of the same kinds, for `eval_strategy`.
+        options: `teacher`, `callbacks` and `access` of [`train`].
+    """
+    return train(model, TrainingTexts(dataset, tokenizer, eval_dataset), args, **options)
+
+
 @torch.inference_mode(False)
 @torch.enable_grad()
-def recover(
+def train(
     model: PreTrainedModel,
     texts: TrainingTexts,
     args: RecoveryArguments,

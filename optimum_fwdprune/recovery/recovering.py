@@ -19,7 +19,7 @@ from ..record.record import Record
 from .arguments import RecoveryArguments
 from .callbacks import checked_callbacks
 from .data import TrainingTexts
-from .finetuning import recover
+from .finetuning import train
 from .trainer import RecoveryTrainer, StepCounter, frozen_share
 
 
@@ -82,7 +82,7 @@ class Recovery:
         access = self.source.access
         try:
             with forward_state_kept(self.model):
-                self.model, self.trainer = recover(
+                self.model, self.trainer = train(
                     self.model, texts, args, teacher=teacher, callbacks=[counter, *callbacks], access=access
                 )
         except BaseException as error:

@@ -15,6 +15,7 @@ from optimum_fwdprune import FwdPruner, RecoveryArguments
 from optimum_fwdprune.evaluation import texts_loss
 from optimum_fwdprune.loading.models import load_causal_lm
 from optimum_fwdprune.record.record import OUTCOME_NAME
+from optimum_fwdprune.recovery import recover
 from optimum_fwdprune.recovery.distillation import TEACHER_IDS, divergence_from_teacher, kept_predictions
 
 
@@ -45,6 +46,18 @@ def pruner_of(tokenizer, tokens, name="llama_gqa_biases"):
 @pytest.fixture
 def dense_model():
     return tiny.make_model("llama_gqa_biases")
+
+
+def test_a_model_is_recovered_without_a_pruner(tokenizer, tokens, tmp_path, dense_model):
+    model = pruner_of(tokenizer, tokens).model
+    args = arguments(tmp_path, mode="distill", max_steps=2, eval_strategy="steps", eval_steps=1)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+
+    trained, trainer = recover(model, tokenizer, TEXTS, args, eval_dataset=TEXTS[:4], teacher=dense_model)
+
+    assert any(not torch.equal(value, before[name]) for name, value in trained.named_parameters())
+    assert trainer.state.global_step == 2
+    assert any("eval_loss" in entry for entry in trainer.state.log_history)
 
 
 @pytest.mark.parametrize(
