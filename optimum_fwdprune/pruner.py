@@ -6,16 +6,14 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .allocation.plan import PruningPlan
 from .architectures import get_architecture
 from .architectures.wrapping import check_plain, is_peft_model, plain_model
-from .checkpoint.hub import Upload
-from .checkpoint.pruned_checkpoint import PrunedCheckpoint
+from .checkpoint.writing import WritesCheckpoints
 from .evaluation import Comparison
 from .loading.opening import open_model
 from .loading.origin import Origin
@@ -24,6 +22,7 @@ from .loading.state import check_not_consumed
 from .loading.tokenizers import named_tokenizer
 from .planning.checks import check_arguments
 from .planning.latency import LatencyTable
+from .record.attributes import Recorded
 from .record.pruning import Pruning
 from .record.reading import read_record, with_outcome
 from .record.record import Record
@@ -37,25 +36,8 @@ if TYPE_CHECKING:
     from .recovery import RecoveryArguments, RecoveryTrainer
     from .recovery.recovering import Recovery
 
-T = TypeVar("T")
 
-
-class _Recorded(Generic[T]):
-    """An attribute of `FwdPruner` that its record holds."""
-
-    def __set_name__(self, owner: type, name: str):
-        self._name = name
-
-    def __get__(self, pruner: FwdPruner, owner: type | None = None) -> T:
-        # Of the class, as documentation asks for it, there is no value.
-        return self if pruner is None else getattr(pruner._record, self._name)  # type: ignore[return-value]
-
-    def __set__(self, pruner: FwdPruner, value: T) -> None:
-        changed: dict[str, Any] = {self._name: value}
-        pruner._record = dataclasses.replace(pruner._record, **changed)
-
-
-class FwdPruner:
+class FwdPruner(WritesCheckpoints):
     """Prunes a causal language model, or any other task head of a supported family, with forward passes only.
 
     ```python
@@ -90,11 +72,11 @@ class FwdPruner:
             JSON values.
     """
 
-    plan = _Recorded[PruningPlan | None]()
-    scores = _Recorded[Scores | None]()
-    config = _Recorded[PruningConfig | None]()
-    recovery = _Recorded[dict[str, Any] | None]()
-    comparison = _Recorded[Comparison | None]()
+    plan = Recorded[PruningPlan | None]()
+    scores = Recorded[Scores | None]()
+    config = Recorded[PruningConfig | None]()
+    recovery = Recorded[dict[str, Any] | None]()
+    comparison = Recorded[Comparison | None]()
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str | Path | None = None):
         _check_supported(model)
@@ -292,83 +274,6 @@ class FwdPruner:
         finally:
             self._take_over(recovery, recovery.trainer)
         return self.model
-
-    def check_saving(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Raise now what `save_pretrained` would raise after hours of work, as far as that can be known.
-
-        Args:
-            folder (`str` or `Path`): where the checkpoint is to go.
-            overwrite (`bool`, defaults to `False`): as for `save_pretrained`.
-
-        Raises:
-            FileExistsError: where the folder is not empty.
-            OSError: where it cannot be written.
-            ValueError: where the model has adapters in it, or its config, its generation config or the tokenizer
-                cannot be saved.
-        """
-        self._checkpoint.check(folder, overwrite)
-
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        *,
-        overwrite: bool = False,
-        max_shard_size: str = "5GB",
-        name: str | None = None,
-    ) -> None:
-        """Save the pruned model with its tokenizer, plan, request, scores and a model card; of adapters that were not
-        merged, these alone.
-
-        The folder appears whole or not at all: everything is written to a temporary sibling first. With several
-        processes all of them call this, the main one writes, and the others wait for it.
-
-        Args:
-            folder (`str` or `Path`): where to; it must be new or empty.
-            overwrite (`bool`, defaults to `False`): replace a folder that is not empty.
-            max_shard_size (`str`, defaults to `"5GB"`): largest weight file; of a model with offloaded layers
-                every decoder layer has its own.
-            name (`str`, *optional*): repository that the model card names; by default the folder.
-
-        Raises:
-            FileExistsError: where the folder is not empty.
-            OSError: where it cannot be written.
-            ValueError: before `prune`.
-        """
-        self._source = self._checkpoint.save(folder, overwrite, max_shard_size, name)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str = "Upload a pruned model",
-    ) -> CommitInfo:
-        """Upload what `save_pretrained` writes to a repository of the Hub, creating it where it is missing.
-
-        With several processes all of them call this, and the main one does it.
-
-        Args:
-            repo_id (`str`): repository id.
-            private (`bool`, *optional*): visibility of a new repository.
-            token (`str`, *optional*): access token; by default the one that is logged in.
-            revision (`str`, *optional*): branch, created where it is missing.
-            create_pr (`bool`, defaults to `False`): open a pull request instead of committing.
-            commit_message (`str`): of the commit.
-
-        Raises:
-            OSError: where the Hub refuses or fails; the pruned model stays as it is, so that it can be tried again.
-            ValueError: where `repo_id` is no name of a repository.
-        """
-        upload = Upload(repo_id, private, token, revision, create_pr, commit_message)
-        commit, self._source = self._checkpoint.push(upload)
-        return commit
-
-    @property
-    def _checkpoint(self) -> PrunedCheckpoint:
-        return PrunedCheckpoint(self.model, self.tokenizer, self._record, self._source)
 
     @contextmanager
     def _pruning(self, dataset: Any) -> Iterator[Pruning]:

@@ -1,0 +1,24 @@
+"""Attributes of an object that its record holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Generic, TypeVar
+
+
+T = TypeVar("T")
+
+
+class Recorded(Generic[T]):
+    """An attribute that is held by the record of the object, its `_record`."""
+
+    def __set_name__(self, owner: type, name: str):
+        self._name = name
+
+    def __get__(self, pruner: Any, owner: type | None = None) -> T:
+        # Of the class, as documentation asks for it, there is no value.
+        return self if pruner is None else getattr(pruner._record, self._name)  # type: ignore[return-value]
+
+    def __set__(self, pruner: Any, value: T) -> None:
+        changed: dict[str, Any] = {self._name: value}
+        pruner._record = dataclasses.replace(pruner._record, **changed)
