@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,9 +85,9 @@ class Sizes:
     per_unit: dict[SiteKey, int]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, sites: Iterable[Site] = ()) -> Sizes:
+    def of(cls, model: PreTrainedModel, sites: Sequence[Site]) -> Sizes:
         """Read off the sizes of a model and of its sites."""
-        sites, sizes = list(sites), ModelSizes.of(model)
+        sizes = ModelSizes.of(model)
         return cls(
             parameters=sizes.parameters,
             bytes=sizes.bytes,

@@ -15,10 +15,10 @@ class Recorded(Generic[T]):
     def __set_name__(self, owner: type, name: str):
         self._name = name
 
-    def __get__(self, pruner: Any, owner: type | None = None) -> T:
+    def __get__(self, holder: Any, owner: type | None = None) -> T:
         # Of the class, as documentation asks for it, there is no value.
-        return self if pruner is None else getattr(pruner._record, self._name)  # type: ignore[return-value]
+        return self if holder is None else getattr(holder._record, self._name)  # type: ignore[return-value]
 
-    def __set__(self, pruner: Any, value: T) -> None:
+    def __set__(self, holder: Any, value: T) -> None:
         changed: dict[str, Any] = {self._name: value}
-        pruner._record = dataclasses.replace(pruner._record, **changed)
+        holder._record = dataclasses.replace(holder._record, **changed)

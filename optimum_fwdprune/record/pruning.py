@@ -14,6 +14,7 @@ from ..allocation.composing import EarlierPruning
 from ..allocation.job import resume_held
 from ..allocation.plan import PruningPlan
 from ..architectures import find_sites, is_pruned
+from ..architectures.sizes import ModelSizes
 from ..cutting.cut import Cut
 from ..data.load_calibration import load_calibration
 from ..loading.offloading import check_readable
@@ -185,7 +186,7 @@ def _of_dense_model(plan: PruningPlan, earlier: EarlierPruning | None) -> Prunin
 
 def _outcome(before: Sizes, done: Cut, run: Run, config: PruningConfig) -> Outcome:
     """The figures of a pruning that is done, `before` being the sizes of the model that it consumed."""
-    after, speedup = Sizes.of(done.model), None
+    after, speedup = ModelSizes.of(done.model), None
     if config.target_speedup is not None and run.speedup is not None:
         speedup = Speedup(config.target_speedup, *run.speedup)
     return Outcome(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..words import did_you_mean
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,8 @@ def get_method(name: str) -> Method:
     Raises:
         ValueError: where there is none.
     """
-    if not isinstance(name, str) or name not in METHODS:
-        near = did_you_mean(str(name), METHODS)
-        if isinstance(name, str) and name in PRESETS:
-            near = f" {name!r} is a preset and not a method; write PruningConfig.from_preset({name!r})."
-        raise ValueError(f"method must be one of {', '.join(registered_methods())}; got {name!r}.{near}")
-    return METHODS[name]
+    namesake = f" {name!r} is a preset and not a method; write PruningConfig.from_preset({name!r})."
+    return _registered("method", name, METHODS, PRESETS, namesake)
 
 
 def registered_methods() -> list[str]:
@@ -108,14 +107,18 @@ def get_preset(name: str) -> Preset:
     Raises:
         ValueError: where there is none.
     """
-    if not isinstance(name, str) or name not in PRESETS:
-        near = did_you_mean(str(name), PRESETS)
-        if isinstance(name, str) and name in METHODS:
-            near = f" {name!r} is a method and not a preset; pass method={name!r}."
-        raise ValueError(f"preset must be one of {', '.join(registered_presets())}; got {name!r}.{near}")
-    return PRESETS[name]
+    namesake = f" {name!r} is a method and not a preset; pass method={name!r}."
+    return _registered("preset", name, PRESETS, METHODS, namesake)
 
 
 def registered_presets() -> list[str]:
     """Return the names of the registered presets."""
     return sorted(PRESETS)
+
+
+def _registered(kind: str, name: Any, entries: Mapping[str, T], others: Mapping[str, Any], namesake: str) -> T:
+    """Return the entry called `name`; errors end with `namesake` where the name is one of `others`."""
+    if isinstance(name, str) and name in entries:
+        return entries[name]
+    hint = namesake if isinstance(name, str) and name in others else did_you_mean(str(name), entries)
+    raise ValueError(f"{kind} must be one of {', '.join(sorted(entries))}; got {name!r}.{hint}")
