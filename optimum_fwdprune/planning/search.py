@@ -82,12 +82,12 @@ def search(
 ) -> Found:
     """Move budget from the sites that bear it worst to those that bear it best, as long as the whole model gains.
 
-    Starts from the even share or, where that is nearer to a deep dense model, from the same with both ends spared. A
-    sweep narrows every site in turn by a step and measures how far that takes the whole pruned model, all other sites
-    as narrow as they are and reconstructed, from the dense one: errors of sites accumulate in it, and all candidates
-    are judged on the same tokens. With several processes each measures a share of the sites. Then all keep ratios are
-    moved at once along the logarithm of what each saved unit of cost took; of three lengths of that move the best
-    stays where it gains, else the step is halved. In a single process an interrupt
+    The search starts from the even share. In a deep model the first and last two layers stay unpruned at the start, if
+    that is nearer to the dense model. A sweep narrows every site in turn by a step and measures how far that takes the
+    whole pruned model, all other sites as narrow as they are and reconstructed, from the dense one: errors of sites
+    accumulate in it, and all candidates are judged on the same tokens. With several processes each measures a share of
+    the sites. Then all keep ratios are moved at once along the logarithm of what each saved unit of cost took; of
+    three lengths of that move the best stays where it gains, else the step is halved. In a single process an interrupt
     (Ctrl-C) ends the search with the best so far.
 
     Args:
