@@ -77,10 +77,11 @@ class EarlierPruning:
             earlier["recovery"] = self.recovery
         history = [*self.plan.metadata.get(EARLIER, []), earlier]
         later = replace(later, metadata={**later.metadata, EARLIER: history})
+        after = self.plan.keys_after()
         for unit in dict.fromkeys((later.attention_unit, self.plan.attention_unit, *AttentionUnit)):
             kept, num_units = {}, {}
             for key in self.plan.kept:
-                units = self._in_units(key, later, unit)
+                units = self._in_units(key, after.get(key), later, unit)
                 if units is None:
                     break
                 kept[key], num_units[key] = units
@@ -101,19 +102,31 @@ class EarlierPruning:
             f"one after the other."
         )
 
-    def _in_units(self, key: SiteKey, later: PruningPlan, unit: str) -> tuple[list[int], int] | None:
-        """What both plans keep of a site, in attention units of this kind; `None` where these cannot express it."""
-        before, after = self.plan.kept[key], later.kept[key]
-        both = [before[place] for place in after] if len(before) == later.num_units[key] else None
-        if key.kind != UnitKind.ATTENTION:
-            return (both, self.plan.num_units[key]) if both is not None else None
-        total = self.dense_units[unit]
-        first, second, wanted = self._kind(self.plan.attention_unit), self.units_now[key], self._kind(unit)
+    def _in_units(
+        self, key: SiteKey, now: SiteKey | None, later: PruningPlan, unit: str
+    ) -> tuple[list[int], int] | None:
+        """What both plans keep of a site, in attention units of this kind; `None` where these cannot express it.
+
+        Args:
+            key (`SiteKey`): of the site in the dense model.
+            now (`SiteKey`, *optional*): of the site in the pruned model; `None` where it is gone.
+            later (`PruningPlan`): of the pruned model.
+            unit (`str`): the kind of attention units.
+        """
+        is_attention = key.kind == UnitKind.ATTENTION
+        total = self.dense_units[unit] if is_attention else self.plan.num_units[key]
+        if now is None or not later.kept[now]:
+            return [], total
+        before, after = self.plan.kept[key], later.kept[now]
+        both = [before[place] for place in after] if len(before) == later.num_units[now] else None
+        if not is_attention:
+            return (both, total) if both is not None else None
+        first, second, wanted = self._kind(self.plan.attention_unit), self.units_now[now], self._kind(unit)
         if not self.plan.removed(key):
-            if not later.removed(key):
+            if not later.removed(now):
                 return list(range(total)), total
             return (after, total) if second == wanted else None
-        if not later.removed(key):
+        if not later.removed(now):
             return (before, total) if first == wanted else None
         return (both, total) if both is not None and first == second == wanted else None
 

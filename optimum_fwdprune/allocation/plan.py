@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..architectures.depth import layers_left
 from ..architectures.site import (
     Site,
     SiteKey,
@@ -37,7 +38,7 @@ class PruningPlan:
 
     Args:
         kept (`dict[tuple[int, str], list[int]]`): site, as `(layer, "attention")` or `(layer, "mlp")`, to the sorted
-            indices of the units that stay.
+            indices of the units that stay. A sublayer without units is removed, and a layer without sublayers too.
         num_units (`dict[tuple[int, str], int]`): units of every site before pruning.
         model_type (`str`): `config.model_type` of the model the plan was made for.
         attention_unit (`str`): what an attention unit is, `"kv_group"` or `"query_head"`.
@@ -95,13 +96,22 @@ class PruningPlan:
 
     def followed_by(self, later: PruningPlan) -> PruningPlan:
         """Return the plan that does at once what this one and then `later`, on the pruned model, do; its metadata."""
-        kept = {key: [units[unit] for unit in later.kept[key]] for key, units in self.kept.items()}
+        after = self.keys_after()
+        kept = {
+            key: [units[unit] for unit in later.kept[after[key]]] if key in after else []
+            for key, units in self.kept.items()
+        }
         return replace(self, kept=kept, metadata=later.metadata)
+
+    def keys_after(self) -> dict[SiteKey, SiteKey]:
+        """Return the sites that keep a unit, with their keys in the pruned model, whose layers are numbered anew."""
+        numbers = {layer: number for number, layer in enumerate(layers_left(self.kept))}
+        return {key: SiteKey(numbers[key.layer], key.kind) for key, units in self.kept.items() if units}
 
     def check_left(self, sites: Iterable[Site]) -> None:
         """Raise `ValueError` where the sites of a pruned model are not those that the plan left."""
         counts = {site.key: site.num_units for site in sites}
-        planned = {key: len(units) for key, units in self.kept.items()}
+        planned = {after: len(self.kept[key]) for key, after in self.keys_after().items()}
         for key in sorted(counts.keys() | planned.keys()):
             layer, kind = key
             if counts.get(key) != planned.get(key):
@@ -129,8 +139,6 @@ class PruningPlan:
                     f"The plan was made for another model: it knows {planned} units in the {site}, the model has "
                     f"{site.num_units}. Replay a plan on the model it was made from."
                 )
-            if not kept:
-                raise ValueError(f"The plan leaves the {site} without a unit; keep at least one.")
             per_group = site.num_units // site.num_groups
             counts = [0] * site.num_groups
             for unit in kept:
@@ -140,6 +148,9 @@ class PruningPlan:
                     f"The plan keeps {counts} query heads per KV group in the {site}; every group of a layer must "
                     f"keep the same number."
                 )
+        for kind, what in ((None, "layer"), (UnitKind.ATTENTION, "layer with attention")):
+            if not any(units for key, units in self.kept.items() if kind in (None, key.kind)):
+                raise ValueError(f"The plan leaves no {what}; keep at least one.")
 
     def _way_out(self, model_type: str) -> str:
         """What to do with a plan of another type of model than this one."""

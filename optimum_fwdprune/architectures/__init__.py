@@ -2,6 +2,7 @@
 
 from ..models import pruned_bloom, pruned_llama, pruned_mistral, pruned_opt, pruned_qwen2, pruned_qwen3
 from ..models.layout import AttentionLayout, DecoderLayout, MLPLayout
+from .depth import layers_left
 from .registry import (
     Architecture,
     find_sites,
@@ -35,6 +36,7 @@ __all__ = [
     "head_counts",
     "is_pruned",
     "keyed_by_site",
+    "layers_left",
     "register_architecture",
     "registered_architectures",
     "supported_architectures",

@@ -14,6 +14,7 @@ from ..models.adapter_defaults import add_adapter_defaults
 from ..models.layout import DecoderLayout
 from ..models.per_layer import stock_config_class
 from ..request.choices import AttentionUnit, UnitKind
+from .depth import layers_left, skipped_sublayers
 from .site import Site
 from .sites import attention_site, attention_sizes, mlp_site
 from .wrapping import check_no_adapters
@@ -79,16 +80,19 @@ class Architecture:
         return [(f"{name}.{index}", layer) for index, layer in enumerate(container)]
 
     def sites(self, model: PreTrainedModel, attention_unit: str = AttentionUnit.QUERY_HEAD) -> list[Site]:
-        """Return every site of `model`, layer by layer, attention before MLP."""
+        """Return every site of `model`, layer by layer, attention before MLP. A sublayer that an earlier pruning
+        removed is no site."""
         if attention_unit not in list(AttentionUnit):
             raise ValueError(f"attention_unit must be one of {', '.join(AttentionUnit)}; got {attention_unit!r}.")
         check_no_adapters(model, "cannot be cut")
         _check_layer_count(model, len(self.layers(model)))
-        sites = []
+        sites, skipped = [], skipped_sublayers(model.config)
         for index, (path, layer) in enumerate(self.layers(model)):
             try:
-                sites.append(attention_site(self.layout.attention, index, path, layer, attention_unit))
-                sites.append(mlp_site(self.layout.mlp, index, path, layer))
+                if (index, UnitKind.ATTENTION) not in skipped:
+                    sites.append(attention_site(self.layout.attention, index, path, layer, attention_unit))
+                if (index, UnitKind.MLP) not in skipped:
+                    sites.append(mlp_site(self.layout.mlp, index, path, layer))
             except AttributeError as error:
                 raise ValueError(
                     f"{path} of this {type(model).__name__} is not built as a decoder layer of {self.model_type} is: "
@@ -105,16 +109,20 @@ class Architecture:
         return sites
 
     def layer_sizes(self, model: PreTrainedModel, sites: list[Site], kept: dict) -> dict[int, dict]:
-        """Return `per_layer_config` of the model that keeps the units `kept` (site key -> unit indices)."""
+        """Return `per_layer_config` of the model that keeps the units `kept` (site key -> unit indices). It leaves out
+        the layers without a unit and numbers the others anew."""
         layers = [layer for _, layer in self.layers(model)]
         sizes: dict[int, dict] = {index: {} for index in range(len(layers))}
         for site in sites:
             units = kept[site.key]
-            if site.kind == UnitKind.ATTENTION:
+            if units and site.kind == UnitKind.ATTENTION:
                 sizes[site.layer] |= attention_sizes(self.layout.attention, layers[site.layer], site, units)
-            else:
+            elif units:
                 sizes[site.layer][self.layout.mlp.width_key] = len(units)
-        return sizes
+        for index, of_layer in sizes.items():
+            if skipped := sorted(kind for kind in UnitKind if not kept.get((index, kind))):
+                of_layer["skip"] = skipped
+        return {number: sizes[index] for number, index in enumerate(layers_left(kept))}
 
 
 def _check_layer_count(model: PreTrainedModel, layers: int) -> None:

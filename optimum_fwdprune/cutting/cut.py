@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from ..allocation.fitting import check_fits
 from ..allocation.job import Job
 from ..allocation.plan import PruningPlan
 from ..forward.evidence import Evidence
@@ -91,7 +92,7 @@ def cut(subject: Subject, plan: PruningPlan, evidence: Evidence, job: Job, place
         RuntimeError: where the pruned model does not compute what the masked one computes.
     """
     clock = job.clock
-    plan.check_matches(subject.sites, subject.model.config.model_type)
+    check_fits(plan, subject)
     with place.writing(), evaluating(subject.model):
         with clock.stage("surgery"):
             place.open()

@@ -67,7 +67,8 @@ class InMemory:
     def open(self) -> None:
         kept, subject = self._plan.kept, self._subject
         # A round without reconstruction, or without a loss, has nothing to keep.
-        has_state = self._job.config.reconstruction != ReconstructionKind.NONE and subject.losing(kept)
+        loses = any(len(kept[site.key]) < site.num_units for site in subject.sites)
+        has_state = self._job.config.reconstruction != ReconstructionKind.NONE and loses
         resume = self._job.resume if has_state else Resume()
         # The next of several rounds belongs to a model that is the same to the bit, on any device.
         digest = hashlib.sha256(json.dumps(sorted(kept.items())).encode()).hexdigest()[:16]

@@ -25,6 +25,7 @@ from ..reconstruction.bias import kinds_gaining_bias
 from ..reconstruction.reconstruction import Reconstruction
 from ..runs.progress import progress
 from ..runs.shelves import Shelf
+from .renaming import Renaming
 from .surgery import (
     Cuts,
     empty_pruned_model,
@@ -96,7 +97,8 @@ class OnDisk:
     def open(self) -> None:
         self._cuts = plan_cuts(self._subject.sites, self._kept)
         pruned = empty_pruned_model(self._subject, self._kept, self._with_bias)
-        self._weights = _Weights(self.workspace.folder / CHECKPOINT, self._subject.model, pruned)
+        renaming = Renaming(self._subject, self._kept)
+        self._weights = _Weights(self.workspace.folder / CHECKPOINT, self._subject.model, pruned, renaming)
         self._weights.write_rest()
 
     def watched(self, layers: Iterable[Reconstruction]) -> Iterable[Reconstruction]:
@@ -129,13 +131,14 @@ class OnDisk:
 class _Weights:
     """The weights of the pruned model, written in one file per layer and one for all else."""
 
-    def __init__(self, folder: Path, model: PreTrainedModel, pruned: PreTrainedModel):
+    def __init__(self, folder: Path, model: PreTrainedModel, pruned: PreTrainedModel, renaming: Renaming):
         self.folder = folder
         self.model_class: Any = type(pruned)
         self._model, self._pruned = model, pruned
         self._layers = [f"{name}." for name, _ in get_architecture(model.config).layers(model)]
         tied: Mapping[str, str] = getattr(pruned, "all_tied_weights_keys", {})
-        self._names = [name for name in pruned.state_dict() if name not in tied]
+        # Names in the pruned model, and in the dense one.
+        self._names = {name: renaming.before(name) for name in pruned.state_dict() if name not in tied}
 
     def write_rest(self) -> None:
         """Write what belongs to no layer, unless it was."""
@@ -145,21 +148,25 @@ class _Weights:
         with generation_config_as_it_is(self._pruned, self.folder):
             self._pruned.save_pretrained(self.folder, state_dict={})
         names = [name for name in self._names if not name.startswith(tuple(self._layers))]
-        self._write(0, {name: read_parameter(self._model, name) for name in names}, {})
+        self._write(0, {name: read_parameter(self._model, self._names[name]) for name in names}, {})
 
     def write_layer(
         self, number: int, cuts: Cuts, replaced: Mapping[str, torch.Tensor], details: dict[str, Any]
     ) -> None:
         """Write what is left of a layer: replaced parameters, and slices of all others."""
         tensors = {}
-        for name in self._names:
-            if name.startswith(self._layers[number]):
-                value = replaced.get(name)
-                tensors[name] = slice_tensor(name, read_parameter(self._model, name), cuts) if value is None else value
+        for name, dense in self._names.items():
+            if dense.startswith(self._layers[number]):
+                value = replaced.get(dense)
+                if value is None:
+                    value = slice_tensor(dense, read_parameter(self._model, dense), cuts)
+                tensors[name] = value
         self._write(number + 1, tensors, details)
 
     def _write(self, part: int, tensors: dict[str, torch.Tensor], details: dict[str, Any]) -> None:
-        save_weights_atomically(self._file(part), tensors)
+        # Of a layer that is gone, nothing is left.
+        if tensors:
+            save_weights_atomically(self._file(part), tensors)
         summary = {"bytes": sum(tensor.nbytes for tensor in tensors.values()), "details": details}
         write_text_atomically(self._summary(part), json.dumps(summary))
 
@@ -167,7 +174,8 @@ class _Weights:
         """Write which file holds what, and return the details of every layer."""
         weight_map = {name: self._file(0).name for name in self._names}
         for number, prefix in enumerate(self._layers):
-            weight_map |= {name: self._file(number + 1).name for name in self._names if name.startswith(prefix)}
+            file = self._file(number + 1).name
+            weight_map |= {name: file for name, dense in self._names.items() if dense.startswith(prefix)}
         summaries = [
             json.loads(self._summary(part).read_text(encoding="utf-8")) for part in range(len(self._layers) + 1)
         ]

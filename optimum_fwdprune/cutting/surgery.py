@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..allocation.fitting import check_fits
 from ..allocation.plan import PruningPlan
 from ..architectures import (
     Site,
     SiteKey,
+    layers_left,
 )
+from ..architectures.depth import values_of_layers
 from ..forward.gates import Projection
 from ..loading.dispatching import OffloadFiles, Placement
 from ..loading.offloading import read_parameter
@@ -22,6 +25,7 @@ from ..loading.state import forget_lengths, mark_consumed
 from ..loading.subject import Subject
 from ..request.choices import UnitKind
 from ..runs.progress import progress
+from .renaming import Renaming
 
 
 # Parameter name -> the cuts to make: (axis, int64 positions that stay).
@@ -33,7 +37,7 @@ def plan_cuts(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]]) -> Cuts:
     cuts: Cuts = {}
     for site in sites:
         units = kept[site.key]
-        if len(units) == site.num_units:
+        if len(units) in (0, site.num_units):
             continue
         for coupling in site.couplings:
             index = coupling.kept_index(site.num_units, units)
@@ -65,6 +69,7 @@ def pruned_config(subject: Subject, kept: Mapping[SiteKey, list[int]], with_bias
     # A second pruning keeps the biases that the first one added.
     values["attention_output_bias"] = values.get("attention_output_bias", False) or UnitKind.ATTENTION in with_bias
     values["mlp_output_bias"] = values.get("mlp_output_bias", False) or UnitKind.MLP in with_bias
+    values |= values_of_layers(model.config, layers_left(kept))
     config = architecture.config_class.from_dict(
         {**values, "per_layer_config": architecture.layer_sizes(model, subject.sites, dict(kept))}
     )
@@ -94,7 +99,7 @@ def empty_pruned_model(subject: Subject, kept: Mapping[SiteKey, list[int]], with
         ) from error
     if model.can_generate():
         pruned.generation_config = copy.deepcopy(model.generation_config)
-    _check_names(model, pruned)
+    _check_names(model, pruned, Renaming(subject, kept))
     return pruned
 
 
@@ -114,9 +119,9 @@ def _check_tie(model: PreTrainedModel) -> None:
         )
 
 
-def _check_names(model: PreTrainedModel, pruned: PreTrainedModel) -> None:
-    known = {name for name, _ in pruned.named_parameters(remove_duplicate=False)}
-    added = [name for name, _ in model.named_parameters() if name not in known]
+def _check_names(model: PreTrainedModel, pruned: PreTrainedModel, renaming: Renaming) -> None:
+    known = {name for name, _ in pruned.named_parameters(remove_duplicate=False)} | {None}
+    added = [name for name, _ in model.named_parameters() if renaming.after(name) not in known]
     if added:
         raise ValueError(
             f"The model has {len(added)} parameters that {type(pruned).__name__} lacks, {added[0]} the first. Remove "
@@ -128,7 +133,8 @@ def replaced_parameters(sites: Iterable[Site], projections: Mapping[SiteKey, Pro
     """Return the parameters of reconstructed projections, and of refitted sources, by their names."""
     replaced = {}
     for site in sites:
-        if site.key in projections:
+        # A projection without units is gone.
+        if site.key in projections and projections[site.key].kept:
             projection = projections[site.key]
             replaced[f"{site.projection_name}.weight"] = projection.weight
             if projection.bias is not None:
@@ -164,8 +170,9 @@ def prune_model(
         PlacementError: where the pruned model cannot be distributed; the error has it.
     """
     model, sites, projections = subject.model, subject.sites, projections or {}
+    renaming = Renaming(subject, plan.kept)
     placement = Placement.of(model)
-    plan.check_matches(sites, model.config.model_type)
+    check_fits(plan, subject)
     with_bias = {
         site.kind
         for site in sites
@@ -180,22 +187,30 @@ def prune_model(
     files = placement.files()
     in_order = sorted((parameters | added).items(), key=lambda item: not item[1].is_meta)
     for name, parameter in progress(in_order, "Cutting", unit="tensor"):
+        new_name = renaming.after(name)
+        if new_name is None:
+            if inplace and not parameter.is_meta:
+                mark_consumed(model)
+                parameter.data = parameter.data.new_empty(0)
+            continue
         value = replaced.get(name)
         if value is None:
             value = slice_tensor(name, read_parameter(model, name), cuts)
         if parameter.is_meta:
-            value = _offloaded(value, name, placement, files, inplace)
-            set_parameter(pruned, name, value, parameter.requires_grad)
+            value = _offloaded(value, (name, new_name), placement, files, inplace)
+            set_parameter(pruned, new_name, value, parameter.requires_grad)
             continue
         value = value.to(parameter.device)
         if not inplace and value.data_ptr() == parameter.data_ptr():
             value = value.clone()
-        set_parameter(pruned, name, value, parameter.requires_grad)
+        set_parameter(pruned, new_name, value, parameter.requires_grad)
         if inplace and name in parameters and value.data_ptr() != parameter.data_ptr():
             mark_consumed(model)
             parameter.data = parameter.data.new_empty(0)
     for name, buffer in model.named_buffers():
-        parent, _, leaf = name.rpartition(".")
+        if (new_name := renaming.after(name)) is None:
+            continue
+        parent, _, leaf = new_name.rpartition(".")
         buffer = read_parameter(model, name) if buffer.is_meta else buffer
         setattr(pruned.get_submodule(parent), leaf, buffer if inplace else buffer.clone())
     # The dense model may have read longer text than the pruned one.
@@ -206,16 +221,18 @@ def prune_model(
     if left:
         raise ValueError(f"{type(pruned).__name__} has the parameters {', '.join(left)}, which the dense model lacks.")
 
-    return placement.apply(pruned.train(model.training), files)
+    return placement.renamed(renaming.after).apply(pruned.train(model.training), files)
 
 
 def _offloaded(
-    value: torch.Tensor, name: str, placement: Placement, files: OffloadFiles | None, inplace: bool
+    value: torch.Tensor, names: tuple[str, str], placement: Placement, files: OffloadFiles | None, inplace: bool
 ) -> torch.Tensor:
-    """Put what is left of an offloaded parameter where the whole of it is offloaded to."""
+    """Put what is left of an offloaded parameter, with its names before and after, where the whole of it is offloaded
+    to."""
+    name, new_name = names
     owner = name if name in placement.on_disk else f"{name.rpartition('.')[0]}.weight"
     if files is not None and owner in placement.on_disk:
-        files.add(name, value)
+        files.add(new_name, value)
         return value.to("meta")
     return value.cpu() if inplace else value.cpu().clone()
 

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..architectures import SiteKey
+from ..architectures.depth import layer_configs
 from ..data.calibration import Calibration
 from ..forward.observer import check_called
 from ..loading.offloading import input_device, is_offloaded
@@ -106,12 +107,10 @@ def _count(calls: dict[SiteKey, int], key: SiteKey, *_call: Any) -> None:
 def _check_sizes(subject: Subject, everything: dict[SiteKey, list[int]]) -> None:
     """Raise `ValueError` where a layer has other sizes than the config says."""
     model = subject.model
-    config = model.config.get_text_config()
-    # In transformers 5.14, a config whose layers are alike has none for each layer.
-    layer_configs = list(config.per_layer_config or [config] * config.num_hidden_layers)
+    configs = layer_configs(model.config)
     for layer, sizes in subject.architecture.layer_sizes(model, subject.sites, everything).items():
         for key, size in sizes.items():
-            expected = getattr(layer_configs[layer], key, size)
+            expected = getattr(configs[layer], key, size)
             # Some families leave a size to be worked out.
             if expected is not None and expected != size:
                 raise ValueError(

@@ -18,6 +18,8 @@ from ..runs.devices import compute_device
 def gated(sites: Iterable[Site], masks: Mapping[SiteKey, torch.Tensor]) -> Iterator[None]:
     """Multiply the inputs of the projections of sites by the gates of their units while the context is open.
 
+    A site whose gates are all closed writes nothing, not even the bias of its projection: it is removed.
+
     Args:
         sites (iterable of `Site`): the sites of the model.
         masks (mapping of site key to `Tensor`): gates, float or bool, `[num_units]` for all sequences alike, or
@@ -33,6 +35,8 @@ def gated(sites: Iterable[Site], masks: Mapping[SiteKey, torch.Tensor]) -> Itera
             if site.key in masks:
                 calls[site.key] = 0
                 handles.append(site.projection.register_forward_pre_hook(_gate(site, masks[site.key], calls)))
+                if not (is_left := masks[site.key].bool().any(-1)).all():
+                    handles.append(site.projection.register_forward_hook(_silencer(site, is_left)))
         yield
     finally:
         for handle in handles:
@@ -68,16 +72,32 @@ def _gate(site: Site, mask: torch.Tensor, calls: dict[SiteKey, int]):
             raise ValueError(
                 f"{batch_size} masks do not fit a batch of {inputs.shape[0]}: give one mask per sequence."
             )
-        # OPT hands its second MLP linear `[batch * tokens, features]`; the view serves both layouts.
-        per_sequence = inputs.reshape(batch_size, -1, inputs.shape[-1]) * gates[:, None, :]
-        return (per_sequence.to(inputs.dtype).view_as(inputs),)
+        return (_per_sequence(inputs, gates),)
 
     return hook
 
 
+def _silencer(site: Site, is_left: torch.Tensor):
+    """Return a hook that lets the projection of a site write zeros in the sequences in which no unit of it is left."""
+    gates = is_left.to(site.projection.weight.dtype).to(compute_device(site.projection))
+
+    def hook(_module, _args, output):
+        return _per_sequence(output, gates.to(output.device)[:, None]) if gates.dim() else torch.zeros_like(output)
+
+    return hook
+
+
+def _per_sequence(values: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """Multiply the features of every sequence by its gates, `[batch_size, features]` or `[batch_size, 1]`."""
+    # OPT hands its second MLP linear `[batch * tokens, features]`; the view serves both layouts.
+    product = values.reshape(len(gates), -1, values.shape[-1]) * gates[:, None, :]
+    return product.to(values.dtype).view_as(values)
+
+
 @dataclass(frozen=True)
 class Projection:
-    """New parameters of one output projection, and of the sources of its features where these are new too.
+    """New parameters of one output projection, and of the sources of its features where these are new too. One without
+    units writes zeros.
 
     Args:
         kept (`list[int]`): kept units.
@@ -100,8 +120,9 @@ class Projection:
 
 
 def kept_projection(site: Site, kept: list[int]) -> Projection:
-    """Return the projection of `site` as it is, on the features of the units `kept`."""
-    return Projection(kept, site.projection.weight[:, site.kept_features(kept)], site.projection.bias)
+    """Return the projection of `site` as it is, on the features of the units `kept`, without a bias if none stays."""
+    bias = site.projection.bias if kept else None
+    return Projection(kept, site.projection.weight[:, site.kept_features(kept)], bias)
 
 
 def kept_sources(site: Site, kept: list[int]) -> dict[str, torch.Tensor]:

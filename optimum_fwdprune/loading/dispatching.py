@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,16 @@ class Placement:
             folder=None if folder is None else Path(folder),
         )
 
+    def renamed(self, after: Callable[[str], str | None]) -> Placement:
+        """Return the placement of a model that lacks modules of the first one.
+
+        Args:
+            after (`Callable`): the name of a module of the first model in, its name in the other one out; `None` where
+                the other one lacks it.
+        """
+        device_map = None if self.device_map is None else _renamed(self.device_map, after)
+        return replace(self, device_map=device_map, preloading=list(_renamed(dict.fromkeys(self.preloading), after)))
+
     def files(self) -> OffloadFiles | None:
         """Return files for what is to lie on disk; `None` where nothing is."""
         return OffloadFiles(self.folder) if self.on_disk else None
@@ -127,6 +137,10 @@ class Placement:
         elif self.hooked and self.main_device is not None:
             cpu_offload(model, self.main_device, **options)
         return model
+
+
+def _renamed(values: dict[str, Any], after: Callable[[str], str | None]) -> dict[str, Any]:
+    return {name: value for before, value in values.items() if (name := after(before)) is not None}
 
 
 class OffloadFiles:

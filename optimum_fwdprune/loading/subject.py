@@ -62,8 +62,8 @@ class Subject:
         return self.architecture.layout.residual_adds_up(self.model.config)
 
     def losing(self, kept: Mapping[SiteKey, list[int]]) -> list[Site]:
-        """Return the sites that keep fewer units than they have."""
-        return [site for site in self.sites if len(kept[site.key]) < site.num_units]
+        """Return the sites that keep fewer units than they have, and at least one."""
+        return [site for site in self.sites if 0 < len(kept[site.key]) < site.num_units]
 
 
 @dataclass(frozen=True)

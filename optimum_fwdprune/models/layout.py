@@ -9,6 +9,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .skipped import SkippedAttention, SkippedMLP
+
+
+# What a decoder layer consists of, and `skip` in its config may name.
+ATTENTION, MLP = SUBLAYERS = ("attention", "mlp")
+
 
 @dataclass(frozen=True)
 class AttentionLayout:
@@ -30,6 +36,10 @@ class AttentionLayout:
             differ by their position (ALiBi). The pruned attention module carries them as `kept_heads`.
         pruned_class (`type`, *optional*): subclass of the stock attention class that resized layers use instead, where
             the stock forward pass cannot compute with other sizes.
+        norms (`tuple[str, ...]`, *optional*): norms inside the decoder layer that the attention alone uses. They go
+            when the attention goes. A norm that the MLP reads too is not named.
+        skipped_class (`type`, defaults to `SkippedAttention`): what stands where the attention was removed. It is
+            built with the index of the layer.
     """
 
     module: str
@@ -43,6 +53,19 @@ class AttentionLayout:
     kv_heads_key: str | None = "num_key_value_heads"
     kept_heads_key: str | None = None
     pruned_class: type[nn.Module] | None = None
+    norms: tuple[str, ...] = ()
+    skipped_class: type[nn.Module] = SkippedAttention
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules inside the decoder layer that are the attention, norms left out."""
+        return (self.module,)
+
+    def skip_in(self, layer: nn.Module) -> None:
+        """Take the attention out of a decoder layer."""
+        owner, _, leaf = self.module.rpartition(".")
+        layer_idx: Any = layer.get_submodule(self.module).layer_idx
+        setattr(layer.get_submodule(owner), leaf, self.skipped_class(layer_idx))
 
     def linear_sizes(self, config: Any) -> dict[str, dict[str, Any]]:
         """Return how to resize every linear, by its name inside the decoder layer, at the sizes of its `config`."""
@@ -69,6 +92,9 @@ class MLPLayout:
         width_key (`str`, defaults to `"intermediate_size"`): config key of the number of channels.
         pointwise (`bool`, defaults to `True`): a channel is a function of its own row of every source, and all sources
             read the same input; `False` where channels are normalized together in between.
+        norms (`tuple[str, ...]`, *optional*): norms inside the decoder layer that the MLP alone uses. They go when the
+            MLP goes. A norm that the attention reads too is not named.
+        skipped_class (`type`, defaults to `SkippedMLP`): what stands where the MLP was removed.
     """
 
     sources: tuple[str, ...]
@@ -76,6 +102,23 @@ class MLPLayout:
     segments: int = 1
     width_key: str = "intermediate_size"
     pointwise: bool = True
+    norms: tuple[str, ...] = ()
+    skipped_class: type[nn.Module] = SkippedMLP
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules inside the decoder layer that are the MLP, norms left out: one module, or the linears
+        where these are modules of the decoder layer itself."""
+        owner, _, _ = self.output.rpartition(".")
+        return (owner,) if owner else (*self.sources, self.output)
+
+    def skip_in(self, layer: nn.Module) -> None:
+        """Take the MLP out of a decoder layer."""
+        *before, last = self.modules
+        for name in before:
+            setattr(layer, name, nn.Identity())
+        owner, _, leaf = last.rpartition(".")
+        setattr(layer.get_submodule(owner), leaf, self.skipped_class())
 
     def linear_sizes(self, config: Any) -> dict[str, dict[str, Any]]:
         """Return how to resize every linear, by its name inside the decoder layer, at the sizes of its `config`."""
@@ -94,6 +137,10 @@ def _always(config: Any) -> bool:
     return True
 
 
+def _never(config: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class DecoderLayout:
     """The decoder layers of a family: everything that pruning and resizing need.
@@ -110,6 +157,10 @@ class DecoderLayout:
         residual_adds_up (`Callable[[PreTrainedConfig], bool]`, *optional*): whether, under a config, the residual
             stream is the sum of the embeddings and the outputs of all projections. It is not where the stream or these
             outputs are normalized or scaled. By default it always is.
+        normalizes_stream (`Callable[[PreTrainedConfig], bool]`, *optional*): whether, under a config, a decoder layer
+            normalizes the residual stream itself, as norms after the sum do. A layer without attention and MLP would
+            still change the stream then, so that no whole layer can be removed, and a removed sublayer leaves its
+            norms. By default no layer does.
     """
 
     attention: AttentionLayout
@@ -118,12 +169,30 @@ class DecoderLayout:
     attributes: Callable[[Any], dict[str, Any]] = _no_attributes
     whole: tuple[str, ...] = ()
     residual_adds_up: Callable[[Any], bool] = _always
+    normalizes_stream: Callable[[Any], bool] = _never
+
+    def modules_of(self, kind: str, config: Any) -> tuple[str, ...]:
+        """Return the names of the modules inside a decoder layer that go with its `"attention"` or its `"mlp"`, under
+        a config."""
+        part = self.sublayer(kind)
+        return part.modules if self.normalizes_stream(config) else (*part.modules, *part.norms)
+
+    def sublayer(self, kind: str) -> AttentionLayout | MLPLayout:
+        """Return where a decoder layer keeps its `"attention"` or its `"mlp"`."""
+        return self.attention if kind == ATTENTION else self.mlp
 
 
 # The names that LLaMA's modules have, and those of most families after it.
 LLAMA_LAYOUT = DecoderLayout(
-    AttentionLayout(module="self_attn", query="q_proj", key="k_proj", value="v_proj", output="o_proj"),
-    MLPLayout(sources=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj"),
+    AttentionLayout(
+        module="self_attn",
+        query="q_proj",
+        key="k_proj",
+        value="v_proj",
+        output="o_proj",
+        norms=("input_layernorm",),
+    ),
+    MLPLayout(sources=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj", norms=("post_attention_layernorm",)),
     attributes=lambda config: {
         "self_attn.num_key_value_groups": config.num_attention_heads // config.num_key_value_heads,
         "mlp.intermediate_size": config.intermediate_size,
@@ -132,7 +201,8 @@ LLAMA_LAYOUT = DecoderLayout(
 
 
 def resize_layer(layer: nn.Module, layout: DecoderLayout, config: PreTrainedConfig) -> None:
-    """Replace the linears of a decoder layer by empty ones of the sizes in its own config.
+    """Replace the linears of a decoder layer by empty ones of the sizes in its own config, and take out the sublayers
+    that the config names in `skip`.
 
     Args:
         layer (`Module`): a decoder layer of the stock class, of any sizes; changed in place.
@@ -142,7 +212,13 @@ def resize_layer(layer: nn.Module, layout: DecoderLayout, config: PreTrainedConf
     Raises:
         ValueError: where the layer has a linear that the layout does not name.
     """
-    sizes = layout.attention.linear_sizes(config) | layout.mlp.linear_sizes(config)
+    skipped = getattr(config, "skip", ())
+    sizes: dict[str, dict[str, Any]] = {}
+    for kind in SUBLAYERS:
+        if kind in skipped:
+            _skip(kind, layer, layout, config)
+        else:
+            sizes |= layout.sublayer(kind).linear_sizes(config)
     for name, changes in sizes.items():
         owner, _, leaf = name.rpartition(".")
         setattr(layer.get_submodule(owner), leaf, _resized(layer.get_submodule(name), **changes))
@@ -152,11 +228,20 @@ def resize_layer(layer: nn.Module, layout: DecoderLayout, config: PreTrainedConf
                 f"{name} is a linear of a {type(layer).__name__}, and the layout of its family does not name it. Name "
                 f"it as a source, or in `whole` where its size depends on neither heads nor channels."
             )
-    if layout.attention.pruned_class is not None:
+    if layout.attention.pruned_class is not None and ATTENTION not in skipped:
         layer.get_submodule(layout.attention.module).__class__ = layout.attention.pruned_class
     for name, value in layout.attributes(config).items():
         owner, _, leaf = name.rpartition(".")
         setattr(layer.get_submodule(owner), leaf, value)
+
+
+def _skip(kind: str, layer: nn.Module, layout: DecoderLayout, config: PreTrainedConfig) -> None:
+    part = layout.sublayer(kind)
+    part.skip_in(layer)
+    for name in layout.modules_of(kind, config):
+        if name in part.norms:
+            owner, _, leaf = name.rpartition(".")
+            setattr(layer.get_submodule(owner), leaf, nn.Identity())
 
 
 def _resized(

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
-from .layout import DecoderLayout, resize_layer
+from .layout import ATTENTION, DecoderLayout, resize_layer
 
 
 # Keys of a pruned config that its stock config does not have or must not inherit.
@@ -28,7 +28,7 @@ def stock_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedC
 
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the stock config of the dense model that a pruned `config` was cut from."""
+    """Return the config of the dense model that a pruned `config` was cut from, with the layers that are left."""
     values = {key: value for key, value in config.to_dict().items() if key not in _NOT_STOCK}
     stock = stock_config_class(type(config)).from_dict(values)
     stock._attn_implementation = config._attn_implementation
@@ -39,9 +39,10 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
 class PerLayerConfigMixin:
     """First base of a pruned config class, in front of the stock config.
 
-    The sizes at the top of a pruned config are those of the dense model, and `per_layer_config` has the sizes of every
-    layer. An attribute that has the same value in every layer is read from the config as that value; transformers
-    raises `AmbiguousGlobalPerLayerAttributeError` for one that differs between layers.
+    The sizes at the top of a pruned config are those of the dense model, but for the number of layers, and
+    `per_layer_config` has the sizes of every layer that is left, with the sublayers that it `skip`s. An
+    attribute that has the same value in every layer is read from the config as that value; transformers raises
+    `AmbiguousGlobalPerLayerAttributeError` for one that differs between layers.
 
     Args:
         attention_output_bias (`bool`, defaults to `False`): whether reconstruction gave the output projections of
@@ -67,6 +68,13 @@ class PerLayerConfigMixin:
             if any(value != first for value in others):
                 raise
             return first
+
+    @property
+    def kv_sharing_modes(self) -> list[str | None] | None:
+        """For caches of transformers: `"reuse"` where a layer has no attention, so that nothing is stored for it, and
+        `None` elsewhere. `None` altogether where every layer has attention."""
+        modes = ["reuse" if ATTENTION in getattr(layer, "skip", ()) else None for layer in self.per_layer_config or ()]
+        return modes if any(modes) else None
 
     # The stock checks read sizes that differ between layers here. They run on the dense sizes when the model is built,
     # in `stock_config`.

@@ -13,6 +13,7 @@ from transformers.models.bloom.modeling_bloom import (
 
 from .layout import AttentionLayout, DecoderLayout, MLPLayout
 from .per_layer import PerLayerConfigMixin, PerLayerMixin
+from .skipped import SkippedAttention, SkippedMLP, count_tokens
 
 
 @strict
@@ -42,6 +43,21 @@ class PrunedBloomAttention(BloomAttention):
         return super().forward(hidden_states, residual, alibi, attention_mask, **kwargs)
 
 
+class SkippedBloomAttention(SkippedAttention):
+    """BLOOM's attention adds the residual stream itself, and what remains of it is the stream."""
+
+    def forward(self, hidden_states, residual, alibi, attention_mask, layer_past=None, **kwargs):
+        count_tokens(layer_past, self.layer_idx, hidden_states)
+        return residual, None
+
+
+class SkippedBloomMLP(SkippedMLP):
+    """BLOOM's MLP adds the residual stream itself, and what remains of it is the stream."""
+
+    def forward(self, hidden_states, residual, *args, **kwargs):
+        return residual
+
+
 class PrunedBloomMixin(PerLayerMixin):
     config_class = PrunedBloomConfig
     layout = DecoderLayout(
@@ -54,8 +70,15 @@ class PrunedBloomMixin(PerLayerMixin):
             kv_heads_key=None,
             kept_heads_key="kept_heads",
             pruned_class=PrunedBloomAttention,
+            norms=("input_layernorm",),
+            skipped_class=SkippedBloomAttention,
         ),
-        MLPLayout(sources=("mlp.dense_h_to_4h",), output="mlp.dense_4h_to_h"),
+        MLPLayout(
+            sources=("mlp.dense_h_to_4h",),
+            output="mlp.dense_4h_to_h",
+            norms=("post_attention_layernorm",),
+            skipped_class=SkippedBloomMLP,
+        ),
         layers="h",
         attributes=lambda config: {
             "self_attention.num_heads": config.n_head,
@@ -65,6 +88,7 @@ class PrunedBloomMixin(PerLayerMixin):
             "mlp.slow_but_exact": False,
         },
         residual_adds_up=lambda config: not config.apply_residual_connection_post_layernorm,
+        normalizes_stream=lambda config: config.apply_residual_connection_post_layernorm,
     )
 
 

@@ -22,12 +22,19 @@ class PrunedOPTMixin(PerLayerMixin):
     config_class = PrunedOPTConfig
     layout = DecoderLayout(
         AttentionLayout(
-            module="self_attn", query="q_proj", key="k_proj", value="v_proj", output="out_proj", kv_heads_key=None
+            module="self_attn",
+            query="q_proj",
+            key="k_proj",
+            value="v_proj",
+            output="out_proj",
+            kv_heads_key=None,
+            norms=("self_attn_layer_norm",),
         ),
-        MLPLayout(sources=("fc1",), output="fc2", width_key="ffn_dim"),
+        MLPLayout(sources=("fc1",), output="fc2", width_key="ffn_dim", norms=("final_layer_norm",)),
         layers="decoder.layers",
         attributes=lambda config: {"self_attn.num_heads": config.num_attention_heads},
         residual_adds_up=lambda config: config.do_layer_norm_before,
+        normalizes_stream=lambda config: not config.do_layer_norm_before,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..allocation.budgets import Budget, removal_budget
+from ..allocation.fitting import check_fits
 from ..allocation.job import Job, resume_of
 from ..allocation.plan import PruningPlan, losses_by_kind
 from ..allocation.rounds import Rounds
@@ -85,7 +86,7 @@ class Run:
     def replay(self, plan: PruningPlan, config: PruningConfig) -> Cut:
         """Cut the model as a plan says, with the reconstruction that the request asks for."""
         subject = self._subject
-        plan.check_matches(subject.sites, subject.model.config.model_type)
+        check_fits(plan, subject)
         if config.layout == STOCK:
             check_stock_layout(subject, plan, config.reconstruction)
         plan = replayed(plan, config)

@@ -29,7 +29,7 @@ def kinds_gaining_bias(sites: Sequence[Site], kept: Mapping[SiteKey, list[int]],
     """
     if reconstruction != ReconstructionKind.BIAS:
         return set()
-    losing = {site.kind for site in sites if len(kept[site.key]) < site.num_units}
+    losing = {site.kind for site in sites if 0 < len(kept[site.key]) < site.num_units}
     return {site.kind for site in sites if site.kind in losing and site.projection.bias is None}
 
 

@@ -83,6 +83,10 @@ def reconstruct_by_layer(
         yield from (layer.placed_like(subject.sites) for layer in done)
         return
     kind, losing, shelf = config.reconstruction, subject.losing(kept), shelf or Shelf()
+    in_order = config.reconstruction_order != ReconstructionOrder.INDEPENDENT
+    if kind == ReconstructionKind.LEAST_SQUARES and in_order:
+        # What comes after a site that is gone can make up for it too.
+        losing += [site for site in subject.sites if not kept[site.key]]
     # Biases take no more than the means.
     has_means = kind == ReconstructionKind.BIAS and bool(evidence.statistics)
     if kind != ReconstructionKind.NONE and losing and evidence.calibration is None and not has_means:
@@ -93,7 +97,7 @@ def reconstruct_by_layer(
     assert evidence.calibration is not None
     warn_of_few_tokens(losing, kept, evidence.calibration)
     refitted: Iterable[Refitted]
-    if config.reconstruction_order == ReconstructionOrder.INDEPENDENT:
+    if not in_order:
         refitted = refit_independently(subject.looking_at(losing), kept, config, evidence, shelf)
     else:
         texts = fit_and_held_out(evidence.calibration)
@@ -136,7 +140,7 @@ def _biases_by_layer(
     for number, layer in enumerate(subject.layers):
         if number < shelf.settled:
             continue
-        of_layer = [site for site in subject.sites if site.layer == number and site.kind in biased]
+        of_layer = [site for site in subject.sites if site.layer == number and site.kind in biased and kept[site.key]]
         with resident(layer):
             yield Reconstruction(
                 {site.key: compensate_bias(site, kept[site.key], placed[site.key]) for site in of_layer}
@@ -146,7 +150,7 @@ def _biases_by_layer(
 
 def warn_of_unchanged(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]], details: Mapping[str, Any]) -> None:
     """Say at which of the sites that lose units least squares was of no use."""
-    losing = [site for site in sites if len(kept[site.key]) < site.num_units]
+    losing = [site for site in sites if 0 < len(kept[site.key]) < site.num_units]
     # Where nothing was lost, there was nothing to gain either.
     lossy = [(site, details[str(site.key)]) for site in losing if str(site.key) in details]
     unchanged = [site for site, detail in lossy if not detail["refitted"] and detail["held_out_error_before"]]

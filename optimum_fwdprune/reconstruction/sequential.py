@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 
 import torch
 
@@ -95,7 +94,8 @@ def refit_in_sequence(
         for stream in every_stream:
             stream.start()
         shelf.settle(0)
-    layers = [list(group) for _, group in groupby(sites, key=lambda site: site.layer)]
+    # A layer may lack sublayers, and a layer without any lacks sites.
+    layers = [[site for site in sites if site.layer == number] for number in range(len(runner.layers))]
     left = layers[shelf.settled :]
     for of_layer in progress(left, "Reconstructing", total=len(layers), unit="layer", initial=shelf.settled):
         number = of_layer[0].layer
@@ -106,7 +106,10 @@ def refit_in_sequence(
             if number < len(done):
                 layer.projections |= done[number].placed_like(of_layer).projections
             for place, site in enumerate([] if number < len(done) else of_layer):
-                if site.key in behind and (towards_dense or len(kept[site.key]) < site.num_units):
+                if not kept[site.key]:
+                    # It writes nothing, and those after it make up for its loss.
+                    layer.projections[site.key] = kept_projection(site, [])
+                elif site.key in behind and (towards_dense or len(kept[site.key]) < site.num_units):
                     layer.settle(place, kept_projection(site, kept[site.key]))
             for stream in every_stream:
                 stream.leave(of_layer, layer.projections)

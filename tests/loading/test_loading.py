@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import optimum_fwdprune.models
-from optimum_fwdprune import FwdPruner
+from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
 from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.loading.models import load_causal_lm
 
@@ -43,6 +43,16 @@ def attention_implementations(model):
 
 def has_task(config, task):
     return type(config) in getattr(transformers, task)._model_mapping
+
+
+def without_sublayers(model):
+    """The model without its first layer, the attention of the second and the MLP of the third."""
+    sites = find_sites(model)
+    gone = [(0, "attention"), (0, "mlp"), (1, "attention"), (2, "mlp")]
+    counts = {site.key: site.num_units for site in sites}
+    kept = {key: [] if key in gone else list(range(count)) for key, count in counts.items()}
+    plan = PruningPlan(kept, counts, model.config.model_type, "query_head")
+    return FwdPruner(model).prune(plan=plan, reconstruction="none")
 
 
 @torch.no_grad()
@@ -119,10 +129,12 @@ def test_every_task_class_loads_as_remote_code_without_the_plugin(tmp_path, toke
             pruned = FwdPruner(model).prune(REQUESTS["per_layer"], tokens)
             case = f"{name}.{task}"
             expected[case] = save_checkpoint(tmp_path / "saved" / case, pruned, tokens[:2], task)
+        pruned, case = without_sublayers(tiny.make_model(name)), f"{name}.depth"
+        expected[case] = save_checkpoint(tmp_path / "saved" / case, pruned, tokens[:2], "AutoModelForCausalLM")
 
     actual = reload_in_fresh_process(tmp_path / "saved", "remote", tmp_path, python_without_the_package)
 
-    assert len(actual) == len(FAMILIES) * len(TASKS) - 1
+    assert len(actual) == len(FAMILIES) * (len(TASKS) + 1) - 1
     assert_equal_bit_for_bit(actual, expected)
 
 
@@ -133,7 +145,8 @@ def test_the_copied_files_are_the_packages_own(name, tmp_path, tokens):
     pruned.save_pretrained(tmp_path)
     copied = sorted(path.name for path in tmp_path.glob("*.py"))
 
-    assert copied == ["layout.py", "per_layer.py", f"pruned_{tiny.make_config(name).model_type}.py"]
+    family = f"pruned_{tiny.make_config(name).model_type}.py"
+    assert copied == ["layout.py", "per_layer.py", family, "skipped.py"]
     assert all(filecmp.cmp(tmp_path / name, sources / name, shallow=False) for name in copied)
 
 

@@ -1,0 +1,37 @@
+"""Whether a plan can be carried out on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+
+from ..architectures import get_architecture, layers_left
+from ..architectures.depth import values_of_layers
+from ..loading.subject import Subject
+from .plan import PruningPlan
+
+
+def check_fits(plan: PruningPlan, subject: Subject) -> None:
+    """Raise `ValueError` where a plan was made for another model, or where the family cannot hold what it leaves.
+
+    Args:
+        plan (`PruningPlan`): the plan.
+        subject (`Subject`): the model with all its sites.
+    """
+    plan.check_matches(subject.sites, subject.model.config.model_type)
+    check_without_layers(subject.model, layers_left(plan.kept))
+
+
+def check_without_layers(model: PreTrainedModel, left: Iterable[int]) -> None:
+    """Raise `ValueError` where a family cannot do without the layers that are not among those `left`."""
+    left, config = list(left), model.config
+    if len(left) == config.get_text_config().num_hidden_layers:
+        return
+    if get_architecture(config).layout.normalizes_stream(config):
+        raise ValueError(
+            f"No whole layer of this {config.model_type} can be removed: its layers normalize the residual stream "
+            f"itself, so that a layer without attention and MLP still changes it. Remove heads and channels instead, "
+            f"or the attention or the MLP of a layer but not both."
+        )
+    values_of_layers(config, left)

@@ -1,0 +1,77 @@
+"""Layers and sublayers that a model lacks: which it skips, and what its config lists by layer once some are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .site import SiteKey
+
+
+# Keys of configs with one entry per layer.
+LISTS_BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "indexer_types")
+
+# Keys of configs with indices of layers.
+LISTS_OF_LAYERS = ("mlp_only_layers", "moe_layers")
+
+# Keys of configs with the number of first layers that are built in another way than those after them.
+NUMBERS_OF_FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers")
+
+# Keys of configs that make every so many-th layer different. They hold for the numbers that layers had before.
+INTERVALS = ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step")
+
+
+def layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Return the config of every decoder layer of a model, dense or pruned."""
+    config = config.get_text_config()
+    # In transformers 5.14, a config whose layers are alike has none for each layer.
+    return list(config.per_layer_config or [config] * config.num_hidden_layers)
+
+
+def skipped_sublayers(config: PreTrainedConfig) -> set[SiteKey]:
+    """Return the sites that the layers of a pruned model lack."""
+    return {
+        SiteKey(number, kind)
+        for number, layer in enumerate(layer_configs(config))
+        for kind in getattr(layer, "skip", ())
+    }
+
+
+def layers_left(kept: Mapping[SiteKey, Sequence[int]]) -> list[int]:
+    """Return the layers that stay when the sites of a model keep the units `kept`: those with a unit left."""
+    return sorted({layer for (layer, _), units in kept.items() if len(units)})
+
+
+def values_of_layers(config: PreTrainedConfig, left: Iterable[int]) -> dict[str, Any]:
+    """Return the entries of a config that name the number of layers or single layers, for the layers that are `left`.
+
+    Args:
+        config (`PreTrainedConfig`): of the model with all its layers.
+        left (iterable of `int`): the layers that stay, in their order.
+
+    Raises:
+        ValueError: where an entry of the config cannot follow.
+    """
+    left = list(left)
+    values, total = config.to_dict(), config.num_hidden_layers
+    changed: dict[str, Any] = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(left)}
+    if len(left) == total:
+        return changed
+    for key in INTERVALS:
+        if values.get(key) not in (None, 1):
+            raise ValueError(
+                f"config.{key} is {values[key]}, which makes every so many-th layer different, so that no whole layer "
+                f"can be removed. Remove sublayers, heads or channels instead."
+            )
+    for key in LISTS_BY_LAYER:
+        if values.get(key):
+            changed[key] = [values[key][layer] for layer in left]
+    for key in LISTS_OF_LAYERS:
+        if values.get(key):
+            changed[key] = [number for number, layer in enumerate(left) if layer in values[key]]
+    for key in NUMBERS_OF_FIRST_LAYERS:
+        if values.get(key):
+            changed[key] = sum(layer < values[key] for layer in left)
+    return changed

@@ -1,0 +1,49 @@
+"""What parameters and modules of a model are called once whole layers and sublayers of it are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..architectures import SiteKey, layers_left
+from ..loading.subject import Subject
+from ..request.choices import UnitKind
+
+
+class Renaming:
+    """The names of parameters, buffers and modules before and after a plan is carried out.
+
+    Args:
+        subject (`Subject`): the dense model.
+        kept (mapping of site key to sequence of `int`): the units that its sites keep.
+    """
+
+    def __init__(self, subject: Subject, kept: Mapping[SiteKey, Sequence[int]]):
+        layout, config = subject.architecture.layout, subject.model.config
+        names = [name for name, _ in subject.architecture.layers(subject.model)]
+        self._layers = f"{names[0].rpartition('.')[0]}."
+        self._left = layers_left(kept)
+        # By layer, the modules in it that are gone.
+        self._gone: dict[int, tuple[str, ...]] = {}
+        for layer in self._left:
+            empty = [kind for kind in UnitKind if not kept.get(SiteKey(layer, kind))]
+            self._gone[layer] = tuple(f"{module}." for kind in empty for module in layout.modules_of(kind, config))
+
+    def after(self, name: str) -> str | None:
+        """Return what a parameter, buffer or module of the dense model is called in the pruned one; `None` where it is
+        gone."""
+        if not name.startswith(self._layers):
+            return name
+        number, _, rest = name.removeprefix(self._layers).partition(".")
+        if int(number) not in self._gone or f"{rest}.".startswith(self._gone[int(number)]):
+            return None
+        return self._joined(self._left.index(int(number)), rest)
+
+    def before(self, name: str) -> str:
+        """Return what a parameter of the pruned model is called in the dense one, or would be if that had it."""
+        if not name.startswith(self._layers):
+            return name
+        number, _, rest = name.removeprefix(self._layers).partition(".")
+        return self._joined(self._left[int(number)], rest)
+
+    def _joined(self, number: int, rest: str) -> str:
+        return f"{self._layers}{number}{'.' if rest else ''}{rest}"

@@ -1,0 +1,54 @@
+"""What stands in a decoder layer in the place of a removed attention or MLP. It adds nothing to the stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class SkippedAttention(nn.Module):
+    """Stands where a decoder layer has no attention.
+
+    Args:
+        layer_idx (`int`): index of the decoder layer, which caches store its keys and values by.
+    """
+
+    def __init__(self, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: torch.Tensor, *args, past_key_values: Any = None, **kwargs):
+        """Return zeros of the shape of `hidden_states`, and no attention weights."""
+        count_tokens(past_key_values, self.layer_idx, hidden_states)
+        return torch.zeros_like(hidden_states), None
+
+
+class SkippedMLP(nn.Module):
+    """Stands where a decoder layer has no MLP."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Return zeros of the shape of `hidden_states`."""
+        return torch.zeros_like(hidden_states)
+
+
+def count_tokens(cache: Any, layer_idx: int, hidden_states: torch.Tensor) -> None:
+    """Let a cache count the tokens that pass a layer without attention.
+
+    A cache that is made from the config of the model holds nothing for such a layer (`kv_sharing_modes`), and nothing
+    happens. A cache that was made without the config, or by a transformers version without such places, may read its
+    length off this layer. It gets one number per token instead of keys and values.
+
+    Args:
+        cache (`Cache`, *optional*): what attention would store keys and values in.
+        layer_idx (`int`): index of the layer.
+        hidden_states (`Tensor[batch, tokens, hidden]`): what the layer reads.
+    """
+    if cache is None:
+        return
+    holds_nothing = getattr(cache, "is_dummy", ())
+    if layer_idx < len(holds_nothing) and holds_nothing[layer_idx]:
+        return
+    numbers = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+    cache.update(numbers, numbers, layer_idx)
