@@ -46,6 +46,7 @@ docs: $(VENV)/docs
 
 benchmark: $(VENV)/installed
 	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/imports.py
 	$(BIN)/python benchmarks/mini_llm_cost.py
 
 # The invariants on the oldest and the newest transformers that setup.cfg admits, each in an environment of its own.

@@ -1,16 +1,14 @@
-"""What scoring, surgery and importing cost, as ratios within one run.
+"""What scoring and surgery cost, as ratios within one run.
 
     python benchmarks/cost.py
 
 Uses a model of SmolLM2-135M's shape with random weights: times do not depend on the weights. Targets: scoring at most
 1.2 x the plain forward passes over the same tokens; a mask for every sequence at most 1.15 x the plain forward pass of
-the batch; surgery's peak at most the dense model plus one layer; importing the package under 50 ms and without torch.
+the batch; surgery's peak at most the dense model plus one layer.
 """
 
 import argparse
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -148,26 +146,14 @@ def surgery_peak(model):
     return (_memory("VmHWM") - before) / layer_bytes
 
 
-def import_milliseconds(repeats):
-    """Return milliseconds that importing the package takes, each in a fresh process that must not load torch."""
-    code = (
-        "import sys, time; start = time.perf_counter(); import optimum_fwdprune; "
-        "print(1000 * (time.perf_counter() - start)); assert 'torch' not in sys.modules"
-    )
-    return [
-        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-        for _ in range(repeats)
-    ]
-
-
 def _seconds(run):
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def _median_and_range(values, digits=2):
-    return f"{statistics.median(values):.{digits}f}", f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+def _median_and_range(values):
+    return f"{statistics.median(values):.2f}", f"{min(values):.2f} to {max(values):.2f}"
 
 
 def _memory(field):
@@ -195,8 +181,6 @@ def main():
         rows.append((f"prune(), {preset} / plain forwards", *_median_and_range(ratios), target))
     peak = surgery_peak(model)
     rows.append(("surgery, peak above dense / a layer", "unknown" if peak is None else f"{peak:.2f}", "", "<= 1.00"))
-    times = import_milliseconds(repeats)
-    rows.append(("import, ms", *_median_and_range(times, digits=1), "< 50"))
     print(render_table(("cost", "median", "range", "target"), rows))
     print(f"{repeats} repeats, {torch.get_num_threads()} threads, torch {torch.__version__}.")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from ._auto_registration import register_when_peft_loads, register_when_transformers_loads
+from ._auto_registration import register_when_imported
 from .version import __version__
 
 
@@ -61,5 +61,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
 
 
-register_when_transformers_loads()
-register_when_peft_loads()
+register_when_imported()

@@ -1,6 +1,7 @@
 """Importing is cheap, pruned checkpoints are known whatever is imported first, and other families can join."""
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import tiny
 import transformers
 
 from optimum_fwdprune import Architecture, FwdPruner, MLPLayout, register_architecture
-from optimum_fwdprune.architectures import supported_architectures
+from optimum_fwdprune.architectures import get_architecture, supported_architectures
 from optimum_fwdprune.models.layout import LLAMA_LAYOUT
 from optimum_fwdprune.models.pruned_llama import PrunedLlamaMixin
 
@@ -39,6 +40,70 @@ def test_importing_the_package_imports_neither_torch_nor_transformers():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
     assert result.stdout.strip() == "[]"
+
+
+def test_no_family_is_imported_before_a_model_of_it_is_met(fresh_processes):
+    result = fresh_processes.run("""
+import sys
+import optimum_fwdprune
+from transformers import AutoConfig, AutoModelForCausalLM
+from optimum_fwdprune.architectures import get_architecture, supported_architectures
+
+def imported():
+    files = {name.rpartition(".")[2] for name in sys.modules if ".models." in name}
+    return {name for name in files if name.startswith(("modeling_", "pruned_"))} - {"modeling_auto"}
+
+families = supported_architectures()
+assert {"bloom", "llama", "mistral", "opt", "qwen2", "qwen3"} <= set(families), families
+assert not imported(), imported()
+assert "pruned_llama" in AutoConfig.for_model.__globals__["CONFIG_MAPPING"] and not imported()
+assert type(AutoConfig.for_model("pruned_qwen2")).__name__ == "PrunedQwen2Config"
+assert imported() == {"modeling_qwen2", "pruned_qwen2"}, imported()
+assert get_architecture(AutoConfig.for_model("opt")).model_type == "opt"
+assert imported() == {"modeling_qwen2", "pruned_qwen2", "modeling_opt", "pruned_opt"}, imported()
+""")
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_family_that_transformers_lacks_is_left_out(fresh_processes, tmp_path):
+    """`lacking` is no model type of transformers, and a class of `gpt2` that another version may have is not there."""
+    (tmp_path / "pruned_lacking.py").write_text("from transformers.models.lacking import LackingModel")
+    (tmp_path / "pruned_gpt2.py").write_text("from transformers.models.gpt2.modeling_gpt2 import GPT2ForEverything")
+    result = fresh_processes.run(f"""
+import optimum_fwdprune.models
+optimum_fwdprune.models.__path__[:] = [{str(tmp_path)!r}, *optimum_fwdprune.models.__path__]
+from transformers import AutoConfig
+from optimum_fwdprune.architectures import get_architecture, registered_architectures, supported_architectures
+
+assert "lacking" not in supported_architectures() and "llama" in supported_architectures()
+names = [architecture.model_type for architecture in registered_architectures()]
+assert "llama" in names and not {{"gpt2", "lacking"}} & set(names), names
+for model_type, reason in (("pruned_lacking", "Unrecognized"), ("gpt2", "lacks what their.*GPT2ForEverything")):
+    try:
+        get_architecture(AutoConfig.for_model(model_type))
+    except ValueError as error:
+        import re
+        assert re.search(reason, str(error)), error
+    else:
+        raise AssertionError(model_type)
+""")
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_pickled_config_and_a_family_that_is_imported_by_name_are_known_to_the_auto_classes(fresh_processes):
+    config = get_architecture(tiny.make_config("qwen3")).config_class.from_dict(tiny.make_config("qwen3").to_dict())
+    result = fresh_processes.run(f"""
+import pickle
+import optimum_fwdprune
+from transformers import AutoModelForCausalLM, AutoModel
+model = AutoModelForCausalLM.from_config(pickle.loads({pickle.dumps(config)!r}))
+assert type(model).__name__ == "PrunedQwen3ForCausalLM"
+from optimum_fwdprune.models.pruned_mistral import PrunedMistralConfig
+config = PrunedMistralConfig(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=8,
+                             num_hidden_layers=1, vocab_size=9)
+assert type(AutoModel.from_config(config)).__name__ == "PrunedMistralModel"
+""")
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

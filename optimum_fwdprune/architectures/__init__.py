@@ -1,6 +1,5 @@
 """Model families: the registry, and the sites of a loaded model. How units are chosen does not belong here."""
 
-from ..models import pruned_bloom, pruned_llama, pruned_mistral, pruned_opt, pruned_qwen2, pruned_qwen3
 from ..models.layout import AttentionLayout, DecoderLayout, MLPLayout
 from .depth import layers_left
 from .registry import (
@@ -41,6 +40,3 @@ __all__ = [
     "registered_architectures",
     "supported_architectures",
 ]
-
-for _module in (pruned_bloom, pruned_llama, pruned_mistral, pruned_opt, pruned_qwen2, pruned_qwen3):
-    register_architecture(Architecture.from_module(_module))

@@ -9,8 +9,10 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..models.adapter_defaults import add_adapter_defaults
+from ..models.families import family_modules, import_family
 from ..models.layout import DecoderLayout
 from ..models.per_layer import stock_config_class
 from ..request.choices import AttentionUnit, UnitKind
@@ -18,6 +20,9 @@ from .depth import layers_left, skipped_sublayers
 from .site import Site
 from .sites import attention_site, attention_sizes, mlp_site
 from .wrapping import check_no_adapters
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -164,26 +169,31 @@ def register_architecture(architecture: Architecture) -> None:
 
 
 def pruned_types() -> dict[str, str]:
-    """Return the `model_type` of every registered family with that of its pruned config."""
-    return {
-        architecture.model_type: architecture.config_class.model_type for architecture in registered_architectures()
-    }
+    """Return the `model_type` of every family that is registered so far, with that of its pruned config."""
+    return {architecture.model_type: architecture.config_class.model_type for architecture in _ARCHITECTURES.values()}
 
 
 def registered_architectures() -> list[Architecture]:
-    """Return all families, by name."""
-    return [_ARCHITECTURES[model_type] for model_type in supported_architectures()]
+    """Return all families, by name; those that were not imported yet are imported for this. A family that cannot be
+    imported with the installed transformers is left out with a warning."""
+    architectures = []
+    for model_type in supported_architectures():
+        try:
+            architectures.append(_architecture_of(model_type))
+        except ValueError as error:
+            logger.warning(str(error))
+    return [architecture for architecture in architectures if architecture is not None]
 
 
 def supported_architectures() -> list[str]:
-    """Return the registered `model_type`s, pruned ones left out."""
-    return sorted({architecture.model_type for architecture in _ARCHITECTURES.values()})
+    """Return the `model_type`s of all families, pruned ones left out. No family is imported for this."""
+    return sorted({*pruned_types(), *family_modules()})
 
 
 def is_pruned(config: PreTrainedConfig) -> bool:
     """Whether `config` is that of a pruned model of a registered family, also where the model was loaded with the code
     beside its weights (`trust_remote_code=True`)."""
-    architecture = _ARCHITECTURES.get(config.model_type)
+    architecture = _architecture_of(config.model_type)
     if architecture is None:
         return False
     pruned_class = architecture.config_class
@@ -191,12 +201,12 @@ def is_pruned(config: PreTrainedConfig) -> bool:
 
 
 def get_architecture(config: PreTrainedConfig) -> Architecture:
-    """Return the architecture of `config`.
+    """Return the architecture of `config`. A family of this package is imported when it is first asked for.
 
     Raises:
-        ValueError: where `config.model_type` is not registered.
+        ValueError: where `config.model_type` is not supported, or not with the installed transformers.
     """
-    architecture = _ARCHITECTURES.get(config.model_type)
+    architecture = _architecture_of(config.model_type)
     if architecture is None:
         raise ValueError(
             f"model_type {config.model_type!r} is not supported. Supported: {', '.join(supported_architectures())}. "
@@ -210,6 +220,19 @@ def get_architecture(config: PreTrainedConfig) -> Architecture:
             f"checkpoint with the tool that wrote it, or remove per_layer_config where every layer has the same size."
         )
     return architecture
+
+
+def _architecture_of(model_type: str) -> Architecture | None:
+    """Return the family of a `model_type`, stock or pruned, or `None` where it is not supported."""
+    if model_type not in _ARCHITECTURES:
+        try:
+            import_family(model_type)
+        except ImportError as error:
+            raise ValueError(
+                f"Models of type {model_type!r} cannot be pruned with transformers {transformers.__version__}, which "
+                f"lacks what their pruned classes are built on ({error}). Install a newer transformers."
+            ) from error
+    return _ARCHITECTURES.get(model_type)
 
 
 def find_sites(
