@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import get_architecture
-from ..architectures.stock import stock_form
+from ..architectures.stock_form import stock_form
 from ..architectures.wrapping import check_in_memory, check_no_adapters
 from ..cutting.verification import (
     logits,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..allocation.plan import PruningPlan
 from ..architectures import Site
-from ..architectures.stock import find_stock_form
+from ..architectures.stock_form import find_stock_form
 from ..cutting.surgery import pruned_config
 from ..loading.subject import Subject
 from ..reconstruction.bias import kinds_gaining_bias
