@@ -22,8 +22,8 @@ from .loading.state import check_not_consumed
 from .loading.tokenizers import named_tokenizer
 from .planning.checks import check_arguments
 from .planning.latency import LatencyTable
+from .pruning import Pruning
 from .record.attributes import Recorded
-from .record.pruning import Pruning
 from .record.reading import read_record, with_outcome
 from .record.record import Record
 from .report import PruningReport

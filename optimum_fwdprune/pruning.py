@@ -10,28 +10,28 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..allocation.composing import EarlierPruning
-from ..allocation.job import resume_held
-from ..allocation.plan import PruningPlan
-from ..architectures import find_sites, is_pruned
-from ..architectures.sizes import ModelSizes
-from ..cutting.cut import Cut
-from ..data.load_calibration import load_calibration
-from ..loading.offloading import check_readable
-from ..loading.origin import FINGERPRINT, NAME, REVISION
-from ..loading.source import Source
-from ..loading.state import check_not_consumed, evaluating, is_consumed
-from ..loading.subject import Sizes, Subject
-from ..planning.checks import check_model, check_request
-from ..planning.latency import LatencyTable
-from ..planning.make_plan import request_of_replay
-from ..planning.run import Run
-from ..request.config import PruningConfig
-from ..runs.loggers import get_logger
-from ..scoring.scores import Scores
-from .outcome import Outcome, Speedup
-from .record import Record
-from .reproduction import IN_MEMORY, INPUTS, inputs_of
+from .allocation.composing import EarlierPruning
+from .allocation.job import resume_held
+from .allocation.plan import PruningPlan
+from .architectures import find_sites, is_pruned
+from .architectures.sizes import ModelSizes
+from .cutting.cut import Cut
+from .data.load_calibration import load_calibration
+from .loading.offloading import check_readable
+from .loading.origin import FINGERPRINT, NAME, REVISION
+from .loading.source import Source
+from .loading.state import check_not_consumed, evaluating, is_consumed
+from .loading.subject import Sizes, Subject
+from .planning.checks import check_model, check_request
+from .planning.latency import LatencyTable
+from .planning.make_plan import request_of_replay
+from .planning.run import Run
+from .record.outcome import Outcome, Speedup
+from .record.record import Record
+from .record.reproduction import IN_MEMORY, INPUTS, inputs_of
+from .request.config import PruningConfig
+from .runs.loggers import get_logger
+from .scoring.scores import Scores
 
 
 logger = get_logger(__name__)
