@@ -1,16 +1,15 @@
-"""A family of your own: Granite, which this package does not know, in thirty lines, pruned and loaded again.
+"""A family of your own: VaultGemma, which this package does not know, in thirty lines, pruned and loaded again.
 
-    python examples/your_own_architecture.py ibm-granite/granite-3.1-2b-base pruned
+    python examples/your_own_architecture.py google/vaultgemma-1b pruned
 
-Granite's layers are shaped like LLaMA's. tests/third_party_phi3.py declares a family with fused projections.
+VaultGemma's layers are shaped like LLaMA's. tests/third_party_phi3.py declares a family with fused projections.
 """
 
 import argparse
 import sys
-from dataclasses import replace
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, GraniteModel
+from transformers import AutoModelForCausalLM, VaultGemmaConfig, VaultGemmaForCausalLM, VaultGemmaModel
 
 from optimum_fwdprune import Architecture, FwdPruner, PruningConfig, register_architecture
 from optimum_fwdprune.models.layout import LLAMA_LAYOUT
@@ -18,21 +17,21 @@ from optimum_fwdprune.models.per_layer import PerLayerConfigMixin, PerLayerMixin
 
 
 @strict
-class PrunedGraniteConfig(PerLayerConfigMixin, GraniteConfig):
-    model_type = "pruned_granite"
+class PrunedVaultGemmaConfig(PerLayerConfigMixin, VaultGemmaConfig):
+    model_type = "pruned_vaultgemma"
 
 
-class PrunedGraniteMixin(PerLayerMixin):
-    config_class = PrunedGraniteConfig
-    # The modules have the names that LLaMA's have. What they add to the residual stream is scaled.
-    layout = replace(LLAMA_LAYOUT, residual_adds_up=lambda config: config.residual_multiplier == 1)
+class PrunedVaultGemmaMixin(PerLayerMixin):
+    config_class = PrunedVaultGemmaConfig
+    # The modules have the names that LLaMA's have.
+    layout = LLAMA_LAYOUT
 
 
-class PrunedGraniteModel(PrunedGraniteMixin, GraniteModel):
+class PrunedVaultGemmaModel(PrunedVaultGemmaMixin, VaultGemmaModel):
     pass
 
 
-class PrunedGraniteForCausalLM(PrunedGraniteMixin, GraniteForCausalLM):
+class PrunedVaultGemmaForCausalLM(PrunedVaultGemmaMixin, VaultGemmaForCausalLM):
     pass
 
 
@@ -42,7 +41,7 @@ def register():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="A Granite model: folder or repository.")
+    parser.add_argument("model", help="A VaultGemma model: folder or repository.")
     parser.add_argument("output", help="Folder for the pruned checkpoint.")
     parser.add_argument("--sparsity", type=float, default=0.3)
     parser.add_argument("--calibration", help="A text file or dataset; WikiText-2 by default.")

@@ -71,15 +71,15 @@ def tokens():
     return torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=tiny.CONFIGS)
+@pytest.fixture(params=tiny.REPRESENTATIVE)
 def architecture_name(request):
-    """Every tiny architecture in turn."""
+    """A tiny architecture of every layout in turn."""
     return request.param
 
 
 @pytest.fixture
 def dense(architecture_name):
-    """A dense tiny causal language model of every architecture in turn, in eval mode."""
+    """A dense tiny causal language model of every layout in turn, in eval mode."""
     return tiny.make_model(architecture_name)
 
 

@@ -85,12 +85,12 @@ def test_a_criterion_of_ones_own_prunes(run):
 
 
 def test_an_architecture_of_ones_own_prunes_and_loads(run, tokenizer):
-    config = transformers.GraniteConfig(**{**tiny._LLAMA_SIZES, "max_position_embeddings": 512})
-    transformers.GraniteForCausalLM(config).save_pretrained("granite")
-    tokenizer.save_pretrained("granite")
-    out = run("your_own_architecture.py", "granite", "pruned")
+    config = transformers.VaultGemmaConfig(**{**tiny._LLAMA_SIZES, "max_position_embeddings": 512})
+    transformers.VaultGemmaForCausalLM(config).save_pretrained("vaultgemma")
+    tokenizer.save_pretrained("vaultgemma")
+    out = run("your_own_architecture.py", "vaultgemma", "pruned")
 
-    assert "PrunedGraniteForCausalLM loads." in out
+    assert "PrunedVaultGemmaForCausalLM loads." in out
     assert Path("pruned/your_own_architecture.py").exists()
 
 

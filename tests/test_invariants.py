@@ -35,10 +35,14 @@ def masked_by_hand(model, plan):
 
 
 @torch.no_grad()
-def test_masked_equals_sliced(dense, tokens, scope, attention_unit):
+@pytest.mark.parametrize(
+    *tiny.crossed(tiny.CONFIGS, scope=["layer", "global"], attention_unit=["kv_group", "query_head"])
+)
+def test_masked_equals_sliced(architecture_name, dense, tokens, scope, attention_unit):
     probe = tokens[:4]
     pruner = FwdPruner(dense)
-    config = tiny.request(sparsity=0.4, scope=scope, attention_unit=attention_unit, reconstruction="none")
+    fields = {"scope": scope, "attention_unit": attention_unit, "kinds": tiny.kinds_of(architecture_name)}
+    config = tiny.request(sparsity=0.4, reconstruction="none", **fields)
     pruned = pruner.prune(config, tokens, inplace=False)
     expected = masked_by_hand(dense, pruner.plan)(probe).logits
 

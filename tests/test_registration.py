@@ -121,26 +121,27 @@ def test_pruned_checkpoints_load_in_every_import_order(order, checkpoint, fresh_
 
 
 def test_an_unsupported_model_type_lists_the_supported_ones_and_how_to_register():
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=9))
+    config = transformers.BioGptConfig(num_hidden_layers=1, num_attention_heads=2, hidden_size=8, vocab_size=9)
+    model = transformers.BioGptForCausalLM(config)
     with pytest.raises(ValueError) as error:
         FwdPruner(model)
 
     message = str(error.value)
-    assert "'gpt2'" in message and "register_architecture" in message
+    assert "'biogpt'" in message and "register_architecture" in message
     assert all(name in message for name in ("bloom", "llama", "mistral", "opt", "qwen2", "qwen3"))
     assert "phi3" in supported_architectures()
 
 
 def test_an_unsupported_model_type_fails_before_its_weights_are_read(tmp_path):
-    transformers.GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'gpt2' is not supported"):
+    transformers.BioGptConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'biogpt' is not supported"):
         FwdPruner.from_pretrained(tmp_path)
 
 
 def test_an_architecture_without_the_mixin_is_refused():
-    with pytest.raises(ValueError, match=r"GemmaModel lacks a layout.*PerLayerMixin"):
-        register_architecture(Architecture((transformers.GemmaModel,)))
-    assert "gemma" not in supported_architectures()
+    with pytest.raises(ValueError, match=r"BioGptModel lacks a layout.*PerLayerMixin"):
+        register_architecture(Architecture((transformers.BioGptModel,)))
+    assert "biogpt" not in supported_architectures()
 
 
 def test_per_layer_sizes_of_another_tool_are_refused():

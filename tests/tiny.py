@@ -32,6 +32,15 @@ _OPT_SIZES = {
     "dropout": 0.0,
 }
 
+# Two layers whose attention sees 8 tokens and one that sees all, whatever the family calls the pattern.
+_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_SCALES = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
+
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -41,7 +50,8 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 
-# Multi-head, grouped and multi-query attention; biases; tied embeddings; head widths of their own.
+# Every family, and what its models may differ in: multi-head, grouped and multi-query attention; biases; tied
+# embeddings; head widths of their own; sliding windows; norms.
 CONFIGS = {
     "llama_mha_tied": (
         transformers.LlamaConfig,
@@ -61,24 +71,69 @@ CONFIGS = {
     "qwen2": (transformers.Qwen2Config, _LLAMA_SIZES),
     "qwen3": (transformers.Qwen3Config, {**_LLAMA_SIZES, "head_dim": 16}),
     "phi3_third_party": (transformers.Phi3Config, {**_LLAMA_SIZES, "pad_token_id": 0}),
+    "apertus": (transformers.ApertusConfig, {**_LLAMA_SIZES, "rope_parameters": _LLAMA3_ROPE}),
+    "arcee": (transformers.ArceeConfig, {**_LLAMA_SIZES, "mlp_bias": True}),
+    "cohere": (transformers.CohereConfig, _LLAMA_SIZES),
+    "cohere_query_norms": (transformers.CohereConfig, {**_LLAMA_SIZES, "use_qk_norm": True}),
+    "cohere2": (transformers.Cohere2Config, {**_LLAMA_SIZES, **_SLIDING}),
+    "ernie4_5": (transformers.Ernie4_5Config, {**_LLAMA_SIZES, "head_dim": 16, "use_bias": True}),
+    "exaone4": (transformers.Exaone4Config, {**_LLAMA_SIZES, **_SLIDING}),
+    "gemma": (transformers.GemmaConfig, {**_LLAMA_SIZES, "head_dim": 16}),
+    "gemma2": (transformers.Gemma2Config, {**_LLAMA_SIZES, **_SLIDING, "head_dim": 16, "query_pre_attn_scalar": 16}),
+    "gemma3_text": (
+        transformers.Gemma3TextConfig,
+        {**_LLAMA_SIZES, **_SLIDING, "head_dim": 16, "query_pre_attn_scalar": 16},
+    ),
+    "granite": (transformers.GraniteConfig, {**_LLAMA_SIZES, **_SCALES}),
+    "helium": (transformers.HeliumConfig, {**_LLAMA_SIZES, "head_dim": 8}),
+    "hunyuan_v1_dense": (transformers.HunYuanDenseV1Config, {**_LLAMA_SIZES, "head_dim": 16}),
+    "ministral": (transformers.MinistralConfig, {**_LLAMA_SIZES, **_SLIDING, "head_dim": 16}),
+    "ministral3": (transformers.Ministral3Config, {**_LLAMA_SIZES, "head_dim": 16}),
+    "nemotron": (transformers.NemotronConfig, {**_LLAMA_SIZES, "attention_bias": True}),
+    "olmo": (transformers.OlmoConfig, {**_LLAMA_SIZES, "clip_qkv": 1.0}),
+    "olmo2": (transformers.Olmo2Config, _LLAMA_SIZES),
+    "olmo3": (transformers.Olmo3Config, {**_LLAMA_SIZES, **_SLIDING}),
+    "phi": (transformers.PhiConfig, {**_LLAMA_SIZES, "qk_layernorm": True}),
+    "seed_oss": (transformers.SeedOssConfig, {**_LLAMA_SIZES, "head_dim": 16}),
+    "smollm3": (
+        transformers.SmolLM3Config,
+        {
+            **_LLAMA_SIZES,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "no_rope_layers": [1, 0, 1],
+            "pad_token_id": 0,
+        },
+    ),
+    "stablelm": (transformers.StableLmConfig, {**_LLAMA_SIZES, "use_qkv_bias": True}),
+    "stablelm_parallel_query_norms": (
+        transformers.StableLmConfig,
+        {**_LLAMA_SIZES, "use_parallel_residual": True, "qk_layernorm": True},
+    ),
+    "starcoder2": (transformers.Starcoder2Config, {**_LLAMA_SIZES, "sliding_window": 8}),
 }
 
-# Grouped-query attention with rotary positions, learned positions, and ALiBi with fused sources.
-REPRESENTATIVE = ("llama_gqa_biases", "opt_pre_norm", "bloom")
+# No single head of these can be removed.
+FIXED_HEADS = ("cohere_query_norms", "olmo2", "olmo3", "stablelm_parallel_query_norms")
+
+# One of every layout: grouped-query attention with rotary positions, learned positions, ALiBi with fused sources,
+# norms after the projections, and attention and MLP side by side. Tests of all combinations run on these.
+REPRESENTATIVE = ("llama_gqa_biases", "opt_pre_norm", "bloom", "gemma2", "cohere")
 
 
-def crossed(**options):
+def crossed(architectures=REPRESENTATIVE, **options):
     """Arguments of `parametrize` for a test of `architecture_name` and options, which are lists of values.
 
-    The representative architectures have all combinations, and the others as few as it takes to have every value.
+    The first three representative architectures have all combinations, and the others as few as it takes to have every
+    value.
     """
     combinations = list(itertools.product(*options.values()))
     longest = max(map(len, options.values()))
     every_value = [tuple(values[index % len(values)] for values in options.values()) for index in range(longest)]
     cases = [
         (architecture, *case)
-        for architecture in CONFIGS
-        for case in (combinations if architecture in REPRESENTATIVE else every_value)
+        for architecture in architectures
+        for case in (combinations if architecture in REPRESENTATIVE[:3] else every_value)
     ]
     return ("architecture_name", *options), cases
 
@@ -113,6 +168,11 @@ def request(method="wanda_sp", **fields):
     fields.setdefault("kinds", ["attention", "mlp"])
     fields.setdefault("reconstruction", PUBLISHED_RECONSTRUCTION.get(method, "least_squares"))
     return PruningConfig(method, **fields)
+
+
+def kinds_of(name):
+    """The kinds of units that a tiny architecture can lose."""
+    return ["mlp"] if name in FIXED_HEADS else ["attention", "mlp"]
 
 
 # Where a method's result does not matter, only that it runs: a few steps or draws.

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import get_architecture, layers_left
 from ..architectures.depth import values_of_layers
+from ..architectures.site import unit_name
 from ..loading.subject import Subject
 from .plan import PruningPlan
 
@@ -20,6 +21,12 @@ def check_fits(plan: PruningPlan, subject: Subject) -> None:
         subject (`Subject`): the model with all its sites.
     """
     plan.check_matches(subject.sites, subject.model.config.model_type)
+    for site in subject.sites:
+        if site.fixed and 0 < len(plan.kept[site.key]) < site.num_units:
+            raise ValueError(
+                f"The plan removes some {unit_name(site.kind, plan.attention_unit)} of the {site}, which this "
+                f"{plan.model_type} cannot lose: {site.fixed} Let the plan keep all {site.num_units} of them or none."
+            )
     check_without_layers(subject.model, layers_left(plan.kept))
 
 

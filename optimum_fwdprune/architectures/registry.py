@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -92,10 +92,12 @@ class Architecture:
         check_no_adapters(model, "cannot be cut")
         _check_layer_count(model, len(self.layers(model)))
         sites, skipped = [], skipped_sublayers(model.config)
+        fixed = self.layout.attention.why_fixed(model.config)
         for index, (path, layer) in enumerate(self.layers(model)):
             try:
                 if (index, UnitKind.ATTENTION) not in skipped:
-                    sites.append(attention_site(self.layout.attention, index, path, layer, attention_unit))
+                    attention = attention_site(self.layout.attention, index, path, layer, attention_unit)
+                    sites.append(replace(attention, fixed=fixed))
                 if (index, UnitKind.MLP) not in skipped:
                     sites.append(mlp_site(self.layout.mlp, index, path, layer))
             except AttributeError as error:

@@ -136,6 +136,7 @@ class Site:
             part of, so that they stay whole (keys and values of query heads that share them).
         pointwise (`bool`, defaults to `False`): the feature of a unit is a function of the row of that unit in every
             source, at one token.
+        fixed (`str`, *optional*): why no single unit can be removed, where that is so; a clause for an error.
     """
 
     layer: int
@@ -147,6 +148,7 @@ class Site:
     num_groups: int = 1
     shared: tuple[Coupling, ...] = ()
     pointwise: bool = False
+    fixed: str = ""
 
     @property
     def key(self) -> SiteKey:

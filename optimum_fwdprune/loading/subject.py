@@ -57,9 +57,9 @@ class Subject:
         return [layer for _, layer in self.architecture.layers(self.model)]
 
     @property
-    def residual_adds_up(self) -> bool:
-        """Whether what sites write is added to the residual stream as it is, without a norm in between."""
-        return self.architecture.layout.residual_adds_up(self.model.config)
+    def has_dense_target(self) -> bool:
+        """Whether projections can aim at what the dense model computes."""
+        return self.architecture.layout.has_dense_target(self.model.config)
 
     def losing(self, kept: Mapping[SiteKey, list[int]]) -> list[Site]:
         """Return the sites that keep fewer units than they have, and at least one."""

@@ -40,6 +40,10 @@ class AttentionLayout:
             when the attention goes. A norm that the MLP reads too is not named.
         skipped_class (`type`, defaults to `SkippedAttention`): what stands where the attention was removed. It is
             built with the index of the layer.
+        fixed (`str`, *optional*): where no single head can be removed, the reason as a clause. Errors and the table of
+            supported families quote it.
+        fixed_key (`str`, *optional*): config key that makes it so where it is set; by default `fixed` holds for every
+            model of the family.
     """
 
     module: str
@@ -55,6 +59,8 @@ class AttentionLayout:
     pruned_class: type[nn.Module] | None = None
     norms: tuple[str, ...] = ()
     skipped_class: type[nn.Module] = SkippedAttention
+    fixed: str = ""
+    fixed_key: str | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -66,6 +72,10 @@ class AttentionLayout:
         owner, _, leaf = self.module.rpartition(".")
         layer_idx: Any = layer.get_submodule(self.module).layer_idx
         setattr(layer.get_submodule(owner), leaf, self.skipped_class(layer_idx))
+
+    def why_fixed(self, config: Any) -> str:
+        """Return why no single head of a model with `config` can be removed; empty where heads can be removed."""
+        return self.fixed if self.fixed_key is None or getattr(config, self.fixed_key) else ""
 
     def linear_sizes(self, config: Any) -> dict[str, dict[str, Any]]:
         """Return how to resize every linear, by its name inside the decoder layer, at the sizes of its `config`."""
@@ -141,6 +151,10 @@ def _never(config: Any) -> bool:
     return False
 
 
+def _one(config: Any) -> float:
+    return 1.0
+
+
 @dataclass(frozen=True)
 class DecoderLayout:
     """The decoder layers of a family: everything that pruning and resizing need.
@@ -155,12 +169,17 @@ class DecoderLayout:
         whole (`tuple[str, ...]`, *optional*): linears of a decoder layer whose sizes depend on neither heads nor
             channels. All others are named by `attention` and `mlp`.
         residual_adds_up (`Callable[[PreTrainedConfig], bool]`, *optional*): whether, under a config, the residual
-            stream is the sum of the embeddings and the outputs of all projections. It is not where the stream or these
-            outputs are normalized or scaled. By default it always is.
+            stream is the sum of the embeddings and the outputs of all projections, times `residual_multiplier`. It is
+            not where the stream itself is normalized on its way. By default it always is.
         normalizes_stream (`Callable[[PreTrainedConfig], bool]`, *optional*): whether, under a config, a decoder layer
             normalizes the residual stream itself, as norms after the sum do. A layer without attention and MLP would
             still change the stream then, so that no whole layer can be removed, and a removed sublayer leaves its
             norms. By default no layer does.
+        residual_multiplier (`Callable[[PreTrainedConfig], float]`, *optional*): the number by which the output of
+            every projection is multiplied before it is added to the residual stream, under a config.
+        output_norm (`bool`, defaults to `False`): the output of every projection is normalized before it is added to
+            the residual stream (Gemma 2). A projection that aims at the dense model then aims at what the norm reads,
+            the output of the same projection there.
     """
 
     attention: AttentionLayout
@@ -170,6 +189,12 @@ class DecoderLayout:
     whole: tuple[str, ...] = ()
     residual_adds_up: Callable[[Any], bool] = _always
     normalizes_stream: Callable[[Any], bool] = _never
+    residual_multiplier: Callable[[Any], float] = _one
+    output_norm: bool = False
+
+    def has_dense_target(self, config: Any) -> bool:
+        """Return whether the projections of a model with `config` can aim at what the dense model computes."""
+        return self.output_norm or self.residual_adds_up(config)
 
     def modules_of(self, kind: str, config: Any) -> tuple[str, ...]:
         """Return the names of the modules inside a decoder layer that go with its `"attention"` or its `"mlp"`, under
@@ -180,6 +205,11 @@ class DecoderLayout:
     def sublayer(self, kind: str) -> AttentionLayout | MLPLayout:
         """Return where a decoder layer keeps its `"attention"` or its `"mlp"`."""
         return self.attention if kind == ATTENTION else self.mlp
+
+
+def grouped_attention(config: Any) -> dict[str, Any]:
+    """Return the attribute that the attention of most families keeps: how many query heads share keys and values."""
+    return {"self_attn.num_key_value_groups": config.num_attention_heads // config.num_key_value_heads}
 
 
 # The names that LLaMA's modules have, and those of most families after it.
@@ -193,11 +223,12 @@ LLAMA_LAYOUT = DecoderLayout(
         norms=("input_layernorm",),
     ),
     MLPLayout(sources=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj", norms=("post_attention_layernorm",)),
-    attributes=lambda config: {
-        "self_attn.num_key_value_groups": config.num_attention_heads // config.num_key_value_heads,
-        "mlp.intermediate_size": config.intermediate_size,
-    },
+    attributes=lambda config: {**grouped_attention(config), "mlp.intermediate_size": config.intermediate_size},
 )
+
+# Reasons why no single head of some families can be removed.
+NORM_OVER_HEADS = "its query and key norms take their mean over all heads, so that the heads that stay would change."
+NORM_PER_HEAD = "its query and key norms have weights for every head, which cannot be cut."
 
 
 def resize_layer(layer: nn.Module, layout: DecoderLayout, config: PreTrainedConfig) -> None:

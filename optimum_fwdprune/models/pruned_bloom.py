@@ -1,15 +1,8 @@
 """BLOOM with per-layer sizes."""
 
 from huggingface_hub.dataclasses import strict
+from transformers.models.bloom import modeling_bloom as stock
 from transformers.models.bloom.configuration_bloom import BloomConfig
-from transformers.models.bloom.modeling_bloom import (
-    BloomAttention,
-    BloomForCausalLM,
-    BloomForQuestionAnswering,
-    BloomForSequenceClassification,
-    BloomForTokenClassification,
-    BloomModel,
-)
 
 from .layout import AttentionLayout, DecoderLayout, MLPLayout
 from .per_layer import PerLayerConfigMixin, PerLayerMixin
@@ -32,7 +25,7 @@ class PrunedBloomConfig(PerLayerConfigMixin, BloomConfig):
         super().__post_init__(**kwargs)
 
 
-class PrunedBloomAttention(BloomAttention):
+class PrunedBloomAttention(stock.BloomAttention):
     """Attention over the heads `kept_heads`, each with the ALiBi slope that it had in the dense model."""
 
     kept_heads: list[int]
@@ -92,21 +85,16 @@ class PrunedBloomMixin(PerLayerMixin):
     )
 
 
-class PrunedBloomModel(PrunedBloomMixin, BloomModel):
-    pass
+class PrunedBloomModel(PrunedBloomMixin, stock.BloomModel): ...
 
 
-class PrunedBloomForCausalLM(PrunedBloomMixin, BloomForCausalLM):
-    pass
+class PrunedBloomForCausalLM(PrunedBloomMixin, stock.BloomForCausalLM): ...
 
 
-class PrunedBloomForSequenceClassification(PrunedBloomMixin, BloomForSequenceClassification):
-    pass
+class PrunedBloomForSequenceClassification(PrunedBloomMixin, stock.BloomForSequenceClassification): ...
 
 
-class PrunedBloomForTokenClassification(PrunedBloomMixin, BloomForTokenClassification):
-    pass
+class PrunedBloomForTokenClassification(PrunedBloomMixin, stock.BloomForTokenClassification): ...
 
 
-class PrunedBloomForQuestionAnswering(PrunedBloomMixin, BloomForQuestionAnswering):
-    pass
+class PrunedBloomForQuestionAnswering(PrunedBloomMixin, stock.BloomForQuestionAnswering): ...

@@ -1,14 +1,8 @@
 """LLaMA with per-layer sizes."""
 
 from huggingface_hub.dataclasses import strict
+from transformers.models.llama import modeling_llama as stock
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import (
-    LlamaForCausalLM,
-    LlamaForQuestionAnswering,
-    LlamaForSequenceClassification,
-    LlamaForTokenClassification,
-    LlamaModel,
-)
 
 from .layout import LLAMA_LAYOUT
 from .per_layer import PerLayerConfigMixin, PerLayerMixin
@@ -24,21 +18,16 @@ class PrunedLlamaMixin(PerLayerMixin):
     layout = LLAMA_LAYOUT
 
 
-class PrunedLlamaModel(PrunedLlamaMixin, LlamaModel):
-    pass
+class PrunedLlamaModel(PrunedLlamaMixin, stock.LlamaModel): ...
 
 
-class PrunedLlamaForCausalLM(PrunedLlamaMixin, LlamaForCausalLM):
-    pass
+class PrunedLlamaForCausalLM(PrunedLlamaMixin, stock.LlamaForCausalLM): ...
 
 
-class PrunedLlamaForSequenceClassification(PrunedLlamaMixin, LlamaForSequenceClassification):
-    pass
+class PrunedLlamaForSequenceClassification(PrunedLlamaMixin, stock.LlamaForSequenceClassification): ...
 
 
-class PrunedLlamaForTokenClassification(PrunedLlamaMixin, LlamaForTokenClassification):
-    pass
+class PrunedLlamaForTokenClassification(PrunedLlamaMixin, stock.LlamaForTokenClassification): ...
 
 
-class PrunedLlamaForQuestionAnswering(PrunedLlamaMixin, LlamaForQuestionAnswering):
-    pass
+class PrunedLlamaForQuestionAnswering(PrunedLlamaMixin, stock.LlamaForQuestionAnswering): ...

@@ -1,14 +1,8 @@
 """Mistral with per-layer sizes."""
 
 from huggingface_hub.dataclasses import strict
+from transformers.models.mistral import modeling_mistral as stock
 from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.mistral.modeling_mistral import (
-    MistralForCausalLM,
-    MistralForQuestionAnswering,
-    MistralForSequenceClassification,
-    MistralForTokenClassification,
-    MistralModel,
-)
 
 from .layout import LLAMA_LAYOUT
 from .per_layer import PerLayerConfigMixin, PerLayerMixin
@@ -24,21 +18,16 @@ class PrunedMistralMixin(PerLayerMixin):
     layout = LLAMA_LAYOUT
 
 
-class PrunedMistralModel(PrunedMistralMixin, MistralModel):
-    pass
+class PrunedMistralModel(PrunedMistralMixin, stock.MistralModel): ...
 
 
-class PrunedMistralForCausalLM(PrunedMistralMixin, MistralForCausalLM):
-    pass
+class PrunedMistralForCausalLM(PrunedMistralMixin, stock.MistralForCausalLM): ...
 
 
-class PrunedMistralForSequenceClassification(PrunedMistralMixin, MistralForSequenceClassification):
-    pass
+class PrunedMistralForSequenceClassification(PrunedMistralMixin, stock.MistralForSequenceClassification): ...
 
 
-class PrunedMistralForTokenClassification(PrunedMistralMixin, MistralForTokenClassification):
-    pass
+class PrunedMistralForTokenClassification(PrunedMistralMixin, stock.MistralForTokenClassification): ...
 
 
-class PrunedMistralForQuestionAnswering(PrunedMistralMixin, MistralForQuestionAnswering):
-    pass
+class PrunedMistralForQuestionAnswering(PrunedMistralMixin, stock.MistralForQuestionAnswering): ...

@@ -1,13 +1,8 @@
 """OPT with per-layer sizes."""
 
 from huggingface_hub.dataclasses import strict
+from transformers.models.opt import modeling_opt as stock
 from transformers.models.opt.configuration_opt import OPTConfig
-from transformers.models.opt.modeling_opt import (
-    OPTForCausalLM,
-    OPTForQuestionAnswering,
-    OPTForSequenceClassification,
-    OPTModel,
-)
 
 from .layout import AttentionLayout, DecoderLayout, MLPLayout
 from .per_layer import PerLayerConfigMixin, PerLayerMixin
@@ -38,17 +33,13 @@ class PrunedOPTMixin(PerLayerMixin):
     )
 
 
-class PrunedOPTModel(PrunedOPTMixin, OPTModel):
-    pass
+class PrunedOPTModel(PrunedOPTMixin, stock.OPTModel): ...
 
 
-class PrunedOPTForCausalLM(PrunedOPTMixin, OPTForCausalLM):
-    pass
+class PrunedOPTForCausalLM(PrunedOPTMixin, stock.OPTForCausalLM): ...
 
 
-class PrunedOPTForSequenceClassification(PrunedOPTMixin, OPTForSequenceClassification):
-    pass
+class PrunedOPTForSequenceClassification(PrunedOPTMixin, stock.OPTForSequenceClassification): ...
 
 
-class PrunedOPTForQuestionAnswering(PrunedOPTMixin, OPTForQuestionAnswering):
-    pass
+class PrunedOPTForQuestionAnswering(PrunedOPTMixin, stock.OPTForQuestionAnswering): ...

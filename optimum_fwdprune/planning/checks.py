@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..allocation.plan import PruningPlan
+from ..architectures.site import unit_name
 from ..cutting.verification import check_counterpart
 from ..loading.placement import warn_of_placement
 from ..loading.saving import check_savable
@@ -55,11 +56,23 @@ def check_request(
         # The pruned model is written along the way.
         check_savable(subject.model, None)
     check_reconstruction(subject.model, config)
+    if plan is None:
+        check_kinds(subject, config)
     if plan is None and config.resolved_scope == Scope.SEARCH:
         check_search(subject.model, config)
     check_model(subject)
     if scores is not None:
         scores.check_matches(subject.sites, config, subject.architecture.model_type)
+
+
+def check_kinds(subject: Subject, config: PruningConfig) -> None:
+    """Raise `ValueError` where a request prunes units of a kind that the model cannot lose."""
+    for site in subject.sites:
+        if site.fixed and site.kind in config.resolved_kinds:
+            raise ValueError(
+                f"kinds={config.resolved_kinds} asks for {unit_name(site.kind, config.attention_unit)}, which this "
+                f"{subject.model.config.model_type} cannot lose: {site.fixed} Use kinds=['mlp']."
+            )
 
 
 def check_streamable(config: PruningConfig) -> None:

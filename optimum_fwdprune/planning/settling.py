@@ -94,7 +94,7 @@ def _candidates(sites: Sequence[Site], config: PruningConfig) -> Iterator[tuple[
             "unpruned by default, are pruned too. Set skip_layers to choose the layers yourself."
         ]
         yield config, message
-    has_attention = any(site.kind == UnitKind.ATTENTION for site in sites)
+    has_attention = any(site.kind == UnitKind.ATTENTION and not site.fixed for site in sites)
     if config.kinds is None and not config.has_budget_per_kind and has_attention:
         message = [
             *message,

@@ -39,8 +39,8 @@ def check_reconstruction(model: PreTrainedModel, config: PruningConfig) -> None:
     """Raise `ValueError` where `model` does not allow the reconstruction that the request asks for."""
     least_squares = config.reconstruction == ReconstructionKind.LEAST_SQUARES
     sequential = least_squares and config.reconstruction_order != ReconstructionOrder.INDEPENDENT
-    adds_up = get_architecture(model.config).layout.residual_adds_up(model.config)
-    if sequential and config.reconstruction_target == ReconstructionTarget.DENSE and not adds_up:
+    possible = get_architecture(model.config).layout.has_dense_target(model.config)
+    if sequential and config.reconstruction_target == ReconstructionTarget.DENSE and not possible:
         raise ValueError(
             f"reconstruction_target='dense' needs projections that add to the residual stream as they are, and "
             f"{model.config._name_or_path or model.config.model_type} normalizes in between. Use "
@@ -112,7 +112,7 @@ def reconstruct_by_layer(
 
 def _sequential_fit(subject: Subject, config: PruningConfig) -> SequentialFit:
     """How the request fits projections one after the other; a warning where the family does not allow all of it."""
-    by_default = ReconstructionTarget.DENSE if subject.residual_adds_up else ReconstructionTarget.LAYER
+    by_default = ReconstructionTarget.DENSE if subject.has_dense_target else ReconstructionTarget.LAYER
     target = config.reconstruction_target or by_default
     with_sources = config.refit_sources and target == ReconstructionTarget.DENSE
     if config.refit_sources and not with_sources:

@@ -20,7 +20,7 @@ from ..runs.shelves import Shelf
 from .gauss_newton import LeastSquares, gauss_newton_changes, summed_squares
 from .least_squares import NormalEquations, Refit, refit
 from .reconstruction import Reconstruction
-from .streams import Stream
+from .streams import Joining, Stream
 
 
 # Parts of a Gauss-Newton step that are tried: the whole of it where the activation bends little.
@@ -36,7 +36,8 @@ class SequentialFit:
 
     Args:
         target (`str`): `"layer"` fits the output of the whole projection for these inputs, `"dense"` also what would
-            undo the error that the residual stream has gathered so far.
+            undo the error that the residual stream has gathered so far; where outputs are normalized before they join
+            the stream, the output of the same projection in the dense model.
         ridge (`float`, *optional*): for all sites; by default chosen per site on the held-out text.
         batch_size (`int`): windows per forward pass.
         refit_sources (`bool`, defaults to `False`): refit the sources of the features too, for the target `"dense"`:
@@ -85,8 +86,8 @@ def refit_in_sequence(
     for held, text in enumerate(texts):
         if (share := text.own_share()) is not None:
             for number, batch in enumerate(runner.batches(share, fit.batch_size)):
-                stream = Stream(f"{held}.{number}", batch, runner, shelf, towards_dense, fit.refit_sources)
-                streams[held].append(stream)
+                joining = Joining.of(subject) if towards_dense else None
+                streams[held].append(Stream(f"{held}.{number}", batch, runner, shelf, joining, fit.refit_sources))
     every_stream = [stream for of_text in streams for stream in of_text]
     first_loss = next((place for place, site in enumerate(sites) if len(kept[site.key]) < site.num_units), len(sites))
     behind = {site.key for site in sites[first_loss:]}

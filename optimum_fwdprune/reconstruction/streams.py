@@ -14,6 +14,7 @@ from ..architectures import Site, SiteKey
 from ..forward.gates import Projection, replaced_projections
 from ..forward.hooks import inputs_of, outputs_of, stopped_before
 from ..forward.layerwise import Batch, LayerRunner
+from ..loading.subject import Subject
 from ..runs.devices import on_host
 from ..runs.shelves import Shelf
 from .gauss_newton import Linearized
@@ -23,19 +24,41 @@ Projections = Mapping[SiteKey, Projection]
 
 
 @dataclass(frozen=True)
+class Joining:
+    """How the outputs of projections join the residual stream.
+
+    Args:
+        normalized (`bool`, defaults to `False`): they pass a norm before, so that projections aim at the output of the
+            same projection in the dense model, and not at its stream.
+        multiplier (`float`, defaults to 1.0): the number that they are multiplied by before they are added.
+    """
+
+    normalized: bool = False
+    multiplier: float = 1.0
+
+    @classmethod
+    def of(cls, subject: Subject) -> Joining:
+        """Return what the layout of a model declares."""
+        layout, config = subject.architecture.layout, subject.model.config
+        return cls(layout.output_norm, layout.residual_multiplier(config))
+
+
+@dataclass(frozen=True)
 class Stream:
     """A batch in the pruned model and, where it is followed, in the dense one.
 
     On the shelf are, in front of layer number `l`: `"<l>.<name>.pruned"` and `"<l>.<name>.dense"`; and of the dense
     model within the layer at hand, `"<name>.<place>"`: what its stream is in front of the site of that place (from 1),
-    and `"<name>.<place>.inputs"`: what the sources of that site read.
+    or `"<name>.<place>.output"`: what the projection of that site returns, where a norm follows it; and
+    `"<name>.<place>.inputs"`: what the sources of that site read.
 
     Args:
         name (`str`): on the shelf.
         batch (`Batch`): the windows.
         runner (`LayerRunner`): of the dense model.
         shelf (`Shelf`): where hidden states wait.
-        follows_dense (`bool`): the dense model's residual stream is what projections aim at.
+        joining (`Joining`, *optional*): where projections aim at the dense model, how their outputs join its stream;
+            `None` where they aim at the output of the whole projection.
         follows_inputs (`bool`): what the dense model's sources read is known as well.
     """
 
@@ -43,19 +66,19 @@ class Stream:
     batch: Batch
     runner: LayerRunner
     shelf: Shelf
-    follows_dense: bool
+    joining: Joining | None
     follows_inputs: bool
 
     def start(self) -> None:
         """Put the batch in front of the first layer."""
         embedded = on_host(self.runner.embed(self.batch))
         self.shelf[f"0.{self.name}.pruned"] = embedded
-        if self.follows_dense:
+        if self.joining is not None:
             self.shelf[f"0.{self.name}.dense"] = embedded
 
     def enter(self, sites: Sequence[Site]) -> None:
         """Take the dense model's stream through the layer of `sites`."""
-        if not self.follows_dense:
+        if self.joining is None:
             return
         layer = sites[0].layer
         stream = self.shelf.pop(f"{layer}.{self.name}.dense").to(self.runner.device_of(layer), non_blocking=True)
@@ -64,9 +87,13 @@ class Stream:
             after = self.runner.run(layer, self.batch, stream)
         for place, read in enumerate(inputs):
             self.shelf[f"{self.name}.{place}.inputs"] = read
-        for place, output in enumerate(outputs[:-1], start=1):
-            stream = stream + output.view_as(stream).to(stream.device)
-            self.shelf[f"{self.name}.{place}"] = stream
+        if self.joining.normalized:
+            for place, output in enumerate(outputs):
+                self.shelf[f"{self.name}.{place}.output"] = output
+        else:
+            for place, output in enumerate(outputs[:-1], start=1):
+                stream = stream + self.joining.multiplier * output.view_as(stream).to(stream.device)
+                self.shelf[f"{self.name}.{place}"] = stream
         self.shelf[f"{layer + 1}.{self.name}.dense"] = after
 
     def observe(
@@ -114,7 +141,9 @@ class Stream:
         with replaced_projections(sites, projections):
             self.shelf[f"{layer + 1}.{self.name}.pruned"] = self.runner.run(layer, self.batch, pruned)
         for place in range(len(sites)):
-            if self.follows_dense and place:
+            if self.joining is not None and self.joining.normalized:
+                self.shelf.forget(f"{self.name}.{place}.output")
+            elif self.joining is not None and place:
                 self.shelf.forget(f"{self.name}.{place}")
             if self.follows_inputs:
                 self.shelf.forget(f"{self.name}.{place}.inputs")
@@ -135,14 +164,22 @@ class Stream:
         site, inputs = sites[place], self.batch.tokens(inputs)
         new, columns = projections[site.key], site.kept_features(projections[site.key].kept)
         kept = inputs[:, columns]
-        if not self.follows_dense:
+        if self.joining is None:
             return kept, F.linear(inputs[:, ~columns], site.projection.weight[:, ~columns])
-        device = new.weight.device
+        target = self._target(sites, place, written, self.joining).to(new.weight.device)
+        return kept, self.batch.tokens(target) - F.linear(kept, new.weight, new.bias).float()
+
+    def _target(self, sites, place, written, joining: Joining) -> torch.Tensor:
+        """Return the output that the projection of a site should have for the pruned model's inputs, in float32."""
+        if joining.normalized:
+            return self.shelf[f"{self.name}.{place}.output"].float()
+        site = sites[place]
+        device = site.projection.weight.device
         pruned = self.shelf[f"{site.layer}.{self.name}.pruned"]
-        target = self._dense_behind(sites, place).to(device).float() - pruned.to(device).float()
+        target = (self._dense_behind(sites, place).to(device).float() - pruned.to(device).float()) / joining.multiplier
         for output in written:
             target -= output.view_as(target).to(device).float()
-        return kept, self.batch.tokens(target) - F.linear(kept, new.weight, new.bias).float()
+        return target
 
     def _dense_behind(self, sites, place) -> torch.Tensor:
         last = place == len(sites) - 1

@@ -63,11 +63,11 @@ def llama(tmp_path):
     return tmp_path / "llama"
 
 
-# One that reconstructs layer by layer and one that does not with every architecture, and the others with three.
+# One that reconstructs layer by layer and one that does not with every layout, and the others with three.
 CASES = [
     (architecture, name)
-    for architecture in tiny.CONFIGS
-    for name in (REQUESTS if architecture in tiny.REPRESENTATIVE else ("flap", "sequential"))
+    for architecture in (*tiny.REPRESENTATIVE, "phi3_third_party", "granite")
+    for name in (REQUESTS if architecture in tiny.REPRESENTATIVE[:3] else ("flap", "sequential"))
 ]
 
 

@@ -15,7 +15,19 @@ from optimum_fwdprune.export import export_gguf, export_stock
 
 
 NO_STOCK_HEADS = {"opt_pre_norm", "opt_post_norm_projected", "opt_no_biases"}
-HOLDABLE = [name for name in tiny.CONFIGS if name != "bloom"]
+HOLDABLE = (
+    "llama_mha_tied",
+    "llama_gqa_biases",
+    "llama_mqa",
+    "llama3_head_dim",
+    "mistral_sliding_window",
+    "opt_pre_norm",
+    "opt_post_norm_projected",
+    "opt_no_biases",
+    "qwen2",
+    "qwen3",
+    "phi3_third_party",
+)
 
 LOAD = """
 import importlib.util, json, sys, torch, transformers

@@ -192,8 +192,7 @@ def test_gradient_checkpointing_changes_no_gradient(architecture_name, tokens):
 
 # Every class once: what a graph holds does not depend on the sizes.
 @pytest.mark.parametrize(
-    "architecture_name",
-    [name for name in tiny.CONFIGS if name not in ("llama_mha_tied", "llama_mqa", "llama3_head_dim", "opt_no_biases")],
+    "architecture_name", [*tiny.REPRESENTATIVE, "mistral_sliding_window", "qwen3", "phi3_third_party", "phi"]
 )
 @torch.no_grad()
 def test_the_forward_compiles_into_one_graph(architecture_name, tokens):

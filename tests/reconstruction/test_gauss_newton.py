@@ -20,14 +20,11 @@ from optimum_fwdprune.reconstruction.gauss_newton import (
     Linearized,
     gauss_newton_changes,
 )
-from optimum_fwdprune.reconstruction.streams import Stream
+from optimum_fwdprune.reconstruction.streams import Joining, Stream
 from optimum_fwdprune.runs.shelves import Shelf
 
 
 REQUEST = {"sparsity": 0.3, "kinds": ["mlp"], "refit_sources": True}
-
-# The other one's stream is normalized on its way.
-AIMING = [name for name in tiny.CONFIGS if name != "opt_post_norm_projected"]
 
 
 @pytest.fixture
@@ -121,7 +118,7 @@ def in_front_of_the_second_layer(dense, tokens):
     """The sites of that layer, and a stream that has entered it."""
     runner = LayerRunner(dense)
     (batch,) = runner.batches(Calibration(tokens), len(tokens))
-    stream = Stream("0", batch, runner, Shelf(), follows_dense=True, follows_inputs=True)
+    stream = Stream("0", batch, runner, Shelf(), joining=Joining(), follows_inputs=True)
     stream.start()
     for layer in range(2):
         of_layer = [each for each in find_sites(dense) if each.layer == layer]
@@ -158,7 +155,7 @@ def test_what_is_held_of_all_tokens_is_no_wider_than_the_model(dtype, held, toke
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", AIMING)
+@pytest.mark.parametrize("name", tiny.REPRESENTATIVE)
 def test_linearized_outputs_are_finite_differences(name, tokens):
     """Of the whole layer, whatever its activation, with some rows changed beforehand."""
     sites, stream = in_front_of_the_second_layer(tiny.make_model(name).double(), tokens)
@@ -195,7 +192,7 @@ def test_linearized_outputs_are_finite_differences(name, tokens):
     torch.testing.assert_close(found.residual, stream.observe(sites, place, {site.key: start})[1].float())
 
 
-@pytest.mark.parametrize("name", AIMING)
+@pytest.mark.parametrize("name", tiny.REPRESENTATIVE)
 def test_sources_bring_a_pointwise_site_nearer_to_its_target(name, long_tokens):
     dense, found = tiny.make_model(name), {}
     for with_sources in (False, True):

@@ -1,0 +1,34 @@
+"""OLMo 3 with per-layer sizes."""
+
+from dataclasses import replace
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.olmo3 import modeling_olmo3 as stock
+from transformers.models.olmo3.configuration_olmo3 import Olmo3Config
+
+from .layout import LLAMA_LAYOUT, NORM_OVER_HEADS
+from .per_layer import PerLayerConfigMixin, PerLayerMixin
+
+
+@strict
+class PrunedOlmo3Config(PerLayerConfigMixin, Olmo3Config):
+    model_type = "pruned_olmo3"
+
+
+class PrunedOlmo3Mixin(PerLayerMixin):
+    config_class = PrunedOlmo3Config
+    layout = replace(
+        LLAMA_LAYOUT,
+        attention=replace(LLAMA_LAYOUT.attention, norms=("post_attention_layernorm",), fixed=NORM_OVER_HEADS),
+        mlp=replace(LLAMA_LAYOUT.mlp, norms=("post_feedforward_layernorm",)),
+        output_norm=True,
+    )
+
+
+class PrunedOlmo3Model(PrunedOlmo3Mixin, stock.Olmo3Model): ...
+
+
+class PrunedOlmo3ForCausalLM(PrunedOlmo3Mixin, stock.Olmo3ForCausalLM): ...
+
+
+class PrunedOlmo3ForSequenceClassification(PrunedOlmo3Mixin, stock.Olmo3ForSequenceClassification): ...
