@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from torch import nn
@@ -23,6 +23,20 @@ from .wrapping import check_no_adapters
 
 
 logger = logging.get_logger(__name__)
+
+
+class Support(NamedTuple):
+    """Whether the models of a family can be pruned in one way.
+
+    Args:
+        possible (`bool`): whether all of them can.
+        reason (`str`, *optional*): a clause that says why they cannot, where that is so.
+        key (`str`, *optional*): config key of the models that cannot; by default none of the family can.
+    """
+
+    possible: bool
+    reason: str = ""
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,14 @@ class Architecture:
     def config_class(self) -> type[PreTrainedConfig]:
         """The pruned config class."""
         return self.model_classes[0].config_class
+
+    @property
+    def support(self) -> dict[str, Support]:
+        """What can be pruned: `"heads"`, `"channels"`, and `"uneven layers"`, layers of different sizes."""
+        attention = self.layout.attention
+        heads = Support(not attention.fixed, attention.fixed, attention.fixed_key)
+        # Every layer is resized to its own entry in the config, and no family has less than that.
+        return {"heads": heads, "channels": Support(True), "uneven layers": Support(True)}
 
     def pruned_class(self, model: PreTrainedModel) -> type[PreTrainedModel]:
         """Return the pruned class for the task of `model`, which may be pruned already."""

@@ -50,7 +50,7 @@ def compute(checkpoint):
         assert ("transformers_modules" in type(model).__module__) == (route == "remote")
         outputs[f"first.{implementation}"] = model(tokens)[0].contiguous()
         if model.can_generate():
-            for cache in ("dynamic", "static"):
+            for cache in request["caches"]:
                 generated = model.generate(
                     tokens[:, :6],
                     attention_mask=torch.ones_like(tokens[:, :6]),

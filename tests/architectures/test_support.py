@@ -1,0 +1,63 @@
+"""What a family makes impossible is declared with its reason, and refused with it before any work."""
+
+import pytest
+import tiny
+
+from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
+from optimum_fwdprune.architectures import get_architecture, registered_architectures
+
+
+@pytest.mark.parametrize("request_for_heads", [{"kinds": ["attention"]}, {"attention_sparsity": 0.3}])
+@pytest.mark.parametrize("name", tiny.FIXED_HEADS)
+def test_heads_that_cannot_go_are_refused_with_the_reason_before_any_work(name, request_for_heads, monkeypatch):
+    dense = tiny.make_model(name)
+    monkeypatch.setattr(type(dense.base_model), "forward", None)
+    reason = get_architecture(dense.config).layout.attention.fixed
+    with pytest.raises(ValueError, match=f"query heads, which this .* cannot lose: {reason} Use kinds="):
+        FwdPruner(dense).prune(method="wanda_sp", **request_for_heads)
+
+
+@pytest.mark.parametrize("name", tiny.FIXED_HEADS)
+def test_a_plan_that_removes_such_heads_is_refused(name):
+    dense = tiny.make_model(name)
+    sites = find_sites(dense, "kv_group")
+    counts = {site.key: site.num_units for site in sites}
+    kept = {site.key: list(range(site.num_units)) for site in sites}
+    plan = PruningPlan({**kept, (1, "attention"): [0, 2]}, counts, dense.config.model_type, "kv_group")
+    with pytest.raises(ValueError, match=r"KV groups of the attention of layer 1, which .* cannot lose: its query"):
+        FwdPruner(dense).prune(plan=plan)
+
+
+@pytest.mark.parametrize("name", tiny.FIXED_HEADS)
+def test_a_budget_that_the_channels_cannot_meet_leaves_such_heads_alone(name, tokens):
+    """Other models lose heads too where the budget is more than their channels can give."""
+    others = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    others.prune(None, tokens, sparsity=0.75, reconstruction="none")
+    assert any(others.plan.removed((layer, "attention")) for layer in range(3))
+
+    with pytest.raises(ValueError, match=r"the largest possible sparsity is 0\.[56]"):
+        FwdPruner(tiny.make_model(name)).prune(None, tokens, sparsity=0.75, reconstruction="none")
+
+
+@pytest.mark.parametrize("name", ["cohere", "stablelm"])
+def test_the_config_decides_where_heads_are_fixed(name):
+    architecture, config = get_architecture(tiny.make_config(name)), tiny.make_config(name)
+    attention = architecture.layout.attention
+
+    assert attention.why_fixed(config) == ""
+    setattr(config, attention.fixed_key, True)
+    assert attention.why_fixed(config) == attention.fixed != ""
+
+
+def test_every_family_says_what_it_supports():
+    fixed = {
+        architecture.model_type: architecture.support["heads"].key
+        for architecture in registered_architectures()
+        if not architecture.support["heads"].possible
+    }
+
+    assert {"olmo2": None, "olmo3": None, "cohere": "use_qk_norm", "stablelm": "qk_layernorm"}.items() <= fixed.items()
+    assert "llama" not in fixed and "gemma2" not in fixed
+    for architecture in registered_architectures():
+        assert architecture.support.keys() == {"heads", "channels", "uneven layers"}
+        assert all(support.possible or support.reason for support in architecture.support.values())
