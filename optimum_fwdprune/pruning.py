@@ -1,4 +1,4 @@
-"""One pruning of a model: checked, run, and recorded however it ends."""
+"""The pruning of a model: it is checked, run, and recorded, also if it fails."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ logger = get_logger(__name__)
 
 
 class Pruning:
-    """Scores or prunes a model, and keeps what is known of it up to date.
+    """Scores or prunes a model, and keeps its record and source up to date.
 
     Args:
-        model (`PreTrainedModel`): the model, dense or pruned before.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): for calibration on text.
-        dataset (*optional*): calibration data instead of that of the request.
-        record (`Record`): what is known of the model.
-        source (`Source`): where it came from, and how it was opened.
-        latencies (`LatencyTable`, *optional*): of the model, where they were measured before.
+        model (`PreTrainedModel`): the model, which may have been pruned before.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): required for calibration on text.
+        dataset (*optional*): calibration data, which replaces that of the request.
+        record (`Record`): record of the model.
+        source (`Source`): where the model came from, and how it was opened.
+        latencies (`LatencyTable`, *optional*): latencies of the model, if they were measured before.
 
     Attributes:
-        model (`PreTrainedModel`): the model as it is now.
-        record (`Record`): of that model.
-        source (`Source`): which names where the model that was pruned may be.
-        latencies (`LatencyTable`, *optional*): which serve another request for the same model.
-        has_changed (`bool`): whether the model is a pruned one by now, also where a later step failed.
+        model (`PreTrainedModel`): the model in its current state.
+        record (`Record`): record of that model.
+        source (`Source`): the source; after pruning, it includes folders where the model that was pruned may be.
+        latencies (`LatencyTable`, *optional*): latencies, which can be reused by other requests for the same model.
+        has_changed (`bool`): whether `model` is a pruned model by now, also if a later step failed.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Pruning:
         self._tokenizer, self._dataset = tokenizer, dataset
 
     def score(self, config: PruningConfig) -> Scores:
-        """Score the units of the model, which is not changed."""
+        """Score the units of the model; the model is not changed."""
         subject = self._subject(config)
         check_model(subject)
         run = Run(subject, self._tokenizer, self._dataset, latencies=self.latencies)
@@ -94,10 +94,10 @@ class Pruning:
 
         Args:
             config (`PruningConfig`): the request.
-            plan (`PruningPlan`, *optional*): replay it instead of scoring and allocating.
-            scores (`Scores`, *optional*): allocate by these instead of scoring.
-            inplace (`bool`): consume the model.
-            chosen (collection of `str`): options of the request that the caller set by name.
+            plan (`PruningPlan`, *optional*): plan to replay; nothing is scored or allocated then.
+            scores (`Scores`, *optional*): scores to use; nothing is scored then.
+            inplace (`bool`): whether the model itself is pruned, and not a copy.
+            chosen (collection of `str`): options of the request that the user set by name.
         """
         if plan is not None:
             config = dataclasses.replace(config, attention_unit=plan.attention_unit)
@@ -111,7 +111,7 @@ class Pruning:
         origin = self.source.origin_of(self.model)
 
         def keep(done: Cut) -> None:
-            """Take up the pruned model as soon as it is whole."""
+            """Keep the pruned model with its plan as soon as it is complete."""
             metadata = {key: value for key, value in done.plan.metadata.items() if key not in (FINGERPRINT, REVISION)}
             metadata |= {**origin.to_metadata(), INPUTS: inputs}
             plan = _of_dense_model(dataclasses.replace(done.plan, metadata=metadata), earlier)
@@ -119,7 +119,7 @@ class Pruning:
             origin.remember()
             self.source = dataclasses.replace(self.source, folders=origin.folders, saved_as=None)
 
-        # A dense model that is not consumed stays, whatever happens to the pruned one.
+        # Where the model is not pruned in place, it stays the current one until all steps have succeeded.
         run = Run(subject, self._tokenizer, self._dataset, inplace, keep if inplace else _ignore, self.latencies)
         with self._noting_what_is_left(run), resume_held(config):
             done = run.prune(config, scores) if plan is None else run.replay(plan, config)
@@ -131,14 +131,14 @@ class Pruning:
             self.record.leave_with(self.model)
 
     def _subject(self, config: PruningConfig) -> Subject:
-        """The model as it is, with all its sites in the units of the request."""
+        """Return the model in its current state, with all its sites in the units of the request."""
         check_not_consumed(self.model)
         check_readable(self.model)
         sites = find_sites(self.model, config.attention_unit)
         return Subject(self.model, sites, self.source.low_memory, self.source.work_folder)
 
     def _inputs(self, config: PruningConfig, scores: Scores | None) -> dict[str, Any]:
-        """What goes into a pruning beside the request, as JSON values; warns of data that scores make useless."""
+        """Return the inputs of a pruning besides the request as JSON values; warn of a dataset without an effect."""
         dataset = self._dataset
         in_memory = dataset is not None and not isinstance(dataset, (str, Path))
         if scores is not None and not scores.reads_anew(config):
@@ -150,8 +150,8 @@ class Pruning:
 
     @contextmanager
     def _noting_what_is_left(self, run: Run) -> Iterator[None]:
-        """Keep the latencies and scores of a run that fails, which can serve another, and add to the error what
-        `self.model` is where it is no longer what it was."""
+        """Keep the latencies and scores of a run that fails for the next run, and add a note to its error on the state
+        of `self.model` where that has changed."""
         try:
             yield
         except BaseException as error:
@@ -161,8 +161,8 @@ class Pruning:
                 note = "Surgery was interrupted, and the model was consumed: load it again."
             elif self.has_changed:
                 note = (
-                    "pruner.model is the pruned model as far as it was finished, and pruner.plan what it kept; the "
-                    "checks and measurements that failed were not made on it."
+                    "pruner.model is the pruned model, and pruner.plan lists the units that it keeps. The checks and "
+                    "measurements that failed are missing from its record."
                 )
             if note:
                 logger.error("%s", note)
@@ -173,7 +173,7 @@ class Pruning:
 
 
 def _of_dense_model(plan: PruningPlan, earlier: EarlierPruning | None) -> PruningPlan:
-    """Return the plan that does to the dense model what `plan` and the one before it did, where there is one."""
+    """Return a plan of the dense model that combines `plan` with the earlier one; `plan` where that is impossible."""
     if earlier is None:
         return plan
     composed = earlier.followed_by(plan)
@@ -185,7 +185,7 @@ def _of_dense_model(plan: PruningPlan, earlier: EarlierPruning | None) -> Prunin
 
 
 def _outcome(before: Sizes, done: Cut, run: Run, config: PruningConfig) -> Outcome:
-    """The figures of a pruning that is done, `before` being the sizes of the model that it consumed."""
+    """Return the figures of a pruning; `before` are the sizes of the model before it."""
     after, speedup = ModelSizes.of(done.model), None
     if config.target_speedup is not None and run.speedup is not None:
         speedup = Speedup(config.target_speedup, *run.speedup)
@@ -206,4 +206,4 @@ def _outcome(before: Sizes, done: Cut, run: Run, config: PruningConfig) -> Outco
 
 
 def _ignore(_cut: Cut) -> None:
-    """For a dense model that is not consumed."""
+    """Do nothing when the pruned model is complete; it is used where the model is not pruned in place."""

@@ -56,7 +56,7 @@ def text_of(outputs, stream="stdout"):
 @pytest.mark.parametrize(
     ("cell", "words"),
     [
-        ("pruner.report", ["Parameters", "of them prunable", "dense"]),
+        ("pruner.report", ["Parameters", "Prunable parameters", "dense"]),
         ("comparison", ["parameters", "prefill 1 x 8, ms", "dense"]),
         ("pruner.plan", ["query heads", "MLP channels", "64"]),
         ("pruner.scores", ["lowest score", "attention", "mlp"]),
@@ -70,7 +70,7 @@ def test_what_is_looked_at_is_a_table(outputs, cell, words):
 
 @pytest.mark.parametrize(
     ("cell", "words"),
-    [("print(pruner.report)", ["Parameters", "of them prunable"]), ("print(comparison)", ["prefill 1 x 8, ms"])],
+    [("print(pruner.report)", ["Parameters", "Prunable parameters"]), ("print(comparison)", ["prefill 1 x 8, ms"])],
 )
 def test_what_is_printed_is_text(outputs, cell, words):
     shown = text_of(outputs[cell])

@@ -1,1 +1,1 @@
-"""A pruned checkpoint as a whole: its files with the model card, in a folder and on the Hub."""
+"""Pruned checkpoints: the weights, the record and the model card, written to a folder or to the Hub."""

@@ -1,4 +1,4 @@
-"""The upload of a pruned checkpoint to the Hub, and the name that a licence asks for there."""
+"""The upload of a pruned checkpoint to the Hub, and a check of the name that the base's licence requires."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ logger = get_logger(__name__)
 
 
 def check_upload(repo_id: str, token: str | None = None) -> None:
-    """Raise an error where an upload would fail whatever the Hub answers: an invalid name, no token, the offline mode.
+    """Raise an error where an upload is known to fail without asking the Hub.
 
     Raises:
         OSError: where there is no token, or `HF_HUB_OFFLINE` is set.
-        ValueError: where `repo_id` is no name of a repository.
+        ValueError: where `repo_id` is no valid name of a repository.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name of a repository: {error}") from error
+        raise ValueError(f"{repo_id!r} is no valid name of a repository: {error}") from error
     if constants.HF_HUB_OFFLINE:
         raise OSError(f"{repo_id} cannot be uploaded: HF_HUB_OFFLINE is set. Unset it, or save to a folder.")
     if not (token or get_token()):
@@ -35,15 +35,15 @@ def check_upload(repo_id: str, token: str | None = None) -> None:
 
 @dataclass(frozen=True)
 class Upload:
-    """Where on the Hub a checkpoint goes.
+    """The destination of an upload to the Hub.
 
     Args:
         repo_id (`str`): repository id.
         private (`bool`, *optional*): visibility of a new repository.
-        token (`str`, *optional*): access token; by default the one that is logged in.
+        token (`str`, *optional*): access token; by default that of the user who is logged in.
         revision (`str`, *optional*): branch, created where it is missing.
         create_pr (`bool`, defaults to `False`): open a pull request instead of committing.
-        commit_message (`str`, defaults to `"Upload a pruned model"`): of the commit.
+        commit_message (`str`, defaults to `"Upload a pruned model"`): message of the commit.
     """
 
     repo_id: str
@@ -57,14 +57,14 @@ class Upload:
         """Upload a checkpoint, creating the repository and the branch where they are missing.
 
         Raises:
-            OSError: where the Hub refuses or fails, saying how to try again; the folder stays as it is.
+            OSError: where the Hub refuses or fails; the folder is not changed, so that the upload can be tried again.
         """
         api = HfApi(token=self.token, library_name="optimum-fwdprune")
         repo_id = self.repo_id
         try:
             created = api.create_repo(repo_id, private=self.private, exist_ok=True)
             if created.repo_type != "model":
-                raise ValueError(f"the name is that of a {created.repo_type}; choose another")
+                raise ValueError(f"a {created.repo_type} has this name; choose another one")
             repo_id = created.repo_id
             if self.revision is not None and not self.revision.startswith("refs/pr"):
                 api.create_branch(repo_id, branch=self.revision, exist_ok=True)
@@ -75,22 +75,23 @@ class Upload:
                 create_pr=self.create_pr,
                 commit_message=self.commit_message,
             )
-        except Exception as error:  # Whatever the network does, the way on is the same.
+        except Exception as error:  # The network raises errors of many types; the way out is the same for all.
             why = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
             raise OSError(
-                f"{repo_id} was not uploaded: {why.rstrip('.')}. Nothing local is lost; try again once this is mended."
+                f"{repo_id} was not uploaded: {why.rstrip('.')}. The local model is not changed; try again once the "
+                f"cause is fixed."
             ) from error
 
 
 def check_name(repo_id: str, base: Base | None) -> None:
-    """Warn where the base's licence asks for another name."""
+    """Warn where the base's licence requires another name."""
     if base is None:
         return
     wanted = base.wanted_name
     if wanted and not repo_id.rpartition("/")[2].startswith(wanted):
         logger.warning(
-            'The licence of %s (%s) asks that what is made from it has a name that begins with "%s" and says "Built '
-            'with %s"; %s does not.',
+            'The licence of %s (%s) requires that the name of a model made from it begins with "%s" and that "Built '
+            'with %s" is displayed. The name %s does not begin with it.',
             base.name,
             base.license["license"],
             wanted,

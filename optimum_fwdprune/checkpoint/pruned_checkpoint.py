@@ -1,4 +1,4 @@
-"""A pruned model with all that lies beside its weights, written whole to a folder or to the Hub."""
+"""A pruned model with its tokenizer, record and model card, written to a folder or to the Hub."""
 
 from __future__ import annotations
 
@@ -29,20 +29,19 @@ from ..runs.progress import one_step
 from .hub import Upload, check_name, check_upload
 
 
-# Largest weight file where nobody asks for another size.
+# Default size of the largest weight file.
 MAX_SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)
 class PrunedCheckpoint:
-    """A pruned model, and all that is saved with it.
+    """A pruned model, and everything that is saved with it.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): the pruned model; of adapters that were not merged, these alone are
-            saved.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): saved beside it.
+        model (`PreTrainedModel` or `PeftModel`): the pruned model; of a `PeftModel` only the adapters are saved.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer.
         record (`Record`): how it was pruned and trained.
-        source (`Source`): where it came from, and where its weights were saved as they are now.
+        source (`Source`): where it came from, and where its current weights were saved.
     """
 
     model: Any
@@ -51,16 +50,16 @@ class PrunedCheckpoint:
     source: Source
 
     def check(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Raise now what `save` would raise after hours of work, as far as that can be known.
+        """Raise the errors of `save` that can be foreseen, so that they are not raised after hours of work.
 
         Args:
-            folder (`str` or `Path`): where the checkpoint is to go.
+            folder (`str` or `Path`): folder to save to later.
             overwrite (`bool`, defaults to `False`): as for `save`.
 
         Raises:
             FileExistsError: where the folder is not empty.
-            OSError: where it cannot be written.
-            ValueError: where the model has adapters in it, or its config, its generation config or the tokenizer
+            OSError: where the folder cannot be written.
+            ValueError: where the model contains adapters, or its config, its generation config or the tokenizer
                 cannot be saved.
         """
         check_output_folder(folder, overwrite)
@@ -76,18 +75,18 @@ class PrunedCheckpoint:
     ) -> Source:
         """Write the checkpoint to a folder that appears whole or not at all, and return the source that names it.
 
-        With several processes all of them call this, the main one writes, and the others wait for it.
+        If there are several processes, all of them must call this; the main one writes, and the others wait for it.
 
         Args:
-            folder (`str` or `Path`): where to; it must be new or empty.
+            folder (`str` or `Path`): folder to write, new or empty.
             overwrite (`bool`, defaults to `False`): replace a folder that is not empty.
-            max_shard_size (`int` or `str`, defaults to `"5GB"`): largest weight file.
-            name (`str`, *optional*): repository that the model card names; by default the folder.
+            max_shard_size (`int` or `str`, defaults to `"5GB"`): size of the largest weight file.
+            name (`str`, *optional*): name that the model card loads the model by; by default the folder's.
 
         Raises:
             FileExistsError: where the folder is not empty.
-            OSError: where it cannot be written.
-            TypeError: on an option of another type.
+            OSError: where the folder cannot be written.
+            TypeError: where an option has another type.
             ValueError: where the model is not pruned, or its adapters have no saved base.
         """
         for option, value, kinds in (("max_shard_size", max_shard_size, (int, str)), ("name", name, (str, NoneType))):
@@ -97,16 +96,16 @@ class PrunedCheckpoint:
         return self._saved_as(str(folder))
 
     def push(self, upload: Upload) -> tuple[CommitInfo, Source]:
-        """Upload what `save` writes, and return the commit, and the source that names the repository.
+        """Upload the files that `save` writes; return the commit, and the source that names the repository.
 
-        With several processes all of them call this, and the main one does it.
+        If there are several processes, all of them must call this; the main one uploads.
 
         Args:
-            upload (`Upload`): where to.
+            upload (`Upload`): repository and options of the upload.
 
         Raises:
             OSError: where the Hub refuses or fails.
-            ValueError: where it is no name of a repository, or as for `save`.
+            ValueError: where the name of the repository is invalid, and where `save` raises it.
         """
 
         def send() -> dict[str, Any]:
@@ -145,15 +144,15 @@ class PrunedCheckpoint:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
             elif self.source.base is None:
-                # A model that was loaded elsewhere; of others, loading has said so.
+                # This model was loaded by the user. For other models, loading has warned already.
                 warn_of_missing_tokenizer(self.model.config._name_or_path)
             if record is not None:
-                # Modelling code of earlier versions does not write it.
+                # The modelling code writes the record too, except that of earlier versions.
                 record.save(temporary)
                 write_card(temporary, name or Path(folder).name, self.model, record, self.source.base)
 
     def _check_adapters(self) -> None:
-        """Raise `ValueError` where the model has adapters that can be saved neither alone nor within it."""
+        """Raise `ValueError` where adapters can be saved neither by themselves nor as a part of the model."""
         if not is_peft_model(self.model):
             check_no_adapters(self.model, "a pruned checkpoint cannot hold")
         elif self.source.saved_as is None:
@@ -163,6 +162,6 @@ class PrunedCheckpoint:
             )
 
     def _saved_as(self, name: str) -> Source:
-        """The source of the model once it was saved; adapters alone are no base of others."""
+        """Return the source of the model after saving; it stays the same where only adapters were saved."""
         whole = isinstance(self.model, PreTrainedModel)
         return dataclasses.replace(self.source, saved_as=name) if whole else self.source

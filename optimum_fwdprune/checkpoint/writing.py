@@ -1,4 +1,4 @@
-"""The verbs of `FwdPruner` that write a checkpoint, to a folder or to the Hub."""
+"""The methods of `FwdPruner` that write a checkpoint to a folder or to the Hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .pruned_checkpoint import PrunedCheckpoint
 
 
 class WritesCheckpoints:
-    """Saves and pushes what a pruner holds: its model, tokenizer and record."""
+    """A base class of `FwdPruner`, which saves and uploads its model, tokenizer and record."""
 
     _model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -22,16 +22,16 @@ class WritesCheckpoints:
     _source: Source
 
     def check_saving(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Raise now what `save_pretrained` would raise after hours of work, as far as that can be known.
+        """Raise the errors of `save_pretrained` that can be foreseen, so that they are not raised after hours of work.
 
         Args:
-            folder (`str` or `Path`): where the checkpoint is to go.
+            folder (`str` or `Path`): folder to save to later.
             overwrite (`bool`, defaults to `False`): as for `save_pretrained`.
 
         Raises:
             FileExistsError: where the folder is not empty.
-            OSError: where it cannot be written.
-            ValueError: where the model has adapters in it, or its config, its generation config or the tokenizer
+            OSError: where the folder cannot be written.
+            ValueError: where the model contains adapters, or its config, its generation config or the tokenizer
                 cannot be saved.
         """
         self._checkpoint.check(folder, overwrite)
@@ -44,23 +44,23 @@ class WritesCheckpoints:
         max_shard_size: str = "5GB",
         name: str | None = None,
     ) -> None:
-        """Save the pruned model with its tokenizer, plan, request, scores and a model card; of adapters that were not
-        merged, these alone.
+        """Save the pruned model with its tokenizer, plan, request, scores and a model card.
 
-        The folder appears whole or not at all: everything is written to a temporary sibling first. With several
-        processes all of them call this, the main one writes, and the others wait for it.
+        Of a model with adapters that were not merged, only the adapters are saved. The folder appears whole or not at
+        all, since everything is written to a temporary folder beside it first. If there are several processes, all of
+        them must call this; the main one writes, and the others wait for it.
 
         Args:
-            folder (`str` or `Path`): where to; it must be new or empty.
+            folder (`str` or `Path`): folder to write, new or empty.
             overwrite (`bool`, defaults to `False`): replace a folder that is not empty.
-            max_shard_size (`str`, defaults to `"5GB"`): largest weight file; of a model with offloaded layers
-                every decoder layer has its own.
-            name (`str`, *optional*): repository that the model card names; by default the folder.
+            max_shard_size (`str`, defaults to `"5GB"`): size of the largest weight file; a model with offloaded layers
+                has a file per decoder layer instead.
+            name (`str`, *optional*): name that the model card loads the model by; by default the folder's.
 
         Raises:
             FileExistsError: where the folder is not empty.
-            OSError: where it cannot be written.
-            ValueError: before `prune`.
+            OSError: where the folder cannot be written.
+            ValueError: where the model was not pruned yet.
         """
         self._source = self._checkpoint.save(folder, overwrite, max_shard_size, name)
 
@@ -74,21 +74,21 @@ class WritesCheckpoints:
         create_pr: bool = False,
         commit_message: str = "Upload a pruned model",
     ) -> CommitInfo:
-        """Upload what `save_pretrained` writes to a repository of the Hub, creating it where it is missing.
+        """Upload the files that `save_pretrained` writes to a repository of the Hub, creating it where it is missing.
 
-        With several processes all of them call this, and the main one does it.
+        If there are several processes, all of them must call this; the main one uploads.
 
         Args:
             repo_id (`str`): repository id.
             private (`bool`, *optional*): visibility of a new repository.
-            token (`str`, *optional*): access token; by default the one that is logged in.
+            token (`str`, *optional*): access token; by default that of the user who is logged in.
             revision (`str`, *optional*): branch, created where it is missing.
             create_pr (`bool`, defaults to `False`): open a pull request instead of committing.
-            commit_message (`str`): of the commit.
+            commit_message (`str`): message of the commit.
 
         Raises:
-            OSError: where the Hub refuses or fails; the pruned model stays as it is, so that it can be tried again.
-            ValueError: where `repo_id` is no name of a repository.
+            OSError: where the Hub refuses or fails; the model is not changed, so that the upload can be tried again.
+            ValueError: where `repo_id` is no valid name of a repository.
         """
         upload = Upload(repo_id, private, token, revision, create_pr, commit_message)
         commit, self._source = self._checkpoint.push(upload)

@@ -1,1 +1,1 @@
-"""`optimum-cli fwdprune ...`"""
+"""The commands of `optimum-cli fwdprune`."""

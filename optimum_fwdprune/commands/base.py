@@ -1,4 +1,4 @@
-"""What every command has: help that can be read, and errors that are one readable line."""
+"""The base class of all commands: it formats the help, and prints an error as one line."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from optimum_fwdprune.runs import ranks
 from .wording import in_options
 
 
-# What shells report of a program whose reader has gone is this and 128.
+# A shell reports 128 plus this number for a program that writes to a closed pipe.
 SIGPIPE = 13
 
 
 class Command(BaseOptimumCLICommand):
-    """A command whose help can be read, whose errors are one readable line, and a traceback only with `--debug`.
+    """A command that prints an error as one line, and its traceback only with `--debug`.
 
     A subclass sets:
 
-    - `USAGE` (`str`): what must be given;
-    - `DESCRIPTION` (`str`): what it does;
+    - `USAGE` (`str`): the required arguments;
+    - `DESCRIPTION` (`str`): what the command does;
     - `EXAMPLES` (`tuple[str, ...]`): command lines, without `optimum-cli fwdprune`;
     - `add_options` and `execute`.
     """
@@ -44,14 +44,14 @@ class Command(BaseOptimumCLICommand):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        """Add what the command takes."""
+        """Add the command's arguments to `parser`."""
         raise NotImplementedError
 
     def run(self):
-        # Of several processes one speaks.
+        # Of several processes only one prints.
         output = sys.stdout if ranks.speaks() else io.StringIO()
         if isinstance(output, io.TextIOWrapper):
-            # Tables have lines that not every terminal can show.
+            # Tables contain characters that not every terminal can show.
             output.reconfigure(errors="replace")
         try:
             with redirect_stdout(output):
@@ -60,10 +60,10 @@ class Command(BaseOptimumCLICommand):
                 if output is not None:
                     output.flush()
         except KeyboardInterrupt:
-            print(f"Interrupted.{self._way_on()}", file=sys.stderr)
+            print(f"Interrupted.{self._how_to_resume()}", file=sys.stderr)
             sys.exit(130)
         except BrokenPipeError:
-            # Whoever read the output, such as head, has seen enough. What is still buffered goes nowhere.
+            # The program that read the output, such as head, has ended. The buffered rest is discarded.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(128 + SIGPIPE)
         except Exception as error:
@@ -72,7 +72,7 @@ class Command(BaseOptimumCLICommand):
             message = " ".join(str(error).split()) or "no message"
             if isinstance(error, OSError) and error.filename and error.strerror:
                 message = f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}."
-            # Our own and the Hub's errors speak for themselves; anything else says what it is.
+            # The messages of these errors are complete sentences; of any other error the type is shown too.
             label = (
                 "error" if isinstance(error, (ValueError, OSError, MemoryError)) else f"error: {type(error).__name__}"
             )
@@ -80,17 +80,17 @@ class Command(BaseOptimumCLICommand):
             sys.exit(1)
 
     def _check_names(self) -> None:
-        """Raise `ValueError` where an argument is empty, as a variable of a shell that was never set is."""
+        """Raise `ValueError` where an argument is empty, which an unset variable of the shell causes."""
         for action in self.parser._actions:
             values = getattr(self.args, action.dest, None)
             if "" in (values if isinstance(values, list) else [values]):
                 name = action.option_strings[-1] if action.option_strings else action.dest.upper()
                 raise ValueError(f"{name} is empty; give it a value.")
 
-    def _way_on(self) -> str:
+    def _how_to_resume(self) -> str:
         folder = getattr(self.args, "resume", None)
-        return f" The same command goes on from what {folder} holds." if folder else ""
+        return f" Run the same command again to resume from the state in {folder}." if folder else ""
 
     def execute(self) -> None:
-        """Do the work; raise on failure."""
+        """Carry out the command; raise an exception on failure."""
         raise NotImplementedError

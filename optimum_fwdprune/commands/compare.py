@@ -1,4 +1,4 @@
-"""`optimum-cli fwdprune benchmark` and `compare`: models side by side."""
+"""`optimum-cli fwdprune benchmark` and `compare`: measure several models and show them in one table."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 def add_output_option(parser: ArgumentParser) -> None:
-    """Add the file that the figures are written to."""
+    """Add the option that names the file to write the figures to."""
     parser.add_argument("-o", "--output", help="Also write the figures to this file (.md, .json or .csv).")
 
 
 class BenchmarkCommand(Command):
     USAGE = "MODEL..."
     DESCRIPTION = (
-        "Time models against each other, taking turns, and measure their size: prefill, decoding, memory, "
-        "multiplications."
+        "Measure prefill and decoding times, memory, multiplications and size of several models. The models are timed "
+        "in turns."
     )
     EXAMPLES = (
         "benchmark dense pruned --batch_sizes 1 8",
@@ -41,7 +41,9 @@ class BenchmarkCommand(Command):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        parser.add_argument("models", nargs="+", help="Folders or Hub repositories; speed-ups are against the first.")
+        parser.add_argument(
+            "models", nargs="+", help="Folders or Hub repositories; speed-ups are relative to the first one."
+        )
         add_output_option(parser)
         add_speed_options(parser)
         add_loading_options(parser)
@@ -70,8 +72,10 @@ class CompareCommand(Command):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        parser.add_argument("dense", help="Folder or Hub repository that speed-ups are against.")
-        parser.add_argument("pruned", nargs="+", help="Folders or Hub repositories of the others.")
+        parser.add_argument(
+            "dense", help="Folder or Hub repository of the dense model; speed-ups are relative to this model."
+        )
+        parser.add_argument("pruned", nargs="+", help="Folders or Hub repositories of the pruned models.")
         add_output_option(parser)
         add_evaluation_options(parser)
         add_speed_options(parser)
@@ -90,7 +94,7 @@ class CompareCommand(Command):
 
 
 def compare_models(names: list[str], args: Namespace) -> Comparison:
-    """Measure models against the first, with the options of quality, speed and loading."""
+    """Measure models and compare them with the first one, by the options of quality, speed and loading."""
     from optimum_fwdprune.evaluation import compare
 
     check_different(names, "This comparison")

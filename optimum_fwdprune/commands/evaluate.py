@@ -1,4 +1,4 @@
-"""`optimum-cli fwdprune evaluate`: how good a model is."""
+"""`optimum-cli fwdprune evaluate`: measure the quality of a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .options import (
 
 class EvaluateCommand(Command):
     USAGE = "MODEL"
-    DESCRIPTION = "Measure the perplexity of texts and the scores of tasks, of a dense or a pruned model."
+    DESCRIPTION = "Measure a dense or pruned model's perplexity on texts and its scores on tasks."
     EXAMPLES = ("evaluate pruned --text wikitext2", "evaluate pruned --tasks piqa arc_easy --limit 200")
 
     @staticmethod

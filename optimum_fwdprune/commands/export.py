@@ -1,4 +1,4 @@
-"""`optimum-cli fwdprune export`: a pruned checkpoint for programs that do not know this package."""
+"""`optimum-cli fwdprune export`: write a pruned checkpoint for programs without support for pruned models."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from .parser import choice
 class ExportCommand(Command):
     USAGE = "MODEL OUTPUT"
     DESCRIPTION = (
-        "Write a pruned checkpoint in another program's format. stock: unmodified transformers loads it, and all that "
-        "load such checkpoints; every layer must have been cut alike (prune --layout stock). gguf: llama.cpp runs it."
+        "Write a pruned checkpoint in another program's format. stock: transformers loads it without this package, as "
+        "do programs that load transformers checkpoints; every layer must have been cut alike (prune --layout stock). "
+        "gguf: llama.cpp runs it."
     )
     EXAMPLES = (
         "export pruned exported --format stock",
@@ -29,11 +30,11 @@ class ExportCommand(Command):
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
         parser.add_argument("model", help="Folder or Hub repository of the pruned model, a causal language model.")
-        parser.add_argument("output", help="Folder to write, new or empty; or file.")
+        parser.add_argument("output", help="Folder to write, new or empty; for gguf, the file to write.")
         parser.add_argument(
             "--format",
             **choice(("stock", "gguf")),
-            help="What to write. Default: gguf where OUTPUT ends in .gguf, else stock.",
+            help="Format to write. Default: gguf if OUTPUT ends in .gguf, else stock.",
         )
         gguf = parser.add_argument_group("GGUF files")
         gguf.add_argument(
@@ -43,9 +44,10 @@ class ExportCommand(Command):
             help="Dtype of the matrices (default: f16).",
         )
         gguf.add_argument(
-            "--pre_tokenizer", help="llama.cpp's name of how text is split before BPE; by default found out."
+            "--pre_tokenizer",
+            help="llama.cpp's name for the way text is split before BPE. Default: detected from the tokenizer.",
         )
-        parser.add_argument("--overwrite", action="store_true", help="Replace an output that is there.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
         add_tokenizer_option(parser)
         add_loading_options(parser)
 
@@ -67,4 +69,4 @@ class ExportCommand(Command):
             print(f"Written to {export_gguf(model, tokenizer, self.args.output, *options)}.")
         else:
             written = export_stock(model, tokenizer, self.args.output, self.args.overwrite)
-            print(f"Written to {written}; its logits are those of {self.args.model}.")
+            print(f"Written to {written}; its logits equal those of {self.args.model}.")

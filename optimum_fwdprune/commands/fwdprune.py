@@ -21,7 +21,7 @@ from .report import ReportCommand
 
 
 class FwdPruneCommand(BaseOptimumCLICommand):
-    """Its subcommands are parsed by a [`Parser`]."""
+    """The command group; each of its subcommands has a [`Parser`]."""
 
     COMMAND = CommandInfo(name="fwdprune", help="Structured pruning of language models with forward passes only.")
     SUBCOMMANDS = (
@@ -31,15 +31,17 @@ class FwdPruneCommand(BaseOptimumCLICommand):
         ),
         CommandInfo(
             name="report",
-            help="Show all that is known of pruned checkpoints, as tables or as a page with pictures.",
+            help="Show the records of pruned checkpoints, as tables or as a page with pictures.",
             subcommand_class=ReportCommand,
         ),
-        CommandInfo(name="export", help="Write another program's format.", subcommand_class=ExportCommand),
-        CommandInfo(name="recover", help="Train what pruning left.", subcommand_class=RecoverCommand),
         CommandInfo(
-            name="evaluate", help="Measure perplexity, and scores of tasks.", subcommand_class=EvaluateCommand
+            name="export", help="Write a pruned model in another program's format.", subcommand_class=ExportCommand
         ),
-        CommandInfo(name="benchmark", help="Time models against each other.", subcommand_class=BenchmarkCommand),
+        CommandInfo(name="recover", help="Train a pruned model.", subcommand_class=RecoverCommand),
+        CommandInfo(
+            name="evaluate", help="Measure perplexity and the scores of tasks.", subcommand_class=EvaluateCommand
+        ),
+        CommandInfo(name="benchmark", help="Measure the speed and size of models.", subcommand_class=BenchmarkCommand),
         CommandInfo(
             name="compare",
             help="Show quality, speed and size of models in one table.",
@@ -55,7 +57,7 @@ class FwdPruneCommand(BaseOptimumCLICommand):
         show = parser.error
 
         def error(message: str) -> NoReturn:
-            """Say also which command was likely meant."""
+            """Show the error with the name of the most similar command."""
             wrong = re.search(r"invalid choice: '([^']*)'", message)
             names = [command.name for command in self.SUBCOMMANDS]
             show(message + (did_you_mean(wrong[1], names) if wrong else ""))
@@ -64,7 +66,7 @@ class FwdPruneCommand(BaseOptimumCLICommand):
 
     @property
     def subparsers(self) -> Any:
-        """Made where the first subcommand asks for it."""
+        """The subparsers, which are made at the first access."""
         if getattr(self, "_subparsers", None) is None:
             self._subparsers = self.parser.add_subparsers(
                 title="commands", metavar="COMMAND", prog=self.parser.prog, parser_class=Parser

@@ -1,4 +1,4 @@
-"""`optimum-cli fwdprune inspect`: what each layer of a checkpoint kept."""
+"""`optimum-cli fwdprune inspect`: show what each layer of a checkpoint kept."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class InspectCommand(Command):
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
         parser.add_argument("checkpoint", help="Folder or Hub repository of a pruned checkpoint.")
-        parser.add_argument("--history", action="store_true", help="Also show how its masks were learned.")
-        parser.add_argument("--plot", help="Draw how its masks were learned into this file (.svg, .png or .pdf).")
+        parser.add_argument("--history", action="store_true", help="Also show a table of how its masks were learned.")
+        parser.add_argument("--plot", help="Write a plot of how its masks were learned (.svg, .png or .pdf file).")
         parser.add_argument("--revision", help="Branch, tag or commit of a Hub repository.")
 
     def execute(self) -> None:
@@ -42,10 +42,10 @@ class InspectCommand(Command):
         print(history_table(history))
         if self.args.plot:
             plot_history(history, self.args.plot)
-            print(f"Drawn into {self.args.plot}.")
+            print(f"The plot was written to {self.args.plot}.")
 
     def _file(self, name: str) -> Path:
-        """A file of the checkpoint: in its folder, or fetched from its repository; or the plan itself."""
+        """Return the path of a checkpoint's file, downloaded where it is on the Hub; a plan's own path as it is."""
         from pathlib import Path
 
         path = Path(self.args.checkpoint)
@@ -60,5 +60,8 @@ class InspectCommand(Command):
         if not path.is_dir():
             return path
         if not (path / name).is_file():
-            raise ValueError(f"{path} has no {name}: it was pruned by other means, or not, or nothing was scored.")
+            raise ValueError(
+                f"{path} has no {name}: the model is dense, was pruned with another tool, or its units were not "
+                f"scored."
+            )
         return path / name

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they stand for: models, tokenizers, uploads, measurements, requests."""
+"""Options that several commands share, and the models, tokenizers, uploads and measurements that they describe."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
     from optimum_fwdprune.pruner import FwdPruner
 
-# Of `from_pretrained`: option -> help.
+# The options of `from_pretrained`, with their help.
 LOADING = {
     "gguf_file": "GGUF file inside MODEL to load.",
-    "dtype": "Weights' dtype, such as bfloat16; the checkpoint's own by default.",
-    "device_map": "Where the layers go, such as auto, cuda or cpu. Default: the CPU; under accelerate launch each "
+    "dtype": "Dtype of the weights, such as bfloat16. Default: the checkpoint's own.",
+    "device_map": "Device of the layers, such as auto, cuda or cpu. Default: the CPU; under accelerate launch each "
     "process takes its own accelerator.",
-    "attn_implementation": "eager, sdpa, flash_attention_2, ...",
+    "attn_implementation": "Implementation of attention: eager, sdpa, flash_attention_2, ...",
     "revision": "Branch, tag or commit of a Hub repository.",
-    "token": "Access token of the Hub; by default the one that is logged in.",
+    "token": "Access token of the Hub. Default: the token of the user who is logged in.",
 }
 
 
@@ -36,7 +36,7 @@ def add_loading_options(parser: ArgumentParser) -> None:
     loading = parser.add_argument_group("loading")
     for name, text in LOADING.items():
         loading.add_argument(f"--{name}", help=text)
-    loading.add_argument("--trust_remote_code", action="store_true", help="Run modelling code of the repository.")
+    loading.add_argument("--trust_remote_code", action="store_true", help="Run the repository's own modelling code.")
 
 
 def loading_options(args: Namespace) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def loading_options(args: Namespace) -> dict[str, Any]:
 
 @contextmanager
 def naming_the_model(model: str) -> Iterator[None]:
-    """Name the model in errors of loading it; some of the messages of transformers leave it out."""
+    """Add the model's name to errors of loading it, which some messages of transformers leave out."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -58,7 +58,7 @@ def naming_the_model(model: str) -> Iterator[None]:
 
 
 def load_model(model: str, args: Namespace) -> PreTrainedModel:
-    """Load a causal language model, in its own dtype unless the options say otherwise."""
+    """Load a causal language model, in its own dtype unless the options name one."""
     from optimum_fwdprune.loading.models import load_causal_lm
     from optimum_fwdprune.loading.placement import placed
 
@@ -67,14 +67,14 @@ def load_model(model: str, args: Namespace) -> PreTrainedModel:
 
 
 def add_tokenizer_option(parser: ArgumentParser) -> None:
-    """Add the option that names another tokenizer than the model's own."""
+    """Add the option that replaces the model's own tokenizer."""
     parser.add_argument(
-        "--tokenizer", metavar="NAME", help="Folder or Hub repository of the tokenizer; by default the model's own."
+        "--tokenizer", metavar="NAME", help="Folder or Hub repository of the tokenizer. Default: the model's own."
     )
 
 
 def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that `--tokenizer` names, or the one that lies beside a model."""
+    """Load the tokenizer that `--tokenizer` names, or else the model's own."""
     from optimum_fwdprune.loading.models import check_is_there
     from optimum_fwdprune.loading.tokenizers import load_tokenizer, named_tokenizer
 
@@ -82,11 +82,11 @@ def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:
     access = {name: options[name] for name in ("token", "trust_remote_code") if name in options}
     if args.tokenizer is not None:
         return named_tokenizer(args.tokenizer, **access)
-    of_model = {name: options[name] for name in ("gguf_file", "revision") if name in options}
-    tokenizer = load_tokenizer(model, **access, **of_model)
+    version = {name: options[name] for name in ("gguf_file", "revision") if name in options}
+    tokenizer = load_tokenizer(model, **access, **version)
     if tokenizer is None:
-        # A model that is not there has none either.
-        check_is_there(model, **access, **of_model)
+        # Where the model itself is missing, the error names that.
+        check_is_there(model, **access, **version)
         raise ValueError(f"{model} has no tokenizer; name one with --tokenizer.")
     return tokenizer
 
@@ -94,15 +94,17 @@ def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:
 def add_hub_options(parser: ArgumentParser) -> None:
     """Add the options of an upload to the Hub."""
     hub = parser.add_argument_group("hub")
-    hub.add_argument("--push-to-hub", "--push_to_hub", metavar="REPO", help="Also upload the checkpoint there.")
-    hub.add_argument("--private", action="store_true", default=None, help="A new repository is private.")
+    hub.add_argument(
+        "--push-to-hub", "--push_to_hub", metavar="REPO", help="Also upload the checkpoint to this repository."
+    )
+    hub.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
     where = hub.add_mutually_exclusive_group()
     where.add_argument("--push-revision", "--push_revision", metavar="BRANCH", help="Branch to upload to.")
     where.add_argument("--create-pr", "--create_pr", action="store_true", help="Open a pull request instead.")
 
 
 def check_hub_options(args: Namespace) -> None:
-    """Raise an error now where the upload that the options ask for could not succeed, as far as that can be known."""
+    """Raise an error where the upload that the options ask for is known to be impossible, before any work is done."""
     if args.push_to_hub is not None:
         from optimum_fwdprune.checkpoint.hub import check_upload
 
@@ -113,7 +115,7 @@ def push_to_hub(pruner: FwdPruner, args: Namespace) -> None:
     """Upload the checkpoint that was saved, where the options ask for it.
 
     Raises:
-        OSError: where that fails, naming the folder that is whole, and how to try again.
+        OSError: where the upload fails; the message names the folder, which is complete, and how to try again.
     """
     repo_id = args.push_to_hub
     if repo_id is None:
@@ -123,7 +125,7 @@ def push_to_hub(pruner: FwdPruner, args: Namespace) -> None:
         commit = pruner.push_to_hub(repo_id, create_pr=args.create_pr, **options)
     except OSError as error:
         raise OSError(
-            f"{error} The checkpoint is whole in {args.output}: `hf upload {repo_id} {args.output}` tries again."
+            f"{error} The checkpoint in {args.output} is complete: `hf upload {repo_id} {args.output}` tries again."
         ) from error
     print(f"Uploaded to {commit.pr_url or repo_id}.")
 
@@ -142,25 +144,37 @@ def add_evaluation_options(parser: ArgumentParser) -> None:
     quality.add_argument("--text_config", help="Configuration name of Hub datasets.")
     quality.add_argument("--text_column", help="Text column. Default: text, or the only string column.")
     quality.add_argument(
-        "--max_length", type=int, metavar="N", help="Tokens per window (default: 512, or what the model knows)."
+        "--max_length",
+        type=int,
+        metavar="N",
+        help="Tokens per window. Default: 512, or the model's number of positions if that is smaller.",
     )
     quality.add_argument(
-        "--stride", type=int, metavar="N", help="How far apart windows start; by default they are disjoint."
+        "--stride",
+        type=int,
+        metavar="N",
+        help="Tokens between the starts of two windows. Default: --max_length, so that windows do not overlap.",
     )
     quality.add_argument(
         "--tasks",
         nargs="+",
         default=[],
-        help="Tasks of lm-evaluation-harness by name, zero-shot for the set that papers on pruning report, or folders "
-        "of task YAML files.",
+        help="Tasks of lm-evaluation-harness: names of tasks, zero-shot (the set that papers on pruning report), or "
+        "folders of task YAML files.",
     )
     quality.add_argument(
-        "--num_fewshot", type=int, metavar="N", help="Examples in the prompt; by default the task's own number."
+        "--num_fewshot", type=int, metavar="N", help="Examples in the prompt. Default: the task's own number."
     )
-    quality.add_argument("--limit", type=int, metavar="N", help="Only so many rows of each task.")
-    quality.add_argument("--apply_chat_template", action="store_true", help="Ask tasks through the chat template.")
+    quality.add_argument("--limit", type=int, metavar="N", help="Rows of each task to evaluate. Default: all.")
     quality.add_argument(
-        "--batch_size", type=int, metavar="N", default=4, help="Windows or requests at a time (default: 4)."
+        "--apply_chat_template", action="store_true", help="Put the prompts of tasks through the chat template."
+    )
+    quality.add_argument(
+        "--batch_size",
+        type=int,
+        metavar="N",
+        default=4,
+        help="Windows, or requests of tasks, per forward pass (default: 4).",
     )
 
 
@@ -170,19 +184,19 @@ def evaluation_options(args: Namespace) -> dict[str, Any]:
 
     opened = [open_texts(source, args.text_config, args.text_split, args.text_column) for source in args.text]
     short = [name for name, _ in opened]
-    # Files of one name in two folders are two texts.
-    called = [source if short.count(name) > 1 else name for source, name in zip(args.text, short)]
-    check_different(called, "--text")
-    texts = {name: list(pieces) for name, (_, pieces) in zip(called, opened)}
+    # Two files of the same name in different folders are told apart by their paths.
+    labels = [source if short.count(name) > 1 else name for source, name in zip(args.text, short)]
+    check_different(labels, "--text")
+    texts = {label: list(pieces) for label, (_, pieces) in zip(labels, opened)}
     names = ("tasks", "max_length", "stride", "batch_size", "num_fewshot", "limit", "apply_chat_template")
     return {"texts": texts} | {name: getattr(args, name) for name in names}
 
 
-def check_different(names: Sequence[str], given_as: str) -> None:
-    """Raise `ValueError` where a name is given twice."""
+def check_different(names: Sequence[str], where: str) -> None:
+    """Raise `ValueError` where a name occurs twice; `where` is the subject of the message."""
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{given_as} names {name} twice.")
+            raise ValueError(f"{where} names {name} twice.")
 
 
 def add_speed_options(parser: ArgumentParser) -> None:
@@ -194,7 +208,7 @@ def add_speed_options(parser: ArgumentParser) -> None:
         metavar="N",
         nargs="+",
         default=[1],
-        help="Prompts at a time; each is timed (default: 1).",
+        help="Numbers of prompts per batch; every one is timed (default: 1).",
     )
     speed.add_argument(
         "--prompt_tokens",
@@ -202,13 +216,13 @@ def add_speed_options(parser: ArgumentParser) -> None:
         metavar="N",
         nargs="+",
         default=[512],
-        help="Lengths; each is timed (default: 512).",
+        help="Lengths of the prompt in tokens; every one is timed (default: 512).",
     )
     speed.add_argument(
         "--new_tokens", type=int, metavar="N", default=16, help="Decoding steps after each prefill (default: 16)."
     )
     speed.add_argument(
-        "--repeats", type=int, metavar="N", default=5, help="Runs, of which the median is kept (default: 5)."
+        "--repeats", type=int, metavar="N", default=5, help="Timed runs, whose median is reported (default: 5)."
     )
 
 
@@ -219,9 +233,9 @@ def speed_options(args: Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in SPEED_OPTIONS}
 
 
-def add_output_folder(parser: ArgumentParser, of: str) -> None:
-    """Add the folder that a checkpoint is written to."""
-    parser.add_argument("output", help=f"Folder for the {of} checkpoint; new or empty.")
+def add_output_folder(parser: ArgumentParser, kind: str) -> None:
+    """Add the folder that a checkpoint is written to; the help calls it a `kind` checkpoint."""
+    parser.add_argument("output", help=f"Folder to write the {kind} checkpoint to, new or empty.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an output folder that is not empty.")
 
 
@@ -234,13 +248,13 @@ def add_config_options(
 ) -> set[str]:
     """Add an option for every field of a config dataclass that is not `known` yet, and return the names added.
 
-    Options that are not given are absent from the namespace, so that the config's own defaults hold.
+    Options that the user leaves out are absent from the namespace, so that the config's own defaults hold.
 
     Args:
-        parser (`ArgumentParser`): to add to.
+        parser (`ArgumentParser`): the parser that gets the options.
         config_class (`type`): the dataclass.
         known (`set[str]`): names that are options already.
-        heading_of (`Callable`): which heading of the help a field stands under.
+        heading_of (`Callable`): returns the heading of the help that a field belongs under.
         groups (`dict[str, _ArgumentGroup]`): groups by heading; new ones are added to it.
     """
     hints = typing.get_type_hints(config_class)
@@ -258,7 +272,7 @@ def add_config_options(
         if kind is bool:
             options: dict[str, Any] = {"action": BooleanOptionalAction}
         else:
-            # Where the default is worked out, a list of nothing says something else.
+            # Where the default is computed, an empty list is another value than the default.
             many = "*" if default is None else "+"
             choices = field.metadata.get("choices")
             options = choice(choices) if choices else {"type": kind, "metavar": kind.__name__.upper()}

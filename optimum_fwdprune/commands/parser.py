@@ -1,4 +1,4 @@
-"""Help that a person can read, and what was likely meant where a word is misspelt."""
+"""The parser of a command: how its help is formatted, and the suggestions where a word is misspelt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH = 100
 
 
 class HelpFormatter(RawDescriptionHelpFormatter):
-    """Help no wider than reads well; text of one line is wrapped, and lists and examples stay as they are."""
+    """Formats help at most `WIDTH` columns wide; one-line texts are wrapped, lists and examples stay as they are."""
 
     def __init__(self, prog: str):
         width = min(WIDTH, shutil.get_terminal_size().columns - 2)
@@ -28,28 +28,28 @@ class HelpFormatter(RawDescriptionHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """Parses a command; an option that is not known is an error that names the nearest one."""
+    """Parses a command; an unknown option is an error that names the most similar one."""
 
     def __init__(self, **options: Any):
         super().__init__(**{**options, "formatter_class": HelpFormatter})
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
-        """Parse the words of a command line, after a look for options that are not known."""
+        """Parse the words of a command line, after checking that all of its options are known."""
         known = [option for option in self._option_string_actions if option.startswith("--")]
         for word in itertools.takewhile(lambda word: word != "--", args or ()):
             name = word.partition("=")[0]
-            # The beginning of an option is as good as all of it.
+            # Options may be abbreviated.
             if name.startswith("--") and not any(option.startswith(name) for option in known):
                 self.error(f"there is no option {name}.{did_you_mean(name, known)}")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Show the usage in a line, what is wrong, and where help is."""
+        """Print the usage, the message, and how to get help, and exit with status 2."""
         self.exit(2, f"{self.format_usage()}error: {message}\n`{self.prog} --help` shows every option.\n")
 
 
 def one_of(choices: Iterable[str]) -> Callable[[str], str]:
-    """Return a parser of one of `choices`, whose error names the nearest."""
+    """Return a function that accepts one of `choices`; its error names the most similar one."""
     choices = list(choices)
 
     def parse(word: str) -> str:
@@ -67,7 +67,7 @@ def choice(choices: Iterable[str]) -> dict[str, Any]:
 
 
 def listed(described: Mapping[str, str]) -> str:
-    """Return names with what they are, one below the other, for a description."""
+    """Return a list of names with their descriptions, one below the other."""
     longest = max(map(len, described))
     texts = (textwrap.wrap(text, WIDTH - longest - 6) for text in described.values())
     gap = "\n" + " " * (longest + 2)

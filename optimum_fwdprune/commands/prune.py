@@ -1,4 +1,4 @@
-"""`optimum-cli fwdprune prune`: from a dense checkpoint to a pruned one."""
+"""`optimum-cli fwdprune prune`: prune a model and save it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PruneCommand(Command):
     USAGE = "-m MODEL OUTPUT"
     DESCRIPTION = (
         "Prune a model and save it as a checkpoint that from_pretrained loads. By default 20 % of the prunable "
-        "parameters are removed. Every option changes that option alone; a preset is a named set of options."
+        "parameters are removed. An option changes no other option; a preset is a named set of options."
     )
     EXAMPLES = (
         "prune -m HuggingFaceTB/SmolLM2-135M pruned --sparsity 0.3",
@@ -51,9 +51,11 @@ class PruneCommand(Command):
             "--low-memory",
             "--low_memory",
             action="store_true",
-            help="Leave the decoder layers on disk and read, cut and write one after the other.",
+            help="Leave the decoder layers on disk, and read, prune and write them one after the other.",
         )
-        parser.add_argument("--plan", help="Replay this plan (a JSON file or a pruned checkpoint) instead of scoring.")
+        parser.add_argument(
+            "--plan", help="Keep the units of this plan (a JSON file or a pruned checkpoint) instead of scoring them."
+        )
 
         presets, methods = registered_presets(), registered_methods()
         parser.add_argument_group(
@@ -61,7 +63,7 @@ class PruneCommand(Command):
         ).add_argument(
             "--preset",
             **choice(presets),
-            help=f"Override the defaults as listed above; options override those of the preset (default: "
+            help=f"Named set of options, listed above; options on the command line override it (default: "
             f"{DEFAULT_PRESET}).",
         )
         request = parser.add_argument_group(
@@ -104,7 +106,7 @@ class PruneCommand(Command):
             raise ValueError(f"--preset {self.args.preset} is for method {preset['method']}; leave out --method.")
         config_class = get_method(method).config_class
         fields = {field.name for field in dataclasses.fields(config_class)}
-        # Whatever is wrong with the request shows before a model is loaded.
+        # The request is checked before a model is loaded.
         for name in registered_methods():
             for field in dataclasses.fields(get_method(name).config_class):
                 if field.name in arguments and field.name not in fields:
@@ -122,7 +124,7 @@ class PruneCommand(Command):
         with naming_the_model(self.args.model):
             loading = loading_options(self.args) | {"tokenizer": self.args.tokenizer}
             if self.args.low_memory:
-                # On the disk that the result goes to, where moving it is for free.
+                # On the disk of the output folder, so that files are renamed and not copied.
                 loading |= {"low_memory": True, "offload_folder": output.parent}
             pruner = FwdPruner.from_pretrained(self.args.model, **loading)
         pruner.check_saving(self.args.output, overwrite=self.args.overwrite)

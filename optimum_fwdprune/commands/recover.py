@@ -1,4 +1,4 @@
-"""`optimum-cli fwdprune recover`: train what pruning left."""
+"""`optimum-cli fwdprune recover`: train a pruned model."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from .options import (
 )
 
 
-# Of the Trainer's arguments, those that most runs name; --set takes all others.
+# The Trainer's arguments that most runs set, with their help; --set takes all others.
 TRAINING = {
-    "learning_rate": "Default: 1e-4 for adapters, 2e-5 for all weights.",
-    "max_steps": "Steps; by default as many as num_train_epochs takes.",
+    "learning_rate": "Peak learning rate. Default: 1e-4 for adapters, 2e-5 for all weights.",
+    "max_steps": "Optimizer steps. Default: as many as num_train_epochs takes.",
     "num_train_epochs": "Passes over the data (default: 1).",
     "per_device_train_batch_size": "Sequences per forward pass (default: 8).",
     "gradient_accumulation_steps": "Forward passes per step (default: 1).",
     "save_steps": "Steps between checkpoints (default: 500).",
     "seed": "Seed of the order of the data and of new adapters (default: 42).",
-    "report_to": "Where the log goes: tensorboard, wandb, trackio, ... (default: nowhere).",
-    "resume_from_checkpoint": "Checkpoint to go on from, or true for the last one in --output_dir.",
+    "report_to": "Service to log to: tensorboard, wandb, trackio, ... (default: none).",
+    "resume_from_checkpoint": "Checkpoint to resume from, or true for the last one in --output_dir.",
 }
 
 
 class RecoverCommand(Command):
     USAGE = "MODEL OUTPUT --dataset TEXT"
     DESCRIPTION = (
-        "Train a pruned model by the text alone or towards the dense model, and save it. Several devices: accelerate "
-        "launch -m optimum.commands.optimum_cli fwdprune recover ..."
+        "Train a pruned model, on text alone or also towards the dense model's predictions, and save it. To use "
+        "several devices, run: accelerate launch -m optimum.commands.optimum_cli fwdprune recover ..."
     )
     EXAMPLES = (
         "recover pruned recovered --dataset wikitext2",
@@ -54,18 +54,16 @@ class RecoverCommand(Command):
         parser.add_argument(
             "--dataset",
             required=True,
-            help="What to train on: a .txt, .json, .jsonl or .parquet file, wikitext2, c4, builtin (Python's "
-            "documentation), or a dataset of the Hub: text, chat messages, or questions with answers.",
+            help="Training data: a .txt, .json, .jsonl or .parquet file, wikitext2, c4, builtin (Python's "
+            "documentation), or a dataset of the Hub. Its rows are text, chat messages, or questions with answers.",
         )
-        parser.add_argument(
-            "--output_dir", help="Folder for the Trainer's checkpoints. Default: OUTPUT with -training behind it."
-        )
+        parser.add_argument("--output_dir", help="Folder for the Trainer's checkpoints. Default: OUTPUT-training.")
         headings = {name: heading for heading, names in HEADINGS.items() for name in names}
         add_config_options(parser, RecoveryOptions, set(), lambda field: headings[field.name], {})
         training = parser.add_argument_group("training")
         for name, text in TRAINING.items():
             training.add_argument(f"--{name}", metavar="VALUE", help=text)
-        training.add_argument("--gradient_checkpointing", action="store_true", help="Less memory for more time.")
+        training.add_argument("--gradient_checkpointing", action="store_true", help="Use less memory and more time.")
         training.add_argument(
             "--set",
             nargs="+",
@@ -111,18 +109,18 @@ class RecoverCommand(Command):
                 )
 
     def _training_folder(self) -> str:
-        """Where the Trainer keeps its checkpoints: not where the model is to go, which must stay empty until then."""
+        """Return the folder of the Trainer's checkpoints, outside of OUTPUT, which stays empty until the end."""
         output = Path(self.args.output).resolve()
         folder = Path(self.args.output_dir or f"{str(self.args.output).rstrip('/')}-training")
         if output in (folder.resolve(), *folder.resolve().parents):
             raise ValueError(
-                f"--output_dir {folder} lies in {self.args.output}, which the trained model is to fill; name a folder "
-                f"outside of it."
+                f"--output_dir {folder} lies in {self.args.output}, which must be empty until the trained model is "
+                f"saved to it; name a folder outside of it."
             )
         return str(folder)
 
     def _arguments(self, own: dict):
-        """The Trainer's arguments, its own parser reading what was given of them."""
+        """Return the Trainer's arguments, as its own parser reads them from the options."""
         from transformers import HfArgumentParser, IntervalStrategy
 
         from optimum_fwdprune.recovery import RecoveryArguments
@@ -152,7 +150,7 @@ class RecoverCommand(Command):
         try:
             (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", self._training_folder(), *words])
         except ArgumentError as error:
-            # Not with the usage of all that TrainingArguments knows.
+            # The message alone: argparse would add the usage of every training argument.
             raise ValueError(str(error)) from error
         if (strategy := IntervalStrategy(parsed.eval_strategy)) != IntervalStrategy.NO:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""`optimum-cli fwdprune report`: what is known of pruned checkpoints, on the terminal or as a page."""
+"""`optimum-cli fwdprune report`: show the records of pruned checkpoints, on the terminal or as a page."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .options import (
 if TYPE_CHECKING:
     from optimum_fwdprune.evaluation import Comparison
 
-# Of the options of loading, those that reading a config takes.
+# The options of loading that apply to reading a config.
 WHERE = ("revision", "token", "trust_remote_code")
 
 
 class ReportCommand(Command):
     USAGE = "CHECKPOINT..."
     DESCRIPTION = (
-        "Show what is known of pruned checkpoints: kept units and parameters of every layer, scores, how masks were "
-        "learned, the request, and side by side what several of them cost and gain. Nothing is measured unless "
-        "--dense, --text or --tasks ask for it."
+        "Show the records of pruned checkpoints: kept units and parameters of every layer, scores, how masks were "
+        "learned, and the request. Several checkpoints are compared by quality, speed and size. Nothing is measured "
+        "unless --dense, --text or --tasks is set."
     )
     EXAMPLES = (
         "report pruned",
@@ -42,19 +42,21 @@ class ReportCommand(Command):
         parser.add_argument("checkpoints", nargs="+", help="Folders or Hub repositories of pruned checkpoints.")
         output = parser.add_argument_group("output")
         output.add_argument(
-            "--html", help="Write a self-contained page with pictures, and beside it a .json file of its figures."
+            "--html", help="Write a self-contained page with pictures, and a .json file of its figures beside it."
         )
         output.add_argument("--json", help="Write the figures to this .json file.")
-        output.add_argument("--overwrite", action="store_true", help="Replace files that are there.")
+        output.add_argument("--overwrite", action="store_true", help="Replace files that exist.")
         measured = parser.add_argument_group("quality and speed")
         measured.add_argument(
             "--compare",
             metavar="FILE",
-            help="Take them from this .json file, which `fwdprune compare --output` wrote. Default: what a checkpoint "
-            "itself carries.",
+            help="Read quality and speed from this .json file, which `fwdprune compare --output` wrote. Default: the "
+            "figures in the checkpoint itself, if any.",
         )
         measured.add_argument(
-            "--dense", metavar="MODEL", help="Measure now, and compare with this model: its folder or Hub repository."
+            "--dense",
+            metavar="MODEL",
+            help="Measure quality and speed now, and compare with this model (folder or Hub repository).",
         )
         add_tokenizer_option(parser)
         add_evaluation_options(parser)
@@ -68,8 +70,11 @@ class ReportCommand(Command):
         options = self.args
         measures = options.dense or options.text or options.tasks
         if options.compare and measures:
-            raise ValueError("--compare takes what was measured before; leave it out, or --dense, --text and --tasks.")
-        # Whatever is wrong with the files shows before anything is measured.
+            raise ValueError(
+                "--compare reads earlier measurements, and --dense, --text and --tasks ask for new ones; use one or "
+                "the other."
+            )
+        # The files are checked before anything is measured.
         figures = check_page_file(options.html, options.overwrite)[1] if options.html else None
         if options.json:
             if figures is not None and figures.resolve() == Path(options.json).resolve():
@@ -86,7 +91,7 @@ class ReportCommand(Command):
         described = [describe_checkpoint(model_id, name=name, **where) for model_id, name in self._named()]
         if measures or options.compare:
             comparison = self._measured() if measures else self._read()
-            # Without a dense model nothing is compared: the first checkpoint is not what the others were.
+            # Without a dense model nothing is compared: the first checkpoint is not the origin of the others.
             alone = measures and not options.dense
             for model_id, description in zip(options.checkpoints, described):
                 own = comparison.of(model_id)
@@ -101,7 +106,7 @@ class ReportCommand(Command):
             print(f"Figures written to {options.json}.")
 
     def _named(self) -> list[tuple[str, str]]:
-        """Every checkpoint with the last part of its name, or all of it where these are not different."""
+        """Every checkpoint with its label: the last part of its name, or the whole name where labels would repeat."""
         ids = self.args.checkpoints
         short = [Path(model_id).name for model_id in ids]
         return list(zip(ids, short if len(set(short)) == len(ids) else ids))
@@ -116,5 +121,8 @@ class ReportCommand(Command):
         comparison = Comparison.load(self.args.compare)
         if not any(comparison.of(model_id) for model_id in self.args.checkpoints):
             names = ", ".join(evaluation.name for evaluation in comparison.evaluations)
-            raise ValueError(f"{self.args.compare} measured {names}, and none of the checkpoints named.")
+            raise ValueError(
+                f"{self.args.compare} has figures of {names}, but of none of these checkpoints: "
+                f"{', '.join(map(str, self.args.checkpoints))}."
+            )
         return comparison

@@ -1,4 +1,4 @@
-"""How good, how fast and how large a model is, dense or pruned."""
+"""Measurements of models, dense or pruned: quality, speed and size."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from .speed import Benchmark, Spread, Timing, benchmark, slower_because
 from .tasks import TASK_PRESETS, TaskScore, evaluate_tasks
 
 
-# For `evaluate.load`.
+# The path to pass to `evaluate.load`.
 PERPLEXITY_METRIC = str(Path(__file__).with_name("perplexity_metric.py"))
 
 __all__ = [

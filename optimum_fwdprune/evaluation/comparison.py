@@ -1,4 +1,4 @@
-"""Models side by side: one table of quality, speed and size."""
+"""Comparisons of models: the quality, speed and size of several models in one table."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Evaluation:
     """The measurements of one model.
 
     Args:
-        name (`str`): of the model.
-        texts (`dict[str, TextLoss]`): by name of the text.
-        tasks (`list[TaskScore]`): of lm-evaluation-harness.
+        name (`str`): name of the model.
+        texts (`dict[str, TextLoss]`): losses by name of the text.
+        tasks (`list[TaskScore]`): scores of lm-evaluation-harness.
         benchmark (`Benchmark`, *optional*): size and speed.
     """
 
@@ -34,7 +34,7 @@ class Evaluation:
     benchmark: Benchmark | None = None
 
     def figures(self, first: Evaluation | None = None) -> dict[str, float | None]:
-        """Return every figure by its name and unit; speed-ups against `first` where it is another model."""
+        """Return every figure by its name and unit, with speed-ups over `first` if it is set."""
         figures: dict[str, float | None] = {}
         speed = self.benchmark
         if speed is not None:
@@ -61,10 +61,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models side by side; speed-ups are relative to the first.
+    """The measurements of several models; speed-ups are relative to the first one.
 
     Args:
-        evaluations (`list[Evaluation]`): a model each.
+        evaluations (`list[Evaluation]`): one per model.
     """
 
     evaluations: list[Evaluation]
@@ -75,22 +75,22 @@ class Comparison:
         return [evaluation.figures(first) for evaluation in self.evaluations]
 
     def of(self, name: str) -> Comparison | None:
-        """Return the first model beside the one called `name`; `None` where none is, or several are.
+        """Return a comparison of the first model and the one with this name; `None` unless exactly one matches.
 
         Args:
-            name (`str`): as it was given to `compare`, or another path with the same last part.
+            name (`str`): the name that was passed to `compare`, or another path with the same last part.
         """
         first, *others = self.evaluations
-        # A dense model that is called alike somewhere else is not it.
+        # The last part of the dense model's path does not count: it may be equal to a pruned model's by chance.
         last_parts = (others or [first], lambda path: Path(path).name)
-        for candidates, called in ((self.evaluations, str), last_parts):
-            matching = [candidate for candidate in candidates if called(candidate.name) == called(name)]
+        for candidates, label_of in ((self.evaluations, str), last_parts):
+            matching = [candidate for candidate in candidates if label_of(candidate.name) == label_of(name)]
             if len(matching) == 1:
                 return Comparison(matching if matching[0] is first else [first, *matching])
         return None
 
     def last(self) -> Comparison:
-        """Return the last model alone."""
+        """Return a comparison that has the last model only."""
         return Comparison(self.evaluations[-1:])
 
     def to_json(self) -> str:
@@ -111,9 +111,9 @@ class Comparison:
         try:
             evaluations = [_evaluation(value) for value in values]
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"This is not what models were measured as: {type(error).__name__}: {error}.") from error
+            raise ValueError(f"These are not the measurements of models: {type(error).__name__}: {error}.") from error
         if not evaluations:
-            raise ValueError("This is not what models were measured as: there is no model.")
+            raise ValueError("These are not the measurements of models: there is no model.")
         return cls(evaluations)
 
     @classmethod
@@ -136,7 +136,7 @@ class Comparison:
             ) from error
 
     def to_csv(self) -> str:
-        """Return a line per model and a column per figure, unrounded."""
+        """Return a CSV table with a line per model and a column per figure, which is not rounded."""
         all_figures = self.figures()
         output = io.StringIO()
         writer = csv.DictWriter(output, ["model", *all_figures[0]], lineterminator="\n")
@@ -194,14 +194,14 @@ FORMATS = {".md": Comparison.to_markdown, ".json": Comparison.to_json, ".csv": C
 
 
 def checked_format(file: str | Path) -> str:
-    """Return the ending that says how to write a comparison.
+    """Return the ending of a file, which determines the format of a comparison, before anything is measured.
 
     Raises:
         ValueError: where there is no such format.
-        OSError: where the file cannot be written; what is measured takes long.
+        OSError: where the file cannot be written.
     """
     ending = as_path(file, "file").suffix
     if ending not in FORMATS:
-        raise ValueError(f"{file} must end in one of {', '.join(FORMATS)}; it says which format to write.")
+        raise ValueError(f"{file} must end in one of {', '.join(FORMATS)}, which determines the format.")
     check_output_file(file)
     return ending

@@ -29,8 +29,9 @@ class QualityOptions:
         batch_size (`int`, defaults to 4): windows, or requests of tasks, per forward pass.
         num_fewshot (`int`, *optional*): examples in the prompt of a task; by default the task's own number.
         limit (`int`, *optional*): number of rows of each task that are scored; by default all.
-        apply_chat_template (`bool`, defaults to `False`): ask tasks through the tokenizer's chat template.
-        seed (`int`, defaults to 0): of the examples in the prompt.
+        apply_chat_template (`bool`, defaults to `False`): put the prompts of tasks through the tokenizer's chat
+            template.
+        seed (`int`, defaults to 0): seed of the choice of examples in the prompt.
     """
 
     max_length: int | None = None
@@ -42,7 +43,7 @@ class QualityOptions:
     seed: int = 0
 
     def of_tasks(self) -> dict[str, Any]:
-        """Return those of [`evaluate_tasks`]."""
+        """Return the options of [`evaluate_tasks`]."""
         names = ("batch_size", "seed", "num_fewshot", "limit", "apply_chat_template")
         return {name: getattr(self, name) for name in names}
 
@@ -55,14 +56,15 @@ def evaluate(
     name: str = "model",
     **options: Any,
 ) -> Evaluation:
-    """Measure how good a model is: perplexity of texts, and scores of tasks.
+    """Measure the quality of a model: perplexity of texts, and scores of tasks.
 
     Args:
         model (`PreTrainedModel`): a causal language model, dense or pruned.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        texts (mapping of `str` to strings, *optional*): texts by name, each joined as it is.
+        texts (mapping of `str` to strings, *optional*): texts by name; the strings of a text are joined without a
+            separator.
         tasks (sequence of `str` or `Path`, *optional*): see [`evaluate_tasks`].
-        name (`str`, defaults to `"model"`): of the model.
+        name (`str`, defaults to `"model"`): name of the model.
         options: fields of [`QualityOptions`], such as `max_length`, `batch_size` and `limit`.
     """
     quality = QualityOptions(**options)
@@ -81,25 +83,26 @@ def compare(
     tasks: Sequence[str | Path] = (),
     **options: Any,
 ) -> Comparison:
-    """Measure models against each other: size, speed, perplexity of texts and scores of tasks.
+    """Compare models: measure their size, speed, perplexity of texts and scores of tasks.
 
     Args:
-        models (mapping of `str` to `PreTrainedModel`): by name, of one vocabulary; speed-ups are against the first.
-        tokenizer (`PreTrainedTokenizerBase`): theirs.
+        models (mapping of `str` to `PreTrainedModel`): models by name, of one vocabulary; speed-ups are relative to
+            the first one.
+        tokenizer (`PreTrainedTokenizerBase`): their tokenizer.
         texts (mapping of `str` to sequence of `str`, *optional*): see [`evaluate`].
         tasks (sequence of `str` or `Path`, *optional*): likewise.
         options: `batch_sizes`, `prompt_tokens`, `new_tokens` and `repeats` of [`benchmark`], and fields of
             [`QualityOptions`].
 
     Raises:
-        ValueError: where the vocabularies differ, so that perplexities would not compare.
+        ValueError: where the vocabularies differ in size, so that perplexities cannot be compared.
     """
     sizes = {name: model.config.get_text_config().vocab_size for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(
-            f"The models have vocabularies of different sizes ({listed}), so their perplexities differ in "
-            "meaning; compare models of one tokenizer."
+            f"The models have vocabularies of different sizes ({listed}), so that their perplexities cannot be "
+            f"compared; compare models of one tokenizer."
         )
     speed = {name: options.pop(name) for name in SPEED_OPTIONS if name in options}
     # A misspelt option fails before anything is measured.

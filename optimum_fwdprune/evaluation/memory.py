@@ -1,4 +1,4 @@
-"""The most memory that a piece of work holds at once."""
+"""The peak memory of a block of code."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 
 
 class PeakMemory:
-    """Measures by how much memory grows at most while the context is open.
+    """Measures the largest growth of memory while the context is open.
 
-    On CUDA this is what torch's allocator hands out, elsewhere the resident size of the process: on Linux by the
-    kernel's own mark, else sampled a hundred times a second. Memory that was freed before but that the process still
-    holds, which the work would fill unseen, is given back first where the C library can (glibc).
+    On CUDA it measures the memory that torch's allocator hands out, elsewhere the resident size of the process: on
+    Linux the kernel records its maximum, on other systems it is sampled a hundred times a second. Memory that the
+    process freed before but still holds would be reused without a growth, so that it is returned to the system first
+    where the C library allows it (glibc).
 
     Args:
-        device (`torch.device`): where the work happens.
+        device (`torch.device`): device that the block runs on.
 
     Attributes:
-        bytes (`int`): the growth, once the context is closed.
+        bytes (`int`): the largest growth, once the context is closed.
     """
 
     def __init__(self, device: torch.device):
@@ -36,9 +37,9 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
             return self
-        _give_back_what_is_free()
+        _return_free_memory()
         self._before = self._highest = _resident()
-        self._sampler = None if _forget_high_water() else threading.Thread(target=self._sample, daemon=True)
+        self._sampler = None if _reset_high_water() else threading.Thread(target=self._sample, daemon=True)
         self._done = threading.Event()
         if self._sampler:
             self._sampler.start()
@@ -68,15 +69,15 @@ def _resident() -> int:
     return psutil.Process().memory_info().rss
 
 
-def _give_back_what_is_free() -> None:
+def _return_free_memory() -> None:
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
-def _forget_high_water() -> bool:
-    """Let the kernel forget the largest resident size so far; `False` where it keeps none or does not allow it."""
+def _reset_high_water() -> bool:
+    """Reset the kernel's maximum of the resident size; `False` where there is none or this is not permitted."""
     try:
         _CLEAR.write_text("5")
         return "VmHWM" in _STATUS.read_text()

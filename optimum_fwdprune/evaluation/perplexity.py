@@ -1,4 +1,4 @@
-"""Perplexity over token windows, exact to the sum of negative log-likelihoods."""
+"""Perplexity over token windows, computed from exact sums of negative log-likelihoods."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..loading.state import evaluating
 from ..runs.progress import progress
 
 
-# Tokens per window where nobody says.
+# Tokens per window by default.
 MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class TextLoss:
-    """How well a model predicts some tokens.
+    """A model's loss on some tokens.
 
     Args:
         nll (`float`): sum of negative log-likelihoods, in nats.
-        tokens (`int`): how many were predicted.
+        tokens (`int`): number of predicted tokens.
     """
 
     nll: float
@@ -52,22 +52,23 @@ def text_loss(
     stride: int | None = None,
     batch_size: int = 4,
 ) -> TextLoss:
-    """Return how well `model` predicts a text, however long, in windows.
+    """Return the loss of `model` on a text of any length, computed in windows.
 
-    Disjoint windows, the default, are the usual way to report perplexity: nothing is predicted across their borders,
-    the first token of each not at all. With `stride` below `max_length` windows overlap, and every token but the
-    text's first is predicted exactly once, from at least `max_length - stride` tokens before it where there are so
-    many. The last window is as short as the text leaves it; nothing is padded or dropped.
+    Disjoint windows, the default, are the usual way to report perplexity: tokens are predicted within their window
+    alone, and the first token of a window is not predicted. With `stride` below `max_length` windows overlap, and
+    every token but the text's first is predicted exactly once, from at least `max_length - stride` tokens before it if
+    there are so many. The last window may be shorter; nothing is padded or dropped.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
         input_ids (`Tensor[tokens]`, int64): the text.
-        max_length (`int`, *optional*): longest window; by default 512, or what the model knows if that is less.
-        stride (`int`, *optional*): how far apart windows start; by default `max_length`.
+        max_length (`int`, *optional*): longest window; by default 512, or the model's number of positions if that is
+            smaller.
+        stride (`int`, *optional*): tokens between the starts of two windows; by default `max_length`.
         batch_size (`int`, defaults to 4): windows per forward pass.
 
     Raises:
-        ValueError: where the text is too short to predict anything, or the windows too long for the model.
+        ValueError: where the text is too short to predict a token, or the windows are too long for the model.
     """
     _check_batch_size(batch_size)
     max_length, stride = _checked_windows(model, input_ids, max_length, stride)
@@ -89,8 +90,8 @@ def texts_loss(
     stride: int | None = None,
     batch_size: int = 4,
 ) -> TextLoss:
-    """Return how well `model` predicts texts that belong together, joined as they are (see [`text_loss`])."""
-    # verbose=False: longer than the model's context is what a text may be here.
+    """Return the loss of `model` on texts that are joined without a separator (see [`text_loss`])."""
+    # verbose=False: the tokenizer would warn of texts longer than the model's context, which are allowed here.
     ids = tokenizer("".join(texts), verbose=False)["input_ids"]
     return text_loss(model, torch.tensor(ids, dtype=torch.int64), max_length, stride, batch_size)
 
@@ -99,7 +100,7 @@ def texts_loss(
 def window_losses(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: int = 4) -> torch.Tensor:
     """Return the mean negative log-likelihood of each window, in nats: `[windows]`, float64.
 
-    Two models are compared by the differences of these, window by window, which vary far less than the losses do.
+    The differences between two models, window by window, vary much less than the losses themselves.
 
     Args:
         model (`PreTrainedModel`): a causal language model in eval mode.
@@ -145,19 +146,19 @@ def _checked_windows(
             f"max_length must be at least 2 and stride from 1 to max_length; got {max_length} and {stride}."
         )
     if longest is not None and max_length > longest:
-        raise ValueError(f"max_length={max_length} is more than the {longest} positions that the model knows.")
+        raise ValueError(f"max_length={max_length} is more than the model's {longest} positions.")
     return max_length, stride
 
 
 def _batches(tokens: int, max_length: int, stride: int, batch_size: int) -> Iterator[tuple[list[int], int, int]]:
-    """Yield where the windows of a batch start, how long they are, and the first place that they predict."""
-    # The last window is the first to reach the end; one token alone predicts nothing.
+    """Yield the starts of a batch's windows, their length, and the first place in them that is predicted."""
+    # The last window is the first one that reaches the end. A window of a single token predicts nothing.
     starts = list(range(0, tokens, stride))
     starts = starts[: next(number for number, start in enumerate(starts, 1) if start + max_length >= tokens)]
     overlap = max_length - stride
     if len(starts) > 1 and not overlap and tokens - starts[-1] < 2:
         starts.pop()
-    # What no window before it has predicted: behind the overlap, or all but the first token.
+    # A window predicts the tokens that no window before it predicted: those after the overlap, or all but its first.
     full = starts[1:-1]
     yield starts[:1], min(max_length, tokens), 1
     for place in range(0, len(full), batch_size):

@@ -1,4 +1,4 @@
-"""Perplexity as a module of `evaluate`: `evaluate.load(PERPLEXITY_METRIC)`, from this very file, offline."""
+"""Perplexity as a metric of the library `evaluate`; `evaluate.load(PERPLEXITY_METRIC)` reads this file, offline."""
 
 import datasets
 import evaluate
@@ -7,24 +7,24 @@ from optimum_fwdprune.evaluation.perplexity import TextLoss, text_loss
 
 
 _DESCRIPTION = """
-Perplexity of texts under a causal language model: exp of the mean negative log-likelihood of all their tokens, each
-counted once, whatever the lengths, the windows or the batch size.
+Perplexity of texts under a causal language model: exp of the mean negative log-likelihood of all their tokens. Every
+token counts once, for any lengths, windows and batch size.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (list of str): texts, each predicted by itself.
-    model (`PreTrainedModel` or str): a causal language model, dense or pruned, or where to load one from.
-    tokenizer (`PreTrainedTokenizerBase`, *optional*): by default the one that lies beside the model.
-    max_length (int, *optional*): longest window, by default 512 or what the model knows.
-    stride (int, *optional*): how far apart windows start; `max_length` by default, so that they are disjoint.
+    predictions (list of str): texts, which are predicted independently.
+    model (`PreTrainedModel` or str): a causal language model, dense or pruned, or its folder or repository.
+    tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer; by default the one saved with the model.
+    max_length (int, *optional*): longest window; by default 512, or the model's number of positions if smaller.
+    stride (int, *optional*): tokens between the starts of two windows; by default `max_length`.
     batch_size (int): windows per forward pass, 4 by default.
 
 Returns:
-    perplexity (float): of all texts together, weighted by tokens.
+    perplexity (float): perplexity of all texts together, weighted by tokens.
     nll (float): sum of negative log-likelihoods in nats.
-    tokens (int): how many were predicted.
-    perplexities (list of float): of each text.
+    tokens (int): number of predicted tokens.
+    perplexities (list of float): perplexity of every text.
 """
 
 

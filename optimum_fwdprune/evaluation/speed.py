@@ -1,4 +1,4 @@
-"""How fast and how large models are, side by side."""
+"""Benchmarks: the speed and size of models, measured in turns."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from .memory import PeakMemory
 
 logger = get_logger(__name__)
 
-# Kernels that the counter of this torch leaves out.
+# Kernels that torch's counter does not count.
 _UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *_, out_shape=None, **__: sdpa_flop_count(query, key, value)
     )
 }
 
-# Matrix kernels work on tiles: widths that are no multiple of this waste a part of the last one.
+# Matrix kernels work on tiles; a width that is no multiple of this wastes a part of the last tile.
 TILE = 8
 
-# Below this ratio of times nobody notices.
+# A speed-up below this ratio counts as none.
 NOT_FASTER = 1.02
 
 
@@ -44,7 +44,7 @@ class Spread:
     """Seconds of repeated runs.
 
     Args:
-        median, low, high (`float`): the median and the quartiles.
+        median, low, high (`float`): the median, and the lower and upper quartile.
     """
 
     median: float
@@ -62,9 +62,9 @@ class Timing:
     """Speed at one size of batch and prompt.
 
     Args:
-        batch_size, prompt_tokens (`int`): prompts, and tokens in each.
-        prefill (`Spread`): of one forward pass over the prompts: the latency to the first new token.
-        decode (`Spread`): of one further token for every prompt, with a key-value cache.
+        batch_size, prompt_tokens (`int`): number of prompts, and of tokens per prompt.
+        prefill (`Spread`): times of one forward pass over the prompts, which is the latency of the first new token.
+        decode (`Spread`): times of one further token for every prompt, with a key-value cache.
     """
 
     batch_size: int
@@ -79,7 +79,7 @@ class Timing:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """New tokens per second, of all prompts together."""
+        """New tokens per second, for all prompts together."""
         return self.batch_size / self.decode.median
 
 
@@ -88,11 +88,12 @@ class Benchmark:
     """Size and speed of a model.
 
     Args:
-        parameters (`int`): tied weights counted once.
-        bytes (`int`): of these, as a safetensors file holds them.
-        macs_per_token (`float`): multiply-accumulate operations of a prefill of the first prompt length, by tokens.
-        peak_bytes (`int`): weights, and what the largest prefill with its cache and a decoding step take on top.
-        timings (`list[Timing]`): by size of batch and prompt.
+        parameters (`int`): number of parameters, tied weights counted once.
+        bytes (`int`): size of these parameters in a safetensors file.
+        macs_per_token (`float`): multiply-accumulate operations per token of a prefill of the first prompt length.
+        peak_bytes (`int`): size of the weights, and the memory that the largest prefill with its cache and a decoding
+            step need in addition.
+        timings (`list[Timing]`): one per size of batch and prompt.
     """
 
     parameters: int
@@ -111,20 +112,21 @@ def benchmark(
     repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Benchmark]:
-    """Measure models against each other: prefill and decoding, memory, sizes.
+    """Measure prefill and decoding times, memory and size of models.
 
-    The models take turns run by run, so that whatever else the machine does slows them all: compare the results of
-    one call. One round of all runs goes first to warm up.
+    The models take turns after every run, so that other load on the machine slows all of them. Compare results of one
+    call only. A first round of all runs warms up and is not counted.
 
     Args:
-        models (sequence of `PreTrainedModel`): causal language models; the first is what others are compared with, and
-            a warning says where one is not faster, with the likely reason.
-        batch_sizes (sequence of `int`, defaults to `(1,)`): each is timed with each of `prompt_tokens`.
+        models (sequence of `PreTrainedModel`): causal language models. The others are compared with the first one, and
+            a warning names those that are not faster, with the likely reason.
+        batch_sizes (sequence of `int`, defaults to `(1,)`): numbers of prompts; every one is timed with all
+            `prompt_tokens`.
         prompt_tokens (sequence of `int`, defaults to `(512,)`): lengths of the prompts.
         new_tokens (`int`, defaults to 16): decoding steps after each prefill.
-        repeats (`int`, defaults to 5): runs of each, of which median and quartiles are kept.
-        clock (`Callable`, defaults to `time.perf_counter`): seconds. On a CPU that others use too, and on one thread,
-            `time.process_time` leaves out what they take.
+        repeats (`int`, defaults to 5): timed runs, whose median and quartiles are returned.
+        clock (`Callable`, defaults to `time.perf_counter`): returns seconds. On a shared CPU and with one thread,
+            `time.process_time` does not count the time of other processes.
 
     Raises:
         ValueError: where a prompt with its new tokens is too long for a model, or a model was consumed by pruning.
@@ -139,7 +141,7 @@ def benchmark(
         if longest is not None and max(prompt_tokens) + new_tokens > longest:
             raise ValueError(
                 f"{max(prompt_tokens)} prompt tokens and {new_tokens} new ones are more than the {longest} positions "
-                f"that {type(model).__name__} knows."
+                f"of the {type(model).__name__}; lower prompt_tokens or new_tokens."
             )
     vocab_size = min(model.config.get_text_config().vocab_size for model in models)
     sizes = [(batch, prompt) for batch in batch_sizes for prompt in prompt_tokens]
@@ -160,7 +162,7 @@ def benchmark(
 
 
 def slower_because(dense: PreTrainedModel, pruned: PreTrainedModel, before: Benchmark, after: Benchmark) -> list[str]:
-    """Return why `pruned` is likely no faster than `dense` where it is not: a sentence per size that was timed."""
+    """Return likely reasons where `pruned` is not faster than `dense`: a sentence per size that was timed."""
     reasons = []
     for old, new in zip(before.timings, after.timings):
         size = f"{new.batch_size} x {new.prompt_tokens} tokens"
@@ -180,17 +182,17 @@ def _prefill_reason(dense: PreTrainedModel, pruned: PreTrainedModel, before: Ben
         return f"it saves only {1 - after.macs_per_token / before.macs_per_token:.0%} of the multiplications."
     if odd > 0:
         return (
-            f"{odd} of its linears have widths that are no multiple of {TILE}, which kernels like least; prune with "
+            f"{odd} of its linears have widths that are no multiple of {TILE}, for which kernels are slow; prune with "
             f"multiple_of={8 * TILE}."
         )
-    return "the sizes are too small to matter beside fixed costs, or the machine was busy; try longer prompts."
+    return "fixed costs exceed those of computations of this size, or the machine was busy; try longer prompts."
 
 
 def _decode_reason(before: Benchmark, after: Benchmark) -> str:
     saved = 1 - after.bytes / before.bytes
     return (
-        f"a decoding step reads all weights once, of which {saved:.0%} went (embeddings and the vocabulary projection "
-        f"stay), and has fixed costs beside it."
+        f"a decoding step reads all weights once, of which {saved:.0%} were removed (embeddings and the vocabulary "
+        f"projection stay), and has fixed costs in addition."
     )
 
 
@@ -202,7 +204,7 @@ def _odd_widths(model: PreTrainedModel) -> list[nn.Linear]:
 def _generate(
     model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[float, float]:
-    """Prefill and decode greedily; seconds of the prefill, and of one decoding step."""
+    """Prefill and decode greedily; return the seconds of the prefill, and of one decoding step."""
     device = input_device(model)
     prompts = prompts.to(device)
     with evaluating(model):
@@ -223,7 +225,7 @@ def _take_turns(runs: Sequence[Callable[[], tuple[float, float]]], repeats: int)
     turns = [turn for _ in range(repeats + 1) for turn in zip(runs, seconds)]
     for run, taken in progress(turns, "Timing", unit="run"):
         taken.append(run())
-    # The first run pays for kernels and caches.
+    # The first run warms up kernels and caches, and is not counted.
     return [
         (Spread.of([prefill for prefill, _ in taken[1:]]), Spread.of([decode for _, decode in taken[1:]]))
         for taken in seconds

@@ -1,4 +1,4 @@
-"""Classification, multiple choice and generation: tasks of lm-evaluation-harness, which does all the scoring."""
+"""Scores on tasks of lm-evaluation-harness: classification, multiple choice and generation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 
-# What papers on pruning report, without examples in the prompt.
+# Names of sets of tasks: those that papers on pruning report, without examples in the prompt.
 TASK_PRESETS = {
     "zero-shot": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
 }
@@ -30,10 +30,10 @@ class TaskScore:
     """One metric of one task.
 
     Args:
-        task, metric (`str`): names in the harness; a metric's filter follows after a comma where it is not `none`.
+        task, metric (`str`): names in the harness; a metric's filter other than `none` follows after a comma.
         value (`float`): the score.
-        standard_error (`float`, *optional*): over the task's rows.
-        rows (`int`, *optional*): how many were scored; `None` for groups of tasks.
+        standard_error (`float`, *optional*): standard error over the task's rows.
+        rows (`int`, *optional*): number of rows that were scored; `None` for groups of tasks.
     """
 
     task: str
@@ -56,18 +56,19 @@ def evaluate_tasks(
     Args:
         model (`PreTrainedModel`): a causal language model, dense or pruned.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        tasks (sequence of `str`): names of tasks, groups or tags; `zero-shot` for those that papers on pruning report
-            (BoolQ, PIQA, HellaSwag, WinoGrande, ARC easy and challenge, OpenBookQA); or folders of task YAML files, of
-            which all tasks are run. A task whose `dataset_path` is `json` with local `data_files` needs no network.
+        tasks (sequence of `str`): names of tasks, groups or tags; `zero-shot`, the set that papers on pruning report
+            (BoolQ, PIQA, HellaSwag, WinoGrande, ARC easy and challenge, OpenBookQA); or folders of task YAML files,
+            all of which are run. A task whose `dataset_path` is `json` with local `data_files` needs no network.
         batch_size (`int`, defaults to 8): requests per forward pass.
-        seed (`int`, defaults to 0): of the examples in the prompt.
+        seed (`int`, defaults to 0): seed of the choice of examples in the prompt.
         options: for `lm_eval.simple_evaluate`: `num_fewshot`, the number of examples in the prompt (by default the
             task's own); `limit`, the number of rows of each task that are scored (by default all);
-            `apply_chat_template`, whether to ask through the tokenizer's chat template; and its other arguments.
+            `apply_chat_template`, whether to put prompts through the tokenizer's chat template; and its other
+            arguments.
 
     Raises:
-        ValueError: where there is no such task, naming the nearest, or no task in a folder.
-        OSError: where the data of a task can only be downloaded, and the Hub must not be asked.
+        ValueError: where there is no such task (the message names similar ones), or no task in a folder.
+        OSError: where the data of a task would have to be downloaded in offline mode.
         ImportError: where the harness is not installed.
     """
     try:
@@ -96,7 +97,7 @@ def evaluate_tasks(
 
 
 def _resolve(tasks: Sequence[str | Path]) -> tuple[list[str], TaskManager]:
-    """Names of tasks, and the manager that knows them all."""
+    """Return the names of all tasks, and a task manager that can load them."""
     from lm_eval.tasks import TaskManager
 
     if not tasks:
@@ -112,14 +113,14 @@ def _resolve(tasks: Sequence[str | Path]) -> tuple[list[str], TaskManager]:
             named += own_tasks
         else:
             named += TASK_PRESETS.get(str(task), (str(task),))
-    # The harness's own tasks take seconds to list.
+    # Listing the harness's own tasks takes seconds.
     needs_defaults = len(folders) < len(tasks)
     manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=needs_defaults)
     known = set(manager.all_tasks)
     for name in named:
         if name not in known:
             nearest = difflib.get_close_matches(name, [*TASK_PRESETS, *known], n=5, cutoff=0.5)
-            hint = f"the nearest are {', '.join(nearest)}" if nearest else "`lm_eval ls tasks` lists all"
+            hint = f"similar names are {', '.join(nearest)}" if nearest else "`lm_eval ls tasks` lists all tasks"
             raise ValueError(f"There is no task {name!r}; {hint}. A folder of task files may be named instead.")
     return list(dict.fromkeys(named)), manager
 

@@ -1,4 +1,4 @@
-"""Exports: a pruned model in the formats of programs that do not know this package."""
+"""Exports of pruned models to the formats of programs without support for pruned models."""
 
 from .gguf import export_gguf
 from .stock import export_stock

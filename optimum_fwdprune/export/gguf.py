@@ -1,4 +1,4 @@
-"""GGUF export: one file that llama.cpp runs, layers of different sizes included."""
+"""GGUF export: a single file that llama.cpp runs, also where layers differ in size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-# What the file calls itself by the dtype of its matrices.
+# The file type that a file declares, by the dtype of its matrices.
 DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 
 
@@ -43,23 +43,23 @@ def export_gguf(
 ) -> Path:
     """Write a causal language model, dense or pruned, to a GGUF file.
 
-    The file appears whole or not at all; tensors are read, also offloaded ones, and converted one at a time.
+    The file appears whole or not at all. Tensors, offloaded ones too, are read and converted one at a time.
 
     Args:
-        model (`PreTrainedModel`): LLaMA or Mistral, layers alike or not; Qwen2, Qwen3 or BLOOM, layers alike, Qwen2
-            and BLOOM with all their heads.
+        model (`PreTrainedModel`): LLaMA or Mistral, whose layers may differ in size; or Qwen2, Qwen3 or BLOOM with
+            layers of equal size. Qwen2 and BLOOM must have all their heads.
         tokenizer (`PreTrainedTokenizerBase`): a fast BPE tokenizer, byte-level or SentencePiece's; its chat template
-            goes along.
-        file (`str` or `Path`): where to.
-        dtype (`str`, defaults to `"f16"`): of matrices: f32, f16, bf16 or q8_0 (f16 where rows are no multiples of
-            32); vectors stay in float32.
-        overwrite (`bool`, defaults to `False`): replace a file that is there.
-        pre_tokenizer (`str`, *optional*): llama.cpp's name of how text is split before byte-level BPE; by default
-            found out.
+            is written too.
+        file (`str` or `Path`): file to write.
+        dtype (`str`, defaults to `"f16"`): dtype of matrices: f32, f16, bf16 or q8_0 (f16 where the length of rows is
+            no multiple of 32); vectors are written in float32.
+        overwrite (`bool`, defaults to `False`): replace a file that exists.
+        pre_tokenizer (`str`, *optional*): llama.cpp's name for the way text is split before byte-level BPE; by default
+            it is detected.
 
     Raises:
-        ValueError: where llama.cpp cannot hold the model or its tokenizer, naming what is in the way.
-        FileExistsError: where the file is there.
+        ValueError: where llama.cpp cannot hold the model or its tokenizer; the message names the reason.
+        FileExistsError: where the file exists.
     """
     try:
         import gguf
@@ -97,16 +97,16 @@ def _family_of(config: Any, model: PreTrainedModel) -> GGUFFamily:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ValueError(
-            f"There is no GGUF export of {config.model_type} here; there is one of {', '.join(FAMILIES)}. "
-            f"llama.cpp has no OPT."
+            f"There is no GGUF export for {config.model_type}; there is one for {', '.join(FAMILIES)}. llama.cpp does "
+            f"not support OPT."
         )
     if not model.can_generate():
         raise ValueError(f"GGUF files hold causal language models; this is a {type(model).__name__}.")
     window = getattr(config, "sliding_window", None)
     if window is not None and window < family.context(config):
         logger.warning(
-            "llama.cpp attends to the whole context where this model attends to the last %d tokens: beyond that "
-            "length the two differ.",
+            "llama.cpp attends to the whole context, and this model to the last %d tokens. Their outputs differ for "
+            "longer texts.",
             window,
         )
     return family
@@ -119,8 +119,8 @@ def _name_of(family: GGUFFamily, layers: list[LayerSizes]) -> str:
     if family.per_layer is None:
         raise ValueError(
             f"llama.cpp's {family.uniform} has layers of one size, and layer {differing} differs from layer 0 "
-            f"({layers[differing]} and {layers[0]}). Prune every layer alike: scope='layer', skip_layers=[], "
-            f"and a sparsity, no target (--scope layer --skip_layers --sparsity 0.3)."
+            f"({layers[differing]} and {layers[0]}). Prune every layer alike with scope='layer', skip_layers=[], "
+            f"and a sparsity instead of a target (--scope layer --skip_layers --sparsity 0.3)."
         )
     return family.per_layer
 
@@ -129,8 +129,8 @@ def _check_heads(family: GGUFFamily, layers: list[LayerSizes], config: Any) -> N
     heads = config.num_attention_heads
     if family.all_heads and layers[0].heads != heads:
         raise ValueError(
-            f"llama.cpp's {family.uniform} takes its width from the number of heads: all {heads} must be there, and "
-            f"{layers[0].heads} of this model are left. Prune its MLPs alone: kinds=['mlp'] (--kinds mlp)."
+            f"llama.cpp's {family.uniform} computes its width from the number of heads, so that it needs all {heads} "
+            f"heads, and this model has {layers[0].heads}. Prune its MLPs alone: kinds=['mlp'] (--kinds mlp)."
         )
 
 
@@ -165,12 +165,12 @@ def _tensors(
     sizes = {
         f"{path}.": layers[module] for path, module in model.named_modules(remove_duplicate=False) if module in layers
     }
-    # Offloaded weights that are tied are two parameters, and one tensor of the file.
+    # Tied weights are one tensor of the file. Offloaded ones are two parameters of the model.
     tied = getattr(model, "all_tied_weights_keys", {})
     for source, parameter in model.named_parameters():
         if source in tied:
             continue
-        # Some families are known by their names without what wraps their base model.
+        # For some families, gguf lists the names without the prefix of the base model.
         short = source.removeprefix(f"{model.base_model_prefix}.")
         target = names.get_name(source, (".weight", ".bias")) or names.get_name(short, (".weight", ".bias"))
         if target is None or (target.endswith(("attn_output.bias", "ffn_down.bias")) and not family.output_biases):
@@ -183,6 +183,6 @@ def _tensors(
 
 
 def _converted(model: PreTrainedModel, source: str, family: GGUFFamily, layer: LayerSizes | None) -> torch.Tensor:
-    """A parameter of the model, read when it is written, in the order of the file."""
+    """Return a parameter of the model with its rows in the order of the file."""
     values = read_parameter(model, source)
     return values if layer is None else family.convert(source, values, layer)

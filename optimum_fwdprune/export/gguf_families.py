@@ -1,4 +1,4 @@
-"""How llama.cpp holds each family: what it is called there, its sizes, and the order of its rows."""
+"""The families that llama.cpp supports: their names there, their sizes, and the order of their rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Sizes of a layer, read from its weights."""
+    """Sizes of a layer, determined from its weights."""
 
     heads: int
     kv_heads: int
@@ -30,9 +30,9 @@ class GGUFFamily:
     """A family in llama.cpp.
 
     Args:
-        uniform (`str`): its name there where all layers are alike.
-        per_layer (`str`, *optional*): its name where they differ; `None` where it has no form for that.
-        all_heads (`bool`): whether no head can have been removed.
+        uniform (`str`): llama.cpp's architecture for layers of equal size.
+        per_layer (`str`, *optional*): its architecture for layers of different sizes; `None` where there is none.
+        all_heads (`bool`): whether the model must have all its heads.
         output_biases (`bool`): whether the projections that write to the residual stream can have biases.
     """
 
@@ -42,36 +42,36 @@ class GGUFFamily:
     output_biases: bool = True
 
     def sizes(self, layer: nn.Module, config: Any) -> LayerSizes:
-        """Sizes of a decoder layer."""
+        """Return the sizes of a decoder layer."""
         raise NotImplementedError
 
     def head_dim(self, config: Any) -> int:
-        """Features of a head."""
+        """Return the number of features of a head."""
         raise NotImplementedError
 
     def context(self, config: Any) -> int:
-        """Tokens that the model was trained for."""
+        """Return the context length that the model was trained with."""
         raise NotImplementedError
 
     def add_fields(self, writer: GGUFWriter, config: Any) -> None:
-        """Add what this family computes by, beside its sizes."""
+        """Add the family's hyperparameters other than sizes, such as those of its norms and rotary embeddings."""
         raise NotImplementedError
 
     def convert(self, name: str, rows: torch.Tensor, sizes: LayerSizes) -> torch.Tensor:
-        """Bring a parameter of a layer, by its name in transformers, into the order that llama.cpp reads."""
+        """Return a parameter of a layer with its rows in llama.cpp's order; `name` is its name in transformers."""
         return rows
 
     def more_tensors(self, config: Any) -> dict[str, torch.Tensor]:
-        """Tensors by their names in the file that are no parameters of the model."""
+        """Return tensors of the file that are no parameters of the model, by their names in the file."""
         return {}
 
 
 @dataclass(frozen=True)
 class Llama(GGUFFamily):
-    """LLaMA and families whose modules are named as its are.
+    """LLaMA, and families whose modules have the same names.
 
     Args:
-        interleaves (`bool`): whether llama.cpp rotates pairs of neighbours where transformers rotates halves.
+        interleaves (`bool`): whether llama.cpp rotates pairs of neighbouring features; transformers rotates halves.
     """
 
     interleaves: bool = False
@@ -104,7 +104,9 @@ class Llama(GGUFFamily):
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(rope["factor"])
         elif kind not in ("default", "llama3"):
-            raise ValueError(f"Rotary embeddings of type {kind!r} are not exported; default, linear and llama3 are.")
+            raise ValueError(
+                f"Rotary embeddings of type {kind!r} cannot be exported; default, linear and llama3 can be."
+            )
 
     def convert(self, name: str, rows: torch.Tensor, sizes: LayerSizes) -> torch.Tensor:
         if not self.interleaves:
@@ -114,7 +116,7 @@ class Llama(GGUFFamily):
         return interleaved(rows, sizes.kv_heads) if ".k_proj." in name else rows
 
     def more_tensors(self, config: Any) -> dict[str, torch.Tensor]:
-        """What LLaMA 3 divides its rotary frequencies by, `[head_dim / 2]`."""
+        """Return the factors `[head_dim / 2]` that LLaMA 3 divides its rotary frequencies by."""
         rope = config.rope_parameters
         if rope.get("rope_type") != "llama3":
             return {}
@@ -125,7 +127,7 @@ class Llama(GGUFFamily):
 
 @dataclass(frozen=True)
 class Bloom(GGUFFamily):
-    """BLOOM; its ALiBi slopes follow from the number of heads."""
+    """BLOOM, which must have all its heads because llama.cpp computes the ALiBi slopes from their number."""
 
     def sizes(self, layer: Any, config: Any) -> LayerSizes:
         heads = layer.self_attention.query_key_value.out_features // (3 * self.head_dim(config))
@@ -135,7 +137,7 @@ class Bloom(GGUFFamily):
         return config.hidden_size // config.n_head
 
     def context(self, config: Any) -> int:
-        # ALiBi has no limit of its own; all released BLOOMs were trained with this many.
+        # ALiBi has no maximal length; all released BLOOM models were trained with 2048 tokens.
         return getattr(config, "seq_length", 2048)
 
     def add_fields(self, writer: GGUFWriter, config: Any) -> None:
@@ -145,7 +147,7 @@ class Bloom(GGUFFamily):
         return separated(rows, sizes.heads) if ".query_key_value." in name else rows
 
 
-# By `model_type` of the stock family.
+# By the `model_type` of the stock config.
 FAMILIES = {
     "llama": Llama("llama", "deci", interleaves=True),
     "mistral": Llama("llama", "deci", interleaves=True),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor's name in the file, its shape, and what makes it when it is written."""
+    """A tensor of the file: its name, its shape, and a function that returns its values, called when it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -25,28 +25,28 @@ class GGUFTensor:
 
 
 def interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Bring rows of queries or keys from halves, which transformers rotates, to pairs, which llama.cpp does.
+    """Reorder rows of queries or keys from halves, which transformers rotates, to pairs, which llama.cpp rotates.
 
     Args:
-        rows (`Tensor[heads * head_dim, ...]`): of a layer that has so many heads.
-        heads (`int`): its own number.
+        rows (`Tensor[heads * head_dim, ...]`): rows of a layer's projection.
+        heads (`int`): number of heads of this layer.
     """
     halves = rows.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).flatten(0, 2)
 
 
 def separated(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Bring rows from a query, key and value of every head to all queries, all keys and all values.
+    """Reorder rows that hold query, key and value head by head to all queries, then all keys, then all values.
 
     Args:
-        rows (`Tensor[heads * 3 * head_dim, ...]`): of a layer that has so many heads.
-        heads (`int`): its own number.
+        rows (`Tensor[heads * 3 * head_dim, ...]`): rows of a layer's projection.
+        heads (`int`): number of heads of this layer.
     """
     return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def write_tensors(writer: GGUFWriter, tensors: list[GGUFTensor], dtype: str) -> None:
-    """Announce all tensors, then make, convert and write them one by one."""
+    """Declare all tensors in the header, then compute, convert and write them one by one."""
     import gguf
     import numpy as np
 
@@ -68,5 +68,5 @@ def write_tensors(writer: GGUFWriter, tensors: list[GGUFTensor], dtype: str) -> 
     for tensor, kind in progress(list(zip(tensors, kinds)), "Writing tensors", unit="tensor"):
         values = tensor.make().detach().cpu().float().numpy()
         if kind is gguf.GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
-            raise ValueError(f"{tensor.name} has values beyond float16; write bf16 or f32 instead.")
+            raise ValueError(f"{tensor.name} has values beyond the range of float16; write bf16 or f32 instead.")
         writer.write_tensor_data(gguf.quantize(values, kind))

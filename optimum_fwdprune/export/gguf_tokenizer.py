@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: byte-level BPE, and SentencePiece's BPE, as llama.cpp reads them."""
+"""Tokenizers in GGUF files: byte-level BPE and SentencePiece's BPE, in the form that llama.cpp reads."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 
-# What tells how text is split before BPE, and llama.cpp's name for it: a part of the regular expression.
+# Parts of the regular expression that splits text before BPE, with llama.cpp's name for this way of splitting.
 SPLITS = {
     r"\p{N}{1,3}": "llama-bpe",
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|": "qwen2",
 }
-# A byte of what no token covers, in SentencePiece's vocabularies.
+# In SentencePiece's vocabularies, a token for a single byte of text that no other token covers.
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -26,24 +26,28 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: 
     """Add tokens, merges, special tokens and chat template.
 
     Args:
-        writer (`GGUFWriter`): of the file.
+        writer (`GGUFWriter`): writer of the file.
         tokenizer (`PreTrainedTokenizerBase`): a fast BPE tokenizer, byte-level or with byte fallback.
-        rows (`int`): of the embeddings; tokens are padded up to them.
-        pre (`str`, *optional*): llama.cpp's name of how text is split before byte-level BPE.
+        rows (`int`): number of rows of the embeddings; unused tokens are added up to this number.
+        pre (`str`, *optional*): llama.cpp's name for the way text is split before byte-level BPE.
 
     Raises:
-        ValueError: where it is another kind of tokenizer, or splits text in a way that is not known.
+        ValueError: where the tokenizer is of another kind, or splits text in a way that llama.cpp's name is not known
+            for.
     """
     description = _description_of(tokenizer)
     model = description["model"]
     if model["type"] != "BPE":
         raise ValueError(
             f"This {type(tokenizer).__name__} is no BPE ({model['type']}); only BPE tokenizers are exported to GGUF. "
-            f"llama.cpp's own convert_hf_to_gguf.py knows others: export with format stock, then convert."
+            f"llama.cpp's own convert_hf_to_gguf.py supports others: export with format stock, then convert."
         )
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}
     if max(tokens) >= rows:
-        raise ValueError(f"The tokenizer has token {max(tokens)} and the model {rows} rows of embeddings.")
+        raise ValueError(
+            f"The tokenizer has token {max(tokens)}, and the model has {rows} rows of embeddings; use the model's own "
+            f"tokenizer."
+        )
     listed = [tokens.get(number, f"[PAD{number}]") for number in range(rows)]
     writer.add_token_list(listed)
     sentencepiece = bool(model.get("byte_fallback"))
@@ -71,7 +75,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: 
 
 
 def _templates_of(template: str | dict[str, str] | list[dict[str, str]]) -> str | list[dict[str, str]]:
-    """Chat templates as the format has them: one text, or several with names, of which `default` is the first."""
+    """Return chat templates in the file's form: one text, or a list of several with names."""
     if isinstance(template, dict):
         return [{"name": name, "template": text} for name, text in template.items()]
     return template
@@ -100,7 +104,7 @@ def _sentencepiece_kind_of(number: int, tokens: dict[int, str], tokenizer: PreTr
 
 
 def _scores_of(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """SentencePiece merges what gives the token of the highest score: the one that the first merges give."""
+    """Return scores that reproduce the order of merges; SentencePiece first merges the pair of the highest score."""
     ranks: dict[str, int] = {}
     for merge in merges:
         ranks.setdefault("".join(merge), len(ranks))
@@ -108,7 +112,7 @@ def _scores_of(tokens: list[str], merges: list[list[str]]) -> list[float]:
 
 
 def _adds_space(description: dict[str, Any]) -> bool:
-    """Whether a space is put before a text."""
+    """Return whether the tokenizer adds a space before a text."""
     normalizer, splitter = description.get("normalizer") or {}, description.get("pre_tokenizer") or {}
     steps = [*normalizer.get("normalizers", [normalizer]), *splitter.get("pretokenizers", [splitter])]
     return any(
@@ -125,7 +129,7 @@ def _description_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _pre_tokenizer_of(description: dict[str, Any]) -> str:
-    """llama.cpp's name of how text is split."""
+    """Return llama.cpp's name for the way text is split."""
     splitter = description.get("pre_tokenizer") or {}
     steps = splitter.get("pretokenizers", [splitter])
     kinds = [step.get("type") for step in steps]
@@ -138,6 +142,6 @@ def _pre_tokenizer_of(description: dict[str, Any]) -> str:
         if part in pattern:
             return name
     raise ValueError(
-        f"How this tokenizer splits text ({', '.join(map(str, kinds))}) has no name in llama.cpp that is known here; "
-        f"name it as pre_tokenizer, such as gpt-2, llama-bpe or qwen2."
+        f"llama.cpp's name for the way this tokenizer splits text ({', '.join(map(str, kinds))}) is not known; pass "
+        f"it as pre_tokenizer, such as gpt-2, llama-bpe or qwen2."
     )

@@ -1,4 +1,4 @@
-"""Stock export: a pruned checkpoint that unmodified transformers loads, where every layer was cut alike."""
+"""Stock export: a checkpoint that transformers loads without this package, of a model whose layers were cut alike."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def export_stock(
     folder: str | Path,
     overwrite: bool = False,
 ) -> Path:
-    """Write a uniformly pruned model as a checkpoint of its stock family, or of one that computes the same.
+    """Write a uniformly pruned model as a checkpoint of its stock family, or of a family that computes the same.
 
-    The folder appears whole or not at all, after what was written has been loaded again and its logits compared. Of a
-    model whose layers are offloaded, one is in memory at a time.
+    The folder appears whole or not at all, once the checkpoint was loaded again and its logits were compared. Layers
+    that are offloaded are in memory one at a time.
 
     Args:
-        model (`PreTrainedModel`): pruned, every layer alike; any task class.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): goes along, with its chat template.
-        folder (`str` or `Path`): new or empty.
+        model (`PreTrainedModel`): the pruned model, of any task class, whose layers were cut alike.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): written too, with its chat template.
+        folder (`str` or `Path`): folder to write, new or empty.
         overwrite (`bool`, defaults to `False`): replace a folder that is not empty.
 
     Raises:
-        ValueError: where no stock class can hold the model, naming what is in the way.
-        RuntimeError: where the stock model does not compute the same.
+        ValueError: where no stock class can hold the model; the message names the reason.
+        RuntimeError: where the logits of the stock model differ.
         FileExistsError: where the folder is not empty.
     """
     check_in_memory(model)
@@ -57,22 +57,22 @@ def export_stock(
             tokenizer.save_pretrained(temporary)
         with one_step("Verifying the exported model"):
             device = input_device(model)
-            # Beside the pruned model there may be no room for another one.
+            # The memory may not hold a second model.
             device_map = on_disk(model, device) if is_offloaded(model) else {"": device}
             written = model_class.from_pretrained(temporary, dtype=model.dtype, device_map=device_map)
             difference = share_of_scale(logits(model, probe), logits(written, probe))
             del written
-        # Written so that NaN fails too.
+        # A difference of NaN must fail too.
         if not difference <= tolerance_of(model.dtype):
             raise RuntimeError(
-                f"The stock {config.model_type} computes something else than the pruned model: logits differ by "
-                f"{difference:.2g} of their scale. Nothing was written; please report it."
+                f"The logits of the stock {config.model_type} differ from those of the pruned model by "
+                f"{difference:.2g} of their scale. Nothing was written; please report this as a bug."
             )
     return Path(folder)
 
 
 def _write(model: PreTrainedModel, config: PreTrainedConfig, model_class: Any, folder: Path) -> None:
-    """Write the weights of a pruned model as those of a stock one."""
+    """Write the weights of a pruned model as a checkpoint of a stock class."""
     offloaded = is_offloaded(model)
     if offloaded:
         with torch.device("meta"):

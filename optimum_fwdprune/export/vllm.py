@@ -1,16 +1,16 @@
-"""vLLM: pruned checkpoints for its Transformers modeling backend, as an entry point of `vllm.general_plugins`."""
+"""The vLLM plugin, an entry point of `vllm.general_plugins`: pruned models run on vLLM's Transformers backend."""
 
 from __future__ import annotations
 
 from ..architectures import registered_architectures
 
 
-# vLLM runs the modules of a transformers model with its own attention, layer by layer with the sizes of each.
+# This class runs the modules of a transformers model with vLLM's attention, with the sizes of every single layer.
 BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 
 
 def register_with_vllm() -> None:
-    """Make pruned causal language models known to vLLM, which then needs no `trust_remote_code` for them."""
+    """Register pruned causal language models with vLLM, which then loads them without `trust_remote_code`."""
     from vllm import ModelRegistry
 
     for architecture in registered_architectures():

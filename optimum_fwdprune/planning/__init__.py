@@ -1,1 +1,1 @@
-"""Scores and a request turned into a plan, where models are run for it."""
+"""Planning: the stages of a run, and how scores and a request become a plan, also by running models."""

@@ -1,5 +1,7 @@
-"""What a request would fail by, checked before anything is measured. Each check lives with the stage that it protects;
-this is the one place that calls them."""
+"""The checks of a request that are made before anything is measured.
+
+A check is defined in the module of the stage that it protects. All of them are called here.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ from .search import check_search
 
 
 def check_arguments(plan: Any, scores: Any) -> None:
-    """Raise `ValueError` or `TypeError` where a plan to replay or scores to allocate by are not that, or are both."""
+    """Raise `TypeError` where a plan or scores have another type, and `ValueError` where both are passed."""
     if plan is not None and scores is not None:
-        raise ValueError("Give a plan to replay or scores to allocate by, not both.")
+        raise ValueError("Pass a plan to replay or scores to allocate by, not both.")
     for name, value, expected in (("plan", plan, PruningPlan), ("scores", scores, Scores)):
         if value is not None and not isinstance(value, expected):
             raise TypeError(
@@ -32,7 +34,7 @@ def check_arguments(plan: Any, scores: Any) -> None:
 
 
 def check_model(subject: Subject) -> None:
-    """Raise `ValueError` where a model is not what its class and its config say; warn where it is in an odd place."""
+    """Raise `ValueError` where a model does not fit its class and config; warn of an unfavourable placement."""
     warn_of_placement(subject.model)
     check_counterpart(subject)
 
@@ -40,20 +42,20 @@ def check_model(subject: Subject) -> None:
 def check_request(
     subject: Subject, config: PruningConfig, plan: PruningPlan | None = None, scores: Scores | None = None
 ) -> None:
-    """Raise where a model cannot be pruned as a request asks for.
+    """Raise an error where a model cannot be pruned by a request.
 
     Args:
         subject (`Subject`): the model with all its sites.
         config (`PruningConfig`): the request.
-        plan (`PruningPlan`, *optional*): to replay.
-        scores (`Scores`, *optional*): to allocate by.
+        plan (`PruningPlan`, *optional*): plan to replay.
+        scores (`Scores`, *optional*): scores to allocate by.
 
     Raises:
-        ValueError: where something does not fit, naming the way out.
+        ValueError: where the request does not fit the model; the message names the way out.
     """
     if subject.streamed:
         check_streamable(config)
-        # The pruned model is written along the way.
+        # The pruned model is written during the run.
         check_savable(subject.model, None)
     check_reconstruction(subject.model, config)
     if plan is None:
@@ -76,19 +78,19 @@ def check_kinds(subject: Subject, config: PruningConfig) -> None:
 
 
 def check_streamable(config: PruningConfig) -> None:
-    """Raise `ValueError` where a request asks for more than one layer of the model at a time."""
+    """Raise `ValueError` where a request needs more than one layer of the model in memory at a time."""
     if ranks.world_size() > 1:
         raise ValueError(
             f"low_memory=True runs in one process, and this is one of {ranks.world_size()}: start it without "
             f"accelerate launch, or leave low_memory out."
         )
-    whole = {
+    runs_whole_models = {
         "scope='search'": config.resolved_scope == Scope.SEARCH,
         f"rounds={config.rounds}": config.rounds > 1,
         "target_speedup": config.target_speedup is not None,
     }
-    for name, asked in whole.items():
-        if asked:
+    for name, is_set in runs_whole_models.items():
+        if is_set:
             raise ValueError(
                 f"{name} runs whole models, and low_memory=True has one decoder layer in memory at a time. Leave one "
                 f"of them out."

@@ -1,4 +1,5 @@
-"""Keep ratios moved along what sweeps over the sites measure, with the state that a search resumes from."""
+"""The descent of a search: it moves keep ratios along slopes that sweeps over the sites measure. Its state is kept, so
+that an interrupted search can resume."""
 
 from __future__ import annotations
 
@@ -27,29 +28,29 @@ from .divergence import Divergence
 from .levels import Levels
 
 
-# How far keep ratios move in a step at first; halved when no step helps, down to half a level.
+# How far keep ratios move in the first step. The step is halved when no move helps, down to half a level.
 FIRST_STEP, LAST_STEP = 0.2, 0.5 / LEVELS
 
 
-# Parts of a step that are tried.
+# The fractions of a step that are tried.
 PARTS = (1.0, 0.5, 0.25)
 
 
-# As a share of the usual slope: what sites count as whose narrowing costs nothing, or helps.
+# The slope of sites whose narrowing costs nothing, or helps, as a fraction of the median slope.
 SMALLEST_SLOPE = 1e-3
 
 
 @dataclass
 class SearchState:
-    """All that a search needs to go on.
+    """The state of a search, from which it can resume.
 
     Args:
-        rates (`Tensor[sites]`, float64): keep ratios of the best so far; empty before the first.
-        step (`float`): how far they move next; below `LAST_STEP` once nothing helps any more.
+        rates (`Tensor[sites]`, float64): the best keep ratios so far; empty before the search has started.
+        step (`float`): how far they move in the next step; below `LAST_STEP` once no move helps any more.
         windows (`float`): passes of a window through all layers so far.
-        losses (`list[float]`): divergence of the start and after every sweep.
-        path (`list[Tensor[sites]]`): the keep ratios that these belong to.
-        even (`float`): divergence of the even share.
+        losses (`list[float]`): divergence at the start and after every sweep.
+        path (`list[Tensor[sites]]`): the keep ratios that belong to `losses`.
+        even (`float`): divergence where every site keeps the same share.
     """
 
     rates: torch.Tensor
@@ -74,7 +75,7 @@ class SearchState:
         removed = (1 - rates) @ sizes / sum(site.num_parameters for site in every_site)
         history = {
             "loss": torch.tensor(self.losses, dtype=torch.float32),
-            # Nothing is drawn, so all is decided at every sweep.
+            # The search draws no masks, so that every unit is decided at every sweep.
             "entropy": torch.zeros(len(rates), dtype=torch.float32),
             "expected_sparsity": removed.float(),
         }
@@ -93,7 +94,7 @@ class SearchState:
 
 
 class Descent:
-    """Moves keep ratios of sites along what sweeps find."""
+    """Moves the keep ratios of sites along the slopes that sweeps measure."""
 
     def __init__(
         self,
@@ -111,12 +112,12 @@ class Descent:
         self._cost = cost
         self._num_windows = num_windows
         self._sizes = ratios.sizes.double()
-        # Those of the model that is settled.
+        # The projections of the settled model.
         self._projections: dict[SiteKey, Projection] = {}
         self._allowed = math.inf
 
     def start(self, state: SearchState, starts: Sequence[torch.Tensor]) -> None:
-        """Settle the best of the keep ratios to start from, the even share first."""
+        """Settle the best of several starting points; the first of them must be the even share."""
         starting = [self._widths(rates) for rates in starts]
         losses = self._divergences(starting)
         best = losses.index(min(losses))
@@ -125,7 +126,14 @@ class Descent:
         state.windows += (2 + len(starts)) * self._num_windows
 
     def run(self, state: SearchState, price: float, allowed: int, stage: Stage) -> None:
-        """Sweep and move, at `price` for each window, until the windows allowed are used up or nothing helps."""
+        """Sweep and move until `allowed` windows are used up or no move helps.
+
+        Args:
+            state (`SearchState`): state of the search, which is updated.
+            price (`float`): passes through all layers that a sweep and its move take, per window.
+            allowed (`int`): largest number of passes of a window through all layers.
+            stage (`Stage`): stage that the state is saved to.
+        """
         price *= self._num_windows
         self._allowed = allowed
         if not self._projections:
@@ -142,13 +150,13 @@ class Descent:
             stage.save(state.state)
 
     def _move(self, state: SearchState) -> tuple[torch.Tensor, float]:
-        """The best of a few moves along the slopes of all sites, and its divergence."""
+        """Return the best of a few moves along the slopes of all sites, and its divergence."""
         slopes = self._slopes(state)
         direction = torch.zeros_like(slopes)
         for budget in self._budgets:
             own = slopes[budget.members]
             if not (own > 0).any():
-                # Nothing here tells one site from another.
+                # Without a positive slope there is no difference to move along.
                 continue
             logarithms = own.clamp_min(SMALLEST_SLOPE * float(own[own > 0].median())).log()
             mean = (budget.weights @ logarithms) / budget.weights.sum()
@@ -168,7 +176,7 @@ class Descent:
         return list(candidates.values())[best] / self._sizes, losses[best]
 
     def _slopes(self, state: SearchState) -> torch.Tensor:
-        """What narrowing each site by a step adds to the divergence, by what it saves, `[sites]` float64."""
+        """Return the divergence that narrowing each site by a step adds, per unit of saved cost, `[sites]`."""
         slopes = torch.zeros(len(state.rates), dtype=torch.float64)
         own = ranks.own(list(enumerate(self._ratios.sites)))
         used = min(1.0, state.windows / self._allowed)
@@ -186,11 +194,11 @@ class Descent:
         return ranks.summed(slopes)
 
     def _neighbour(self, site: Site, width: int, step: float) -> int:
-        """The width nearest to one step below, or above where there is none below."""
-        widths = [width_here for width_here in self._levels.widths(site) if width_here != width]
-        below = [width_here for width_here in widths if width_here < width]
+        """Return the width closest to one step below `width`, or above where no width is below."""
+        others = [level for level in self._levels.widths(site) if level != width]
+        below = [level for level in others if level < width]
         wanted = width - step * site.num_units if below else width + step * site.num_units
-        return min(below or widths, key=lambda width_here: abs(width_here - wanted))
+        return min(below or others, key=lambda level: abs(level - wanted))
 
     def _widths(self, rates: torch.Tensor) -> torch.Tensor:
         kept = self._ratios.kept(rates)
@@ -205,7 +213,7 @@ class Descent:
         return projections
 
     def _divergences(self, candidates: Sequence[torch.Tensor]) -> list[float]:
-        """The divergence under each of several widths of all sites."""
+        """Return the divergence for every candidate, which has a width for every site."""
         divergences = torch.zeros(len(candidates), dtype=torch.float64)
         for place in progress(ranks.own(range(len(candidates))), "Comparing widths", unit="candidate"):
             divergences[place] = self._divergence.of(self._projections_of(candidates[place]))

@@ -1,4 +1,4 @@
-"""How far a whole pruned model is from the dense one, computed from the first layer that changed."""
+"""The divergence of a whole pruned model from the dense one, computed from the first layer that has changed."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ..runs.devices import on_host, precise_sum
 from ..runs.progress import progress
 
 
-# Distributions are compared at every so many-th token: neighbours say much the same, and the vocabulary is dear.
+# Distributions are compared at every fourth token only: those of neighbours are similar, and logits are expensive.
 EVERY = 4
 
 
 class Divergence:
     """Mean KL divergence KL(dense ‖ pruned) of next-token distributions, in nats per token, on fixed windows.
 
-    It asks for no more than the loss does and is far less noisy: every token compares two distributions and not
-    two likelihoods of one word. The dense model's distributions at every `EVERY`-th token are kept in float16, and the
-    hidden states in front of every layer of the model that was settled last.
+    It costs as much as the loss and is far less noisy, since it compares two whole distributions at every token, and
+    not the likelihoods of a single token. The dense model's distributions at every `EVERY`-th token are kept in
+    float16. The hidden states before every layer of the model that was settled last are kept too.
 
     Args:
         subject (`Subject`): a causal language model in eval mode, which is not changed, with the sites whose
@@ -41,7 +41,7 @@ class Divergence:
         self._batches = self._runner.batches(calibration, batch_size)
         self._embedded = [on_host(self._runner.embed(batch)) for batch in self._batches]
         self._settled: list[list[torch.Tensor]] = []
-        # Of the dense model: probabilities by batch, and the sum of the entropies.
+        # The dense model's probabilities by batch, and the sum of their entropies.
         self._targets: list[torch.Tensor] = []
         self._entropy: torch.Tensor | float = 0.0
         self._tokens = 0
@@ -56,25 +56,25 @@ class Divergence:
                 self._entropy = self._entropy - precise_sum(probabilities * part)
             self._tokens += len(logits)
         if not self._tokens:
-            raise ValueError("The windows to compare models on hold nothing but padding; give longer texts.")
+            raise ValueError("The windows that models are compared on hold nothing but padding; use longer texts.")
 
     @property
     def layers(self) -> int:
-        """Decoder layers of the model: what a pass of a window is measured in."""
+        """Number of decoder layers of the model."""
         return len(self._runner.layers)
 
     def settle(self, projections: Mapping[SiteKey, Projection]) -> float:
-        """Return the divergence under these projections, and start from them from now on."""
+        """Return the divergence with these projections, and keep their hidden states for later calls of `of`."""
         self._settled = [[hidden] for hidden in self._embedded]
         return self._measure(projections, 0, record=True)
 
     def of(self, projections: Mapping[SiteKey, Projection], first: int = 0) -> float:
-        """Return the divergence under these projections, which are those that were settled up to layer `first`."""
+        """Return the divergence with these projections, which must equal the settled ones before layer `first`."""
         return self._measure(projections, first, record=False)
 
     @torch.no_grad()
     def _measure(self, projections: Mapping[SiteKey, Projection], first: int, record: bool) -> float:
-        # Read by the host once, behind the last batch.
+        # The host reads it once, after the last batch.
         total: torch.Tensor | float = 0.0
         with replaced_projections(self._sites, projections):
             for number, (batch, target) in enumerate(zip(self._batches, self._targets)):
@@ -96,7 +96,7 @@ class Divergence:
     def _through(
         self, batch: Batch, hidden: torch.Tensor, first: int, record: list[torch.Tensor] | None
     ) -> torch.Tensor:
-        """Run the layers from `first` on, and add what each returns to a record where there is one."""
+        """Run the layers from `first` on, and append their outputs to `record` if it is set."""
         for layer in range(first, self.layers):
             hidden = self._runner.run(layer, batch, hidden)
             if record is not None:

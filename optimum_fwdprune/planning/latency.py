@@ -1,4 +1,4 @@
-"""How long a layer takes by its widths, measured here: what `target_speedup` allocates instead of parameters."""
+"""Latencies of layers by their widths, as the cost that `target_speedup` allocates by instead of parameters."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ NANOSECONDS = 1e9
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Seconds that a prefill of one prompt takes: the whole dense model, and a layer by the units of one of its sites.
+    """Seconds of a prefill of one prompt, for the whole dense model, and for layers by the number of units of a site.
 
     Args:
-        model_seconds (`float`): of the dense model.
-        layer_seconds (`dict[str, list[tuple[int, float]]]`): by shape of a site (`shape_of`), seconds by units kept,
-            fewest units first.
+        model_seconds (`float`): seconds of the dense model.
+        layer_seconds (`dict[str, list[tuple[int, float]]]`): by shape of a site (`shape_of`), pairs of kept units and
+            seconds, in order of increasing units.
         measured_on (`dict`): machine, dtype, prompt length and the like, as JSON values.
     """
 
@@ -43,7 +43,7 @@ class LatencyTable:
     measured_on: dict[str, Any]
 
     def seconds(self, site: Site) -> float:
-        """Return the seconds of the site's layer as it is."""
+        """Return the seconds of the site's layer with its current number of units."""
         units, seconds = (np.array(values, dtype=float) for values in zip(*self.layer_seconds[shape_of(site)]))
         return float(np.interp(site.num_units, units, seconds))
 
@@ -56,19 +56,22 @@ class LatencyTable:
         """Read a table.
 
         Raises:
-            ValueError: where it was measured under other circumstances, naming the first difference, or is damaged.
+            ValueError: where it was measured under other conditions (the message names the first difference), or is
+                damaged.
         """
         try:
             table = cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no latency table: {type(error).__name__}: {error}.") from error
         if difference := first_difference(table.measured_on, json.loads(json.dumps(measured_on))):
-            raise ValueError(f"{path} was measured elsewhere: {difference}. Name another file, or delete it.")
+            raise ValueError(
+                f"{path} was measured under other conditions: {difference}. Name another file, or delete it."
+            )
         return table
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> LatencyTable:
-        """Return the table whose `vars` these are, as JSON gives them back."""
+        """Build the table from its fields as JSON values."""
         seconds = {
             shape: [(int(units), float(taken)) for units, taken in pairs]
             for shape, pairs in document["layer_seconds"].items()
@@ -81,7 +84,7 @@ class LatencyCost:
     """The time that sites take, in nanoseconds (see [`Cost`]).
 
     Args:
-        table (`LatencyTable`): what was measured.
+        table (`LatencyTable`): the measured latencies.
     """
 
     table: LatencyTable
@@ -91,22 +94,22 @@ class LatencyCost:
         nanoseconds_of = {}
         for shape, pairs in self.table.layer_seconds.items():
             units, seconds = (np.array(values) for values in zip(*pairs))
-            # Fewer units never take longer: where that was measured, it is noise, or a width that kernels dislike and
-            # that gains nothing.
+            # Fewer units must never take longer. If a measurement shows that they do, it is noise, or the width is one
+            # that kernels are slow for, so that removing units gains nothing.
             falling = np.maximum.accumulate(seconds)
             nanoseconds_of[shape] = units, (falling - falling[0]) * NANOSECONDS
         return nanoseconds_of
 
     def of(self, site: Site, units: torch.Tensor) -> torch.Tensor:
         widths, nanoseconds = self._nanoseconds[shape_of(site)]
-        # A nanosecond per unit, so that units which gain no time go last and not for nothing.
+        # An extra nanosecond per unit: units that save no time would otherwise cost nothing, and are removed last now.
         return torch.from_numpy(np.interp(units.numpy(), widths, nanoseconds)).round().long() + units
 
     def total(self, site: Site) -> int:
         return int(self.of(site, torch.tensor([site.num_units])))
 
     def speedup(self, saved: float) -> float:
-        """Return how many times as fast the model is that saves so many nanoseconds."""
+        """Return the speed-up of a model that saves `saved` nanoseconds."""
         return self.table.model_seconds / (self.table.model_seconds - saved / NANOSECONDS)
 
     def asked(self, amount: int, total: int) -> str:
@@ -117,18 +120,18 @@ class LatencyCost:
 
 
 def speed_budget(table: LatencyTable, speedup: float) -> Budget:
-    """Return the time to save, at least, for a model that is `speedup` times as fast."""
+    """Return a budget of the time that must be saved for this speed-up, as a lower limit."""
     saved = table.model_seconds * (1 - 1 / speedup) * NANOSECONDS
     return Budget(round(saved), at_least=True, cost=LatencyCost(table))
 
 
 def at_measured_widths(sites: Sequence[Site], config: PruningConfig) -> PruningConfig:
-    """Return the request with MLP widths in steps of those that a latency table holds."""
+    """Return the request with MLP widths rounded to those that a latency table holds."""
     return replace(config, multiple_of=coarse_multiple(sites, config))
 
 
 def shape_of(site: Site) -> str:
-    """Return what the sites that take the same time with the same number of units have in common."""
+    """Return a description of the site's shape; sites of one shape take the same time with equally many units."""
     widths = "+".join(str(parameter.shape[1 - coupling.axis]) for coupling, parameter in _weights_of(site))
     return f"{site.kind}, units of {site.unit_width} in {site.num_groups} groups, linears of {widths}"
 

@@ -1,4 +1,4 @@
-"""Every site at every width that it may get, reconstructed beforehand: what a search chooses from."""
+"""The levels of a search: every site at several widths, reconstructed before the search starts."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from ..runs.resume import Resume
 
 
 class Levels:
-    """Projections of sites at several widths. Those that are refitted lie in files and are read when they are used.
+    """Projections of sites at several widths. Refitted ones are stored in files, and read when they are used.
 
     Args:
-        subject (`Subject`): the dense model, which is not changed, with the sites whose widths are looked for.
-        scores (mapping of site key to `Tensor[num_units]`): which units of a site stay longest.
-        config (`PruningConfig`): the request, its `multiple_of` as coarse as the widths are to be.
+        subject (`Subject`): the dense model, which is not changed, with the sites whose widths are searched.
+        scores (mapping of site key to `Tensor[num_units]`): scores, which order the units of a site.
+        config (`PruningConfig`): the request, whose `multiple_of` is the step of the widths.
         calibration (`Calibration`): the tokens to reconstruct on.
-        folder (`Path`): where to keep refitted columns.
-        resume (`Resume`, *optional*): where sums of statistics are kept.
+        folder (`Path`): folder for the refitted columns.
+        resume (`Resume`, *optional*): folder for the state of the statistics.
     """
 
     def __init__(
@@ -71,19 +71,19 @@ class Levels:
             measured = gram_statistics(subject.looking_at(cut), fit_and_held_out(calibration), config.batch_size)
             for site, statistics in progress(measured, "Reconstructing levels", total=len(cut), unit="site"):
                 kept = self._kept[site.key]
-                grams = [of_text.gram for of_text in statistics if of_text.gram is not None]
-                ridge = _ridge(site, kept, grams, [of_text.count for of_text in statistics], config.ridge)
+                grams = [part.gram for part in statistics if part.gram is not None]
+                ridge = _ridge(site, kept, grams, [part.count for part in statistics], config.ridge)
                 file = folder / f"{site.key}.safetensors"
                 save_tensors_atomically(file, _refitted(site, kept, functools.reduce(torch.add, grams), ridge), {})
-                # Memory-mapped: the system keeps what is used often.
+                # The file is memory-mapped, so that the system caches the columns that are used often.
                 self._files[site.key] = safe_open(file, framework="pt")
 
     def widths(self, site: Site) -> list[int]:
-        """Return how many units the site may keep, most first: all of them, and each of its levels."""
+        """Return the numbers of units that the site may keep in decreasing order: all of them, then its levels."""
         return [site.num_units, *self._kept[site.key]]
 
     def projection(self, site: Site, width: int) -> Projection | None:
-        """Return the projection of `site` with so many units; `None` where that is all of them."""
+        """Return the projection of `site` with `width` units; `None` where these are all units."""
         if width == site.num_units:
             return None
         kept = self._kept[site.key][width]
@@ -105,15 +105,15 @@ def _check_space(sites: Sequence[Site], kept: Mapping[SiteKey, dict[int, list[in
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"The levels of scope='search' take {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB. "
-            f"Let TMPDIR name a folder on a larger disk."
+            f"The levels of scope='search' take {needed / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB "
+            f"free. Set TMPDIR to a folder on a larger disk."
         )
 
 
 def _ridge(
     site: Site, kept: dict[int, list[int]], grams: list[torch.Tensor], counts: list[int], ridge: float | None
 ) -> float | None:
-    """The ridge of all levels: the best on held-out windows at the middle level, or `None` where none is any good."""
+    """Return the ridge of all levels, the best one on held-out windows at the middle level; `None` if none helps."""
     if len(grams) < 2:
         return DEFAULT_RIDGE if ridge is None else ridge
     columns = site.kept_features(list(kept.values())[len(kept) // 2])
@@ -127,11 +127,11 @@ def _ridge(
 def _refitted(
     site: Site, kept: dict[int, list[int]], gram: torch.Tensor, ridge: float | None
 ) -> dict[str, torch.Tensor]:
-    """The columns at every level, in the order of the features: refitted, or as they are where `ridge` is `None`."""
+    """Return the columns at every level in the order of the features; they are not refitted if `ridge` is `None`."""
     weight = site.projection.weight
     if ridge is None:
         return {str(count): weight[:, site.kept_features(units)] for count, units in kept.items()}
-    # Those that stay longest first: every level keeps a part of what the one above it keeps.
+    # Units that the narrowest levels keep come first. Every level keeps a subset of the units of the next wider one.
     unit_order: list[int] = []
     for units in [*reversed(kept.values()), range(site.num_units)]:
         present = set(unit_order)

@@ -1,4 +1,4 @@
-"""Scores and a budget turned into a plan: by allocation, or by a search over whole models."""
+"""How scores and a budget become a plan: by allocation, or by a search over whole models."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ Keep = Callable[[Mapping[SiteKey, torch.Tensor]], dict[SiteKey, list[int]]]
 
 
 def keeper(rounds: Rounds, sites: list[Site], job: Job) -> Keep:
-    """Return the function that turns scores of a request's method into the units that the request would keep."""
+    """Return a function that returns the units which a request would keep by the scores of its method."""
     assert job.budget is not None
     config, budget, additive = job.config, job.budget, get_method(job.config.method).is_additive(job.config)
     return lambda scores: rounds.keep(sites, scores, config, budget, additive)
 
 
 def make_plan(subject: Subject, scores: Scores, rounds: Rounds, job: Job) -> tuple[PruningPlan, Scores]:
-    """Return the plan of a round, and the scores with the history of a search where there was one.
+    """Return the plan of a round, and the scores, which include the history of a search if there was one.
 
     Args:
         subject (`Subject`): the model before the round, in eval mode, with all its sites; it is not changed.
-        scores (`Scores`): of their units; with the tokens that a search passes through the model.
-        rounds (`Rounds`): what allocates.
-        job (`Job`): the request of the round, what it removes, and where a search keeps its state.
+        scores (`Scores`): the units' scores; for a search, with the calibration tokens.
+        rounds (`Rounds`): the rounds of the request, which allocate the budget.
+        job (`Job`): the request of the round, its budget, and the folder of a search's state.
     """
     model, sites, config = subject.model, subject.sites, job.config
     if config.resolved_scope == Scope.SEARCH:
@@ -72,8 +72,9 @@ def make_plan(subject: Subject, scores: Scores, rounds: Rounds, job: Job) -> tup
 
 
 def replayed(plan: PruningPlan, config: PruningConfig) -> PruningPlan:
-    """Return a plan that is about to be replayed, with a record of what this run does to the weights, and not of what
-    the run that made it did. Warns where that run reconstructed weights and this one does not.
+    """Return a plan to replay, whose metadata describe the reconstruction of this run and not of the original one.
+
+    A warning is logged where the original run reconstructed weights and this one does not.
 
     Args:
         plan (`PruningPlan`): the plan.
@@ -85,7 +86,7 @@ def replayed(plan: PruningPlan, config: PruningConfig) -> PruningPlan:
     if lost is not None and config.reconstruction == ReconstructionKind.NONE:
         text = (plan.metadata.get("calibration") or {}).get("source")
         logger.warning(
-            "The plan is of a run with reconstruction=%r, and a plan holds no weights: the units that stay keep the "
+            "The plan was made by a run with reconstruction=%r, but a plan holds no weights: the kept units have the "
             "weights of this model. Pass reconstruction=%r with the same calibration data%s to reconstruct them.",
             lost,
             lost,
@@ -99,7 +100,7 @@ def replayed(plan: PruningPlan, config: PruningConfig) -> PruningPlan:
 
 
 def request_of_replay(plan: PruningPlan, config: PruningConfig) -> PruningConfig:
-    """Return what a replay records as its request: of `config` the options that a plan leaves open."""
+    """Return the request to record for a replay: the options of `config` that have an effect with a plan."""
     open_options = {name: getattr(config, name) for name in UNDECIDED_BY_PLANS}
     return PruningConfig(attention_unit=plan.attention_unit, **open_options)
 

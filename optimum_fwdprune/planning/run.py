@@ -43,18 +43,18 @@ class Run:
     """One request carried out on one model.
 
     Args:
-        subject (`Subject`): the model with all its sites. It was checked before (`planning/checks.py`).
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): for calibration on text.
-        dataset (*optional*): calibration data instead of that of the request; see
+        subject (`Subject`): the model with all its sites; it must have passed the checks in `planning/checks.py`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): required for calibration on text.
+        dataset (*optional*): calibration data, which replaces that of the request; see
             [`~optimum_fwdprune.data.load_calibration.load_calibration`].
-        inplace (`bool`, defaults to `True`): consume the model.
-        finished (`Callable`, *optional*): called with a pruned model as soon as it is whole, before it is checked, and
-            after every round.
-        latencies (`LatencyTable`, *optional*): of the model, where they were measured before.
+        inplace (`bool`, defaults to `True`): whether the model itself is pruned, and not a copy.
+        finished (`Callable`, *optional*): called with a pruned model as soon as it is complete, before it is checked,
+            and after every round.
+        latencies (`LatencyTable`, *optional*): latencies of the model, if they were measured before.
 
     Attributes:
-        scores (`Scores`, *optional*): the last ones; whatever fails after scoring, they can serve another request.
-        speedup (`tuple[float, float]`, *optional*): of a request for one, as predicted and as measured.
+        scores (`Scores`, *optional*): the last scores; if a later stage fails, another request can use them.
+        speedup (`tuple[float, float]`, *optional*): the predicted and the measured speed-up, if one was requested.
         clock (`StageClock`): the seconds of every stage.
         calibrated_on (`str`, *optional*): source of the calibration tokens.
     """
@@ -77,14 +77,14 @@ class Run:
         self.calibrated_on: str | None = None
 
     def score(self, config: PruningConfig) -> Scores:
-        """Score the units of the model, which is not changed."""
+        """Score the units of the model; the model is not changed."""
         config, budget = self._settled(config)
         with evaluating(self._subject.model):
             rounds = Rounds(self._subject.sites, config, budget)
             return self._scored(self._subject, rounds, self._job(self._subject, rounds, 1))
 
     def replay(self, plan: PruningPlan, config: PruningConfig) -> Cut:
-        """Cut the model as a plan says, with the reconstruction that the request asks for."""
+        """Cut the model by a plan, with the reconstruction of the request."""
         subject = self._subject
         check_fits(plan, subject)
         if config.layout == STOCK:
@@ -99,14 +99,14 @@ class Run:
         return self._cut(subject, plan, evidence, job)
 
     def prune(self, config: PruningConfig, scores: Scores | None = None) -> Cut:
-        """Score, plan and cut in as many rounds as the request names.
+        """Score, plan and cut in `config.rounds` rounds.
 
         Args:
             config (`PruningConfig`): the request.
-            scores (`Scores`, *optional*): for the first round, instead of scoring.
+            scores (`Scores`, *optional*): scores for the first round, which is not scored then.
 
         Returns:
-            `Cut`: the last model, with the plan of all rounds.
+            `Cut`: the model after the last round, with a plan that combines all rounds.
         """
         with self.clock.stage("measure latencies"):
             config, budget = self._settled(config)
@@ -129,13 +129,13 @@ class Run:
     def calibration(
         self, config: PruningConfig, model: PreTrainedModel | None = None, resume: Resume | None = None
     ) -> Calibration:
-        """Return the calibration tokens of a request, which `model`, by default that of the run, may have to write."""
+        """Return the calibration tokens of a request, which `model`, by default the run's, generates if requested."""
         model = self._subject.model if model is None else model
         with evaluating(model):
             return load_calibration(config, model, self._tokenizer, self._dataset, resume)
 
     def _settled(self, config: PruningConfig) -> tuple[PruningConfig, Budget]:
-        """The request with what the model and the budget imply, and the budget; what it will do is logged."""
+        """Return the settled request and its budget, and log a forecast of the result."""
         subject, sites = self._subject, self._subject.sites
         dense = Sizes.of(subject.model, sites)
 
@@ -166,7 +166,7 @@ class Run:
         return Job(config, budget, resume_of(config, subject.model), self.clock)
 
     def _round(self, subject: Subject, rounds: Rounds, number: int, done: Cut | None, scores: Scores | None) -> Cut:
-        """Score the model that the last round left, plan and cut it; what is returned is what all rounds come to."""
+        """Score, plan and cut the model of the previous round; return the result of all rounds so far."""
         job = self._job(subject, rounds, number)
         with evaluating(subject.model):
             with self.clock.stage("score"):
@@ -177,11 +177,10 @@ class Run:
                 plan, scores = make_plan(subject, scores, rounds, job)
         if job.config.layout == STOCK:
             check_stock_layout(subject, plan, job.config.reconstruction)
-        # Later rounds read the same tokens, which the dense model may have written.
+        # Later rounds use the same tokens, which the dense model may have generated.
         self._dataset = scores.calibration or self._dataset
-        # Should this round's check or a later round fail, this is what there is.
         now = self._cut(subject, plan, scores.evidence, job, done)
-        # Gram matrices are large, and of no use once the weights are cut.
+        # Gram matrices are large, and are not needed once the weights are cut.
         self.scores = dataclasses.replace(scores, grams={})
         now = now if done is None else now.after(done)
         self._finished(now)
@@ -199,7 +198,7 @@ class Run:
         return score_units(subject, job, calibration, keeper(rounds, subject.sites, job))
 
     def _cut(self, subject: Subject, plan: PruningPlan, evidence: Evidence, job: Job, done: Cut | None = None) -> Cut:
-        """Cut a model, on disk or where it lies; the models of earlier rounds are consumed whatever was asked for."""
+        """Cut a model on disk or in memory; models of earlier rounds are always cut in place."""
         if subject.streamed:
             return cut(subject, plan, evidence, job, OnDisk(subject, plan, job, evidence.calibration))
 

@@ -1,4 +1,4 @@
-"""What a request means for a model, before any work: defaults that depend on the model, and what will be removed."""
+"""Settling a request for a model before any work: defaults that depend on the model, and a forecast of the result."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ..runs.loggers import get_logger
 
 logger = get_logger(__name__)
 
-# The default recipe takes no more of the layers and kinds that it prunes: beyond that it opens others first.
+# Where the defaults would remove a larger fraction of the layers and kinds that they prune, others are pruned too.
 MOST_BY_DEFAULT = 0.9
 
-# A sparsity that whole units miss by a larger share of it is reported beforehand.
+# A warning is logged where rounding to whole units misses a sparsity by a larger fraction of it.
 FAR_OFF = 0.05
 
-# A request of a model becomes what is to be removed.
+# Returns a request, adapted to the model, and its budget.
 BudgetOf = Callable[[PruningConfig], tuple[PruningConfig, Budget]]
 
 
@@ -38,21 +38,21 @@ def settle(
     budget_of: BudgetOf,
     check: Callable[[PruningConfig], None] = lambda _config: None,
 ) -> tuple[PruningConfig, Budget]:
-    """Return the request with the defaults that depend on the model put in, and what it removes.
+    """Return the request with the defaults that depend on the model filled in, and its budget.
 
     Where the MLP channels of the inner layers cannot meet the budget, or would lose more than `MOST_BY_DEFAULT` of
     their parameters, the first and last layers are pruned too, and after that query heads. Each of these steps is
     logged, and taken only where `skip_layers` or `kinds` are not set.
 
     Args:
-        sites (sequence of `Site`): of the dense model.
+        sites (sequence of `Site`): sites of the dense model.
         config (`PruningConfig`): the request.
-        budget_of (`Callable`): a request in; out the request with its constraints adapted, and its budget.
+        budget_of (`Callable`): returns a request with its constraints adapted, and its budget, from a request.
         check (`Callable`): raises `ValueError` where the model does not allow a request.
 
     Raises:
-        OutOfReach: where the constraints do not allow the budget, naming them and the largest budget they allow.
-        ValueError: where `check` refuses the request.
+        OutOfReach: where the constraints do not allow the budget; the message names them and the largest budget.
+        ValueError: where `check` raises it.
     """
     # Whether a budget can be met does not depend on the scores.
     equal_scores = {site.key: torch.zeros(site.num_units, dtype=torch.float32) for site in sites}
@@ -84,28 +84,28 @@ def settle(
 
 
 def _candidates(sites: Sequence[Site], config: PruningConfig) -> Iterator[tuple[PruningConfig, list[str]]]:
-    """Yield the request, and what it becomes as defaults give way, each with what is to be said of it."""
+    """Yield the request, then requests with fewer default restrictions, each with the warnings to log for it."""
     message: list[str] = []
     yield config, message
     if spares_ends(config, 1 + max(site.layer for site in sites)):
         config = replace(config, skip_layers=[])
         message = [
-            "The budget is more than the inner layers should give alone: the first and last two layers, which are "
-            "unpruned by default, are pruned too. Set skip_layers to choose the layers yourself."
+            "The budget is too large for the inner layers alone: the first and last two layers, which are unpruned by "
+            "default, are pruned too. Set skip_layers to choose the layers yourself."
         ]
         yield config, message
     has_attention = any(site.kind == UnitKind.ATTENTION and not site.fixed for site in sites)
     if config.kinds is None and not config.has_budget_per_kind and has_attention:
         message = [
             *message,
-            "The budget is more than the MLP channels should give alone: attention heads, which are unpruned by "
-            "default, are pruned too. Set kinds to choose what is pruned yourself.",
+            "The budget is too large for the MLP channels alone: attention heads, which are unpruned by default, are "
+            "pruned too. Set kinds to choose yourself what is pruned.",
         ]
         yield replace(config, kinds=[UnitKind.ATTENTION, UnitKind.MLP]), message
 
 
 def _share(sites: Sequence[Site], config: PruningConfig, budget: Budget) -> float:
-    """The share of what is open that the budget takes."""
+    """Return the fraction of the prunable cost that the budget removes."""
     if config.has_budget_per_kind:
         return max(config.sparsity_of(kind) for kind in config.resolved_kinds)
     open_cost = sum(budget.cost.total(site) for site in prunable_sites(sites, config))
@@ -114,16 +114,16 @@ def _share(sites: Sequence[Site], config: PruningConfig, budget: Budget) -> floa
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a request will do to a model, before it is done.
+    """A forecast of the sizes after a pruning.
 
     Args:
-        parameters (`int`): of the model now.
-        bytes (`int`): of its weights now.
-        removed_parameters (`int`): how many of them will go.
-        removed_bytes (`int`): likewise.
+        parameters (`int`): parameters of the model before pruning.
+        bytes (`int`): size of its weights before pruning.
+        removed_parameters (`int`): parameters that will be removed.
+        removed_bytes (`int`): bytes that will be removed.
         added_parameters (`int`): biases that the reconstruction will add.
-        losses (`dict[str, str]`): a sentence about every kind of units.
-        removed_by_kind (`dict[str, int]`): parameters that will go, of every kind.
+        losses (`dict[str, str]`): a sentence on every kind of units.
+        removed_by_kind (`dict[str, int]`): parameters that will be removed, by kind.
     """
 
     parameters: int
@@ -151,14 +151,14 @@ class Forecast:
 def forecast(
     sites: Sequence[Site], config: PruningConfig, budget: Budget, parameters: int, size: int, added_parameters: int
 ) -> Forecast:
-    """Return what a settled request will remove.
+    """Return a forecast of the sizes after a settled request.
 
     Args:
-        sites (sequence of `Site`): of the dense model.
+        sites (sequence of `Site`): sites of the dense model.
         config (`PruningConfig`): the settled request.
-        budget (`Budget`): what it removes.
-        parameters (`int`): of the dense model.
-        size (`int`): of its weights, in bytes.
+        budget (`Budget`): its budget.
+        parameters (`int`): parameters of the dense model.
+        size (`int`): size of its weights in bytes.
         added_parameters (`int`): biases that the reconstruction will add.
     """
     equal_scores = {site.key: torch.zeros(site.num_units, dtype=torch.float32) for site in sites}
@@ -174,25 +174,25 @@ def forecast(
 
 
 def warn_of_rounding(sites: Sequence[Site], config: PruningConfig, budget: Budget, outcome: Forecast) -> None:
-    """Warn where whole units bring a request to nothing, or to a sparsity far from the one asked for.
+    """Warn where rounding to whole units removes nothing, or leads to a sparsity far from the requested one.
 
     Args:
-        sites (sequence of `Site`): of the dense model.
+        sites (sequence of `Site`): sites of the dense model.
         config (`PruningConfig`): the settled request.
-        budget (`Budget`): what it removes.
-        outcome (`Forecast`): what it comes to.
+        budget (`Budget`): its budget.
+        outcome (`Forecast`): the forecast.
     """
     if budget.amount > 0 and outcome.removed_parameters == 0:
         logger.warning(
             "This request removes nothing, because %s, and the budget is less than half of the smallest step that "
-            "this allows. Ask for more, or relax that.",
+            "this allows. Raise the budget, or relax these constraints.",
             _why_rounded(config),
         )
         return
     for field, asked, removed in _sparsities(sites, config, budget, outcome):
         if abs(removed - asked) > FAR_OFF * asked:
             logger.warning(
-                "%s=%.4g comes to %.4g here, because %s. Ask for another %s, or relax that.",
+                "%s=%.4g becomes %.4g for this model, because %s. Choose another %s, or relax these constraints.",
                 field,
                 asked,
                 removed,
@@ -204,7 +204,7 @@ def warn_of_rounding(sites: Sequence[Site], config: PruningConfig, budget: Budge
 def _sparsities(
     sites: Sequence[Site], config: PruningConfig, budget: Budget, outcome: Forecast
 ) -> Iterator[tuple[str, float, float]]:
-    """Yield every sparsity that a request names: its field, its value and what it comes to."""
+    """Yield every sparsity of a request: its field, its requested value, and the forecast value."""
     prunable: dict[str, int] = {
         kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in UnitKind
     }
@@ -231,14 +231,14 @@ def _losses(
 ) -> dict[str, str]:
     if config.resolved_scope == Scope.LAYER:
         return losses_by_kind(kept, {site.key: site.num_units for site in sites}, config.attention_unit)
-    # Which layers lose how much follows from the scores.
+    # How much each layer loses depends on the scores.
     open_sites = prunable_sites(sites, config)
     named: dict[str, str] = {UnitKind.ATTENTION: "attention heads", UnitKind.MLP: "MLP channels"}
     names = " and ".join(named[kind] for kind in sorted({site.kind for site in open_sites}))
     total = sum(site.num_parameters for site in open_sites)
     share = sum(by_site.values()) / max(1, total)
     return {
-        "all": f"On average {share:.1%} of the parameters of {names} will go. Layers compete for the budget "
+        "all": f"On average {share:.1%} of the parameters of {names} will be removed. Layers compete for the budget "
         f"(scope={config.resolved_scope!r}), so the scores decide how much each layer loses."
     }
 

@@ -1,4 +1,4 @@
-"""Whether an unmodified checkpoint can hold what a request or a plan leaves of a model: `layout="stock"`."""
+"""The checks of `layout="stock"`: whether a stock checkpoint can hold the model after a request or a plan."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..request.choices import ReconstructionKind, UnitKind
 from ..request.config import PruningConfig
 
 
-# The layout of a request whose plan can be exported so.
+# The layout of requests whose plans can be exported to stock checkpoints.
 STOCK = "stock"
 
 
 def check_stock_layout(subject: Subject, plan: PruningPlan, reconstruction: str = ReconstructionKind.NONE) -> None:
-    """Raise `ValueError` where a stock checkpoint could not hold what a plan leaves of a model.
+    """Raise `ValueError` where a stock checkpoint could not hold a model that is pruned by a plan.
 
     Args:
         subject (`Subject`): the dense model with all its sites.
-        plan (`PruningPlan`): what they keep.
-        reconstruction (`str`, defaults to `"none"`): kind of reconstruction that follows, which may add biases.
+        plan (`PruningPlan`): the plan.
+        reconstruction (`str`, defaults to `"none"`): kind of reconstruction, which may add biases.
     """
     with_bias = kinds_gaining_bias(subject.sites, plan.kept, reconstruction)
     config = pruned_config(subject, plan.kept, with_bias)
@@ -38,28 +38,28 @@ def check_stock_request(subject: Subject, config: PruningConfig) -> None:
         reconstructs = config.reconstruction != ReconstructionKind.NONE
         if reconstructs and _not_stock(subject, plan, ReconstructionKind.NONE) is None:
             raise ValueError(
-                f"layout='stock' does not go with reconstruction={config.reconstruction!r} here. {reason} Set "
-                f"reconstruction='least_squares' or reconstruction='none', which add no parameters."
+                f"layout='stock' cannot be combined with reconstruction={config.reconstruction!r} for this model. "
+                f"{reason} Set reconstruction='least_squares' or reconstruction='none', which add no parameters."
             )
         others = [other for other in UnitKind if other != kind and _allows(subject, config, other)]
         way_out = f"Set kinds={others}, or leave out layout." if others else "Leave out layout."
-        raise ValueError(f"layout='stock' does not go with pruning {kind} here. {reason} {way_out}")
+        raise ValueError(f"layout='stock' does not allow pruning {kind} of this model. {reason} {way_out}")
 
 
 def _allows(subject: Subject, config: PruningConfig, kind: str) -> bool:
-    """Whether a stock checkpoint can hold half of the units of `kind`."""
+    """Return whether a stock checkpoint can hold half of the units of `kind`."""
     return _not_stock(subject, _halved(subject, config, kind), config.reconstruction) is None
 
 
 def _halved(subject: Subject, config: PruningConfig, kind: str) -> PruningPlan:
-    """The plan that keeps half of the units of `kind` in every layer, and all others."""
+    """Return a plan that keeps half of the units of `kind` in every layer, and all units of other kinds."""
     counts = {site.key: site.num_units for site in subject.sites}
     kept = {site.key: _half(site) if site.kind == kind else list(range(site.num_units)) for site in subject.sites}
     return PruningPlan(kept, counts, subject.model.config.model_type, config.attention_unit)
 
 
 def _not_stock(subject: Subject, plan: PruningPlan, reconstruction: str) -> str | None:
-    """Why no stock checkpoint can hold what a plan leaves, or `None` where one can."""
+    """Return why no stock checkpoint can hold the model after a plan, or `None` where one can."""
     try:
         check_stock_layout(subject, plan, reconstruction)
     except ValueError as error:
@@ -68,7 +68,7 @@ def _not_stock(subject: Subject, plan: PruningPlan, reconstruction: str) -> str 
 
 
 def _half(site: Site) -> list[int]:
-    """The first half of the units of every group."""
+    """Return the first half of the units of every group."""
     per_group = site.num_units // site.num_groups
-    stay = range(max(1, per_group // 2))
-    return [group * per_group + unit for group in range(site.num_groups) for unit in stay]
+    kept = range(max(1, per_group // 2))
+    return [group * per_group + unit for group in range(site.num_groups) for unit in kept]

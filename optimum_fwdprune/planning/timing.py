@@ -1,4 +1,4 @@
-"""The widths of layers timed on this machine."""
+"""Measuring the latencies of layers on this machine, by their widths."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ from .latency import LatencyTable, at_measured_widths, shape_of
 
 logger = get_logger(__name__)
 
-# Every width is timed so often, all of them in turns.
+# How often every width is timed; the widths take turns.
 REPEATS = 7
 
 
-# Elements.
+# Tensors start at multiples of this number of elements.
 ALIGNMENT = 64
 
 
-# How far the layers, timed one by one, may be from the whole model that they make up.
+# The largest ratio between the sum of the layers' latencies and that of the whole model that causes no warning.
 AGREEMENT = 1.25
 
 
 def load_or_measure(subject: Subject, config: PruningConfig, known: LatencyTable | None = None) -> LatencyTable:
-    """Return the table of `config.latency_table` where that file exists, or measure one, and write it there.
+    """Return the table in the file `config.latency_table` if it exists; otherwise measure one and write it there.
 
-    With several processes the main one does, while the others keep still.
+    If there are several processes, the main one measures while the others wait.
 
-    One layer of every shape of site is timed with each width that the request allows at the table's resolution. Its
-    weights are views of one buffer of random numbers, so the price is the memory of two layers.
+    One layer of every shape of site is timed with all widths that the request allows at the table's resolution. The
+    weights of all widths are views of one buffer of random numbers, so that the memory of two layers is sufficient.
 
     Args:
         subject (`Subject`): the dense model, which is not changed, with all its sites.
         config (`PruningConfig`): `latency_tokens` and `latency_table`.
-        known (`LatencyTable`, *optional*): one that was measured before, which serves where it is of the same.
+        known (`LatencyTable`, *optional*): a table that was measured before, which is used if it fits.
 
     Raises:
         ValueError: where the file belongs to another machine or model, the prompt is too long for the model, or parts
@@ -63,8 +63,8 @@ def load_or_measure(subject: Subject, config: PruningConfig, known: LatencyTable
     """
     if is_offloaded(subject.model):
         raise ValueError(
-            "target_speedup times layers where they compute, and parts of this model are offloaded. Load it without "
-            "device_map where it fits, or ask for target_bytes."
+            "target_speedup times layers on the device that runs them, and parts of this model are offloaded. Load it "
+            "without device_map on a device that holds all of it, or use target_bytes."
         )
     return LatencyTable.from_dict(ranks.from_main(lambda: vars(_load_or_measure(subject, config, known))))
 
@@ -113,15 +113,14 @@ def _measure(
 
 
 def warn_of_disagreement(table: LatencyTable, sites: Sequence[Site]) -> None:
-    """Say where the layers of a table and the model that they make up were not as fast as each other."""
+    """Warn where the latencies of a table's layers do not add up to that of the whole model."""
     for kind in sorted({site.kind for site in sites}):
-        of_kind = [site for site in sites if site.kind == kind]
-        layers = sum(table.seconds(site) for site in of_kind)
+        layers = sum(table.seconds(site) for site in sites if site.kind == kind)
         if not 1 / AGREEMENT < layers / table.model_seconds < AGREEMENT:
             logger.warning(
-                "The layers' latencies add up to %.3g s and the whole model's is %.3g s: the machine was busy with "
-                "other things, or layers are too small to be timed alone. Speed-ups may come out other than "
-                "predicted; measure anew when the machine is idle, after deleting the latency_table if there is one.",
+                "The layers' latencies add up to %.3g s and the whole model's is %.3g s: the machine was busy, or the "
+                "layers are too small to be timed one by one. Speed-ups may differ from the prediction. Measure again "
+                "when the machine is idle, after deleting the latency_table if there is one.",
                 layers,
                 table.model_seconds,
             )
@@ -130,7 +129,7 @@ def warn_of_disagreement(table: LatencyTable, sites: Sequence[Site]) -> None:
 
 @torch.no_grad()
 def prefill_seconds(model: PreTrainedModel, tokens: int) -> float:
-    """Return the median seconds of a forward pass over one prompt of so many tokens, without the vocabulary."""
+    """Return the median seconds of a forward pass over a prompt of `tokens` tokens, without computing logits."""
     prompt = _prompt_ids(model, tokens).to(model.device)
     with evaluating(model):
         run = lambda: model.base_model(input_ids=prompt, use_cache=False)  # noqa: E731
@@ -161,7 +160,7 @@ def _name_of(device: torch.device) -> str:
 def _prompt_ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and tokens > longest:
-        raise ValueError(f"latency_tokens={tokens} is more than the {longest} positions that the model knows.")
+        raise ValueError(f"latency_tokens={tokens} is more than the model's {longest} positions.")
     vocab_size = model.config.get_text_config().vocab_size
     return torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
 
@@ -178,7 +177,7 @@ def _run_of(layer: nn.Module, index: int, batch: Batch, embedded: torch.Tensor) 
 
 
 def _variants(subject: Subject, site: Site, kept: list[list[int]]) -> list[nn.Module]:
-    """Return copies of the site's layer that keep so much of it, all of their weights in the same memory."""
+    """Return copies of the site's layer that keep the units of each list, with all weights in the same memory."""
     model, architecture = subject.model, subject.architecture
     original = architecture.layers(model)[site.layer][1]
     weight = site.projection.weight
@@ -193,7 +192,7 @@ def _variants(subject: Subject, site: Site, kept: list[list[int]]) -> list[nn.Mo
         config: Any = pruned_config(subject, everything | {site.key: units}, set())
         layer = copy.deepcopy(skeleton)
         resize_layer(layer, architecture.layout, config.per_layer_config[site.layer])
-        # One behind the other: what overlaps would be read from a cache.
+        # Within a layer the weights do not overlap: overlapping ones would be read from a cache.
         start = 0
         for name, parameter in list(layer.named_parameters()):
             parent, _, leaf = name.rpartition(".")
@@ -208,5 +207,5 @@ def _variants(subject: Subject, site: Site, kept: list[list[int]]) -> list[nn.Mo
 
 
 def _aligned(count: int) -> int:
-    """The next multiple of what kernels like tensors to start at."""
+    """Return the smallest multiple of `ALIGNMENT` that is at least `count`."""
     return -(-count // ALIGNMENT) * ALIGNMENT

@@ -1,1 +1,1 @@
-"""What is known of a pruning: its request, plan, scores and figures, as objects and as files of a checkpoint."""
+"""The record of a pruning: its request, plan, scores and figures, as an object and as files of a checkpoint."""

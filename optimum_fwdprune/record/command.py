@@ -1,4 +1,4 @@
-"""The command line that makes a request of a model."""
+"""The command line that carries out a request."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def command_of(
     calibration: str | None = None,
     loading: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the command line that makes this request of a model; of a plan that was replayed, one that replays it.
+    """Return the command line that prunes a model by this request, or that replays a plan if that was replayed.
 
     Args:
         config (`PruningConfig`): the request.
         model (`str`, defaults to `"MODEL"`): folder or repository of the model.
         output (`str`, defaults to `"OUTPUT"`): folder to write.
-        plan (`PruningPlan`, *optional*): what the request came to.
-        calibration (`str`, *optional*): name of the calibration text that the request came to use.
+        plan (`PruningPlan`, *optional*): the plan of the pruning.
+        calibration (`str`, *optional*): name of the calibration text that was used.
         loading (mapping of `str` to `str` or `True`, *optional*): options of loading the model.
     """
     words = ["optimum-cli", "fwdprune", "prune", "-m", model, output]
@@ -35,7 +35,7 @@ def command_of(
     values = config.to_dict()
     if calibration is not None:
         values["calibration"] = calibration
-    # What the command takes where an option is left out.
+    # The values that the command uses where an option is left out.
     defaults = type(config)().to_dict()
     if replays:
         words += ["--plan", PLAN_NAME]
@@ -52,10 +52,10 @@ def command_of(
 
 
 def _option(name: str, value: Any) -> list[str]:
-    """An option of the command line with its value."""
+    """Return an option of the command line with its value, as a list of words."""
     if isinstance(value, bool):
         return [f"--{'' if value else 'no-'}{name}"]
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
-    # A value that begins with a dash would be taken for an option.
+    # A word that begins with a dash would be parsed as an option.
     return [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]

@@ -1,4 +1,4 @@
-"""What pruning did to the sizes of a model, as figures."""
+"""The figures of a pruning: sizes before and after, the check of the result, and times."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..architectures.site import SiteKey, keyed_by_site
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times as fast the pruned model is at the prefill that `target_speedup` was for.
+    """Speed-ups of the prefill that `target_speedup` refers to.
 
     Args:
         requested (`float`): the target.
-        predicted (`float`): by the latencies of single layers that the plan was made with.
-        measured (`float`): of the whole models, one after the other.
+        predicted (`float`): prediction from the latencies of single layers, which the plan is based on.
+        measured (`float`): measurement of the whole models, one after the other.
     """
 
     requested: float
@@ -27,22 +27,22 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Sizes before and after, how the result was checked, and how long it took.
+    """Sizes before and after a pruning, the check of the result, and times.
 
     Args:
-        parameters_before (`int`): of the whole model, tied weights counted once.
-        parameters_after (`int`): likewise.
-        bytes_before (`int`): of its weights.
-        bytes_after (`int`): likewise.
-        prunable_parameters (`int`): owned by units before pruning.
-        removed_parameters (`int`): of those, removed.
-        requested_sparsity (`float`, *optional*): the fraction asked for; `None` where attention and MLP had
-            budgets of their own.
+        parameters_before (`int`): parameters of the whole model before pruning, tied weights counted once.
+        parameters_after (`int`): parameters after pruning.
+        bytes_before (`int`): size of the weights before pruning.
+        bytes_after (`int`): size of the weights after pruning.
+        prunable_parameters (`int`): parameters that units owned before pruning.
+        removed_parameters (`int`): how many of the prunable parameters were removed.
+        requested_sparsity (`float`, *optional*): the requested sparsity; `None` where attention and MLP had budgets
+            of their own.
         masked_difference (`float`, *optional*): largest difference between the logits of the masked dense model and of
-            the pruned model, as a fraction of the logits' scale; `None` where a checkpoint does not tell.
-        seconds (`dict[str, float]`): time spent, by stage; empty where a checkpoint does not tell.
-        calibration (`str`, *optional*): what the scores were calibrated on.
-        speedup (`Speedup`, *optional*): where a speed-up was asked for.
+            the pruned model, as a fraction of the logits' scale; `None` where a checkpoint has no record of it.
+        seconds (`dict[str, float]`): time by stage; empty where a checkpoint has no record of it.
+        calibration (`str`, *optional*): name of the calibration data.
+        speedup (`Speedup`, *optional*): speed-ups, where `target_speedup` was set.
         unit_parameters (`dict[tuple[int, str], int]`): parameters that one unit of a site owns in the dense model.
     """
 
@@ -69,7 +69,7 @@ class Outcome:
 
     @property
     def model_sparsity(self) -> float:
-        """Removed fraction of the whole model, whose embeddings and norms stay."""
+        """Removed fraction of all parameters, which include embeddings and norms."""
         return 1 - self.parameters_after / self.parameters_before
 
     def to_dict(self) -> dict:
@@ -82,7 +82,7 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build it from the JSON values that `to_dict` returned.
+        """Build the figures from the JSON values that `to_dict` returned.
 
         Raises:
             ValueError: where a figure is missing.
@@ -96,7 +96,7 @@ class Outcome:
         return cls(**figures, speedup=speedup, unit_parameters=per_unit)
 
 
-# Fields of a report that are JSON values as they are.
+# Fields whose values are JSON values already.
 FIGURES = (
     "parameters_before",
     "parameters_after",

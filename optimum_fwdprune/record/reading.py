@@ -1,4 +1,4 @@
-"""The record of a pruned checkpoint, read beside its model; no weight is read."""
+"""Reading the record of a pruned checkpoint, which does not read weights."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from .record import Record
 
 
 def read_record(model: PreTrainedModel, model_id: str | Path, source: Source) -> tuple[Record, Source]:
-    """Return what the checkpoint of a pruned model tells of its pruning, and its source with what that adds; of a
-    dense model both are as they were.
+    """Return the record in a pruned model's checkpoint, and its source completed by the record.
+
+    Of a dense model, the record is empty and the source stays the same.
 
     Args:
-        model (`PreTrainedModel`): that was opened. Its `save_pretrained` writes the record too from then on.
+        model (`PreTrainedModel`): the opened model; from now on its `save_pretrained` writes the record too.
         model_id (`str` or `Path`): the folder or repository that it was opened from.
         source (`Source`): how it was opened.
 
     Raises:
-        ValueError: where a file of the record is damaged, or the plan is not that of the weights.
+        ValueError: where a file of the record is damaged, or the plan does not fit the weights.
     """
     if not is_pruned(model.config):
         return Record(), source
@@ -41,13 +42,13 @@ def read_record(model: PreTrainedModel, model_id: str | Path, source: Source) ->
 
 
 def with_outcome(record: Record, model: PreTrainedModel) -> Record:
-    """Return a record with the sizes before and after pruning, where these can be known.
+    """Return a record completed with the sizes before and after pruning, where they can be determined.
 
-    The model of a checkpoint that was made before sizes were recorded is compared with the dense model that its config
-    describes, unless it was pruned from a pruned one.
+    Checkpoints of early versions have no sizes. Their model is compared with the dense model that its config
+    describes, unless it was made from a model that was pruned already.
 
     Args:
-        record (`Record`): of the pruned model.
+        record (`Record`): record of the pruned model.
         model (`PreTrainedModel`): the pruned model, which may be on the meta device.
     """
     if record.plan is None or record.outcome is not None:
@@ -60,7 +61,7 @@ def _outcome_of(model: PreTrainedModel, plan: PruningPlan) -> Outcome | None:
     sites = find_sites(dense, plan.attention_unit)
     if {site.key: site.num_units for site in sites} != plan.num_units:
         return None
-    # Not those of the pruned model: a query head that is left alone with its keys and values owns them there.
+    # The sizes of units are the dense model's. In the pruned one, the last query head of a group owns its keys too.
     per_unit = {site.key: site.unit_parameters for site in sites}
     calibration = plan.metadata.get("calibration") or {}
     before, after = ModelSizes.of(dense), ModelSizes.of(model)
@@ -87,7 +88,7 @@ def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
     """
     architecture = get_architecture(config)
     if not is_pruned(config):
-        raise ValueError(f"model_type {config.model_type!r} is a dense one, and a plan lies beside it.")
+        raise ValueError(f"model_type {config.model_type!r} is that of a dense model, but the checkpoint has a plan.")
     names = config.architectures or ()
     named = [model_class for model_class in architecture.model_classes if model_class.__name__ in names]
     with torch.device("meta"):

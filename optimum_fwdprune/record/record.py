@@ -1,4 +1,4 @@
-"""What is known of a pruning: the request, the plan, the scores, and what came of it."""
+"""The record of a pruning: the request, the plan, the scores, and the results."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ OUTCOME_NAME = "fwdprune/outcome.json"
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a pruning.
+    """The record of a pruning; a field is `None` where nothing is known.
 
     Args:
         config (`PruningConfig`, *optional*): the request.
         plan (`PruningPlan`, *optional*): the units that were kept.
-        scores (`Scores`, *optional*): of all units, with the history of a method that learns.
+        scores (`Scores`, *optional*): the scores of all units, with the history of a method that learns.
         outcome (`Outcome`, *optional*): sizes before and after, the check of the result, and times.
         recovery (`dict`, *optional*): how the model was trained afterwards, as JSON values.
-        comparison (`Comparison`, *optional*): what was measured; the last model is this one.
+        comparison (`Comparison`, *optional*): measurements, in which this model is the last one.
     """
 
     config: PruningConfig | None = None
@@ -45,7 +45,7 @@ class Record:
     comparison: Comparison | None = None
 
     def plan_of(self, model: PreTrainedModel) -> PruningPlan | None:
-        """Return the plan where it describes `model`; `None` where there is none, or it is that of another model."""
+        """Return the plan if it fits `model`; `None` where there is no plan, or it belongs to another model."""
         try:
             if self.plan is not None:
                 self.plan.check_left(find_sites(model, self.plan.attention_unit))
@@ -54,9 +54,9 @@ class Record:
         return self.plan
 
     def leave_with(self, model: PreTrainedModel) -> Record:
-        """Leave the record with `model`, whose `save_pretrained` writes it, and return it as it is left.
+        """Attach the record to `model`, whose `save_pretrained` then writes it, and return the attached record.
 
-        It has the sizes of the model as it is now: training may have changed its dtype.
+        Its sizes are updated to those of `model`, since training may have changed the dtype.
         """
         record = self
         if self.outcome is not None:
@@ -67,14 +67,14 @@ class Record:
         return record
 
     def save(self, folder: str | Path) -> None:
-        """Write what is known to the files of a checkpoint."""
+        """Write the record as files of a checkpoint."""
         folder = Path(folder)
         if self.config is not None:
             self.config.save_pretrained(folder)
         if self.plan is not None:
             self.plan.save(folder / PLAN_NAME)
         if self.scores is not None:
-            # Text that a model was calibrated on may be private, and checkpoints get shared.
+            # The calibration text may be private, and checkpoints are shared.
             self.scores.save(folder / SCORES_NAME, tokens=False)
         values = {
             "report": None if self.outcome is None else self.outcome.to_dict(),
@@ -86,7 +86,7 @@ class Record:
 
     @classmethod
     def of_checkpoint(cls, model_id: str | Path, **hub_kwargs) -> Record:
-        """Read the record of a folder, or of a repository of the Hub; what is not there is `None`.
+        """Read the record in a folder or in a repository of the Hub; fields without a file are `None`.
 
         Args:
             model_id (`str` or `Path`): folder or repository id.
@@ -105,7 +105,7 @@ class Record:
             config=None if config is None else PruningConfig.from_pretrained(config.parent),
             plan=None if plan is None else PruningPlan.load(plan),
             scores=None if scores is None else Scores.load(scores),
-            # Sizes without a plan are those of another pruning.
+            # Sizes without a plan belong to another pruning.
             outcome=_outcome(values["report"]) if plan is not None and values.get("report") else None,
             recovery=values.get("recovery"),
             comparison=Comparison.from_list(values["comparison"]) if values.get("comparison") else None,
@@ -113,7 +113,7 @@ class Record:
 
 
 def _without_folders(comparison: Comparison) -> list[dict[str, Any]]:
-    """A comparison as JSON values. Checkpoints get shared, and home directories do not."""
+    """Return a comparison as JSON values without paths of this machine, since checkpoints are shared."""
     return [{**values, "name": Path(values["name"]).name} for values in comparison.to_list()]
 
 

@@ -1,6 +1,6 @@
 """Recovery finetuning of pruned models on `transformers.Trainer`: adapters, all weights, distillation.
 
-Names are loaded on first use: a command line reads the options without torch.
+Modules are imported when a name is first used, so that the command line can read the options without torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .options import RecoveryOptions as RecoveryOptions
     from .trainer import RecoveryTrainer as RecoveryTrainer
 
-_HOME = {
+_MODULES = {
     "RecoveryArguments": "arguments",
     "RecoveryOptions": "options",
     "RecoveryTrainer": "trainer",
@@ -28,10 +28,10 @@ _HOME = {
     "training_data": "data",
 }
 
-__all__ = [*_HOME]
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

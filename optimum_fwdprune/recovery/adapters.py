@@ -1,4 +1,4 @@
-"""LoRA adapters: put on, taken up again, merged."""
+"""LoRA adapters: how they are added, merged, and checked before a training is resumed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
-    """Return the model with new LoRA adapters, which alone are trained.
+    """Return the model with new LoRA adapters, which are its only trainable parameters.
 
     Args:
         model (`PreTrainedModel`): dense or pruned.
@@ -26,7 +26,7 @@ def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
 
     Raises:
         ImportError: where PEFT is not installed.
-        ValueError: where no linear has one of the names.
+        ValueError: where no linear has one of the names, or an adapted weight is tied to another one.
     """
     try:
         from peft import LoraConfig, TaskType, get_peft_model
@@ -50,7 +50,7 @@ def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
-    """Raise `ValueError` on a name that no module has, and list those of linears."""
+    """Raise `ValueError` on a name that no module has; the message lists the names of all linears."""
     modules = dict(model.named_modules())
     unknown = [] if targets == ["all-linear"] else [target for target in targets if not _has_target(modules, target)]
     if targets and not unknown:
@@ -65,7 +65,7 @@ def _has_target(names: Iterable[str], target: str) -> bool:
 
 
 def _check_untied(model: Any) -> None:
-    """Raise `ValueError`, with the adapters taken out again, where an adapted weight is tied to another one."""
+    """Remove the adapters and raise `ValueError` where an adapted weight is tied to another one."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         weight = getattr(getattr(module, "base_layer", module), "weight", None)
@@ -85,7 +85,7 @@ def _check_untied(model: Any) -> None:
 
 
 def merged(model: Any) -> PreTrainedModel:
-    """Return the base model with the adapters in its weights; where that is interrupted, with those it had."""
+    """Return the base model with the adapters merged into its weights; an interrupted merge is undone."""
     try:
         model.merge_adapter()
     except BaseException:
@@ -97,11 +97,11 @@ def merged(model: Any) -> PreTrainedModel:
 
 
 def check_adapters(folder: str | Path, model: Any) -> None:
-    """Raise `ValueError` where a folder holds adapters of a base with other shapes.
+    """Raise `ValueError` where the shapes of the adapters in a folder differ from those of the model's adapters.
 
     Args:
-        folder (`str` or `Path`): what PEFT or the Trainer saved.
-        model (`PeftModel`): with adapters of its own.
+        folder (`str` or `Path`): folder that PEFT or the Trainer saved.
+        model (`PeftModel`): the model, with new adapters.
     """
     from peft import get_peft_model_state_dict
 
@@ -118,6 +118,6 @@ def check_adapters(folder: str | Path, model: Any) -> None:
         expected = tuple(own[name].shape) if name in own else None
         if stored.get(name) != expected:
             raise ValueError(
-                f"The adapters in {folder} are of another base: {name} has the shape {stored.get(name)} there and "
-                f"{expected} here. Train new ones, or load the base that they were trained on."
+                f"The adapters in {folder} belong to another base: {name} has the shape {stored.get(name)} there and "
+                f"{expected} here. Train new adapters, or load the base that they were trained on."
             )

@@ -1,4 +1,4 @@
-"""`RecoveryArguments`: the Trainer's arguments, and what recovery adds to them."""
+"""`RecoveryArguments`: the Trainer's arguments together with those of recovery."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from .options import LEARNING_RATES, RecoveryOptions
 class RecoveryArguments(RecoveryOptions, TrainingArguments):
     """Arguments of `FwdPruner.recover`: those of [`RecoveryOptions`], and all of `transformers.TrainingArguments`.
 
-    Other defaults than there: `learning_rate` is 1e-4 for adapters and 2e-5 for all weights, one epoch, a warm-up over
-    3 % of the steps, a logged step in ten, and bfloat16 where the accelerator has it.
+    These defaults differ from those of `TrainingArguments`: `learning_rate` is 1e-4 for adapters and 2e-5 for all
+    weights; training takes one epoch, warms up over 3 % of the steps, logs every tenth step, and uses bfloat16 where
+    the accelerator supports it.
 
     Raises:
-        ValueError: on a value out of range, naming the value and the way out.
+        ValueError: on a value out of range; the message names the value and the way out.
     """
 
     learning_rate: float | None = None  # type: ignore[assignment]
@@ -26,7 +27,7 @@ class RecoveryArguments(RecoveryOptions, TrainingArguments):
     warmup_steps: float = 0.03
     logging_steps: float = 10
     bf16: bool | None = None  # type: ignore[assignment]
-    # There are none but those that training needs, and a teacher's are unknown to the model.
+    # The data has no unused columns, and the Trainer would remove a teacher's predictions, which the model ignores.
     remove_unused_columns: bool = False
 
     def __post_init__(self):

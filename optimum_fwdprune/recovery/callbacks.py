@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer, checked before a run whose middle they would end."""
+"""Checks of the Trainer's callbacks, made before a run that they would otherwise interrupt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.trainer_utils import IntervalStrategy
 from .arguments import RecoveryArguments
 
 
-# What an evaluation on the way measures.
+# The metrics of an evaluation during training.
 MEASURED = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 
@@ -19,10 +19,11 @@ def checked_callbacks(callbacks: Any) -> list[TrainerCallback]:
     """Return callbacks as a list of objects.
 
     Args:
-        callbacks (`TrainerCallback`, its class, or an iterable of these, *optional*): what the caller passed.
+        callbacks (`TrainerCallback`, its class, or an iterable of these, *optional*): callbacks as the user passed
+            them.
 
     Raises:
-        ValueError: on anything else, and on a class that cannot be called without arguments.
+        ValueError: where a callback is something else, or a class that cannot be called without arguments.
     """
     if callbacks is None:
         return []
@@ -35,24 +36,24 @@ def _callback(callback: Any) -> TrainerCallback:
     kind = callback if isinstance(callback, type) else type(callback)
     if not issubclass(kind, TrainerCallback):
         raise ValueError(
-            f"callbacks are objects or classes of transformers.TrainerCallback, such as EarlyStoppingCallback(3); got "
-            f"a {kind.__name__}."
+            f"callbacks must be objects or subclasses of transformers.TrainerCallback, such as "
+            f"EarlyStoppingCallback(3); got a {kind.__name__}."
         )
     if kind is not callback:
         return callback
     try:
         return kind()
     except TypeError as error:
-        raise ValueError(f"{kind.__name__} needs arguments ({error}); pass an object of it.") from error
+        raise ValueError(f"{kind.__name__} needs arguments ({error}); pass an instance of it.") from error
 
 
 def check_evaluations(args: RecoveryArguments, eval_dataset: Any, callbacks: Iterable[TrainerCallback]) -> None:
-    """Raise `ValueError` where evaluations on the way lack their data, or callbacks their evaluations.
+    """Raise `ValueError` where evaluations during training lack their data, or callbacks lack evaluations.
 
     Args:
         args (`RecoveryArguments`): `eval_strategy` and `metric_for_best_model`.
         eval_dataset (*optional*): held-out data.
-        callbacks (iterable of `TrainerCallback`): the Trainer's.
+        callbacks (iterable of `TrainerCallback`): the Trainer's callbacks.
     """
     strategy, metric = IntervalStrategy(args.eval_strategy), args.metric_for_best_model
     if eval_dataset is None and strategy != IntervalStrategy.NO:
@@ -67,6 +68,6 @@ def check_evaluations(args: RecoveryArguments, eval_dataset: Any, callbacks: Ite
     evaluates = strategy != IntervalStrategy.NO
     if evaluates and metric is not None and f"eval_{metric.removeprefix('eval_')}" not in MEASURED:
         raise ValueError(
-            f"metric_for_best_model={metric!r} is not measured; an evaluation on the way measures "
+            f"metric_for_best_model={metric!r} is not measured; an evaluation during training measures "
             f"{', '.join(MEASURED)}."
         )

@@ -28,18 +28,18 @@ from .options import RecoveryOptions
 
 logger = get_logger(__name__)
 
-# Tokens per sequence where nobody says.
+# Tokens per sequence by default.
 MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class TrainingTexts:
-    """What a model is trained on.
+    """The data that a model is trained and evaluated on.
 
     Args:
         dataset: text, chats, instructions or token ids, see [`training_data`].
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): for all data but token ids.
-        eval_dataset (*optional*): of the same kinds as `dataset`, for `eval_strategy`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): required unless the data are token ids.
+        eval_dataset (*optional*): held-out data for `eval_strategy`, of the same kinds as `dataset`.
     """
 
     dataset: Any
@@ -48,7 +48,7 @@ class TrainingTexts:
 
     @property
     def name(self) -> str:
-        """What a record calls the data: no path of this machine."""
+        """The name of the data in a record, without a path of this machine."""
         return public_name(str(self.dataset)) if isinstance(self.dataset, (str, Path)) else "data in memory"
 
 
@@ -62,35 +62,35 @@ def training_data(
 ) -> Dataset:
     """Return sequences to train on, with columns `input_ids` and `labels`, and `attention_mask` where some are padded.
 
-    Columns say what the data is:
+    The columns determine the kind of the data:
 
-    - Token ids (`input_ids`) keep their rows apart; a row of more than `max_length` tokens is cut into sequences of so
-      many. Their `labels` are taken where there are some, and what `attention_mask` hides does not count in the loss.
+    - Token ids (`input_ids`): rows are not joined, and a row of more than `max_length` tokens is cut into several
+      sequences. `labels` are used if there are any, and tokens that `attention_mask` hides do not count in the loss.
     - Chats (`messages` with `role` and `content`, or ShareGPT's `from` and `value`; and `prompt` and `completion`,
-      `instruction` (`input`) and `output`, or `question` and `answer`, which become one) are put through the
-      tokenizer's chat template where it has one, with the loss on the answers alone. Where the template writes an
-      answer differently once the chat goes on, every answer is in a sequence of its own. What is beyond `max_length`
-      tokens is cut, and a warning counts the tokens of answers that are lost.
-    - Text is packed end to end into sequences of `max_length` tokens.
+      `instruction` (`input`) and `output`, or `question` and `answer`, which are converted to chats): the tokenizer's
+      chat template is applied if it has one, and only the answers count in the loss. Where the template writes an
+      answer differently once another message follows it, every answer is in a sequence of its own. Tokens after the
+      first `max_length` are cut off, and a warning counts those of answers.
+    - Text: it is packed end to end into sequences of `max_length` tokens.
 
-    Rows that cannot be used, such as a chat that the template refuses, are left out, and a warning says how many.
+    Rows that cannot be used, such as a chat that the template refuses, are left out, and a warning counts them.
 
     Args:
         source: a file, a dataset of the Hub or in memory, pandas, a list or generator of texts, chats, rows or token
             ids, a mapping of columns such as a tokenizer returns, or a tensor or array of token ids.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): for all but token ids.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): required unless the data are token ids.
         options (`RecoveryOptions`): `max_length` and the `dataset_*` fields.
-        wanted (`int`, *optional*): read no more than so many sequences.
-        longest (`int`, *optional*): positions that the model knows.
-        vocab_size (`int`, *optional*): tokens that the model knows.
+        wanted (`int`, *optional*): largest number of sequences to read; by default all.
+        longest (`int`, *optional*): the model's number of positions.
+        vocab_size (`int`, *optional*): size of the model's vocabulary.
 
     Raises:
-        ValueError: where the data is empty or too short, a named column is missing (listing those there are), no row
-            can be used (with the reason), or tokens are beyond the vocabulary.
+        ValueError: where the data is empty or too short, a named column is missing (the message lists the columns), no
+            row can be used (with the reason), or tokens are beyond the vocabulary.
     """
     length = sequence_length(options, longest)
     if longest is not None and length > longest:
-        raise ValueError(f"max_length={length} is more than the {longest} positions that the model knows.")
+        raise ValueError(f"max_length={length} is more than the model's {longest} positions.")
 
     def check_tokenizer(name: str) -> None:
         if tokenizer is None:
@@ -110,7 +110,7 @@ def training_data(
 
 
 def sequence_length(options: RecoveryOptions, longest: int | None) -> int:
-    """Return the tokens of a training sequence: `max_length`, or by default as many as the model knows, up to 512."""
+    """Return the tokens of a training sequence: `max_length`, or by default the model's positions, but at most 512."""
     return min(MAX_LENGTH, longest or MAX_LENGTH) if options.max_length is None else options.max_length
 
 
@@ -121,7 +121,7 @@ def _tokens(data: Data, length: int, wanted: int | None) -> Dataset:
         pieces = [_labelled(piece) for piece in (row if fits else row.without_padding()).pieces(length)]
         counted = [piece for piece in pieces if (piece["labels"][1:] != IGNORED).any()]
         if not counted:
-            raise UnusableRow("it has no token to predict that is no padding and whose label counts")
+            raise UnusableRow("it has no token to predict: all of them are padding or have labels that do not count")
         yield from counted
 
     taken = list(islice(data.converted(sequences_of), wanted))
@@ -132,7 +132,7 @@ def _tokens(data: Data, length: int, wanted: int | None) -> Dataset:
 
 
 def _labelled(tokens: Tokens) -> dict[str, np.ndarray]:
-    """A training sequence: what is padding does not count."""
+    """Return a training sequence whose padding does not count in the loss."""
     labels = tokens.input_ids if tokens.labels is None else tokens.labels
     return {
         "input_ids": tokens.input_ids,
@@ -142,7 +142,7 @@ def _labelled(tokens: Tokens) -> dict[str, np.ndarray]:
 
 
 def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted: int | None) -> Dataset:
-    # Four bytes a token: a list would take nine times as much.
+    # An array takes four bytes per token, a list nine times as much.
     tokens = array("i")
     for text in progress(data, "Tokenizing", unit="text"):
         ids = tokenizer(detokenize(text), add_special_tokens=False, verbose=False)["input_ids"]
@@ -164,20 +164,18 @@ def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted:
 
 def _answers(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted: int | None) -> Dataset:
     check_template(tokenizer)
-    # Of every chat that is used: tokens of answers, and those of them beyond the length.
+    # For every chat that is used: the tokens of its answers, and how many of them are beyond the length.
     counted: list[tuple[int, int]] = []
 
     def sequences_of(chat: Chat) -> Iterable[dict[str, list[int]]]:
         encoded = encoded_chat(chat, tokenizer)
-        # The first token is predicted from nothing.
+        # The first token is never predicted.
         total = sum(_counted(labels[1:]) for _, labels in encoded)
         kept = sum(_counted(labels[1:length]) for _, labels in encoded)
         if not total:
             raise UnusableRow("the chat template marks no token of it as the assistant's")
         if not kept:
-            raise UnusableRow(
-                f"it has no answer of the assistant within its first {length} tokens, which is max_length"
-            )
+            raise UnusableRow(f"it has no answer of the assistant within its first max_length={length} tokens")
         counted.append((total, total - kept))
         return [
             {"input_ids": ids[:length], "labels": labels[:length]}
@@ -190,8 +188,8 @@ def _answers(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted
     data.report()
     if cut := sum(1 for _, beyond in counted if beyond):
         logger.warning(
-            "%d of %d chats of %s go on beyond max_length=%d tokens: they are cut there, and %d of the %d tokens of "
-            "all answers are not trained on. Raise max_length to keep them.",
+            "%d of %d chats of %s are longer than max_length=%d tokens. They are cut to this length, so that %d of "
+            "the %d tokens of all answers are not trained on. Raise max_length to keep them.",
             cut,
             len(counted),
             data.name,
@@ -207,12 +205,12 @@ def _counted(labels: list[int]) -> int:
 
 
 def _check_vocabulary(sequences: Dataset, name: str, vocab_size: int | None) -> None:
-    """Refuse what would end in an index error in the middle of the training."""
+    """Raise `ValueError` on tokens beyond the vocabulary, which would end the training with an index error."""
     if vocab_size is None:
         return
     for column, lowest in (("input_ids", 0), ("labels", IGNORED)):
         for ids in sequences.with_format("numpy")[column]:
-            # Among negative numbers the loss leaves out one alone.
+            # The loss ignores a single negative number, in the labels.
             wrong = (ids < 0) & (ids != lowest)
             if wrong.any() or int(ids.max()) >= vocab_size:
                 raise ValueError(
@@ -222,9 +220,9 @@ def _check_vocabulary(sequences: Dataset, name: str, vocab_size: int | None) -> 
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack sequences, the shorter ones padded after their end: labels with what does not count.
+    """Stack sequences into a batch, padding the shorter ones at their end, with labels that do not count.
 
-    The mask is left out where nothing is padded, which lets attention take its fastest kernel. A token after padding
+    The batch has no mask where nothing is padded, so that attention can use its fastest kernel. A token after padding
     would be predicted from padding, so its label does not count.
     """
     length = max(len(row["input_ids"]) for row in rows)

@@ -1,4 +1,4 @@
-"""Distillation: what the dense model predicts, live or kept on disk, and how far a student is from it."""
+"""Distillation: the teacher's predictions, made during training or read from disk, and the student's loss on them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from .restoring import removed_where_unused
 # Columns of a dataset that hold a teacher's likeliest tokens and their log-probabilities.
 TEACHER_IDS, TEACHER_LOGARITHMS = "teacher_ids", "teacher_logarithms"
 
-# What is left of a probability is the difference of large numbers: below this it is rounding, whose logarithm would
-# have gradients of any size.
+# The probability of all other tokens is 1 minus a sum close to 1. Below this value it is a rounding error, whose
+# logarithm would have arbitrarily large gradients.
 SMALLEST_REST = 1e-5
 
-# What kept predictions belong to, beside them.
+# The file beside stored predictions that holds their identity.
 IDENTITY_NAME = "teacher.json"
 
 
@@ -44,12 +44,12 @@ def distillation_terms(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return Σ cross-entropy with the text, and Σ divergence from the teacher, over some places.
 
-    A few places at a time, and again for the gradient: in float32, the probabilities of all would take several times
-    the memory of the logits.
+    They are computed for a few places at a time, and a second time for the gradient: in float32, the probabilities of
+    all places would take several times the memory of the logits.
 
     Args:
         student (`Tensor[places, vocab_size]`): logits.
-        targets (`Tensor[places]`, int64): the text.
+        targets (`Tensor[places]`, int64): tokens of the text.
         teacher, teacher_ids, temperature: see [`divergence_from_teacher`].
     """
     at_once = max(1, LOGITS_AT_ONCE // student.shape[-1])
@@ -70,35 +70,35 @@ def divergence_from_teacher(
 ) -> torch.Tensor:
     """Return Σ KL(teacher ‖ student) over the places, times the square of the temperature.
 
-    Where only the teacher's likeliest tokens are known, all others count as one token, so that the student's mass on
-    them is not lost (Hinton et al., arXiv 1503.02531, over a coarser vocabulary).
+    Where only the teacher's likeliest tokens were stored, all others count as one token, so that the student's
+    probability of them is not ignored (Hinton et al., arXiv 1503.02531, over a coarser vocabulary).
 
     Args:
         student (`Tensor[places, vocab_size]`): logits.
         teacher (`Tensor[places, vocab_size]`): logits; or `[places, k]`, log-probabilities of the likeliest tokens.
-        teacher_ids (`Tensor[places, k]`, *optional*): which tokens these are.
-        temperature (`float`): both distributions are flattened by it.
+        teacher_ids (`Tensor[places, k]`, *optional*): ids of the likeliest tokens.
+        temperature (`float`): the logits of both models are divided by it.
     """
     own, wanted = student.float(), teacher.float()
     if teacher_ids is not None:
-        # Both at temperature 1, where the teacher's was kept; the rest is a token that is flattened like the others.
+        # The teacher's probabilities were stored at temperature 1; the rest is flattened by it like any token.
         own, wanted = _with_rest(own.log_softmax(-1).gather(-1, teacher_ids)), _with_rest(wanted)
     own, wanted = (F.log_softmax(logits / temperature, -1) for logits in (own, wanted))
     return temperature**2 * F.kl_div(own, wanted, reduction="sum", log_target=True)
 
 
 def _with_rest(log_probabilities: torch.Tensor) -> torch.Tensor:
-    """Append the logarithm of what is left of the probability."""
+    """Append the log-probability of all other tokens together."""
     rest = (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp_min(SMALLEST_REST).log()
     return torch.cat([log_probabilities, rest], -1)
 
 
 class Teacher:
-    """Predicts along with a student.
+    """A teacher in memory, which predicts the same tokens as the student.
 
     Args:
         model (`PreTrainedModel`): the dense model; it is put into eval mode.
-        hidden_states (`bool`, defaults to `False`): whether these are wanted too.
+        hidden_states (`bool`, defaults to `False`): whether to return hidden states too.
     """
 
     def __init__(self, model: PreTrainedModel, hidden_states: bool = False):
@@ -107,7 +107,7 @@ class Teacher:
 
     @torch.inference_mode()
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
-        """Return logits `[batch_size, seq_len, vocab_size]`, and hidden states of all layers where they are wanted."""
+        """Return logits `[batch_size, seq_len, vocab_size]`, and hidden states of all layers or `None`."""
         device = input_device(self.model)
         outputs = self.model(
             input_ids=input_ids.to(device),
@@ -119,10 +119,10 @@ class Teacher:
 
 
 def hidden_error(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the squared error of hidden states over the teacher's mean square, the mean over layers and places.
+    """Return the mean squared error of hidden states divided by the teacher's mean square, averaged over layers.
 
     Args:
-        student, teacher (sequences of `Tensor[places, hidden_size]`): behind every layer.
+        student, teacher (sequences of `Tensor[places, hidden_size]`): hidden states after every layer.
     """
     errors = []
     for own, wanted in zip(student, teacher):
@@ -132,9 +132,9 @@ def hidden_error(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor
 
 
 def identity_of_teacher(data: Dataset, name: str, top_k: int) -> dict[str, Any]:
-    """Return what kept predictions belong to, as JSON values."""
+    """Return the identity of stored predictions as JSON values: the teacher, the sequences, and `top_k`."""
     digest = hashlib.sha256()
-    # The labels are kept with the predictions: what is trained on is a question to the data.
+    # The labels count too: they are stored with the predictions, and decide which tokens are trained on.
     for column in ("input_ids", "labels"):
         for values in data.with_format("numpy")[column]:
             digest.update(values.astype("int64").tobytes() + b".")
@@ -142,22 +142,22 @@ def identity_of_teacher(data: Dataset, name: str, top_k: int) -> dict[str, Any]:
 
 
 def check_kept(folder: str | Path | None, identity: Mapping[str, Any]) -> bool:
-    """Return whether a folder holds predictions of a teacher; where it does not, they can be written there.
+    """Return whether a folder holds predictions of a teacher; if it does not, check that they can be written to it.
 
     Args:
-        folder (`str` or `Path`, *optional*): where predictions are kept.
-        identity (mapping): what they belong to, as far as it is known (see [`identity_of_teacher`]).
+        folder (`str` or `Path`, *optional*): folder of stored predictions.
+        identity (mapping): the expected identity of the predictions, or a part of it (see [`identity_of_teacher`]).
 
     Raises:
         ValueError: where the folder holds predictions of another teacher or of other sequences, or something else.
-        OSError: where it is a file, or nothing can be written there.
+        OSError: where it is a file, or nothing can be written to it.
     """
     if folder is None:
         return False
     folder = Path(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         if folder.is_file():
-            raise FileExistsError(f"{folder} is a file; name a folder to keep the teacher's predictions in.")
+            raise FileExistsError(f"{folder} is a file; name a folder to store the teacher's predictions in.")
         with removed_where_unused(folder.parent):
             check_output_folder(folder)
         return False
@@ -167,12 +167,15 @@ def check_kept(folder: str | Path | None, identity: Mapping[str, Any]) -> bool:
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} holds no predictions of a teacher; name a new folder.") from error
     if difference := first_difference(known, dict(identity)):
-        raise ValueError(f"{folder} belongs to other sequences or another teacher: {difference}. Name a new folder.")
+        raise ValueError(
+            f"The predictions in {folder} are for other sequences or from another teacher: {difference}. Name a new "
+            f"folder."
+        )
     return True
 
 
 def kept_predictions(folder: str | Path, identity: dict[str, Any]) -> Dataset | None:
-    """Return the sequences with what a teacher predicted for them, or `None` where the folder holds none yet.
+    """Return the sequences with a teacher's predictions of them, or `None` where the folder holds none yet.
 
     Args:
         folder, identity: as for [`check_kept`], which raises the errors.
@@ -183,13 +186,13 @@ def kept_predictions(folder: str | Path, identity: dict[str, Any]) -> Dataset | 
 def keep_predictions(
     data: Dataset, teacher: Teacher, folder: str | Path, identity: dict[str, Any], batch_size: int
 ) -> Dataset:
-    """Let a teacher predict all sequences, keep its likeliest tokens in a folder, and return the sequences with them.
+    """Let a teacher predict all sequences, store its likeliest tokens in a folder, and return the sequences with them.
 
     Args:
-        data (`Dataset`): with `input_ids` and `labels`, and `attention_mask` where some sequences are padded.
-        teacher (`Teacher`): predicts.
-        folder (`str` or `Path`): where to; it appears whole or not at all.
-        identity (`dict`): see [`identity_of_teacher`].
+        data (`Dataset`): sequences with `input_ids` and `labels`, and `attention_mask` where some are padded.
+        teacher (`Teacher`): the teacher.
+        folder (`str` or `Path`): folder to write; it appears whole or not at all.
+        identity (`dict`): identity of the predictions, see [`identity_of_teacher`].
         batch_size (`int`): sequences per forward pass.
     """
     numbers = List(Value("int32"))
@@ -204,9 +207,9 @@ def keep_predictions(
 
     def rows() -> Iterator[dict]:
         batches = range(0, len(data), batch_size)
-        for start in progress(batches, "Asking the teacher", unit="batch"):
+        for start in progress(batches, "Predicting with the teacher", unit="batch"):
             sequences = [data[place] for place in range(start, min(start + batch_size, len(data)))]
-            # Predictions stay where the teacher computes until the likeliest tokens are known.
+            # The likeliest tokens are chosen on the teacher's device, since all logits are large.
             batch = {name: values.to(input_device(teacher.model)) for name, values in collate(sequences).items()}
             logits, _ = teacher(batch["input_ids"], batch.get("attention_mask"))
             values, ids = F.log_softmax(logits.float(), -1).topk(min(identity["top_k"], logits.shape[-1]), -1)
@@ -224,7 +227,7 @@ def keep_predictions(
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as writing,
         folder_moved_into_place(folder) as temporary,
     ):
-        # A fingerprint of its own: the default one would pickle the teacher.
+        # Without an explicit fingerprint, datasets would pickle the teacher to compute one.
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         written = Dataset.from_generator(rows, features=features, cache_dir=writing, fingerprint=fingerprint)
         written.save_to_disk(str(temporary))

@@ -34,14 +34,14 @@ def recover(
     eval_dataset: Any = None,
     **options: Any,
 ) -> tuple[Any, RecoveryTrainer]:
-    """Train a pruned model on a dataset, with its tokenizer; see [`train`] for the rest.
+    """Train a pruned model on a dataset, with its tokenizer; see [`train`] for results and errors.
 
     Args:
-        model (`PreTrainedModel`): pruned or not; it is trained in place.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): for all data but token ids.
+        model (`PreTrainedModel`): model to train in place, pruned or not.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): required unless the data are token ids.
         dataset: text, chats, instructions or token ids, see [`training_data`].
-        args (`RecoveryArguments`): how.
-        eval_dataset (*optional*): of the same kinds, for `eval_strategy`.
+        args (`RecoveryArguments`): arguments of the training.
+        eval_dataset (*optional*): held-out data for `eval_strategy`, of the same kinds.
         options: `teacher`, `callbacks` and `access` of [`train`].
     """
     return train(model, TrainingTexts(dataset, tokenizer, eval_dataset), args, **options)
@@ -58,28 +58,28 @@ def train(
     callbacks: Any = None,
     access: Mapping[str, Any] | None = None,
 ) -> tuple[Any, RecoveryTrainer]:
-    """Train a pruned model: adapters or all weights, by the text alone or towards the dense model too.
+    """Train a pruned model, with adapters or in all weights, on text alone or also towards the dense model.
 
-    However it ends, the model's modes, hooks, frozen parameters, config and generation config, the random number
-    generators and a teacher in memory are as they were. Where it fails, adapters are taken out again: the weights are
-    those of before, or, where all of them are trained, what training had made of them.
+    The model's modes, hooks, frozen parameters, config and generation config, the random number generators and a
+    teacher in memory are restored afterwards, also if training fails. If it fails, adapters are removed, which leaves
+    the weights as they were before; a training of all weights leaves them as of its last step.
 
     Args:
-        model (`PreTrainedModel`): pruned or not; it is trained in place.
-        texts (`TrainingTexts`): what it is trained on, with the tokenizer that is saved beside it.
-        args (`RecoveryArguments`): how.
-        teacher (`PreTrainedModel`, `PeftModel`, `str`, `Path` or `Origin`, *optional*): for `mode="distill"`: the
-            dense model, or what to load it from where `args.teacher` does not say.
-        callbacks (`TrainerCallback` or iterable of these, *optional*): the Trainer's.
-        access (mapping, *optional*): for loading a teacher by name: `token`, `trust_remote_code` and the like.
+        model (`PreTrainedModel`): model to train in place, pruned or not.
+        texts (`TrainingTexts`): training data, with the tokenizer that is saved with the model.
+        args (`RecoveryArguments`): arguments of the training.
+        teacher (`PreTrainedModel`, `PeftModel`, `str`, `Path` or `Origin`, *optional*): for `mode="distill"`, the
+            dense model, or a name or place to load it from. `args.teacher` replaces an `Origin`.
+        callbacks (`TrainerCallback` or iterable of these, *optional*): callbacks of the Trainer.
+        access (mapping, *optional*): `token`, `trust_remote_code` and the like, for loading a teacher by name.
 
     Returns:
-        the trained model, in eval mode: a plain one, or a `PeftModel` where `args.merge_adapters` is off; and the
-        trainer, whose `state.log_history` says how it went.
+        the trained model in eval mode, which is a `PeftModel` where `args.merge_adapters` is off; and the trainer,
+        whose `state.log_history` holds the log.
 
     Raises:
-        ValueError: where the data, the teacher or a checkpoint to resume from does not fit, or the model or its
-            tokenizer could not be saved.
+        ValueError: where the data, the teacher or a checkpoint to resume from does not fit the model, or the model or
+            its tokenizer could not be saved.
     """
     check_savable(model, texts.tokenizer)
     callbacks = checked_callbacks(callbacks)
@@ -92,7 +92,7 @@ def train(
     adapters_stay = args.trains_adapters and not args.merge_adapters
     before = ModelState(model)
     in_memory = None if source is None else source.model
-    # The Trainer writes its checkpoints to this folder.
+    # The folder of the Trainer's checkpoints.
     folder = str(args.output_dir)
     with (
         random_states_kept(),
@@ -101,7 +101,7 @@ def train(
         held(folder, "another one as output_dir"),
     ):
         try:
-            # Names of linears and a checkpoint are checked before data is read.
+            # The names of linears and the checkpoint are checked before data is read, which may take long.
             trained = _trainable(model, args)
             if resumed is not None:
                 check_resumable(resumed, trained, args)
@@ -120,7 +120,7 @@ def train(
 
 
 def _check_weights(model: PreTrainedModel, args: RecoveryArguments) -> None:
-    """Raise `ValueError` where a step could change no weight."""
+    """Raise `ValueError` where training could change no weight."""
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
             "Weights of the model were made under torch.inference_mode, and cannot be trained. Load and prune the "
@@ -134,14 +134,14 @@ def _check_weights(model: PreTrainedModel, args: RecoveryArguments) -> None:
 
 
 def _trainable(model: PreTrainedModel, args: RecoveryArguments) -> Any:
-    """The model as it is trained: with new adapters where these are."""
+    """Return the model to train, with new adapters if these are trained."""
     if not args.trains_adapters:
         return model
-    # New adapters are drawn before the Trainer sets its seed.
+    # New adapters are initialized before the Trainer sets its seed.
     set_seed(args.seed)
     adapted = with_adapters(model, args)
     if args.gradient_checkpointing:
-        # The embeddings are frozen, and what follows needs gradients to reach it.
+        # The embeddings are frozen. Checkpointed layers need an input with a gradient to compute those of adapters.
         adapted.enable_input_require_grads()
     return adapted
 
@@ -154,7 +154,7 @@ def _trainer(
     source: TeacherSource | None,
     callbacks: list[TrainerCallback],
 ) -> RecoveryTrainer:
-    """Read the data, ask for the teacher, and return what trains the model."""
+    """Read the data, load the teacher or its stored predictions, and return the trainer."""
     longest = getattr(model.config, "max_position_embeddings", None)
     limits = {"longest": longest, "vocab_size": model.config.get_text_config().vocab_size}
     data = training_data(texts.dataset, texts.tokenizer, args, _sequences_of(args), **limits)
@@ -178,10 +178,10 @@ def _trainer(
 
 @contextmanager
 def _steps_reach_the_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Hold what is trained in float32 while the context is open: a 16-bit weight rounds most steps away."""
+    """Keep trained parameters in float32 while the context is open, since 16 bits round most updates to zero."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dtypes = [parameter.dtype for parameter in trained]
-    # The parameters alone: buffers such as rotary frequencies are float32 whatever the model's dtype.
+    # Buffers are not changed: those such as rotary frequencies are float32 whatever the model's dtype.
     for parameter in trained:
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
@@ -193,7 +193,7 @@ def _steps_reach_the_weights(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _sequences_of(args: RecoveryArguments) -> int | None:
-    """How many sequences a run of so many steps reads, so that a stream is not read further."""
+    """Return how many sequences `max_steps` read, so that a stream is not read further; `None` for all."""
     if args.max_steps <= 0:
         return None
     return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -202,12 +202,12 @@ def _sequences_of(args: RecoveryArguments) -> int | None:
 def _taught(
     data: Dataset, student: PreTrainedModel, args: RecoveryArguments, source: TeacherSource
 ) -> tuple[Dataset, Teacher | None]:
-    """The data with what the teacher predicts, or the teacher itself."""
+    """Return the data with the teacher's stored predictions and `None`, or the data as it is and the teacher."""
     if args.teacher_cache is None:
         return data, Teacher(source.load(student, args, args.device), hidden_states=args.hidden_weight > 0)
     identity = identity_of_teacher(data, source.identity, args.teacher_top_k)
-    # One process asks, the others find the answers.
-    with args.main_process_first(desc="asking the teacher"):
+    # One process stores the predictions, and the others read them.
+    with args.main_process_first(desc="predicting with the teacher"):
         kept = kept_predictions(args.teacher_cache, identity)
         if kept is None:
             with taking_turns(args.teacher_cache):

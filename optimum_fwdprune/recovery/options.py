@@ -1,4 +1,4 @@
-"""What recovery adds to the Trainer's arguments, light enough for a command line to read."""
+"""The options of recovery that the Trainer's arguments lack. Importing them does not import torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..request.options import option
 
 LORA, FULL, DISTILL = "lora", "full", "distill"
 
-# Headings of the command line's help. They are not in the fields' metadata, all of which `HfArgumentParser` hands on.
+# Headings of the command line's help. They are not in the fields' metadata, which `HfArgumentParser` passes on.
 HEADINGS = {
     "recovery": ("mode", "adapters"),
     "adapters": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "merge_adapters"),
@@ -26,58 +26,66 @@ HEADINGS = {
     "data": ("max_length", "dataset_config", "dataset_split", "dataset_column"),
 }
 
-# LLM-Pruner's (arXiv 2305.11627) for adapters; all weights bear a smaller one.
+# By whether adapters are trained. The rate of adapters is LLM-Pruner's (arXiv 2305.11627); all weights need a smaller
+# one.
 LEARNING_RATES = {True: 1e-4, False: 2e-5}
 
 
 @dataclass
 class RecoveryOptions:
-    """How a pruned model is trained, and on what; the Trainer's own arguments stand beside these.
+    """The options of recovery, which [`RecoveryArguments`] combines with the Trainer's own arguments.
 
     Raises:
-        ValueError: on a value out of range, naming the value and the way out.
+        ValueError: on a value out of range; the message names the value and the way out.
     """
 
     mode: str = option(
         LORA,
-        "lora: adapters, by cross-entropy; full: all weights; distill: also towards the dense model's predictions.",
+        "lora: train adapters on the text. full: train all weights on the text. distill: train on the text and "
+        "towards the dense model's predictions.",
         (LORA, FULL, DISTILL),
     )
     adapters: bool | None = option(
-        None, "Train LoRA adapters and not all weights. Default: in mode lora and distill, not in full."
+        None, "Train LoRA adapters and not all weights. Default: true in modes lora and distill, false in mode full."
     )
     lora_r: int = option(8, "Rank of the adapters.")
-    lora_alpha: int = option(16, "Scale of the adapters, by their rank.")
-    lora_dropout: float = option(0.05, "Dropout in front of the adapters.")
-    lora_targets: list[str] = option(["all-linear"], "Linears that get adapters, by the ends of their names.")
+    lora_alpha: int = option(16, "Scale of the adapters: their output is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.05, "Dropout of the adapters' inputs.")
+    lora_targets: list[str] = option(
+        ["all-linear"], "Linears that get adapters: the ends of their names, such as q_proj, or all-linear."
+    )
     merge_adapters: bool = option(
-        True, "Merge the adapters into the weights, so that the checkpoint is a plain pruned one."
+        True, "Merge the adapters into the weights, so that the checkpoint loads without PEFT."
     )
     teacher: str | None = option(
-        None, "Model to distill from: a folder or Hub repository. Default: the one that was pruned."
+        None, "Folder or Hub repository of the model to distill from. Default: the model that was pruned."
     )
-    teacher_dtype: str = option("auto", "Dtype of the teacher; its checkpoint's by default.")
-    teacher_device_map: str | None = option(None, "Where the teacher's layers go, such as auto.")
+    teacher_dtype: str = option("auto", "Dtype of the teacher. auto: that of its checkpoint.")
+    teacher_device_map: str | None = option(
+        None, "Device of the teacher's layers, such as auto. Default: that of the student."
+    )
     teacher_cache: str | None = option(
         None,
-        "Folder to keep the teacher's likeliest tokens in, so that it is not in memory while training; one that holds "
-        "them already is used.",
+        "Folder to store the teacher's likeliest tokens in before training, so that the teacher is not in memory "
+        "during training. If the folder holds them already, they are read from it.",
     )
-    teacher_top_k: int = option(64, "How many tokens a place of the text keeps there.")
-    temperature: float = option(1.0, "Temperature at which predictions are compared.")
+    teacher_top_k: int = option(64, "Number of likeliest tokens per position that teacher_cache stores.")
+    temperature: float = option(1.0, "Temperature at which the two models' predictions are compared.")
     distill_weight: float = option(
-        0.5, "Share of the divergence from the teacher in the loss; the rest is cross-entropy."
+        0.5, "Weight of the divergence from the teacher in the loss, from 0 to 1; the rest is cross-entropy."
     )
     hidden_weight: float = option(
-        0.0, "Weight of the squared error of the hidden states, relative to the teacher's mean square, on top."
+        0.0,
+        "Weight of the error of the hidden states, which is added to the loss: the squared error relative to the mean "
+        "square of the teacher's.",
     )
     max_length: int | None = option(
-        None, "Tokens per training sequence. Default: 512, or what the model knows if that is less."
+        None, "Tokens per training sequence. Default: 512, or the model's number of positions if that is smaller."
     )
     dataset_config: str | None = option(None, "Configuration name of a Hub dataset.")
     dataset_split: str = option("train", "Split of a Hub dataset.")
     dataset_column: str | None = option(
-        None, "Column of the text, the chat messages or the token ids. Default: found by its name."
+        None, "Column of the text, the chat messages or the token ids. Default: detected by its name."
     )
 
     def check(self) -> None:
@@ -89,13 +97,13 @@ class RecoveryOptions:
             self.lora_targets = [self.lora_targets]
         if self.mode == LORA and self.adapters is False:
             raise ValueError(
-                "adapters=False does not go with mode='lora', which trains adapters; for all weights use mode='full' "
-                "or mode='distill'."
+                "adapters=False cannot be combined with mode='lora', which trains adapters; for all weights use "
+                "mode='full' or mode='distill'."
             )
         if self.mode == FULL and self.adapters:
             raise ValueError(
-                "adapters=True does not go with mode='full', which trains all weights; for adapters use mode='lora' "
-                "or mode='distill'."
+                "adapters=True cannot be combined with mode='full', which trains all weights; for adapters use "
+                "mode='lora' or mode='distill'."
             )
         for name in ("lora_r", "lora_alpha", "teacher_top_k"):
             if getattr(self, name) < 1:
@@ -110,9 +118,9 @@ class RecoveryOptions:
         if self.hidden_weight < 0:
             raise ValueError(f"hidden_weight must be at least 0; got {self.hidden_weight}.")
         if self.hidden_weight and self.teacher_cache:
-            raise ValueError("hidden_weight needs the teacher's hidden states, which teacher_cache does not keep.")
+            raise ValueError("hidden_weight needs the teacher's hidden states, which teacher_cache does not store.")
         if self.mode != DISTILL and (self.teacher or self.teacher_cache):
-            raise ValueError(f"A teacher is for mode='distill'; the mode asked for is {self.mode!r}.")
+            raise ValueError(f"A teacher is used with mode='distill' only; the mode is {self.mode!r} here.")
 
     @property
     def trains_adapters(self) -> bool:

@@ -1,4 +1,4 @@
-"""One recovery of a pruned model: checked, run, and recorded however it ends."""
+"""The recovery of a pruned model: it is checked, run, and recorded, also if it fails."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .trainer import RecoveryTrainer, StepCounter, frozen_share
 
 
 class Recovery:
-    """Trains a pruned model, and keeps what is known of it up to date.
+    """Trains a pruned model, and keeps its record and source up to date.
 
     Args:
         model (`PreTrainedModel`): the pruned model.
@@ -32,11 +32,11 @@ class Recovery:
         source (`Source`): where it came from, and where it was saved.
 
     Attributes:
-        model (`PreTrainedModel` or `PeftModel`): the model as it is now.
-        record (`Record`): with how the model was trained, once its weights were changed.
-        source (`Source`): which names no folder of a model whose weights were changed since it was saved.
-        trainer (`RecoveryTrainer`, *optional*): once training has ended.
-        has_changed (`bool`): whether the model is no longer the one that was pruned, also where training failed.
+        model (`PreTrainedModel` or `PeftModel`): the model in its current state.
+        record (`Record`): the record; once weights were changed, it includes how the model was trained.
+        source (`Source`): the source; once weights were changed, it no longer names a folder where they are saved.
+        trainer (`RecoveryTrainer`, *optional*): the trainer, once training has ended.
+        has_changed (`bool`): whether the model differs from the one that was pruned, also if training failed.
     """
 
     def __init__(self, model: Any, record: Record, source: Source):
@@ -56,16 +56,16 @@ class Recovery:
         """Train the model.
 
         Args:
-            texts (`TrainingTexts`): what it is trained on.
-            args (`RecoveryArguments`, *optional*): how.
+            texts (`TrainingTexts`): training data.
+            args (`RecoveryArguments`, *optional*): arguments of the training; by default those with all defaults.
             teacher (`PreTrainedModel`, `str`, `Path` or `Origin`, *optional*): for `mode="distill"`; by default the
                 model that was pruned.
-            callbacks (`TrainerCallback` or iterable of these, *optional*): the Trainer's.
+            callbacks (`TrainerCallback` or iterable of these, *optional*): callbacks of the Trainer.
 
         Raises:
-            TypeError: where `args` are arguments of another kind.
-            ValueError: before anything is trained, where the model, the data, the teacher or a checkpoint to resume
-                from does not allow it.
+            TypeError: where `args` are no `RecoveryArguments`.
+            ValueError: before training starts, where the model, the data, the teacher or a checkpoint to resume from
+                does not fit.
         """
         check_trainable(self.model)
         args = _checked_arguments(args)
@@ -87,7 +87,7 @@ class Recovery:
                 )
         except BaseException as error:
             if counter.steps and not args.trains_adapters:
-                # Weights that were trained for a while are not those that were pruned and measured.
+                # The steps before the error changed the weights, so that the record must not claim what was measured.
                 stopped = {"mode": args.mode, "adapters": False, **frozen_share(self.model, trains_adapters=False)}
                 stopped |= {"steps": counter.steps, "dataset": texts.name}
                 self._note({**stopped, "interrupted by": type(error).__name__})
@@ -98,7 +98,7 @@ class Recovery:
         self._note(summary, has_new_weights=not keeps_adapters)
 
     def _note(self, summary: Mapping[str, Any], has_new_weights: bool = True) -> None:
-        """Record how the model was trained, and forget what was measured and saved before."""
+        """Record how the model was trained, and drop the measurements and the saved place of the former weights."""
         self.has_changed = True
         self.record = replace(self.record, recovery=dict(summary), comparison=None)
         if has_new_weights:
@@ -107,7 +107,7 @@ class Recovery:
 
 
 def check_trainable(model: Any) -> None:
-    """Raise `ValueError` where recovery cannot train a model, or could not save what it trained."""
+    """Raise `ValueError` where recovery cannot train a model, or could not save it afterwards."""
     check_not_consumed(model)
     if is_peft_model(model):
         raise ValueError(
@@ -122,8 +122,8 @@ def check_trainable(model: Any) -> None:
         )
     if not model.can_generate():
         raise ValueError(
-            f"recover trains the next-token loss, and a {type(model).__name__} predicts no tokens. Train it "
-            f"with transformers.Trainer and the labels of its task; save_pretrained of this pruner saves it then."
+            f"recover trains with the next-token loss, and a {type(model).__name__} predicts no tokens. Train it "
+            f"with transformers.Trainer and the labels of its task, then call save_pretrained of this pruner."
         )
     if is_offloaded(model):
         raise ValueError(

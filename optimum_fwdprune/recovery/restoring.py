@@ -1,4 +1,4 @@
-"""The state that training changes beside weights: recorded before it begins, and put back however it ends."""
+"""The state besides weights that training changes: it is stored before training, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from ..architectures.wrapping import is_peft_model
 
 
-# Attributes of a module that training changes, beside private ones: hooks, replaced submodules, marks of accelerate.
+# Public attributes of a module that training changes. It also changes private ones, which hold hooks, submodules and
+# flags of accelerate.
 CHANGED = ("training", "forward", "gradient_checkpointing")
 
-# Weights are what is trained, and buffers grow with the length of the text.
+# Private attributes that are not restored: weights are trained, and buffers grow with the length of the text.
 KEPT = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
@@ -25,7 +26,7 @@ class ModelState:
     """Modes, hooks, frozen parameters, adapters, config and generation config of a model.
 
     Args:
-        model (`PreTrainedModel`): as it is before training.
+        model (`PreTrainedModel`): the model before training.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -37,10 +38,10 @@ class ModelState:
         self._configs = [(holder, dict(vars(holder))) for holder in holders if holder is not None]
 
     def put_back(self, adapters_stay: bool = False) -> None:
-        """Bring everything but weights and buffers to what it was.
+        """Restore everything but weights and buffers.
 
         Args:
-            adapters_stay (`bool`, defaults to `False`): leave adapters in the model, and what they froze frozen.
+            adapters_stay (`bool`, defaults to `False`): leave adapters in the model, with the base's weights frozen.
         """
         for module, attributes in self._modules:
             own = vars(module)
@@ -67,13 +68,13 @@ class ModelState:
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Attributes of a module that training may change, each with the content of a dictionary such as that of hooks."""
+    """Return the attributes of a module that training may change, and of dictionaries a copy of their content."""
     own = {name: value for name, value in vars(module).items() if _is_changed(name, adapters_stay=True)}
     return {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in own.items()}
 
 
 def _is_changed(name: str, adapters_stay: bool) -> bool:
-    # PEFT writes `peft_config` on the model that it changes.
+    # PEFT adds the attribute `peft_config` to a model with adapters.
     changed = name in CHANGED or (name.startswith("_") and name not in KEPT)
     return changed or (name == "peft_config" and not adapters_stay)
 
@@ -86,7 +87,7 @@ def _take_out_adapters(module: nn.Module, children: dict[str, nn.Module | None])
 
 @contextmanager
 def left_as_it_was(model: PreTrainedModel | None) -> Iterator[None]:
-    """Leave the modes, hooks and frozen parameters of a model that only predicts as they were before the block."""
+    """Restore the modes, hooks and frozen parameters of a model after the block; `None` is allowed."""
     state = None if model is None else ModelState(model)
     try:
         yield
@@ -97,7 +98,7 @@ def left_as_it_was(model: PreTrainedModel | None) -> Iterator[None]:
 
 @contextmanager
 def removed_where_unused(folder: str | Path) -> Iterator[None]:
-    """Remove a folder, and those around it, that the block made and left empty."""
+    """Remove a folder and its parents after the block where the block created them and left them empty."""
     folder = Path(folder).absolute()
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:

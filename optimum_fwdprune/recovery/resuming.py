@@ -1,4 +1,4 @@
-"""Checkpoints of an earlier run: which one to go on from, and whether it is one of the model that is trained."""
+"""Checkpoints of an earlier run: which one to resume from, and whether it fits the model that is trained."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .arguments import RecoveryArguments
 
 
 def checkpoint_of(args: RecoveryArguments) -> str | None:
-    """Return the checkpoint to go on from, where the arguments ask for one.
+    """Return the checkpoint to resume from; `None` where the arguments ask for none.
 
     Raises:
-        ValueError: where it is not there, or its record of the run is damaged.
+        ValueError: where there is no such checkpoint, or its record of the run is damaged.
     """
     asked: Any = args.resume_from_checkpoint
     if asked is None or str(asked).lower() == "false":
@@ -38,12 +38,12 @@ def checkpoint_of(args: RecoveryArguments) -> str | None:
 
 
 def check_resumable(folder: str, model: Any, args: RecoveryArguments) -> None:
-    """Raise `ValueError` where a checkpoint is of another mode, or of a model with other shapes.
+    """Raise `ValueError` where a checkpoint is from a run of another mode, or of a model with other shapes.
 
     Args:
-        folder (`str`): of the checkpoint.
-        model (`PreTrainedModel` or `PeftModel`): what is trained, with new adapters where these are.
-        args (`RecoveryArguments`): what is trained.
+        folder (`str`): folder of the checkpoint.
+        model (`PreTrainedModel` or `PeftModel`): model to train, with new adapters if these are trained.
+        args (`RecoveryArguments`): arguments of the training.
     """
     if args.trains_adapters:
         check_adapters(folder, model)
@@ -52,7 +52,7 @@ def check_resumable(folder: str, model: Any, args: RecoveryArguments) -> None:
             f"{folder} holds adapters, and this run trains all weights. Resume with mode='lora' or 'distill', or name "
             f"a checkpoint of all weights."
         )
-    elif not (args.fsdp or args.deepspeed):  # These have files of their own.
+    elif not (args.fsdp or args.deepspeed):  # They store weights in files of another format.
         _check_weights(folder, model)
 
 
@@ -64,7 +64,7 @@ def _check_state(file: Path) -> None:
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}. Resume from another checkpoint.") from error
     if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
-        raise ValueError(f"{file} is no record of a run: it has no global_step. Resume from another checkpoint.")
+        raise ValueError(f"{file} is not the record of a run: it has no global_step. Resume from another checkpoint.")
 
 
 def _check_weights(folder: str, model: PreTrainedModel) -> None:
@@ -80,6 +80,6 @@ def _check_weights(folder: str, model: PreTrainedModel) -> None:
     for name, shape in own.items():
         if stored.get(name) != shape:
             raise ValueError(
-                f"The checkpoint {folder} is of another model: {name} has the shape {stored.get(name)} there and "
-                f"{shape} here. Resume the training of the model that it was made from, or start afresh."
+                f"The checkpoint {folder} belongs to another model: {name} has the shape {stored.get(name)} there and "
+                f"{shape} here. Resume the training of the model that it was made from, or start a new training."
             )

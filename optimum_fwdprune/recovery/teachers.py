@@ -1,4 +1,4 @@
-"""The teacher of a distillation: where it is, and whether the student can learn from it, known before data is read."""
+"""The teacher of a distillation: it is located and checked before data is read."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from .distillation import check_kept
 from .options import DISTILL, RecoveryOptions
 
 
-# Maps that accelerate makes, beside names of devices.
+# Values of a device map that accelerate accepts beside names of devices.
 PLANNED_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """A teacher that has been checked: in memory, or still to be loaded.
+    """A teacher that was checked, either in memory or not loaded yet.
 
     Args:
-        identity (`str`): what kept predictions name as their teacher.
-        model (`PreTrainedModel`, *optional*): the teacher where it is in memory.
-        name (`str`, *optional*): the folder or repository where it is not; neither is there where all its predictions
-            are kept.
-        access (mapping): for `from_pretrained`: `token`, `revision`, `trust_remote_code` and the like.
+        identity (`str`): the teacher's name in the identity of stored predictions.
+        model (`PreTrainedModel`, *optional*): the teacher if it is in memory.
+        name (`str`, *optional*): its folder or repository if it is not. Both are `None` where its predictions are
+            stored already.
+        access (mapping): `token`, `revision`, `trust_remote_code` and the like, for `from_pretrained`.
     """
 
     identity: str
@@ -51,7 +51,7 @@ class TeacherSource:
     access: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self, student: PreTrainedModel, options: RecoveryOptions, device: torch.device) -> PreTrainedModel:
-        """Return the teacher, in its own dtype and where its device map says, or on `device`.
+        """Return the teacher, loaded in the dtype and on the devices of the options, by default on `device`.
 
         Raises:
             ValueError: where the student cannot learn from it.
@@ -67,23 +67,23 @@ class TeacherSource:
 def find_teacher(
     student: PreTrainedModel, options: RecoveryOptions, teacher: Any, access: Mapping[str, Any] | None = None
 ) -> TeacherSource | None:
-    """Return the teacher that a distillation asks for, checked without reading its weights; `None` in other modes.
+    """Return the teacher of a distillation, checked without reading its weights; `None` in other modes.
 
     Args:
         student (`PreTrainedModel`): the model that is trained.
         options (`RecoveryOptions`): `mode`, `teacher` and the other options of distillation.
-        teacher (`PreTrainedModel`, `PeftModel`, `str`, `Path` or `Origin`, *optional*): what the caller named; a
-            `Origin`, the model that was pruned, gives way to `options.teacher`.
-        access (mapping, *optional*): for `from_pretrained`.
+        teacher (`PreTrainedModel`, `PeftModel`, `str`, `Path` or `Origin`, *optional*): the teacher; an `Origin`, the
+            model that was pruned, is used only if `options.teacher` is not set.
+        access (mapping, *optional*): `token`, `trust_remote_code` and the like, for `from_pretrained`.
 
     Raises:
-        ValueError: where there is none, two are named, it is no model, or the student cannot learn from it.
-        OSError: where it cannot be loaded.
+        ValueError: where no teacher is named, or two are, or the student cannot learn from it.
+        OSError: where the teacher cannot be loaded.
     """
     named = None if isinstance(teacher, Origin) else teacher
     if options.mode != DISTILL:
         if named is not None:
-            raise ValueError(f"A teacher is for mode='distill'; the mode asked for is {options.mode!r}.")
+            raise ValueError(f"A teacher is used with mode='distill' only; the mode is {options.mode!r} here.")
         return None
     if named is not None and options.teacher is not None and str(named) != options.teacher:
         raise ValueError(
@@ -97,9 +97,9 @@ def find_teacher(
         check_teacher(model, student, options)
         return source
     if isinstance(teacher, Origin) and options.teacher is None:
-        source = _found(source, teacher)
+        source = _located(source, teacher)
     if not source.name:
-        raise ValueError("mode='distill' needs the dense model, which teacher=... names.")
+        raise ValueError("mode='distill' needs the dense model; name it with teacher=...")
     source = TeacherSource(source.identity, None, source.name, {**(access or {}), **source.access})
     _check_without_weights(source, student, options)
     return source
@@ -109,9 +109,9 @@ def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, options: R
     """Raise `ValueError` where a student cannot learn from a teacher.
 
     Args:
-        teacher (`PreTrainedModel`): with or without its weights.
+        teacher (`PreTrainedModel`): the teacher; its weights may be on the meta device.
         student (`PreTrainedModel`): the model that is trained.
-        options (`RecoveryOptions`): whether hidden states are compared, and how long sequences are.
+        options (`RecoveryOptions`): `hidden_weight` and `max_length`.
     """
     check_not_consumed(teacher)
     own, wanted = student.config.get_text_config(), teacher.config.get_text_config()
@@ -122,13 +122,13 @@ def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, options: R
         )
     if _share_weights(teacher, student):
         raise ValueError(
-            "The teacher has the weights of the model that is trained, from which there is nothing to learn. Load the "
-            "dense model again, or name its folder as teacher."
+            "The teacher shares weights with the model that is trained, so that training would change it too. Load "
+            "the dense model again, or name its folder as teacher."
         )
     if wanted.vocab_size != own.vocab_size:
         raise ValueError(
-            f"The teacher predicts {wanted.vocab_size} tokens and the student {own.vocab_size}; distillation compares "
-            f"predictions token by token, so the teacher must be a model of the same tokenizer."
+            f"The teacher's vocabulary has {wanted.vocab_size} tokens and the student's {own.vocab_size}; "
+            f"distillation compares predictions token by token, so the teacher must use the same tokenizer."
         )
     if options.hidden_weight:
         _check_hidden_states(own, wanted)
@@ -136,7 +136,7 @@ def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, options: R
     length = sequence_length(options, getattr(own, "max_position_embeddings", None))
     if longest is not None and length > longest:
         raise ValueError(
-            f"The teacher knows {longest} positions, and training sequences have {length} tokens; set "
+            f"The teacher has {longest} positions, and training sequences have {length} tokens; set "
             f"max_length={longest}, or name another teacher."
         )
 
@@ -152,19 +152,19 @@ def _check_hidden_states(own: Any, wanted: Any) -> None:
 
 
 def _share_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
-    """Whether a weight in memory is one of both models: training would change the teacher too."""
+    """Return whether the models share a weight in memory, so that training would change the teacher too."""
     places = {parameter.data_ptr() for parameter in student.parameters() if not parameter.is_meta}
     own = (parameter for parameter in teacher.parameters() if not parameter.is_meta and parameter.numel())
     return teacher is student or any(parameter.data_ptr() in places for parameter in own)
 
 
 def _in_memory(teacher: Any) -> PreTrainedModel:
-    """The model of a teacher in memory: that of a `PeftModel` has its adapters in it."""
+    """Return the transformers model of a teacher in memory; the base model of a `PeftModel` includes its adapters."""
     if is_peft_model(teacher) and hasattr(teacher, "get_base_model"):
         if teacher.active_peft_config.is_prompt_learning:
             raise ValueError(
-                f"The teacher, a {type(teacher).__name__}, has learned prompts, which are no part of its model. Name "
-                f"a model with its own weights, or one with adapters such as LoRA's."
+                f"The teacher, a {type(teacher).__name__}, has learned prompts, which are not supported. Name a model "
+                f"without adapters, or one with adapters such as LoRA's."
             )
         teacher = teacher.get_base_model()
     if isinstance(teacher, PreTrainedModel):
@@ -178,7 +178,7 @@ def _in_memory(teacher: Any) -> PreTrainedModel:
 
 
 def _identity(model: PreTrainedModel) -> str:
-    """What kept predictions name as their teacher in memory: adapters count as well."""
+    """Return the identity of a teacher in memory: its name, and a digest of its adapters if it has any."""
     name = str(model.config._name_or_path)
     if adapted_module(model) is None:
         return name
@@ -193,28 +193,28 @@ def _identity(model: PreTrainedModel) -> str:
 
 
 def _named(options: RecoveryOptions, teacher: Any) -> TeacherSource:
-    """A teacher that is loaded from a folder or a repository."""
+    """Return a teacher that is not in memory; that of an `Origin` has no name until it is located."""
     if options.teacher is None and isinstance(teacher, Origin):
         return TeacherSource(f"{teacher.name} {teacher.revision or teacher.fingerprint or ''}".rstrip())
     name = options.teacher if isinstance(teacher, Origin) or teacher is None else str(teacher)
     return TeacherSource(name or "", name=name)
 
 
-def _found(source: TeacherSource, pruned: Origin) -> TeacherSource:
+def _located(source: TeacherSource, pruned: Origin) -> TeacherSource:
     name = pruned.find()
-    # A folder has no commits.
+    # The commit is one of the repository; a folder has none.
     revision = {"revision": pruned.revision} if name == pruned.name and pruned.revision is not None else {}
     return TeacherSource(source.identity, name=name, access=revision)
 
 
 def _check_without_weights(source: TeacherSource, student: PreTrainedModel, options: RecoveryOptions) -> None:
-    """Check a teacher as it will be loaded, on a device that holds no values."""
+    """Check a teacher on the meta device, where it has no weights."""
     name = str(source.name)
     _check_device_map(options.teacher_device_map)
     if is_no_repository(name) and not Path(name).is_dir():
         raise OSError(
-            f"Cannot load the teacher {name}: there is no such folder. Another one can be named with teacher=...; "
-            f"without it, it is the model that was pruned."
+            f"Cannot load the teacher {name}: there is no such folder. The default is the model that was pruned; "
+            f"teacher=... names another one."
         )
     with _naming_the_teacher(source):
         if adapter_config(name, _where(source)) is None:
@@ -222,7 +222,7 @@ def _check_without_weights(source: TeacherSource, student: PreTrainedModel, opti
             with naming_offline(name, FOLDER_OTHERWISE):
                 config = AutoConfig.from_pretrained(name, **known)
             if getattr(config, "quantization_config", None) is not None:
-                # Its kernels need a real device: it is checked when it is loaded.
+                # Quantized models cannot be built on the meta device; this teacher is checked when it is loaded.
                 return
     with _reported_once():
         check_teacher(_loaded(source, dtype=options.teacher_dtype, device_map="meta"), student, options)
@@ -241,45 +241,45 @@ def _check_device_map(device_map: str | None) -> None:
 
 
 def _loaded(source: TeacherSource, **placed: Any) -> PreTrainedModel:
-    """Load a teacher; whatever is not in its files would be drawn at random."""
+    """Load a teacher; raise `ValueError` where its files lack parameters, which would be initialized at random."""
     with _naming_the_teacher(source):
-        # With the notes it returns a pair.
+        # With output_loading_info it returns a pair.
         loaded: Any = load_causal_lm(str(source.name), **placed, **source.access, output_loading_info=True)
-    model, notes = loaded
-    if notes["missing_keys"]:
-        missing = sorted(notes["missing_keys"])
+    model, loading_info = loaded
+    if loading_info["missing_keys"]:
+        missing = sorted(loading_info["missing_keys"])
         raise ValueError(
             f"The teacher {source.name} lacks {len(missing)} of the parameters of a {type(model).__name__}, such as "
-            f"{missing[0]}, which would be drawn at random. Name a checkpoint that was saved with its language model "
-            f"head."
+            f"{missing[0]}, which would be initialized at random. Name a checkpoint that was saved with its language "
+            f"model head."
         )
     return model
 
 
 @contextmanager
 def _naming_the_teacher(source: TeacherSource) -> Iterator[None]:
-    """Say in errors of loading which teacher it is, and that of adapters the base is needed too."""
+    """Add the teacher's name to errors of loading it, and for adapters a hint that their base is needed too."""
     try:
         yield
     except (OSError, ValueError) as error:
         adapters = _adapters_without_base(source)
         raise (OSError if isinstance(error, OSError) else ValueError)(
-            f"Cannot load the teacher {source.name}: {adapters}{error} Another one can be named with "
-            f"teacher=...; without it, it is the model that was pruned."
+            f"Cannot load the teacher {source.name}: {adapters}{error} The default is the model that was pruned; "
+            f"teacher=... names another one."
         ) from error
 
 
 def _adapters_without_base(source: TeacherSource) -> str:
-    """What to do about a folder of adapters that could not be loaded: a sentence, or nothing."""
+    """Return a hint on how to load adapters as the teacher; an empty string where it has none."""
     try:
         values = adapter_config(str(source.name), _where(source))
     except (OSError, ValueError):
         return ""
     if values is None:
         return ""
-    base = values.get("base_model_name_or_path") or "a model that they do not name"
+    base = values.get("base_model_name_or_path") or "an unknown model"
     return (
-        f"it holds adapters of {base}, which is needed too. Put them on their base, and pass the model: "
+        f"it holds adapters of {base}, which is needed too. Load them with their base, and pass the model: "
         f"PeftModel.from_pretrained(base, {str(source.name)!r}). "
     )
 
@@ -290,7 +290,7 @@ def _where(source: TeacherSource) -> dict[str, Any]:
 
 @contextmanager
 def _reported_once() -> Iterator[None]:
-    """Leave reports to the load that is made again for the weights; downloads keep their progress bars."""
+    """Silence warnings of a load that is repeated later with the weights; progress bars of downloads are shown."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

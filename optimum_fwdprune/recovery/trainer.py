@@ -1,4 +1,4 @@
-"""A Trainer whose loss can compare the model with a teacher."""
+"""A Trainer whose loss can include the divergence from a teacher."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .distillation import TEACHER_IDS, TEACHER_LOGARITHMS, Teacher, distillation
 
 
 class RecoveryTrainer(Trainer):
-    """A `Trainer` whose loss, where there is a teacher, is shared between the text and the teacher's predictions.
+    """A `Trainer` whose loss is a mean of cross-entropy and divergence from a teacher, if there is a teacher.
 
     Args:
-        args (`RecoveryArguments`): `distill_weight`, `hidden_weight` and `temperature`, and all of the Trainer's.
-        teacher (`Teacher`, *optional*): predicts along.
-        distills (`bool`, defaults to `False`): the loss compares with a teacher: `teacher`, or the predictions that
-            the data holds.
-        kwargs: the Trainer's own.
+        args (`RecoveryArguments`): `distill_weight`, `hidden_weight` and `temperature`, and the Trainer's arguments.
+        teacher (`Teacher`, *optional*): a teacher in memory.
+        distills (`bool`, defaults to `False`): whether the loss compares the model with a teacher: with `teacher`, or
+            by default with the predictions in the data.
+        kwargs: the Trainer's other arguments.
     """
 
     args: RecoveryArguments
@@ -31,7 +31,7 @@ class RecoveryTrainer(Trainer):
         super().__init__(args=args, data_collator=collate, compute_loss_func=loss, **kwargs)
         self._teacher = teacher
         self._distills = distills
-        # Predictions of the teacher for the current batch.
+        # The teacher's predictions of the current batch.
         self._predicted: tuple[Any, ...] = ()
         self._parts: dict[str, float] = {}
         self._batches = 0
@@ -57,9 +57,9 @@ class RecoveryTrainer(Trainer):
             super()._save(output_dir, state_dict)
 
     def summary(self) -> dict[str, Any]:
-        """Return how the run went, as JSON values."""
+        """Return a summary of the run as JSON values."""
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        # A run shorter than `logging_steps` logs none.
+        # A run shorter than `logging_steps` logs no loss.
         logged = {"first and last logged loss": [round(loss, 4) for loss in (losses[0], losses[-1])]} if losses else {}
         return {
             "mode": self.args.mode,
@@ -93,10 +93,10 @@ class RecoveryTrainer(Trainer):
             own, wanted = (
                 [state.to(loss.device)[present] for state in states] for states in (outputs.hidden_states, hidden)
             )
-            # A mean over places, to be summed over the batches of a step as the other parts are.
+            # It is a mean over places. The share lets it be summed over the batches of a step, like the other terms.
             share = int(counted.sum()) / count
             loss = loss + self.args.hidden_weight * share * hidden_error(own, wanted)
-        if outputs.logits.requires_grad:  # Not in an evaluation along the way.
+        if outputs.logits.requires_grad:  # Evaluations during training do not count.
             tokens = max(1, int(counted.sum()))
             for name, value in (("cross_entropy", cross_entropy), ("divergence", divergence)):
                 self._parts[name] = self._parts.get(name, 0.0) + float(value.detach()) / tokens
@@ -105,11 +105,11 @@ class RecoveryTrainer(Trainer):
 
 
 def frozen_share(model: Any, trains_adapters: bool) -> dict[str, str]:
-    """Return an entry of the record where not all weights were trained, since a user froze some of them.
+    """Return an entry for the record on the weights that a user froze; an empty one where all were trained.
 
     Args:
-        model (`PreTrainedModel`): after training.
-        trains_adapters (`bool`): whether adapters were trained, which leave all weights frozen.
+        model (`PreTrainedModel`): the model after training.
+        trains_adapters (`bool`): whether adapters were trained; all other weights are frozen then.
     """
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     frozen = sum(size for size, trained in sizes if not trained)
@@ -119,7 +119,7 @@ def frozen_share(model: Any, trains_adapters: bool) -> dict[str, str]:
 
 
 class StepCounter(TrainerCallback):
-    """Counts the steps that changed the weights, also of a run that does not return.
+    """Counts the steps that changed the weights, also in a run that ends with an error.
 
     Attributes:
         steps (`int`): steps taken so far.

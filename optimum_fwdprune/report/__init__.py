@@ -1,4 +1,4 @@
-"""Reports of a pruning, for people and for machines: figures, tables, pictures, and a page with all of them."""
+"""Reports of a pruning: figures as JSON, tables, pictures, and a page with all of them."""
 
 from ..record.outcome import Speedup as Speedup
 from ..words import render_table as render_table

@@ -1,4 +1,4 @@
-"""Colours, figures, legends and axes that all pictures share, and the file that a picture is written to."""
+"""What all pictures share: colours, figures, legends and axes, and how they are written to files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Every colour by its part; the page turns them into custom properties, which its dark theme replaces.
+# The colour of every part of a picture. The page turns them into custom properties, which its dark theme replaces.
 PALETTE = {
     "ink": "#1d2433",
     "muted": "#5f6b7d",
@@ -28,7 +28,7 @@ NO_MATPLOTLIB = "Plots need matplotlib: pip install optimum-fwdprune[plots]."
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches.
+    """Return an empty figure, whose `width` and `height` are in inches.
 
     Raises:
         ImportError: where matplotlib is not installed.
@@ -41,7 +41,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def drawing(**more: Any):
-    """Return a context in which matplotlib draws in our colours."""
+    """Return a context in which matplotlib draws in the colours of `PALETTE`; `more` are further settings of it."""
     import matplotlib
 
     style: dict[Any, Any] = {
@@ -76,12 +76,12 @@ def save_figure(figure: Figure, file: str | Path) -> None:
     """Write a figure to a file that appears whole or not at all.
 
     Raises:
-        ValueError: where matplotlib does not know the file's ending.
+        ValueError: where matplotlib has no format for the file's ending.
     """
     file = Path(file)
     endings = figure.canvas.get_supported_filetypes()
     if file.suffix.removeprefix(".") not in endings:
-        raise ValueError(f"{file} must end in one of {', '.join(sorted(endings))}; it says which format to write.")
+        raise ValueError(f"{file} must end in one of {', '.join(sorted(endings))}, which determines the format.")
     partial = file.with_name(f".{file.stem}.partial{file.suffix}")
     try:
         figure.savefig(partial)
@@ -91,12 +91,12 @@ def save_figure(figure: Figure, file: str | Path) -> None:
 
 
 def add_legend(axis: Axes) -> None:
-    """Put a legend above the picture, where it covers nothing, right of the title."""
+    """Add a legend above the plot, right of the title, where it covers nothing."""
     axis.legend(loc="lower right", bbox_to_anchor=(1.02, 0.97), ncols=6, frameon=False, columnspacing=1.2)
 
 
 def number_layers(axis: Axes, layers: Sequence[int]) -> None:
-    """Number the horizontal axis by layers."""
+    """Label the horizontal axis with layer numbers."""
     from matplotlib.ticker import MaxNLocator
 
     axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))

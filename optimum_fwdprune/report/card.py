@@ -39,11 +39,11 @@ def write_card(
     """Write a checkpoint's model card, its picture, and the base's licence into its folder.
 
     Args:
-        folder (`Path`): of the checkpoint.
-        name (`str`): what it is loaded by: a repository, or a folder's name.
+        folder (`Path`): the checkpoint's folder.
+        name (`str`): the name that it is loaded by: a repository, or a folder's name.
         model (`PreTrainedModel`): the pruned model.
         record (`Record`): how it was pruned, trained afterwards, and measured.
-        base (`Base`, *optional*): what was pruned.
+        base (`Base`, *optional*): the model that was pruned.
     """
     if record.plan is not None and importlib.util.find_spec("matplotlib"):
         plot_plan(record.plan, folder / PICTURE_NAME)
@@ -92,12 +92,12 @@ def _metadata(name: str, model: PreTrainedModel, base: Base | None, comparison: 
 
 
 def _introduction(name: str, record: Record, base: Base | None) -> str:
-    of = f"`{base.name}`" if base else "a dense model"
+    origin = f"`{base.name}`" if base else "a dense model"
     if base and base.is_repository:
-        of = f"[{base.name}](https://huggingface.co/{base.name})"
+        origin = f"[{base.name}](https://huggingface.co/{base.name})"
     wanted = base.wanted_name if base else None
     sentences = [
-        f"This is {of}, made smaller by structured pruning with optimum-fwdprune.",
+        f"This is {origin}, made smaller by structured pruning with optimum-fwdprune.",
         *_what_was_removed(record.plan),
         *_how_units_were_chosen(record),
         *_what_became_of_the_weights(record),
@@ -116,7 +116,7 @@ def _what_was_removed(plan: PruningPlan | None) -> Iterator[str]:
     if removed:
         text = " and ".join(names[kind] for kind in removed)
         rest = f", and all {names[kept[0]]} were kept" if kept else ""
-        yield f"{text[0].upper()}{text[1:]} were removed for good{rest}."
+        yield f"{text[0].upper()}{text[1:]} were removed{rest}."
     else:
         yield "No unit was removed: every layer keeps its size."
 
@@ -126,13 +126,13 @@ def _how_units_were_chosen(record: Record) -> Iterator[str]:
     if config is None or plan is None or not any(map(plan.removed, plan.kept)):
         return
     if plan.metadata.get("replayed"):
-        yield "Which ones was read from a plan that was made before."
+        yield "The choice of units was read from an existing plan."
         return
     means = "with back-propagation" if get_method(config.method).differentiates(config) else "with forward passes only"
     rounds = f" in {config.rounds} rounds" if config.rounds > 1 else ""
     yield f"The method `{config.method}` chose them{rounds}, {means}."
     if config.resolved_scope == Scope.SEARCH:
-        yield "How much each layer lost was found by a search that compared whole pruned models."
+        yield "A search that compared whole pruned models decided how many units each layer keeps."
     if text := _calibration_of(record):
         yield f"It was calibrated on {calibration_in_words(text)}."
 
@@ -150,9 +150,10 @@ def _what_became_of_the_weights(record: Record) -> Iterator[str]:
         if recovery:
             yield f"Before this pruning it had been trained {_training_in_words(recovery)}."
     if config.reconstruction == ReconstructionKind.NONE:
-        yield f"The weights that were kept are those of the {'model before it' if was_pruned else 'dense model'}."
+        owner = "model before this pruning" if was_pruned else "dense model"
+        yield f"The weights that were kept are equal to those of the {owner}."
     elif config.reconstruction == ReconstructionKind.BIAS:
-        yield "Biases of the output projections replace the mean output of what was removed."
+        yield "Biases of the output projections replace the mean output of the removed units."
     else:
         order = " one layer after the other" if config.reconstruction_order != ReconstructionOrder.INDEPENDENT else ""
         what = "the output projections, and the linears before them," if config.refit_sources else "output projections"
@@ -177,7 +178,7 @@ def _training_in_words(recovery: Mapping[str, Any]) -> str:
 
 
 def _calibration_of(record: Record) -> str | None:
-    """Name of the calibration data."""
+    """Return the name of the calibration data; `None` where it was not recorded."""
     if record.outcome is not None:
         return record.outcome.calibration
     recorded = (record.plan.metadata.get("calibration") if record.plan else None) or {}
@@ -190,7 +191,7 @@ def _loading(name: str, model: PreTrainedModel) -> str:
     return f"""## Load it
 
 ```python
-# 1. Without optimum-fwdprune: transformers runs the modelling code that lies beside the weights.
+# 1. Without optimum-fwdprune: transformers runs the modelling code in the checkpoint.
 from transformers import {auto_class}, AutoTokenizer
 
 model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
@@ -198,7 +199,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 ```
 
 ```python
-# 2. With optimum-fwdprune, and no remote code.
+# 2. With optimum-fwdprune, without remote code.
 import optimum_fwdprune
 from transformers import {auto_class}
 
@@ -223,19 +224,19 @@ def _sizes(outcome: Outcome | None) -> str:
         ("---", "---:", "---:"),
         ("parameters", f"{outcome.parameters_before:,}", f"{outcome.parameters_after:,}"),
         (
-            "of them prunable",
+            "prunable parameters",
             f"{outcome.prunable_parameters:,}",
             f"{outcome.prunable_parameters - outcome.removed_parameters:,}",
         ),
         ("weights, MB", f"{outcome.bytes_before / 1e6:,.1f}", f"{outcome.bytes_after / 1e6:,.1f}"),
     ]
     if outcome.speedup is not None:
-        rows.append(("prefill, times as fast", "1.00", f"{outcome.speedup.measured:.2f}"))
+        rows.append(("speed-up of the prefill", "1.00", f"{outcome.speedup.measured:.2f}"))
     return "## Size\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _measured(comparison: Comparison | None) -> str:
-    return f"## Measured\n\n{comparison.to_markdown().rstrip()}" if comparison else ""
+    return f"## Measurements\n\n{comparison.to_markdown().rstrip()}" if comparison else ""
 
 
 def _kept(record: Record, picture: Path) -> str:
@@ -250,7 +251,7 @@ def _reproduction(name: str, record: Record, base: Base | None) -> str:
     made = reproduction_of(record, _calibration_of(record), repository)
     if made is None:
         return ""
-    text = "## Make it again\n\n"
+    text = "## Reproduce it\n\n"
     if made.command is not None:
         text += f"```bash\n{made.command}\n```\n\n"
     else:
@@ -259,15 +260,15 @@ def _reproduction(name: str, record: Record, base: Base | None) -> str:
     versions = (record.plan.metadata.get("versions") if record.plan else None) or {}
     if versions:
         listed = ", ".join(f"{package.replace('_', '-')} {version}" for package, version in versions.items())
-        notes = [*notes, f"The same weights come of the same versions ({listed}) on the same kind of device."]
+        notes = [*notes, f"The weights are the same with the same versions ({listed}) on the same kind of device."]
     text += "\n".join(f"- {note}" for note in notes)
     text += (
-        f"\n\n`{CONFIG_NAME}` is the request, and `{PLAN_NAME}` lists the units that were kept: `--plan` replays it, "
-        f"and refits weights where `--reconstruction` is named."
+        f"\n\n`{CONFIG_NAME}` is the request, and `{PLAN_NAME}` lists the units that were kept: `--plan` keeps the "
+        f"same units, and refits weights if `--reconstruction` is set too."
     )
     if recovery := record.recovery:
         lines = "\n".join(f"- {name}: {value}" for name, value in recovery.items())
-        text += f"\n\nTrained afterwards, as `optimum-cli fwdprune recover` does:\n\n{lines}"
+        text += f"\n\nAfter pruning, the model was trained as `optimum-cli fwdprune recover` does:\n\n{lines}"
     return text
 
 
@@ -285,6 +286,6 @@ pruner.prune(PruningConfig.from_pretrained("{name}"), dataset=DATASET)
 def _limits(record: Record, base: Base | None) -> str:
     text = "## Limits\n\nPruning costs quality"
     if _calibration_of(record):
-        text += ", and more on text unlike the calibration text"
-    text += ". Alignment and safety of the base were not tested again."
+        text += ", and more of it on text that differs from the calibration text"
+    text += ". The alignment and safety of the pruned model were not tested."
     return text + (" The base's licence applies." if base and base.license else "")

@@ -1,4 +1,4 @@
-"""The content of a report as JSON values; its page, tables and pictures show nothing else."""
+"""The content of a report as JSON values, from which its page, tables and pictures are made."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from .learning import learning_of
 
 BINS = 32
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
-# Scores this far apart are shown by their order of magnitude.
+# Scores that span more orders of magnitude than this are shown on a logarithmic axis.
 DECADES = 2
 
 
 def document_of(checkpoints: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a report of checkpoints that `describe` described, as JSON values."""
+    """Return a report, as JSON values, of checkpoints as [`describe`] returns them."""
     numbered = [{"number": number, **checkpoint} for number, checkpoint in enumerate(checkpoints, 1)]
     return {"format": 1, "made_by": f"optimum-fwdprune {__version__}", "checkpoints": numbered}
 
 
 def models_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the models of a report in the order of its tables: what was compared with first, then the checkpoints.
+    """Return the models of a report in the order of its tables: first the dense models, then the checkpoints.
 
     Args:
-        document (mapping): of `document_of`.
+        document (mapping): the report, as [`document_of`] returns it.
 
     Returns:
-        `list[dict]`: `number`, a checkpoint's own or `D` for what it is compared with; `name`; `is_dense`; `figures`,
-        empty where nothing was measured; `at`, where in the document these stand.
+        `list[dict]`: `number`, a checkpoint's own or `D` for the dense model; `name`; `is_dense`; `figures`, empty
+        where nothing was measured; `at`, the path of these figures in the document.
     """
     dense: list[dict[str, Any]] = []
     pruned: list[dict[str, Any]] = []
@@ -68,33 +68,33 @@ def models_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 def describe_checkpoint(
     model_id: str | Path, comparison: Comparison | None = None, name: str | None = None, **hub_kwargs
 ) -> dict[str, Any]:
-    """Return what is known of a pruned checkpoint as JSON values; see [`describe`]. No weight is read.
+    """Return the record of a pruned checkpoint as JSON values; see [`describe`]. No weight is read.
 
     Args:
         model_id (`str` or `Path`): folder, or repository of the Hub.
-        comparison (`Comparison`, *optional*): what was measured, the dense model first and this one last; by default
-            what the checkpoint itself carries.
-        name (`str`, *optional*): to show; by default the folder's or the repository's.
+        comparison (`Comparison`, *optional*): measurements, the dense model first and this one last; by default those
+            in the checkpoint itself.
+        name (`str`, *optional*): name to show; by default the folder's or the repository's.
         hub_kwargs: `revision`, `token`, `cache_dir`, `trust_remote_code` and the like.
 
     Raises:
-        ValueError: where it is no pruned checkpoint, or a file in it is damaged, naming it.
+        ValueError: where this is no pruned checkpoint, or a file in it is damaged; the message names the file.
         OSError: where there is no such folder or repository.
     """
     path = Path(model_id)
     if path.is_file():
-        raise ValueError(f"{path} is a file; a report is of the folder of a pruned checkpoint, or of its repository.")
+        raise ValueError(f"{path} is a file; name the folder of a pruned checkpoint, or its repository.")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{path} has no config.json: it is no checkpoint, or a part of one.")
+        raise ValueError(f"{path} has no config.json: it is no checkpoint, or an incomplete one.")
     where = {key: value for key, value in hub_kwargs.items() if key != "trust_remote_code"}
     record = Record.of_checkpoint(model_id, **where)
     if record.plan is None and not path.exists():
         try:
             AutoConfig.from_pretrained(model_id, **hub_kwargs)
         except OSError as error:
-            raise OSError(f"There is no folder {model_id}, nor a repository to be read: {error}") from error
+            raise OSError(f"There is no folder {model_id}, and no repository that can be read: {error}") from error
     if record.plan is None:
-        raise ValueError(f"{model_id} has no {PLAN_NAME}: it is dense, or was pruned by other means.")
+        raise ValueError(f"{model_id} has no {PLAN_NAME}: it is dense, or was pruned with another tool.")
     try:
         config = AutoConfig.from_pretrained(model_id, **hub_kwargs)
     except json.JSONDecodeError as error:
@@ -109,12 +109,12 @@ def describe_checkpoint(
 
 
 def describe(name: str, record: Record, comparison: Comparison | None = None) -> dict[str, Any]:
-    """Return what is known of a pruned model, as JSON values; `None` stands for what is not.
+    """Return the record of a pruned model as JSON values; `None` stands for what is not known.
 
     Args:
-        name (`str`): to show.
+        name (`str`): name to show.
         record (`Record`): request, plan, scores and figures.
-        comparison (`Comparison`, *optional*): what was measured: this model last, and first what it is compared with.
+        comparison (`Comparison`, *optional*): measurements: first the dense model, if any, and this model last.
     """
     plan, config, scores, outcome = record.plan, record.config, record.scores, record.outcome
     metadata = plan.metadata if plan else {}
@@ -145,11 +145,11 @@ def describe(name: str, record: Record, comparison: Comparison | None = None) ->
 
 
 def measured_of(comparison: Comparison | None) -> dict[str, Any] | None:
-    """Return every figure of the last model of a comparison, and of the first where that is another one."""
+    """Return every figure of the last model of a comparison, and of the first one where it has several models."""
     if comparison is None:
         return None
     models = [
-        # JSON has no word for what a broken model measures.
+        # JSON has no NaN and no infinity, which a broken model measures.
         {
             "name": Path(evaluation.name).name,
             "figures": {
@@ -188,17 +188,17 @@ def _layers(plan: PruningPlan, outcome: Outcome | None) -> list[dict[str, Any]]:
         for kind in UnitKind:
             key = SiteKey(layer, kind)
             kept, units, size = len(plan.kept.get(key, [])), plan.num_units.get(key, 0), per_unit.get(key)
-            known = {} if size is None else {"parameters": {"before": units * size, "after": kept * size}}
-            row[str(kind)] = {"kept": kept, "units": units, "parameters": None, **known}
+            parameters = None if size is None else {"before": units * size, "after": kept * size}
+            row[str(kind)] = {"kept": kept, "units": units, "parameters": parameters}
         rows.append(row)
     return rows
 
 
 def _scores(scores: Scores, plan: PruningPlan | None) -> dict[str, Any]:
-    """By kind: how many units have which score, and the quantiles of every layer's.
+    """Return by kind a histogram of the scores, and the quantiles of every layer's scores.
 
-    After several rounds the scores are of the last, whose units the plan does not number: kept and removed ones are
-    not told apart then.
+    After several rounds the scores are those of the last round. The plan numbers the dense model's units, not those of
+    that round, so that the histogram does not distinguish kept and removed units.
     """
     spreads: dict[str, Any] = {}
     for kind in UnitKind:
@@ -211,8 +211,8 @@ def _scores(scores: Scores, plan: PruningPlan | None) -> dict[str, Any]:
         low, high = float(everything.min()), float(everything.max())
         places = edges(low, high if high > low else low + 1, BINS + 1)
         places[0], places[-1] = low, max(high, places[-1])
-        told_apart = plan is not None and all(plan.num_units.get(key) == len(value) for key, value in values.items())
-        if told_apart:
+        same_numbers = plan is not None and all(plan.num_units.get(key) == len(value) for key, value in values.items())
+        if same_numbers:
             assert plan is not None
             kept = np.concatenate([np.isin(np.arange(len(value)), plan.kept[key]) for key, value in values.items()])
             parts = {"kept": everything[kept], "removed": everything[~kept]}

@@ -1,4 +1,4 @@
-"""The pictures of a report's page, drawn from its JSON values as SVG that takes its colours from the page."""
+"""The pictures of a report's page, drawn from its JSON values as SVG whose colours are those of the page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .numbers import is_quality, is_speed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Inches: as wide as a phone, so that letters are as large there as they are drawn.
+# In inches. It is the width of a phone, so that a phone shows the text unscaled.
 WIDTH = 5.0
 
 
@@ -27,8 +27,8 @@ class Picture:
     """A picture of the page.
 
     Args:
-        title (`str`): what it shows.
-        caption (`str`): how to read it.
+        title (`str`): its title.
+        caption (`str`): a sentence on how to read it.
         svg (`str`): an `<svg>` element.
     """
 
@@ -38,11 +38,11 @@ class Picture:
 
 
 def pictures_of(checkpoint: Mapping[str, Any], name: str) -> dict[str, list[Picture]]:
-    """Draw a checkpoint: `layers`, `scores` and `learning`, each empty where there is nothing to show.
+    """Draw a checkpoint: lists of pictures of its `layers`, `scores` and `learning`, empty where there are no data.
 
     Args:
-        checkpoint (mapping): of [`describe`].
-        name (`str`): that no other checkpoint of the page has; identifiers in the SVG begin with it.
+        checkpoint (mapping): the checkpoint, as [`describe`] returns it.
+        name (`str`): a name that is unique on the page; identifiers in the SVG begin with it.
     """
     return {
         "layers": _of_layers(checkpoint, name) if checkpoint["layers"] else [],
@@ -52,10 +52,10 @@ def pictures_of(checkpoint: Mapping[str, Any], name: str) -> dict[str, list[Pict
 
 
 def pictures_of_all(document: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> list[Picture]:
-    """Draw checkpoints side by side: quality against size and speed, and what each layer kept.
+    """Draw several checkpoints in one picture: quality against size and speed, and what each layer kept.
 
     Args:
-        document (mapping): of [`document_of`].
+        document (mapping): the report, as [`document_of`] returns it.
         models (sequence of mappings): `number`, `is_dense` and `figures` of every model that was measured.
     """
     drawings = []
@@ -73,12 +73,12 @@ def pictures_of_all(document: Mapping[str, Any], models: Sequence[Mapping[str, A
                 def draw(axis: Axes, points=points, label=label, quality=quality) -> None:
                     pictures.draw_points(axis, points, label, quality)
 
-                of, side = ("speed", "right") if against in speeds else ("size", "left")
+                measure, side = ("speed", "right") if against in speeds else ("size", "left")
                 drawings.append(
                     _draw(
-                        f"all-{quality}-{of}",
-                        f"Quality against {of}",
-                        f"Down and to the {side} is better.",
+                        f"all-{quality}-{measure}",
+                        f"Quality against {measure}",
+                        f"Models further down and to the {side} are better.",
                         [draw],
                         3.1,
                     )
@@ -99,7 +99,7 @@ def _kept_of_all(checkpoints: Sequence[Mapping[str, Any]], kind: str) -> Picture
         axis.set_xlabel("layer")
 
     title = "Kept MLP channels" if kind == UnitKind.MLP else "Kept attention units"
-    return _draw(f"all-kept-{kind}", title, "A line per checkpoint, by its number.", [draw], 2.6)
+    return _draw(f"all-kept-{kind}", title, "Each line is a checkpoint, labelled with its number.", [draw], 2.6)
 
 
 def _of_layers(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
@@ -128,7 +128,7 @@ def _of_layers(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
             pictures.draw_parameters(axis, layers, before, after)
             axis.set_xlabel("layer")
 
-        text = "Prunable parameters of each layer: what is left, on what there was."
+        text = "Prunable parameters of each layer after pruning (coloured), compared with before."
         drawings.append(_draw(f"{name}-parameters", "Parameters", text, [parameters], 3.6))
     return drawings
 
@@ -154,15 +154,15 @@ def _of_scores(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
     return [
         _draw(
             f"{name}-histogram",
-            "How scores are spread",
-            "How many units have which score; a higher one is kept first.",
+            "Distribution of scores",
+            "The number of units by score; units with higher scores are kept first.",
             [histogram(kind) for kind in kinds],
             height,
         ),
         _draw(
             f"{name}-spread",
             "Scores by layer",
-            "The median of each layer, with half and nine tenths of its units around it.",
+            "The line is the median of each layer; the bands hold half and nine tenths of its units.",
             [by_layer(kind) for kind in kinds],
             height,
             sharex=True,
@@ -182,13 +182,14 @@ def _of_learning(learning: Mapping[str, Any], name: str) -> list[Picture]:
 
         return drawn
 
-    drawings = [_draw(f"{name}-loss", "Loss", f"Over the {step}s.", [over_steps(pictures.draw_loss)], 3.0)]
+    text = f"The loss over the {step}s."
+    drawings = [_draw(f"{name}-loss", "Loss", text, [over_steps(pictures.draw_loss)], 3.0)]
     if not learning["is_search"] and learning["entropy"] and learning["expected_sparsity"]:
-        text = "How undecided the masks are, and how much they remove."
+        text = "The entropy of the masks, which is 0 once they are decided, and the share of units that they remove."
         drawings.append(_draw(f"{name}-masks", "Masks", text, [over_steps(pictures.draw_masks)], 3.0))
     for kind, title in ((UnitKind.ATTENTION, "Attention"), (UnitKind.MLP, "MLP")):
         drawn = [over_steps(pictures.draw_rates, kind)]
-        text = f"The share that each layer keeps, over the {step}s."
+        text = f"The share of its units that each layer keeps, over the {step}s."
         drawings.append(_draw(f"{name}-rates-{kind}", f"{title} keep rates", text, drawn, 3.4))
     return drawings
 
@@ -197,7 +198,7 @@ def _draw(
     name: str, title: str, caption: str, panels: Sequence[Callable[[Axes], None]], height: float, sharex: bool = False
 ) -> Picture:
     output = io.StringIO()
-    # Text stays text; identifiers depend on nothing but the picture.
+    # Text is not turned into paths, and identifiers depend on the picture alone.
     with drawing(**{"svg.fonttype": "none", "svg.hashsalt": name}):
         figure = new_figure(WIDTH, height)
         axes = figure.subplots(len(panels), 1, squeeze=False, sharex=sharex)[:, 0]
@@ -209,13 +210,13 @@ def _draw(
 
 
 def _themed(svg: str, title: str) -> str:
-    """The `<svg>` element alone, as wide as its place, in the page's colours and font."""
+    """Return the `<svg>` element alone, scaled to the width of its container, in the page's colours and font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
     opening = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width} {height}" role="img"'
     svg = re.sub(r"<svg[^>]*>", f'{opening} aria-label="{title}">', svg, count=1)
-    # Matplotlib numbers its groups alike in every picture, and nothing refers to those.
+    # Matplotlib gives groups the same identifiers in every picture. Unused ones are removed, since they would repeat.
     used = set(re.findall(r"(?:#|url\(#)([\w-]+)", svg))
     svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", svg)
     for name, color in PALETTE.items():

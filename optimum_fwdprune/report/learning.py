@@ -1,4 +1,4 @@
-"""The history of a run that learned what to keep, thinned to what a picture or a table can show."""
+"""The history of a run that learned its masks, reduced to as many points as a picture or a table shows."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 def learning_of(history: Mapping[str, Tensor], points: int = 400) -> dict[str, Any]:
-    """Return a history as JSON values, in at most so many stretches of equally many steps.
+    """Return a history as JSON values, divided into stretches of equally many steps.
 
     Args:
-        history (mapping of `str` to `Tensor[steps]`): of [`Scores`].
-        points (`int`, defaults to 400): at most so many.
+        history (mapping of `str` to `Tensor[steps]`): the history of [`Scores`].
+        points (`int`, defaults to 400): largest number of stretches.
 
     Returns:
-        `dict`: the last step of every stretch as `steps`; `loss`, the mean of the stretch, and `smooth_loss`, that of
-        the last twentieth of the run, `None` where nothing was finite; `entropy`, `expected_sparsity`, each `None`
-        where there is none, and, by kind and layer, `keep_rates` as they are at its last step; `stretch` and
-        `smoothed_over`, how many steps a stretch and a twentieth are.
+        `dict`: with an entry per stretch: `steps`, its last step; `loss`, its mean loss; `smooth_loss`, the mean loss
+        of the `smoothed_over` steps that end with it; `None` stands for a mean of no finite value. `entropy` and
+        `expected_sparsity`, which are `None` where the history has none, and `keep_rates` by kind and layer, are those
+        of its last step. `stretch` is the number of steps of a stretch, and `smoothed_over` a twentieth of all steps.
 
     Raises:
         ValueError: where there is no history, because the method does not learn, or took no step.

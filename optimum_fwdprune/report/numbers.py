@@ -1,4 +1,4 @@
-"""Numbers of a report as people read them, each with its exact value and where in the JSON file it stands."""
+"""Numbers of a report as text, and as HTML with the exact value and its path in the JSON file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _rounded(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
-# How a number is written, by what it is.
+# The formats that numbers are written in.
 WAYS = {
     "count": lambda value: f"{value:,.0f}",
     "millions": lambda value: f"{value / 1e6:,.1f} M",
@@ -34,10 +34,10 @@ def shown_as(document: Mapping[str, Any], path: list[str | int], way: str, absen
 
     Args:
         document (mapping): the report.
-        path (list of `str` and `int`): keys and places on the way to the number; where one is missing or `None`, there
-            is no number.
-        way (`str`): how it is written, a key of `WAYS`.
-        absent (`str`): what to say where there is no number.
+        path (list of `str` and `int`): keys and indices that lead to the number; where one of them is missing, or
+            leads to `None`, there is no number.
+        way (`str`): its format, a key of `WAYS`.
+        absent (`str`): text to show where there is no number.
     """
     value: Any = document
     for step in path:
@@ -52,27 +52,27 @@ def shown_as(document: Mapping[str, Any], path: list[str | int], way: str, absen
 
 
 def written(value: float | str | None, way: str, absent: str = "not measured") -> str:
-    """Return a number as text, or what to say where there is none; `way` is a key of `WAYS`.
+    """Return a number as text in the format `way`, a key of `WAYS`, or `absent` where there is none.
 
-    Text is that of a number that JSON does not know, such as `nan`.
+    A `str` is returned as it is: it stands for a number that JSON cannot hold, such as `nan`.
     """
     return absent if value is None else value if isinstance(value, str) else WAYS[way](value)
 
 
 def figure_way(name: str) -> str:
-    """Return how a figure of a comparison is written."""
+    """Return the format of a figure of a comparison, a key of `WAYS`."""
     if name == "parameters" or name.startswith("MACs"):
         return "millions"
     return "megabytes" if name.endswith(", bytes") else "times" if name.endswith("times as fast") else "number"
 
 
 def figure_label(name: str) -> str:
-    """Return what a figure of a comparison is called where its unit stands with the number."""
+    """Return the name of a figure of a comparison without its unit, which is shown with the number."""
     return name.removesuffix(", bytes").replace(", times as fast", ", against dense")
 
 
 def calibration_in_words(source: str) -> str:
-    """Return what a model was calibrated on, by the name of its calibration data, to stand after "calibrated on"."""
+    """Return a phrase for the calibration data of this name, which can follow "calibrated on"."""
     words = {
         "self": "text that the model generated",
         "builtin": "Python's documentation",
@@ -88,7 +88,7 @@ def is_quality(name: str) -> bool:
 
 
 def is_speed(name: str) -> bool:
-    """Whether a figure of a comparison is a speed against another model's."""
+    """Whether a figure of a comparison is a speed-up over another model."""
     return name.endswith(", times as fast")
 
 

@@ -18,7 +18,7 @@ from .figures import pictures_of, pictures_of_all
 from .numbers import calibration_in_words, figure_label, figure_way, headline, is_quality, is_speed, shown_as
 
 
-# What of the palette another colour stands for on a dark page.
+# The colours that replace those of `PALETTE` on a dark page.
 DARK = {
     "ink": "#e8ebf1",
     "muted": "#9aa6b8",
@@ -33,15 +33,15 @@ DARK = {
 
 
 def write_page(document: Mapping[str, Any], file: str | Path, overwrite: bool = False) -> Path:
-    """Write a report's page, and beside it its JSON file; both appear whole or not at all.
+    """Write a report's page, and a JSON file of its figures beside it; each file appears whole or not at all.
 
     Args:
-        document (mapping): of [`document_of`].
-        file (`str` or `Path`): the page, ending in .html; the JSON file has its name and ends in .json.
-        overwrite (`bool`, defaults to `False`): replace files that are there.
+        document (mapping): the report, as [`document_of`] returns it.
+        file (`str` or `Path`): file of the page, ending in .html; the JSON file has the same name, ending in .json.
+        overwrite (`bool`, defaults to `False`): replace files that exist.
 
     Returns:
-        `Path`: of the JSON file.
+        `Path`: the JSON file.
 
     Raises:
         ValueError: where `file` does not end in .html.
@@ -56,7 +56,7 @@ def write_page(document: Mapping[str, Any], file: str | Path, overwrite: bool = 
 
 
 def check_page_file(file: str | Path, overwrite: bool = False) -> tuple[Path, Path]:
-    """Return the paths of a page and of its JSON file, where both can be made.
+    """Return the paths of a page and of its JSON file, after checking that both can be written.
 
     Raises:
         ImportError: where matplotlib is not installed.
@@ -77,7 +77,7 @@ def to_json(document: Mapping[str, Any]) -> str:
 
 
 def render_page(document: Mapping[str, Any]) -> str:
-    """Return the page of a report; it depends on nothing but `document`.
+    """Return the page of a report as HTML; it depends on `document` alone.
 
     Raises:
         ImportError: where matplotlib is not installed.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def plot_plan(plan: PruningPlan, file: str | Path) -> None:
-    """Draw what each layer kept, as a share, into a file (.svg, .png or .pdf)."""
+    """Write a picture of the share of its units that each layer kept to a file (.svg, .png or .pdf)."""
     layers = sorted({layer for layer, _ in plan.kept})
     figure = new_figure(8, 3.8)
     with drawing():
@@ -34,14 +34,14 @@ def plot_plan(plan: PruningPlan, file: str | Path) -> None:
 
 
 def plot_history(history: Mapping[str, Tensor], file: str | Path) -> None:
-    """Draw the expected loss, the entropy of the masks, and the keep rate of every layer over the steps.
+    """Write a picture of the expected loss, the entropy of the masks, and every layer's keep rate over the steps.
 
     Args:
-        history (mapping of `str` to `Tensor[steps]`): of [`Scores`].
-        file (`str` or `Path`): picture to write; its ending (.svg, .png, .pdf) says which format.
+        history (mapping of `str` to `Tensor[steps]`): the history of [`Scores`].
+        file (`str` or `Path`): picture to write; its ending (.svg, .png, .pdf) determines the format.
 
     Raises:
-        ValueError: where there is no history, or matplotlib does not know the ending.
+        ValueError: where there is no history, or matplotlib has no format for the ending.
         ImportError: where matplotlib is not installed.
     """
     learning = learning_of(history)
@@ -59,7 +59,7 @@ def plot_history(history: Mapping[str, Tensor], file: str | Path) -> None:
 def draw_kept(
     axis: Axes, kind: str, layers: Sequence[int], kept: Sequence[int], units: Sequence[int], name: str
 ) -> None:
-    """Draw a bar per layer: the share of its units that stayed, on the track of all that there were."""
+    """Draw a bar per layer: the share of its units that were kept, on a bar of full height."""
     present = [place for place, total in enumerate(units) if total]
     where = [layers[place] for place in present]
     axis.bar(where, [1.0] * len(where), width=0.74, color=PALETTE["track"])
@@ -73,13 +73,13 @@ def draw_kept(
 def draw_parameters(
     axis: Axes, layers: Sequence[int], before: Sequence[int], after: Mapping[str, Sequence[int]]
 ) -> None:
-    """Draw the prunable parameters of every layer in millions: what is left by kind, on the track of what there was.
+    """Draw the prunable parameters of every layer in millions: those left, by kind, on a bar of those before pruning.
 
     Args:
-        axis (`Axes`): to draw on.
-        layers (sequence of `int`): their numbers.
-        before (sequence of `int`): of all kinds together.
-        after (mapping of kind to sequence of `int`): of each kind.
+        axis (`Axes`): axes to draw on.
+        layers (sequence of `int`): numbers of the layers.
+        before (sequence of `int`): parameters of all kinds together before pruning.
+        after (mapping of kind to sequence of `int`): parameters of each kind after pruning.
     """
     axis.bar(layers, [count / 1e6 for count in before], width=0.74, color=PALETTE["track"], label="removed")
     floor = [0.0] * len(layers)
@@ -93,13 +93,13 @@ def draw_parameters(
 
 
 def draw_histogram(axis: Axes, kind: str, spread: Mapping[str, Any], name: str) -> None:
-    """Draw how many units have which score, kept and removed ones on top of each other.
+    """Draw a histogram of the units' scores, with the bars of kept units on top of those of removed ones.
 
     Args:
-        axis (`Axes`): to draw on.
-        kind (`str`): of the units.
+        axis (`Axes`): axes to draw on.
+        kind (`str`): kind of the units.
         spread (mapping): `edges`, `is_log` and counts of `kept` and `removed`, or of `all`.
-        name (`str`): of the units.
+        name (`str`): name of the units, which becomes the title.
     """
     edges = spread["edges"]
     widths = [high - low for low, high in pairwise(edges)]
@@ -116,14 +116,14 @@ def draw_histogram(axis: Axes, kind: str, spread: Mapping[str, Any], name: str) 
 
 
 def draw_spread_by_layer(axis: Axes, kind: str, rows: Sequence[Mapping[str, float]], is_log: bool, name: str) -> None:
-    """Draw what scores each layer's units have: the middle as a line, half and nine tenths of them as bands.
+    """Draw the scores of each layer's units: their median as a line, half and nine tenths of them as bands.
 
     Args:
-        axis (`Axes`): to draw on.
-        kind (`str`): of the units.
+        axis (`Axes`): axes to draw on.
+        kind (`str`): kind of the units.
         rows (sequence of mappings): `layer`, and the quantiles `q05`, `q25`, `q50`, `q75` and `q95`.
-        is_log (`bool`): whether scores stand on a logarithmic axis.
-        name (`str`): of the units.
+        is_log (`bool`): whether the axis of the scores is logarithmic.
+        name (`str`): name of the units, which becomes the title.
     """
     layers = [int(row["layer"]) for row in rows]
     column = {name: [row[name] for row in rows] for name in ("q05", "q25", "q50", "q75", "q95")}
@@ -138,7 +138,7 @@ def draw_spread_by_layer(axis: Axes, kind: str, rows: Sequence[Mapping[str, floa
 
 
 def draw_loss(axis: Axes, learning: Mapping[str, Any]) -> None:
-    """Draw the loss over the steps, each or in stretches, and smoothed."""
+    """Draw the loss over the steps, as it is or as means of stretches, and smoothed."""
     for name, over, color, width in (
         ("loss", learning["stretch"], "removed", 1.0),
         ("smooth_loss", learning["smoothed_over"], "accent", 1.8),
@@ -152,7 +152,7 @@ def draw_loss(axis: Axes, learning: Mapping[str, Any]) -> None:
 
 
 def draw_masks(axis: Axes, learning: Mapping[str, Any]) -> None:
-    """Draw how undecided the masks are, and how much they remove."""
+    """Draw the entropy of the masks, and the share of units that they remove."""
     for name, label, color, style in (
         ("entropy", "entropy, bits", "accent", "-"),
         ("expected_sparsity", "removed share", "muted", "--"),
@@ -165,7 +165,7 @@ def draw_masks(axis: Axes, learning: Mapping[str, Any]) -> None:
 
 
 def draw_rates(axis: Axes, kind: str, learning: Mapping[str, Any]) -> None:
-    """Draw the keep rate of every layer over the steps as a heat map; layers that were left alone stay blank."""
+    """Draw the keep rate of every layer over the steps as a heat map; layers without a keep rate stay blank."""
     from matplotlib.ticker import MaxNLocator
 
     rates = {int(layer): values for layer, values in learning["keep_rates"][kind].items()}
@@ -189,16 +189,16 @@ def draw_points(axis: Axes, points: Sequence[tuple[str, bool, float, float]], ho
     """Draw models as numbered points.
 
     Args:
-        axis (`Axes`): to draw on.
-        points (sequence of `(label, is_dense, x, y)`): a model each.
-        horizontal, vertical (`str`): what is measured along the axes.
+        axis (`Axes`): axes to draw on.
+        points (sequence of `(label, is_dense, x, y)`): one per model.
+        horizontal, vertical (`str`): labels of the axes.
     """
     for label, is_dense, x, y in points:
         color = PALETTE["muted"] if is_dense else PALETTE["accent"]
         axis.plot([x], [y], "o", markersize=17, color=color)
         axis.text(x, y, label, ha="center", va="center_baseline", color=PALETTE["paper"], weight="bold")
     axis.margins(0.16)
-    # Names of texts are the user's, and no formulas.
+    # The labels hold names of the user's texts, which matplotlib must not read as formulas.
     axis.set_xlabel(horizontal, parse_math=False)
     axis.set_ylabel(vertical, parse_math=False)
 
@@ -206,7 +206,7 @@ def draw_points(axis: Axes, points: Sequence[tuple[str, bool, float, float]], ho
 def draw_kept_of_several(
     axis: Axes, layers: Sequence[Sequence[int]], shares: Sequence[Sequence[float]], labels: Sequence[str]
 ) -> None:
-    """Draw the kept share of every layer as a line per checkpoint."""
+    """Draw a line per checkpoint: the share of its units that every layer keeps."""
     styles = ("-", "--", ":", "-.")
     colors = ("accent", "attention", "mlp", "muted", "ink")
     for place, (where, kept, label) in enumerate(zip(layers, shares, labels)):

@@ -19,7 +19,7 @@ from .page import write_page
 
 @dataclass(frozen=True)
 class PruningReport(Outcome):
-    """What a pruning did: the figures of [`Outcome`], and the request, plan and scores behind them.
+    """The report of a pruning: the figures of [`Outcome`], and the record that they belong to.
 
     Args:
         record (`Record`, *optional*): the request, the plan, the scores, and how the model was trained.
@@ -34,7 +34,7 @@ class PruningReport(Outcome):
 
     @property
     def losses(self) -> list[str]:
-        """A sentence for every kind of units: the share of them that was removed, in all and in each layer."""
+        """A sentence per kind of units on the share of them that was removed, in the whole model and per layer."""
         plan = self.record.plan if self.record else None
         if plan is None:
             return []
@@ -51,13 +51,13 @@ class PruningReport(Outcome):
         """Write a self-contained HTML page, and beside it a JSON file with the same figures.
 
         Args:
-            file (`str` or `Path`): the page, ending in .html.
-            name (`str`, *optional*): of the pruned model; by default what was pruned.
-            comparison (`Comparison`, *optional*): what was measured, the dense model first and this one last.
-            overwrite (`bool`, defaults to `False`): replace files that are there.
+            file (`str` or `Path`): file of the page, ending in .html.
+            name (`str`, *optional*): name of the pruned model; by default that of the model it was made from.
+            comparison (`Comparison`, *optional*): measurements, the dense model first and this one last.
+            overwrite (`bool`, defaults to `False`): replace files that exist.
 
         Returns:
-            `Path`: of the JSON file.
+            `Path`: the JSON file.
 
         Raises:
             ValueError: where `file` does not end in .html.
@@ -79,7 +79,7 @@ class PruningReport(Outcome):
         rows: list[tuple[str, ...]] = [
             ("Parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}", f"-{self.model_sparsity:.1%}"),
             (
-                "of them prunable",
+                "Prunable parameters",
                 f"{self.prunable_parameters:,}",
                 f"{self.prunable_parameters - self.removed_parameters:,}",
                 f"-{self.sparsity:.1%}",
@@ -94,12 +94,12 @@ class PruningReport(Outcome):
         if self.speedup is not None:
             rows.append(
                 (
-                    "Prefill, times as fast",
-                    f"asked {self.speedup.requested:.2f}",
+                    "Speed-up of the prefill",
+                    f"requested {self.speedup.requested:.2f}",
                     f"predicted {self.speedup.predicted:.2f}",
                     f"measured {self.speedup.measured:.2f}",
                 )
             )
-        # A model that was pruned before is compared with what it was then, and not with the dense one.
+        # A model that was pruned before is compared with its state before this pruning, and not with the dense model.
         again = self.record and self.record.plan and self.record.plan.metadata.get(EARLIER)
         return ("", "before" if again else "dense", "pruned", "change"), rows

@@ -1,4 +1,4 @@
-"""Tables for a terminal: the kept units of each layer, the progress of learning, and checkpoints side by side."""
+"""Tables for a terminal: the kept units of each layer, the history of learning, and a comparison of checkpoints."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def plan_table(plan: PruningPlan) -> str:
 
 
 def report_table(document: Mapping[str, Any]) -> str:
-    """Return the tables of a report: checkpoints side by side, then each by itself.
+    """Return the tables of a report: one that compares all checkpoints, then those of each checkpoint.
 
     Args:
-        document (mapping): of [`~optimum_fwdprune.report.document.document_of`].
+        document (mapping): the report, as [`~optimum_fwdprune.report.document.document_of`] returns it.
     """
     models = models_of(document)
     parts = [_side_by_side(document, models)] if len(document["checkpoints"]) > 1 else []
@@ -45,18 +45,18 @@ def report_table(document: Mapping[str, Any]) -> str:
         parts.append(_checkpoint(checkpoint))
     if not any(model["figures"] for model in models):
         parts.append(
-            "Perplexity and speed were not measured: --dense MODEL --text FILE measures them, --compare FILE.json "
-            "takes what `fwdprune compare` measured."
+            "Perplexity and speed were not measured. --dense MODEL --text FILE measures them, and --compare FILE.json "
+            "reads what `fwdprune compare` measured."
         )
     return "\n\n".join(parts)
 
 
 def history_table(history: Mapping[str, Tensor], rows: int = 10) -> str:
-    """Return a table of what happened while masks were learned, in `rows` stretches of equally many steps.
+    """Return a table of how masks were learned, with a row per stretch of equally many steps.
 
     Args:
-        history (mapping of `str` to `Tensor[steps]`): of [`Scores`].
-        rows (`int`, defaults to 10): at most so many.
+        history (mapping of `str` to `Tensor[steps]`): the history of [`Scores`].
+        rows (`int`, defaults to 10): largest number of rows.
 
     Raises:
         ValueError: where there is no history, because the method does not learn, or took no step.
@@ -119,7 +119,7 @@ def _checkpoint(checkpoint: Mapping[str, Any]) -> str:
 
 def _sizes(sizes: Mapping[str, Any] | None) -> Iterator[tuple[str, ...]]:
     ways = {"parameters": "count", "prunable": "count", "bytes": "megabytes"}
-    for key, name in (("parameters", "parameters"), ("prunable", "of them prunable"), ("bytes", "weights")):
+    for key, name in (("parameters", "parameters"), ("prunable", "prunable parameters"), ("bytes", "weights")):
         if sizes:
             before, after = (written(sizes[key][when], ways[key]) for when in ("before", "after"))
             yield name, before, after, written(sizes[key]["change"], "change")
@@ -129,7 +129,7 @@ def _measured(measured: Mapping[str, Any] | None) -> Iterator[tuple[str, ...]]:
     figures = measured["pruned"]["figures"] if measured else {}
     dense = measured["dense"]["figures"] if measured and measured["dense"] else {}
     for name, value in figures.items():
-        # Sizes stand above.
+        # The rows of sizes show these.
         if not name.endswith("standard error") and name not in ("parameters", "weights, bytes"):
             before = dense.get(name)
             is_ratio = is_speed(name) or not before or isinstance(before, str) or isinstance(value, str)

@@ -1,1 +1,1 @@
-"""The request: what a user asks for, as options with their defaults, their words and their checks."""
+"""The request: the options of a pruning, with their defaults, help texts, allowed values and checks."""

@@ -1,4 +1,4 @@
-"""Checks of the options of a request, one by one and against each other."""
+"""Checks of the options of a request, by themselves and together."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _AT_LEAST_ONE = (
     "min_units_per_site",
 )
 
-# What is accepted as a value of an annotated type; numbers of numpy and the like are.
+# Types of values that an annotation accepts; numbers of numpy and other libraries count as numbers.
 _ACCEPTED = {str: str, bool: bool, int: numbers.Integral, float: numbers.Real}
 
 
 def check_types(config: Options) -> None:
-    """Turn every option into the type that it is annotated with; raise `ValueError` where it is another."""
+    """Convert every option to the type that it is annotated with; raise `ValueError` where its type is another."""
     for name, hint in typing.get_type_hints(type(config)).items():
         kind, is_list, is_optional = field_type(hint)
         value = getattr(config, name)
@@ -50,7 +50,7 @@ def check_types(config: Options) -> None:
 
 
 def check_values(config: Options) -> None:
-    """Raise `ValueError` where an option is out of range or contradicts another one, naming the way out."""
+    """Raise `ValueError` where an option is out of range or contradicts another one; the message names the way out."""
     for name in ("sparsity", "attention_sparsity", "mlp_sparsity"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < 1:
@@ -66,8 +66,7 @@ def check_values(config: Options) -> None:
     if config.reconstruction_order == ReconstructionOrder.SEQUENTIAL and not least_squares:
         raise ValueError(
             f"reconstruction_order='sequential' refits weights, and reconstruction is "
-            f"{config.reconstruction!r} here; ask for reconstruction='least_squares', or leave the order "
-            f"'independent'."
+            f"{config.reconstruction!r} here; set reconstruction='least_squares', or leave the order 'independent'."
         )
     if config.reconstruction_target is not None and config.reconstruction_order == ReconstructionOrder.INDEPENDENT:
         raise ValueError(
@@ -80,7 +79,7 @@ def check_values(config: Options) -> None:
         or config.reconstruction_target == ReconstructionTarget.LAYER
     ):
         raise ValueError(
-            f"refit_sources goes with least squares layer by layer towards the dense model, and reconstruction is "
+            f"refit_sources needs least squares layer by layer towards the dense model, and reconstruction is "
             f"{config.reconstruction!r}, its order {config.reconstruction_order!r}, its target "
             f"{config.reconstruction_target!r} here; set refit_sources=False, or leave these out."
         )
@@ -98,14 +97,16 @@ def check_values(config: Options) -> None:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")
     if len(targets) > 1:
-        raise ValueError(f"{' and '.join(targets)} are two budgets; give one of them.")
+        raise ValueError(f"{' and '.join(targets)} are two budgets; set one of them.")
     if config.kinds is not None and not config.kinds:
         raise ValueError("kinds must name attention, mlp or both; got none.")
     for kind in UnitKind:
         if getattr(config, f"{kind}_sparsity") is not None and kind not in config.resolved_kinds:
-            raise ValueError(f"{kind}_sparsity is a budget for {kind}, which kinds={config.kinds} leaves alone.")
+            raise ValueError(f"{kind}_sparsity is a budget for {kind}, which kinds={config.kinds} excludes.")
     if config.has_budget_per_kind and targets:
-        raise ValueError("A target for the whole model and a sparsity per kind are two budgets; give one of them.")
+        raise ValueError(
+            "A target for the whole model and a sparsity per kind are different budgets; set one of them."
+        )
     for declared in dataclasses.fields(config):
         choices, value = declared.metadata.get("choices"), getattr(config, declared.name)
         for item in value if isinstance(value, (list, tuple)) else [value]:

@@ -1,34 +1,34 @@
-"""The values that options of a request may have, for the code that decides by them.
+"""The values that options of a request may have, as enums for the code that branches on them.
 
-A request and its files hold plain strings; the members here equal them, and print as they do.
+A request and its files hold plain strings. The members of these enums are equal to them, and print like them.
 """
 
 from enum import StrEnum
 
 
 class Choice(StrEnum):
-    """A value of an option, which messages quote like the string that it equals."""
+    """A value of an option; its representation in messages is that of the string that it is equal to."""
 
     def __repr__(self) -> str:
         return repr(self.value)
 
 
 class UnitKind(Choice):
-    """Of `kinds`: what units are part of."""
+    """Values of `kinds`: the part of a layer that units belong to."""
 
     ATTENTION = "attention"
     MLP = "mlp"
 
 
 class AttentionUnit(Choice):
-    """Of `attention_unit`: what one unit is under grouped-query attention."""
+    """Values of `attention_unit`: what one unit is under grouped-query attention."""
 
     KV_GROUP = "kv_group"
     QUERY_HEAD = "query_head"
 
 
 class Scope(Choice):
-    """Of `scope`: whether every layer loses the same share, layers compete for one budget by their scores, or the loss
+    """Values of `scope`: every layer loses the same share, layers compete for one budget by their scores, or the loss
     of whole pruned models decides what each site loses."""
 
     LAYER = "layer"
@@ -37,21 +37,21 @@ class Scope(Choice):
 
 
 class BudgetSharing(Choice):
-    """Of `budget`: whether attention and MLP each lose their share, or compete for one budget."""
+    """Values of `budget`: attention and MLP have a budget each, or compete for one budget."""
 
     SEPARATE = "separate"
     JOINT = "joint"
 
 
 class Layout(Choice):
-    """Of `layout`: whether layers may differ, or must stay what unmodified transformers loads."""
+    """Values of `layout`: layers may differ in size, or must have sizes that unmodified transformers can load."""
 
     ANY = "any"
     STOCK = "stock"
 
 
 class ReconstructionKind(Choice):
-    """Of `reconstruction`: what the kept weights take over from the removed ones."""
+    """Values of `reconstruction`: how the kept weights make up for the removed ones."""
 
     NONE = "none"
     BIAS = "bias"
@@ -59,15 +59,15 @@ class ReconstructionKind(Choice):
 
 
 class ReconstructionOrder(Choice):
-    """Of `reconstruction_order`: whether least squares reads activations of the dense model, or of what is pruned."""
+    """Values of `reconstruction_order`: least squares uses activations of the dense model, or of the pruned layers."""
 
     INDEPENDENT = "independent"
     SEQUENTIAL = "sequential"
 
 
 class ReconstructionTarget(Choice):
-    """Of `reconstruction_target`: what sequential least squares fits, the dense residual stream or the layer's own
-    output."""
+    """Values of `reconstruction_target`: sequential least squares fits the dense model's residual stream, or the
+    layer's own output."""
 
     DENSE = "dense"
     LAYER = "layer"

@@ -1,4 +1,4 @@
-"""The request: `PruningConfig`, whose subclasses are those of methods."""
+"""The request: `PruningConfig`, with a subclass for every method."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from .options import DEFAULT_METHOD, Heading, Options
 from .registry import METHODS, Method, get_method, get_preset, registered_methods
 
 
-# The preset that overrides nothing: the defaults of the options are its recipe.
+# The preset that overrides no option: it stands for the defaults of the options.
 DEFAULT_PRESET = "balanced"
 
 
 @dataclass
 class PruningConfig(Options):
-    """What to remove, how to choose it, and on which text.
+    """The options of a pruning: how much is removed, how units are chosen, and on which text this is measured.
 
-    `PruningConfig(method="flap", ...)` returns the method's own subclass, with its own fields. The help of every field
-    stands in its metadata and in `optimum-cli fwdprune prune --help`.
+    `PruningConfig(method="flap", ...)` returns the method's own subclass, which has further fields. The help of every
+    field is in its metadata, and is shown by `optimum-cli fwdprune prune --help`.
 
     Raises:
-        ValueError: on a value out of range, naming the value and the way out.
+        ValueError: on a value out of range; the message names the value and the way out.
     """
 
     def __new__(cls, method: str | None = None, *args, **kwargs):
@@ -77,26 +77,27 @@ class PruningConfig(Options):
 
     @classmethod
     def of(cls, request: PruningConfig | str | None = None, *, replays: bool = False, **fields) -> PruningConfig:
-        """Return the config that a request stands for.
+        """Return the config of a request.
 
         Args:
             request (`PruningConfig` or `str`, *optional*): a config, which is copied and checked again, or the name of
-                a preset. The default is the preset `"balanced"`, whose recipe is the defaults of the fields.
+                a preset. The default is the preset `"balanced"`, which has the defaults of all fields.
             replays (`bool`, defaults to `False`): the config is for a plan that exists already. Nothing is
                 reconstructed then unless the request or a field asks for it.
             fields: options that override those of the request.
 
         Raises:
             TypeError: where `request` is something else, or a field is not an option.
-            ValueError: where a value is out of range, or a plan decides what a field asks for, naming it.
+            ValueError: where a value is out of range, or a field has no effect because a plan exists already; the
+                message names the field.
         """
         if replays:
             decided = sorted(fields.keys() - UNDECIDED_BY_PLANS)
             if decided:
                 options = ", ".join(f"{name}={fields[name]!r}" for name in decided)
                 raise ValueError(
-                    f"A plan decides which units stay, so {options} would change nothing. Leave out what is named, or "
-                    f"prune without the plan."
+                    f"The plan determines which units are kept, so {options} would have no effect. Leave out these "
+                    f"options, or prune without the plan."
                 )
             if request is None:
                 fields.setdefault("reconstruction", ReconstructionKind.NONE)
@@ -104,8 +105,8 @@ class PruningConfig(Options):
             if fields.get("method", request.method) != request.method:
                 get_method(fields["method"])
                 raise ValueError(
-                    f"The request is a config of method {request.method!r}, and method={fields['method']!r} is "
-                    f"another. Leave out method, or pass the options by name and no config."
+                    f"The request is a config of method {request.method!r}, which method={fields['method']!r} cannot "
+                    f"change. Leave out method, or pass the options by name and no config."
                 )
             return dataclasses.replace(request, **fields)
         if request is None or isinstance(request, str):
@@ -135,13 +136,15 @@ class PruningConfig(Options):
         return cls(**{**preset, **fields, "method": method})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every option that does not belong to this machine, and the version, as JSON values; of a file to
-        calibrate on its name."""
+        """Return the options and the version as JSON values, without options that concern this machine alone.
+
+        Of a calibration file only the name is returned, not its folder.
+        """
         return json_values(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PruningConfig:
-        """Build the config of `values["method"]`; keys that this version does not know are dropped with a warning.
+        """Build the config of `values["method"]`; keys that are no options of this version are dropped with a warning.
 
         Raises:
             ValueError: where `values` is no dictionary, or a value is out of range.
@@ -170,7 +173,7 @@ class PruningConfig(Options):
         Args:
             repo_id (`str`): repository id.
             private (`bool`, *optional*): visibility of a new repository.
-            token (`str`, *optional*): access token; by default the one that is logged in.
+            token (`str`, *optional*): access token; by default that of the user who is logged in.
             commit_kwargs: `revision`, `commit_message`, `create_pr` and the like, for `HfApi.upload_file`.
         """
         from huggingface_hub import HfApi
@@ -182,7 +185,7 @@ class PruningConfig(Options):
 
 
 def _no_option(config_class: type[PruningConfig], name: str, known: Iterable[str]) -> str:
-    """Return what is wrong with an option that a config lacks: another method has it, or it is misspelt."""
+    """Return the message for an option that a config lacks, because it belongs to another method or is misspelt."""
     owners = [
         owner
         for owner in registered_methods()
@@ -198,8 +201,9 @@ def register_method(config_class: type[PruningConfig], score: Callable[..., Any]
     """Register a criterion under `config_class.method`.
 
     Args:
-        config_class (`type[PruningConfig]`): its config, a dataclass that extends [`PruningConfig`] and sets `method`.
-        score (`Callable`): its function; see [`Method`].
+        config_class (`type[PruningConfig]`): the criterion's config, a dataclass that extends [`PruningConfig`] and
+            sets `method`.
+        score (`Callable`): the criterion's function; see [`Method`].
         properties: the other fields of [`Method`], such as `statistics` or `additive`.
 
     Raises:
@@ -211,7 +215,7 @@ def register_method(config_class: type[PruningConfig], score: Callable[..., Any]
     METHODS[config_class.method] = Method(config_class, score, **properties)
 
 
-# Options that still have an effect where a plan is replayed.
+# Options that have an effect also where the plan exists already.
 UNDECIDED_BY_PLANS = {
     declared.name
     for declared in dataclasses.fields(PruningConfig)

@@ -23,10 +23,10 @@ CONFIG_NAME = "fwdprune_config.json"
 # The key under which a file names the version that wrote it.
 VERSION_KEY = "fwdprune_version"
 
-# Options that have no influence on the result. Checkpoints get shared, home directories do not.
+# Options that have no influence on the result. They may hold paths of this machine, which checkpoints must not reveal.
 OF_THE_MACHINE = ("resume", "resume_seconds", "latency_table")
 
-# Reconstructions that methods once had by default. Files of that time have `null` in their place.
+# Reconstructions that were the defaults of methods in earlier versions, whose files have `null` instead.
 RECONSTRUCTION_OF_OLD_FILES = {
     "flap": ReconstructionKind.BIAS,
     "magnitude": ReconstructionKind.NONE,
@@ -35,8 +35,10 @@ RECONSTRUCTION_OF_OLD_FILES = {
 
 
 def json_values(config: Options) -> dict[str, Any]:
-    """Return every option that does not belong to this machine, and the version, as JSON values; of a file to
-    calibrate on its name."""
+    """Return the options and the version as JSON values, without options that concern this machine alone.
+
+    Of a calibration file only the name is returned, not its folder.
+    """
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_THE_MACHINE}
     if config.calibration is not None:
         values["calibration"] = public_name(config.calibration)
@@ -49,7 +51,7 @@ def json_text(config: Options) -> str:
 
 
 def check_values_of_file(values: Any) -> dict[str, Any]:
-    """Return a copy of the values of a file, with what files of earlier versions lack.
+    """Return a copy of the values of a file, completed where files of earlier versions lack values.
 
     Raises:
         ValueError: where they are no dictionary.
@@ -64,7 +66,7 @@ def check_values_of_file(values: Any) -> dict[str, Any]:
 
 
 def known_options(values: dict[str, Any], config_class: type[Options]) -> dict[str, Any]:
-    """Return those values of a file that are options of a config; a warning names the others."""
+    """Return the values of a file that are options of a config; a warning names the others."""
     written_by = values.get(VERSION_KEY, "an unknown version")
     known = {declared.name for declared in dataclasses.fields(config_class)}
     unknown = sorted(map(str, values.keys() - known - {VERSION_KEY}))
@@ -82,7 +84,7 @@ def read_values(name_or_path: str | Path, **hub_kwargs) -> dict[str, Any]:
     """Return the values of the config file of a pruned checkpoint, a folder or a repository of the Hub.
 
     Raises:
-        ValueError: where the file is no JSON object, naming it.
+        ValueError: where the file is no JSON object; the message names the file.
     """
     path = as_path(name_or_path, "name_or_path") / CONFIG_NAME
     if not Path(name_or_path).is_dir():

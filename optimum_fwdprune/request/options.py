@@ -39,13 +39,13 @@ class Heading(Choice):
 
 
 def option(default: Any, help: str, choices: Iterable[str] | None = None, group: str | None = None) -> Any:
-    """Declare a config field with its default, its help text and, where it has them, its allowed values.
+    """Declare a field of a config.
 
     Args:
-        default: its value where nobody says.
-        help (`str`): what it does, for the command line.
-        choices (iterable of `str`, *optional*): its allowed values; a [`Choice`] is one.
-        group (`str`, *optional*): heading of the command line's help that it stands under; by default the method's.
+        default: the field's default.
+        help (`str`): the field's help text, which the command line and the documentation show.
+        choices (iterable of `str`, *optional*): its allowed values, such as a [`Choice`]; by default any.
+        group (`str`, *optional*): heading that the help of the command line lists it under; by default the method's.
     """
     metadata: dict[str, Any] = {"help": help}
     if choices is not None:
@@ -58,7 +58,7 @@ def option(default: Any, help: str, choices: Iterable[str] | None = None, group:
 
 
 def field_type(hint: Any) -> tuple[Any, bool, bool]:
-    """Reduce a field's annotation to its element type, whether it is a list, and whether it may be `None`."""
+    """Return a field's element type, whether the field is a list, and whether it may be `None`, by its annotation."""
     is_optional = isinstance(hint, types.UnionType) and types.NoneType in typing.get_args(hint)
     if is_optional:
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
@@ -76,29 +76,31 @@ class Options:
         0.2, "Fraction of the prunable parameters (all that heads and channels own) to remove.", group=Heading.BUDGET
     )
     target_parameters: int | None = option(
-        None, "Instead of sparsity: parameters of the whole pruned model, at most.", group=Heading.BUDGET
+        None, "Largest number of parameters of the whole pruned model. Replaces sparsity.", group=Heading.BUDGET
     )
     target_bytes: int | None = option(
-        None, "Instead of sparsity: bytes of the pruned weights on disk, at most.", group=Heading.BUDGET
+        None, "Largest size of the pruned weights on disk, in bytes. Replaces sparsity.", group=Heading.BUDGET
     )
     target_speedup: float | None = option(
         None,
-        "Instead of sparsity: how many times as fast as the dense model the pruned one must be at a prefill, by "
-        "latencies of layers that are measured on this machine.",
+        "Smallest speed-up of the prefill over the dense model, such as 1.5, according to latencies of layers that "
+        "are measured on this machine. Replaces sparsity.",
         group=Heading.BUDGET,
     )
     latency_tokens: int = option(
-        512, "Length of the prompt, one alone, that target_speedup is for.", group=Heading.BUDGET
+        512, "Tokens of the prompt that target_speedup refers to; its batch size is 1.", group=Heading.BUDGET
     )
     latency_table: str | None = option(
         None,
-        "File to keep the measured latencies in; target_speedup uses one that it finds there.",
+        "File for the latencies that target_speedup measures. If it exists, they are read and not measured again.",
         group=Heading.BUDGET,
     )
     attention_sparsity: float | None = option(
-        None, "A budget of their own for the attention units.", group=Heading.BUDGET
+        None, "Sparsity of the attention units, where it differs from that of the MLP channels.", group=Heading.BUDGET
     )
-    mlp_sparsity: float | None = option(None, "A budget of their own for the MLP channels.", group=Heading.BUDGET)
+    mlp_sparsity: float | None = option(
+        None, "Sparsity of the MLP channels, where it differs from that of the attention units.", group=Heading.BUDGET
+    )
     scope: str | None = option(
         None,
         "Whether every layer loses the same share (layer), layers compete for one budget (global), or the loss of "
@@ -109,15 +111,15 @@ class Options:
     )
     search_windows: int = option(
         600,
-        "Calibration windows that scope=search may pass through the model; the more, the better it ends.",
+        "Calibration windows that scope=search may pass through the model; more of them give a better result.",
         group=Heading.SEARCH,
     )
     rounds: int = option(
-        1, "Prune in so many rounds of equal size, and score what is left anew in each.", group=Heading.SHARES
+        1, "Number of rounds of equal size to prune in; each scores the remaining units again.", group=Heading.SHARES
     )
     budget: str = option(
         BudgetSharing.SEPARATE,
-        "Whether attention and MLP each give their share, or compete for one budget.",
+        "Whether attention and MLP have a budget each (separate), or compete for one budget (joint).",
         BudgetSharing,
         group=Heading.SHARES,
     )
@@ -130,95 +132,101 @@ class Options:
     )
     attention_unit: str = option(
         AttentionUnit.QUERY_HEAD,
-        "Under grouped-query attention: query heads, as many in every group, or a KV group with all its query heads.",
+        "The unit of grouped-query attention: query heads, equally many of which are removed from every group, or a "
+        "KV group with all its query heads.",
         AttentionUnit,
         group=Heading.UNITS,
     )
     layout: str = option(
         Layout.ANY,
-        "stock: cut every layer alike, as far as a checkpoint that unmodified transformers loads can hold it.",
+        "any: layers may differ in size. stock: all layers get the same size, so that the model can be exported to a "
+        "checkpoint that transformers loads without this package.",
         Layout,
         group=Heading.UNITS,
     )
     multiple_of: int = option(
         1,
-        "Round every pruned MLP width to a multiple of this, for fast kernels; layers round up or down so that all of "
-        "them together come nearest to the budget.",
+        "Round every pruned MLP width to a multiple of this number, for fast kernels. Layers are rounded up or down "
+        "so that their total comes closest to the budget.",
         group=Heading.UNITS,
     )
     skip_layers: list[int] | None = option(
         None,
         "Layers that stay unpruned; negative numbers count from the last, and an empty list means no layer. Default: "
-        "the first and last two of models of 12 layers and more where scope is layer and layout is any, unless the "
-        "other layers would lose more than 90 % of what is pruned in them.",
+        "the first two and last two of models with 12 layers or more where scope is layer and layout is any, unless "
+        "the other layers would lose more than 90 % of their units.",
         group=Heading.UNITS,
     )
-    min_units_per_site: int = option(1, "Heads and channels that every layer keeps at least.", group=Heading.UNITS)
+    min_units_per_site: int = option(
+        1, "Smallest number of heads, and of channels, that every layer keeps.", group=Heading.UNITS
+    )
     reconstruction: str = option(
         ReconstructionKind.LEAST_SQUARES,
         "How the kept weights make up for the removed ones: not at all (none), by a bias that replaces the mean "
-        "output of what was removed (bias), or refitted by least_squares.",
+        "output of the removed units (bias), or by refitting the projections (least_squares).",
         ReconstructionKind,
         group=Heading.RECONSTRUCTION,
     )
     reconstruction_order: str | None = option(
         None,
-        "Whether least squares refits all projections on the dense model's activations, or layer by layer on those of "
-        "the layers pruned before (default).",
+        "Whether least squares refits all projections on the dense model's activations (independent), or layer by "
+        "layer on those of the layers that are pruned already (sequential, the default).",
         ReconstructionOrder,
         group=Heading.RECONSTRUCTION,
     )
     reconstruction_target: str | None = option(
         None,
-        "What sequential least squares fits: what brings the residual stream back to the dense model's (default where "
-        "the architecture allows it), or what the layer itself would have said.",
+        "What sequential least squares fits: the residual stream of the dense model (dense, the default where the "
+        "architecture allows it), or the output of the unpruned layer for the same input (layer).",
         ReconstructionTarget,
         group=Heading.RECONSTRUCTION,
     )
     refit_sources: bool = option(
         False,
-        "Let sequential least squares refit what makes the features too: queries, keys and values so that they say "
-        "what they said in the dense model, the linears before an activation so that the projection behind it comes "
-        "nearer to its target.",
+        "Let sequential least squares also refit the linears before the output projections: queries, keys and values "
+        "towards their outputs in the dense model, and the linears before an activation so that the projection after "
+        "it comes closer to its target.",
         group=Heading.RECONSTRUCTION,
     )
     ridge: float | None = option(
         None,
-        "Ridge of least squares, as a share of the mean squared activation. Default: chosen per projection on "
-        "held-out calibration windows.",
+        "Ridge of least squares, as a fraction of the mean squared activation. Default: chosen for every projection "
+        "on held-out calibration windows.",
         group=Heading.RECONSTRUCTION,
     )
     calibration: str | None = option(
         None,
         "Calibration text: wikitext2, c4, self (sampled from the model), builtin (Python's documentation, for smoke "
-        "runs), a .txt, .json, .jsonl or .parquet file, or a dataset of the Hub. Default: wikitext2 where the Hub or "
-        "its cache answers, else self.",
+        "runs), a .txt, .json, .jsonl or .parquet file, or a dataset of the Hub. Default: wikitext2 if it is cached "
+        "or the Hub can be reached, else self.",
         group=Heading.CALIBRATION,
     )
     dataset_config: str | None = option(None, "Configuration name of a Hub dataset.", group=Heading.CALIBRATION)
     dataset_split: str = option("train", "Split of a Hub dataset.", group=Heading.CALIBRATION)
     dataset_column: str | None = option(
         None,
-        "Column of the text, the chat messages or the token ids. Default: found by its name.",
+        "Column of the text, the chat messages or the token ids. Default: detected by its name.",
         group=Heading.CALIBRATION,
     )
-    n_samples: int = option(128, "Calibration windows.", group=Heading.CALIBRATION)
+    n_samples: int = option(128, "Number of calibration windows.", group=Heading.CALIBRATION)
     seq_len: int = option(256, "Tokens per calibration window.", group=Heading.CALIBRATION)
-    batch_size: int = option(8, "Windows per forward pass.", group=Heading.CALIBRATION)
-    seed: int = option(0, "Seed of everything random.", group=Heading.CALIBRATION)
+    batch_size: int = option(8, "Calibration windows per forward pass.", group=Heading.CALIBRATION)
+    seed: int = option(0, "Seed of all random numbers.", group=Heading.CALIBRATION)
     resume: str | None = option(
         None,
-        "Folder for the state of long stages. The same request, run again, resumes from it.",
+        "Folder for the state of long stages. If a run is interrupted, the same request resumes from it.",
         group=Heading.RUNNING,
     )
     resume_seconds: float = option(
-        60.0, "How often a stage writes its state; 0 writes after every step.", group=Heading.RUNNING
+        60.0,
+        "Seconds between two writes of a stage's state; 0 writes it after every step.",
+        group=Heading.RUNNING,
     )
 
     @property
     def resolved_scope(self) -> str:
-        """The scope, with the default of `None` put in: `"layer"`, and `"global"` for methods that learn the split,
-        where the layout allows it."""
+        """The scope; where it is `None`, `"global"` for methods that learn the split if the layout allows it, else
+        `"layer"`."""
         if self.scope is not None:
             return self.scope
         if self.layout == Layout.STOCK:
@@ -228,7 +236,7 @@ class Options:
 
     @property
     def resolved_kinds(self) -> list[str]:
-        """The kinds, with the default of `None` put in: `["mlp"]`, and attention where it has a budget of its own."""
+        """The kinds; where they are `None`, `["mlp"]`, and attention too if it has a budget of its own."""
         if self.kinds is not None:
             return self.kinds
         return [UnitKind.MLP] if self.attention_sparsity is None else list(UnitKind)
@@ -239,10 +247,10 @@ class Options:
         return self.attention_sparsity is not None or self.mlp_sparsity is not None
 
     def sparsity_of(self, kind: str) -> float:
-        """Return the sparsity asked for `"attention"` or `"mlp"`."""
+        """Return the requested sparsity of `"attention"` or `"mlp"`."""
         sparsity: float = getattr(self, self.field_of(kind))
         return sparsity
 
     def field_of(self, kind: str) -> str:
-        """Return the name of the field that `sparsity_of` is from."""
+        """Return the name of the field that holds the sparsity of a kind."""
         return "sparsity" if getattr(self, f"{kind}_sparsity") is None else f"{kind}_sparsity"

@@ -1,4 +1,4 @@
-"""What is known by name: methods, and presets of requests."""
+"""The registries of methods and of presets."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ class Method:
     """A registered criterion.
 
     Args:
-        config_class (`type[PruningConfig]`): its config; the class attribute `method` is its name.
+        config_class (`type[PruningConfig]`): its config, whose class attribute `method` is the criterion's name.
         score (`Callable[[ScoringInputs], dict[SiteKey, Tensor] | UnitScores]`): higher scores are kept; one float
             tensor `[num_units]` per site.
-        statistics (`tuple[str, ...]`): what it needs measured on the calibration tokens, of
+        statistics (`tuple[str, ...]`): statistics of the calibration tokens that it needs, some of
             `optimum_fwdprune.forward.statistics.KINDS_OF_STATISTICS`.
-        calibrated (`bool`): it needs the calibration tokens themselves; statistics imply them.
-        additive (`bool` or `Callable[[PruningConfig], bool]`): scores of different units add up to the score of their
-            removal, so that units of unequal size compete by score per parameter; otherwise by score alone. A
-            function where it depends on the options.
-        learns_split (`bool`): it learns how the budget is split over the layers, so `scope=None` means `"global"`.
+        calibrated (`bool`): whether it needs the calibration tokens themselves; statistics imply them.
+        additive (`bool` or `Callable[[PruningConfig], bool]`): whether the scores of several units add up to the score
+            of their joint removal. If so, units of unequal size compete by score per parameter, otherwise by score
+            alone. It is a function where it depends on the options.
+        learns_split (`bool`): whether it learns how the budget is split over the layers; `scope=None` then means
+            `"global"`.
         differentiates (`Callable[[PruningConfig], bool]`): whether it back-propagates under the options of a config,
-            which no offloaded weight allows.
+            which is impossible with offloaded weights.
     """
 
     config_class: type[Any]
@@ -44,7 +45,7 @@ class Method:
 
     @property
     def summary(self) -> str:
-        """What it does in one line: the first of its config's docstring."""
+        """A description in one line, the first line of its config's docstring."""
         return (self.config_class.__doc__ or "").strip().partition("\n")[0]
 
     def is_additive(self, config: Any) -> bool:
@@ -75,15 +76,15 @@ class Preset:
     """A named set of overrides of the defaults.
 
     Args:
-        fields (`dict[str, Any]`): what it overrides; a preset that does not name a method goes with every one.
-        help (`str`): what it is for, in one line.
+        fields (`dict[str, Any]`): the options that it overrides; without a method, it can be used with every method.
+        help (`str`): its description in one line.
     """
 
     fields: dict[str, Any]
     help: str
 
     def described(self) -> str:
-        """Return what it is for and what it overrides, as options of the command line."""
+        """Return its description, followed by the options of the command line that it overrides."""
         options = []
         for name, value in self.fields.items():
             if isinstance(value, bool):
@@ -97,7 +98,7 @@ PRESETS: dict[str, Preset] = {}
 
 
 def register_preset(name: str, help: str, **fields) -> None:
-    """Make a set of overrides known under `name`, for `prune(name)`, `PruningConfig.from_preset` and `--preset`."""
+    """Register a set of overrides as `name`, for `prune(name)`, `PruningConfig.from_preset` and `--preset`."""
     PRESETS[name] = Preset(fields, help)
 
 

@@ -247,7 +247,7 @@ def test_the_plan_of_several_prunings_replays_on_the_dense_model(name, saved, to
     if saved:
         times = len(COMPOSED[name])
         card = (tmp_path / str(times - 1) / "README.md").read_text()
-        assert f"The model was pruned {times} times. `fwdprune_plan.json` is of the dense model" in card
+        assert f"The model was pruned {times} times. `fwdprune_plan.json` combines all of them" in card
     assert len(pruner.plan.metadata["earlier"]) == len(COMPOSED[name]) - 1
     assert torch.equal(replayed.model(tokens).logits, pruner.model(tokens).logits)
 
@@ -342,7 +342,9 @@ def test_a_replay_records_what_it_did_and_how_to_have_what_it_did_not(reconstruc
 def test_options_that_a_plan_decides_are_refused(fields):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     pruner.prune(sparsity=0.4, method="magnitude", reconstruction="none", inplace=False)
-    with pytest.raises(ValueError, match=f"A plan decides which units stay, so {next(iter(fields))}=.* would"):
+    with pytest.raises(
+        ValueError, match=f"The plan determines which units are kept, so {next(iter(fields))}=.* would"
+    ):
         pruner.prune(plan=pruner.plan, **fields)
 
 

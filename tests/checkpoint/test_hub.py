@@ -235,7 +235,7 @@ def test_pruned_models_and_trainers_push_like_dense_ones(hub, run, dense, tmp_pa
         ({"refuse_commits": True}, "503"),
         ({"refuse_objects": True, "large_from": 1000}, "403"),
         ({"token": "hf_another"}, "403"),
-        ({"taken": {"tester/Llama-x"}}, "the name is that of a dataset; choose another"),
+        ({"taken": {"tester/Llama-x"}}, "a dataset has this name; choose another one"),
     ],
 )
 def test_an_upload_that_fails_leaves_the_checkpoint_and_says_how_to_go_on(hub, run, dense, tmp_path, broken, message):
@@ -248,7 +248,7 @@ def test_an_upload_that_fails_leaves_the_checkpoint_and_says_how_to_go_on(hub, r
     error = next(line for line in result.stderr.splitlines() if line.startswith("error"))
 
     assert result.returncode == 1 and message in error and "Traceback" not in result.stderr
-    assert f"The checkpoint is whole in {out}: `hf upload tester/Llama-x {out}` tries again." in error
+    assert f"The checkpoint in {out} is complete: `hf upload tester/Llama-x {out}` tries again." in error
     assert "fwdprune_plan.json" not in hub.files.get("tester/Llama-x", {})
     # The server is well again.
     vars(hub).update({"refuse_commits": False, "refuse_objects": False, "token": None, "taken": set()})
@@ -278,6 +278,6 @@ def test_the_command_uploads_what_it_saved(hub, run, dense, tmp_path):
     assert f"Uploaded to {hub.url}/tester/small/discussions/1" in result.stdout and hub.private == {"tester/small"}
     assert "POST /api/models/tester/small/commit/main?create_pr=1" in hub.requests
     # A Llama licence asks for the name.
-    assert 'has a name that begins with "Llama"' in result.stderr
+    assert 'requires that the name of a model made from it begins with "Llama"' in result.stderr
     local = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert "fwdprune/scores.safetensors" in local and local <= hub.files["tester/small"].keys()

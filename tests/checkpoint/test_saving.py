@@ -512,7 +512,7 @@ def test_what_an_upload_would_refuse_is_known_before_the_work(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("optimum_fwdprune.checkpoint.hub.get_token", lambda: None)
     check_upload("someone/model", token="hf_x")
-    with pytest.raises(ValueError, match="'/tmp/out' is no name of a repository"):
+    with pytest.raises(ValueError, match="'/tmp/out' is no valid name of a repository"):
         check_upload("/tmp/out", token="hf_x")
     with pytest.raises(OSError, match=r"no access token\. Log in with `hf auth login`"):
         check_upload("someone/model")

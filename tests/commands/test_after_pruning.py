@@ -95,12 +95,18 @@ class TestRecover:
                 "--set takes arguments of transformers.TrainingArguments, which has no 'foo'. (--debug",
             ),
             (["--set", "eval_strategy=steps"], "--set eval_strategy=steps needs data to evaluate on, which this"),
-            (["--adapters", "--mode", "full"], "--adapters does not go with --mode full, which trains all weights"),
+            (
+                ["--adapters", "--mode", "full"],
+                "--adapters cannot be combined with --mode full, which trains",
+            ),
             (["--mode", "distill", "--teacher", "nope"], "Cannot load the teacher nope: "),
-            (["--mode", "distill", "--teacher", "empty"], "can be named with --teacher; without it"),
+            (
+                ["--mode", "distill", "--teacher", "empty"],
+                "the model that was pruned; --teacher names another one",
+            ),
             (["--tokenizer", "nope"], "error: Cannot load the tokenizer nope: "),
             (["--report_to", "nowhere"], "nowhere"),
-            (["--push-to-hub", "someone/model/too"], "'someone/model/too' is no name of a repository"),
+            (["--push-to-hub", "someone/model/too"], "'someone/model/too' is no valid name of a repository"),
             (["--set", "weight_decay"], "--set takes NAME=VALUE; got 'weight_decay'."),
             (["--resume_from_checkpoint", "true"], "There is no checkpoint to resume from"),
             (["--mode", "full", "--teacher", "dense"], "A teacher is for --mode distill"),
@@ -109,7 +115,10 @@ class TestRecover:
                 "error: argument --learning_rate/--learning-rate: invalid float value: 'fast'",
             ),
             (["--output_dir", "OUT/training"], "out/training lies in"),
-            (["--output_dir", "OUT"], "which the trained model is to fill; name a folder outside of it."),
+            (
+                ["--output_dir", "OUT"],
+                "which must be empty until the trained model is saved to it; name a folder outside of it.",
+            ),
         ],
     )
     def test_a_users_error_is_one_readable_line(self, cli, folder, tmp_path, arguments, message):
@@ -180,7 +189,7 @@ class TestMeasure:
         ("arguments", "message"),
         [
             (["evaluate", "PRUNED"], "There is nothing to measure: name --text, --tasks or both."),
-            (["evaluate", "PRUNED", "--tasks", "hellaswagg"], "There is no task 'hellaswagg'; the nearest are"),
+            (["evaluate", "PRUNED", "--tasks", "hellaswagg"], "There is no task 'hellaswagg'; similar names are"),
             (["evaluate", "PRUNED", "--text", "nowhere.txt"], "There is no file nowhere.txt"),
             (["evaluate", "nowhere", "--text", "builtin"], "nowhere"),
             (["compare", "PRUNED", "PRUNED", "--text", "builtin"], "pruned twice. (--debug"),

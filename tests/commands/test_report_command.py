@@ -39,8 +39,8 @@ def test_without_files_it_is_a_table(report):
     code, out, err = report("pruned-20")
 
     assert code == 0, err
-    assert "1 pruned-20: dense pruned by wanda_sp" in out and "of them prunable" in out
-    assert "Perplexity and speed were not measured: --dense MODEL --text FILE measures them" in out
+    assert "1 pruned-20: dense pruned by wanda_sp" in out and "prunable parameters" in out
+    assert "Perplexity and speed were not measured. --dense MODEL --text FILE measures them" in out
 
 
 def test_a_page_and_its_figures_are_written_side_by_side(report, tmp_path):
@@ -101,8 +101,8 @@ def test_a_checkpoint_that_the_table_leaves_out_is_not_measured(report, folder, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dense"], "dense has no fwdprune_plan.json: it is dense, or was pruned by other means."),
-        (["table.json"], "table.json is a file; a report is of the folder of a pruned checkpoint"),
+        (["dense"], "dense has no fwdprune_plan.json: it is dense, or was pruned with another tool."),
+        (["table.json"], "table.json is a file; name the folder of a pruned checkpoint"),
         (["nowhere"], "nowhere"),
         (["."], "has no config.json"),
         (["pruned-20", "--html", "report.pdf"], "report.pdf must end in .html."),
@@ -116,7 +116,7 @@ def test_a_checkpoint_that_the_table_leaves_out_is_not_measured(report, folder, 
         (["pruned-20", "--compare", "text.txt"], "text.txt holds no comparison; `optimum-cli fwdprune compare"),
         (["pruned-20", "--compare", "dense/config.json"], "holds no comparison"),
         (["pruned-20", "--compare", "missing.json"], "missing.json"),
-        (["pruned-20", "--compare", "table.json", "--text", "text.txt"], "--compare takes what was measured before"),
+        (["pruned-20", "--compare", "table.json", "--text", "text.txt"], "--compare reads earlier measurements"),
     ],
 )
 def test_a_users_error_is_one_readable_line(report, folder, arguments, message):
@@ -131,7 +131,7 @@ def test_a_table_of_other_models_is_refused(report, folder, tmp_path):
     Comparison([Evaluation("this", {}, []), Evaluation("that", {}, [])]).save(tmp_path / "table.json")
     code, _, err = report("pruned-20", "--compare", tmp_path / "table.json")
 
-    assert code == 1 and "measured this, that, and none of the checkpoints named" in err
+    assert code == 1 and "has figures of this, that, but of none of these checkpoints: pruned-20." in err
 
 
 def test_files_that_are_there_stop_it_before_anything_is_measured(report, folder, tmp_path, monkeypatch):

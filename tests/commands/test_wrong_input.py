@@ -150,7 +150,9 @@ def test_an_interrupt_is_one_line(cli, folder, monkeypatch):
     assert cli("inspect", "pruned") == (130, "", "Interrupted.\n")
     monkeypatch.setattr(FwdPruner, "prune", interrupted)
     code, _, error = cli("prune", "-m", "dense", "out", "--resume", "state")
-    assert code == 130 and error.endswith("Interrupted. The same command goes on from what state holds.\n")
+    assert code == 130 and error.endswith(
+        "Interrupted. Run the same command again to resume from the state in state.\n"
+    )
     assert not (folder / "out").exists()
 
 

@@ -156,7 +156,7 @@ class TestReasons:
     def test_even_widths_that_gain_nothing_were_too_small_to_tell(self, reasons):
         (prefill, _) = reasons(pruned_twin(kinds=["mlp"], mlp_sparsity=0.5, multiple_of=8))
 
-        assert "too small to matter" in prefill
+        assert "fixed costs exceed those of computations of this size" in prefill
 
     def test_the_user_is_warned(self, reasons, monkeypatch):
         said = []

@@ -166,7 +166,7 @@ def test_the_preset_and_the_harness_know_each_other():
 
 
 def test_tasks_that_do_not_exist_are_named_with_the_nearest(tokenizer):
-    with pytest.raises(ValueError, match=r"no task 'hellaswagg'; the nearest are.*hellaswag"):
+    with pytest.raises(ValueError, match=r"no task 'hellaswagg'; similar names are.*hellaswag"):
         evaluate_tasks(tiny.make_model("bloom"), tokenizer, ["hellaswagg"])
 
 

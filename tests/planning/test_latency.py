@@ -209,7 +209,7 @@ def test_a_table_is_measured_once_and_kept(tokens, clock, tmp_path, monkeypatch)
     assert pruner.report.speedup.predicted >= 1.2
     # The request that it keeps is the user's, which asks for the same again.
     assert pruner.config == request_of(latency_table=str(file))
-    with pytest.raises(ValueError, match="was measured elsewhere: its tokens is 16, this one's is 8"):
+    with pytest.raises(ValueError, match="was measured under other conditions: its tokens is 16, this one's is 8"):
         FwdPruner(model).prune(request_of(latency_table=str(file), latency_tokens=8), tokens)
     file.write_text("{}")
     with pytest.raises(ValueError, match="is no latency table"):
@@ -240,7 +240,7 @@ def test_a_table_of_the_dense_model_is_not_one_of_the_pruned(tokens, clock, tmp_
     file = str(tmp_path / "latency.json")
     pruner = FwdPruner(tiny.make_model("llama_mha_tied"))
     pruner.prune(request_of(latency_table=file, skip_layers=[0]), tokens)
-    with pytest.raises(ValueError, match="was measured elsewhere: its parameters is"):
+    with pytest.raises(ValueError, match="was measured under other conditions: its parameters is"):
         FwdPruner(pruner.model).prune(request_of(latency_table=file), tokens)
 
 

@@ -327,9 +327,9 @@ def test_methods_that_need_no_text_search_on_the_text_given(tokens):
     [
         (
             {"search_windows": 7},
-            "search_windows=7 is too few to try 6 sites and 3 moves on one window; give at least 12",
+            "search_windows=7 is too small to try 6 sites and 3 moves on one window; set it to at least 12",
         ),
-        ({"skip_layers": [0, 1], "sparsity": 0.1}, "only one of each kind is pruned here"),
+        ({"skip_layers": [0, 1], "sparsity": 0.1}, "only one site of each kind is pruned here"),
     ],
 )
 def test_searches_that_cannot_move_are_refused(tokens, fields, message):
@@ -413,7 +413,7 @@ def test_sites_without_a_second_width_stay_as_they_are(tokens, name, fields):
 
 def test_what_the_last_layers_are_spared_costs_all_the_same(tokens):
     """A pass of the first layers goes through the last ones too."""
-    with pytest.raises(ValueError, match="search_windows=8 is too few to try 4 sites"):
+    with pytest.raises(ValueError, match="search_windows=8 is too small to try 4 sites"):
         FwdPruner(tiny.make_model("llama_gqa_biases")).prune(request_of(skip_layers=[2], search_windows=8), tokens)
 
 
@@ -434,5 +434,5 @@ def test_a_grid_that_cannot_meet_the_budget_is_halved(tokens, monkeypatch):
 
 def test_levels_that_no_disk_can_hold_are_refused_first(tokens, monkeypatch):
     monkeypatch.setattr(levels_module.shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(OSError, match=r"take 0\.0 GB .* Let TMPDIR name a folder on a larger disk"):
+    with pytest.raises(OSError, match=r"take 0\.0 GB .* Set TMPDIR to a folder on a larger disk"):
         FwdPruner(tiny.make_model("llama_mha_tied")).prune(request_of(), tokens)

@@ -140,8 +140,8 @@ def test_long_chats_are_cut_and_those_without_an_answer_left_out(chatty, warning
         "1 of 3 rows of rows are left out. The first of them is row 1, counted from 0: it has no answer" in warnings[0]
     )
     assert warnings[1:] == [
-        f"1 of 2 chats of rows go on beyond max_length=40 tokens: they are cut there, and {total - kept} of the "
-        f"{total} tokens of all answers are not trained on. Raise max_length to keep them."
+        f"1 of 2 chats of rows are longer than max_length=40 tokens. They are cut to this length, so that "
+        f"{total - kept} of the {total} tokens of all answers are not trained on. Raise max_length to keep them."
     ]
 
 

@@ -243,13 +243,13 @@ class TestKeptPredictions:
         pruner_of(tokenizer, tokens).recover(
             {"input_ids": tokens}, arguments(tmp_path, **options), teacher=dense_model
         )
-        with pytest.raises(ValueError, match="other sequences or another teacher: its tokens is"):
+        with pytest.raises(ValueError, match="other sequences or from another teacher: its tokens is"):
             pruner_of(tokenizer, tokens).recover(
                 {"input_ids": tokens.flip(0)}, arguments(tmp_path, **options), teacher=dense_model
             )
         # Labels are kept too, and say what is trained on.
         answers = {"input_ids": tokens, "labels": tokens.masked_fill(torch.arange(tokens.shape[1]) < 12, -100)}
-        with pytest.raises(ValueError, match="other sequences or another teacher: its tokens is"):
+        with pytest.raises(ValueError, match="other sequences or from another teacher: its tokens is"):
             pruner_of(tokenizer, tokens).recover(
                 {name: values.tolist() for name, values in answers.items()},
                 arguments(tmp_path, **options),
@@ -441,16 +441,16 @@ class TestBadInput:
         ("changes", "message"),
         [
             ({"mode": "lore"}, "mode must be one of lora, full, distill; got 'lore'"),
-            ({"mode": "lora", "adapters": False}, "does not go with mode='lora', which trains adapters"),
-            ({"mode": "full", "adapters": True}, "does not go with mode='full', which trains all weights"),
+            ({"mode": "lora", "adapters": False}, "cannot be combined with mode='lora', which trains adapters"),
+            ({"mode": "full", "adapters": True}, "cannot be combined with mode='full', which trains all weights"),
             ({"fp16": True}, "fp16 overflows"),
             ({"lora_r": 0}, "lora_r must be at least 1; got 0"),
             ({"lora_dropout": 1.5}, r"lora_dropout must be in \[0, 1\]; got 1.5"),
             ({"distill_weight": -0.1, "mode": "distill"}, "distill_weight must be in"),
             ({"temperature": 0.0, "mode": "distill"}, "temperature must be above 0"),
             ({"max_length": 1}, "max_length must be at least 2"),
-            ({"teacher": "someone/dense"}, "A teacher is for mode='distill'"),
-            ({"mode": "distill", "hidden_weight": 1.0, "teacher_cache": "x"}, "which teacher_cache does not keep"),
+            ({"teacher": "someone/dense"}, "A teacher is used with mode='distill' only"),
+            ({"mode": "distill", "hidden_weight": 1.0, "teacher_cache": "x"}, "which teacher_cache does not store"),
         ],
     )
     def test_arguments_out_of_range_are_named(self, changes, message, tmp_path):
@@ -460,13 +460,13 @@ class TestBadInput:
     def test_a_teacher_of_another_vocabulary_is_refused(self, tokenizer, tokens, tmp_path):
         pruner = pruner_of(tokenizer, tokens)
         other = tiny.make_model("llama_gqa_biases", vocab_size=310)
-        with pytest.raises(ValueError, match="The teacher predicts 310 tokens and the student 300"):
+        with pytest.raises(ValueError, match="The teacher's vocabulary has 310 tokens and the student's 300"):
             pruner.recover(TEXTS, arguments(tmp_path, mode="distill"), teacher=other)
 
     def test_a_teacher_that_is_not_known_or_not_there(self, tokenizer, tokens, tmp_path):
         pruner = pruner_of(tokenizer, tokens)
         pruner.plan.metadata["source"] = None
-        with pytest.raises(ValueError, match=r"needs the dense model, which teacher=\.\.\. names"):
+        with pytest.raises(ValueError, match=r"needs the dense model; name it with teacher=\.\.\."):
             pruner.recover(TEXTS, arguments(tmp_path, mode="distill"))
         with pytest.raises(OSError, match="Cannot load the teacher nowhere"):
             pruner.recover(TEXTS, arguments(tmp_path, mode="distill", teacher="nowhere/at-all"))

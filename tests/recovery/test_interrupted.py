@@ -212,7 +212,7 @@ def test_early_stopping_ends_with_the_best_weights(pruner, tokens, tmp_path, mod
 
 
 def test_what_is_no_callback_is_named_before_training(pruner, tokens, tmp_path):
-    with pytest.raises(ValueError, match=r"callbacks are objects or classes of .*TrainerCallback.*got a str"):
+    with pytest.raises(ValueError, match=r"callbacks must be objects or subclasses of .*TrainerCallback.*got a str"):
         pruner.recover({"input_ids": tokens}, arguments(tmp_path), callbacks=["early stopping"])
     with pytest.raises(ValueError, match="eval_strategy='steps' needs an eval_dataset"):
         pruner.recover({"input_ids": tokens}, arguments(tmp_path, eval_strategy="steps"))

@@ -106,8 +106,8 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
         ({"lora_targets": ["q_proj", "nope"]}, {}, "ends in 'nope'; lora_targets takes all-linear, or.*q_proj"),
         ({"lora_targets": []}, {}, "lora_targets is empty"),
         ({"lora_targets": ["input_layernorm"]}, {}, r"lora_targets=\['input_layernorm'\] cannot get adapters"),
-        ({}, {"callbacks": 5}, "callbacks are objects or classes.*got a int"),
-        ({}, {"callbacks": {"a": 1}}, "callbacks are objects or classes.*got a dict"),
+        ({}, {"callbacks": 5}, "callbacks must be objects or subclasses.*got a int"),
+        ({}, {"callbacks": {"a": 1}}, "callbacks must be objects or subclasses.*got a dict"),
         ({}, {"callbacks": NeedsArguments}, "NeedsArguments needs arguments"),
         ({}, {"callbacks": [EarlyStoppingCallback(3)]}, "EarlyStoppingCallback compares evaluations"),
         (EVALUATED, {"callbacks": EarlyStoppingCallback, "eval_dataset": []}, "metric_for_best_model='eval_loss'"),
@@ -140,7 +140,7 @@ def test_checkpoints_of_other_runs_are_refused_before_data_is_read(tmp_path, tok
         pruner.recover({"input_ids": tokens}, arguments(tmp_path, output_dir=str(tmp_path / mode), **options))
         folders[mode] = tmp_path / mode / "checkpoint-1"
 
-    with pytest.raises(ValueError, match=r"is of another model: .*q_proj.weight has the shape"):
+    with pytest.raises(ValueError, match=r"belongs to another model: .*q_proj.weight has the shape"):
         resume(folders["full"], "full", sparsity=0.2)
     with pytest.raises(ValueError, match="holds adapters, and this run trains all weights"):
         resume(folders["lora"], "full")

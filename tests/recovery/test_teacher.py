@@ -170,7 +170,10 @@ class TestTeachersThatAreRefused:
             (lambda _: tiny.make_model("llama_gqa_biases", AutoModel), "a LlamaModel, which predicts no next token"),
             (lambda _: tiny.make_model("llama_gqa_biases", num_hidden_layers=2), "teacher has 2 layers and the stud"),
             (lambda _: tiny.make_model("llama_gqa_biases", hidden_size=96), "teacher has 96 hidden features and the"),
-            (lambda _: tiny.make_model("llama_gqa_biases", vocab_size=310), "predicts 310 tokens and the student 300"),
+            (
+                lambda _: tiny.make_model("llama_gqa_biases", vocab_size=310),
+                "vocabulary has 310 tokens and the student's 300",
+            ),
             (lambda _: tiny.make_model("llama_gqa_biases", max_position_embeddings=8), "max_length=8"),
         ],
     )
@@ -188,7 +191,7 @@ class TestTeachersThatAreRefused:
         self.refused(tmp_path, "'flux:0' is no device", str(tmp_path / "dense"), teacher_device_map="flux:0")
 
     def test_where_none_or_another_one_is_asked_for(self, tmp_path):
-        self.refused(tmp_path, "A teacher is for mode='distill'", "dense", mode="lora")
+        self.refused(tmp_path, "A teacher is used with mode='distill' only", "dense", mode="lora")
         self.refused(tmp_path, "leave one of them out", "dense", teacher="other")
 
     def test_with_a_cache_of_something_else(self, tmp_path):

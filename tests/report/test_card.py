@@ -35,7 +35,7 @@ def card_of(pruner, name="pruned"):
 
 def command_in(card):
     """The words of the command, or `None` where there is none."""
-    found = re.search(r"## Make it again\n\n```bash\n(.*?)\n```", card, re.DOTALL)
+    found = re.search(r"## Reproduce it\n\n```bash\n(.*?)\n```", card, re.DOTALL)
     return found and shlex.split(found[1])
 
 
@@ -155,8 +155,8 @@ def prune_with_own_method(pruner, tokens):
     [
         (prune_with_tokens, "its calibration data was passed to `prune(dataset=...)`"),
         (prune_with_strings, "its calibration data was passed to `prune(dataset=...)`"),
-        (prune_with_scores, "its scores were made by another request"),
-        (prune_with_own_method, "the method `own` is registered in Python"),
+        (prune_with_scores, "its scores were made with another request"),
+        (prune_with_own_method, "the method `own` was registered in Python"),
     ],
 )
 def test_what_no_command_can_make_has_none_and_says_why(prune, reason, folder, tokens, monkeypatch):
@@ -192,29 +192,34 @@ def test_pruned_from_a_pruned_model_says_so(folder):
     # Also where the plan of the second has nothing of the first.
     pruner.plan = None
     pruner.prune(method="magnitude", reconstruction="none", sparsity=0.3)
-    assert "The weights that were kept are those of the model before it." in card_of(pruner, "again")
+    assert "The weights that were kept are equal to those of the model before this pruning." in card_of(
+        pruner, "again"
+    )
 
 
 INTRODUCTIONS = [
-    ({"kinds": ["mlp"]}, ["MLP channels were removed for good, and all attention heads were kept."]),
+    ({"kinds": ["mlp"]}, ["MLP channels were removed, and all attention heads were kept."]),
     (
         {"kinds": ["attention"], "attention_sparsity": 0.5},
-        ["Attention heads were removed for good, and all MLP channels were kept."],
+        ["Attention heads were removed, and all MLP channels were kept."],
     ),
-    ({"kinds": ["attention", "mlp"], "sparsity": 0.5}, ["Attention heads and MLP channels were removed for good."]),
+    ({"kinds": ["attention", "mlp"], "sparsity": 0.5}, ["Attention heads and MLP channels were removed."]),
     (
         {"kinds": ["attention"], "attention_unit": "kv_group", "attention_sparsity": 0.4},
-        ["KV groups were removed for good, and"],
+        ["KV groups were removed, and"],
     ),
     ({"sparsity": 0.0}, ["No unit was removed: every layer keeps its size."]),
-    ({"reconstruction": "none"}, ["The weights that were kept are those of the dense model."]),
-    ({"reconstruction": "bias"}, ["Biases of the output projections replace the mean output of what was removed."]),
+    ({"reconstruction": "none"}, ["The weights that were kept are equal to those of the dense model."]),
+    ({"reconstruction": "bias"}, ["Biases of the output projections replace the mean output of the removed units."]),
     ({}, ["The kept columns of output projections were refitted by least squares one layer after the other."]),
     ({"reconstruction_order": "independent"}, ["of output projections were refitted by least squares."]),
     ({"refit_sources": True}, ["the output projections, and the linears before them, were refitted"]),
     ({"rounds": 2}, ["The method `wanda_sp` chose them in 2 rounds, with forward passes only."]),
     ({"method": "taylor"}, ["The method `taylor` chose them, with back-propagation."]),
-    ({"scope": "search", "search_windows": 40}, ["found by a search that compared whole pruned models"]),
+    (
+        {"scope": "search", "search_windows": 40},
+        ["A search that compared whole pruned models decided how many units each layer keeps."],
+    ),
     ({"calibration": "self", "seq_len": 16}, ["It was calibrated on text that the model generated."]),
     ({"calibration": "builtin"}, ["It was calibrated on Python's documentation."]),
 ]
@@ -240,7 +245,7 @@ def test_a_plan_made_by_hand_is_called_no_method(folder):
     pruner.prune(plan=plan)
     introduction = card_of(pruner).partition("## ")[0]
 
-    assert "Which ones was read from a plan that was made before." in introduction and "wanda_sp" not in introduction
+    assert "The choice of units was read from an existing plan." in introduction and "wanda_sp" not in introduction
 
 
 @pytest.mark.parametrize(
@@ -263,5 +268,5 @@ def test_the_introduction_names_how_and_on_what_the_model_was_trained(mode, data
     card = card_of(pruner)
 
     assert sentence in card.partition("## ")[0], card
-    assert "The command makes the pruned model as it was before it was trained." in card
+    assert "The command reproduces the pruned model before training." in card
     assert sentence in card_of(FwdPruner.from_pretrained("pruned"), "copied").partition("## ")[0]

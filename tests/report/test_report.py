@@ -292,7 +292,7 @@ class TestACheckpoint:
         page = render_page(document_of([replayed]))
 
         assert replayed["scores"] is None and replayed["measured"] is None
-        assert "carries no scores" in page and page.count("not measured") >= 3
+        assert "This checkpoint has no scores" in page and page.count("not measured") >= 3
         assert "not measured" in report_table(document_of([replayed]))
 
     def test_what_was_measured_is_saved_with_the_checkpoint(self, folder, tmp_path, tokens):

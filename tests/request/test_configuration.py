@@ -213,7 +213,7 @@ def test_unknown_keys_warn_with_the_version_that_wrote_them(tmp_path, caplog):
         ({"min_units_per_site": 0}, "min_units_per_site must be at least 1; got 0"),
         ({"target_parameters": -5}, "target_parameters must be at least 1; got -5"),
         ({"target_parameters": 5, "target_bytes": 5}, "give one of them"),
-        ({"target_parameters": 5, "mlp_sparsity": 0.1}, "two budgets; give one of them"),
+        ({"target_parameters": 5, "mlp_sparsity": 0.1}, "two budgets; set one of them"),
         ({"kinds": []}, "must name attention, mlp or both"),
         ({"kinds": ["heads"]}, "kinds must be one of attention, mlp; got 'heads'"),
         ({"kinds": ["mlp"], "attention_sparsity": 0.1}, r"attention_sparsity .* kinds=\['mlp'\] leaves alone"),
