@@ -1,1 +1,1 @@
-"""Models from a folder or the Hub, and back into one: their origin, where their weights lie, how they are written."""
+"""Loading and saving models: their origin, the placement of their weights, and how they are written."""

@@ -15,11 +15,11 @@ logger = get_logger(__name__)
 
 CARD_NAME = "README.md"
 
-# Of the base, which its licence may ask to be passed on.
+# Files of the base that its licence may require to be passed on.
 LEGAL_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 
 
-# Licences that ask for the name of what is made from the model to begin so, and to say what it was built with.
+# Licences that require the name of a derived model to begin with this word, and to display "Built with" it.
 LICENSES_THAT_NAME = {
     "llama3": "Llama",
     "llama3.1": "Llama",
@@ -31,14 +31,14 @@ LICENSES_THAT_NAME = {
 
 @dataclass(frozen=True)
 class Base:
-    """The model that was pruned, as far as its repository or folder tells.
+    """The model that was pruned, as described by its repository or folder.
 
     Args:
-        name (`str`): repository, or last part of the folder.
-        is_repository (`bool`): whether the Hub knows it by that name.
+        name (`str`): repository, or last part of the folder's path.
+        is_repository (`bool`): whether the name is that of a repository on the Hub.
         license (`dict[str, str]`): `license`, `license_name` and `license_link` of its card.
-        legal_files (`dict[str, bytes]`): its licence, notice and the like by their names, read before the work: the
-            folder may be gone when the pruned model is saved.
+        legal_files (`dict[str, bytes]`): content of its licence, notice and the like, by file name. It is read when
+            the model is loaded, since the folder may no longer exist when the pruned model is saved.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Base:
 
     @property
     def wanted_name(self) -> str | None:
-        """How its licence asks names of derived models to begin; `None` where it does not ask."""
+        """The word that names of derived models must begin with by its licence; `None` where there is none."""
         return LICENSES_THAT_NAME.get(self.license.get("license", ""))
 
     @classmethod
     def of(cls, model_id: str | Path, **hub_kwargs) -> Base:
-        """Read a folder, or a repository of the Hub (or its cached copy); what is not there is left out."""
+        """Read a folder, or a repository of the Hub or its cached copy; missing files are left out."""
         path = Path(model_id)
 
         def find(name: str) -> str | None:

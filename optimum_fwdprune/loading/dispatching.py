@@ -1,4 +1,4 @@
-"""How a model is distributed over devices, memory and disk, and another one distributed in the same way."""
+"""The distribution of a model over devices, memory and disk, which can be applied to another model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .offloading import lies_in_files
 
 
 class PlacementError(RuntimeError):
-    """A model is whole, and could not be distributed.
+    """A model is complete, but could not be distributed.
 
     Args:
         model (`PreTrainedModel`): the model, without any of accelerate's hooks.
@@ -34,17 +34,17 @@ class PlacementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Placement:
-    """What accelerate was asked for when it distributed a model.
+    """The settings that accelerate distributed a model with.
 
     Args:
         device_map (`dict`, *optional*): module names to devices, as in `hf_device_map`; `None` without one.
-        hooked (`bool`): whether accelerate's hooks are in place.
-        main_device (`torch.device` or `str`, *optional*): where inputs go, and where offloaded weights compute.
+        hooked (`bool`): whether modules have accelerate's hooks.
+        main_device (`torch.device` or `str`, *optional*): device of inputs and of computations with offloaded weights.
         offload_buffers (`bool`): whether buffers are offloaded too.
-        skip_keys (`list[str]`, *optional*): inputs that stay where they are.
-        preloading (`list[str]`): names of the modules that fetch the weights of all their submodules at once.
-        on_disk (`frozenset[str]`): names of the parameters that lie in files.
-        folder (`Path`, *optional*): where accelerate was told to keep such files.
+        skip_keys (`list[str]`, *optional*): names of inputs that are not moved between devices.
+        preloading (`list[str]`): names of modules that load the weights of all their submodules at once.
+        on_disk (`frozenset[str]`): names of the parameters that are stored in files.
+        folder (`Path`, *optional*): folder of such files that accelerate was set up with.
     """
 
     device_map: dict[str, Any] | None
@@ -58,15 +58,15 @@ class Placement:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Placement:
-        """Read off `model` how it is distributed."""
+        """Return the placement of `model`, read from its hooks."""
         hooks = [(name, hook) for name, module in model.named_modules() for hook in hooks_of(module)]
         offloading = [(name, hook) for name, hook in hooks if hook.offload]
-        # The hook of the whole model is the first, and has the main device, except where all of it is offloaded.
+        # The first hook is that of the whole model, which has the main device unless all of the model is offloaded.
         devices = (hook.execution_device for _, hook in hooks if hook.execution_device is not None)
         folders = (getattr(getattr(hook.weights_map, "dataset", None), "save_folder", None) for _, hook in offloading)
         folder = next((folder for folder in folders if folder is not None), None)
         if (own := model.__dict__.get("_offload_files")) is not None:
-            # A folder of its own, which will be gone with that model.
+            # The model's own folder will be removed together with the model.
             folder = own.folder.parent
         device_map = getattr(model, "hf_device_map", None)
         return cls(
@@ -93,27 +93,27 @@ class Placement:
         return replace(self, device_map=device_map, preloading=list(_renamed(dict.fromkeys(self.preloading), after)))
 
     def files(self) -> OffloadFiles | None:
-        """Return files for what is to lie on disk; `None` where nothing is."""
+        """Return files for the parameters that belong on disk; `None` where there are none."""
         return OffloadFiles(self.folder) if self.on_disk else None
 
     def apply(self, model: PreTrainedModel, files: OffloadFiles | None) -> PreTrainedModel:
-        """Distribute `model`, whose modules are named as those of the first one, and return it.
+        """Distribute `model`, whose modules have the same names as the original model's, and return it.
 
         Args:
-            model (`PreTrainedModel`): every parameter lies where it lay in the first one, or on the CPU where it was
-                offloaded there; what lies on disk is on the meta device.
-            files (`OffloadFiles`, *optional*): what lies on disk.
+            model (`PreTrainedModel`): the model. Its parameters are on the devices of the original ones; those that
+                were offloaded are on the CPU, or on the meta device if they belong on disk.
+            files (`OffloadFiles`, *optional*): the parameters that belong on disk.
 
         Raises:
-            PlacementError: where that fails.
+            PlacementError: where accelerate fails.
         """
         try:
             return self._apply(model, files)
         except Exception as error:
             remove_hook_from_submodules(model)
             raise PlacementError(
-                f"The pruned model is whole, and could not be distributed as the dense one was: {error} Its weights "
-                f"lie where they lay before; distribute it with accelerate.dispatch_model.",
+                f"The pruned model is complete, but could not be distributed like the dense one: {error} Its weights "
+                f"are on the same devices as before; distribute it with accelerate.dispatch_model.",
                 model,
             ) from error
 
@@ -125,7 +125,7 @@ class Placement:
         folder = None
         if files is not None:
             folder = files.finish(model, self.offload_buffers)
-            # The files are there as long as the model is, and copies of the model read the same ones.
+            # The files exist as long as the model does, and are shared by its copies.
             model.__dict__["_offload_files"] = files
         if self.device_map is not None and self.hooked:
             options |= {"skip_keys": self.skip_keys, "main_device": self.main_device, "force_hooks": True}
@@ -147,7 +147,7 @@ class OffloadFiles:
     """Offloaded weights of one model in a folder of their own, which is removed with this object.
 
     Args:
-        parent (`Path`, *optional*): where to make the folder; by default where the system keeps temporary files.
+        parent (`Path`, *optional*): folder to create it in; by default the system's folder for temporary files.
     """
 
     def __init__(self, parent: Path | None):
@@ -160,7 +160,7 @@ class OffloadFiles:
 
     @property
     def names(self) -> set[str]:
-        """Names of what was written."""
+        """Names of the parameters and buffers that were written."""
         return set(self._index)
 
     def add(self, name: str, value: torch.Tensor) -> None:
@@ -175,8 +175,8 @@ class OffloadFiles:
         """Write the index that accelerate reads, and return the folder.
 
         Args:
-            model (`nn.Module`): whose parameters these are. A tied parameter is read from the file of the other.
-            with_buffers (`bool`): buffers are offloaded too.
+            model (`nn.Module`): the model of these parameters. Tied parameters are read from the same file.
+            with_buffers (`bool`): whether buffers are offloaded too.
         """
         written = {id(model.get_parameter(name)): entry for name, entry in self._index.items()}
         for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""Whether the config and the weights of a checkpoint describe the same model, checked before either is used."""
+"""Checks that the config and the weights of a checkpoint describe the same model, made before either is used."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Shapes = dict[str, tuple[int, ...]]
 def check_checkpoint(
     model_id: str | Path, config: PreTrainedConfig, where: Mapping[str, Any], auto_class: Any
 ) -> None:
-    """Compare what the config describes with the headers of the safetensors files: names, shapes, and how much there
-    is in all. What a config alone claims could fill any memory, and what it leaves out would be drawn at random.
+    """Compare a config with the headers of the safetensors files: names, shapes, and total size.
 
-    Checkpoints without safetensors files and quantised ones are left to transformers.
+    A wrong config could describe a model that no memory holds, and parameters that are missing from the files would be
+    initialized at random. Checkpoints without safetensors files and quantized ones are not checked.
 
     Args:
-        model_id (`str` or `Path`): folder, or repository of the Hub, whose files are fetched into the cache.
+        model_id (`str` or `Path`): folder, or repository of the Hub, whose files are downloaded into the cache.
         config (`PreTrainedConfig`): its config.
         where (mapping): `revision`, `token`, `cache_dir`, `subfolder` and the like.
-        auto_class (`type`): of the task that it is loaded for.
+        auto_class (`type`): Auto class of the task that it is loaded for.
 
     Raises:
-        OSError: where a file is damaged or not there, naming it.
+        OSError: where a file is damaged or missing; the message names the file.
         ValueError: where config and weights contradict each other.
     """
     files = weight_files(model_id, where)
@@ -48,8 +48,8 @@ def check_checkpoint(
     for name in sorted(described.keys() & stored.keys()):
         if described[name] != stored[name]:
             raise ValueError(
-                f"{name} is {list(stored[name])} in the weights of {model_id} and {list(described[name])} by its "
-                f"config.json; one of the two was changed, or belongs to another model."
+                f"{name} has the shape {list(stored[name])} in the weights of {model_id} and {list(described[name])} "
+                f"by its config.json; one of the two was changed, or belongs to another model."
             )
     missing = sorted(described.keys() - stored.keys())
     if missing and is_pruned(config):
@@ -58,16 +58,16 @@ def check_checkpoint(
             f"{missing[0]}; copy or download it again."
         )
     sizes = [sum(map(math.prod, shapes.values())) for shapes in (described, stored)]
-    # Heads of other tasks are left out, and parts may be missing: those are drawn at random, with a warning.
+    # A checkpoint may lack the head of a task: transformers initializes it at random, with a warning.
     if sizes[0] > 2 * sizes[1]:
         raise ValueError(
-            f"The config.json of {model_id} describes {sizes[0]:,} parameters and its weights hold {sizes[1]:,}; one "
+            f"The config.json of {model_id} describes {sizes[0]:,} parameters, and its weights have {sizes[1]:,}; one "
             f"of the two was changed, or belongs to another model."
         )
 
 
 def weight_files(model_id: str | Path, where: Mapping[str, Any]) -> list[Path]:
-    """Return the safetensors files of a folder or repository, fetched into the cache; none where it has others."""
+    """Return the safetensors files of a folder, or of a repository, downloaded into the cache; none if it has none."""
 
     def find(name: str) -> str | None:
         return cached_file(str(model_id), name, _raise_exceptions_for_missing_entries=False, **where)
@@ -82,9 +82,9 @@ def weight_files(model_id: str | Path, where: Mapping[str, Any]) -> list[Path]:
         names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
         outside = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of weight files: {type(error).__name__}: {error}.") from error
+        raise ValueError(f"{index} is not an index of weight files: {type(error).__name__}: {error}.") from error
     if outside:
-        raise ValueError(f"{index} names {outside[0]!r}; weight files are .safetensors files beside their index.")
+        raise ValueError(f"{index} names {outside[0]!r}; weight files must be .safetensors files in the same folder.")
     shards, _ = get_checkpoint_shard_files(str(model_id), index, **where)
     return [Path(shard) for shard in shards]
 
@@ -93,7 +93,7 @@ def shapes_of(files: Iterable[Path]) -> Shapes:
     """Return names and shapes of the tensors in safetensors files, of which only the headers are read.
 
     Raises:
-        OSError: where a file is damaged or not there, naming it.
+        OSError: where a file is damaged or missing; the message names the file.
     """
     shapes: Shapes = {}
     damaged = []
@@ -111,11 +111,13 @@ def shapes_of(files: Iterable[Path]) -> Shapes:
 
 
 def _described_by(config: PreTrainedConfig, auto_class: Any, tensors: int, folder: Path) -> Shapes:
-    """Names and shapes of the parameters that a config describes; those that are tied count once."""
+    """Return names and shapes of the parameters that a config describes; tied ones are returned once."""
     layers = config.get_text_config().num_hidden_layers
-    # Even without weights a layer takes time and memory.
+    # Building a layer takes time and memory even without weights.
     if not 0 <= layers <= tensors:
-        raise ValueError(f"{folder / 'config.json'} describes {layers} layers, and the weights are {tensors} tensors.")
+        raise ValueError(
+            f"{folder / 'config.json'} describes {layers} layers, and the weights have {tensors} tensors in all."
+        )
     try:
         with torch.device("meta"):
             model = auto_class.from_config(config)

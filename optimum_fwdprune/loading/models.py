@@ -1,4 +1,4 @@
-"""Models from a folder or from the Hub, with errors that name the file."""
+"""Loading models from a folder or from the Hub, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .integrity import check_checkpoint
 from .offline import naming_offline
 
 
-# Of `from_pretrained`: where files are looked for.
+# Arguments of `from_pretrained` that determine where files are read from.
 WHERE = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 
-# And what holds for other repositories of the same user.
+# Arguments of `from_pretrained` that apply to other repositories of the same user too.
 ACCESS = ("token", "cache_dir", "local_files_only", "trust_remote_code")
 
-# What to do where the Hub must not be asked for a model.
+# The way out, in errors, where a model cannot be downloaded in offline mode.
 FOLDER_OTHERWISE = "name a folder that holds the model"
 
 
 def auto_class_of(config: PreTrainedConfig) -> Any:
     """Return the Auto class of the task that a checkpoint was saved for.
 
-    A dense bare model counts as a causal language model: where embeddings are tied nothing is missing.
+    A dense model without a head is loaded as a causal language model, which needs no head if embeddings are tied.
     """
     pruned = is_pruned(config)
     for candidate in get_architecture(config).model_classes:
@@ -45,7 +45,7 @@ def check_is_model(model_id: Any, where: Mapping[str, Any]) -> None:
     """Raise `ValueError` where `model_id` does not name a model: an object in memory, or adapters without their base.
 
     Args:
-        model_id (`str` or `Path`): what a user passed.
+        model_id (`str` or `Path`): the argument that a user passed.
         where (mapping): `revision`, `token`, `cache_dir`, `subfolder` and the like.
     """
     if not isinstance(model_id, (str, Path)):
@@ -58,7 +58,7 @@ def check_is_model(model_id: Any, where: Mapping[str, Any]) -> None:
         return
     base = values.get("base_model_name_or_path")
     raise ValueError(
-        f"{model_id} holds adapters{f' of {base}' if base else ''}, and a plain model is needed. Merge the "
+        f"{model_id} holds adapters{f' of {base}' if base else ''}, and a model without adapters is needed. Merge the "
         f"adapters into their base first: model = AutoPeftModelForCausalLM.from_pretrained({str(model_id)!r})"
         f".merge_and_unload(); then FwdPruner(model, tokenizer), or model.save_pretrained(folder) for the commands."
     )
@@ -72,7 +72,7 @@ def adapter_config(model_id: str | Path, where: Mapping[str, Any]) -> dict[str, 
         where (mapping): `revision`, `token`, `cache_dir`, `subfolder` and the like.
 
     Raises:
-        ValueError: where the config is damaged, naming its file.
+        ValueError: where the config is damaged; the message names its file.
     """
     file = find_adapter_config_file(str(model_id), **where)
     if file is None:
@@ -90,7 +90,7 @@ def check_unquantized(model_id: Any, config: PreTrainedConfig, quantization_conf
     Args:
         model_id (`str` or `Path`): its folder or repository.
         config (`PreTrainedConfig`): its config.
-        quantization_config (*optional*): what `from_pretrained` is called with.
+        quantization_config (*optional*): the argument of `from_pretrained` of this name.
     """
     quantization = quantization_config or getattr(config, "quantization_config", None)
     if quantization is None:
@@ -107,7 +107,7 @@ def check_unquantized(model_id: Any, config: PreTrainedConfig, quantization_conf
 
 
 def check_is_there(model_id: str | Path, **kwargs: Any) -> None:
-    """Raise `OSError` or `ValueError`, naming it, where a folder or repository holds no config of a model."""
+    """Raise `OSError` or `ValueError` where a folder or repository has no config of a model; the message names it."""
     try:
         with naming_offline(model_id, FOLDER_OTHERWISE):
             AutoConfig.from_pretrained(model_id, **kwargs)
@@ -118,9 +118,9 @@ def check_is_there(model_id: str | Path, **kwargs: Any) -> None:
 
 
 def check_dtype(dtype: Any) -> None:
-    """Raise `ValueError` where `dtype` is a word, and not the name of a dtype."""
+    """Raise `ValueError` where `dtype` is a string that names no dtype."""
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype={dtype!r} is no dtype; name auto, float32, bfloat16 or float16.")
+        raise ValueError(f"dtype={dtype!r} is no dtype; use auto, float32, bfloat16 or float16.")
 
 
 def load_causal_lm(model_id: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -133,28 +133,29 @@ def load_for_task(model_id: str | Path, auto_class: Any, **kwargs: Any) -> PreTr
 
     Args:
         model_id (`str` or `Path`): folder, or repository of the Hub.
-        auto_class (`type`): of the task, such as `AutoModelForCausalLM`.
-        kwargs: for `from_pretrained`.
+        auto_class (`type`): Auto class of the task, such as `AutoModelForCausalLM`.
+        kwargs: arguments of `from_pretrained`.
 
     Raises:
-        OSError: where a file is not there or, naming it, is damaged; nothing is loaded then.
-        ValueError: where its config and its weights contradict each other, or a pruned model has another task.
+        OSError: where a file is missing or damaged; the message names the file.
+        ValueError: where config and weights contradict each other, or the model is a pruned one of another task.
     """
     check_dtype(kwargs.get("dtype"))
     where = {name: kwargs[name] for name in WHERE if name in kwargs}
-    # Code of the repository may describe anything, a GGUF file describes itself, and adapters name their base.
+    # The check needs a config.json whose meaning is known. The config of remote code may mean anything, a GGUF file
+    # contains its own config, and adapters only name their base.
     unchecked = "gguf_file" in kwargs or kwargs.get("trust_remote_code")
     if not unchecked and find_adapter_config_file(str(model_id), **where) is None:
         with naming_offline(model_id, FOLDER_OTHERWISE):
             config = AutoConfig.from_pretrained(model_id, **where)
         if is_pruned(config) and (own := auto_class_of(config)) is not auto_class:
             raise ValueError(
-                f"{model_id} is a {config.architectures[0]}, and {auto_class.__name__} would load something else; "
-                f"{own.__name__} loads it."
+                f"{model_id} is a {config.architectures[0]}, which {auto_class.__name__} cannot load; use "
+                f"{own.__name__}."
             )
         check_checkpoint(model_id, config, where, auto_class)
     if "gguf_file" in kwargs and (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:
-        # Packed weights can neither be cut nor measured column by column.
+        # Quantized weights can be neither cut nor measured column by column.
         kwargs.setdefault("quantization_config", gguf_config(dequantize=True))
     with naming_offline(model_id, FOLDER_OTHERWISE):
         return auto_class.from_pretrained(model_id, **kwargs)

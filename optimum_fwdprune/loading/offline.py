@@ -1,4 +1,4 @@
-"""Errors where the Hub must not be asked: they name the reason and the way out."""
+"""Errors in offline mode, which name the environment variable that sets it, and the way out."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-# Variables that forbid to ask the Hub, the most usual one first.
+# Environment variables that set the offline mode, the most common one first.
 VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 @contextmanager
 def naming_offline(name: str | Path, otherwise: str) -> Iterator[None]:
-    """Raise an `OSError` that names the variable that forbids to ask the Hub, where that is why something is missing.
+    """Turn an error of loading that offline mode causes into an `OSError` that names the variable and the way out.
 
     Args:
         name (`str` or `Path`): the model or dataset that is loaded while the context is open.
-        otherwise (`str`): what the user can do instead of asking the Hub, in the imperative.
+        otherwise (`str`): a way out other than downloading, in the imperative.
     """
     from huggingface_hub import is_offline_mode
 
@@ -31,11 +31,11 @@ def naming_offline(name: str | Path, otherwise: str) -> Iterator[None]:
         if not is_offline_mode() or not unreachable or Path(name).exists():
             raise
         raise OSError(
-            f"{name} is neither here nor in the cache of the Hub, and {offline_variable()} is set, which forbids to "
-            f"download it. Unset it to download {name}, or {otherwise}."
+            f"{name} is neither a local file nor in the cache of the Hub, and {offline_variable()} is set, which "
+            f"prevents downloads. Unset it to download {name}, or {otherwise}."
         ) from error
 
 
 def offline_variable() -> str:
-    """Return the name of the environment variable that forbids to ask the Hub."""
+    """Return the name of the environment variable that sets the offline mode."""
     return next((name for name in VARIABLES if os.environ.get(name)), VARIABLES[0])

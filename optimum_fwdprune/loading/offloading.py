@@ -1,4 +1,4 @@
-"""Weights that live on disk, or beside the device, while nobody computes with them: accelerate's offload hooks."""
+"""Offloaded weights, which accelerate's hooks load from disk or from the CPU for every computation."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..runs.devices import compute_device, hooks_of
 
 
 def device_map_on_disk(config: PreTrainedConfig, auto_class: Any) -> dict[str, str]:
-    """Return the `device_map` that leaves the decoder layers of a model of this task on disk and puts all else
-    where it computes: the accelerator, or the CPU where there is none."""
+    """Return a `device_map` that leaves the decoder layers on disk and puts all other modules on the accelerator, or
+    on the CPU where there is none."""
     with torch.device("meta"):
         model = auto_class.from_config(config)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -27,13 +27,13 @@ def device_map_on_disk(config: PreTrainedConfig, auto_class: Any) -> dict[str, s
 
 
 def on_disk(model: PreTrainedModel, device: torch.device | str) -> dict[str, str]:
-    """Return the `device_map` that leaves the decoder layers of `model` on disk and puts all else on `device`."""
+    """Return a `device_map` that leaves the decoder layers of `model` on disk and puts other modules on `device`."""
     names = [name for name, _ in get_architecture(model.config).layers(model)]
     container = names[0].rpartition(".")[0]
     device_map = {container: "disk"}
     for name, module in model.named_modules():
         if container.startswith(f"{name}.") or not name:
-            # What contains the layers holds parameters and modules of its own, which are placed one by one.
+            # The modules that contain the layers also have other children, which are placed one by one.
             children = [*module.named_children(), *module.named_parameters(recurse=False)]
             paths = (f"{name}.{child}" if name else child for child, _ in children)
             device_map |= {path: str(device) for path in paths if not f"{container}.".startswith(f"{path}.")}
@@ -51,7 +51,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Return where the tokens of a batch go, also where the embeddings are offloaded."""
+    """Return the device for the tokens of a batch, also where the embeddings are offloaded."""
     if model.device.type != "meta":
         return model.device
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
@@ -68,16 +68,15 @@ def check_readable(model: PreTrainedModel) -> None:
 
 @contextmanager
 def resident(module: nn.Module) -> Iterator[None]:
-    """Have the parameters of `module` in memory, where it computes, while the context is open.
+    """Keep the parameters of `module` in memory, on the device that it computes on, while the context is open.
 
-    They are read once, however often the module runs meanwhile, and are to be looked at only: what is written to them
-    is gone afterwards.
+    They are read once, even if the module runs several times. They must not be changed: changes are lost afterwards.
     """
     fetched: list[tuple[AlignDevicesHook, nn.Module]] = []
     try:
         for submodule in module.modules():
             for hook in _offloading_hooks(submodule):
-                # What accelerate does around a forward pass, with other things in between.
+                # The hook is called as accelerate calls it before a forward pass.
                 hook.pre_forward(submodule)
                 hook.offload = False
                 fetched.append((hook, submodule))
@@ -89,7 +88,7 @@ def resident(module: nn.Module) -> Iterator[None]:
 
 
 class InTurn(list):
-    """Sites which, while one iterates over them, have the linears of the one at hand in memory."""
+    """A list of sites; iterating over it keeps the linears of the current site in memory."""
 
     def __iter__(self) -> Iterator[Site]:
         for site in super().__iter__():
@@ -99,7 +98,7 @@ class InTurn(list):
 
 
 def read_parameter(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """Return the parameter or buffer `name` of `model`, read from where it is offloaded to if it is."""
+    """Return the parameter or buffer `name` of `model`, which is read from disk or memory if it is offloaded."""
     path, _, own_name = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), own_name)
     if not tensor.is_meta:
@@ -115,8 +114,8 @@ def lies_in_files(model: PreTrainedModel, name: str) -> bool:
 
 
 def file_of(model: PreTrainedModel, name: str) -> Path | None:
-    """Return the safetensors file that the offloaded parameter `name` of `model` is read from under this name, or
-    `None` where it is read from elsewhere: memory, or a file of another kind."""
+    """Return the safetensors file that holds the offloaded parameter `name` of `model` under this name; `None` where
+    it is read from memory or from another kind of file."""
     weights, full_name = _innermost(*_offloaded_weights(model, name))
     if not isinstance(weights, OffloadedWeightsLoader) or full_name in weights.state_dict:
         return None
@@ -126,20 +125,20 @@ def file_of(model: PreTrainedModel, name: str) -> Path | None:
 
 
 def _innermost(weights: Any, name: str) -> tuple[Mapping[str, torch.Tensor], str]:
-    """What a map of weights reads from, and by which name."""
+    """Return the map of weights that a prefixed one reads from, and the name of the weight in it."""
     while isinstance(weights, PrefixedDataset):
         weights, name = weights.dataset, f"{weights.prefix}{name}"
     return weights, name
 
 
 def _offloaded_weights(model: PreTrainedModel, name: str) -> tuple[Mapping[str, torch.Tensor], str]:
-    """Where an offloaded parameter is read from, and by which name: of its module, or of one around it."""
+    """Return the map of weights of an offloaded parameter, and its name in it; the hook may be that of a parent."""
     path, _, own_name = name.rpartition(".")
     while True:
         for hook in _offloading_hooks(model.get_submodule(path)):
             return hook.weights_map, own_name
         if not path:
-            raise ValueError(f"{name} is on the meta device, and nothing says where its values are.")
+            raise ValueError(f"{name} is on the meta device, and no hook of accelerate can load its values.")
         path, _, parent = path.rpartition(".")
         own_name = f"{parent}.{own_name}"
 

@@ -1,4 +1,4 @@
-"""A model with its tokenizer, opened from a folder or the Hub; whatever is wrong shows before its weights are read."""
+"""Opening a model with its tokenizer from a folder or the Hub; errors are raised before the weights are read."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ logger = get_logger(__name__)
 def open_model(
     model_id: str | Path, tokenizer: Any, low_memory: bool, arguments: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Source]:
-    """Return a model for the task that it was saved for, its tokenizer where it has one, and its source.
+    """Return a model for the task that it was saved for, its tokenizer if it has one, and its source.
 
     Args:
         model_id (`str` or `Path`): folder, or repository of the Hub.
-        tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*): instead of the one beside the model.
+        tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*): tokenizer that replaces the model's own.
         low_memory (`bool`): leave the decoder layers on disk.
-        arguments (mapping): for the Auto class's `from_pretrained`.
+        arguments (mapping): arguments of the Auto class's `from_pretrained`.
 
     Raises:
-        OSError: where a file is missing or damaged, naming it.
+        OSError: where a file is missing or damaged; the message names the file.
         ValueError: where the family is not supported, the folder holds adapters without their base, the arguments
             contradict each other, or the tokenizer cannot be read.
     """
@@ -49,9 +49,9 @@ def open_model(
     check_is_model(model_id, {name: options[name] for name in WHERE if name in options})
     shared = {name: options[name] for name in (*WHERE, "trust_remote_code", "gguf_file") if name in options}
     auto_class: Any = AutoModelForCausalLM
-    # Reading the config of a GGUF file costs as much as reading all of it.
+    # Reading the config of a GGUF file takes as long as reading the whole file.
     if "gguf_file" not in options:
-        # A family that is not supported fails before gigabytes are read.
+        # An unsupported family is refused before gigabytes are read.
         with naming_offline(model_id, FOLDER_OTHERWISE):
             config = AutoConfig.from_pretrained(model_id, **shared)
         auto_class = auto_class_of(config)
@@ -66,21 +66,21 @@ def open_model(
     opened_tokenizer = _tokenizer(model_id, tokenizer, options, shared)
     model = load_for_task(model_id, auto_class, **placed(options))
     # A tokenizer that was passed in memory has no name.
-    named = {"tokenizer": public_name(str(tokenizer))} if isinstance(tokenizer, (str, Path)) else {}
-    return model, opened_tokenizer, Source.opened(model_id, {**options, **named}, low_memory)
+    tokenizer_name = {"tokenizer": public_name(str(tokenizer))} if isinstance(tokenizer, (str, Path)) else {}
+    return model, opened_tokenizer, Source.opened(model_id, {**options, **tokenizer_name}, low_memory)
 
 
 def _tokenizer(
     model_id: str | Path, tokenizer: Any, options: Mapping[str, Any], shared: Mapping[str, Any]
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was named, or the one beside the model; a warning where there is none."""
+    """Return the tokenizer that the user named, or the model's own; warn where there is none."""
     if tokenizer is not None:
         return named_tokenizer(tokenizer, **{name: options[name] for name in ACCESS if name in options})
-    beside_the_model = load_tokenizer(model_id, **shared)
-    if beside_the_model is None:
+    own_tokenizer = load_tokenizer(model_id, **shared)
+    if own_tokenizer is None:
         logger.warning(
-            "%s has no tokenizer; calibration can use token ids and the model's own text only. Name one with "
+            "%s has no tokenizer; calibration can only use token ids or text that the model generates. Name one with "
             "tokenizer=... (--tokenizer).",
             model_id,
         )
-    return beside_the_model
+    return own_tokenizer

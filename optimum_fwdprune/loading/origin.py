@@ -1,7 +1,7 @@
-"""Where the model that was pruned is: remembered on this machine, and recognised by its weights.
+"""The origin of a pruned model: where the model that was pruned is stored, and how its weights are recognized.
 
-A checkpoint may be shared, so that its plan has the name of the model and a fingerprint of its weights, and no path.
-Paths are kept in a folder of the Hugging Face cache, one small file for each fingerprint.
+A checkpoint may be shared, so that its plan holds the name of the model and a fingerprint of its weights, but no path.
+Paths are stored in the Hugging Face cache of this machine, in a small file per fingerprint.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .integrity import weight_files
 
 logger = get_logger(__name__)
 
-# Folder of the files that are named by fingerprints, inside the cache.
+# The folder of these files inside the cache.
 REMEMBERED = "fwdprune/sources"
 
-# Bytes of a tensor that are read at its beginning, in its middle and at its end.
+# Bytes that are read at the beginning, in the middle and at the end of a tensor.
 SAMPLE = 512
 
 # Keys of a plan's metadata.
@@ -42,10 +42,10 @@ class Origin:
 
     Args:
         name (`str`): repository of the Hub, or the last part of a folder's path.
-        fingerprint (`str`, *optional*): of its weights (see [`fingerprint_of`]); `None` where they are not in
-            safetensors files.
+        fingerprint (`str`, *optional*): fingerprint of its weights (see [`fingerprint_of`]); `None` where they are not
+            in safetensors files.
         revision (`str`, *optional*): commit of the repository; `None` for a folder.
-        folders (`tuple[Path]`): where it was last, or may be.
+        folders (`tuple[Path]`): folders that it was read from, or may be in.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Origin:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, where: Mapping[str, Any]) -> Origin:
-        """Return the origin of what is pruned from a model that was loaded.
+        """Return the origin of models that are pruned from a loaded model.
 
         Args:
-            config (`PreTrainedConfig`): of the model.
+            config (`PreTrainedConfig`): config of the loaded model.
             where (mapping): `token`, `cache_dir` and the like, for a repository.
         """
         name = config._name_or_path
@@ -66,7 +66,7 @@ class Origin:
             return cls("")
         folder, revision = Path(name), getattr(config, "_commit_hash", None)
         is_folder = folder.is_dir()
-        # What was loaded is in the cache; nothing is worth a download.
+        # The files of the loaded model are in the cache; nothing is downloaded.
         place = {} if is_folder else {**where, "revision": revision, "local_files_only": True}
         try:
             fingerprint = fingerprint_of(name, place)
@@ -78,11 +78,11 @@ class Origin:
 
     @classmethod
     def of_plan(cls, metadata: Mapping[str, Any], folders: Iterable[Path] = ()) -> Origin | None:
-        """Return the origin that a plan's metadata name, or `None`.
+        """Return the origin in a plan's metadata; `None` where there is none.
 
         Args:
-            metadata (mapping): of the plan.
-            folders (iterable of `Path`): where it may be; after these come those that this machine remembers.
+            metadata (mapping): metadata of the plan.
+            folders (iterable of `Path`): folders that it may be in, to which those stored on this machine are added.
         """
         name = metadata.get(NAME)
         if not name or not isinstance(name, str):
@@ -91,28 +91,28 @@ class Origin:
         return cls(name, fingerprint, metadata.get(REVISION), (*folders, *_remembered(fingerprint)))
 
     def to_metadata(self) -> dict[str, Any]:
-        """Return what a plan records of it: no path of this machine."""
+        """Return the metadata for a plan, which hold no path of this machine."""
         values = {NAME: self.name, FINGERPRINT: self.fingerprint, REVISION: self.revision}
         return {name: value for name, value in values.items() if value is not None}
 
     def remember(self) -> None:
-        """Write down where the folder of this fingerprint is, on this machine alone."""
+        """Store the folders of this fingerprint on this machine."""
         if self.fingerprint is None or not self.folders or not ranks.is_main():
             return
         memory = _memory_of(self.fingerprint)
         try:
-            # Of two processes that add a folder at the same time, neither loses that of the other.
+            # The lock prevents that one of two processes overwrites the other's folder.
             with taking_turns(memory):
                 known = dict.fromkeys((*self.folders, *_remembered(self.fingerprint)))
                 write_text_atomically(memory, json.dumps([str(folder) for folder in known]) + "\n")
         except OSError as error:
-            logger.info("Where %s is cannot be remembered: %s", self.name, error)
+            logger.info("The folder of %s cannot be stored: %s", self.name, error)
 
     def find(self) -> str:
-        """Return what loads the model: its folder, or its repository (with `self.revision`).
+        """Return the folder of the model, or its repository, whose commit is `self.revision`.
 
         Raises:
-            ValueError: where its weights are nowhere, or a folder of its name has others.
+            ValueError: where the model cannot be found, or a folder of its name has other weights.
         """
         others = []
         for folder in dict.fromkeys((*self.folders, Path(self.name))):
@@ -125,11 +125,11 @@ class Origin:
         if hidden is None and ("/" in self.name or self.revision is not None):
             return self.name
         if self.fingerprint is None:
-            reason = "the checkpoint has no fingerprint of its weights, by which a folder of that name could be told"
+            reason = "the checkpoint has no fingerprint of its weights, by which its folder could be recognized"
         elif others:
             reason = f"{', '.join(map(str, others))} holds other weights"
         else:
-            reason = "it is no longer where it was, or was pruned on another machine"
+            reason = "its folder no longer exists, or it was pruned on another machine"
         raise ValueError(
             f"The teacher is the model that was pruned, {self.name}, and {reason}. Name the dense model: "
             f"teacher='FOLDER' (--teacher FOLDER)."
@@ -139,8 +139,8 @@ class Origin:
 def fingerprint_of(model_id: str | Path, where: Mapping[str, Any]) -> str | None:
     """Return a fingerprint of the weights in the safetensors files of a checkpoint, or `None` where it has none.
 
-    It is of names, dtypes, shapes and a sample of the bytes of every tensor, however they are divided into files. A
-    few megabytes are read at most.
+    It is computed from the names, dtypes and shapes of all tensors and a sample of their bytes, and does not depend on
+    the division into files. At most a few megabytes are read.
 
     Args:
         model_id (`str` or `Path`): folder or repository.
@@ -148,7 +148,7 @@ def fingerprint_of(model_id: str | Path, where: Mapping[str, Any]) -> str | None
 
     Raises:
         OSError: where a file cannot be read.
-        ValueError: where a file is no safetensors file.
+        ValueError: where a file is not a safetensors file.
     """
     entries = {}
     for path in weight_files(model_id, where):
@@ -182,8 +182,8 @@ def _memory_of(fingerprint: str) -> Path:
 
 
 def _remembered(fingerprint: Any) -> list[Path]:
-    """Folders in which weights of this fingerprint were, the last one first."""
-    # A plan may hold anything, and this becomes the name of a file.
+    """Return the stored folders of a fingerprint, the latest one first."""
+    # The fingerprint becomes the name of a file, and a plan from elsewhere may hold any string.
     if not isinstance(fingerprint, str) or not fingerprint.isalnum():
         return []
     try:
@@ -191,6 +191,6 @@ def _remembered(fingerprint: Any) -> list[Path]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        logger.info("What is remembered of %s cannot be read: %s", fingerprint, error)
+        logger.info("The stored folders of %s cannot be read: %s", fingerprint, error)
         return []
     return [Path(folder) for folder in folders if isinstance(folder, str)] if isinstance(folders, list) else []

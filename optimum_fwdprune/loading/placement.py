@@ -1,4 +1,4 @@
-"""Where a model goes: each process of a run to its own accelerator, and a word where an accelerator stands idle."""
+"""The placement of a model on the accelerator of its process, and warnings where an accelerator is not used."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ logger = get_logger(__name__)
 
 
 def placed(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of `from_pretrained` with what several processes need: the accelerator of this process where no
-    `device_map` is given, and a folder of its own inside `offload_folder`."""
+    """Return arguments of `from_pretrained`, adapted to one of several processes.
+
+    The model goes to the accelerator of this process unless `device_map` is set, and `offload_folder` becomes a folder
+    of this process inside of it. In a single process the arguments stay the same.
+    """
     options = dict(kwargs)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return options
@@ -34,13 +37,13 @@ def placed(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def warn_of_placement(model: PreTrainedModel) -> None:
-    """Warn where the model computes on the CPU beside an accelerator, or on the accelerator of another process."""
+    """Warn where the model is on the CPU although there is an accelerator, or on that of another process."""
     device = input_device(model)
     if device.type == "cpu":
         if torch.accelerator.is_available():
             kind = torch.accelerator.current_accelerator()
             logger.warning(
-                "The model is on the CPU, and this machine has an accelerator (%s) that it does not use. Load it with "
+                "The model is on the CPU, although this machine has an accelerator (%s). Load it with "
                 "device_map=%r, or on the command line with --device_map %s.",
                 kind,
                 str(kind),
@@ -52,8 +55,8 @@ def warn_of_placement(model: PreTrainedModel) -> None:
     own = ranks.own_device()
     if device.type == own.type and None not in (device.index, own.index) and device != own:
         logger.warning(
-            "Process %d of %d computes on %s, and its own accelerator is %s. Leave out device_map, so that each "
-            "process takes its own.",
+            "Process %d of %d computes on %s, although its own accelerator is %s. Leave out device_map, so that every "
+            "process uses its own.",
             ranks.rank(),
             ranks.world_size(),
             device,

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of, written as it is in memory, and checked before there is anything to lose."""
+"""Writing the parts of a checkpoint, and checks, made before the work, that they can be written."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from .offloading import file_of, read_parameter
 
 logger = get_logger(__name__)
 
-# Values of a generation config that transformers leaves out of its file.
+# Values of a generation config that transformers does not write to its file.
 NOT_WRITTEN = ["compile_config"]
 
 
 def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Raise `ValueError` where `save_pretrained` would fail on a config, a generation config or a tokenizer.
 
-    They are written to a temporary folder, which takes a fraction of a second; weights are not.
+    All but the weights is written to a temporary folder, which takes a fraction of a second.
 
     Args:
-        model (`PreTrainedModel`): dense or pruned.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): saved beside it.
+        model (`PreTrainedModel`): the model, dense or pruned.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the tokenizer that is saved with it.
     """
     _check_generation_config(model)
     with tempfile.TemporaryDirectory(prefix="fwdprune-") as folder:
@@ -51,8 +51,8 @@ def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
             with naming_what_is_full(Path(folder)):
                 _write_all_but_weights(model, tokenizer, folder)
         except DiskFullError as error:
-            # The checkpoint goes elsewhere.
-            logger.info("Not checked whether the config and the tokenizer can be saved: %s", error)
+            # The checkpoint may be saved to another disk.
+            logger.info("It was not checked whether the config and the tokenizer can be saved: %s", error)
 
 
 def _write_all_but_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str) -> None:
@@ -60,7 +60,7 @@ def _write_all_but_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenize
         model.config.save_pretrained(folder)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"The model's config cannot be saved ({' '.join(str(error).split())}). Mend model.config first."
+            f"The model's config cannot be saved ({' '.join(str(error).split())}). Correct model.config first."
         ) from error
     if tokenizer is None:
         return
@@ -69,10 +69,10 @@ def _write_all_but_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenize
             tokenizer.save_pretrained(folder)
     except DiskFullError:
         raise
-    except Exception as error:  # Whatever a tokenizer's own code raises, it cannot be saved.
+    except Exception as error:  # The code of a tokenizer may raise any error.
         raise ValueError(
             f"The tokenizer, a {type(tokenizer).__name__}, cannot be saved ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}). Use one that can be, or none: FwdPruner(model, tokenizer=None)."
+            f"{' '.join(str(error).split())}). Use another tokenizer, or none: FwdPruner(model, tokenizer=None)."
         ) from error
 
 
@@ -81,19 +81,19 @@ def save_offloaded(
 ) -> None:
     """Write a model whose decoder layers are offloaded, one layer in memory at a time.
 
-    What is written is what the model holds, also where weights were changed since it was loaded.
+    The current weights are written, also where they were changed since the model was loaded.
 
     Args:
-        model (`PreTrainedModel`): offloaded in any way that accelerate has.
-        folder (`Path`): where to.
-        files (`Path`, *optional*): a folder of weight files that layers may be read from. A file of which every
-            weight is still offloaded is linked, or copied where that is another disk.
+        model (`PreTrainedModel`): a model that accelerate has offloaded in any way.
+        folder (`Path`): folder to write.
+        files (`Path`, *optional*): folder of weight files that layers may be offloaded to. A file whose weights are
+            all still offloaded is linked, or copied if it is on another disk.
         written_as (`PreTrainedModel`, *optional*): a model of another class without weights, whose parameters have the
-            same names; the checkpoint opens as one of it.
+            same names; the checkpoint is written as one of this class.
     """
     written_as = written_as or model
     with generation_config_as_it_is(written_as, folder):
-        # All but weights, of which this state has none.
+        # An empty state has no weights, so that everything else is written.
         written_as.save_pretrained(folder, state_dict={})
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
@@ -122,7 +122,7 @@ def save_offloaded(
 
 
 def _unchanged_file(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], files: Path | None) -> Path | None:
-    """The file of `files` that all these weights, and no others, are read from unchanged whenever they run."""
+    """Return the file in `files` that holds exactly these weights in their current state, if there is one."""
     if files is None or not all(tensor.is_meta for tensor in tensors.values()):
         return None
     sources = {file_of(model, name) for name in tensors}
@@ -130,7 +130,7 @@ def _unchanged_file(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor],
     if source is None or source.parent.resolve() != files.resolve():
         return None
     with safe_open(source, framework="pt") as content:
-        # Without reading a value; a model may have been given another dtype since.
+        # Dtypes are compared without reading values; the model's dtype may have been changed.
         dtypes = {name: content.get_slice(name)[:0].dtype for name in content.keys()}  # noqa: SIM118
     return source if dtypes == {name: tensor.dtype for name, tensor in tensors.items()} else None
 
@@ -141,14 +141,14 @@ def _value(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> torch.Ten
 
 @contextmanager
 def generation_config_as_it_is(model: Any, folder: str | Path) -> Iterator[None]:
-    """Have what the block saves in `folder` hold the model's generation config, value by value.
+    """Write the model's generation config unchanged to the folder that the block saves the model in.
 
-    Many published generation configs name a `temperature` without `do_sample`. Transformers loads them, and refuses
-    to save them as soon as any value was changed.
+    Many published generation configs set a `temperature` without `do_sample`. Transformers loads them, but refuses to
+    save them once any value was changed.
 
     Args:
-        model (`PreTrainedModel`): it has a valid stand-in while the block runs, and its own object afterwards.
-        folder (`str` or `Path`): where the block saves the model.
+        model (`PreTrainedModel`): the model; its generation config is replaced by a valid one during the block.
+        folder (`str` or `Path`): folder that the block saves the model in.
 
     Raises:
         ValueError: where the config could not be loaded again.
@@ -169,14 +169,15 @@ def generation_config_as_it_is(model: Any, folder: str | Path) -> Iterator[None]
 
 @contextmanager
 def naming_base(model: Any, base: str, pushed: bool) -> Iterator[None]:
-    """Have the adapters that the block saves name their base: in their config, and in the card that PEFT writes.
+    """Name the base of the adapters that the block saves, in their config and in the card that PEFT writes.
 
-    PEFT takes the name in the card from the base model, which carries that of the model it was pruned from.
+    PEFT takes the name in the card from the base model, whose own name is that of the model it was pruned from.
 
     Args:
-        model (`PeftModel`): it has the names of before afterwards, but for those in the adapters' configs.
+        model (`PeftModel`): the model with adapters. Its base's names are restored afterwards, the adapters' configs
+            keep the new name.
         base (`str`): folder or repository of the pruned model.
-        pushed (`bool`): whether the adapters go to the Hub, where the place of a folder is of no use.
+        pushed (`bool`): whether the adapters are uploaded to the Hub, where a local path would be useless.
     """
     for config in model.peft_config.values():
         config.base_model_name_or_path = public_name(base) if pushed else base
@@ -208,9 +209,9 @@ def _check_generation_config(model: PreTrainedModel) -> None:
         )
     try:
         _try_to_save(config)
-    except Exception as error:  # Whatever transformers does with a value of the wrong type.
+    except Exception as error:  # Transformers raises various errors on values of wrong types.
         raise ValueError(
-            f"The model's generation config would not load again ({_named(error, config)}). Mend "
+            f"The model's generation config could not be loaded again ({_with_value(error, config)}). Correct "
             f"model.generation_config first."
         ) from error
 
@@ -220,8 +221,8 @@ def _try_to_save(config: GenerationConfig) -> None:
     config.to_json_string(keys_to_pop=NOT_WRITTEN)
 
 
-def _named(error: Exception, config: GenerationConfig) -> str:
-    """What is wrong with a generation config; errors about a type do not name the value that has it."""
+def _with_value(error: Exception, config: GenerationConfig) -> str:
+    """Return the message of an error, and the value that causes it, which errors about types do not name."""
     message = " ".join(str(error).split())
     if isinstance(error, ValueError):
         return message

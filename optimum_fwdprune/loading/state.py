@@ -1,4 +1,4 @@
-"""What forward passes change in a model beside its output and how it is put back; and whether a model is whole."""
+"""The state of a model that forward passes change, and how it is restored; and the mark of a consumed model."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ if TYPE_CHECKING:
 # Rotary embeddings of these types recompute their frequencies for the length of the text.
 BY_LENGTH = ("dynamic", "longrope")
 
-# Where they keep the frequencies, and the length that these are for. Families with several kinds of layers put the
-# kind in front of the names.
+# The names of their frequencies, and of the length that these are computed for. In families with several kinds of
+# layers, the kind precedes these names.
 FREQUENCIES, ORIGINAL_FREQUENCIES = "inv_freq", "original_inv_freq"
 LONGEST, ORIGINAL_LONGEST = "max_seq_len_cached", "original_max_seq_len"
 
 
 def mark_consumed(model: PreTrainedModel) -> None:
-    """Note on `model` that some of its weights were cut away in place, and have it refuse to run or to be saved."""
+    """Mark `model` as consumed, since weights were cut in place; it then refuses to run and to be saved."""
     if is_consumed(model):
         return
     model.__dict__["_consumed_by_pruning"] = True
     model.register_forward_pre_hook(_refuse_to_run, prepend=True)
-    # It would write a checkpoint without those weights. The message alone is kept: the model would keep itself alive.
+    # Saving would write a checkpoint without these weights. The functions hold the message and not the model, which a
+    # reference to itself would keep alive.
     refuse = partial(_refuse, _was_consumed(model))
     model.__dict__.update(dict.fromkeys(("save_pretrained", "push_to_hub", "generate"), refuse))
 
 
 def is_consumed(model: nn.Module) -> bool:
-    """Whether weights of `model` were cut away in place."""
+    """Return whether weights of `model` were cut in place."""
     return model.__dict__.get("_consumed_by_pruning", False)
 
 
 def check_not_consumed(model: PreTrainedModel) -> None:
-    """Raise `ValueError` where weights of `model` were cut away in place."""
+    """Raise `ValueError` where weights of `model` were cut in place."""
     if is_consumed(model):
         raise ValueError(_was_consumed(model))
 
@@ -65,11 +66,11 @@ def _refuse(message: str, *_args: Any, **_options: Any) -> None:
 
 @contextmanager
 def forward_state_kept(model: nn.Module) -> Iterator[None]:
-    """Run `model` from the state that it has when it is loaded, and put its own state back afterwards.
+    """Reset the state of `model` to that after loading while the context is open, and restore its state afterwards.
 
-    The state is the buffers of all modules, and the attributes of modules that have buffers: rotary embeddings such as
-    dynamic NTK recompute their frequencies for the longest text so far, so that what a model computes depends on what
-    it computed before.
+    The state consists of the buffers of all modules, and of the attributes of modules that have buffers. Rotary
+    embeddings such as dynamic NTK recompute their frequencies for the longest text so far, so that the output of a
+    model depends on the texts before.
     """
     states = [_State.of(module) for module in model.modules() if module._buffers]
     forget_lengths(model)
@@ -82,8 +83,7 @@ def forward_state_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put `model` into eval mode while the context is open, and leave modes, buffers and what forward passes change in
-    its modules as they were.
+    """Put `model` into eval mode while the context is open, and restore its modes and its state afterwards.
 
     Raises:
         ValueError: where `model` was consumed by pruning.
@@ -100,7 +100,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def forget_lengths(model: nn.Module) -> None:
-    """Give rotary embeddings the frequencies that they have before any text: those that a loaded checkpoint has."""
+    """Reset rotary embeddings to the frequencies that they have after loading."""
     for module in model.modules():
         rope_type = str(getattr(module, "rope_type", ""))
         if not any(name in rope_type for name in BY_LENGTH):
@@ -142,7 +142,7 @@ class _State:
         for name, (buffer, value) in self.buffers.items():
             now = self.module._buffers.get(name)
             if buffer is None or value is None or (now is not None and now.device != buffer.device):
-                # Whoever moved the model keeps it where it is.
+                # If the model was moved during the context, it stays on its new device.
                 buffer = value if value is None or now is None else value.to(now.device)
             elif not buffer.is_meta and not torch.equal(buffer, value):
                 with torch.no_grad():
@@ -154,6 +154,6 @@ class _State:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module's own code sets; what torch and accelerate keep there begins with an underscore."""
+    """Return the attributes that a module's own code sets; those of torch and accelerate begin with an underscore."""
     kept = ("training", "forward")
     return {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in kept}

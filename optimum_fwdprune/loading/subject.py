@@ -1,4 +1,4 @@
-"""What is pruned: a model with the sites that algorithms see of it, and where it lies."""
+"""The subject of a pruning: a model with its sites, which algorithms work on, and its placement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..architectures import Architecture, Site, SiteKey, find_sites, get_archite
 from ..architectures.sizes import ModelSizes
 
 
-# What a safetensors header spends on a tensor, generously, so that a target in bytes holds for the file.
+# Upper limit of the bytes of a tensor in a safetensors header, so that a target in bytes holds for the file.
 HEADER_BYTES_PER_TENSOR = 192
 
 
@@ -23,13 +23,12 @@ class Subject:
 
     Args:
         model (`PreTrainedModel`): the model.
-        sites (`list[Site]`): its sites, or those of them that are looked at, in the order in which they write to the
-            residual stream.
-        streamed (`bool`, defaults to `False`): its decoder layers stay on disk, and those of the pruned model do too:
-            one layer is in memory at a time. Any other model is cut where it lies: in memory, on several devices, or
-            as accelerate has offloaded it.
-        work_folder (`str` or `Path`, *optional*): where temporary files of a streamed model lie; by default where the
-            system keeps such files.
+        sites (`list[Site]`): all or some of its sites, in the order in which they write to the residual stream.
+        streamed (`bool`, defaults to `False`): whether its decoder layers and those of the pruned model stay on disk,
+            with one layer in memory at a time. Other models are cut where their weights are: in memory, on several
+            devices, or offloaded by accelerate.
+        work_folder (`str` or `Path`, *optional*): folder for temporary files of a streamed model; by default the
+            system's.
     """
 
     model: PreTrainedModel
@@ -68,12 +67,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large a model is. Surgery consumes a dense model, so this is read off before.
+    """Sizes of a model, determined before surgery, which consumes the dense model.
 
     Args:
-        parameters (`int`): of the whole model.
-        bytes (`int`): of its weights.
-        file_bytes (`int`): of its weights as a safetensors file, at most.
+        parameters (`int`): parameters of the whole model.
+        bytes (`int`): size of its weights.
+        file_bytes (`int`): upper limit of the size of its weights in a safetensors file.
         prunable (`int`): parameters that units of its sites own.
         per_unit (`dict[SiteKey, int]`): parameters of one unit of every site.
     """
@@ -86,7 +85,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: PreTrainedModel, sites: Sequence[Site]) -> Sizes:
-        """Read off the sizes of a model and of its sites."""
+        """Return the sizes of a model and of its sites."""
         sizes = ModelSizes.of(model)
         return cls(
             parameters=sizes.parameters,

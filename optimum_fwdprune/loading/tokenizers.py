@@ -1,4 +1,4 @@
-"""Tokenizers from a folder or from the Hub, with errors that name the package that is missing."""
+"""Loading tokenizers from a folder or from the Hub, with errors that name missing packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .offline import naming_offline
 
 logger = get_logger(__name__)
 
-# Files that hold a tokenizer, or a part of one.
+# Names of files that hold a tokenizer or a part of one.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -37,7 +37,7 @@ OTHERWISE = "name another tokenizer with tokenizer=... (--tokenizer)"
 
 
 def load_tokenizer(model_id: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer that lies beside a model.
+    """Load a model's own tokenizer.
 
     Args:
         model_id (`str` or `Path`): folder, or repository of the Hub.
@@ -47,18 +47,18 @@ def load_tokenizer(model_id: str | Path, **kwargs: Any) -> PreTrainedTokenizerBa
         `PreTrainedTokenizerBase`, or `None` where there are no files of a tokenizer.
 
     Raises:
-        ValueError: where there are such files and they cannot be read, naming the packages that are missing.
+        ValueError: where there are such files, but they cannot be read; the message names missing packages.
     """
     where = {name: kwargs[name] for name in WHERE if name in kwargs}
     if Path(model_id).is_dir():
-        # Before transformers tries one package after the other, and names the last.
+        # It is checked first, since transformers tries several packages and names only the last one in its error.
         _check_packages(model_id, tokenizer_files(model_id, **where))
     failure: Exception | None = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_id, **kwargs)
         if _has_words(tokenizer):
             return tokenizer
-    except Exception as error:  # A damaged file raises whatever its reader does.
+    except Exception as error:  # Readers of damaged files raise errors of many types.
         failure = error
     files = tokenizer_files(model_id, **where)
     if not files:
@@ -66,19 +66,19 @@ def load_tokenizer(model_id: str | Path, **kwargs: Any) -> PreTrainedTokenizerBa
     _check_packages(model_id, files)
     why = "it has no vocabulary" if failure is None else " ".join(str(failure).split()).rstrip(".")
     raise ValueError(
-        f"The tokenizer of {model_id} ({', '.join(files)}) cannot be loaded: {why}. Mend its files, or {OTHERWISE}."
+        f"The tokenizer of {model_id} ({', '.join(files)}) cannot be loaded: {why}. Repair its files, or {OTHERWISE}."
     ) from failure
 
 
 def named_tokenizer(tokenizer: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Return a tokenizer that a user names instead of the model's own.
+    """Return a tokenizer that the user named to replace the model's own.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`): itself, or its folder or repository.
+        tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`): a tokenizer, or its folder or repository.
         kwargs: for `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ValueError: where it is none, or there is none.
+        ValueError: where the argument is no tokenizer, or the folder or repository has none.
         OSError: where the folder or repository cannot be read.
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -92,13 +92,13 @@ def named_tokenizer(tokenizer: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
         loaded = load_tokenizer(tokenizer, **kwargs)
         if loaded is None:
             if not Path(tokenizer).is_dir():
-                # There may be no such repository, or no way to it, which this says.
+                # The repository may not exist, or cannot be reached, for which this raises an error.
                 with naming_offline(tokenizer, "name a folder that holds a tokenizer"):
                     where = {name: kwargs[name] for name in WHERE if name in kwargs}
                     cached_file(str(tokenizer), TOKENIZER_FILES[-1], **where)
             raise ValueError(f"{tokenizer} has no files of a tokenizer ({', '.join(TOKENIZER_FILES)}).")
     except (OSError, ValueError) as error:
-        # Beside a model that is loaded too, an error must tell which of them it is about.
+        # The model is loaded too, so that the error must name the tokenizer.
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"Cannot load the tokenizer {tokenizer}: {error}") from error
     return loaded
@@ -114,7 +114,7 @@ def tokenizer_files(model_id: str | Path, **where: Any) -> dict[str, Path]:
         try:
             file = cached_file(str(model_id), name, **where, **quiet)
         except OSError:
-            # There is no such repository, which whoever loads the model says.
+            # There is no such repository, for which loading the model raises an error.
             return {}
         if file is not None:
             files[name] = Path(file)
@@ -125,19 +125,19 @@ def warn_of_missing_tokenizer(model_id: str) -> None:
     """Warn where a checkpoint is saved without a tokenizer although its base has one.
 
     Args:
-        model_id (`str`): the base; only its folder, or its copy in the cache, is looked at.
+        model_id (`str`): the base, of which only a local folder or the copy in the cache is searched.
     """
     if model_id and (files := tokenizer_files(model_id, local_files_only=True)):
         logger.warning(
-            "The checkpoint is saved without a tokenizer, and %s has one (%s): FwdPruner(model, tokenizer) saves it "
-            "too.",
+            "The checkpoint is saved without a tokenizer, although %s has one (%s). FwdPruner(model, tokenizer) saves "
+            "it too.",
             model_id,
             ", ".join(files),
         )
 
 
 def _has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether there are other tokens than special ones, which some families get even without a file."""
+    """Return whether there are tokens that are not special; some families have special ones even without a file."""
     return not set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids)
 
 

@@ -444,7 +444,7 @@ def test_what_saving_would_refuse_is_known_before_the_work(pruner, tmp_path):
         pruner.check_saving(tmp_path / "out")
     pruner.check_saving(tmp_path / "out", overwrite=True)
     pruner.model.config.temperature = 0.5
-    with pytest.raises(ValueError, match=r"config cannot be saved.*temperature.*Mend model\.config"):
+    with pytest.raises(ValueError, match=r"config cannot be saved.*temperature.*Correct model\.config"):
         pruner.check_saving(tmp_path / "new")
 
 

@@ -109,7 +109,7 @@ def test_without_files_of_a_tokenizer_there_is_none_and_a_warning(name, base, to
     pruner = FwdPruner.from_pretrained(base(name))
 
     assert pruner.tokenizer is None
-    assert len(warnings) == 1 and "has no tokenizer; calibration can use token ids" in warnings[0]
+    assert len(warnings) == 1 and "has no tokenizer; calibration can only use token ids" in warnings[0]
     pruner.prune(tiny.request(sparsity=0.1), tokens)
     pruner.save_pretrained(tmp_path / "pruned")
     assert tokenizer_files(tmp_path / "pruned") == {} and len(warnings) == 1
@@ -132,7 +132,7 @@ def test_what_is_no_tokenizer_is_refused(base, tmp_path):
     for words, message in (
         (3, "tokenizer must be a tokenizer of transformers, or its folder or repository; got a int"),
         (folder, "base has no files of a tokenizer"),
-        ("some/words", "some/words is neither here nor in the cache of the Hub, and HF_HUB_OFFLINE is set"),
+        ("some/words", "some/words is neither a local file nor in the cache of the Hub, and HF_HUB_OFFLINE is set"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             FwdPruner.from_pretrained(folder, tokenizer=words)

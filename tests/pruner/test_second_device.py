@@ -203,7 +203,7 @@ def test_a_pruned_model_that_cannot_be_placed_is_kept(placement, device, tokens,
     for name in ("dispatch_model", "cpu_offload", "disk_offload"):
         monkeypatch.setattr(dispatching, name, fail)
     pruner = FwdPruner(model)
-    with pytest.raises(PlacementError, match=r"is whole, and could not be distributed .*: Out of memory\."):
+    with pytest.raises(PlacementError, match=r"is complete, but could not be distributed .*: Out of memory\."):
         pruner.prune(request_of("none"), tokens)
 
     assert pruner.plan.kept == on_the_cpu(ARCHITECTURE, "none", tokens).plan.kept

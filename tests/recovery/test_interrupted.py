@@ -262,7 +262,7 @@ class TestGenerationConfig:
 
     def test_one_that_would_not_load_again_is_refused_before_training(self, pruner, tokens, tmp_path):
         pruner.model.generation_config.num_return_sequences = 3
-        with pytest.raises(ValueError, match=r"would not load again.*num_return_sequences.*Mend"):
+        with pytest.raises(ValueError, match=r"could not be loaded again.*num_return_sequences.*Correct"):
             pruner.recover({"input_ids": tokens}, arguments(tmp_path))
 
     def test_low_memory_refuses_it_before_scoring(self, tmp_path, monkeypatch):
@@ -270,7 +270,7 @@ class TestGenerationConfig:
         pruner = FwdPruner.from_pretrained(tmp_path / "dense", low_memory=True)
         pruner.model.generation_config.num_return_sequences = 3
         monkeypatch.setattr("optimum_fwdprune.planning.run.score_units", lambda *_: pytest.fail("scored"))
-        with pytest.raises(ValueError, match=r"would not load again.*num_return_sequences.*Mend"):
+        with pytest.raises(ValueError, match=r"could not be loaded again.*num_return_sequences.*Correct"):
             pruner.prune(REQUEST)
 
 

@@ -97,7 +97,7 @@ def test_a_base_that_is_gone_or_replaced_is_refused_before_any_data_is_read(home
     shutil.rmtree(home / "somebody" / "dense")
     if replaced:
         another_model(home / "somebody" / "dense")
-    message = "dense holds other weights" if replaced else "no longer where it was"
+    message = "dense holds other weights" if replaced else "its folder no longer exists"
     pruner = FwdPruner.from_pretrained(home / "pruned")
     with pytest.raises(ValueError, match=rf"{message}.*--teacher FOLDER"):
         pruner.recover(None, RecoveryArguments(output_dir=str(tmp_path / "training"), mode="distill", use_cpu=True))

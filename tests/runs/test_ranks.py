@@ -206,8 +206,8 @@ def test_a_single_process_and_processes_without_accelerators_stay_on_the_cpu(mon
 @pytest.mark.parametrize(
     ("device", "own", "words"),
     [
-        ("cpu", "cuda:0", "has an accelerator (cuda) that it does not use. Load it with device_map='cuda'"),
-        ("cuda:0", "cuda:1", "computes on cuda:0, and its own accelerator is cuda:1"),
+        ("cpu", "cuda:0", "although this machine has an accelerator (cuda). Load it with device_map='cuda'"),
+        ("cuda:0", "cuda:1", "computes on cuda:0, although its own accelerator is cuda:1"),
         ("cuda:1", "cuda:1", None),
         ("cuda", "cuda:1", None),
     ],
