@@ -1,1 +1,1 @@
-"""Texts, chats and tokens, from wherever they are to windows of tokens."""
+"""Reading texts, chats and token ids from any source, and cutting them into windows of tokens."""

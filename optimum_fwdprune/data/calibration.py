@@ -1,4 +1,4 @@
-"""Calibration tokens, and which of them count."""
+"""Calibration tokens with their padding, and which of them count in a loss."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token windows, and where they came from.
+    """Windows of calibration tokens, and the name of their source.
 
     Args:
         input_ids (`Tensor[n_samples, seq_len]`, int64): the tokens; other integers are converted.
-        attention_mask (`Tensor[n_samples, seq_len]`, *optional*): 0 where a token is padding, of any dtype; converted
-            to int64.
-        source (`str`): where they came from, for the record.
+        attention_mask (`Tensor[n_samples, seq_len]`, *optional*): a mask that is 0 where a token is padding; any dtype
+            is converted to int64.
+        source (`str`): name of their source, for the record.
     """
 
     input_ids: torch.Tensor
@@ -39,7 +39,7 @@ class Calibration:
             if not isinstance(values, torch.Tensor) and (values is not None or name == "input_ids"):
                 raise ValueError(
                     f"{name} of a Calibration must be a tensor [n_samples, seq_len]; got a {type(values).__name__}. "
-                    f"Give torch.tensor(...), or lists and arrays as dataset."
+                    f"Pass torch.tensor(...), or pass lists and arrays as dataset."
                 )
             with refusing_all():
                 check_table(values, name)
@@ -49,8 +49,8 @@ class Calibration:
             )
         dtype = self.input_ids.dtype
         if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-            raise ValueError(f"Calibration tokens must be int64 token ids; got {dtype}. Give a tokenizer's input_ids.")
-        # Embeddings and losses take few of the integer types that tokens are kept in.
+            raise ValueError(f"Calibration tokens must be int64 token ids; got {dtype}. Pass a tokenizer's input_ids.")
+        # Embeddings and losses support few integer dtypes other than int64.
         object.__setattr__(self, "input_ids", self.input_ids.long())
         if self.attention_mask is None:
             return
@@ -73,8 +73,8 @@ class Calibration:
         return self.input_ids[which], None if self.attention_mask is None else self.attention_mask[which]
 
     def split(self, every: int) -> tuple[Calibration, Calibration | None]:
-        """Return most windows, and every so-many-th one apart from them; `None` where there are too few to spare."""
-        # Of those that hold more than padding.
+        """Return the windows without every `every`-th one, and these; `None` instead of these if there is only one."""
+        # Windows that hold nothing but padding do not count.
         mask = self.attention_mask
         present = torch.arange(len(self.input_ids)) if mask is None else mask.any(1).nonzero().flatten()
         which = present[every - 1 :: every] if len(present) >= every else present[-1:]
@@ -86,7 +86,7 @@ class Calibration:
         return most, others
 
     def own_share(self) -> Calibration | None:
-        """Return the windows that this process of a run measures; `None` where there are fewer than processes."""
+        """Return the windows that this process measures; `None` where there are too few for all processes."""
         which = slice(ranks.rank(), None, ranks.world_size())
         return Calibration(*self.windows(which), self.source) if which.start < len(self.input_ids) else None
 
@@ -94,17 +94,17 @@ class Calibration:
         return len(self.input_ids)
 
     def after(self, count: int) -> Calibration:
-        """Return the windows behind the first `count`."""
+        """Return the windows after the first `count`."""
         return Calibration(*self.windows(slice(count, None)), self.source)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding."""
+        """Number of tokens that are not padding."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.bool().sum())
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokens, and of their padding where there is some, shortened."""
+        """The first digits of a SHA-256 of the tokens and, if there is a mask, of their padding."""
         digest = hashlib.sha256(self.input_ids.to(torch.int64).cpu().numpy().tobytes())
         if self.attention_mask is not None:
             digest.update(self.attention_mask.bool().cpu().numpy().tobytes())
@@ -112,7 +112,7 @@ class Calibration:
 
 
 def counted_targets(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Return which predicted tokens count, bool `[batch_size, seq_len - 1]`: neither they nor the ones before pad."""
+    """Return which predicted tokens count, bool `[batch_size, seq_len - 1]`: not padding, nor after padding."""
     if attention_mask is None:
         return torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
     mask = attention_mask.bool()

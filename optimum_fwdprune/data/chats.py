@@ -1,4 +1,4 @@
-"""Chats: the text and the tokens that a tokenizer's chat template makes of messages."""
+"""Chats as text and as tokens, by a tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .messages import ASSISTANT, Chat, UnusableRow
 # Labels that do not count in the loss.
 IGNORED = -100
 
-# A template that marks the assistant's words itself.
+# A template with this statement marks the assistant's tokens itself.
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return all of a chat as the tokenizer's template writes it; without a template, paragraphs.
+    """Return a chat as text by the tokenizer's template; without a template, messages are paragraphs.
 
     Raises:
         UnusableRow: where the template refuses the chat.
@@ -28,14 +28,15 @@ def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encoded_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
-    """Return the tokens of a chat with labels that count the assistant's words alone.
+    """Return the tokens of a chat, with labels of which only those of the assistant's tokens count.
 
-    That is one sequence where the template only appends, message after message. A template that writes an answer
-    differently once the chat goes on (such as one that keeps the thoughts of the last answer only) has every answer
-    in a sequence of its own, as the model would meet it: what stands before it as the template writes it then.
+    The result is one sequence if the template only appends text for every message. Some templates write an answer
+    differently once another message follows it, for example because they keep the thoughts of the last answer only.
+    Then every answer is in a sequence of its own, after the messages before it as the template writes them at that
+    point, which is what the model would be given.
 
     Returns:
-        `list[tuple[list[int], list[int]]]`: tokens and labels, of which some count.
+        `list[tuple[list[int], list[int]]]`: tokens and labels of every sequence, in which at least one label counts.
 
     Raises:
         UnusableRow: where the chat has no answer that counts, or the template refuses it.
@@ -52,11 +53,11 @@ def encoded_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[l
         ids: list[int] = []
         labels: list[int] = []
         for text, counts in pieces:
-            # A template writes its own first token. Piece by piece, as a prompt and what is generated after it.
+            # A template writes the first special token itself. Pieces are tokenized separately, as generation does.
             special = not ids and template is None
             new = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
             if special and new[-1:] == [tokenizer.eos_token_id] and not text.endswith(str(tokenizer.eos_token)):
-                # The tokenizer ends every text so, and this one goes on.
+                # The tokenizer appends EOS to every text, but this text continues.
                 new = new[:-1]
             ids += new
             labels += new if counts else [IGNORED] * len(new)
@@ -70,10 +71,10 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _marked_by_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
-    """Tokens and labels by the template's marks; `None` where these leave open which of them count.
+    """Return tokens and labels by the template's marks; `None` where the marks do not determine which labels count.
 
-    A template marks whatever the assistant says, also in a prompt. Where some of it does not count, the marks must be
-    one for every message of the assistant.
+    A template marks all messages of the assistant, also those in a prompt, which do not count. In such a chat there
+    must be exactly one mark per message of the assistant.
     """
     encoded: Any = _applied(
         chat.messages,
@@ -98,7 +99,7 @@ def _marked_by_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def _answers_told_apart(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, bool]]]:
-    """Pieces of text, and whether each is an answer: a list of them for every sequence."""
+    """Return for every sequence a list of pieces of text, and whether a piece is an answer."""
     sequences: list[list[tuple[str, bool]]] = []
     before = ""
     for number in _answers_of(chat):
@@ -113,39 +114,39 @@ def _answers_told_apart(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _answers_of(chat: Chat) -> list[int]:
-    """Numbers of the messages that are answers: of the assistant, not empty, and to something."""
+    """Return the numbers of the messages that count: answers of the assistant that are not empty, after a question."""
     return [
         number
         for number, message in enumerate(chat.messages)
         if number >= max(1, chat.asked)
         and message["role"] == ASSISTANT
-        and _says_something(message)
+        and _has_content(message)
         and any(earlier["role"] != ASSISTANT for earlier in chat.messages[:number])
     ]
 
 
-def _says_something(message: dict) -> bool:
+def _has_content(message: dict) -> bool:
     return bool(message.get("tool_calls") or str(message.get("content") or "").strip())
 
 
 def _why_no_answer(chat: Chat) -> str:
-    """The reason why no message of a chat is an answer that counts."""
+    """Return the reason why no message of a chat is an answer that counts."""
     spoken = [message for message in chat.messages if message["role"] == ASSISTANT]
     if not spoken:
         roles = ", ".join(dict.fromkeys(message["role"] for message in chat.messages))
         return f"it has no message of the role {ASSISTANT}, only of {roles}"
-    if not any(_says_something(message) for message in spoken):
+    if not any(_has_content(message) for message in spoken):
         return "its answers are empty"
-    return "what the assistant says in it is part of the prompt, or answers no message before it"
+    return "its messages of the assistant are part of the prompt, or follow no message of another role"
 
 
 def _start_of_answer(chat: Chat, number: int, text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The place in a rendered chat where the model goes on after what asks for its answer."""
+    """Return the place in a rendered chat at which an answer starts, after the generation prompt."""
     prompt = _rendered(chat, number, tokenizer, asks=True)
     if text.startswith(prompt):
         return len(prompt)
-    # What asks for an answer opens a thought, say, and this answer has none: it begins where the role ends. Two other
-    # answers, unlike in their first character, tell where that is.
+    # The generation prompt may for example open a thought, which this answer does not have. The answer then starts
+    # after the role, at the first character that differs from two other answers whose first characters are different.
     others = []
     for content in ("A", "B"):
         messages = [*chat.messages[:number], {"role": ASSISTANT, "content": content}]
@@ -155,11 +156,11 @@ def _start_of_answer(chat: Chat, number: int, text: str, tokenizer: PreTrainedTo
 
 
 def _rendered(chat: Chat, count: int, tokenizer: PreTrainedTokenizerBase, asks: bool = False) -> str:
-    """The first messages of a chat as text."""
+    """Return the first `count` messages of a chat as text."""
     messages = chat.messages[:count]
     if tokenizer.chat_template is not None:
         return str(_applied(messages, chat, tokenizer, tokenize=False, add_generation_prompt=asks))
-    # Without a template: paragraphs, and an end after every answer.
+    # Without a template, messages are paragraphs, and EOS follows every answer.
     ends = {ASSISTANT: tokenizer.eos_token or "\n\n"}
     return "".join((message.get("content") or "") + ends.get(message["role"], "\n\n") for message in messages)
 
@@ -169,7 +170,7 @@ def _applied(messages: list[dict], chat: Chat, tokenizer: PreTrainedTokenizerBas
 
     try:
         return tokenizer.apply_chat_template(messages, tools=chat.tools, **options)
-    # A template is a program, which may fail in any of these ways where it does not foresee a chat.
+    # A template is a program, which may raise any of these errors for a chat that it does not support.
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise UnusableRow(f"the tokenizer's chat template refuses it: {error}") from error
 
@@ -181,6 +182,6 @@ def _template_of(tokenizer: PreTrainedTokenizerBase, tools: list | None = None) 
         return tokenizer.get_chat_template(tools=tools)
     except ValueError as error:
         raise ValueError(
-            f"The tokenizer has the chat templates {', '.join(sorted(tokenizer.chat_template))}, and none is called "
-            f"default; set tokenizer.chat_template to one of them."
+            f"The tokenizer has the chat templates {', '.join(sorted(tokenizer.chat_template))}, and none of them is "
+            f"named default; set tokenizer.chat_template to one of them."
         ) from error

@@ -1,4 +1,4 @@
-"""Rows of data that is in memory already: columns, frames, and what lists hold."""
+"""Rows of data in memory: from mappings of columns, pandas, and items of lists."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .messages import is_message, refusing_all
 from .tokens import check_table
 
 
-# Columns of numbers, one for every token.
+# Columns that hold a number per token.
 TOKEN_COLUMNS = {"input_ids", "attention_mask", "labels"}
 
 
 def rows_of_columns(columns: Mapping) -> list[dict]:
-    """Rows of a mapping of columns, such as a tokenizer returns for one text or for several."""
+    """Return the rows of a mapping of columns, such as a tokenizer returns for one text or for several."""
     if any(isinstance(values, list) and values and all(map(is_message, values)) for values in columns.values()):
-        # A row with one chat.
+        # The mapping is a row with a chat, and not one of columns.
         return [dict(columns)]
     _check_columns(columns)
     # A tokenizer may return no mask.
@@ -36,7 +36,7 @@ def rows_of_columns(columns: Mapping) -> list[dict]:
 
 
 def _check_columns(columns: Mapping) -> None:
-    """Raise `ValueError` where a mapping has no columns, or one that is no list."""
+    """Raise `ValueError` where a mapping has no columns, or a column is no list."""
     reasons = [
         f"whose column {name!r} is a {type(values).__name__}"
         for name, values in columns.items()
@@ -48,12 +48,12 @@ def _check_columns(columns: Mapping) -> None:
         reasons = [f"whose columns are None: {', '.join(map(str, columns))}"]
     if reasons:
         raise ValueError(
-            f"Cannot read a dict {reasons[0]}; give a mapping of columns to lists of equal lengths, or a list of rows."
+            f"Cannot read a dict {reasons[0]}; pass a mapping of columns to lists of equal lengths, or a list of rows."
         )
 
 
 def row_of(value: Any) -> Mapping:
-    """A row, from what lists and generators hold."""
+    """Return an item of a list or generator as a row."""
     if isinstance(value, Mapping):
         return {name: None if _is_missing(entry) else entry for name, entry in value.items()}
     if isinstance(value, (list, tuple)) and value and all(isinstance(message, Mapping) for message in value):
@@ -61,10 +61,10 @@ def row_of(value: Any) -> Mapping:
     if isinstance(value, (list, tuple)) and value and all(getattr(part, "ndim", 0) for part in value):
         if len(value) > 1:
             raise ValueError(
-                f"A row is {len(value)} tensors, which do not say what they are; give mappings with input_ids, and "
-                f"attention_mask or labels where there are some."
+                f"A row is {len(value)} tensors without names; pass mappings with input_ids, and with attention_mask "
+                f"or labels where there are some."
             )
-        # A batch of PyTorch's TensorDataset.
+        # PyTorch's TensorDataset returns tuples of one tensor.
         return {"input_ids": value[0]}
     if hasattr(value, "tolist") or isinstance(value, (list, tuple)):
         return {"input_ids": value}
@@ -72,7 +72,7 @@ def row_of(value: Any) -> Mapping:
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether a value is what pandas writes where there is none."""
+    """Return whether a value is one that pandas uses for missing values."""
     return (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in ("NAType", "NaTType")
 
 
@@ -81,5 +81,5 @@ def rows_of_pandas(frame: Any) -> Any:
 
     if hasattr(frame, "to_frame"):
         frame = frame.to_frame("text")
-    # Not `to_dict`, where a text that is missing would be a number, NaN.
+    # `to_dict` would turn a missing text into a number, NaN.
     return Dataset.from_pandas(frame, preserve_index=False)

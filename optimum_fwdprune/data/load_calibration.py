@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-# Windows are drawn from no more than so many tokens beyond those asked for.
+# Largest number of tokens, in addition to those of `n_samples` windows, that windows are drawn from.
 MAX_SURPLUS = 2**24
 
 
@@ -48,26 +48,26 @@ def load_calibration(
     dataset: Any = None,
     resume: Resume | None = None,
 ) -> Calibration:
-    """Turn whatever the user names into token windows.
+    """Return the calibration tokens of a request.
 
-    Text and chats are written end to end, the chats by the tokenizer's chat template, and cut into windows of
-    `seq_len` tokens, of which `n_samples` are drawn at random by `seed`. Token ids keep their rows apart: a row of up
-    to `seq_len` tokens is a window (padding is left out of account), a longer one is cut into as many whole windows as
-    it holds, and where there are more than `n_samples` windows, so many are drawn.
+    Text and chats, as the tokenizer's chat template writes them, are joined end to end and cut into windows of
+    `seq_len` tokens, of which `n_samples` are drawn at random by `seed`. Rows of token ids are not joined: a row of up
+    to `seq_len` tokens, not counting padding, is a window, and a longer one is cut into full windows, without its
+    remainder. If there are more than `n_samples` windows, `n_samples` of them are drawn.
 
     Args:
-        config (`PruningConfig`): `calibration` names the source where `dataset` is not given; `n_samples`, `seq_len`,
-            `seed` and the `dataset_*` fields say what to take.
-        model (`PreTrainedModel`): the dense model; it writes the text itself for `"self"`.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for every source but tokens and `"self"`.
+        config (`PruningConfig`): `calibration` names the source if `dataset` is `None`; `n_samples`, `seq_len`, `seed`
+            and the `dataset_*` fields apply to any source.
+        model (`PreTrainedModel`): the dense model, which generates the text for `"self"`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): required for every source but tokens and `"self"`.
         dataset (*optional*): a `str` (as `config.calibration`); text, chats or rows in lists, generators, datasets or
             pandas; or token ids: a tensor or array `[tokens]` or `[sequences, tokens]`, a tokenizer's batch with its
-            `attention_mask`, rows with `input_ids`, lists of any lengths. A `Calibration` is taken as it is.
-        resume (`Resume`, *optional*): where text that the model writes is kept.
+            `attention_mask`, rows with `input_ids`, lists of any lengths. A `Calibration` is used unchanged.
+        resume (`Resume`, *optional*): folder for the state of text that the model generates.
 
     Raises:
-        ValueError: on a source that is empty, too short or not understood, and on tokens that the model has no
-            embedding for or that leave nothing to predict.
+        ValueError: where the source is empty, too short or of an unknown kind, or its tokens are beyond the vocabulary
+            or include none to predict.
     """
     if isinstance(dataset, Calibration):
         calibration = dataset
@@ -99,7 +99,7 @@ def _from_rows(
             raise ValueError(
                 f"Calibrating on {name} needs a tokenizer: FwdPruner(model, tokenizer). {SELF!r} does not."
             )
-        # Before a dataset is read.
+        # The length is checked before a dataset is read.
         _check_length(config.seq_len, model)
         return tokenizer
 
@@ -122,30 +122,30 @@ def _from_rows(
         windows = _windows(pieces, config, data)
         return torch.stack([windows, torch.ones_like(windows)])
 
-    # A text that is sampled or fetched twice may not be the same twice.
+    # The main process reads for all: a text that is sampled or downloaded twice may differ.
     input_ids, mask = ranks.tensor_from_main(read)
     return Calibration(input_ids, None if mask.all() else mask, source=name)
 
 
 def _default_source() -> str:
-    """WikiText-2 where the Hub answers, or offline its cache, else the model's own text."""
+    """Return the default source: WikiText-2 if the Hub or its cache has it, else the model's own text."""
     from huggingface_hub import HfApi, is_offline_mode
 
     try:
         if not is_offline_mode():
-            # One short question: loading a dataset would retry for half a minute where there is no network.
+            # This request is short. Without a network, loading the dataset would retry for half a minute.
             HfApi().dataset_info(PRESETS["wikitext2"]["path"], timeout=5)
         next(iter(load_rows(**PRESETS["wikitext2"])))
         return "wikitext2"
-    except Exception as error:  # Whatever fails on the way to the Hub, the answer is the same.
+    except Exception as error:  # The network raises errors of many types; the default is the same for all.
         if is_offline_mode():
-            why = f"it is not in the cache, and {offline_variable()} is set, which forbids to download it"
+            why = f"it is not in the cache, and {offline_variable()} is set, which prevents downloads"
             way_out = "unset that variable"
         else:
-            why, way_out = type(error).__name__, "set HF_HUB_OFFLINE=1 where WikiText-2 is in the cache"
+            why, way_out = type(error).__name__, "set HF_HUB_OFFLINE=1 if WikiText-2 is in the cache"
         logger.warning(
-            "WikiText-2 is not at hand (%s), so calibration uses text sampled from the model itself. Name a text file "
-            "with `calibration` to use that, or %s.",
+            "WikiText-2 is not available (%s), so that calibration uses text sampled from the model itself. Set "
+            "`calibration` to a text file to use that instead, or %s.",
             why,
             way_out,
         )
@@ -153,9 +153,9 @@ def _default_source() -> str:
 
 
 def _windows(pieces: Iterable[list[int]], config: PruningConfig, data: Data) -> torch.Tensor:
-    """Draw `n_samples` different windows of `seq_len` tokens, at random by the seed, from pieces put end to end."""
+    """Draw `n_samples` different windows of `seq_len` tokens at random by the seed, from pieces joined end to end."""
     wanted = config.n_samples * config.seq_len
-    # Four bytes a token: a list would take nine times as much.
+    # An array takes four bytes per token, a list nine times as much.
     pool = array("i")
     for piece in pieces:
         pool.extend(piece)
@@ -165,7 +165,7 @@ def _windows(pieces: Iterable[list[int]], config: PruningConfig, data: Data) -> 
     available = len(pool) // config.seq_len
     if available < config.n_samples:
         raise ValueError(
-            f"{data.name} is too short: it has {available} windows of {config.seq_len} tokens and n_samples is "
+            f"{data.name} is too short: it has {available} windows of {config.seq_len} tokens, and n_samples is "
             f"{config.n_samples}. Lower n_samples or seq_len, or calibrate on more text."
         )
     windows = torch.tensor(pool[: available * config.seq_len]).view(available, config.seq_len)
@@ -174,7 +174,7 @@ def _windows(pieces: Iterable[list[int]], config: PruningConfig, data: Data) -> 
 
 
 def _tokenized_at_once(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Tokens of texts in large pieces: a call per line would cost more than the forward passes."""
+    """Yield tokens of texts that are joined to large pieces; a call per line would take longer than forward passes."""
     pending, pending_length = [], 0
     for text in texts:
         pending.append(text)
@@ -187,32 +187,32 @@ def _tokenized_at_once(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase)
 
 
 def _tokenized(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # verbose=False: a text longer than the model's context is what we want here, not a reason to warn.
+    # verbose=False: the tokenizer would warn of texts longer than the model's context, which are allowed here.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _check_tokens(calibration: Calibration, model: PreTrainedModel) -> None:
-    """Refuse what would end in an index error, or in a loss of no tokens."""
+    """Raise `ValueError` on tokens that would cause an index error, or a loss over no tokens."""
     input_ids, mask = calibration.input_ids, calibration.attention_mask
     smallest, largest = int(input_ids.min()), int(input_ids.max())
     vocab_size = model.config.get_text_config().vocab_size
     if smallest < 0:
         raise ValueError(
-            f"The calibration tokens hold token {smallest}, and tokens start at 0; give input_ids rather than labels, "
-            f"and an attention_mask that is 0 where there is padding."
+            f"The calibration data contains token {smallest}, but tokens start at 0; pass input_ids and not labels, "
+            f"with an attention_mask that is 0 for padding."
         )
     if largest >= vocab_size:
         raise ValueError(
-            f"The calibration tokens hold token {largest}, beyond the model's vocabulary of {vocab_size}; were they "
-            f"made by another tokenizer? Use the model's own, or make room with model.resize_token_embeddings()."
+            f"The calibration data contains token {largest}, beyond the model's vocabulary of {vocab_size}; was it "
+            f"made with another tokenizer? Use the model's own, or call model.resize_token_embeddings()."
         )
     _check_length(longest(calibration), model)
     if not counted_targets(input_ids, mask).any():
         windows = f"{len(input_ids)} windows of seq_len {input_ids.shape[1]}"
         masked = "" if mask is None else f" with {calibration.num_tokens} tokens that attention_mask does not hide"
         raise ValueError(
-            f"The calibration has no token to predict from the one before it: it is {windows}{masked}. Give windows "
-            f"of two tokens or more{'' if mask is None else ', and a mask that is 1 where they are no padding'}."
+            f"The calibration data has no token to predict from the one before it: it is {windows}{masked}. Pass "
+            f"windows of two tokens or more{'' if mask is None else ', and a mask that is 1 for all but padding'}."
         )
 
 
@@ -220,16 +220,16 @@ def _check_length(tokens: int, model: PreTrainedModel) -> None:
     positions = _learned_positions(model)
     if positions is not None and tokens > positions:
         raise ValueError(
-            f"Calibration windows of {tokens} tokens are longer than the {positions} positions that the model has "
-            f"learned; lower seq_len to {positions} or less, or cut the tokens."
+            f"Calibration windows of {tokens} tokens are longer than the model's {positions} learned positions; lower "
+            f"seq_len to {positions} or less, or cut the tokens."
         )
 
 
 def _learned_positions(model: PreTrainedModel) -> int | None:
-    """Positions that the model has an embedding for; `None` where it computes them, whatever its config says."""
+    """Return the number of position embeddings; `None` where the model computes positions without a limit."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     words = model.get_input_embeddings()
     tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not words)
-    # OPT's has rows before its first position.
+    # OPT's table has additional rows before its first position.
     learned = any(table.num_embeddings - getattr(table, "offset", 0) == longest for table in tables)
     return longest if learned else None

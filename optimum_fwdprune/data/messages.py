@@ -1,4 +1,4 @@
-"""Messages: what a row says as a chat, in the forms that datasets have."""
+"""Messages: reading a row as a chat, in the forms that datasets have."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any
 
 # Columns that hold the messages of a chat.
 CHATS = ("messages", "conversation", "conversations")
-# What asks and what answers; an optional input stands between the two.
+# Columns of a question with those of its answer; `instruction` may have a further column `input`.
 QUESTIONS = {"prompt": "completion", "instruction": "output", "question": "answer"}
 # Columns of a system prompt.
 SYSTEMS = ("system", "system_prompt")
 # The role whose messages are answers.
 ASSISTANT = "assistant"
-# Roles as datasets and models call them, in small letters, and as templates do.
+# Names of roles in datasets and models, in lower case, with their names in templates.
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"), ASSISTANT),
     "system": "system",
 }
-# How a list of messages begins where it is written as a string.
+# The beginning of a list of messages in a string.
 LIST_OF_MESSAGES = re.compile(r"\s*\[\s*[{\]]")
 
 
 class UnusableRow(ValueError):
-    """A row that cannot be used; the message is the reason, a clause without a full stop."""
+    """A row cannot be used; the message is the reason, a clause without a full stop."""
 
 
 @contextmanager
 def refusing_all() -> Iterator[None]:
-    """Refuse data as a whole for what would make a row unusable: raise `ValueError`, with a full sentence."""
+    """Turn `UnusableRow` into `ValueError`, for data that is refused as a whole."""
     try:
         yield
     except UnusableRow as error:
@@ -46,9 +46,10 @@ class Chat:
     """Messages with `role` and `content`.
 
     Args:
-        messages (`list[dict]`): at least one.
+        messages (`list[dict]`): at least one message.
         tools (`list`, *optional*): schemas of the functions that the assistant may call, for the template.
-        asked (`int`, defaults to 0): messages at the beginning that are a prompt, whose answers do not count.
+        asked (`int`, defaults to 0): number of messages at the beginning that form a prompt; answers in it do not
+            count.
     """
 
     messages: list[dict]
@@ -60,11 +61,11 @@ def chat_of(row: Mapping, column: str | None = None) -> Chat:
     """Return the chat of a row.
 
     Lists of messages may be strings that hold them as JSON. A system prompt in a column of its own begins the chat
-    unless its messages have one. A question may have a `history`: pairs of earlier questions and their answers, or
+    unless its messages include one. A question may have a `history`: pairs of earlier questions and their answers, or
     messages.
 
     Raises:
-        UnusableRow: where it has none, or a message without a role or a text.
+        UnusableRow: where the row has no chat, or a message has no role or no text.
     """
     tools = _tools_of(row)
     for name in CHATS if column is None else (column,):
@@ -77,7 +78,7 @@ def chat_of(row: Mapping, column: str | None = None) -> Chat:
 
 
 def is_message(value: Any) -> bool:
-    """Whether a value is a mapping that names who speaks and what."""
+    """Return whether a value is a mapping with a role and a content."""
     return (
         isinstance(value, Mapping)
         and bool(value.keys() & {"role", "from"})
@@ -120,7 +121,7 @@ def _chat_of_question(row: Mapping, question: str, answer: str, tools: list | No
 
 
 def _with_system(row: Mapping, messages: list[dict]) -> list[dict]:
-    """Messages after the system prompt that the row has in a column of its own."""
+    """Return messages, preceded by a system prompt if the row has one in a column of its own."""
     if messages[0]["role"] == "system":
         return messages
     prompts = [_text_of(row[name], name) for name in SYSTEMS if row.get(name) is not None]
@@ -128,7 +129,7 @@ def _with_system(row: Mapping, messages: list[dict]) -> list[dict]:
 
 
 def _history_of(row: Mapping) -> list[dict]:
-    """What was asked and answered before, as messages."""
+    """Return the earlier questions and answers of a row as messages."""
     history: Any = row.get("history")
     if isinstance(history, str) and history.strip():
         try:
@@ -142,7 +143,7 @@ def _history_of(row: Mapping) -> list[dict]:
         return [message for pair in history for message in _pair(*(_text_of(words, "history") for words in pair))]
     if _is_list(history) and all(map(is_message, history)):
         return _messages(history, "history")
-    raise UnusableRow("history is no list of pairs of a question and its answer")
+    raise UnusableRow("history is not a list of pairs of a question and its answer")
 
 
 def _pair(asked: str, answered: str) -> list[dict]:
@@ -156,14 +157,14 @@ def _text_of(value: Any, name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value with lists in the places of arrays, which pandas and formats of datasets have there."""
+    """Return a value with arrays, which pandas and datasets may return, replaced by lists."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _from_json(value: Any) -> Any:
-    """The messages that a value holds as JSON, or else the value, without arrays."""
+    """Return the messages that a value holds as JSON, or else the value with arrays replaced by lists."""
     value = _plain(value)
     messages = messages_in(value) if isinstance(value, str) else None
     return value if messages is None else messages
@@ -179,10 +180,10 @@ def _messages(values: Any, column: str) -> list[dict]:
 
 
 def _message(value: Any, column: str) -> dict:
-    """A message with `role` and `content`, which ShareGPT calls `from` and `value`, and roles as templates do."""
+    """Return a message with the keys `role` and `content` instead of ShareGPT's, and the role's name in templates."""
     if not isinstance(value, Mapping) or not value.keys() & {"role", "from"}:
         has = ", ".join(map(str, value)) if isinstance(value, Mapping) else f"a {type(value).__name__}"
-        raise UnusableRow(f"a message has role and content, or from and value; one in {column!r} has {has}")
+        raise UnusableRow(f"a message must have role and content, or from and value; one in {column!r} has {has}")
     message = {name: content for name, content in value.items() if name not in ("from", "value")}
     role = value.get("role", value.get("from"))
     if not isinstance(role, str):
@@ -201,13 +202,15 @@ def _message(value: Any, column: str) -> dict:
 
 
 def _text_of_part(part: Any, column: str) -> str:
-    """A part of a message's content, of which there may be several."""
+    """Return the text of a part of a message's content, which may have several parts."""
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type", "text") == "text":
         return part["text"]
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise UnusableRow(f"the content of a message in {column!r} has a part of the type {kind}, and only text is used")
+    raise UnusableRow(
+        f"the content of a message in {column!r} has a part of the type {kind}, but only text is supported"
+    )
 
 
 def _is_list(value: Any) -> bool:

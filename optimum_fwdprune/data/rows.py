@@ -1,4 +1,4 @@
-"""What a row of data holds: text, a chat, or tokens. Rows that cannot be used are left out and counted."""
+"""Rows of data, which hold text, chats or tokens. Rows that cannot be used are left out and counted."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from .tokens import tokens_of
 
 logger = get_logger(__name__)
 
-# What rows hold.
+# Kinds of rows.
 TEXT, CHAT, TOKENS = "text", "chat", "tokens"
 
-# A stream without an end must not be read for ever in search of a row that can be used.
+# After this number of rows without a usable one, reading stops: a stream may have no end.
 GIVE_UP = 1000
 
 T = TypeVar("T")
 
 
 class Data:
-    """Rows of one kind, which the first row that can be used decides.
+    """Rows of one kind, which is that of the first usable row.
 
-    A row has tokens where it has a column `input_ids`; a chat where it has `messages`, `conversation` or
-    `conversations`, or `prompt` and `completion`, `instruction` and `output`, or `question` and `answer`; and else
-    text: in the column `text`, or in the only one of strings. A row that cannot be used, such as one whose text is
-    null, is left out and counted.
+    A row has tokens if it has a column `input_ids`; a chat if it has `messages`, `conversation` or `conversations`, or
+    `prompt` and `completion`, `instruction` and `output`, or `question` and `answer`; and otherwise text, in the
+    column `text`, or in the only column of strings. A row that cannot be used, such as one whose text is null, is left
+    out and counted.
 
     Args:
-        name (`str`): of the source, for messages.
+        name (`str`): name of the source, for messages.
         rows (`Iterable[Mapping]`): the rows.
-        column (`str`, *optional*): the column of the text, the messages or the tokens, whatever the others are.
+        column (`str`, *optional*): the column of the text, the messages or the tokens; by default it is detected.
 
     Attributes:
         kind (`str`): `"text"`, `"chat"` or `"tokens"`.
 
     Raises:
-        ValueError: where there are no rows, where none of them can be used, or where the columns leave open which one
-            holds the data (listing those there are).
+        ValueError: where there are no rows, where none of them can be used, or where the column of the data cannot be
+            detected; the message lists all columns.
     """
 
     def __init__(self, name: str, rows: Iterable[Mapping], column: str | None = None):
@@ -62,10 +62,9 @@ class Data:
         self.kind, self._first = self._settled()
 
     def converted(self, convert: Callable[[Any], Iterable[T]]) -> Iterator[T]:
-        """Yield what `convert` makes of every row, which is a `str`, a `Chat` or `Tokens`.
+        """Yield the results of `convert` for every row, which is passed as a `str`, a `Chat` or `Tokens`.
 
-        A row for which `convert` raises `UnusableRow` is left out. Call [`report`] once all that is wanted has been
-        read.
+        A row for which `convert` raises `UnusableRow` is left out. Call [`report`] after reading.
         """
         for number, row in chain([self._first], self._rows):
             try:
@@ -87,8 +86,8 @@ class Data:
         """
         if not self._used:
             raise ValueError(
-                f"None of {self._left_out} rows of {self.name} can be used. {self._first_reason} Another column can "
-                f"be named as dataset_column."
+                f"None of {self._left_out} rows of {self.name} can be used. {self._first_reason} Set dataset_column "
+                f"to use another column."
             )
         if self._left_out:
             logger.warning(
@@ -100,7 +99,7 @@ class Data:
             )
 
     def _settled(self) -> tuple[str, tuple[int, Mapping]]:
-        """The kind of the rows, and the first one that has something of that kind."""
+        """Return the kind of the rows, and the number and content of the first usable one."""
         for number, row in self._rows:
             kind = self._kind_of(row)
             if kind is not None:
@@ -111,7 +110,7 @@ class Data:
         raise ValueError(f"{self.name} is empty; it has no rows.")
 
     def _kind_of(self, row: Mapping) -> str | None:
-        """The kind of a row; `None` where what would tell is missing."""
+        """Return the kind of a row; `None` where the columns that determine it are null or empty."""
         if self._column is not None:
             return self._kind_of_column(row, self._column)
         if "input_ids" in row:
@@ -126,7 +125,7 @@ class Data:
             if question in row and answer in row:
                 return CHAT
         if any(row.get(name, "") is None for name in ("text", *CHATS)):
-            # A title does not stand in for the text that this row lacks.
+            # The text of this row is missing; another column, such as a title, must not be used instead.
             return None
         strings = [name for name, value in row.items() if isinstance(value, str)]
         if "text" in row or len(strings) == 1:
@@ -135,14 +134,14 @@ class Data:
         if not strings and any(value is None for value in row.values()):
             return None
         raise ValueError(
-            f"{self.name} has the columns {', '.join(map(str, row))}; name one of text or messages as dataset_column."
+            f"{self.name} has the columns {', '.join(map(str, row))}; set dataset_column to one of text or messages."
         )
 
     def _kind_of_column(self, row: Mapping, column: str) -> str | None:
         if column not in row:
             raise ValueError(
-                f"{self.name} has no column {column!r}; it has the columns {', '.join(map(str, row))}. Name one of "
-                f"text or messages as dataset_column."
+                f"{self.name} has no column {column!r}; it has the columns {', '.join(map(str, row))}. Set "
+                f"dataset_column to one of text or messages."
             )
         value = row[column]
         if isinstance(value, str):
@@ -154,8 +153,8 @@ class Data:
         if isinstance(value, (list, tuple, np.ndarray)):
             return CHAT
         raise ValueError(
-            f"{self.name} has a {type(value).__name__} in the column {column}, which is no text, no messages and no "
-            f"list of token ids; name another column as dataset_column."
+            f"{self.name} has a {type(value).__name__} in the column {column}, which is neither text nor messages nor "
+            f"a list of token ids; set dataset_column to another column."
         )
 
     def _items(self, row: Mapping) -> Iterable[Any]:
@@ -180,7 +179,7 @@ class Data:
 
 
 def _holds_numbers(value: Any) -> bool:
-    """Whether a value is a tensor, an array or a list of whole numbers, or of such lists."""
+    """Return whether a value is a tensor, an array or a list of integers, or a list of such lists."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, (list, tuple)):

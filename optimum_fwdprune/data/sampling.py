@@ -1,4 +1,4 @@
-"""Calibration text that the model itself writes."""
+"""Calibration text that the model generates itself."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def sample_from_model(
     config: PruningConfig,
     resume: Resume,
 ) -> torch.Tensor:
-    """Let the model write `n_samples` windows of `seq_len` tokens, from its BOS token at temperature 1.
+    """Let the model generate `n_samples` windows of `seq_len` tokens, from its BOS token at temperature 1.
 
-    Every batch has a seed of its own, so that several processes write what one would.
+    Every batch has its own seed, so that several processes generate the same tokens as one.
     """
     if not model.can_generate():
-        raise ValueError(f"{type(model).__name__} cannot write text for calibration={SELF!r}; name another source.")
+        raise ValueError(f"{type(model).__name__} cannot generate text for calibration={SELF!r}; name another source.")
     if lies_on_disk(model):
         raise ValueError(
-            f"calibration={SELF!r} would read all of the model from disk for every token that it writes; name another "
-            f"source, such as a text file."
+            f"calibration={SELF!r} would read the whole model from disk for every token that it generates; name "
+            f"another source, such as a text file."
         )
     start = None
     for holder in (tokenizer, model.generation_config, model.config):
@@ -52,21 +52,21 @@ def sample_from_model(
 
     device = input_device(model)
     windows = torch.zeros(config.n_samples, config.seq_len, dtype=torch.int64)
-    # Wider batches than in scoring: a decoding step costs about the same for 8 sequences as for 32.
+    # Batches are larger than in scoring, since a decoding step takes about as long for 32 sequences as for 8.
     size = 4 * config.batch_size
     batches = ranks.own(list(enumerate(windows.split(size))))
     stage = resume.stage("calibration", own=True, size=size)
 
-    def take_up(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> int:
+    def restored(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> int:
         windows.copy_(tensors["windows"])
         return numbers["batches"]
 
-    done = stage.load(take_up) or 0
-    # Equal lengths: without an EOS every sequence runs to the end of its window.
+    done = stage.load(restored) or 0
+    # With equal lengths EOS is never generated, and every sequence fills its window.
     length = {"min_new_tokens": config.seq_len, "max_new_tokens": config.seq_len}
     with _own_random_state(device) as seed_generators, _plain_sampling(model, pad_token_id=start, **length) as plain:
-        left = batches[done:]
-        bar = progress(left, "Sampling calibration text", total=len(batches), unit="batch", initial=done)
+        remaining = batches[done:]
+        bar = progress(remaining, "Sampling calibration text", total=len(batches), unit="batch", initial=done)
         for number, batch in bar:
             seed_generators(seeded_generator(config.seed, number).initial_seed())
             written = model.generate(  # type: ignore[operator]
@@ -76,8 +76,8 @@ def sample_from_model(
             )[:, 1:]
             if written.shape != batch.shape:
                 raise ValueError(
-                    f"{type(model).__name__}.generate() wrote {list(written.shape)} tokens where {list(batch.shape)} "
-                    f"were asked for; name another source than calibration={SELF!r}."
+                    f"{type(model).__name__}.generate() returned {list(written.shape)} tokens, but "
+                    f"{list(batch.shape)} were requested; use another source than calibration={SELF!r}."
                 )
             batch[:] = written
             done += 1
@@ -87,15 +87,15 @@ def sample_from_model(
 
 @contextmanager
 def _own_random_state(device: torch.device) -> Iterator[Callable[[int], Any]]:
-    """Yield what seeds the generators that a model on `device` draws from, and give them back their states afterwards.
+    """Yield a function that seeds the random generators of a model on `device`; restore their states afterwards.
 
-    `torch.manual_seed` seeds those of every accelerator, and a model on the CPU draws from none of them.
+    `torch.manual_seed` also seeds the generators of accelerators, which a model on the CPU does not use.
     """
     if device.type == "cpu":
         with torch.random.fork_rng([]):
             yield torch.default_generator.manual_seed
         return
-    # Some backends do not tell the states of their generators.
+    # Some backends have no access to the states of their generators.
     is_known = hasattr(torch.get_device_module(device), "get_rng_state")
     devices = range(torch.accelerator.device_count()) if is_known else ()
     with torch.random.fork_rng(devices, device_type=device.type):
@@ -104,9 +104,9 @@ def _own_random_state(device: torch.device) -> Iterator[Callable[[int], Any]]:
 
 @contextmanager
 def _plain_sampling(model: PreTrainedModel, **options: Any) -> Iterator[GenerationConfig]:
-    """Let the model write at temperature 1, and take nothing but its EOS from its own generation config.
+    """Yield a generation config for sampling at temperature 1, which has only EOS from the model's own one.
 
-    That one is put aside, since `generate()` fills in from it whatever is not asked for: penalties, beams, stops.
+    The model's own config is replaced during the block: `generate()` would use its other values, such as penalties.
     """
     own = model.generation_config
     eos = getattr(own, "eos_token_id", None)

@@ -1,4 +1,4 @@
-"""Token ids that need no tokenizer, in tables and in rows of any lengths, as windows."""
+"""Windows of token ids, from tables and from rows of any lengths, without a tokenizer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-# Windows are drawn from this many times as many tokens as asked for, so that a stream is never read to its end.
+# Windows are drawn from up to this many times the requested number of tokens, so that a stream is not read to its end.
 POOL_FACTOR = 8
 
 
 def table_of(dataset: Any) -> Calibration | None:
-    """Token ids that are a table already, or one row; `None` for anything else."""
+    """Return token ids that are a table or a single row as a calibration; `None` for other data."""
     mask = None
     if isinstance(dataset, Mapping) and "input_ids" in dataset:
         dataset, mask = dataset["input_ids"], dataset.get("attention_mask")
@@ -41,9 +41,9 @@ def table_of(dataset: Any) -> Calibration | None:
 
 
 def _as_table(values: Any) -> torch.Tensor | None:
-    """What tokenizers return: a tensor, an array, or a list of lists, tensors or arrays of one length; or one row."""
+    """Return a tensor, an array, or a list of rows of one length as a table; a single row becomes a table of one."""
     if isinstance(values, np.ndarray):
-        # A copy, since PyTorch takes no array that runs backwards or has its bytes in another order.
+        # It is copied, since PyTorch does not support negative strides and other byte orders.
         values = values.astype(values.dtype.newbyteorder("="), order="C")
     elif isinstance(values, str) or not isinstance(values, (torch.Tensor, Sequence)):
         return None
@@ -52,16 +52,16 @@ def _as_table(values: Any) -> torch.Tensor | None:
     try:
         table = values if isinstance(values, torch.Tensor) else torch.tensor(values)
     except (TypeError, ValueError, RuntimeError):
-        # Rows of different lengths, or no numbers.
+        # The rows have different lengths, or hold no numbers.
         return None
     if isinstance(values, list) and table.dim() > 2:
-        # Batches.
+        # A list of batches is not a table.
         return None
     return table[None] if table.dim() == 1 else table
 
 
 def windows_of_table(table: Calibration, config: PruningConfig) -> Calibration:
-    """The windows of a table: its rows, unless they are longer or more than asked for."""
+    """Return the windows of a table, which are its rows unless they are too long or too many."""
     input_ids, mask = table.input_ids, table.attention_mask
     if longest(table) > config.seq_len:
         masks: Any = [None] * len(input_ids) if mask is None else mask
@@ -70,8 +70,7 @@ def windows_of_table(table: Calibration, config: PruningConfig) -> Calibration:
     if len(input_ids) <= config.n_samples:
         return table
     logger.warning(
-        "The calibration tokens are %d windows and n_samples is %d, so that so many of them are drawn; raise "
-        "n_samples to take more.",
+        "The calibration data has %d windows, of which n_samples=%d are drawn; raise n_samples to use more.",
         len(input_ids),
         config.n_samples,
     )
@@ -79,14 +78,14 @@ def windows_of_table(table: Calibration, config: PruningConfig) -> Calibration:
 
 
 def windows_of_rows(data: Data, config: PruningConfig) -> Calibration:
-    """Windows of rows of token ids: rows that are short enough, and whole windows of longer ones."""
+    """Return the windows of rows of token ids: rows that are short enough, and full windows of longer ones."""
     shortened = False
 
     def windows_of(row: Tokens) -> list[torch.Tensor]:
         nonlocal shortened
         ids = row.without_padding().input_ids
         if len(ids) < 2:
-            raise UnusableRow(f"it has {len(ids)} tokens that are no padding, and nothing to predict")
+            raise UnusableRow(f"it has {len(ids)} tokens that are no padding, and none to predict")
         if len(ids) <= config.seq_len:
             return [torch.from_numpy(ids)]
         shortened = True
@@ -111,11 +110,11 @@ def windows_of_rows(data: Data, config: PruningConfig) -> Calibration:
 
 
 def drawn(count: int, config: PruningConfig) -> torch.Tensor:
-    """Which `n_samples` of so many windows are taken."""
+    """Return the numbers of `n_samples` of `count` windows, drawn at random by the seed."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))[: config.n_samples]
 
 
 def longest(calibration: Calibration) -> int:
-    """Tokens of the longest window; padding takes no position."""
+    """Return the number of tokens of the longest window, without padding."""
     mask = calibration.attention_mask
     return calibration.input_ids.shape[1] if mask is None else int(mask.bool().sum(1).max())

@@ -1,4 +1,4 @@
-"""Texts and rows of data wherever they are: files, datasets of the Hub or in memory, strings."""
+"""Opening sources of texts and rows: files, datasets of the Hub or in memory, and strings."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ PRESETS = {
     "c4": {"path": "allenai/c4", "name": "en"},
 }
 BUILTIN = "builtin"
-# Text that the model writes itself, which calibration makes.
+# The name of calibration text that the model generates itself.
 SELF = "self"
 KINDS = {CHAT: "chats", TOKENS: "tokens"}
-# Longer than names of files are, and those of datasets.
+# A string longer than this cannot be the name of a file or a dataset.
 LONGEST_NAME = 4096
 FILE_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -43,7 +43,7 @@ def open_data(
     column: str | None = None,
     seed: int | None = None,
 ) -> Data:
-    """Open a source of data: its rows as text, chats or tokens, those that cannot be used left out and counted.
+    """Open a source of data as rows of text, chats or tokens; rows that cannot be used are left out and counted.
 
     Args:
         source, config, split, seed: see [`open_rows`].
@@ -68,11 +68,11 @@ def open_rows(
             token ids.
         config (`str`, *optional*): configuration name of a Hub dataset.
         split (`str`, defaults to `"train"`): split of a Hub dataset or of a `DatasetDict`.
-        seed (`int`, *optional*): shuffle a dataset of the Hub; files and what is in memory stay in order.
+        seed (`int`, *optional*): seed to shuffle a dataset of the Hub by; files and data in memory are not shuffled.
 
     Raises:
-        ValueError: where the source is not understood, or has no such split; while they are read, where
-            a file's content is not what its name says.
+        ValueError: where the source is of an unknown kind, or has no such split; and during reading, where a file's
+            content does not have the format of its name.
         OSError: where there is no such file or dataset, or the Hub cannot be reached.
     """
     if isinstance(source, (str, Path)):
@@ -80,8 +80,8 @@ def open_rows(
             return BUILTIN, _builtin_rows()
         if source == SELF:
             raise ValueError(
-                f"{SELF!r} is text that the model writes itself, which is for calibration alone; name a file (.txt, "
-                f".json, .jsonl, .parquet), {BUILTIN!r} or a dataset of the Hub."
+                f"{SELF!r} is text that the model generates itself, which is supported for calibration only; name a "
+                f"file (.txt, .json, .jsonl, .parquet), {BUILTIN!r} or a dataset of the Hub."
             )
         if source in PRESETS:
             return str(source), _shuffled(load_rows(**PRESETS[str(source)], split=split), seed)
@@ -105,7 +105,7 @@ def open_rows(
     elif isinstance(source, Mapping):
         source = rows_of_columns(source)
     if hasattr(source, "column_names") or hasattr(source, "features"):
-        # A column of a dataset has these too, and holds no rows but what is in them.
+        # A column of a dataset has these attributes too; its items are values, which `row_of` turns into rows.
         return "dataset", map(row_of, source)
     if isinstance(source, Sequence):
         if source and all(map(is_message, source)):
@@ -117,16 +117,16 @@ def open_rows(
     if isinstance(source, Iterable):
         return "rows", map(row_of, source)
     if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, type):
-        # PyTorch's datasets.
+        # Datasets of PyTorch have these methods.
         return "rows", (row_of(source[number]) for number in range(len(source)))
     raise ValueError(
-        f"Cannot read a {type(source).__name__}. Give a name, a file, texts, chats or token ids in a list, or a "
+        f"Cannot read a {type(source).__name__}. Pass a name, a file, texts, chats or token ids in a list, or a "
         f"datasets.Dataset."
     )
 
 
 def holds_splits(source: Any) -> bool:
-    """Whether a source is a mapping of datasets, of which `split` names one."""
+    """Return whether a source is a mapping of splits to datasets."""
     return (
         isinstance(source, Mapping) and bool(source) and all(hasattr(part, "column_names") for part in source.values())
     )
@@ -139,34 +139,34 @@ def open_texts(
     column: str | None = None,
     seed: int | None = None,
 ) -> tuple[str, Iterator[str]]:
-    """Return a name for a source and its texts, each ending where the next may be joined to it.
+    """Return a name for a source and its texts, which end with a separator, so that they can be joined.
 
     The arguments are those of [`open_data`].
     """
     data = open_data(source, config, split, column, seed)
     if data.kind != TEXT:
         raise ValueError(
-            f"{data.name} holds {KINDS[data.kind]}, and text is needed; name its column as dataset_column."
+            f"{data.name} holds {KINDS[data.kind]}, but text is needed; set dataset_column to a column of text."
         )
     return data.name, _reported(texts_of(data, source), data)
 
 
 def texts_of(data: Data, source: Any) -> Iterator[str]:
-    """Yield the texts of data, each ending where the next may be joined to it."""
-    # Lines of a text file are its own; rows are texts apart from each other.
+    """Yield the texts of data, which end with a separator, so that they can be joined."""
+    # The lines of a text file belong together; other rows are separate texts.
     separator = "\n" if isinstance(source, (str, Path)) and str(source).endswith(".txt") else "\n\n"
     return (text + separator for text in data)
 
 
 def always_text(source: Any) -> bool:
-    """Whether a source is known to hold text before it is opened."""
+    """Return whether a source is known to hold text before it is opened."""
     return isinstance(source, (str, Path)) and (
         source in PRESETS or source == BUILTIN or Path(source).suffix == ".txt"
     )
 
 
 def load_rows(path: str, name: str | None = None, split: str = "train") -> Any:
-    """Open a dataset of the Hub: streamed, never downloaded whole; offline, its cached copy."""
+    """Open a dataset of the Hub as a stream, without downloading all of it; in offline mode its cached copy."""
     from datasets import load_dataset
     from huggingface_hub import is_offline_mode
 
@@ -175,7 +175,7 @@ def load_rows(path: str, name: str | None = None, split: str = "train") -> Any:
 
 
 def detokenize(text: str) -> str:
-    """Undo the marks of tokenised WikiText (`<unk>`, ` @-@ `), which no model met in its own training text."""
+    """Remove the marks of tokenized WikiText (`<unk>`, ` @-@ `), which no model has seen in its training text."""
     return re.sub(r" ?<unk>", "", re.sub(r" @([-,.])@ ", r"\1", text))
 
 
@@ -185,10 +185,10 @@ def _reported(texts: Iterator[str], data: Data) -> Iterator[str]:
 
 
 def _check_name(name: str) -> None:
-    """Raise `ValueError` where a text was given in the place of a name."""
+    """Raise `ValueError` where a text was passed instead of a name."""
     if not name.strip() or "\n" in name or len(name) > LONGEST_NAME:
         shown = name if len(name) < 40 else f"{name[:40]}..."
-        raise ValueError(f"{shown!r} is no name of a file or dataset; give a text in a list: [text].")
+        raise ValueError(f"{shown!r} is not the name of a file or dataset; pass a text in a list: [text].")
 
 
 def _file_rows(path: Path) -> Iterator[dict]:
@@ -204,31 +204,31 @@ def _file_rows(path: Path) -> Iterator[dict]:
 
 
 def _check_encoding(path: Path) -> None:
-    """Raise `ValueError` where a file begins in UTF-16 or UTF-32, which may pass for UTF-8 or fail unclearly."""
+    """Raise `ValueError` where a file is UTF-16 or UTF-32, which is sometimes decoded as UTF-8 without an error."""
     with open(path, "rb") as file:
         beginning = file.read(4096)
     if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in beginning:
         raise ValueError(
-            f"{path} is not UTF-8: it begins with the mark of UTF-16, or has null bytes. Save it as UTF-8."
+            f"{path} is not UTF-8: it begins with the byte order mark of UTF-16, or has null bytes. Save it as UTF-8."
         )
 
 
 def _read_rows(path: Path) -> Iterator[dict]:
     from datasets import load_dataset
 
-    # It takes names for patterns, and `data[1].jsonl` is how browsers name a second download.
+    # load_dataset expands patterns, and names such as `data[1].jsonl`, which browsers use, would be read as patterns.
     literal = glob.escape(str(path.absolute()))
     loader = FILE_LOADERS[path.suffix]
-    # Editors may begin a file with a mark of its encoding, which is no part of the text. JSON is read without it.
+    # A byte order mark at the beginning of a text file is skipped. The loader of JSON skips it by itself.
     options = {"encoding": "utf-8-sig"} if loader == "text" else {}
     try:
         yield from load_dataset(loader, data_files=literal, split="train", streaming=True, **options)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ValueError(
-            f"{path} is not UTF-8: it holds the byte {byte:#04x} where none can be. Save it as UTF-8."
+            f"{path} is not UTF-8: it has the byte {byte:#04x} at an invalid place. Save it as UTF-8."
         ) from error
-    # Whatever Arrow makes of malformed files says at which row, but not of which file.
+    # Arrow's errors of malformed files name the row, but not the file.
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from error
 
@@ -238,7 +238,7 @@ def _shuffled(rows: Any, seed: int | None) -> Any:
 
     if seed is None:
         return rows
-    # A stream shuffles within a buffer, a dataset on disk as a whole.
+    # A stream is shuffled within a buffer, a dataset on disk as a whole.
     return rows.shuffle(seed=seed) if isinstance(rows, Dataset) else rows.shuffle(seed=seed, buffer_size=1000)
 
 

@@ -1,4 +1,4 @@
-"""Sequences of tokens as rows, tensors and arrays hold them: token ids, which of them are padding, and labels."""
+"""Sequences of token ids in rows, tensors and arrays, with their padding and labels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence of tokens as its row holds it.
+    """The sequence of tokens of a row.
 
     Args:
         input_ids (`ndarray[tokens]`, int64): the tokens, padding included.
         mask (`ndarray[tokens]`, bool): False where a token is padding.
-        labels (`ndarray[tokens]`, int64, *optional*): what the row says should be predicted.
+        labels (`ndarray[tokens]`, int64, *optional*): the row's labels.
     """
 
     input_ids: np.ndarray
@@ -30,12 +30,12 @@ class Tokens:
     labels: np.ndarray | None = None
 
     def without_padding(self) -> Tokens:
-        """Return the tokens that are no padding."""
+        """Return the sequence without its padding."""
         labels = None if self.labels is None else self.labels[self.mask]
         return Tokens(self.input_ids[self.mask], self.mask[self.mask], labels)
 
     def pieces(self, length: int) -> Iterator[Tokens]:
-        """Yield the sequence in pieces of `length` tokens; the last one is as short as the sequence leaves it."""
+        """Yield the sequence in pieces of `length` tokens, of which the last one may be shorter."""
         for start in range(0, len(self.input_ids), length):
             part = slice(start, start + length)
             labels = None if self.labels is None else self.labels[part]
@@ -43,14 +43,14 @@ class Tokens:
 
 
 def tokens_of(row: Mapping, column: str = "input_ids") -> Iterator[Tokens]:
-    """Yield the sequences of a row: one, or where it is a padded batch `[sequences, tokens]` as many.
+    """Yield the sequences of a row: a single one, or all of a padded batch `[sequences, tokens]`.
 
     Raises:
-        UnusableRow: where there are no token ids, or a mask or labels of another length, or a mask that is none.
+        UnusableRow: where there are no token ids, the mask or the labels have another shape, or the mask is invalid.
     """
     mask = labels = None
     input_ids = _numbers(row, column)
-    # A row with several columns of token ids has the mask and the labels of the one with the usual name.
+    # In a row with several columns of token ids, the mask and the labels belong to `input_ids`.
     if column == "input_ids" or "input_ids" not in row:
         mask, labels = _numbers(row, "attention_mask", "iubf"), _numbers(row, "labels")
     if input_ids is None or not input_ids.size:
@@ -69,12 +69,12 @@ def present_tokens(mask: Array) -> Array:
     """Return which tokens are no padding, as bool: those where an attention mask of any dtype is not 0.
 
     Raises:
-        UnusableRow: where it has numbers below 0 or no numbers, as one that is added to attention scores does.
+        UnusableRow: where the mask has negative values or NaN, like masks that are added to attention scores.
     """
     if not (mask >= 0).all():
         raise UnusableRow(
-            "attention_mask has values below 0, like a mask that is added to attention scores; give 1 for tokens and "
-            "0 for padding"
+            "attention_mask has values below 0, like a mask that is added to attention scores; it must be 1 for "
+            "tokens and 0 for padding"
         )
     return mask != 0
 
@@ -83,34 +83,34 @@ def check_table(values: Any, name: str) -> None:
     """Refuse tensors and arrays that are no sequences of numbers.
 
     Args:
-        values: a tensor or array; anything else is left to whoever reads it.
-        name (`str`): what it is, for the message.
+        values: a tensor or array; other values are not checked.
+        name (`str`): its name in the message.
 
     Raises:
-        UnusableRow: where it has not one or two dimensions, or has no plain values, as a sparse tensor.
+        UnusableRow: where it does not have one or two dimensions, or is a special kind of tensor such as a sparse one.
     """
     if isinstance(values, torch.Tensor):
         if values.is_nested or values.layout != torch.strided:
             raise UnusableRow(
-                f"{name} is a sparse or nested tensor; give a dense one, such as of to_dense(), or lists"
+                f"{name} is a sparse or nested tensor; pass a dense one, for example by to_dense(), or lists"
             )
         if values.is_complex() or values.is_quantized:
-            raise UnusableRow(f"{name} is a tensor of {values.dtype}; give whole numbers")
+            raise UnusableRow(f"{name} is a tensor of {values.dtype}; pass integers")
         if values.is_meta:
-            raise UnusableRow(f"{name} is a tensor on the device meta, which holds no values")
+            raise UnusableRow(f"{name} is a tensor on the meta device, which has no values")
     if isinstance(values, (torch.Tensor, np.ndarray)) and values.ndim not in (1, 2):
         raise UnusableRow(f"{name} has the shape {list(values.shape)}, not [tokens] or [sequences, tokens]")
 
 
 def _numbers(row: Mapping, name: str, kinds: str = "iu") -> np.ndarray | None:
-    """A column as numbers of some kinds of dtypes; `None` where it is missing."""
+    """Return a column as an array of one of some kinds of dtypes; `None` where it is missing."""
     values = row.get(name)
     if values is None:
         return None
     check_table(values, name)
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
-        # Arrays have no bfloat16.
+        # NumPy has no bfloat16.
         values = values.float() if values.is_floating_point() else values
     try:
         array = np.asarray(values)
@@ -119,5 +119,5 @@ def _numbers(row: Mapping, name: str, kinds: str = "iu") -> np.ndarray | None:
     if array.size and array.dtype.kind in kinds:
         check_table(array, name)
     elif array.size:
-        raise UnusableRow(f"{name} has no list of {'numbers' if 'f' in kinds else 'whole numbers'}")
+        raise UnusableRow(f"{name} is not a list of {'numbers' if 'f' in kinds else 'integers'}")
     return array if "f" in kinds else array.astype(np.int64)

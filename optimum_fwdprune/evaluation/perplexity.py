@@ -146,7 +146,7 @@ def _checked_windows(
             f"max_length must be at least 2 and stride from 1 to max_length; got {max_length} and {stride}."
         )
     if longest is not None and max_length > longest:
-        raise ValueError(f"max_length={max_length} is more than the model's {longest} positions.")
+        raise ValueError(f"max_length={max_length} is more than the {longest} positions of the model.")
     return max_length, stride
 
 

@@ -160,7 +160,7 @@ def _name_of(device: torch.device) -> str:
 def _prompt_ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and tokens > longest:
-        raise ValueError(f"latency_tokens={tokens} is more than the model's {longest} positions.")
+        raise ValueError(f"latency_tokens={tokens} is more than the {longest} positions of the model.")
     vocab_size = model.config.get_text_config().vocab_size
     return torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
 

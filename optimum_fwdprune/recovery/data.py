@@ -90,7 +90,7 @@ def training_data(
     """
     length = sequence_length(options, longest)
     if longest is not None and length > longest:
-        raise ValueError(f"max_length={length} is more than the model's {longest} positions.")
+        raise ValueError(f"max_length={length} is more than the {longest} positions of the model.")
 
     def check_tokenizer(name: str) -> None:
         if tokenizer is None:

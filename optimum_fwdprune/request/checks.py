@@ -104,9 +104,7 @@ def check_values(config: Options) -> None:
         if getattr(config, f"{kind}_sparsity") is not None and kind not in config.resolved_kinds:
             raise ValueError(f"{kind}_sparsity is a budget for {kind}, which kinds={config.kinds} excludes.")
     if config.has_budget_per_kind and targets:
-        raise ValueError(
-            "A target for the whole model and a sparsity per kind are different budgets; set one of them."
-        )
+        raise ValueError("A target for the whole model and a sparsity per kind are two budgets; set one of them.")
     for declared in dataclasses.fields(config):
         choices, value = declared.metadata.get("choices"), getattr(config, declared.name)
         for item in value if isinstance(value, (list, tuple)) else [value]:

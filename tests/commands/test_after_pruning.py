@@ -109,7 +109,7 @@ class TestRecover:
             (["--push-to-hub", "someone/model/too"], "'someone/model/too' is no valid name of a repository"),
             (["--set", "weight_decay"], "--set takes NAME=VALUE; got 'weight_decay'."),
             (["--resume_from_checkpoint", "true"], "There is no checkpoint to resume from"),
-            (["--mode", "full", "--teacher", "dense"], "A teacher is for --mode distill"),
+            (["--mode", "full", "--teacher", "dense"], "A teacher is used with --mode distill only"),
             (
                 ["--learning_rate", "fast"],
                 "error: argument --learning_rate/--learning-rate: invalid float value: 'fast'",

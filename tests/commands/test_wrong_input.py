@@ -86,13 +86,13 @@ def test_what_is_empty_is_named(words, cli, folder):
         (("evaluate", "dense", "--text", "text.txt", "--max_length", "9999"), "--max_length 9999 is more than the"),
         (
             ("evaluate", "dense", "--text", "rows.jsonl"),
-            "has the columns a, b; name one of text or messages as --text_",
+            "has the columns a, b; set --text_",
         ),
-        (("compare", "dense", "pruned", "--text", "chat.jsonl"), "text is needed; name its column as --text_column."),
+        (("compare", "dense", "pruned", "--text", "chat.jsonl"), "set --text_column to a column of text."),
         (("prune", "-m", "dense", "out", "--calibration", "rows.jsonl"), "text or messages as --dataset_column."),
         (
             ("recover", "pruned", "out", "--dataset", "self"),
-            "'self' is text that the model writes itself, which is for",
+            "'self' is text that the model generates itself, which is supported for",
         ),
         (("report", "pruned", "--json", "text.txt"), "pass --overwrite to replace it"),
     ],

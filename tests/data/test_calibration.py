@@ -93,7 +93,7 @@ def test_batches_of_a_loader_are_read_row_by_row(model, tokens):
     for source in (wrapped, named):
         for loader in (source, torch.utils.data.DataLoader(source, batch_size=5)):
             assert torch.equal(windows(model, None, loader, **FITTING).input_ids, tokens)
-    with pytest.raises(ValueError, match="A row is 2 tensors, which do not say what they are; give mappings"):
+    with pytest.raises(ValueError, match="A row is 2 tensors without names; pass mappings"):
         windows(model, None, torch.utils.data.TensorDataset(tokens, torch.ones_like(tokens)))
 
 
@@ -165,7 +165,7 @@ def test_no_more_than_n_samples_of_a_table_are_taken(model, tokens, warnings):
 
     assert found.input_ids.shape == (6, 24) and torch.equal(found.attention_mask, mask[:6])
     assert {tuple(row) for row in found.input_ids.tolist()} < {tuple(row) for row in tokens.tolist()}
-    assert len(warnings) == 1 and "are 16 windows and n_samples is 6" in warnings[0]
+    assert len(warnings) == 1 and "has 16 windows, of which n_samples=6 are drawn" in warnings[0]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -360,7 +360,7 @@ def test_a_file_gives_the_same_windows_from_any_folder(model, tokenizer, tmp_pat
     [
         ("a.txt", "café\n".encode("latin-1") * 99, r"a\.txt is not UTF-8: it holds the byte 0xe9"),
         ("a.jsonl", '{"text": "café"}\n'.encode("latin-1"), r"a\.jsonl is not UTF-8: it holds the byte 0xe9"),
-        ("a.txt", "the fox\n".encode("utf-16"), r"a\.txt is not UTF-8: it begins with the mark of UTF-16"),
+        ("a.txt", "the fox\n".encode("utf-16"), r"a\.txt is not UTF-8: it begins with the byte order mark of UTF-16"),
         ("a.jsonl", '{"text": "fox"}\n'.encode("utf-16-le"), r"a\.jsonl is not UTF-8: .* or has null bytes\. Save it"),
         ("a.jsonl", b"{not json\n", r"a\.jsonl cannot be read as \.jsonl: JSON parse error"),
         ("a.parquet", b"no parquet at all", r"a\.parquet cannot be read as \.parquet: Parquet magic bytes"),
@@ -374,7 +374,7 @@ def test_malformed_files_are_named(name, content, message, model, tokenizer, tmp
 
 def test_a_tokenizer_that_knows_more_than_the_model_is_refused(model, tokenizer):
     model.resize_token_embeddings(200)
-    with pytest.raises(ValueError, match=r"hold token 2\d\d, beyond the model's vocabulary of 200"):
+    with pytest.raises(ValueError, match=r"contains token 2\d\d, beyond the model's vocabulary of 200"):
         windows(model, tokenizer, TEXTS)
 
 
@@ -449,7 +449,7 @@ def test_a_named_column_is_taken(model, tokenizer, tmp_path):
 
     both = tmp_path / "both.jsonl"
     both.write_text("\n".join(json.dumps({"title": text, "story": "none"}) for text in TEXTS))
-    with pytest.raises(ValueError, match=r"has the columns title, story; name one of text or messages"):
+    with pytest.raises(ValueError, match=r"has the columns title, story; set dataset_column to one of text"):
         windows(model, tokenizer, calibration=str(both))
     found = windows(model, tokenizer, calibration=str(both), dataset_column="title")
     assert "quick brown" in tokenizer.decode(found.input_ids.flatten())
@@ -458,8 +458,8 @@ def test_a_named_column_is_taken(model, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ("nothing", r"has no column 'nothing'; it has the columns text, id\. Name one of text or messages"),
-        ("id", "has a int in the column id, which is no text, no messages and no list of token ids; name another"),
+        ("nothing", r"has no column 'nothing'; it has the columns text, id\. Set dataset_column to one of"),
+        ("id", "has a int in the column id, which is neither text nor messages nor a list of token ids; set"),
     ],
 )
 def test_a_column_that_is_missing_or_no_text_is_refused(column, message, model, tokenizer, tmp_path):
@@ -537,7 +537,7 @@ def test_self_is_written_whatever_the_model_is_set_to_generate_with(options, mod
 def test_self_puts_the_generation_config_back_where_writing_fails(model, monkeypatch):
     own = model.generation_config
     monkeypatch.setattr(type(model), "generate", lambda *_, **__: torch.ones(6, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"generate\(\) wrote \[6, 3\] tokens where \[6, 16\] were asked for"):
+    with pytest.raises(ValueError, match=r"generate\(\) returned \[6, 3\] tokens, but \[6, 16\] were requested"):
         windows(model, None, calibration="self")
 
     assert model.generation_config is own
@@ -545,7 +545,7 @@ def test_self_puts_the_generation_config_back_where_writing_fails(model, monkeyp
 
 def test_self_needs_a_model_that_writes(tokens):
     model = tiny.make_model("llama_gqa_biases", transformers.AutoModel)
-    with pytest.raises(ValueError, match="LlamaModel cannot write text"):
+    with pytest.raises(ValueError, match="LlamaModel cannot generate text"):
         windows(model, None, calibration="self")
 
 
@@ -554,7 +554,7 @@ def test_without_the_hub_the_default_is_self_and_says_so(model, tokenizer, monke
     monkeypatch.setattr(module.logger, "warning", lambda message, *args: logged.append(message % args))
 
     assert windows(model, tokenizer).source == "self"
-    assert len(logged) == 1 and "WikiText-2 is not at hand" in logged[0] and "`calibration`" in logged[0]
+    assert len(logged) == 1 and "WikiText-2 is not available" in logged[0] and "`calibration`" in logged[0]
     # The tests are offline themselves.
     assert "HF_HUB_OFFLINE is set" in logged[0] and logged[0].endswith("or unset that variable.")
 
@@ -621,11 +621,11 @@ def test_wikitexts_marks_are_undone():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (["too short"], r"strings is too short: it has \d windows of 16 tokens and n_samples is 6"),
+        (["too short"], r"strings is too short: it has \d windows of 16 tokens, and n_samples is 6"),
         ([], "strings is empty; it has no rows"),
-        ("the quick\nbrown fox", r"'the quick\\nbrown fox' is no name of a file or dataset; give .*: \[text\]"),
-        ("the fox " * 1000, r"the fox \.\.\.' is no name of a file"),
-        (" ", "' ' is no name of a file"),
+        ("the quick\nbrown fox", r"'the quick\\nbrown fox' is not the name of a file or dataset; pass .*: \[text\]"),
+        ("the fox " * 1000, r"the fox \.\.\.' is not the name of a file"),
+        (" ", "' ' is not the name of a file"),
         ("nothing.txt", "There is no file nothing.txt"),
         ({"a": 1}, "Cannot read a dict"),
         (3.5, "Cannot read a float"),
@@ -637,11 +637,11 @@ def test_wikitexts_marks_are_undone():
         (np.zeros((0,), dtype=int), r"must be \[n_samples, seq_len\] and not empty; got \(1, 0\)"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, r"the shape of input_ids, \[1, 2\]; it has \[1, 1\]"),
         ({"input_ids": [[1, 2, 3], [3, 4]], "attention_mask": [[1], [1]]}, r"attention_mask has the shape \[1\]"),
-        ({"input_ids": ["a", "b"]}, "None of 2 rows of rows can be used.*input_ids has no list of whole numbers"),
+        ({"input_ids": ["a", "b"]}, "None of 2 rows of rows can be used.*input_ids is not a list of integers"),
         ({"text": ["the fox"], "id": [1, 2]}, "The columns have different lengths: text has 1, id has 2"),
-        (pandas.DataFrame({"id": [1], "length": [2]}), "has the columns id, length; name one of text"),
+        (pandas.DataFrame({"id": [1], "length": [2]}), "has the columns id, length; set dataset_column"),
         (pandas.Series([1, 2]), "has a int in the column text, which is no text"),
-        (torch.full((2, 4), -100), "hold token -100, and tokens start at 0"),
+        (torch.full((2, 4), -100), "contains token -100, but tokens start at 0"),
         (torch.full((2, 4), 300), r"token 300.*vocabulary of 300"),
     ],
 )

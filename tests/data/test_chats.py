@@ -130,7 +130,7 @@ def test_a_chat_that_begins_with_the_assistant_has_that_as_context(encode):
     ]
     with pytest.raises(UnusableRow, match="chat template refuses it: Roles must alternate"):
         encode(GEMMA, {"conversations": [greeting, *asked]})
-    with pytest.raises(UnusableRow, match="is part of the prompt, or answers no message before it"):
+    with pytest.raises(UnusableRow, match="are part of the prompt, or follow no message of another role"):
         encode(PLAIN, {"conversations": [greeting]})
 
 
@@ -228,7 +228,7 @@ def test_tools_of_a_row_reach_the_template(tokenizer):
         ({"messages": None}, "it has no messages"),
         ({"messages": "[{'role': 'user'}]"}, "messages is a str, not a list of messages"),
         ({"messages": QUICK, "system": 5}, "system is a int, not a text"),
-        ({"prompt": "the", "completion": "fox", "history": [["a"]]}, "history is no list of pairs"),
+        ({"prompt": "the", "completion": "fox", "history": [["a"]]}, "history is not a list of pairs"),
         ({"prompt": "the", "completion": "fox", "history": [["a", None]]}, "history is null, not a text"),
         ({"prompt": "the", "completion": "fox", "history": "a"}, "history is not JSON"),
         ({"messages": []}, "messages is empty"),
@@ -271,7 +271,7 @@ def test_of_several_templates_the_default_is_taken(tokenizer, encode):
     assert encode({"default": PLAIN, "tool_use": R1}, QUICK) == encode(PLAIN, QUICK)
     speaking = copy.deepcopy(tokenizer)
     speaking.chat_template = {"tool_use": PLAIN, "rag": PLAIN}
-    with pytest.raises(ValueError, match="the chat templates rag, tool_use, and none is called default; set"):
+    with pytest.raises(ValueError, match="the chat templates rag, tool_use, and none of them is named default; set"):
         check_template(speaking)
 
 

@@ -259,8 +259,14 @@ class TestRefusals:
         [
             ("opt_pre_norm", "no GGUF export for opt; there is one for"),
             ("phi3_third_party", "no GGUF export for phi3; there is one for"),
-            ("bloom", r"bloom has layers of one size, and layer \d differs from layer 0.*scope='layer'.*no target"),
-            ("qwen2", r"qwen2 has layers of one size, and layer \d differs from layer 0.*scope='layer'.*no target"),
+            (
+                "bloom",
+                r"bloom has layers of one size, and layer \d differs from layer 0.*scope='layer'.*instead of a target",
+            ),
+            (
+                "qwen2",
+                r"qwen2 has layers of one size, and layer \d differs from layer 0.*scope='layer'.*instead of a target",
+            ),
         ],
     )
     def test_what_llama_cpp_cannot_hold(self, name, message, tokens, tokenizer, tmp_path):

@@ -255,7 +255,7 @@ def test_padding_that_makes_a_row_too_long_is_cut_off(padded):
         ([GOOD, {"messages": None}], "row 1, counted from 0: it has no messages"),
         ([{"messages": []}, GOOD], "row 0, counted from 0: messages is empty"),
         ([GOOD, {"messages": [{"role": "user", "content": None}, CHAT[1]]}], "a message of user in 'messages' has no"),
-        ([GOOD, {"messages": CHAT[1:2]}], "row 1, counted from 0: what the assistant says in it is part"),
+        ([GOOD, {"messages": CHAT[1:2]}], "row 1, counted from 0: its messages of the assistant are part"),
         ([GOOD, {"messages": [CHAT[0], {"role": "assistant", "content": " "}]}], "its answers are empty"),
         (
             [GOOD, {"messages": [{"role": "narrator", "content": "x"}]}],
@@ -267,7 +267,7 @@ def test_padding_that_makes_a_row_too_long_is_cut_off(padded):
         ([{"messages": "[{broken"}, GOOD], "row 0, counted from 0: messages is a str, not a list of messages"),
         ([GOOD, {"messages": [{"role": "system", "content": "x"}, *CHAT[:2]]}], "refuses it: No system role here"),
         ([[1, 2, 3], [1]], "row 1, counted from 0: it has no token to predict"),
-        ([[1, 2, 3], [0.5, 1.5]], "row 1, counted from 0: input_ids has no list of whole numbers"),
+        ([[1, 2, 3], [0.5, 1.5]], "row 1, counted from 0: input_ids is not a list of integers"),
         ([[1, 2, 3], []], "row 1, counted from 0: input_ids is empty"),
         (
             [{"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": [1]}],
@@ -338,7 +338,7 @@ def test_batches_are_padded_behind_their_end_and_only_where_they_must():
         ([{"messages": [{"who": "me", "says": "x"}]}], {}, "one in 'messages' has who, says"),
         ([{"turns": ["x", "y"]}], {"dataset_column": "turns"}, "one in 'turns' has a str"),
         ("nowhere.txt", {}, "There is no file nowhere.txt"),
-        ("self", {}, "'self' is text that the model writes itself, which is for calibration alone; name a file"),
+        ("self", {}, "'self' is text that the model generates itself, which is supported for calibration only"),
         (3.5, {}, "Cannot read a float"),
     ],
 )
@@ -401,9 +401,9 @@ SCORES = torch.where(HALF == 1, 0.0, -torch.inf)
             r"attention_mask has the shape \[2, 1, 1, 4\], not",
         ),
         ({"input_ids": IDS[None]}, r"input_ids has the shape \[1, 2, 4\], not \[tokens\] or \[sequences, tokens\]"),
-        ({"input_ids": IDS.to_sparse()}, r"input_ids is a sparse or nested tensor; give a dense one"),
+        ({"input_ids": IDS.to_sparse()}, r"input_ids is a sparse or nested tensor; pass a dense one"),
         ({"input_ids": IDS, "attention_mask": HALF.to_sparse()}, "attention_mask is a sparse or nested tensor"),
-        ({"input_ids": IDS.to("meta")}, "input_ids is a tensor on the device meta"),
+        ({"input_ids": IDS.to("meta")}, "input_ids is a tensor on the meta device"),
     ],
 )
 def test_calibration_and_training_take_the_same_tokens_and_masks(batch, lengths, as_rows):
@@ -428,7 +428,7 @@ def test_calibration_and_training_take_the_same_tokens_and_masks(batch, lengths,
     ("source", "message"),
     [
         ({"input_ids": None}, "Cannot read a dict whose columns are None: input_ids; give"),
-        ({"input_ids": 5}, "Cannot read a dict whose column 'input_ids' is a int; give a mapping of columns to lists"),
+        ({"input_ids": 5}, "Cannot read a dict whose column 'input_ids' is a int; pass a mapping of columns to lists"),
         ({"input_ids": IDS, "attention_mask": 5}, "Cannot read a dict whose column 'attention_mask' is a int"),
         ({"text": "the fox"}, "Cannot read a dict whose column 'text' is a str"),
         (IDS[None], r"the data has the shape|input_ids has the shape \[1, 2, 4\], not"),

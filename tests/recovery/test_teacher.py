@@ -166,7 +166,7 @@ class TestTeachersThatAreRefused:
         [
             (lambda _: 5, "a folder or a repository of the Hub; got a int"),
             (lambda _: FwdPruner(tiny.make_model("llama_gqa_biases")), "got a FwdPruner.*its attribute 'model'"),
-            (lambda pruner: pruner.model, "has the weights of the model that is trained"),
+            (lambda pruner: pruner.model, "shares weights with the model that is trained"),
             (lambda _: tiny.make_model("llama_gqa_biases", AutoModel), "a LlamaModel, which predicts no next token"),
             (lambda _: tiny.make_model("llama_gqa_biases", num_hidden_layers=2), "teacher has 2 layers and the stud"),
             (lambda _: tiny.make_model("llama_gqa_biases", hidden_size=96), "teacher has 96 hidden features and the"),
