@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, and what is checked before they are written."""
+"""Writing files and folders atomically, and checks that they can be written."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ METADATA_KEY = "fwdprune"
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` through a temporary sibling, so that no reader ever sees half of it."""
+    """Write `text` to `path` through a temporary file beside it, so that `path` is never incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming_what_is_full(path):
         temporary = _hidden_sibling(path, "partial")
         try:
-            # Made anew, with the mode that any new file has.
+            # A new file has the default permissions; one of `tempfile` would not.
             with open(temporary, "x", encoding="utf-8") as file:
                 file.write(text)
             os.replace(temporary, path)
@@ -38,22 +38,22 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def save_tensors_atomically(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
-    """Write tensors and JSON values to a safetensors file through a temporary sibling."""
+    """Write tensors and JSON values to a safetensors file through a temporary file beside it."""
     _save_atomically(path, tensors, {METADATA_KEY: json.dumps(metadata)})
 
 
 def save_weights_atomically(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file of weights, as transformers does, through a temporary sibling."""
+    """Write a safetensors file of weights, as transformers does, through a temporary file beside it."""
     _save_atomically(path, tensors, {"format": "pt"})
 
 
 def _save_atomically(path: Path, tensors: dict[str, torch.Tensor], entry: dict[str, str]) -> None:
-    # One entry: safetensors writes several in random order, and equal contents should be equal files.
+    # There is one metadata entry, since safetensors writes several in random order, so that files would differ.
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The same name every time, so that what a killed process left behind is replaced; but not that of another process
-    # of the same launcher.
+    # The temporary name is always the same, so that a file of a killed process is replaced, but it differs between
+    # processes of one launcher.
     partial = path.with_name(f".{path.name}.{os.environ.get('RANK', '0')}.partial")
     with naming_what_is_full(path):
         try:
@@ -74,10 +74,10 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def as_path(value: Any, name: str) -> Path:
-    """Return the path that `value`, passed as the argument `name`, stands for.
+    """Return `value`, which was passed as the argument `name`, as a path.
 
     Raises:
-        TypeError: where it is neither text nor a path.
+        TypeError: where it is neither a `str` nor a `Path`.
     """
     if not isinstance(value, (str, Path)):
         raise TypeError(f"{name} must be a str or a Path; got {value!r:.80} ({type(value).__name__}).")
@@ -85,7 +85,7 @@ def as_path(value: Any, name: str) -> Path:
 
 
 def check_output_file(file: str | Path, overwrite: bool = True) -> Path:
-    """Return `file` as a path that can be written, and read where it exists.
+    """Return `file` as an absolute path, after checking that it can be written.
 
     Raises:
         FileExistsError: where it exists and `overwrite` is not set.
@@ -101,7 +101,7 @@ def check_output_file(file: str | Path, overwrite: bool = True) -> Path:
 
 
 def check_output_folder(folder: str | Path, overwrite: bool = False) -> Path:
-    """Return `folder` as a path that a checkpoint can be moved to.
+    """Return `folder` as an absolute path, after checking that a checkpoint can be moved to it.
 
     Raises:
         FileExistsError: where it is a file, or holds files and `overwrite` is not set.
@@ -126,20 +126,16 @@ def _check_writable(parent: Path, wanted: Path) -> None:
 
 
 class DiskFullError(OSError):
-    """There is no more room for a file."""
+    """The disk is full, or a quota or the largest file size is reached."""
 
 
-# No space, over quota, larger than a file may be: `OSError` has them as numbers, safetensors in its message.
+# Numbers of these errors, which `OSError` has as an attribute, and safetensors in its message.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def naming_what_is_full(wanted: Path) -> Iterator[None]:
-    """Say in errors of a disk that is full what could not be written.
-
-    Raises:
-        DiskFullError: in their place.
-    """
+    """Turn errors of a full disk into `DiskFullError`, whose message names the file that could not be written."""
     try:
         yield
     except Exception as error:
@@ -149,25 +145,25 @@ def naming_what_is_full(wanted: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(wanted.parent).free
         raise DiskFullError(
-            f"There is no room for {wanted}: {free / 1e9:.2f} GB are free on that disk, or its quota or largest file "
-            f"size is reached. Nothing of it was left behind and nothing else was touched; make room or name another "
-            f"place."
+            f"There is no room for {wanted}: the disk has {free / 1e9:.2f} GB free, or its quota or largest file size "
+            f"is reached. No incomplete file was left, and no other file was changed; free some space, or name "
+            f"another place."
         ) from error
 
 
 @contextmanager
 def folder_moved_into_place(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of `folder` that becomes it when the block succeeds and vanishes when it does not."""
+    """Yield a temporary folder, which is renamed to `folder` if the block succeeds, and removed if it fails."""
     folder = check_output_folder(folder, overwrite)
     temporary = _hidden_sibling(folder, "partial")
     temporary.mkdir()
-    # What a new folder may be used for by whom: reading the umask would change it for a moment, for all threads.
+    # The permissions of a new folder. Reading the umask instead would change it for a moment, for all threads.
     mode = temporary.stat().st_mode & 0o777
     try:
         with naming_what_is_full(folder):
             yield temporary
         for file in temporary.rglob("*"):
-            # Some writers make files that nobody else may read.
+            # Some libraries write files that only their owner may read.
             file.chmod(mode if file.is_dir() else mode & 0o666)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
@@ -187,5 +183,5 @@ def folder_moved_into_place(folder: str | Path, overwrite: bool = False) -> Iter
 
 
 def _hidden_sibling(path: Path, purpose: str) -> Path:
-    """Return a path beside `path` that nothing has."""
+    """Return a path beside `path` that does not exist."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{purpose}")

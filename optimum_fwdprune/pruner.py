@@ -1,4 +1,4 @@
-"""`FwdPruner`: from a dense model to a checkpoint, with no algorithm of its own."""
+"""`FwdPruner`, the main class: it prunes, trains and saves models by calling the other rooms."""
 
 from __future__ import annotations
 
@@ -49,26 +49,28 @@ class FwdPruner(WritesCheckpoints):
     Args:
         model (`PreTrainedModel`): a model of a supported family, dense or pruned before.
         tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*): a tokenizer, or its folder or repository;
-            needed to calibrate on text, and saved beside the model.
+            required for calibration on text, and saved with the model.
 
     Raises:
-        ValueError: where the model is not a plain one of a supported family: a name, a wrapper (PEFT, `torch.compile`,
-            DDP, a pipeline), a model with adapters inside it, or a quantized one. The message names the way out.
+        ValueError: where the model is not a plain model of a supported family, but a name, a wrapper (PEFT,
+            `torch.compile`, DDP, a pipeline), a model with adapters inside it, or a quantized one. The message names
+            the way out.
 
     Attributes:
-        comparison (`Comparison`, *optional*): set it to what [`~optimum_fwdprune.evaluation.compare`] found, this
-            model last, and the model card and reports of the checkpoint show it; pruning or training the model anew
-            drops it.
-        model (`PreTrainedModel`): the dense model, and the pruned one after `prune`. Another model can be assigned;
-            the attributes below are then what is known of that one.
-        plan (`PruningPlan`, *optional*): what `prune` kept.
-        report (`PruningReport`, *optional*): what it did: `print` shows it, and `report.save("report.html")` writes a
-            page with pictures.
-        scores (`Scores`, *optional*): the last scores, for another budget or to save; after several rounds those of
-            the last, which are of the model before it.
+        comparison (`Comparison`, *optional*): measurements that the model card and reports show. Assign the result of
+            [`~optimum_fwdprune.evaluation.compare`], with this model last. Pruning or training the model again sets it
+            to `None`.
+        model (`PreTrainedModel`): the dense model, and after `prune` the pruned one. Another model can be assigned;
+            the attributes below then describe that one.
+        plan (`PruningPlan`, *optional*): the units that `prune` kept.
+        report (`PruningReport`, *optional*): the result of `prune`; `print` shows it, and `report.save("report.html")`
+            writes a page with pictures.
+        scores (`Scores`, *optional*): the last scores, which can be saved, or used for another budget. After several
+            rounds they are those of the last round, for the units of the model before that round.
         config (`PruningConfig`, *optional*): the last request.
-        trainer (`RecoveryTrainer`, *optional*): of the last `recover`; its `state.log_history` says how it went.
-        recovery (`dict`, *optional*): how the model was trained after it was pruned, here or before it was loaded:
+        trainer (`RecoveryTrainer`, *optional*): the trainer of the last `recover`; its `state.log_history` holds the
+            log.
+        recovery (`dict`, *optional*): how the model was trained after it was pruned, here or before it was loaded, as
             JSON values.
     """
 
@@ -85,7 +87,7 @@ class FwdPruner(WritesCheckpoints):
         self.trainer: RecoveryTrainer | None = None
         self._record = Record()
         self._source = Source()
-        # Of the model as it is, so that scoring and pruning measure it once.
+        # Latencies of the current model, which are measured once for scoring and pruning.
         self._latencies: LatencyTable | None = None
 
     @classmethod
@@ -97,27 +99,27 @@ class FwdPruner(WritesCheckpoints):
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         **kwargs,
     ) -> FwdPruner:
-        """Load a model and its tokenizer; of a pruned checkpoint also its plan and request.
+        """Load a model and its tokenizer, and of a pruned checkpoint also its plan and request.
 
-        It is loaded for the task that the checkpoint was saved for, a causal language model where it does not say.
+        The model is loaded for the task that the checkpoint was saved for, by default as a causal language model.
 
         Args:
             model_id (`str` or `Path`): repository of the Hub, or folder.
             low_memory (`bool`, defaults to `False`): leave the decoder layers on disk. `prune` then reads, cuts and
-                writes one after the other, and the pruned model's stay on disk too: one layer is in memory at a time,
-                beside embeddings, head and statistics. Temporary files lie in `offload_folder`, by default that of
-                the system.
+                writes one layer after the other, and those of the pruned model stay on disk too. In memory are one
+                layer at a time, embeddings, head and statistics. Temporary files are written to `offload_folder`, by
+                default the system's folder.
             tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*): a tokenizer, or its folder or
-                repository; by default the one that lies beside the model.
-            kwargs: for the Auto class's `from_pretrained`: `dtype` (the checkpoint's by default), `device_map`
-                (the CPU by default; under `accelerate launch` the accelerator of each process),
+                repository; by default the model's own.
+            kwargs: arguments of the Auto class's `from_pretrained`: `dtype` (the checkpoint's by default),
+                `device_map` (the CPU by default; under `accelerate launch` the accelerator of each process),
                 `attn_implementation`, `gguf_file`, `revision`, `token`, `trust_remote_code`, ...
 
         Raises:
-            OSError: where a file is missing or damaged, naming it.
+            OSError: where a file is missing or damaged; the message names the file.
             ValueError: where the family is not supported, the folder holds adapters without their base, the plan of a
-                pruned checkpoint is not that of its weights, or the tokenizer cannot be read, naming the packages
-                that are missing.
+                pruned checkpoint does not fit its weights, or the tokenizer cannot be read (the message names missing
+                packages).
         """
         model, opened_tokenizer, source = open_model(model_id, tokenizer, low_memory, kwargs)
         pruner = cls(model, opened_tokenizer)
@@ -140,7 +142,7 @@ class FwdPruner(WritesCheckpoints):
         record: Record | None = getattr(plain, "pruning_record", None)
         is_namesake = plain.config._name_or_path == known.config._name_or_path
         if record is None and (is_namesake if self.plan is None else self._record.plan_of(model) is not None):
-            # Loaded anew, or trained elsewhere.
+            # It is the same model, loaded again or trained by the user.
             return
         if record is not None and (record.plan, record.config) == (self.plan, self.config):
             return
@@ -160,20 +162,20 @@ class FwdPruner(WritesCheckpoints):
 
     @host_by_default()
     def score(self, config: PruningConfig | str | None = None, dataset: Any = None, **fields) -> Scores:
-        """Score every unit, and gather what the request's reconstruction will need, without changing the model.
+        """Score every unit, and collect the statistics for the request's reconstruction, without changing the model.
 
         Args:
             config (`PruningConfig` or `str`, *optional*): method and calibration, or the name of a preset; by default
                 those of `prune()`.
-            dataset (*optional*): calibration text or tokens instead of `config.calibration`; see
+            dataset (*optional*): calibration text or tokens, which replace `config.calibration`; see
                 [`~optimum_fwdprune.data.load_calibration.load_calibration`].
             fields: options of `PruningConfig` by name, which override those of `config`.
 
         Returns:
-            `Scores`: to inspect, to save, or to hand to `prune` with other budgets.
+            `Scores`: scores that can be inspected, saved, or passed to `prune` with other budgets.
 
         Raises:
-            ValueError: on NaN in weights, activations or scores, naming where.
+            ValueError: where weights, activations or scores contain NaN; the message names the place.
         """
         request = PruningConfig.of(config, **fields)
         with self._pruning(dataset) as pruning:
@@ -199,32 +201,32 @@ class FwdPruner(WritesCheckpoints):
         pruner.prune(PruningConfig(method="flap"))
         ```
 
-        Before any work is done, what the request will remove is logged.
+        A forecast of the result is logged before any work is done.
 
         Args:
             config (`PruningConfig` or `str`, *optional*): the request, or the name of a preset. The default is the
-                preset `balanced`, whose recipe is the defaults of [`PruningConfig`].
-            dataset (*optional*): calibration text or tokens instead of `config.calibration`.
-            plan (`PruningPlan`, *optional*): replay this plan instead of scoring and allocating. Weights are
-                reconstructed only where a config, a preset or the option `reconstruction` is given as well. Options of
-                a config that the plan decides are ignored, and not recorded.
-            scores (`Scores`, *optional*): allocate by these instead of scoring again. The options of their method, the
-                seed and the calibration are those that they were made with, with a warning where the request names
-                others. Scores of a checkpoint have no tokens: what needs them reads those of the request.
-            inplace (`bool`, defaults to `True`): consume the dense model. `False` leaves it whole, and needs memory
-                for both.
+                preset `balanced`, which has the defaults of [`PruningConfig`].
+            dataset (*optional*): calibration text or tokens, which replace `config.calibration`.
+            plan (`PruningPlan`, *optional*): plan to replay; nothing is scored or allocated then. Weights are
+                reconstructed only if a config, a preset or the option `reconstruction` is passed as well. Options of a
+                config that the plan determines are ignored, and not recorded.
+            scores (`Scores`, *optional*): scores to allocate by; nothing is scored then. The options of their method,
+                the seed and the calibration are those of the scores, with a warning where the request names others.
+                Scores of a checkpoint have no tokens, so that stages that need tokens use those of the request.
+            inplace (`bool`, defaults to `True`): prune the dense model itself. `False` keeps it unchanged, and needs
+                memory for both models.
             fields: options of `PruningConfig` by name, which override those of `config`.
 
         Returns:
             `PreTrainedModel`: the pruned model, which is `self.model` from then on.
 
         Raises:
-            ValueError: where the request cannot be met, naming the constraint.
-            RuntimeError: where the pruned model does not compute what the masked dense model computes.
+            ValueError: where the request cannot be met; the message names the constraint.
+            RuntimeError: where the outputs of the pruned model differ from those of the masked dense model.
 
-        What can be checked is checked before anything is measured, and until surgery the dense model is whole. An
-        error during or after surgery carries a note on what `self.model` is then: the pruned model where surgery was
-        complete, what earlier rounds came to, or a model that was consumed and must be loaded again.
+        All checks that are possible are made before anything is measured, and the dense model is unchanged until
+        surgery starts. An error during or after surgery has a note on the state of `self.model`: the pruned model if
+        surgery was complete, the result of earlier rounds, or a model that was consumed and must be loaded again.
         """
         check_arguments(plan, scores)
         request = PruningConfig.of(config, replays=plan is not None, **fields)
@@ -241,27 +243,30 @@ class FwdPruner(WritesCheckpoints):
         eval_dataset: Any = None,
         callbacks: list[Any] | None = None,
     ) -> PreTrainedModel:
-        """Train the pruned model until it is as good as it can be again.
+        """Train the pruned model to recover its quality.
 
         Args:
             dataset: text, chats or instructions: a file, a dataset of the Hub or in memory, strings, token ids; see
                 [`~optimum_fwdprune.recovery.training_data`].
-            args (`RecoveryArguments`, *optional*): how; by default LoRA adapters for one epoch, merged in the end.
-            teacher (`PreTrainedModel`, `str` or `Path`, *optional*): for `mode="distill"`: the dense model, or where
-                it is; by default the model that was pruned: its repository and commit, or its folder, which is
-                recognised by a fingerprint of its weights and remembered in the Hugging Face cache of this machine.
-            eval_dataset (*optional*): of the same kinds, for the Trainer's `eval_strategy`.
-            callbacks (`list` of `TrainerCallback`, *optional*): the Trainer's, such as `EarlyStoppingCallback`.
+            args (`RecoveryArguments`, *optional*): arguments of the training; by default LoRA adapters are trained for
+                one epoch, and merged at the end.
+            teacher (`PreTrainedModel`, `str` or `Path`, *optional*): for `mode="distill"`, the dense model, or its
+                folder or repository. By default it is the model that was pruned: its repository and commit, or its
+                folder, which is stored in the Hugging Face cache of this machine and recognized by a fingerprint of
+                its weights.
+            eval_dataset (*optional*): held-out data of the same kinds, for the Trainer's `eval_strategy`.
+            callbacks (`list` of `TrainerCallback`, *optional*): callbacks of the Trainer, such as
+                `EarlyStoppingCallback`.
 
-        Where training fails or is interrupted, adapters are removed and the model is what it was; a model of which all
-        weights are trained keeps what training had made of them, and `self.recovery` records that it was interrupted.
+        If training fails or is interrupted, adapters are removed, which leaves the model as it was. After a training
+        of all weights, the model keeps the weights of the last step, and `self.recovery` records the interruption.
 
         Returns:
-            `PreTrainedModel`: the trained model, which is `self.model` from then on; a `PeftModel` where
-            `args.merge_adapters` is off, of which `save_pretrained` saves the adapters alone.
+            `PreTrainedModel`: the trained model, which is `self.model` from then on. It is a `PeftModel` where
+            `args.merge_adapters` is off; `save_pretrained` then saves the adapters only.
 
         Raises:
-            ValueError: before anything is trained, where the model is dense, has adapters in it or offloaded layers,
+            ValueError: before training starts, where the model is dense, has adapters in it or offloaded layers,
                 and where the data, the teacher or a checkpoint to resume from does not fit.
         """
         # The Trainer takes a second to import.
@@ -277,7 +282,7 @@ class FwdPruner(WritesCheckpoints):
 
     @contextmanager
     def _pruning(self, dataset: Any) -> Iterator[Pruning]:
-        """Begin a pruning of the model, and take over what it came to, also where it fails."""
+        """Start a pruning of the model, and keep its results, also if it fails."""
         pruning = Pruning(self.model, self.tokenizer, dataset, self._record, self._source, self._latencies)
         try:
             yield pruning
@@ -286,14 +291,14 @@ class FwdPruner(WritesCheckpoints):
             self._take_over(pruning)
 
     def _take_over(self, work: Pruning | Recovery, trainer: RecoveryTrainer | None = None) -> None:
-        """Take over what a pruning or a recovery made of the model, also where it failed."""
+        """Keep the model, record and source that a pruning or a recovery has produced."""
         self._model, self._record, self._source = work.model, work.record, work.source
         if work.has_changed:
             self.trainer = trainer
 
 
 def _check_supported(model: Any) -> None:
-    """Raise `ValueError` where a model cannot be pruned here, whatever the request."""
+    """Raise `ValueError` where a model cannot be pruned by any request."""
     check_plain(model)
     check_not_consumed(model)
     get_architecture(model.config).pruned_class(model)

@@ -1,4 +1,4 @@
-"""Words and tables: names as they may be shown, what was likely meant, and rows as text or HTML."""
+"""Words and tables: names without local paths, suggestions for misspelt words, and tables as text or HTML."""
 
 from __future__ import annotations
 
@@ -7,41 +7,43 @@ from pathlib import Path
 from typing import Any
 
 
-# The least likeness of two names of which one is taken for a misspelling of the other.
+# Two names with at least this similarity count as misspellings of each other.
 NEAR = 0.75
 
 
 def public_name(name_or_path: str) -> str:
-    """Return a Hub repository as it is, a file or folder by its last part, also where it is gone: checkpoints get
-    shared, home directories do not."""
+    """Return the name of a Hub repository, or the last part of a local path, also if the path no longer exists.
+
+    Checkpoints are shared, and must not reveal paths of this machine.
+    """
     path = Path(name_or_path)
     return path.name if is_no_repository(name_or_path) or path.exists() else name_or_path
 
 
 def is_no_repository(name_or_path: str) -> bool:
-    """Whether a name can only be that of a file or folder; a repository of the Hub is `name` or `owner/name`."""
+    """Return whether a name can only be a local path; a repository of the Hub is `name` or `owner/name`."""
     path = Path(name_or_path)
     return path.is_absolute() or name_or_path.startswith((".", "~")) or "\\" in name_or_path or len(path.parts) > 2
 
 
-def first_difference(found: Any, expected: Any, name: str = "content") -> str | None:
-    """Say where two JSON values differ first, or return `None` where they are equal."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        differences = (first_difference(found.get(key), expected.get(key), key) for key in {**expected, **found})
+def first_difference(stored: Any, expected: Any, name: str = "content") -> str | None:
+    """Return a clause on the first difference of two JSON values; `None` where they are equal."""
+    if isinstance(stored, dict) and isinstance(expected, dict):
+        differences = (first_difference(stored.get(key), expected.get(key), key) for key in {**expected, **stored})
         return next((difference for difference in differences if difference), None)
-    return None if found == expected else f"its {name} is {found!r}, this one's is {expected!r}"
+    return None if stored == expected else f"its {name} is {stored!r}, this one's is {expected!r}"
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """Return a sentence, with a space before it, that names the nearest of `words`, or nothing where none is near.
+    """Return a sentence, with a space before it, that names the most similar of `words`; an empty string if none is.
 
-    Near are words of nearly the same letters, and those that the word is a part of, as `speedup` is of
+    Words are similar if they have nearly the same letters, or if the word is a part of them, as `speedup` is of
     `target_speedup`.
     """
     import difflib
 
     def plain(name: str) -> str:
-        # Underscores and dashes, and either case, mean the same to whoever types them.
+        # Underscores and dashes, and upper and lower case, are treated alike.
         return name.lower().replace("-", "_").strip("_")
 
     def likeness(name: str) -> float:
@@ -58,7 +60,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 
 
 def render_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return rows of text as a table of plain text: the same on a terminal, in a file, in a notebook and in a test."""
+    """Return rows of text as a table of plain text, which does not depend on the kind of output."""
     import io
 
     from rich import box
@@ -68,12 +70,12 @@ def render_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     table = Table(box=box.SIMPLE_HEAD)
     for index, name in enumerate(header):
-        # What does not fit is broken and not cut: the ends of names are what tells them apart.
+        # Long names are wrapped and not cut, since they often differ at their ends only.
         table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     output = io.StringIO()
-    # In a notebook rich writes to the notebook, and where FORCE_COLOR is set it writes escape codes.
+    # By default rich writes to the notebook if there is one, and escape codes if FORCE_COLOR is set.
     plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False, "color_system": None}
     Console(file=output, width=110, legacy_windows=False, **plain).print(table)
     return output.getvalue().rstrip("\n")

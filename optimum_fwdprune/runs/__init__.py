@@ -1,1 +1,1 @@
-"""One run on one machine or several: processes, devices, randomness, clock, progress, logs, locks and kept states."""
+"""Processes, devices, random numbers, clocks, progress, logs, locks and stored states of a run."""

@@ -1,4 +1,4 @@
-"""One clock for everything that is timed: layers, models, generation."""
+"""Clocks for the stages of a run, and for functions on any device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 class StageClock:
-    """The seconds that stages of a run take.
+    """Measures the seconds that stages of a run take.
 
     Attributes:
-        seconds (`dict[str, float]`): of every stage so far, by its name.
+        seconds (`dict[str, float]`): seconds of every stage so far, by its name.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time that the block takes to a stage, until the accelerator has done its work."""
+        """Add the time that the block takes to a stage, including work of the accelerator that it started."""
         import torch
 
         start = time.perf_counter()
@@ -39,7 +39,7 @@ class StageClock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def each_in(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Yield the items, and add the time that they take to come to a stage."""
+        """Yield the items, and add the time that the iterator takes to a stage."""
         iterator, end = iter(items), object()
         while True:
             with self.stage(name):
@@ -50,9 +50,9 @@ class StageClock:
 
 
 def median_seconds(runs: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:
-    """Return the median seconds of each run after one to warm up.
+    """Return the median seconds of every run, without a first one that warms up.
 
-    They take turns, so that whatever else the machine does slows them all: compare the results of one call.
+    The runs take turns, so that other load on the machine slows all of them. Compare results of one call only.
     """
     seconds: list[list[float]] = [[] for _ in runs]
     turns = [turn for _ in range(repeats + 1) for turn in zip(runs, seconds)]
@@ -62,12 +62,12 @@ def median_seconds(runs: Sequence[Callable[[], Any]], repeats: int, device: torc
         run()
         synchronize(device)
         taken.append(time.perf_counter() - start)
-    # The first run pays for kernels and caches.
+    # The first run warms up kernels and caches, and is not counted.
     return [statistics.median(taken[1:]) for taken in seconds]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given, so that a clock tells the truth."""
+    """Wait until the device has finished its work, so that a clock includes it."""
     import torch
 
     if device.type != "cpu":

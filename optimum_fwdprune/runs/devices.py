@@ -1,4 +1,4 @@
-"""Where modules compute, and sums and solutions in float64 on whatever device there is."""
+"""Devices: where modules compute, and computations in float64 on devices with and without it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import nn
 
 
 def hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
-    """Return the hooks by which accelerate places what `module` itself holds."""
+    """Return accelerate's hooks for the parameters that `module` itself holds."""
     hook: Any = getattr(module, "_hf_hook", None)
     hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
 
 
 def compute_device(module: nn.Module) -> torch.device:
-    """Return where `module` computes, which for offloaded weights is not where they lie."""
+    """Return the device that `module` computes on; for offloaded weights it differs from that of their storage."""
     parameter = next(module.parameters(), None)
     if parameter is not None and not parameter.is_meta:
         return parameter.device
@@ -32,7 +32,7 @@ def compute_device(module: nn.Module) -> torch.device:
 
 
 def on_host(values: torch.Tensor) -> torch.Tensor:
-    """Return `values` in the memory of the host, pinned where the device has that, so that they come back quickly."""
+    """Return `values` in host memory, which is pinned if the device supports it, so that copying back is fast."""
     if values.device.type == "cpu":
         return values
     pinned = values.device.type in ("cuda", "xpu")
@@ -46,7 +46,7 @@ def has_float64(device: torch.device) -> bool:
     try:
         torch.ones(1, dtype=torch.float64, device=device).add_(1)
     except torch.OutOfMemoryError:
-        # The device is full, which says nothing of what it computes in, and the answer is remembered.
+        # The device is full, so that its dtypes are unknown. An answer would be cached.
         raise
     except (TypeError, RuntimeError, NotImplementedError):
         return False
@@ -54,7 +54,7 @@ def has_float64(device: torch.device) -> bool:
 
 
 def precise_device(device: torch.device) -> torch.device:
-    """Return where sums of what lies on `device` are kept in float64: there, or on the CPU where it has no float64."""
+    """Return the device for float64 sums of values on `device`: itself, or the CPU if it has no float64."""
     return device if has_float64(device) else torch.device("cpu")
 
 
@@ -64,7 +64,7 @@ def precise(values: torch.Tensor) -> torch.Tensor:
 
 
 def precise_sum(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum of all `values`, `[]` float64, on their `precise_device`, without waiting for it.
+    """Return the sum of all `values`, `[]` float64, on their `precise_device`, without synchronizing the device.
 
     A device without float64 sums along the last dimension in the dtype of the values.
     """
@@ -75,13 +75,13 @@ def precise_sum(values: torch.Tensor) -> torch.Tensor:
 
 def back_to(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return `values` with the dtype and on the device of `like`."""
-    # In this order: a device without float64 cannot take what has yet to be rounded.
+    # The dtype is converted first, since the device may not support float64.
     return values.to(like.dtype).to(like.device)
 
 
 @contextmanager
 def host_by_default() -> Iterator[None]:
-    """Let tensors be made on the CPU where nothing names a device, whatever `torch.set_default_device` was told."""
+    """Create tensors on the CPU by default while the context is open, also after `torch.set_default_device`."""
     if torch.get_default_device().type == "cpu":
         yield
     else:

@@ -1,4 +1,4 @@
-"""Folders that several runs may name: one run at a time writes to them."""
+"""Locks of folders and files that several runs or processes may use."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .loggers import get_logger
 
 logger = get_logger(__name__)
 
-# Name of the lock in a folder that a run fills over a long time.
+# The name of the lock file in a folder.
 LOCK = ".lock"
 
 
 @contextmanager
 def held(folder: str | Path, remedy: str) -> Iterator[None]:
-    """Hold a folder while the block runs, so that no other run writes to it.
+    """Lock a folder while the block runs, so that no other run writes to it.
 
-    Of several processes of one launcher the main one holds the folder for all. A process that is killed lets go of it.
+    If there are several processes of one launcher, the main one holds the lock for all. A lock ends with its process.
 
     Args:
-        folder (`str` or `Path`): it is made where it does not exist.
-        remedy (`str`): what to name instead, for the error: "another folder with resume=...".
+        folder (`str` or `Path`): the folder, which is created where it does not exist.
+        remedy (`str`): the way out, for the error message, such as "another folder with resume=...".
 
     Raises:
-        BlockingIOError: where another run holds the folder.
-        OSError: where the folder is a file, or nothing can be written there.
+        BlockingIOError: where another run has locked the folder.
+        OSError: where the folder is a file, or nothing can be written to it.
     """
     lock = FileLock(Path(folder).absolute() / LOCK, blocking=False)
 
@@ -53,9 +53,9 @@ def held(folder: str | Path, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def taking_turns(path: str | Path) -> Iterator[None]:
-    """Let one process at a time run the block that reads or writes `path`; the others wait.
+    """Run a block that reads or writes `path` in one process at a time; other processes wait.
 
-    The lock is a hidden file beside `path`, since `path` may be a folder that has to be empty before it is written.
+    The lock is a hidden file beside `path`, since `path` may be a folder that must be empty before it is written.
 
     Args:
         path (`str` or `Path`): a file or folder, which need not exist.
@@ -77,13 +77,13 @@ def taking_turns(path: str | Path) -> Iterator[None]:
 
 
 def _release(lock: FileLock) -> None:
-    """Let go of a lock that this process holds, and remove its file, so that an empty folder can be removed."""
+    """Release a lock that this process holds, and remove its file, so that an empty folder can be removed."""
     if not lock.is_locked:
         return
     try:
-        # While the lock is held: a process that opened the file before sees that it is gone, and makes a new one.
+        # It is removed while the lock is held. A process that waits for it notices this, and creates a new file.
         Path(lock.lock_file).unlink(missing_ok=True)
     except OSError as error:
-        # Windows removes no file that is open.
-        logger.debug("%s stays: %s", lock.lock_file, error)
+        # Windows does not remove open files.
+        logger.debug("%s was not removed: %s", lock.lock_file, error)
     lock.release()

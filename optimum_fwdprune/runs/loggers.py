@@ -1,4 +1,4 @@
-"""The loggers of this package, `optimum_fwdprune.*`: transformers' verbosity governs them, or a level of their own."""
+"""The loggers of this package, `optimum_fwdprune.*`, whose default level is the verbosity of transformers."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _LEVELS = {
 def get_logger(name: str) -> logging.Logger:
     """Return the logger of a module of this package.
 
-    Its level is the one that was set on it or on `logging.getLogger("optimum_fwdprune")`, else the one of transformers
-    (`transformers.logging.set_verbosity_info()`, `TRANSFORMERS_VERBOSITY`). Messages go to stderr, and to the handlers
-    of the root logger; where one of these writes to the console, it alone does.
+    Its level is the one that was set on it or on `logging.getLogger("optimum_fwdprune")`, else that of transformers
+    (`transformers.logging.set_verbosity_info()`, `TRANSFORMERS_VERBOSITY`). Messages are written to stderr and passed
+    to the handlers of the root logger. If one of these writes to the console, this logger does not write to stderr.
 
     Args:
-        name (`str`): of the module.
+        name (`str`): name of the module.
     """
     logger = logging.getLogger(name)
-    # Not by `setLoggerClass`: whoever set a level on this logger has made it before.
+    # `setLoggerClass` would have no effect on a logger that exists already because a user has set its level.
     logger.__class__ = _LibraryLogger
     return logger
 
 
 class _LibraryLogger(logging.Logger):
-    """A logger that follows transformers where neither it nor its parents in this package have a level."""
+    """A logger with the level of transformers, unless it or a parent in this package has a level."""
 
     def getEffectiveLevel(self) -> int:
         logger: logging.Logger | None = self
@@ -49,18 +49,18 @@ class _LibraryLogger(logging.Logger):
             if logger.level:
                 return logger.level
             logger = logger.parent
-        # Of several processes, the others report nothing but errors.
+        # Processes other than the main one log errors only.
         return _level_of_transformers() if ranks.speaks() else max(_level_of_transformers(), logging.ERROR)
 
 
 def _level_of_transformers() -> int:
     logger = logging.getLogger(TRANSFORMERS)
-    # It has no level until it is imported, and then the level that the variable names.
+    # Before transformers is imported its logger has no level; importing it sets the level of the variable.
     return logger.level or _LEVELS.get(os.environ.get("TRANSFORMERS_VERBOSITY", ""), logging.WARNING)
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to stderr, unless a handler of the root logger writes to the console anyway."""
+    """Writes to stderr, unless a handler of the root logger writes to the console."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stderr is None or _root_writes_to_console():
@@ -76,7 +76,7 @@ def _root_writes_to_console() -> bool:
     if not logging.getLogger(LIBRARY).propagate:
         return False
     consoles: tuple[TextIO | None, ...] = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
-    # The handler of rich has a console in the place of a stream.
+    # The handler of rich has a console instead of a stream.
     return any(
         hasattr(handler, "console") or getattr(handler, "stream", None) in consoles
         for handler in logging.getLogger().handlers

@@ -1,4 +1,4 @@
-"""How far long stages are: bars on terminals and in notebooks, lines everywhere else."""
+"""Progress of long stages: bars on terminals and in notebooks, lines of text elsewhere."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ INTERVAL = 15.0
 def progress(
     iterable: Iterable[Any], description: str, total: int | None = None, unit: str = "step", initial: int = 0
 ) -> Any:
-    """Wrap `iterable` so that users see how far its consumer is.
+    """Wrap `iterable` to show the progress of a loop over it.
 
-    On a terminal and in a notebook there is a bar. Elsewhere, as with `nohup` or where the output goes to a file,
-    stderr gets a line at the start, one every 15 seconds, and one at the end: the stage, the share done, the time
+    On a terminal and in a notebook a bar is shown. Elsewhere, for example with `nohup` or where stderr is a file, a
+    line is written to stderr at the start, every 15 seconds, and at the end: the stage, the share done, the time
     elapsed and the time left. Nothing is shown where transformers' progress bars are disabled, where the verbosity is
     that of errors, and in all processes of a run but the main one.
 
     Args:
-        iterable (`Iterable`): what is done, a unit at a time.
+        iterable (`Iterable`): the items of the loop, one per unit of work.
         description (`str`): name of the stage.
-        total (`int`, *optional*): how many units there are; by default the length of `iterable`, where it has one.
-        unit (`str`, defaults to `"step"`): name of one unit.
-        initial (`int`, defaults to 0): units that were done before, by a run that was interrupted.
+        total (`int`, *optional*): number of units; by default the length of `iterable`, if it has one.
+        unit (`str`, defaults to `"step"`): name of a unit.
+        initial (`int`, defaults to 0): units that an interrupted run has done already.
 
     Returns:
         an iterable with the method `set_postfix(refresh=False, **values)`, which shows values beside the progress.
@@ -42,7 +42,7 @@ def progress(
         return _Lines(iterable, description, total, unit, initial)
     from tqdm.auto import tqdm
 
-    # An inner bar on a terminal vanishes when it is done.
+    # An inner bar on a terminal is removed when it is finished.
     options: dict[str, Any] = {} if in_notebook else {"leave": None}
     if is_silent:
         options["disable"] = True
@@ -50,7 +50,7 @@ def progress(
 
 
 def announce(text: str) -> None:
-    """Write what a run is about to do to stderr, where progress is shown at all.
+    """Write to stderr what a run is about to do, unless progress is disabled.
 
     Args:
         text (`str`): one or more lines.
@@ -61,7 +61,7 @@ def announce(text: str) -> None:
 
 @contextmanager
 def one_step(description: str) -> Iterator[None]:
-    """Show a stage without parts, which is under way while the context is open."""
+    """Show the progress of a stage without parts, which is running while the context is open."""
     steps = iter(progress((None,), description))
     next(steps)
     try:
@@ -87,12 +87,12 @@ def _write_line(text: str) -> None:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
     except (OSError, ValueError):
-        # Nobody reads a pipe that was closed, and the work is no worse for it.
+        # A closed pipe must not end the work.
         pass
 
 
 def _in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook, whose stderr is no terminal."""
+    """Return whether this process is the kernel of a notebook, whose stderr is no terminal."""
     interactive = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return "IPKernelApp" in getattr(interactive, "config", {})
 
@@ -100,8 +100,8 @@ def _in_notebook() -> bool:
 class _Lines:
     """Progress as lines of text, for files and pipes."""
 
-    # Stages that are under way: one that is part of another has a line only where it takes long.
-    _under_way = 0
+    # Number of stages that are running. A stage inside of another one writes lines only if it takes long.
+    _running = 0
 
     def __init__(self, iterable: Iterable[Any], description: str, total: int | None, unit: str, initial: int):
         self._iterable, self._description, self._initial = iterable, description, initial
@@ -110,9 +110,9 @@ class _Lines:
         self._postfix = ""
 
     def __iter__(self) -> Iterator[Any]:
-        is_inner, done = _Lines._under_way > 0, self._initial
+        is_inner, done = _Lines._running > 0, self._initial
         start = last = time.monotonic()
-        _Lines._under_way += 1
+        _Lines._running += 1
         try:
             if not is_inner:
                 self._write(done, 0.0)
@@ -124,13 +124,13 @@ class _Lines:
                     self._write(done, now - start)
                     last = now
         finally:
-            _Lines._under_way -= 1
+            _Lines._running -= 1
             elapsed = time.monotonic() - start
             if done > self._initial and (elapsed >= INTERVAL or (not is_inner and self._total != 1)):
                 self._write(done, elapsed)
 
     def set_postfix(self, refresh: bool = False, **values: Any) -> None:
-        """Show these values in the lines to come."""
+        """Show these values in the following lines."""
         self._postfix = "".join(f", {name} {value}" for name, value in values.items())
 
     def _write(self, done: int, elapsed: float) -> None:

@@ -1,4 +1,4 @@
-"""Random numbers: generators that a seed alone determines, and the states of the process left alone."""
+"""Random numbers: generators that depend on a seed alone, and restoring the states of the process's generators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def seeded_generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator that the numbers alone determine; equal numbers give equal streams, others unrelated ones."""
+    """Return a generator that is seeded by numbers; equal numbers lead to equal streams, others to unrelated ones."""
     import numpy as np
     import torch
 
@@ -22,16 +22,16 @@ def seeded_generator(*numbers: int, device: torch.device | str = "cpu") -> torch
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Leave the random number generators of Python, numpy and torch as they were before the block."""
+    """Restore the states of the random number generators of Python, numpy and torch after the block."""
     import random
 
     import numpy as np
     import torch
 
-    of_python, of_numpy = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             yield
         finally:
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,7 +1,7 @@
-"""The processes of one run, as `accelerate launch` starts them: what each does, and how that comes together.
+"""The processes of one run, as `accelerate launch` starts them: how they share work, and how they exchange results.
 
-All of them run the same program on the same model, each does its share of the measuring, and all know the whole
-result. In a single process every function here returns what it was given.
+All of them run the same program on the same model. Each measures its share, and all of them get the whole result. In a
+single process every function here returns its argument.
 """
 
 from __future__ import annotations
@@ -19,48 +19,48 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The others wait as long as the main process times layers or uploads a checkpoint; a launcher ends those of a run that
-# failed.
+# The other processes wait while the main one times layers or uploads a checkpoint, which may take long. If it fails,
+# the launcher ends them.
 LONGEST_WAIT = timedelta(days=1)
 
 
 def rank() -> int:
-    """Return the number of this process, from 0; 0 is the main one."""
+    """Return the number of this process; the main process is 0."""
     return _state().process_index
 
 
 def world_size() -> int:
-    """Return how many processes there are."""
+    """Return the number of processes."""
     return _state().num_processes
 
 
 def own_device() -> torch.device:
-    """Return the device of this process: its own accelerator where there are any."""
+    """Return the device of this process: its own accelerator, or the CPU where there is none."""
     return _state().device
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files."""
+    """Return whether this is the main process, which writes files."""
     return rank() == 0
 
 
 def launched_as() -> int:
-    """Return the number of this process by what its launcher says; unlike [`rank`], asking starts nothing."""
+    """Return the number of this process by its launcher's variables; unlike [`rank`], it does not set up processes."""
     return int(os.environ.get("RANK", "0"))
 
 
 def speaks() -> bool:
-    """Whether this is the main process by what its launcher says; unlike [`is_main`], asking starts nothing."""
+    """Return whether this process prints and logs, which the main one does; unlike [`is_main`], it sets up nothing."""
     return launched_as() == 0
 
 
 def own(items: Sequence[T]) -> Sequence[T]:
-    """Return this process's share of the items: neighbours go to different processes."""
+    """Return this process's share of the items; neighbouring items belong to different processes."""
     return items[rank() :: world_size()]
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the sum over processes, bit for bit the same in all of them; `tensor` may be overwritten."""
+    """Return the sum over processes, which is bit-equal in all of them; `tensor` may be overwritten."""
     import torch
 
     state = _state()
@@ -79,11 +79,11 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """Let the main process alone call `make`, and return in all of them what it returned, a JSON value.
+    """Call `make` in the main process only, and return its result, a JSON value, in all processes.
 
     Raises:
-        Exception: in the main process what `make` raised.
-        RuntimeError: in the others, where it raised something.
+        Exception: in the main process, the error of `make`.
+        RuntimeError: in the others, where `make` raised an error.
     """
     if world_size() == 1:
         return make()
@@ -103,7 +103,7 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def tensor_from_main(make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Let the main process alone make an int64 tensor, and return it in all of them; errors are those of
+    """Call `make` in the main process only, and return its int64 tensor in all processes; errors are those of
     [`from_main`]."""
     import torch
 
@@ -121,7 +121,7 @@ def tensor_from_main(make: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def bytes_from_main(content: bytes) -> bytes:
-    """Return in all processes what the main one was given."""
+    """Return the main process's `content` in all processes."""
     import torch
     from accelerate.utils import broadcast
 
@@ -141,7 +141,7 @@ def _state() -> PartialState:
     from accelerate.utils import parse_flag_from_env
 
     if not PartialState._shared_state:
-        # Without a word about it, accelerate takes several processes on a CPU for runs of their own.
+        # Unless `cpu` is set, accelerate treats several processes on a CPU as separate runs.
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         return PartialState(cpu=on_cpu, **({"timeout": LONGEST_WAIT} if several else {}))

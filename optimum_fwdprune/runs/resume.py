@@ -1,4 +1,4 @@
-"""States of long stages on disk: written whole, and taken up only by the run that they belong to."""
+"""States of long stages on disk, from which only the run that they belong to resumes."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from . import ranks
 
 T = TypeVar("T")
 
-# A state: tensors and JSON values.
+# A state consists of tensors and JSON values.
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
-# Writing takes no larger share of the time than one in so many.
+# Writing takes at most one part in this many of the time.
 SHARE = 10
 
 
 class HasFingerprint(Protocol):
-    """Tokens that a fingerprint tells from others."""
+    """Tokens with a fingerprint."""
 
     @property
     def fingerprint(self) -> str: ...
 
 
 class Resume:
-    """The states of all stages of a run, one file per stage in one folder, from which the same run resumes.
+    """The states of all stages of a run, from which the same run resumes: a folder with a file per stage.
 
     Args:
-        folder (`Path`, *optional*): where; without one nothing is kept, and nothing found.
-        identity (`dict`): what the states belong to, as JSON values.
-        seconds (`float`, defaults to 0): a stage writes its state at most so often.
+        folder (`Path`, *optional*): the folder; by default no state is stored.
+        identity (`dict`): the identity of the run, as JSON values; only a run with an equal one resumes.
+        seconds (`float`, defaults to 0): smallest number of seconds between two writes of a stage's state.
 
     Raises:
-        OSError: where the folder is a file, or nothing can be written there.
+        OSError: where the folder is a file, or nothing can be written to it.
     """
 
     def __init__(self, folder: Path | None = None, identity: dict[str, Any] | None = None, seconds: float = 0.0):
         if folder is not None:
-            # Whatever is wrong with the folder shows before anything is measured.
+            # The folder is checked before anything is measured.
             check_output_file(folder / "state")
         self._folder = folder
         self._identity = identity or {}
@@ -58,11 +58,11 @@ class Resume:
         """Return the state of one stage.
 
         Args:
-            name (`str`): of its file.
-            calibration (`Calibration`, *optional*): the tokens that it runs.
-            own (`bool`, defaults to `False`): with several processes each has a state of its own; otherwise all have
-                the same, which the main one writes and reads.
-            inputs: what else the state depends on, as JSON values.
+            name (`str`): name of its file.
+            calibration (`Calibration`, *optional*): the tokens that the stage uses.
+            own (`bool`, defaults to `False`): whether every process has its own state. By default all processes have
+                the same state, which the main one writes and reads.
+            inputs: other inputs that the state depends on, as JSON values.
         """
         if self._folder is None:
             return Stage(None, {}, 0.0, own)
@@ -74,13 +74,13 @@ class Resume:
         return Stage(self._folder / f"{name}.safetensors", json.loads(json.dumps(identity)), self._seconds, own)
 
     def folder(self, name: str, calibration: HasFingerprint | None = None, **inputs) -> Path | None:
-        """Return a folder for what a stage keeps beside its state, or `None` where nothing is kept.
+        """Return a folder for further files of a stage; `None` where no state is stored.
 
         Args:
             name, calibration, inputs: as for `stage`.
 
         Raises:
-            ValueError: where there is one that belongs to another run, naming the first difference.
+            ValueError: where the folder belongs to another run; the message names the first difference.
         """
         if self._folder is None:
             return None
@@ -101,10 +101,10 @@ class Stage:
         self._written = time.monotonic()
 
     def load(self, take: Callable[[dict[str, torch.Tensor], dict[str, Any]], T]) -> T | None:
-        """Return what `take` makes of the tensors and numbers of the state, or `None` where there is none.
+        """Return the result of `take` for the tensors and numbers of the state; `None` where there is no state.
 
         Raises:
-            ValueError: where it belongs to another run, naming the first difference, or is damaged.
+            ValueError: where the state belongs to another run (the message names the first difference), or is damaged.
         """
         content = b"" if self._path is None else self._read(self._path)
         if not content:
@@ -116,8 +116,7 @@ class Stage:
             raise self._not_a_state(error) from error
         if difference := first_difference(identity, self._identity):
             raise ValueError(
-                f"{self._path} belongs to another run: {difference}. Name another folder, or delete it to start "
-                f"afresh."
+                f"{self._path} belongs to another run: {difference}. Name another folder, or delete it to start again."
             )
         try:
             return take(tensors, numbers)
@@ -125,7 +124,7 @@ class Stage:
             raise self._not_a_state(error) from error
 
     def save(self, state: Callable[[], State]) -> None:
-        """Write a state beside its file and rename it."""
+        """Write a state, which replaces the former one as a whole."""
         if self._path is None or not (self._own or ranks.is_main()):
             return
         start = time.monotonic()
@@ -135,7 +134,7 @@ class Stage:
         self._pause = max(self._seconds, SHARE * (self._written - start) if self._seconds else 0.0)
 
     def save_now_and_then(self, state: Callable[[], State]) -> None:
-        """Write a state unless that was done a short while ago."""
+        """Write a state unless the last one was written a short time ago."""
         if time.monotonic() - self._written >= self._pause:
             self.save(state)
 
@@ -146,7 +145,7 @@ class Stage:
         return read() if self._own else ranks.bytes_from_main(read() if ranks.is_main() else b"")
 
     def _not_a_state(self, error: Exception) -> ValueError:
-        return ValueError(f"{self._path} is no state of a run: {type(error).__name__}: {error}.")
+        return ValueError(f"{self._path} is not the state of a run: {type(error).__name__}: {error}.")
 
 
 def _parsed(content: bytes) -> State:
@@ -155,9 +154,9 @@ def _parsed(content: bytes) -> State:
 
 
 def digest_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return a fingerprint of named tensors: of their names, dtypes, shapes and bytes, which are the same on every
-    device and under every version of torch."""
-    # A few gigabytes a second, where hashes made for secrets read a tenth of that.
+    """Return a fingerprint of named tensors: of their names, dtypes, shapes and bytes. It is the same on every device
+    and with every version of torch."""
+    # It hashes a few gigabytes per second, about ten times as many as cryptographic hashes.
     digest = xxhash.xxh3_128()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

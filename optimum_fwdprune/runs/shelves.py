@@ -1,4 +1,4 @@
-"""Tensors put aside: in memory, or in files of a folder, from where an interrupted run takes them up again."""
+"""Tensors that are stored for later: in memory, or in files, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .devices import on_host
 
 
 class Shelf:
-    """Tensors by name. Without a folder they wait in the memory of the host; with one they lie in files while nobody
-    looks at them.
+    """Tensors by name, in host memory, or in the files of a folder.
 
-    What is taken from a folder stays there until the shelf is settled: a run that is killed in between finds all that
-    there was when it settled last. Of several processes each has a folder of its own, since each has its own share of
-    the tokens, and all are settled at the same layer.
+    A tensor that is removed stays in the folder until the shelf is settled, so that a run that is killed in between
+    resumes from the tensors at the last settling. If there are several processes, each has its own folder for its
+    share of the tokens, and all are settled at the same layer.
 
     Args:
-        folder (`Path`, *optional*): where to; all processes name the same one.
+        folder (`Path`, *optional*): the folder, which must be the same for all processes; by default host memory is
+            used.
 
     Attributes:
-        settled (`int`): number of the layer that the tensors are in front of; 0 at the start.
+        settled (`int`): number of the layer whose inputs the tensors are; 0 at the start.
     """
 
     def __init__(self, folder: Path | None = None):
@@ -37,7 +37,7 @@ class Shelf:
             folder.mkdir(parents=True, exist_ok=True)
             if self._marker.exists():
                 self.settled = json.loads(self._marker.read_text())
-            # A run that was killed may have settled a layer in some of its processes only.
+            # In a run that was killed, only some of the processes may have settled the last layer.
             self.settled = int(ranks.gathered(torch.tensor(self.settled)).min())
 
     @property
@@ -57,31 +57,31 @@ class Shelf:
         return load_file(self._file(name))["tensor"]
 
     def pop(self, name: str) -> torch.Tensor:
-        """Return a tensor and forget it, in a folder as soon as the shelf is settled."""
+        """Return a tensor and remove it; its file is removed when the shelf is settled."""
         tensor = self[name]
         self.forget(name)
         return tensor
 
     def forget(self, name: str) -> None:
-        """Forget a tensor, in a folder as soon as the shelf is settled."""
+        """Remove a tensor; its file is removed when the shelf is settled."""
         if self._folder is None:
             del self._tensors[name]
         else:
             self._taken.append(name)
 
     def settle(self, layer: int) -> None:
-        """Let what is there now be what a run that starts again goes on from."""
+        """Make the current tensors those that a restarted run resumes from, as the inputs of `layer`."""
         self.settled = layer
         if self._folder is not None:
             write_text_atomically(self._marker, json.dumps(layer))
-            # Until all have written theirs, each can go back to the layer before.
+            # Files of the layer before are kept until all processes have settled this layer.
             ranks.gathered(torch.tensor(layer))
             for name in self._taken:
                 self._file(name).unlink(missing_ok=True)
             self._taken = []
 
     def clear(self) -> None:
-        """Forget every tensor; what was settled stays known."""
+        """Remove all tensors; the number of the settled layer is kept."""
         self._tensors, self._taken = {}, []
         if self._folder is not None:
             for file in self._folder.glob("*.safetensors"):
@@ -93,5 +93,5 @@ class Shelf:
 
 
 def own_folder(folder: Path) -> Path:
-    """Return the folder of this process inside `folder`: that itself where there is one process."""
+    """Return the folder of this process inside `folder`; in a single process it is `folder` itself."""
     return folder if ranks.world_size() == 1 else folder / f"{ranks.rank()}-of-{ranks.world_size()}"

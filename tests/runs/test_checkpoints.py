@@ -227,7 +227,7 @@ def test_damaged_states_are_named(tokens, tmp_path, content):
     for file in sorted(tmp_path.iterdir(), reverse=True):
         whole = file.read_bytes()
         file.write_bytes(content or whole[:-1])
-        with pytest.raises(ValueError, match=f"{file} is no state of a run"):
+        with pytest.raises(ValueError, match=f"{file} is not the state of a run"):
             run(CASES["draws"], tokens, tmp_path)
         file.unlink()
 

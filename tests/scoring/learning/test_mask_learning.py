@@ -257,7 +257,7 @@ def test_a_state_of_another_model_or_text_is_refused(tokens, tmp_path):
 def test_a_damaged_state_is_named(tokens, tmp_path, content):
     file = tmp_path / "policy_gradient.safetensors"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="is no state of a run"):
+    with pytest.raises(ValueError, match="is not the state of a run"):
         learn(tokens, resume=str(tmp_path))
     assert file.read_bytes() == content
 
