@@ -77,7 +77,7 @@ def test_what_is_empty_is_named(words, cli, folder):
             "--rounds 2 runs whole models, and --low",
         ),
         (("prune", "-m", "dense", "out", "--tokenizer", "nope"), "error: Cannot load the tokenizer nope: "),
-        (("prune", "-m", "dense", "out", "--plan", "pruned", "--kinds", "mlp"), "so --kinds mlp would change nothing"),
+        (("prune", "-m", "dense", "out", "--plan", "pruned", "--kinds", "mlp"), "so --kinds mlp would have no effect"),
         (
             ("prune", "-m", "dense", "out", "--plan", "pruned/config.json"),
             "no pruning plan: it must be a JSON object with",
@@ -89,7 +89,7 @@ def test_what_is_empty_is_named(words, cli, folder):
             "has the columns a, b; set --text_",
         ),
         (("compare", "dense", "pruned", "--text", "chat.jsonl"), "set --text_column to a column of text."),
-        (("prune", "-m", "dense", "out", "--calibration", "rows.jsonl"), "text or messages as --dataset_column."),
+        (("prune", "-m", "dense", "out", "--calibration", "rows.jsonl"), "set --dataset_column to one of text or"),
         (
             ("recover", "pruned", "out", "--dataset", "self"),
             "'self' is text that the model generates itself, which is supported for",

@@ -358,8 +358,8 @@ def test_a_file_gives_the_same_windows_from_any_folder(model, tokenizer, tmp_pat
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "café\n".encode("latin-1") * 99, r"a\.txt is not UTF-8: it holds the byte 0xe9"),
-        ("a.jsonl", '{"text": "café"}\n'.encode("latin-1"), r"a\.jsonl is not UTF-8: it holds the byte 0xe9"),
+        ("a.txt", "café\n".encode("latin-1") * 99, r"a\.txt is not UTF-8: it has the byte 0xe9"),
+        ("a.jsonl", '{"text": "café"}\n'.encode("latin-1"), r"a\.jsonl is not UTF-8: it has the byte 0xe9"),
         ("a.txt", "the fox\n".encode("utf-16"), r"a\.txt is not UTF-8: it begins with the byte order mark of UTF-16"),
         ("a.jsonl", '{"text": "fox"}\n'.encode("utf-16-le"), r"a\.jsonl is not UTF-8: .* or has null bytes\. Save it"),
         ("a.jsonl", b"{not json\n", r"a\.jsonl cannot be read as \.jsonl: JSON parse error"),
@@ -640,7 +640,7 @@ def test_wikitexts_marks_are_undone():
         ({"input_ids": ["a", "b"]}, "None of 2 rows of rows can be used.*input_ids is not a list of integers"),
         ({"text": ["the fox"], "id": [1, 2]}, "The columns have different lengths: text has 1, id has 2"),
         (pandas.DataFrame({"id": [1], "length": [2]}), "has the columns id, length; set dataset_column"),
-        (pandas.Series([1, 2]), "has a int in the column text, which is no text"),
+        (pandas.Series([1, 2]), "has a int in the column text, which is neither text"),
         (torch.full((2, 4), -100), "contains token -100, but tokens start at 0"),
         (torch.full((2, 4), 300), r"token 300.*vocabulary of 300"),
     ],

@@ -434,5 +434,5 @@ def test_a_grid_that_cannot_meet_the_budget_is_halved(tokens, monkeypatch):
 
 def test_levels_that_no_disk_can_hold_are_refused_first(tokens, monkeypatch):
     monkeypatch.setattr(levels_module.shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(OSError, match=r"take 0\.0 GB .* Set TMPDIR to a folder on a larger disk"):
+    with pytest.raises(OSError, match=r"take 0\.0 GB, .* Set TMPDIR to a folder on a larger disk"):
         FwdPruner(tiny.make_model("llama_mha_tied")).prune(request_of(), tokens)

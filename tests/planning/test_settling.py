@@ -171,7 +171,7 @@ def test_a_request_that_removes_nothing_says_so(caplog):
         ({"sparsity": 0.15, "scope": "global"}, [64, 64, 32], "sparsity=0.15 becomes 0.1112"),
         ({"mlp_sparsity": 0.3}, [32, 64, 32], "mlp_sparsity=0.3 becomes 0.3333"),
         # What one layer's channels round down is left to another's, not to heads.
-        ({"sparsity": 0.25, "kinds": ["attention", "mlp"]}, [32, 64, 32], "sparsity=0.25 comes to"),
+        ({"sparsity": 0.25, "kinds": ["attention", "mlp"]}, [32, 64, 32], "sparsity=0.25 becomes"),
         ({"sparsity": 0.2, "layout": "stock"}, [32, 32, 32], "becomes 0.3337 .* layout='stock' cuts"),
         ({"sparsity": 0.15, "layout": "stock"}, [64, 64, 64], "removes nothing, .* layout='stock'"),
         ({"sparsity": 0.2, "multiple_of": 1}, [45, 45, 45], ""),

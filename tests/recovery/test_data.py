@@ -332,7 +332,7 @@ def test_batches_are_padded_behind_their_end_and_only_where_they_must():
             {"max_length": 100},
             r"strings is too short: it has \d+ tokens.* sequence has 100",
         ),
-        ([{"a": "x", "b": "y"}], {}, "rows has the columns a, b; name one"),
+        ([{"a": "x", "b": "y"}], {}, "rows has the columns a, b; set dataset_column"),
         ([{"a": "x", "b": "y"}], {"dataset_column": "text"}, "rows has no column 'text'; it has the columns a, b"),
         ([{"messages": CHAT[:1]}], {}, "None of 1 rows of rows can be used.* no message of the role assistant, only"),
         ([{"messages": [{"who": "me", "says": "x"}]}], {}, "one in 'messages' has who, says"),
@@ -388,7 +388,7 @@ SCORES = torch.where(HALF == 1, 0.0, -torch.inf)
         ({"input_ids": IDS, "attention_mask": HALF.bool().numpy()}, [3, 2]),
         (
             {"input_ids": IDS, "attention_mask": HALF.cfloat()},
-            "attention_mask is a tensor of torch.complex64; give whole",
+            "attention_mask is a tensor of torch.complex64; pass integers",
         ),
         ({"input_ids": IDS, "attention_mask": HALF.float().tolist()}, [3, 2]),
         ({"input_ids": IDS, "attention_mask": SCORES}, "attention_mask has values below 0, like a mask that is added"),
@@ -427,7 +427,7 @@ def test_calibration_and_training_take_the_same_tokens_and_masks(batch, lengths,
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"input_ids": None}, "Cannot read a dict whose columns are None: input_ids; give"),
+        ({"input_ids": None}, "Cannot read a dict whose columns are None: input_ids; pass"),
         ({"input_ids": 5}, "Cannot read a dict whose column 'input_ids' is a int; pass a mapping of columns to lists"),
         ({"input_ids": IDS, "attention_mask": 5}, "Cannot read a dict whose column 'attention_mask' is a int"),
         ({"text": "the fox"}, "Cannot read a dict whose column 'text' is a str"),
