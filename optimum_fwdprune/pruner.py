@@ -68,8 +68,7 @@ class FwdPruner(WritesCheckpoints):
         scores (`Scores`, *optional*): the last scores, which can be saved, or used for another budget. After several
             rounds they are those of the last round, for the units of the model before that round.
         config (`PruningConfig`, *optional*): the last request.
-        trainer (`RecoveryTrainer`, *optional*): the trainer of the last `recover`; its `state.log_history` holds the
-            log.
+        trainer (`RecoveryTrainer`, *optional*): the trainer of the last `recover`, with its `state.log_history`.
         recovery (`dict`, *optional*): how the model was trained after it was pruned, here or before it was loaded, as
             JSON values.
     """
@@ -248,15 +247,12 @@ class FwdPruner(WritesCheckpoints):
         Args:
             dataset: text, chats or instructions: a file, a dataset of the Hub or in memory, strings, token ids; see
                 [`~optimum_fwdprune.recovery.training_data`].
-            args (`RecoveryArguments`, *optional*): arguments of the training; by default LoRA adapters are trained for
-                one epoch, and merged at the end.
+            args (`RecoveryArguments`, *optional*): arguments of the training; the default trains and merges adapters.
             teacher (`PreTrainedModel`, `str` or `Path`, *optional*): for `mode="distill"`, the dense model, or its
-                folder or repository. By default it is the model that was pruned: its repository and commit, or its
-                folder, which is stored in the Hugging Face cache of this machine and recognized by a fingerprint of
-                its weights.
+                folder or repository. By default it is the model that was pruned, in its repository and commit or in
+                its folder, which is stored in the Hugging Face cache and recognized by a fingerprint of its weights.
             eval_dataset (*optional*): held-out data of the same kinds, for the Trainer's `eval_strategy`.
-            callbacks (`list` of `TrainerCallback`, *optional*): callbacks of the Trainer, such as
-                `EarlyStoppingCallback`.
+            callbacks (`list` of `TrainerCallback`, *optional*): the Trainer's, such as `EarlyStoppingCallback`.
 
         If training fails or is interrupted, adapters are removed, which leaves the model as it was. After a training
         of all weights, the model keeps the weights of the last step, and `self.recovery` records the interruption.
