@@ -1,5 +1,6 @@
 """Steps of the sources of pointwise sites, against finite differences and against numpy."""
 
+import itertools
 import logging
 from dataclasses import replace
 
@@ -241,6 +242,32 @@ def test_sources_read_corrected_inputs(long_tokens):
         expected = before.double() @ (torch.eye(len(change), dtype=torch.float64) + change)
         assert not torch.equal(before, after)
         torch.testing.assert_close(after.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama_gqa_biases", "gemma2", "exaone4", "granite", "cohere", "phi"])
+def test_every_step_towards_the_dense_model_brings_other_text_nearer_to_it(name, long_tokens):
+    """Norms after projections, scaled outputs, and attention beside the MLP: none, the layer, the dense model, and
+    sources too."""
+    dense = tiny.make_model(name)
+    other = torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(2))
+    wanted = dense(other).logits.log_softmax(-1)
+
+    def divergence(**fields):
+        pruned = FwdPruner(dense).prune(
+            tiny.request(sparsity=0.3, kinds=["mlp"], **fields), long_tokens, inplace=False
+        )
+        return (wanted.exp() * (wanted - pruned(other).logits.log_softmax(-1))).sum(-1).mean()
+
+    ways = (
+        {"reconstruction": "none"},
+        {"reconstruction_target": "layer"},
+        {"reconstruction_target": "dense"},
+        {"reconstruction_target": "dense", "refit_sources": True},
+    )
+    divergences = [divergence(**fields) for fields in ways]
+
+    assert all(later < earlier for earlier, later in itertools.pairwise(divergences)), divergences
 
 
 def test_where_the_stream_is_normalized_only_projections_are_refitted(caplog, long_tokens):
