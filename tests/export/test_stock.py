@@ -14,20 +14,10 @@ from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
 from optimum_fwdprune.export import export_gguf, export_stock
 
 
-NO_STOCK_HEADS = {"opt_pre_norm", "opt_post_norm_projected", "opt_no_biases"}
-HOLDABLE = (
-    "llama_mha_tied",
-    "llama_gqa_biases",
-    "llama_mqa",
-    "llama3_head_dim",
-    "mistral_sliding_window",
-    "opt_pre_norm",
-    "opt_post_norm_projected",
-    "opt_no_biases",
-    "qwen2",
-    "qwen3",
-    "phi3_third_party",
-)
+# Their stock classes work the width of a head out of the number of heads, or no head of them can be removed.
+NO_STOCK_HEADS = {"opt_pre_norm", "opt_post_norm_projected", "opt_no_biases", "helium", "phi", "stablelm"}
+NO_STOCK_HEADS |= set(tiny.FIXED_HEADS)
+HOLDABLE = [name for name in tiny.CONFIGS if name != "bloom"]
 
 LOAD = """
 import importlib.util, json, sys, torch, transformers

@@ -162,6 +162,7 @@ def test_gram_matrices_a_layer_at_a_time_give_the_same(tokens, monkeypatch):
     assert torch.equal(pruned_by(model, tokens).model(tokens).logits, expected)
 
 
+@pytest.mark.parametrize("architecture_name", tiny.CONFIGS)
 @torch.no_grad()
 def test_layers_one_by_one_make_what_the_model_makes(dense, tokens):
     mask = torch.ones_like(tokens)
