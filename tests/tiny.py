@@ -8,6 +8,7 @@ from third_party_phi3 import register_phi3
 from tokenizers import ByteLevelBPETokenizer
 
 from optimum_fwdprune import PruningConfig
+from optimum_fwdprune.request.registry import METHODS
 
 
 register_phi3()
@@ -163,9 +164,14 @@ def make_model(name, auto_class=transformers.AutoModelForCausalLM, seed=0, dtype
 PUBLISHED_RECONSTRUCTION = {"flap": "bias", "magnitude": "none", "random": "none"}
 
 
+def kinds_scored_by(method):
+    """Heads and channels, or layers for a method that does not score these."""
+    return ["layer"] if method in METHODS and "mlp" not in METHODS[method].kinds else ["attention", "mlp"]
+
+
 def request(method="wanda_sp", **fields):
     """A request for heads and channels, so that sites of both kinds are tested, with the usual reconstruction."""
-    fields.setdefault("kinds", ["attention", "mlp"])
+    fields.setdefault("kinds", kinds_scored_by(method))
     fields.setdefault("reconstruction", PUBLISHED_RECONSTRUCTION.get(method, "least_squares"))
     return PruningConfig(method, **fields)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -16,14 +16,12 @@ from ..request.choices import BudgetSharing, Layout, Scope, UnitKind
 from ..request.config import PruningConfig
 from .budgets import (
     Budget,
+    OutOfReach,
     ParameterCost,
 )
 from .constraints import named_constraints, prunable_sites
+from .depth import removed_units
 from .steps import Steps
-
-
-class OutOfReach(ValueError):
-    """The constraints of a request do not allow its budget."""
 
 
 def allocate(
@@ -39,11 +37,13 @@ def allocate(
     to within a step of `multiple_of` where that brings all layers together nearer to the budget; with `"global"` all
     layers compete. With `budget="separate"` attention and MLP each give their share (MLP channels, being small, also
     take what whole heads leave over), with `"joint"` they compete. `attention_sparsity` and `mlp_sparsity` are two
-    budgets of their own.
+    budgets of their own. Layers and sublayers go first, and heads and channels of what is left take the rest of the
+    budget.
 
     Args:
         sites (`list[Site]`): every site of the model.
-        scores (mapping of site key to `Tensor[num_units]`): higher is kept.
+        scores (mapping of site key to `Tensor[num_units]`): higher is kept. Layers and sublayers have keys of their
+            own ([`DepthUnit`]).
         config (`PruningConfig`): scope, budgets and constraints.
         budget (`Budget`): what to remove, in parameters or another cost.
         additive (`bool`): rank units of different sites by score per cost rather than by score.
@@ -54,13 +54,33 @@ def allocate(
     Raises:
         OutOfReach: where the constraints do not allow the budget, naming them and the largest sparsity they allow.
     """
+    kept: dict[SiteKey, list[int]] = {}
+    if config.depth_kind is not None:
+        gone = [site for unit in removed_units(sites, scores, config, budget) for site in unit.sites]
+        kept = {site.key: [] for site in gone}
+        # A target is for the whole model, and a sparsity for what units own.
+        spent = sum(site.all_parameters if budget.at_least else budget.cost.total(site) for site in gone)
+        sites, budget = _without(sites, kept), replace(budget, amount=max(0, budget.amount - spent))
+    if not config.width_kinds:
+        return kept | {site.key: list(range(site.num_units)) for site in sites}
+    return kept | _narrowed(sites, scores, config, budget, additive)
+
+
+def _without(sites: Iterable[Site], gone: Container[SiteKey]) -> list[Site]:
+    return [site for site in sites if site.key not in gone]
+
+
+def _narrowed(
+    sites: list[Site], scores: Mapping[SiteKey, torch.Tensor], config: PruningConfig, budget: Budget, additive: bool
+) -> dict[SiteKey, list[int]]:
+    """Choose the heads and channels that stay; the arguments are those of `allocate`."""
     cost, open_sites = budget.cost, prunable_sites(sites, config)
     if config.layout == Layout.STOCK:
         scores = _alike(open_sites, scores)
     steps = {site.key: Steps(site, scores[site.key], config, additive, cost) for site in open_sites}
     if config.has_budget_per_kind:
         parts = []
-        for kind in config.resolved_kinds:
+        for kind in config.width_kinds:
             of_kind = sum(site.num_parameters for site in sites if site.kind == kind)
             part = Budget(
                 round(config.sparsity_of(kind) * of_kind),

@@ -13,6 +13,10 @@ from ..architectures import Site
 from ..request.config import PruningConfig
 
 
+class OutOfReach(ValueError):
+    """The constraints of a request do not allow its budget."""
+
+
 class Cost(Protocol):
     """What sites cost by the number of units that they keep, in whole numbers that add up over sites."""
 

@@ -35,7 +35,7 @@ def prunable_sites(sites: Iterable[Site], config: PruningConfig) -> list[Site]:
         if not -num_layers <= layer < num_layers:
             raise ValueError(f"skip_layers names layer {layer}; the model has layers 0 to {num_layers - 1}.")
     skipped = {layer % num_layers for layer in skip_layers}
-    return [site for site in sites if site.kind in config.resolved_kinds and site.layer not in skipped]
+    return [site for site in sites if site.kind in config.width_kinds and site.layer not in skipped]
 
 
 def _layers_to_skip(config: PruningConfig, num_layers: int) -> list[int]:

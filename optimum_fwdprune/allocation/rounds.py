@@ -91,7 +91,7 @@ class Rounds:
         budget = replace(budget, amount=max(0, budget.amount - self.removed(counts)), by_pool=by_pool)
         if config.has_budget_per_kind:
             fields: dict[str, Any] = {
-                f"{kind}_sparsity": self._sparsity(sites, kind, share) for kind in config.resolved_kinds
+                f"{kind}_sparsity": self._sparsity(sites, kind, share) for kind in config.width_kinds
             }
             config = replace(config, **fields)
         return config, budget

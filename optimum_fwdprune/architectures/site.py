@@ -177,6 +177,12 @@ class Site:
         """Parameters that all units own together, the prunable ones of the site."""
         return self.num_units * self.unit_parameters
 
+    @property
+    def all_parameters(self) -> int:
+        """Parameters of its projection and sources, those that no unit owns included. All go with the whole site."""
+        linears = {id(coupling.linear): coupling.linear for coupling in (*self.couplings, *self.shared)}
+        return sum(parameter.numel() for linear in linears.values() for parameter in linear.parameters())
+
     def owned_parameters(self) -> list[tuple[Coupling, torch.Tensor]]:
         """Every parameter that the units own a part of, with the coupling that describes this part."""
         return [(coupling, parameter) for coupling in self.couplings for _, parameter in coupling.parameters()]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..allocation.fitting import check_without_layers
 from ..allocation.plan import PruningPlan
 from ..architectures.site import unit_name
 from ..cutting.verification import check_counterpart
@@ -60,6 +61,9 @@ def check_request(
     check_reconstruction(subject.model, config)
     if plan is None:
         check_kinds(subject, config)
+    if plan is None and config.depth_kind is not None:
+        # Whichever layer goes.
+        check_without_layers(subject.model, range(len(subject.layers) - 1))
     if plan is None and config.resolved_scope == Scope.SEARCH:
         check_search(subject.model, config)
     check_model(subject)

@@ -15,6 +15,7 @@ from ..allocation.constraints import (
     LEVELS,
 )
 from ..architectures import Site, SiteKey
+from ..forward.divergence import Divergence
 from ..forward.gates import Projection
 from ..runs import ranks
 from ..runs.progress import progress
@@ -24,7 +25,6 @@ from ..runs.resume import (
 )
 from ..scoring.learning.policies import Ratios
 from ..scoring.learning.policy_gradient import RateBudget, project
-from .divergence import Divergence
 from .levels import Levels
 
 

@@ -141,7 +141,7 @@ class Run:
 
         def added(request: PruningConfig) -> int:
             return added_parameters(
-                (site for site in sites if site.kind in request.resolved_kinds), request.reconstruction
+                (site for site in sites if site.kind in request.width_kinds), request.reconstruction
             )
 
         def budget_of(request: PruningConfig) -> tuple[PruningConfig, Budget]:

@@ -23,6 +23,7 @@ from ..allocation.constraints import (
 from ..allocation.job import Job
 from ..architectures import Site, SiteKey
 from ..data.calibration import Calibration
+from ..forward.divergence import Divergence
 from ..loading.subject import Subject
 from ..reconstruction.independent import HELD_OUT_EVERY
 from ..request.config import PruningConfig
@@ -33,7 +34,6 @@ from ..runs.resume import (
 )
 from ..scoring.learning.policies import Ratios, Variables, budgets_of, even_rates
 from .descent import FIRST_STEP, LAST_STEP, PARTS, Descent, SearchState
-from .divergence import Divergence
 from .levels import Levels
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..allocation.allocate import OutOfReach, allocate
-from ..allocation.budgets import Budget
+from ..allocation.allocate import allocate
+from ..allocation.budgets import Budget, OutOfReach
 from ..allocation.constraints import prunable_sites, spares_ends
+from ..allocation.depth import depth_units, number_removed
 from ..allocation.plan import losses_by_kind
 from ..architectures import (
     Site,
@@ -95,7 +96,7 @@ def _candidates(sites: Sequence[Site], config: PruningConfig) -> Iterator[tuple[
         ]
         yield config, message
     has_attention = any(site.kind == UnitKind.ATTENTION and not site.fixed for site in sites)
-    if config.kinds is None and not config.has_budget_per_kind and has_attention:
+    if config.kinds is None and config.width_kinds and not config.has_budget_per_kind and has_attention:
         message = [
             *message,
             "The budget is too large for the MLP channels alone: attention heads, which are unpruned by default, are "
@@ -107,7 +108,7 @@ def _candidates(sites: Sequence[Site], config: PruningConfig) -> Iterator[tuple[
 def _share(sites: Sequence[Site], config: PruningConfig, budget: Budget) -> float:
     """Return the fraction of the prunable cost that the budget removes."""
     if config.has_budget_per_kind:
-        return max(config.sparsity_of(kind) for kind in config.resolved_kinds)
+        return max(config.sparsity_of(kind) for kind in config.width_kinds)
     open_cost = sum(budget.cost.total(site) for site in prunable_sites(sites, config))
     return budget.amount / open_cost if open_cost else 0.0
 
@@ -163,7 +164,12 @@ def forecast(
     """
     equal_scores = {site.key: torch.zeros(site.num_units, dtype=torch.float32) for site in sites}
     kept = allocate(list(sites), equal_scores, config, budget)
-    by_site = {site.key: (site.num_units - len(kept[site.key])) * site.unit_parameters for site in sites}
+    by_site = {
+        site.key: (site.num_units - len(kept[site.key])) * site.unit_parameters
+        if kept[site.key]
+        else site.all_parameters
+        for site in sites
+    }
     removed = sum(by_site.values())
     item_size = sites[0].projection.weight.element_size()
     losses = _losses(sites, config, kept, by_site)
@@ -209,11 +215,15 @@ def _sparsities(
         kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in UnitKind
     }
     if config.has_budget_per_kind:
-        for kind in config.resolved_kinds:
+        for kind in config.width_kinds:
             if prunable[kind]:
                 removed = outcome.removed_by_kind[kind] / prunable[kind]
                 yield config.field_of(kind), config.sparsity_of(kind), removed
-    elif not budget.at_least:
+    elif config.depth_kind is not None and not config.width_kinds:
+        total = len(depth_units(sites, config.depth_kind))
+        if not budget.at_least:
+            yield "sparsity", config.sparsity, number_removed(sites, config) / total
+    elif not budget.at_least and config.depth_kind is None:
         yield "sparsity", config.sparsity, outcome.removed_parameters / sum(prunable.values())
 
 
@@ -229,18 +239,29 @@ def _why_rounded(config: PruningConfig) -> str:
 def _losses(
     sites: Sequence[Site], config: PruningConfig, kept: Mapping[SiteKey, list[int]], by_site: Mapping[SiteKey, int]
 ) -> dict[str, str]:
-    if config.resolved_scope == Scope.LAYER:
+    depth = _depth_losses(sites, config, kept)
+    if not config.width_kinds:
+        return depth
+    if config.resolved_scope == Scope.LAYER and not depth:
         return losses_by_kind(kept, {site.key: site.num_units for site in sites}, config.attention_unit)
     # How much each layer loses depends on the scores.
     open_sites = prunable_sites(sites, config)
     named: dict[str, str] = {UnitKind.ATTENTION: "attention heads", UnitKind.MLP: "MLP channels"}
     names = " and ".join(named[kind] for kind in sorted({site.kind for site in open_sites}))
     total = sum(site.num_parameters for site in open_sites)
-    share = sum(by_site.values()) / max(1, total)
-    return {
+    share = sum(by_site[site.key] for site in open_sites if kept[site.key]) / max(1, total)
+    return depth | {
         "all": f"On average {share:.1%} of the parameters of {names} will be removed. Layers compete for the budget "
         f"(scope={config.resolved_scope!r}), so the scores decide how much each layer loses."
     }
+
+
+def _depth_losses(sites: Sequence[Site], config: PruningConfig, kept: Mapping[SiteKey, list[int]]) -> dict[str, str]:
+    if config.depth_kind is None:
+        return {}
+    units = depth_units(sites, config.depth_kind)
+    gone = sum(not any(kept[site.key] for site in unit.sites) for unit in units)
+    return {"depth": f"{gone} of {len(units)} {config.depth_kind}s will go; the scores decide which."}
 
 
 def _written(number: int) -> str:

@@ -31,7 +31,7 @@ def check_stock_layout(subject: Subject, plan: PruningPlan, reconstruction: str 
 
 def check_stock_request(subject: Subject, config: PruningConfig) -> None:
     """Raise `ValueError` where a stock checkpoint cannot hold half of the units of a kind that a request prunes."""
-    for kind in config.resolved_kinds:
+    for kind in config.width_kinds:
         plan = _halved(subject, config, kind)
         if (reason := _not_stock(subject, plan, config.reconstruction)) is None:
             continue

@@ -9,6 +9,7 @@ import typing
 
 from ..words import did_you_mean
 from .choices import Layout, ReconstructionKind, ReconstructionOrder, ReconstructionTarget, Scope, UnitKind
+from .depth import check_depth
 from .options import Options, field_type
 
 
@@ -99,7 +100,7 @@ def check_values(config: Options) -> None:
     if len(targets) > 1:
         raise ValueError(f"{' and '.join(targets)} are two budgets; set one of them.")
     if config.kinds is not None and not config.kinds:
-        raise ValueError("kinds must name attention, mlp or both; got none.")
+        raise ValueError("kinds must name one at least of attention, mlp, layer and sublayer; got none.")
     for kind in UnitKind:
         if getattr(config, f"{kind}_sparsity") is not None and kind not in config.resolved_kinds:
             raise ValueError(f"{kind}_sparsity is a budget for {kind}, which kinds={config.kinds} excludes.")
@@ -111,3 +112,4 @@ def check_values(config: Options) -> None:
             if choices is not None and item is not None and item not in choices:
                 near = did_you_mean(str(item), choices)
                 raise ValueError(f"{declared.name} must be one of {', '.join(choices)}; got {item!r}.{near}")
+    check_depth(config)

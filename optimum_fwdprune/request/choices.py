@@ -20,6 +20,13 @@ class UnitKind(Choice):
     MLP = "mlp"
 
 
+class DepthKind(Choice):
+    """Of `kinds`, beside those of [`UnitKind`]: what is removed whole."""
+
+    LAYER = "layer"
+    SUBLAYER = "sublayer"
+
+
 class AttentionUnit(Choice):
     """Values of `attention_unit`: what one unit is under grouped-query attention."""
 

@@ -12,6 +12,7 @@ from .choices import (
     AttentionUnit,
     BudgetSharing,
     Choice,
+    DepthKind,
     Layout,
     ReconstructionKind,
     ReconstructionOrder,
@@ -23,6 +24,7 @@ from .registry import METHODS
 
 
 DEFAULT_METHOD = "wanda_sp"
+DEFAULT_DEPTH_METHOD = "block_influence"
 
 
 class Heading(Choice):
@@ -72,8 +74,16 @@ class Options:
     """The options that requests of all methods share."""
 
     method: str = option(DEFAULT_METHOD, "How units are scored.", group=Heading.METHOD)
+    depth_method: str | None = option(
+        None,
+        "How layers or sublayers are scored where kinds names attention or mlp too. Default: block_influence.",
+        group=Heading.METHOD,
+    )
     sparsity: float = option(
-        0.2, "Fraction of the prunable parameters (all that heads and channels own) to remove.", group=Heading.BUDGET
+        0.2,
+        "Fraction of the prunable parameters (all that heads and channels own) to remove. With only layer or only "
+        "sublayer in kinds: fraction of the layers or sublayers.",
+        group=Heading.BUDGET,
     )
     target_parameters: int | None = option(
         None, "Largest number of parameters of the whole pruned model. Replaces sparsity.", group=Heading.BUDGET
@@ -101,6 +111,12 @@ class Options:
     mlp_sparsity: float | None = option(
         None, "Sparsity of the MLP channels, where it differs from that of the attention units.", group=Heading.BUDGET
     )
+    depth_sparsity: float | None = option(
+        None,
+        "With layer or sublayer in kinds beside attention or mlp: fraction of the layers or sublayers to remove. "
+        "Heads and channels give the rest of the budget.",
+        group=Heading.BUDGET,
+    )
     scope: str | None = option(
         None,
         "Whether every layer loses the same share (layer), layers compete for one budget (global), or the loss of "
@@ -125,9 +141,10 @@ class Options:
     )
     kinds: list[str] | None = option(
         None,
-        "Which kinds of units to prune. Default: mlp, and query heads too where attention_sparsity asks for them or "
-        "the layers would lose more than 90 % of their channels.",
-        UnitKind,
+        "Which kinds of units to prune: attention heads, channels of the mlp, whole layers, or sublayers, which are "
+        "the attention or the MLP of a layer. Default: mlp, and query heads too where attention_sparsity asks for "
+        "them or the layers would lose more than 90 % of their channels.",
+        (*UnitKind, *DepthKind),
         group=Heading.UNITS,
     )
     attention_unit: str = option(
@@ -231,15 +248,41 @@ class Options:
             return self.scope
         if self.layout == Layout.STOCK:
             return Scope.LAYER
+        if not self.width_kinds:
+            return Scope.GLOBAL
         method = METHODS.get(self.method)
         return Scope.GLOBAL if method is not None and method.learns_split else Scope.LAYER
 
     @property
     def resolved_kinds(self) -> list[str]:
-        """The kinds; where they are `None`, `["mlp"]`, and attention too if it has a budget of its own."""
+        """The kinds. Where they are `None`, `["mlp"]`, and attention too if it has a budget of its own; for a method
+        that scores neither, the first kind that it scores."""
         if self.kinds is not None:
             return self.kinds
+        method = METHODS.get(self.method)
+        if method is not None and UnitKind.MLP not in method.kinds:
+            return [method.kinds[0]]
         return [UnitKind.MLP] if self.attention_sparsity is None else list(UnitKind)
+
+    @property
+    def width_kinds(self) -> list[str]:
+        """The kinds of units that make sites narrower: of `"attention"` and `"mlp"`."""
+        return [kind for kind in self.resolved_kinds if kind in list(UnitKind)]
+
+    @property
+    def depth_kind(self) -> str | None:
+        """What is removed whole, `"layer"` or `"sublayer"`; `None` where nothing is."""
+        return next((kind for kind in self.resolved_kinds if kind in list(DepthKind)), None)
+
+    @property
+    def share_of_depth(self) -> float:
+        """The fraction of the layers or sublayers to remove."""
+        return (self.depth_sparsity or 0.0) if self.width_kinds else self.sparsity
+
+    @property
+    def resolved_depth_method(self) -> str:
+        """The method that scores layers or sublayers."""
+        return (self.depth_method or DEFAULT_DEPTH_METHOD) if self.width_kinds else self.method
 
     @property
     def has_budget_per_kind(self) -> bool:

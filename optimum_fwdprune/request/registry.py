@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..words import did_you_mean
+from .choices import UnitKind
 
 
 T = TypeVar("T")
@@ -26,6 +27,9 @@ class Method:
         additive (`bool` or `Callable[[PruningConfig], bool]`): whether the scores of several units add up to the score
             of their joint removal. If so, units of unequal size compete by score per parameter, otherwise by score
             alone. It is a function where it depends on the options.
+        kinds (`tuple[str, ...]`): the kinds that it scores, some of `"attention"`, `"mlp"`, `"layer"` and
+            `"sublayer"`. The default is the first two. Layers and sublayers have keys of their own and one number each
+            (`optimum_fwdprune.allocation.depth`); a request for them names no other kinds when the method sees it.
         learns_split (`bool`): whether it learns how the budget is split over the layers; `scope=None` then means
             `"global"`.
         differentiates (`Callable[[PruningConfig], bool]`): whether it back-propagates under the options of a config,
@@ -37,6 +41,7 @@ class Method:
     statistics: tuple[str, ...] = ()
     calibrated: bool = False
     additive: bool | Callable[[Any], bool] = True
+    kinds: tuple[str, ...] = tuple(UnitKind)
     learns_split: bool = False
     differentiates: Callable[[Any], bool] = lambda _config: False
 

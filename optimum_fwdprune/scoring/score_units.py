@@ -20,6 +20,7 @@ from ..loading.subject import Subject
 from ..reconstruction.independent import grams_fit, statistics_with_grams
 from ..reconstruction.kinds import STATISTICS_OF
 from ..request.choices import ReconstructionKind, ReconstructionOrder
+from ..request.depth import depth_request, width_request
 from ..runs.resume import State
 from .methods import (
     PruningConfig,
@@ -27,12 +28,15 @@ from .methods import (
     UnitScores,
     get_method,
 )
-from .scores import Scores
+from .scores import Scores, scored_units
 
 
 def needs_calibration(config: PruningConfig) -> bool:
     """Whether the request's scores, or its reconstruction, need calibration tokens."""
-    return bool(_needed(config)) or get_method(config.method).calibrated
+    methods = [get_method(config.method)]
+    if config.depth_kind is not None:
+        methods.append(get_method(config.resolved_depth_method))
+    return bool(_needed(config)) or any(method.calibrated for method in methods)
 
 
 def check_scoring(model: PreTrainedModel, config: PruningConfig) -> None:
@@ -63,7 +67,7 @@ def score_units(
     """
     model, sites, config, resume = subject.model, subject.sites, job.config, job.resume
     _check_finite(model)
-    method, needed = get_method(config.method), _needed(config)
+    needed = _needed(config)
     statistics: dict[SiteKey, SiteStatistics] = {}
     grams: Grams = {}
     if needed and calibration is not None and _will_refit_independently(config) and grams_fit(sites):
@@ -79,8 +83,15 @@ def score_units(
         def keep_in_memory(scores: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, list[int]]:
             return keep({key: values.cpu() for key, values in scores.items()})
 
-        inputs = ScoringInputs(model, InTurn(sites), placed, calibration, config, keep_in_memory, resume)
-        scored = _in_memory(method.score(inputs))
+        def scored_for(request: PruningConfig) -> UnitScores:
+            inputs = ScoringInputs(model, InTurn(sites), placed, calibration, request, keep_in_memory, resume)
+            return _in_memory(get_method(request.method).score(inputs))
+
+        scored = scored_for(width_request(config) if config.width_kinds else config)
+        if config.depth_kind is not None and config.width_kinds:
+            depth = scored_for(depth_request(config))
+            details = scored.details | {"depth": depth.details} if depth.details else scored.details
+            scored = replace(scored, values={**scored.values, **depth.values}, details=details)
         _check_scores(scored, sites, config)
         stage.save(lambda: _state_of(scored))
     return Scores(
@@ -107,11 +118,11 @@ def _in_memory(scored: UnitScores | Mapping[SiteKey, torch.Tensor]) -> UnitScore
 
 def _check_scores(scored: UnitScores, sites: Iterable[Site], config: PruningConfig) -> None:
     values = scored.values
-    for site in sites:
-        if site.key not in values or values[site.key].shape != (site.num_units,):
-            raise ValueError(f"Method {config.method!r} must score {site.num_units} units for the {site}.")
-        if not values[site.key].isfinite().all():
-            raise ValueError(f"Method {config.method!r} scored NaN or infinity in the {site}.")
+    for key, (count, what) in scored_units(sites, config).items():
+        if key not in values or values[key].shape != (count,):
+            raise ValueError(f"Method {config.method!r} must score {count} units for the {what}.")
+        if not values[key].isfinite().all():
+            raise ValueError(f"Method {config.method!r} scored NaN or infinity in the {what}.")
 
 
 def _state_of(scored: UnitScores) -> State:

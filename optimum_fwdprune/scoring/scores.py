@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ..allocation.depth import depth_units
 from ..architectures import Site, SiteKey, keyed_by_site
 from ..data.calibration import Calibration
 from ..files import (
@@ -117,15 +118,21 @@ class Scores:
             made_for, asked = getattr(self.config, name), getattr(config, name)
             if made_for != asked:
                 raise ValueError(f"These scores were made with {name}={made_for!r}, the request says {asked!r}.")
-        sites = list(sites)
-        if self.values.keys() != {site.key for site in sites}:
+        made_for, asked = self.config.depth_kind, config.depth_kind
+        if (made_for, bool(self.config.width_kinds)) != (asked, bool(config.width_kinds)):
+            raise ValueError(
+                f"These scores were made with kinds={self.config.resolved_kinds}, and the request says "
+                f"{config.resolved_kinds}."
+            )
+        units = scored_units(sites, config)
+        if self.values.keys() != units.keys():
             raise ValueError(
                 f"These scores were made for another model: they have {len(self.values)} sites, and this model has "
-                f"{len(sites)}."
+                f"{len(units)}."
             )
-        for site in sites:
-            if len(self.values[site.key]) != site.num_units:
-                raise ValueError(f"These scores were made for another model: they do not fit the {site}.")
+        for key, (count, what) in units.items():
+            if len(self.values[key]) != count:
+                raise ValueError(f"These scores were made for another model: they do not fit the {what}.")
 
     def reads_anew(self, config: PruningConfig) -> bool:
         """Whether a request that reuses these scores reads calibration tokens of its own."""
@@ -269,3 +276,17 @@ class Scores:
             calibrated_on=calibrated_on,
             model_type=metadata.get("model_type"),
         )
+
+
+def scored_units(sites: Iterable[Site], config: PruningConfig) -> dict[SiteKey, tuple[int, str]]:
+    """Return what scores for a request hold: by key, how many numbers, and what they are of in words.
+
+    Args:
+        sites (iterable of `Site`): of the model.
+        config (`PruningConfig`): the request.
+    """
+    sites = list(sites)
+    units = {site.key: (site.num_units, str(site)) for site in sites if config.width_kinds}
+    if config.depth_kind is not None:
+        units |= {unit.key: (1, str(unit)) for unit in depth_units(sites, config.depth_kind)}
+    return units

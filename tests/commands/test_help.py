@@ -116,7 +116,10 @@ def test_options_of_recovery_stand_under_headings(root):
         (["prune", "--sparcity=0.3"], "there is no option --sparcity. Did you mean --sparsity?"),
         (["prune", "--modell", "x", "out"], "Did you mean --model?"),
         (["prune", "-m", "x", "out", "--skip-layers", "0"], "Did you mean --skip_layers?"),
-        (["prune", "-m", "x", "out", "--method", "wandasp"], "'wandasp' is not one of flap, magnitude,"),
+        (
+            ["prune", "-m", "x", "out", "--method", "wandasp"],
+            "'wandasp' is not one of block_influence, flap, magnitude,",
+        ),
         (["prune", "-m", "x", "out", "--method", "wandasp"], "Did you mean wanda_sp?"),
         (["prune", "-m", "x", "out", "--preset", "balance"], "Did you mean balanced?"),
         (["prune", "-m", "x", "out", "--reconstruction", "least-squares"], "Did you mean least_squares?"),

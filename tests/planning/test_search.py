@@ -19,11 +19,11 @@ from optimum_fwdprune import (
 )
 from optimum_fwdprune.allocation.constraints import LEVELS, levels_of
 from optimum_fwdprune.files import save_tensors_atomically
+from optimum_fwdprune.forward.divergence import Divergence
 from optimum_fwdprune.forward.gates import Projection, replaced_projections
 from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.planning import levels as levels_module
 from optimum_fwdprune.planning import search
-from optimum_fwdprune.planning.divergence import Divergence
 from optimum_fwdprune.planning.levels import Levels
 from optimum_fwdprune.reconstruction.least_squares import NormalEquations, nested_changes
 from optimum_fwdprune.scoring.scores import Scores

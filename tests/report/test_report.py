@@ -364,7 +364,7 @@ def test_every_method_is_described(method, tokens):
     found = describe("mine", pruner.report.record)
 
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["method"] == method and found["scores"].keys() == {"attention", "mlp"}
+    assert found["method"] == method and found["scores"].keys() == set(tiny.kinds_scored_by(method)) - {"layer"}
     assert found["request"] == pruner.config.to_dict()
     assert (found["learning"] is not None) == (method == "policy_gradient")
 

@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 import pytest
+import tiny
 
 from optimum_fwdprune import PruningConfig, register_method
 from optimum_fwdprune.request.choices import ReconstructionKind, Scope, UnitKind
@@ -21,7 +22,8 @@ from optimum_fwdprune.scoring.methods import FlapConfig, RandomConfig, TaylorCon
 
 @pytest.mark.parametrize("name", registered_methods())
 def test_the_method_picks_the_subclass_and_survives_the_disk(name, tmp_path):
-    config = PruningConfig(method=name, sparsity=0.3, skip_layers=[0, -1], kinds=["mlp"], seed=7)
+    kinds = tiny.kinds_scored_by(name)[-1:]
+    config = PruningConfig(method=name, sparsity=0.3, skip_layers=[0, -1], kinds=kinds, seed=7)
     config.save_pretrained(tmp_path)
 
     assert type(config) is get_method(name).config_class
@@ -43,7 +45,8 @@ def test_a_method_sets_no_field_but_its_own(name):
     config, plain = PruningConfig(name), PruningConfig()
 
     assert {field: getattr(config, field) for field in shared} == {field: getattr(plain, field) for field in shared}
-    assert config.resolved_scope == ("global" if name == "policy_gradient" else "layer")
+    learns_or_layers = name in ("policy_gradient", "block_influence", "removal_loss")
+    assert config.resolved_scope == ("global" if learns_or_layers else "layer")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,7 @@ def test_attention_is_pruned_where_it_has_a_budget_of_its_own():
     ("name", "value", "error", "message"),
     [
         ("sparsity", 7, ValueError, r"sparsity must be in \[0, 1\); got 7"),
-        ("kinds", ["heads"], ValueError, "kinds must be one of attention, mlp; got 'heads'"),
+        ("kinds", ["heads"], ValueError, "kinds must be one of attention, mlp, layer, sublayer; got 'heads'"),
         ("n_samples", "8", ValueError, "n_samples must be an int; got '8'"),
         ("reconstruction_target", "layer", ValueError, "reconstruction_order is 'independent' here"),
         ("method", "flap", ValueError, "for 'flap' use PruningConfig"),
@@ -214,12 +217,12 @@ def test_unknown_keys_warn_with_the_version_that_wrote_them(tmp_path, caplog):
         ({"target_parameters": -5}, "target_parameters must be at least 1; got -5"),
         ({"target_parameters": 5, "target_bytes": 5}, "set one of them"),
         ({"target_parameters": 5, "mlp_sparsity": 0.1}, "two budgets; set one of them"),
-        ({"kinds": []}, "must name attention, mlp or both"),
-        ({"kinds": ["heads"]}, "kinds must be one of attention, mlp; got 'heads'"),
+        ({"kinds": []}, "must name one at least of attention, mlp, layer"),
+        ({"kinds": ["heads"]}, "kinds must be one of attention, mlp, layer, sublayer; got 'heads'"),
         ({"kinds": ["mlp"], "attention_sparsity": 0.1}, r"attention_sparsity .* kinds=\['mlp'\] excludes"),
         ({"scope": "local"}, "scope must be one of layer, global, search; got 'local'"),
         ({"reconstruction": "magic"}, "reconstruction must be one of none, bias, least_squares; got 'magic'"),
-        ({"method": "psychic"}, "method must be one of flap, .*; got 'psychic'"),
+        ({"method": "psychic"}, "method must be one of block_influence, .*; got 'psychic'"),
         ({"sparsity": "0.2"}, "sparsity must be a float; got '0.2'"),
         ({"n_samples": 2.5}, "n_samples must be an int; got 2.5"),
         ({"skip_layers": [0.5]}, r"skip_layers must be a list of int; got \[0.5\]"),

@@ -9,23 +9,27 @@ from ...request.registry import (
     registered_presets,
 )
 from . import presets  # noqa: F401  each registers itself
+from .block_influence import BlockInfluenceConfig
 from .flap import FlapConfig
 from .magnitude import MagnitudeConfig
 from .mini_llm import MiniLlmConfig
 from .policy_gradient import PolicyGradientConfig
 from .random import RandomConfig
+from .removal_loss import RemovalLossConfig
 from .scoring import ScoringInputs, UnitScores
 from .taylor import TaylorConfig
 from .wanda_sp import WandaSpConfig
 
 
 __all__ = [
+    "BlockInfluenceConfig",
     "FlapConfig",
     "MagnitudeConfig",
     "MiniLlmConfig",
     "PolicyGradientConfig",
     "PruningConfig",
     "RandomConfig",
+    "RemovalLossConfig",
     "ScoringInputs",
     "TaylorConfig",
     "UnitScores",

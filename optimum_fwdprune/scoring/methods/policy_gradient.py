@@ -114,7 +114,7 @@ class PolicyGradientConfig(PruningConfig):
 
     @property
     def _kinds_trade(self) -> bool:
-        return self.budget == BudgetSharing.JOINT and not self.has_budget_per_kind and len(self.resolved_kinds) > 1
+        return self.budget == BudgetSharing.JOINT and not self.has_budget_per_kind and len(self.width_kinds) > 1
 
     @classmethod
     def paper(cls, **fields) -> PolicyGradientConfig:

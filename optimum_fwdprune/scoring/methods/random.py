@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...request.config import PruningConfig, register_method
-from .scoring import ScoringInputs
+from .scoring import EVERY_KIND, ScoringInputs
 
 
 @dataclass
@@ -19,8 +19,10 @@ def score(inputs: ScoringInputs) -> dict:
     import torch
 
     generator = torch.Generator().manual_seed(inputs.config.seed)
+    if units := inputs.depth_units:
+        return {unit.key: torch.rand(1, generator=generator, dtype=torch.float32) for unit in units}
     return {site.key: torch.rand(site.num_units, generator=generator, dtype=torch.float32) for site in inputs.sites}
 
 
 # Not additive: a head and a channel of equal score are equally likely to go.
-register_method(RandomConfig, score, additive=False)
+register_method(RandomConfig, score, additive=False, kinds=EVERY_KIND)

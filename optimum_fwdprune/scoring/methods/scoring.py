@@ -6,13 +6,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ...request.choices import DepthKind, UnitKind
+
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from ...allocation.depth import DepthUnit
     from ...architectures import Site, SiteKey
     from ...forward.statistics import SiteStatistics
+
+
+# What methods may score. Layers and sublayers are those of requests for nothing else.
+DEPTH_KINDS = tuple(map(str, DepthKind))
+EVERY_KIND = (*map(str, UnitKind), *DEPTH_KINDS)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,15 @@ class ScoringInputs:
     config: Any
     keep: Callable[[Mapping[SiteKey, Tensor]], dict[SiteKey, list[int]]]
     resume: Any
+
+    @property
+    def depth_units(self) -> list[DepthUnit]:
+        """The layers or sublayers, where the request is for these: what is scored instead of units of sites."""
+        from ...allocation.depth import depth_units
+
+        kind = self.config.depth_kind
+        # Iterating over the sites reads their weights where these are offloaded.
+        return [] if kind is None else depth_units(self.sites[:], kind)
 
 
 @dataclass(frozen=True)

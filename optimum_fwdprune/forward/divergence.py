@@ -30,9 +30,12 @@ class Divergence:
 
     Args:
         subject (`Subject`): a causal language model in eval mode, which is not changed, with the sites whose
-            projections may be replaced.
+            projections may be replaced. For layers to be removed, these are all its sites.
         calibration (`Calibration`): the windows.
         batch_size (`int`): windows per forward pass.
+
+    Attributes:
+        windows (`float`): passes of a window through all layers so far.
     """
 
     def __init__(self, subject: Subject, calibration: Calibration, batch_size: int):
@@ -45,6 +48,8 @@ class Divergence:
         self._targets: list[torch.Tensor] = []
         self._entropy: torch.Tensor | float = 0.0
         self._tokens = 0
+        self.windows = 0.0
+        self._gone: set[int] = set()
         for batch, embedded in progress(
             list(zip(self._batches, self._embedded)), "Running the dense model", unit="batch"
         ):
@@ -77,6 +82,12 @@ class Divergence:
         # The host reads it once, after the last batch.
         total: torch.Tensor | float = 0.0
         with replaced_projections(self._sites, projections):
+            empty = {key for key, projection in projections.items() if not projection.kept}
+            self._gone = {
+                layer
+                for layer in {key.layer for key in empty}
+                if all(site.key in empty for site in self._sites if site.layer == layer)
+            }
             for number, (batch, target) in enumerate(zip(self._batches, self._targets)):
                 start = self._settled[number][first] if self._settled else self._embedded[number]
                 hidden = self._through(batch, start, first, self._settled[number] if record else None)
@@ -98,7 +109,10 @@ class Divergence:
     ) -> torch.Tensor:
         """Run the layers from `first` on, and append their outputs to `record` if it is set."""
         for layer in range(first, self.layers):
-            hidden = self._runner.run(layer, batch, hidden)
+            # What is left of a layer whose sublayers all write nothing is the stream itself.
+            if layer not in self._gone:
+                hidden = self._runner.run(layer, batch, hidden)
+                self.windows += len(batch.input_ids) / self.layers
             if record is not None:
                 record.append(on_host(hidden))
         return hidden

@@ -1,0 +1,113 @@
+"""Requests for layers and sublayers: the checks of their options, and the request that their scores are made for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .choices import DepthKind, Layout, Scope
+from .options import Options
+from .registry import METHODS, get_method
+
+
+def check_depth(config: Options) -> None:
+    """Raise `ValueError` where options of a request for layers or sublayers contradict each other."""
+    kinds = list(dict.fromkeys(config.resolved_kinds))
+    if all(kind in kinds for kind in DepthKind):
+        raise ValueError(
+            "kinds names layer and sublayer, and a layer is two sublayers. Name sublayer alone to remove either."
+        )
+    _check_methods(config)
+    only_widths = {"depth_sparsity": config.depth_sparsity, "depth_method": config.depth_method}
+    if config.depth_kind is None or not config.width_kinds:
+        for name, value in only_widths.items():
+            if value is not None:
+                alone = f"kinds={kinds} has layers or sublayers alone" if config.depth_kind else f"kinds={kinds}"
+                raise ValueError(
+                    f"{name} is for layers or sublayers beside heads or channels, and {alone}. Use "
+                    f"{name.removeprefix('depth_')}, or name both in kinds."
+                )
+    elif config.depth_sparsity is None:
+        raise ValueError(
+            f"kinds={kinds} removes {config.depth_kind}s beside heads or channels; set depth_sparsity to the fraction "
+            f"of them that goes."
+        )
+    if config.depth_sparsity is not None and not 0 <= config.depth_sparsity < 1:
+        raise ValueError(
+            f"depth_sparsity must be in [0, 1); got {config.depth_sparsity}. It is the fraction of the "
+            f"{config.depth_kind}s to remove."
+        )
+    if config.depth_kind is not None:
+        _check_limits(config)
+
+
+def _check_methods(config: Options) -> None:
+    """Raise `ValueError` where a method does not score what it is asked to."""
+    asked = [("method", config.method, kind) for kind in config.width_kinds or config.resolved_kinds]
+    if config.depth_kind is not None and config.width_kinds:
+        get_method(config.resolved_depth_method)
+        asked.append(("depth_method", config.resolved_depth_method, config.depth_kind))
+    for field, name, kind in asked:
+        if name in METHODS and kind not in METHODS[name].kinds:
+            able = [repr(other) for other, method in sorted(METHODS.items()) if kind in method.kinds]
+            raise ValueError(
+                f"{field}={name!r} scores {', '.join(METHODS[name].kinds)} and not {kind}, which kinds="
+                f"{config.resolved_kinds} names. Use {field}={' or '.join(able)}."
+            )
+
+
+def _check_limits(config: Options) -> None:
+    """Raise `ValueError` where a request for layers or sublayers asks for what they do not go with."""
+    kind = config.depth_kind
+    alone = not config.width_kinds
+    learns = config.method in METHODS and METHODS[config.method].learns_split
+    refused = {
+        f"rounds={config.rounds}": (
+            config.rounds > 1,
+            "method='removal_loss' measures anew after every removal; leave out rounds",
+        ),
+        "scope='search'": (config.scope == Scope.SEARCH, "leave out scope"),
+        "target_speedup": (config.target_speedup is not None, "ask for a sparsity or a target for the parameters"),
+        f"scope={config.scope!r}": (
+            alone and config.scope is not None,
+            "scope divides heads and channels; leave it out",
+        ),
+        f"method={config.method!r}": (
+            not alone and learns,
+            "use a method that does not learn how the budget is split",
+        ),
+        "layout='stock'": (
+            config.layout == Layout.STOCK and kind == DepthKind.SUBLAYER,
+            "a stock checkpoint has whole layers; use 'layer' instead of 'sublayer', or leave out layout",
+        ),
+    }
+    for option, (asked, way_out) in refused.items():
+        if asked:
+            raise ValueError(f"{option} does not go with {kind!r} in kinds: {way_out}.")
+
+
+def depth_request(config: Any) -> Any:
+    """Return the request that the layers or sublayers of a request are scored for: itself where it names nothing else,
+    otherwise one of its `depth_method` for these alone. Both are of the class `PruningConfig`."""
+    if not config.width_kinds:
+        return config
+    config_class = get_method(config.resolved_depth_method).config_class
+    shared = {declared.name: getattr(config, declared.name) for declared in dataclasses.fields(Options)}
+    for name in ("depth_sparsity", "depth_method", "attention_sparsity", "mlp_sparsity", "scope", "target_parameters"):
+        shared[name] = None
+    return config_class(
+        **{
+            **shared,
+            "method": config.resolved_depth_method,
+            "kinds": [config.depth_kind],
+            "sparsity": config.share_of_depth,
+            "target_bytes": None,
+        }
+    )
+
+
+def width_request(config: Any) -> Any:
+    """Return the request that the heads and channels of a request are scored for: without its layers or sublayers."""
+    if config.depth_kind is None:
+        return config
+    return dataclasses.replace(config, kinds=config.width_kinds, depth_sparsity=None, depth_method=None)

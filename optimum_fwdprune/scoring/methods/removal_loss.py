@@ -1,0 +1,35 @@
+"""Removal loss: layers or sublayers go one by one, by what their removal does to the whole model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...request.config import PruningConfig, register_method
+from ...request.options import option
+from .scoring import DEPTH_KINDS, ScoringInputs, UnitScores
+
+
+@dataclass
+class RemovalLossConfig(PruningConfig):
+    """Layers or sublayers whose removal changes the predictions least go first, measured anew after every removal.
+
+    The change is the KL divergence of the dense model's next-token distributions from those of the model without them
+    (greedy as in SLEB, arXiv 2402.09025, and BlockPruner, arXiv 2406.10594).
+    """
+
+    method: str = "removal_loss"
+    removal_windows: int = option(32, "Calibration windows, the first ones, that removals are measured on.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.removal_windows < 1:
+            raise ValueError(f"removal_windows must be at least 1; got {self.removal_windows}.")
+
+
+def score(inputs: ScoringInputs) -> UnitScores:
+    from ..removal import removal_order
+
+    return removal_order(inputs)
+
+
+register_method(RemovalLossConfig, score, calibrated=True, kinds=DEPTH_KINDS)

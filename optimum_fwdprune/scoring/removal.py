@@ -1,0 +1,129 @@
+"""The order in which layers or sublayers go: the one first whose removal changes the model's predictions least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..allocation.depth import DepthUnit, leaves_attention, number_removed, open_units
+from ..architectures import SiteKey
+from ..data.calibration import Calibration
+from ..forward.divergence import Divergence
+from ..forward.gates import Projection, kept_projection
+from ..loading.subject import Subject
+from ..runs import ranks
+from ..runs.progress import progress
+from ..runs.resume import State
+from .methods.scoring import ScoringInputs, UnitScores
+
+
+@dataclass
+class RemovalState:
+    """All that an interrupted search for the order resumes from.
+
+    Args:
+        order (`list[int]`): places of the units that are gone, first to last.
+        losses (`list[float]`): divergence after each removal, in nats per token.
+        left (`list[float]`): divergence that each unit caused when it was measured last; infinity before.
+        windows (`float`): passes of a window through all layers so far.
+    """
+
+    left: list[float]
+    order: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    windows: float = 0.0
+
+    def state(self) -> State:
+        return {}, {"order": self.order, "losses": self.losses, "windows": self.windows, "left": self.left}
+
+    @classmethod
+    def of(cls, _tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> RemovalState:
+        return cls(numbers["left"], numbers["order"], numbers["losses"], numbers["windows"])
+
+    def scores(self, units: Sequence[DepthUnit]) -> dict[SiteKey, torch.Tensor]:
+        """The rank of every unit: those that are gone in their order, then the others as they were measured last."""
+        others = sorted((place for place in range(len(units)) if place not in self.order), key=self.left.__getitem__)
+        ranked = [*self.order, *others]
+        return {units[place].key: torch.tensor([float(rank)]) for rank, place in enumerate(ranked)}
+
+
+@torch.no_grad()
+def removal_order(inputs: ScoringInputs) -> UnitScores:
+    """Remove the unit that raises the divergence from the dense model least, again and again, and return the order.
+
+    All candidates of a step are measured on the same tokens, in the model without those that are gone already. What is
+    before a candidate is not run again, and what is gone is not run at all. With several processes each measures a
+    share of the candidates.
+
+    Args:
+        inputs (`ScoringInputs`): of a request for layers or sublayers.
+
+    Raises:
+        ValueError: where the model predicts no tokens.
+    """
+    if not inputs.model.can_generate():
+        raise ValueError(
+            f"{type(inputs.model).__name__} predicts no next token, and method='removal_loss' compares what whole "
+            f"models predict. Score its causal counterpart and replay the plan, or use method='block_influence'."
+        )
+    config, sites = inputs.config, inputs.sites[:]
+    units = inputs.depth_units
+    is_open = {unit.key for unit in open_units(sites, config)}
+    input_ids, mask = inputs.calibration.windows(slice(None, config.removal_windows))
+    calibration = Calibration(input_ids, mask, inputs.calibration.source)
+    stage = inputs.resume.stage("removal", calibration)
+    state = stage.load(RemovalState.of) or RemovalState([float("inf")] * len(units))
+    divergence: Divergence | None = None
+    while not _enough(inputs, units, state):
+        gone = [units[place] for place in state.order]
+        candidates = [
+            place
+            for place, unit in enumerate(units)
+            if unit.key in is_open and place not in state.order and leaves_attention(sites, [*gone, unit])
+        ]
+        if not candidates:
+            break
+        if divergence is None:
+            divergence = Divergence(Subject(inputs.model, sites), calibration, config.batch_size)
+        losses = _measured(divergence, gone, [units[place] for place in candidates])
+        for place, loss in zip(candidates, losses):
+            state.left[place] = loss
+        best = losses.index(min(losses))
+        state.order.append(candidates[best])
+        state.losses.append(losses[best])
+        state.windows += divergence.windows
+        divergence.windows = 0.0
+        stage.save(state.state)
+    details = {
+        "removed": [str(units[place]) for place in state.order],
+        "divergence": state.losses,
+        "windows": round(state.windows, 1),
+    }
+    return UnitScores(state.scores(units), details=details)
+
+
+def _enough(inputs: ScoringInputs, units: Sequence[DepthUnit], state: RemovalState) -> bool:
+    """Whether what the request removes is known."""
+    config = inputs.config
+    if config.target_parameters is None and config.target_bytes is None:
+        return len(state.order) >= number_removed(inputs.sites[:], config)
+    gone = {site.key for place in state.order for site in units[place].sites}
+    return gone >= {key for key, kept in inputs.keep(state.scores(units)).items() if not kept}
+
+
+def _measured(divergence: Divergence, gone: Sequence[DepthUnit], candidates: Sequence[DepthUnit]) -> list[float]:
+    """Return the divergence without what is gone and each of the candidates."""
+    divergence.settle(_emptied(gone))
+    losses = torch.zeros(len(candidates), dtype=torch.float64)
+    stage = f"Measuring removal {len(gone) + 1}"
+    for place in progress(ranks.own(range(len(candidates))), stage, unit="candidate"):
+        unit = candidates[place]
+        losses[place] = divergence.of(_emptied([*gone, unit]), first=unit.key.layer)
+    return ranks.summed(losses).tolist()
+
+
+def _emptied(units: Iterable[DepthUnit]) -> dict[SiteKey, Projection]:
+    return {site.key: kept_projection(site, []) for unit in units for site in unit.sites}
