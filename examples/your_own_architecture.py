@@ -2,7 +2,7 @@
 
     python examples/your_own_architecture.py google/vaultgemma-1b pruned
 
-VaultGemma's layers are shaped like LLaMA's. tests/third_party_phi3.py declares a family with fused projections.
+VaultGemma's layers are shaped like LLaMA's. tests/third_party_persimmon.py declares a family with fused projections.
 """
 
 import argparse

@@ -16,7 +16,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import third_party_phi3
+import third_party_persimmon
 import tiny
 import torch
 from optimum.commands.optimum_cli import main
@@ -128,7 +128,7 @@ EVALUATORS = {"python": PythonEvaluator(), "bash": shell}
 def names_of(page):
     """What the text around a page's blocks has introduced."""
     if page.name == "add_an_architecture.md":
-        return {**vars(third_party_phi3), "sys": sys}
+        return {**vars(third_party_persimmon), "sys": sys}
     pruner = FwdPruner.from_pretrained("MODEL")
     rows = [row["text"] for row in wikitext()]
     return {

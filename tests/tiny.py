@@ -4,14 +4,14 @@ import itertools
 
 import torch
 import transformers
-from third_party_phi3 import register_phi3
+from third_party_persimmon import register_persimmon
 from tokenizers import ByteLevelBPETokenizer
 
 from optimum_fwdprune import PruningConfig
 from optimum_fwdprune.request.registry import METHODS
 
 
-register_phi3()
+register_persimmon()
 
 VOCAB = 300
 _LLAMA_SIZES = {
@@ -23,6 +23,7 @@ _LLAMA_SIZES = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 128,
 }
+_MULTI_HEAD_SIZES = {key: value for key, value in _LLAMA_SIZES.items() if key != "num_key_value_heads"}
 _OPT_SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -40,6 +41,15 @@ _SCALES = {
     "residual_multiplier": 0.4,
     "attention_multiplier": 0.2,
     "logits_scaling": 2.0,
+}
+_GPT2_SIZES = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 128}
+_FALCON_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "ffn_hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 128,
 }
 
 _LLAMA3_ROPE = {
@@ -71,7 +81,6 @@ CONFIGS = {
     "bloom": (transformers.BloomConfig, {"vocab_size": VOCAB, "hidden_size": 48, "n_head": 6, "n_layer": 3}),
     "qwen2": (transformers.Qwen2Config, _LLAMA_SIZES),
     "qwen3": (transformers.Qwen3Config, {**_LLAMA_SIZES, "head_dim": 16}),
-    "phi3_third_party": (transformers.Phi3Config, {**_LLAMA_SIZES, "pad_token_id": 0}),
     "apertus": (transformers.ApertusConfig, {**_LLAMA_SIZES, "rope_parameters": _LLAMA3_ROPE}),
     "arcee": (transformers.ArceeConfig, {**_LLAMA_SIZES, "mlp_bias": True}),
     "cohere": (transformers.CohereConfig, _LLAMA_SIZES),
@@ -112,6 +121,24 @@ CONFIGS = {
         {**_LLAMA_SIZES, "use_parallel_residual": True, "qk_layernorm": True},
     ),
     "starcoder2": (transformers.Starcoder2Config, {**_LLAMA_SIZES, "sliding_window": 8}),
+    "gpt_neox": (transformers.GPTNeoXConfig, _MULTI_HEAD_SIZES),
+    "gpt_neox_sequential": (transformers.GPTNeoXConfig, {**_MULTI_HEAD_SIZES, "use_parallel_residual": False}),
+    "phi3": (transformers.Phi3Config, {**_LLAMA_SIZES, "pad_token_id": 0}),
+    "glm": (transformers.GlmConfig, {**_LLAMA_SIZES, "head_dim": 16, "pad_token_id": 0}),
+    "glm4": (transformers.Glm4Config, {**_LLAMA_SIZES, "head_dim": 16, "pad_token_id": 0}),
+    "gptj": (transformers.GPTJConfig, {**_GPT2_SIZES, "n_inner": 64, "rotary_dim": 8}),
+    "codegen": (transformers.CodeGenConfig, {**_GPT2_SIZES, "n_embd": 64, "n_head": 8, "rotary_dim": 8}),
+    "falcon_multi_query": (transformers.FalconConfig, _FALCON_SIZES),
+    "falcon_grouped": (
+        transformers.FalconConfig,
+        {**_FALCON_SIZES, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
+    ),
+    "falcon_alibi": (
+        transformers.FalconConfig,
+        {**_FALCON_SIZES, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
+    "gpt2": (transformers.GPT2Config, {**_GPT2_SIZES, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}),
+    "persimmon_third_party": (transformers.PersimmonConfig, _MULTI_HEAD_SIZES),
 }
 
 # No single head of these can be removed.

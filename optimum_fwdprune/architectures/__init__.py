@@ -19,6 +19,7 @@ from .site import (
     keyed_by_site,
 )
 from .sites import head_counts
+from .transposed import as_stored, stored_axis
 
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Segment",
     "Site",
     "SiteKey",
+    "as_stored",
     "find_sites",
     "get_architecture",
     "head_counts",
@@ -38,5 +40,6 @@ __all__ = [
     "layers_left",
     "register_architecture",
     "registered_architectures",
+    "stored_axis",
     "supported_architectures",
 ]

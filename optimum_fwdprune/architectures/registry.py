@@ -19,6 +19,7 @@ from ..request.choices import AttentionUnit, UnitKind
 from .depth import layers_left, skipped_sublayers
 from .site import Site
 from .sites import attention_site, attention_sizes, mlp_site
+from .transposed import TransposedLinear
 from .wrapping import check_no_adapters
 
 
@@ -130,7 +131,7 @@ class Architecture:
         for site in sites:
             for coupling in (*site.couplings, *site.shared):
                 linear = coupling.linear
-                if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+                if not isinstance(linear, (nn.Linear, TransposedLinear)) or not linear.weight.is_floating_point():
                     raise ValueError(
                         f"{coupling.name} is a {type(linear).__name__} with {linear.weight.dtype} weights, which "
                         f"cannot be cut. Load the model unquantized."

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import nn
 
 from ..request.choices import AttentionUnit, UnitKind
+from .transposed import Linear
 
 
 T = TypeVar("T")
@@ -59,27 +59,39 @@ class Segment:
 
     Args:
         width (`int`): rows (or columns) of one block; an owned segment holds one block per unit.
+        units (`range`, *optional*): the units that own a block each, in their order; by default all units of the site.
         owned (`bool`, defaults to `True`): `False` for rows that no unit owns and that always stay, `width` of them
             in all, such as the K/V rows of a fused projection when single query heads are the units.
     """
 
     width: int
+    units: range | None = None
     owned: bool = True
+
+    def owners(self, num_units: int) -> range:
+        """Return the units that own a block each, of the `num_units` of the site."""
+        if not self.owned:
+            return range(0)
+        return range(num_units) if self.units is None else self.units
+
+    def length(self, num_units: int) -> int:
+        """Return the number of positions along the axis, at the `num_units` of the site."""
+        return self.width * len(self.owners(num_units)) if self.owned else self.width
 
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
-    """The part of one linear that the units of a site own: unit `u` owns block `u` of every owned segment.
+    """The part of one linear that the units of a site own: unit `u` owns its block of every segment that has one.
 
     Args:
         name (`str`): name of the linear inside the model.
-        linear (`nn.Linear`): the linear itself.
+        linear (`nn.Linear` or `TransposedLinear`): the linear itself.
         axis (`int`): 0 for output rows (weight and bias), 1 for input columns (weight only).
-        segments (`tuple[Segment, ...]`): how the axis is laid out, first to last.
+        segments (`tuple[Segment, ...]`): how the axis is laid out, first to last. All units own equally much of it.
     """
 
     name: str
-    linear: nn.Linear
+    linear: Linear
     axis: int
     segments: tuple[Segment, ...]
 
@@ -89,12 +101,13 @@ class Coupling:
         pieces, start = [], 0
         for segment in self.segments:
             if segment.owned:
-                blocks = start + units[:, None] * segment.width + torch.arange(segment.width)
+                owners = segment.owners(num_units)
+                own = units[(units >= owners.start) & (units < owners.stop)] - owners.start
+                blocks = start + own[:, None] * segment.width + torch.arange(segment.width)
                 pieces.append(blocks.flatten())
-                start += num_units * segment.width
             else:
                 pieces.append(torch.arange(start, start + segment.width))
-                start += segment.width
+            start += segment.length(num_units)
         return torch.cat(pieces)
 
     def parameters(self) -> list[tuple[str, torch.Tensor]]:
@@ -105,16 +118,21 @@ class Coupling:
 
     def owned_width(self) -> int:
         """Positions along the axis that one unit owns."""
-        return sum(segment.width for segment in self.segments if segment.owned)
+        return sum(
+            segment.width
+            for segment in self.segments
+            if segment.owned and (segment.units is None or 0 in segment.units)
+        )
 
     def sum_per_unit(self, num_units: int, values: torch.Tensor) -> torch.Tensor:
         """Sum `values`, `[..., positions along the axis]`, over the positions that a unit owns: `[..., num_units]`."""
         total = values.new_zeros(*values.shape[:-1], num_units)
         start = 0
         for segment in self.segments:
-            length = segment.width * (num_units if segment.owned else 1)
-            if segment.owned:
-                total += values[..., start : start + length].unflatten(-1, (num_units, segment.width)).sum(-1)
+            owners, length = segment.owners(num_units), segment.length(num_units)
+            if owners:
+                blocks = values[..., start : start + length].unflatten(-1, (len(owners), segment.width))
+                total[..., owners.start : owners.stop] += blocks.sum(-1)
             start += length
         return total
 
@@ -127,7 +145,8 @@ class Site:
         layer (`int`): index of the decoder layer.
         kind (`str`): `"attention"` or `"mlp"`.
         projection_name (`str`): name of the output projection inside the model.
-        projection (`nn.Linear`): the output projection; unit `u` is block `u` of its input features.
+        projection (`nn.Linear` or `TransposedLinear`): the output projection; unit `u` is block `u` of its input
+            features.
         num_units (`int`): units of the site.
         couplings (`tuple[Coupling, ...]`): every tensor that the units own a part of, the projection included.
         num_groups (`int`, defaults to 1): units form this many equal runs, and all runs must keep the same number
@@ -142,7 +161,7 @@ class Site:
     layer: int
     kind: str
     projection_name: str
-    projection: nn.Linear
+    projection: Linear
     num_units: int
     couplings: tuple[Coupling, ...]
     num_groups: int = 1

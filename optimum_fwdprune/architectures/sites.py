@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import nn
 from ..models.layout import AttentionLayout, MLPLayout
 from ..request.choices import AttentionUnit, UnitKind
 from .site import Coupling, Segment, Site
+from .transposed import as_linear
 
 
 class HeadCounts(NamedTuple):
@@ -27,10 +29,11 @@ class HeadCounts(NamedTuple):
 def head_counts(layout: AttentionLayout, layer: nn.Module) -> HeadCounts:
     """Count the heads of a decoder layer by its linears, so that pruned layers are described as they are."""
     module: Any = layer.get_submodule(layout.module)
-    heads = module.get_submodule(layout.output).in_features // module.head_dim
+    head_dim = getattr(module, layout.head_dim)
+    heads = as_linear(module.get_submodule(layout.output)).in_features // head_dim
     if not layout.fused:
-        return HeadCounts(heads, module.get_submodule(layout.key).out_features // module.head_dim)
-    fused_heads = module.get_submodule(layout.fused).out_features // module.head_dim
+        return HeadCounts(heads, module.get_submodule(layout.key).out_features // head_dim)
+    fused_heads = as_linear(module.get_submodule(layout.fused)).out_features // head_dim
     return HeadCounts(heads, (fused_heads - heads) // 2)
 
 
@@ -46,21 +49,30 @@ def attention_site(layout: AttentionLayout, layer_index: int, path: str, layer: 
     """
     module: Any = layer.get_submodule(layout.module)
     heads, kv_heads = head_counts(layout, layer)
-    head_dim, per_group = module.head_dim, heads // kv_heads
+    head_dim, per_group = getattr(module, layout.head_dim), heads // kv_heads
     single_heads = unit == AttentionUnit.QUERY_HEAD and per_group > 1
     query = Segment(head_dim if single_heads else per_group * head_dim)
     # With single query heads as units, keys and values are shared by heads that stay, so that no unit owns them.
     shared = Segment(kv_heads * head_dim, owned=False) if single_heads else Segment(head_dim)
 
     def coupling(name: str, axis: int, *segments: Segment) -> Coupling:
-        return Coupling(f"{path}.{layout.module}.{name}", module.get_submodule(name), axis, segments)
+        return Coupling(f"{path}.{layout.module}.{name}", as_linear(module.get_submodule(name)), axis, segments)
 
     whole: list[Coupling] = []
     if not layout.fused:
         sources = [coupling(layout.query, 0, query)]
         (whole if single_heads else sources).extend(coupling(name, 0, shared) for name in (layout.key, layout.value))
+    elif layout.interleaved and single_heads:
+        groups = [range(first, first + per_group) for first in range(0, heads, per_group)]
+        rows = [(Segment(head_dim, group), Segment(2 * head_dim, owned=False)) for group in groups]
+        sources = [coupling(layout.fused, 0, *itertools.chain(*rows))]
     elif layout.interleaved:
-        sources = [coupling(layout.fused, 0, Segment(3 * head_dim))]
+        sources = [coupling(layout.fused, 0, Segment((per_group + 2) * head_dim))]
+    elif layout.blocks > 1:
+        size = heads // layout.blocks
+        of_blocks = [Segment(head_dim, range(first, first + size)) for first in range(0, heads, size)]
+        # Queries, keys and values of one block after the other.
+        sources = [coupling(layout.fused, 0, *(segment for segment in of_blocks for _ in range(3)))]
     else:
         sources = [coupling(layout.fused, 0, query, shared, shared)]
     output = coupling(layout.output, 1, query)
@@ -71,7 +83,7 @@ def attention_site(layout: AttentionLayout, layer_index: int, path: str, layer: 
         projection=output.linear,
         num_units=heads if single_heads else kv_heads,
         couplings=(*sources, output),
-        num_groups=kv_heads if single_heads else 1,
+        num_groups=kv_heads if single_heads else layout.blocks,
         shared=tuple(whole),
     )
 
@@ -79,9 +91,9 @@ def attention_site(layout: AttentionLayout, layer_index: int, path: str, layer: 
 def mlp_site(layout: MLPLayout, layer_index: int, path: str, layer: Any) -> Site:
     """Describe the MLP of a decoder layer; the arguments are those of `attention_site`."""
     channel = Segment(1)
-    output = Coupling(f"{path}.{layout.output}", layer.get_submodule(layout.output), 1, (channel,))
+    output = Coupling(f"{path}.{layout.output}", as_linear(layer.get_submodule(layout.output)), 1, (channel,))
     sources = [
-        Coupling(f"{path}.{name}", layer.get_submodule(name), 0, (channel,) * layout.segments)
+        Coupling(f"{path}.{name}", as_linear(layer.get_submodule(name)), 0, (channel,) * layout.segments)
         for name in layout.sources
     ]
     return Site(
@@ -103,5 +115,6 @@ def attention_sizes(layout: AttentionLayout, layer: nn.Module, site: Site, kept:
         sizes[layout.kv_heads_key] = len(kept) if site.num_units == kv_heads else kv_heads
     if layout.kept_heads_key is not None:
         ids = getattr(layer.get_submodule(layout.module), "kept_heads", range(heads))
-        sizes[layout.kept_heads_key] = [ids[head] for head in kept]
+        per_unit = heads // site.num_units
+        sizes[layout.kept_heads_key] = [ids[unit * per_unit + head] for unit in kept for head in range(per_unit)]
     return sizes

@@ -15,7 +15,9 @@ from ..allocation.plan import PruningPlan
 from ..architectures import (
     Site,
     SiteKey,
+    as_stored,
     layers_left,
+    stored_axis,
 )
 from ..architectures.depth import values_of_layers
 from ..forward.gates import Projection
@@ -42,7 +44,8 @@ def plan_cuts(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]]) -> Cuts:
         for coupling in site.couplings:
             index = coupling.kept_index(site.num_units, units)
             for parameter, _ in coupling.parameters():
-                cuts.setdefault(f"{coupling.name}.{parameter}", []).append((coupling.axis, index))
+                axis = stored_axis(coupling.linear, parameter, coupling.axis)
+                cuts.setdefault(f"{coupling.name}.{parameter}", []).append((axis, index))
     return cuts
 
 
@@ -136,10 +139,13 @@ def replaced_parameters(sites: Iterable[Site], projections: Mapping[SiteKey, Pro
         # A projection without units is gone.
         if site.key in projections and projections[site.key].kept:
             projection = projections[site.key]
-            replaced[f"{site.projection_name}.weight"] = projection.weight
+            replaced[f"{site.projection_name}.weight"] = as_stored(site.projection, projection.weight)
             if projection.bias is not None:
                 replaced[f"{site.projection_name}.bias"] = projection.bias
             replaced |= projection.sources
+            for source in site.sources if projection.sources else ():
+                name = f"{source.name}.weight"
+                replaced[name] = as_stored(source.linear, replaced[name])
     return replaced
 
 

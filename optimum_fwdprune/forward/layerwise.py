@@ -126,10 +126,13 @@ class LayerRunner:
         # Hidden states wait in the memory of the host.
         hidden = hidden.to(self.device_of(len(self.layers) - 1), non_blocking=True)
         output = (hidden,) if self._as_tuple else hidden
+        # As many tokens as there are hidden states, since some models give these the shape of the tokens.
+        input_ids, mask = (
+            None if values is None else values[:, : hidden.shape[1]].to(self.device)
+            for values in (batch.input_ids, batch.attention_mask)
+        )
         with self._standing_in(lambda *_args, **_kwargs: output):
-            device = self.device
-            mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
-            return self._model(input_ids=batch.input_ids.to(device), attention_mask=mask, **PLAIN_OUTPUTS)[0]
+            return self._model(input_ids=input_ids, attention_mask=mask, **PLAIN_OUTPUTS)[0]
 
     @contextmanager
     def _standing_in(self, output: Callable[..., Any]) -> Iterator[None]:

@@ -6,11 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from .skipped import SkippedAttention, SkippedMLP
 
+
+# Classes of linears that a decoder layer may hold; GPT-2 stores the weights of its own transposed.
+LINEARS = (nn.Linear, Conv1D)
 
 # What a decoder layer consists of, and `skip` in its config may name.
 ATTENTION, MLP = SUBLAYERS = ("attention", "mlp")
@@ -21,21 +26,25 @@ class AttentionLayout:
     """Names of the linears of a self-attention module, and the config keys of its sizes.
 
     Args:
-        module (`str`): name of the attention module inside the decoder layer; it has a `head_dim` attribute.
+        module (`str`): name of the attention module inside the decoder layer.
         output (`str`): name of the output projection inside it.
         query (`str`): name of the query projection, where the three are separate.
         key (`str`): name of the key projection.
         value (`str`): name of the value projection.
         fused (`str`): instead of them, the name of one linear that makes all three.
-        interleaved (`bool`, defaults to `False`): the fused rows are `[head, 3, head_dim]` (BLOOM) rather than all
-            query rows, then all key rows, then all value rows (Phi-3).
+        interleaved (`bool`, defaults to `False`): the fused rows are, for one KV head after the other, those of its
+            query heads, of its key and of its value (BLOOM, Falcon) rather than all query rows, then all key rows,
+            then all value rows (Phi-3).
+        blocks (`int`, defaults to 1): the fused rows are so many equal blocks, each with the query, key and value rows
+            of its own heads, of which all blocks must keep equally many. Every head then has its own keys and values.
+        head_dim (`str`, defaults to `"head_dim"`): attribute of the attention module that holds the size of a head.
         heads_key (`str`, defaults to `"num_attention_heads"`): config key of the number of query heads.
         kv_heads_key (`str`, *optional*, defaults to `"num_key_value_heads"`): config key of the number of KV heads;
             `None` where every head has its own keys and values.
         kept_heads_key (`str`, *optional*): config key for the original ids of the kept heads, for models whose heads
             differ by their position (ALiBi). The pruned attention module carries them as `kept_heads`.
         pruned_class (`type`, *optional*): subclass of the stock attention class that resized layers use instead, where
-            the stock forward pass cannot compute with other sizes.
+            the stock forward pass cannot compute with other sizes. Other attention classes of the family stay.
         norms (`tuple[str, ...]`, *optional*): norms inside the decoder layer that the attention alone uses. They go
             when the attention goes. A norm that the MLP reads too is not named.
         skipped_class (`type`, defaults to `SkippedAttention`): what stands where the attention was removed. It is
@@ -53,6 +62,8 @@ class AttentionLayout:
     value: str = ""
     fused: str = ""
     interleaved: bool = False
+    blocks: int = 1
+    head_dim: str = "head_dim"
     heads_key: str = "num_attention_heads"
     kv_heads_key: str | None = "num_key_value_heads"
     kept_heads_key: str | None = None
@@ -254,13 +265,14 @@ def resize_layer(layer: nn.Module, layout: DecoderLayout, config: PreTrainedConf
         owner, _, leaf = name.rpartition(".")
         setattr(layer.get_submodule(owner), leaf, _resized(layer.get_submodule(name), **changes))
     for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear) and name not in sizes and name not in layout.whole:
+        if isinstance(module, LINEARS) and name not in sizes and name not in layout.whole:
             raise ValueError(
                 f"{name} is a linear of a {type(layer).__name__}, and the layout of its family does not name it. Name "
                 f"it as a source, or in `whole` where its size depends on neither heads nor channels."
             )
-    if layout.attention.pruned_class is not None and ATTENTION not in skipped:
-        layer.get_submodule(layout.attention.module).__class__ = layout.attention.pruned_class
+    pruned_class, attention = layout.attention.pruned_class, layer.get_submodule(layout.attention.module)
+    if pruned_class is not None and type(attention) is pruned_class.__base__:
+        attention.__class__ = pruned_class
     for name, value in layout.attributes(config).items():
         owner, _, leaf = name.rpartition(".")
         setattr(layer.get_submodule(owner), leaf, value)
@@ -277,12 +289,16 @@ def _skip(kind: str, layer: nn.Module, layout: DecoderLayout, config: PreTrained
 
 def _resized(
     linear: Any, in_features: int | None = None, out_features: int | None = None, add_bias: bool = False
-) -> nn.Linear:
-    """Return an empty linear with other sizes than `linear`, on the same device and in the same dtype."""
-    return nn.Linear(
-        linear.in_features if in_features is None else in_features,
-        linear.out_features if out_features is None else out_features,
-        bias=linear.bias is not None or add_bias,
-        device=linear.weight.device,
-        dtype=linear.weight.dtype,
-    )
+) -> nn.Module:
+    """Return an empty linear with other sizes than `linear`, of the same class, device and dtype."""
+    transposed = isinstance(linear, Conv1D)
+    stored_inputs, stored_outputs = (linear.nx, linear.nf) if transposed else (linear.in_features, linear.out_features)
+    in_features = stored_inputs if in_features is None else in_features
+    out_features = stored_outputs if out_features is None else out_features
+    like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    if transposed:
+        with torch.device("meta"):
+            # It has a bias whatever happens.
+            resized = Conv1D(out_features, in_features)
+        return resized.to(like["dtype"]).to_empty(device=like["device"])
+    return type(linear)(in_features, out_features, bias=linear.bias is not None or add_bias, **like)

@@ -29,8 +29,13 @@ def stock_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedC
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config of the dense model that a pruned `config` was cut from, with the layers that are left."""
-    values = {key: value for key, value in config.to_dict().items() if key not in _NOT_STOCK}
-    stock = stock_config_class(type(config)).from_dict(values)
+    config_class = stock_config_class(type(config))
+    # A size that the stock config derives from others is a property of it, which nothing can set.
+    derived = {
+        key for base in config_class.__mro__ for key, value in vars(base).items() if isinstance(value, property)
+    }
+    values = {key: value for key, value in config.to_dict().items() if key not in derived.union(_NOT_STOCK)}
+    stock = config_class.from_dict(values)
     stock._attn_implementation = config._attn_implementation
     return stock
 
@@ -141,6 +146,11 @@ class PerLayerMixin:
         for module in self.decoder_layers.modules():
             if hasattr(module, "config"):
                 module.config._attn_implementation_internal = self.config._attn_implementation_internal
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks for the attention in the file of the class, and that of a pruned class has none.
+        return cls.__bases__[-1]._can_set_attn_implementation()
 
     @classmethod
     def _auto_map(cls) -> dict[str, str]:

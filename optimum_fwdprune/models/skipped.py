@@ -19,9 +19,12 @@ class SkippedAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states: torch.Tensor, *args, past_key_values: Any = None, **kwargs):
-        """Return zeros of the shape of `hidden_states`, and no attention weights."""
-        count_tokens(past_key_values, self.layer_idx, hidden_states)
+    def forward(
+        self, hidden_states: torch.Tensor, *args, past_key_values: Any = None, layer_past: Any = None, **kwargs
+    ):
+        """Return zeros of the shape of `hidden_states`, and no attention weights. Families call the cache by one of two
+        names."""
+        count_tokens(past_key_values if layer_past is None else layer_past, self.layer_idx, hidden_states)
         return torch.zeros_like(hidden_states), None
 
 

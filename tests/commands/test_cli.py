@@ -246,8 +246,8 @@ def test_an_unknown_value_or_option_shows_the_usage(cli, source, tmp_path, argum
 
 
 def test_a_missing_or_unsupported_model_is_named(cli, tmp_path):
-    transformers.GPT2Config().save_pretrained(tmp_path / "gpt2")
-    for model, message in ((tmp_path / "gpt2", "'gpt2' is not supported"), ("nobody/nothing", "nobody/nothing")):
+    transformers.BioGptConfig().save_pretrained(tmp_path / "biogpt")
+    for model, message in ((tmp_path / "biogpt", "'biogpt' is not supported"), ("nobody/nothing", "nobody/nothing")):
         code, _, err = cli("prune", "-m", model, tmp_path / "out")
 
         assert code == 1 and message in err and "Traceback" not in err

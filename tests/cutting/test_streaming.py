@@ -66,7 +66,7 @@ def llama(tmp_path):
 # One that reconstructs layer by layer and one that does not with every layout, and the others with three.
 CASES = [
     (architecture, name)
-    for architecture in (*tiny.REPRESENTATIVE, "phi3_third_party", "granite")
+    for architecture in (*tiny.REPRESENTATIVE, "phi3", "codegen", "falcon_grouped", "granite")
     for name in (REQUESTS if architecture in tiny.REPRESENTATIVE[:3] else ("flap", "sequential"))
 ]
 

@@ -258,7 +258,7 @@ class TestRefusals:
         ("name", "message"),
         [
             ("opt_pre_norm", "no GGUF export for opt; there is one for"),
-            ("phi3_third_party", "no GGUF export for phi3; there is one for"),
+            ("phi3", "no GGUF export for phi3; there is one for"),
             (
                 "bloom",
                 r"bloom has layers of one size, and layer \d differs from layer 0.*scope='layer'.*instead of",

@@ -30,7 +30,9 @@ TASKS = (
     "AutoModelForQuestionAnswering",
 )
 # One of every family of the package, by its `model_type`.
-FAMILIES = {tiny.make_config(name).model_type: name for name in reversed(tiny.CONFIGS) if name != "phi3_third_party"}
+FAMILIES = {
+    tiny.make_config(name).model_type: name for name in reversed(tiny.CONFIGS) if name != "persimmon_third_party"
+}
 # Uniform and per-layer sizes, both units of grouped-query attention, added biases, and half precision.
 REQUESTS = {
     "uniform": tiny.request(method="wanda_sp", sparsity=0.4, scope="layer"),

@@ -15,7 +15,7 @@ from optimum_fwdprune.forward.gates import gated
 
 
 HETEROGENEOUS = tiny.request(sparsity=0.4, scope="global", attention_unit="kv_group", reconstruction="none")
-WITH_ROPE = ("mistral_sliding_window", "qwen2", "qwen3", "phi3_third_party")
+WITH_ROPE = ("mistral_sliding_window", "qwen2", "qwen3", "phi3")
 FAMILIES = ("llama_gqa_biases", "mistral_sliding_window", "opt_pre_norm", "bloom", "qwen2", "qwen3")
 TASKS = (
     "AutoModel",
@@ -157,7 +157,7 @@ def test_rotary_embeddings_that_read_the_config_allow_layers_with_different_head
     head_dim = 8 if name != "qwen3" else 16
     factors = {key: [value[0]] * (head_dim // 2) for key, value in ROPES[rope].items() if isinstance(value, list)}
     # Phi-3 has no factor, which its positions tell.
-    factor = {} if name == "phi3_third_party" else {"factor": 8.0}
+    factor = {} if name == "phi3" else {"factor": 8.0}
     parameters = {"rope_type": rope, "rope_theta": 10000.0, **factor, **ROPES[rope], **factors}
     dense = tiny.make_model(name, rope_parameters=parameters)
     # Scores that differ from layer to layer, so that heads do.
@@ -192,7 +192,8 @@ def test_gradient_checkpointing_changes_no_gradient(architecture_name, tokens):
 
 # Every class once: what a graph holds does not depend on the sizes.
 @pytest.mark.parametrize(
-    "architecture_name", [*tiny.REPRESENTATIVE, "mistral_sliding_window", "qwen3", "phi3_third_party", "phi"]
+    "architecture_name",
+    [*tiny.REPRESENTATIVE, "mistral_sliding_window", "qwen3", "phi3", "phi", "codegen", "falcon_alibi", "gpt2"],
 )
 @torch.no_grad()
 def test_the_forward_compiles_into_one_graph(architecture_name, tokens):

@@ -19,9 +19,9 @@ else:
     import optimum_fwdprune  # noqa: F401
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from third_party_phi3 import register_phi3
+    from third_party_persimmon import register_persimmon
 
-    register_phi3()
+    register_persimmon()
 
 # After the lines above have decided who may be imported.
 import torch  # noqa: E402

@@ -24,7 +24,7 @@ def weight_gradients(
     Args:
         model (`PreTrainedModel`): a causal language model in eval mode. Its weights, their `requires_grad` flags and
             their `.grad` are afterwards what they were.
-        parameters (sequence of `nn.Parameter`): of `model`.
+        parameters (sequence of `nn.Parameter`): of `model`; a weight that the model stores transposed is a view.
         calibration (`Calibration`): L is its mean next-token negative log-likelihood.
         batch_size (`int`): windows per backward pass.
 
@@ -38,17 +38,20 @@ def weight_gradients(
         for parameter in parameters
     ]
     share, scale = 0.0, _loss_scale(model)
+    stored = [parameter if parameter._base is None else parameter._base for parameter in parameters]
 
     def take(parameter: torch.Tensor) -> None:
         gradient = parameter.grad
         assert gradient is not None
-        totals[positions[id(parameter)]].add_(gradient, alpha=share / scale)
+        position = positions[id(parameter)]
+        transposed = parameter is not parameters[position]
+        totals[position].add_(gradient.T if transposed else gradient, alpha=share / scale)
         parameter.grad = None
 
-    positions = {id(parameter): index for index, parameter in enumerate(parameters)}
-    with _differentiable(model, parameters):
+    positions = {id(parameter): index for index, parameter in enumerate(stored)}
+    with _differentiable(model, stored):
         # Taken as soon as they are there, so that never two sets of gradients are.
-        handles = [parameter.register_post_accumulate_grad_hook(take) for parameter in parameters]
+        handles = [parameter.register_post_accumulate_grad_hook(take) for parameter in stored]
         try:
             for loss, share in _batch_losses(model, calibration, batch_size):  # noqa: B007  take() reads share
                 (loss * scale).backward()

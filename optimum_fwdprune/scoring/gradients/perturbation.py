@@ -243,5 +243,5 @@ def _additive_form(noise: Callable, runs: list[_Run], mark: Callable):
 
 
 def _is_temporary_form_exact(linear: nn.Linear) -> bool:
-    resident = not (linear.weight.is_meta or "forward" in vars(linear))
+    resident = not (linear.weight.is_meta or any("forward" in vars(part) for part in linear.modules()))
     return resident and linear.weight.element_size() >= 4

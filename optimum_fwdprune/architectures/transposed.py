@@ -1,0 +1,85 @@
+"""Linears whose weights are stored transposed, presented as every other linear is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+
+class TransposedLinear(nn.Module):
+    """A `Conv1D` of GPT-2 with the attributes of a linear.
+
+    Its weight is a view, `[out_features, in_features]`, of the one that is stored. Hooks and a forward pass that are
+    put on it are put on the module itself, and hooks are called with this object as the module.
+
+    Args:
+        module (`Conv1D`): the module inside the model.
+    """
+
+    def __init__(self, module: Conv1D):
+        super().__init__()
+        self.module = module
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.module.weight.T
+
+    @property
+    def bias(self) -> torch.Tensor:
+        return self.module.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.module.nx
+
+    @property
+    def out_features(self) -> int:
+        return self.module.nf
+
+    @property
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
+        return self.module.__call__
+
+    @forward.setter
+    def forward(self, replacement: Callable[..., Any]) -> None:
+        self.module.forward = replacement  # type: ignore[method-assign]
+
+    @forward.deleter
+    def forward(self) -> None:
+        del self.module.forward
+
+    def register_forward_hook(self, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+        return self.module.register_forward_hook(lambda _module, *args: hook(self, *args), **options)
+
+    def register_forward_pre_hook(self, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+        return self.module.register_forward_pre_hook(lambda _module, *args: hook(self, *args), **options)
+
+
+# What couplings hold.
+Linear = nn.Linear | TransposedLinear
+
+
+def as_linear(module: Any) -> Any:
+    """Return a module of a decoder layer with the attributes of a linear."""
+    return TransposedLinear(module) if isinstance(module, Conv1D) else module
+
+
+def stored_axis(linear: Any, parameter: str, axis: int) -> int:
+    """Return the axis of a parameter as the model stores it.
+
+    Args:
+        linear (`nn.Linear` or `TransposedLinear`): the linear.
+        parameter (`str`): `"weight"` or `"bias"`.
+        axis (`int`): the axis in the linear, 0 for output rows.
+    """
+    return 1 - axis if parameter == "weight" and isinstance(linear, TransposedLinear) else axis
+
+
+def as_stored(linear: Any, weight: torch.Tensor) -> torch.Tensor:
+    """Return a new weight of a linear, `[out_features, in_features]`, as the model stores it."""
+    return weight.T.contiguous() if isinstance(linear, TransposedLinear) else weight
