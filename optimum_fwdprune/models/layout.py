@@ -1,4 +1,4 @@
-"""The layout of a family's decoder layers: where they keep their heads and channels, and resizing a layer by it."""
+"""The layout of a family's decoder layers: where they keep their heads and channels, under which sizes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from .skipped import SkippedAttention, SkippedMLP
 
-
-# Classes of linears that a decoder layer may hold; GPT-2 stores the weights of its own transposed.
-LINEARS = (nn.Linear, Conv1D)
 
 # What a decoder layer consists of, and `skip` in its config may name.
 ATTENTION, MLP = SUBLAYERS = ("attention", "mlp")
@@ -240,65 +234,3 @@ LLAMA_LAYOUT = DecoderLayout(
 # Reasons why no single head of some families can be removed.
 NORM_OVER_HEADS = "its query and key norms take their mean over all heads, so that the heads that stay would change."
 NORM_PER_HEAD = "its query and key norms have weights for every head, which cannot be cut."
-
-
-def resize_layer(layer: nn.Module, layout: DecoderLayout, config: PreTrainedConfig) -> None:
-    """Replace the linears of a decoder layer by empty ones of the sizes in its own config, and take out the sublayers
-    that the config names in `skip`.
-
-    Args:
-        layer (`Module`): a decoder layer of the stock class, of any sizes; changed in place.
-        layout (`DecoderLayout`): where the layer keeps its heads and channels.
-        config (`PreTrainedConfig`): config of this layer, one of `per_layer_config`.
-
-    Raises:
-        ValueError: where the layer has a linear that the layout does not name.
-    """
-    skipped = getattr(config, "skip", ())
-    sizes: dict[str, dict[str, Any]] = {}
-    for kind in SUBLAYERS:
-        if kind in skipped:
-            _skip(kind, layer, layout, config)
-        else:
-            sizes |= layout.sublayer(kind).linear_sizes(config)
-    for name, changes in sizes.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(layer.get_submodule(owner), leaf, _resized(layer.get_submodule(name), **changes))
-    for name, module in layer.named_modules():
-        if isinstance(module, LINEARS) and name not in sizes and name not in layout.whole:
-            raise ValueError(
-                f"{name} is a linear of a {type(layer).__name__}, and the layout of its family does not name it. Name "
-                f"it as a source, or in `whole` where its size depends on neither heads nor channels."
-            )
-    pruned_class, attention = layout.attention.pruned_class, layer.get_submodule(layout.attention.module)
-    if pruned_class is not None and type(attention) is pruned_class.__base__:
-        attention.__class__ = pruned_class
-    for name, value in layout.attributes(config).items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(layer.get_submodule(owner), leaf, value)
-
-
-def _skip(kind: str, layer: nn.Module, layout: DecoderLayout, config: PreTrainedConfig) -> None:
-    part = layout.sublayer(kind)
-    part.skip_in(layer)
-    for name in layout.modules_of(kind, config):
-        if name in part.norms:
-            owner, _, leaf = name.rpartition(".")
-            setattr(layer.get_submodule(owner), leaf, nn.Identity())
-
-
-def _resized(
-    linear: Any, in_features: int | None = None, out_features: int | None = None, add_bias: bool = False
-) -> nn.Module:
-    """Return an empty linear with other sizes than `linear`, of the same class, device and dtype."""
-    transposed = isinstance(linear, Conv1D)
-    stored_inputs, stored_outputs = (linear.nx, linear.nf) if transposed else (linear.in_features, linear.out_features)
-    in_features = stored_inputs if in_features is None else in_features
-    out_features = stored_outputs if out_features is None else out_features
-    like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-    if transposed:
-        with torch.device("meta"):
-            # It has a bias whatever happens.
-            resized = Conv1D(out_features, in_features)
-        return resized.to(like["dtype"]).to_empty(device=like["device"])
-    return type(linear)(in_features, out_features, bias=linear.bias is not None or add_bias, **like)

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
-from .layout import ATTENTION, DecoderLayout, resize_layer
+from .layout import ATTENTION, DecoderLayout
+from .resizing import resize_layer
 
 
 # Keys of a pruned config that its stock config does not have or must not inherit.

@@ -48,7 +48,7 @@ class PrunedFalconMixin(PerLayerMixin):
             kept_heads_key="kept_heads",
             pruned_class=PrunedFalconAttention,
         ),
-        # What norms a layer has, and which of them both sublayers read, depends on the config, so that all of them stay.
+        # Which norms a layer has, and which of them both sublayers read, depends on the config. All of them stay.
         MLPLayout(sources=("mlp.dense_h_to_4h",), output="mlp.dense_4h_to_h", width_key="ffn_hidden_size"),
         layers="h",
         attributes=lambda config: {

@@ -22,8 +22,8 @@ class SkippedAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, *args, past_key_values: Any = None, layer_past: Any = None, **kwargs
     ):
-        """Return zeros of the shape of `hidden_states`, and no attention weights. Families call the cache by one of two
-        names."""
+        """Return zeros of the shape of `hidden_states`, and no attention weights."""
+        # Families pass the cache under one of two names.
         count_tokens(past_key_values if layer_past is None else layer_past, self.layer_idx, hidden_states)
         return torch.zeros_like(hidden_states), None
 

@@ -21,7 +21,7 @@ from ..forward.layerwise import Batch, LayerRunner
 from ..loading.offloading import is_offloaded
 from ..loading.state import evaluating
 from ..loading.subject import Subject
-from ..models.layout import resize_layer
+from ..models.resizing import resize_layer
 from ..request.config import PruningConfig
 from ..runs import ranks
 from ..runs.clock import median_seconds
