@@ -203,6 +203,12 @@ def request(method="wanda_sp", **fields):
     return PruningConfig(method, **fields)
 
 
+def caches_of(model):
+    """The kinds of caches that the stock class of a model computes with."""
+    # With ALiBi, Falcon makes positions for as many tokens as there are, and not for the whole of a static cache.
+    return ["dynamic"] if getattr(model.config, "alibi", False) else ["dynamic", "static"]
+
+
 def kinds_of(name):
     """The kinds of units that a tiny architecture can lose."""
     return ["mlp"] if name in FIXED_HEADS else ["attention", "mlp"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
 from ..request.choices import AttentionUnit, UnitKind
-from .transposed import Linear
 
 
 T = TypeVar("T")
@@ -85,13 +85,13 @@ class Coupling:
 
     Args:
         name (`str`): name of the linear inside the model.
-        linear (`nn.Linear` or `TransposedLinear`): the linear itself.
+        linear (`nn.Linear`): the linear itself, or a `TransposedLinear`, which has the same attributes.
         axis (`int`): 0 for output rows (weight and bias), 1 for input columns (weight only).
         segments (`tuple[Segment, ...]`): how the axis is laid out, first to last. All units own equally much of it.
     """
 
     name: str
-    linear: Linear
+    linear: nn.Linear
     axis: int
     segments: tuple[Segment, ...]
 
@@ -145,7 +145,7 @@ class Site:
         layer (`int`): index of the decoder layer.
         kind (`str`): `"attention"` or `"mlp"`.
         projection_name (`str`): name of the output projection inside the model.
-        projection (`nn.Linear` or `TransposedLinear`): the output projection; unit `u` is block `u` of its input
+        projection (`nn.Linear`): the output projection, or a `TransposedLinear`; unit `u` is block `u` of its input
             features.
         num_units (`int`): units of the site.
         couplings (`tuple[Coupling, ...]`): every tensor that the units own a part of, the projection included.
@@ -161,7 +161,7 @@ class Site:
     layer: int
     kind: str
     projection_name: str
-    projection: Linear
+    projection: nn.Linear
     num_units: int
     couplings: tuple[Coupling, ...]
     num_groups: int = 1

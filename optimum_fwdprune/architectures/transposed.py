@@ -60,10 +60,6 @@ class TransposedLinear(nn.Module):
         return self.module.register_forward_pre_hook(lambda _module, *args: hook(self, *args), **options)
 
 
-# What couplings hold.
-Linear = nn.Linear | TransposedLinear
-
-
 def as_linear(module: Any) -> Any:
     """Return a module of a decoder layer with the attributes of a linear."""
     return TransposedLinear(module) if isinstance(module, Conv1D) else module

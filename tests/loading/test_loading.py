@@ -52,11 +52,6 @@ def attention_implementations(model):
     return ["eager", "sdpa"] if model._supports_sdpa else ["eager"]
 
 
-def cache_implementations(model):
-    # With ALiBi, Falcon's own classes make positions for as many tokens as there are, and not for the whole cache.
-    return ["dynamic"] if getattr(model.config, "alibi", False) else ["dynamic", "static"]
-
-
 def tasks_of(name):
     """The Auto classes that transformers has a class of the family for."""
     return [task for task in TASKS if type(tiny.make_config(name)) in getattr(transformers, task)._model_mapping]
@@ -79,7 +74,7 @@ def save_checkpoint(folder, model, tokens, auto_class, every_way=True):
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
     expected = {}
-    attention, caches = attention_implementations(model), cache_implementations(model)
+    attention, caches = attention_implementations(model), tiny.caches_of(model)
     if not every_way:
         attention, caches = attention[:1], caches[:1]
     for implementation in attention:
