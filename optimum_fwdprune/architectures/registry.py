@@ -215,6 +215,11 @@ def supported_architectures() -> list[str]:
     return sorted({*pruned_types(), *family_modules()})
 
 
+def is_supported(config: PreTrainedConfig) -> bool:
+    """Whether `config` is that of a dense or pruned model of a supported family."""
+    return _architecture_of(config.model_type) is not None
+
+
 def is_pruned(config: PreTrainedConfig) -> bool:
     """Whether `config` is that of a pruned model of a registered family, also where the model was loaded with the code
     beside its weights (`trust_remote_code=True`)."""
@@ -235,8 +240,8 @@ def get_architecture(config: PreTrainedConfig) -> Architecture:
     if architecture is None:
         raise ValueError(
             f"model_type {config.model_type!r} is not supported. Supported: {', '.join(supported_architectures())}. "
-            f"Another family takes one call to optimum_fwdprune.register_architecture; see "
-            f"docs/add_an_architecture.md."
+            f"Another family takes one call to optimum_fwdprune.register_architecture: optimum-cli fwdprune inspect "
+            f"MODEL prints a declaration to start from, and docs/add_an_architecture.md explains it."
         )
     if config.is_heterogeneous and not is_pruned(config):
         raise ValueError(

@@ -27,7 +27,9 @@ class FwdPruneCommand(BaseOptimumCLICommand):
     SUBCOMMANDS = (
         CommandInfo(name="prune", help="Prune a model and save it as a checkpoint.", subcommand_class=PruneCommand),
         CommandInfo(
-            name="inspect", help="Show what each layer of a pruned checkpoint kept.", subcommand_class=InspectCommand
+            name="inspect",
+            help="Show what each layer of a checkpoint kept, or what a dense model has to prune.",
+            subcommand_class=InspectCommand,
         ),
         CommandInfo(
             name="report",

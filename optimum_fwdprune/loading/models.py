@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from ..architectures import get_architecture, is_pruned
+from ..architectures import get_architecture, is_pruned, is_supported
 from .integrity import check_checkpoint
 from .offline import naming_offline
 
@@ -121,6 +121,24 @@ def check_dtype(dtype: Any) -> None:
     """Raise `ValueError` where `dtype` is a string that names no dtype."""
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype={dtype!r} is no dtype; use auto, float32, bfloat16 or float16.")
+
+
+def build_without_weights(model_id: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Return a model of any family on the meta device, built from its config; where its class cannot be built there,
+    the model is loaded.
+
+    Args:
+        model_id (`str` or `Path`): folder, or repository of the Hub.
+        kwargs: for `from_pretrained`, such as `revision`, `token` and `trust_remote_code`.
+    """
+    with naming_offline(model_id, FOLDER_OTHERWISE):
+        config = AutoConfig.from_pretrained(model_id, **kwargs)
+        auto_class = auto_class_of(config) if is_supported(config) else AutoModelForCausalLM
+        try:
+            with torch.device("meta"):
+                return auto_class.from_config(config, trust_remote_code=kwargs.get("trust_remote_code"))
+        except (NotImplementedError, RuntimeError):
+            return auto_class.from_pretrained(model_id, **kwargs)
 
 
 def load_causal_lm(model_id: str | Path, **kwargs: Any) -> PreTrainedModel:

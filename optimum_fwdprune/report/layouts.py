@@ -1,0 +1,90 @@
+"""Tables of what a model consists of before it is pruned: its units and the linears of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ..architectures import Site, find_sites
+from ..architectures.site import unit_name
+from ..architectures.sizes import ModelSizes
+from ..request.choices import AttentionUnit, UnitKind
+from ..words import render_table
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..architectures.recognition import RecognisedLayout
+
+
+def units_table(model: PreTrainedModel) -> str:
+    """Return tables of the units of a supported model and of the linears that they are parts of.
+
+    Args:
+        model (`PreTrainedModel`): dense or pruned; it may be on the meta device.
+    """
+    total = ModelSizes.of(model).parameters
+    rows: list[tuple[str, ...]] = []
+    for unit in AttentionUnit:
+        sites = find_sites(model, unit, (UnitKind.ATTENTION,))
+        rows += _unit_rows(sites, unit_name(UnitKind.ATTENTION, unit), total)
+    sites = find_sites(model, AttentionUnit.KV_GROUP)
+    channels = [site for site in sites if site.kind == UnitKind.MLP]
+    rows += _unit_rows(channels, unit_name(UnitKind.MLP, AttentionUnit.KV_GROUP), total)
+    units = render_table(("unit", "sites", "per site", "parameters of one", "of all", "of the model"), rows)
+    linears = render_table(("linear of a layer", "layers", "features", "of a unit"), _linear_rows(sites))
+    return f"{units}\n{linears}"
+
+
+def _unit_rows(sites: Sequence[Site], name: str, total: int) -> list[tuple[str, ...]]:
+    """Return the row of one kind of unit; none where no site has it."""
+    if not sites:
+        return []
+    owned = sum(site.num_parameters for site in sites)
+    return [
+        (
+            name,
+            str(len(sites)),
+            _span(site.num_units for site in sites),
+            _span(site.unit_parameters for site in sites),
+            f"{owned:,}",
+            f"{owned / total:.1%}",
+        )
+    ]
+
+
+def _linear_rows(sites: Sequence[Site]) -> list[tuple[str, ...]]:
+    """Return one row per linear that units are parts of, and per shape that it has in some layers."""
+    layers: dict[tuple[str, str, str], list[int]] = {}
+    for site in sites:
+        for coupling in site.couplings:
+            name = coupling.name.partition(f".{site.layer}.")[2]
+            inputs, outputs = coupling.linear.in_features, coupling.linear.out_features
+            cut = f"{outputs} outputs" if coupling.axis == 0 else f"{inputs} inputs"
+            features, share = f"{inputs} -> {outputs}", f"{coupling.owned_width()} of {cut}"
+            layers.setdefault((name, features, share), []).append(site.layer)
+    return [(name, _ranges(numbers), features, share) for (name, features, share), numbers in layers.items()]
+
+
+def linears_table(layout: RecognisedLayout) -> str:
+    """Return a table of the linears of a decoder layer, with what each was recognised to be."""
+    rows = [(name, str(shape), layout.role(name)) for name, shape in layout.linears.items()]
+    return render_table((f"linear of {layout.layers}.0", "features", "recognised as"), rows)
+
+
+def _span(values: Iterable[int]) -> str:
+    """Return one number, or the lowest and the highest of several."""
+    values = sorted(set(values))
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as ranges: 0-29, or 0-3, 7."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

@@ -1,0 +1,116 @@
+"""`inspect` of models that were not pruned: their units, or the declaration of a family that is not supported."""
+
+import copy
+import importlib.util
+import sys
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from optimum_fwdprune import FwdPruner, find_sites
+from optimum_fwdprune.architectures import registry
+
+
+SIZES = {"vocab_size": tiny.VOCAB, "hidden_size": 48, "num_hidden_layers": 3, "pad_token_id": 0, "bos_token_id": 1}
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
+# Projections inside a nested module, and a width that the config lacks; grouped heads; an attention that reshapes by a
+# size of its own, and an MLP that is part of the layer.
+UNSUPPORTED = {
+    "gpt_neo": (
+        transformers.GPTNeoConfig,
+        {"num_heads": 6, "attention_types": [[["global", "local", "global"], 1]], "window_size": 8},
+    ),
+    "vaultgemma": (transformers.VaultGemmaConfig, {**HEADS, "intermediate_size": 64}),
+    "xglm": (transformers.XGLMConfig, {"attention_heads": 6, "ffn_dim": 64}),
+}
+
+
+def unsupported(name, folder):
+    """Save the config of a tiny model whose family is not supported, and return the model."""
+    config_class, values = UNSUPPORTED[name]
+    config = config_class(
+        **{config_class.attribute_map.get(key, key): value for key, value in SIZES.items()}, **values
+    )
+    config.eos_token_id = 2
+    config.save_pretrained(folder)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@torch.no_grad()
+def masked_by_hand(model, plan):
+    """A copy of the dense model whose projections have zero columns for the units that the plan removes."""
+    masked = copy.deepcopy(model)
+    for site in find_sites(masked, plan.attention_unit):
+        columns = site.projection.weight.view(site.projection.out_features, site.num_units, site.unit_width)
+        columns[:, plan.removed(site.key)] = 0
+    return masked
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_the_printed_declaration_prunes_the_family(name, cli, tokens, tmp_path, monkeypatch):
+    dense = unsupported(name, tmp_path / "dense")
+    monkeypatch.setattr(registry, "_ARCHITECTURES", dict(registry._ARCHITECTURES))
+    with pytest.raises(ValueError, match=rf"'{name}' is not supported.*optimum-cli fwdprune inspect MODEL"):
+        FwdPruner(dense)
+    code, printed, _ = cli("inspect", tmp_path / "dense")
+    assert code == 0 and "This layout is recognised" in printed
+
+    file = tmp_path / f"family_{name}.py"
+    file.write_text(printed[printed.index('"""') :])
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, file.stem, module)
+    spec.loader.exec_module(module)
+    pruner = FwdPruner(dense)
+    pruned = pruner.prune(tiny.request("random", sparsity=0.4, reconstruction="none"), tokens, inplace=False)
+    expected = masked_by_hand(dense, pruner.plan)(tokens[:4]).logits
+
+    assert all(pruner.plan.removed((1, kind)) for kind in ("attention", "mlp"))
+    assert (pruned(tokens[:4]).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (dense(tokens[:4]).logits - expected).abs().max() > 1e-2 * expected.abs().max()
+    pruner.save_pretrained(tmp_path / "pruned")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert torch.equal(again(tokens[:4]).logits, pruned(tokens[:4]).logits)
+
+
+def test_a_declaration_is_written_into_a_file_that_is_not_there_yet(cli, tmp_path):
+    unsupported("xglm", tmp_path / "dense")
+    file = tmp_path / "family.py"
+    code, printed, _ = cli("inspect", tmp_path / "dense", "--declaration", file)
+    assert code == 0 and "register_architecture" not in printed
+    assert 'model_type = "pruned_xglm"' in file.read_text()
+
+    code, _, error = cli("inspect", tmp_path / "dense", "--declaration", file)
+    assert code == 1 and "family.py: file exists" in error
+
+
+def test_a_supported_model_shows_its_units_and_linears(cli, tmp_path):
+    tiny.make_config("llama_gqa_biases").save_pretrained(tmp_path)
+    code, shown, _ = cli("inspect", tmp_path)
+    rows = {line.split("  ")[1].strip(): line.split() for line in shown.splitlines() if line.startswith("  ")}
+
+    assert code == 0
+    # Three KV groups: two query heads, a key head and a value head of 8 features each, with biases.
+    group = 2 * (48 * 8 + 8) + 2 * (48 * 8 + 8) + 2 * 48 * 8
+    assert rows["KV groups"][2:6] == ["3", "3", f"{group:,}", f"{9 * group:,}"]
+    assert rows["MLP channels"][2:6] == ["3", "64", str(3 * 48 + 2), f"{192 * (3 * 48 + 2):,}"]
+    assert rows["mlp.down_proj"] == ["mlp.down_proj", "0-2", "64", "->", "48", "1", "of", "64", "inputs"]
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.MixtralConfig(**HEADS, intermediate_size=64, num_local_experts=2, **SIZES), "experts"),
+        (transformers.MambaConfig(**SIZES), "mixer.A_log of a decoder layer"),
+    ],
+    ids=["experts", "state_space"],
+)
+def test_what_a_layout_cannot_describe_is_named(config, reason, cli, tmp_path):
+    config.save_pretrained(tmp_path)
+    code, _, error = cli("inspect", tmp_path)
+
+    assert code == 1 and reason in error
