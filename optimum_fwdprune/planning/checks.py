@@ -15,7 +15,7 @@ from ..loading.placement import warn_of_placement
 from ..loading.saving import check_savable
 from ..loading.subject import Subject
 from ..reconstruction.reconstruct import check_reconstruction
-from ..request.choices import Scope
+from ..request.choices import Scope, UnitKind
 from ..request.config import PruningConfig
 from ..runs import ranks
 from ..scoring.scores import Scores
@@ -75,9 +75,10 @@ def check_kinds(subject: Subject, config: PruningConfig) -> None:
     """Raise `ValueError` where a request prunes units of a kind that the model cannot lose."""
     for site in subject.sites:
         if site.fixed and site.kind in config.resolved_kinds:
+            others = [kind for kind in config.resolved_kinds if kind != site.kind] or [UnitKind.MLP.value]
             raise ValueError(
                 f"kinds={config.resolved_kinds} asks for {unit_name(site.kind, config.attention_unit)}, which this "
-                f"{subject.model.config.model_type} cannot lose: {site.fixed} Use kinds=['mlp']."
+                f"{subject.model.config.model_type} cannot lose: {site.fixed} Use kinds={others}."
             )
 
 

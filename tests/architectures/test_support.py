@@ -7,13 +7,23 @@ from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
 from optimum_fwdprune.architectures import get_architecture, registered_architectures
 
 
-@pytest.mark.parametrize("request_for_heads", [{"kinds": ["attention"]}, {"attention_sparsity": 0.3}])
+REQUESTS_FOR_HEADS = (
+    ({"kinds": ["attention"]}, "'mlp'"),
+    ({"kinds": ["attention", "mlp"]}, "'mlp'"),
+    ({"kinds": ["attention", "layer"], "depth_sparsity": 0.3}, "'layer'"),
+    ({"attention_sparsity": 0.3}, "'mlp'"),
+)
+
+
+@pytest.mark.parametrize(("request_for_heads", "way_out"), REQUESTS_FOR_HEADS)
 @pytest.mark.parametrize("name", tiny.FIXED_HEADS)
-def test_heads_that_cannot_go_are_refused_with_the_reason_before_any_work(name, request_for_heads, monkeypatch):
+def test_heads_that_cannot_go_are_refused_with_the_reason_before_any_work(
+    name, request_for_heads, way_out, monkeypatch
+):
     dense = tiny.make_model(name)
     monkeypatch.setattr(type(dense.base_model), "forward", None)
     reason = get_architecture(dense.config).layout.attention.fixed
-    with pytest.raises(ValueError, match=f"query heads, which this .* cannot lose: {reason} Use kinds="):
+    with pytest.raises(ValueError, match=f"query heads, which this .* cannot lose: {reason} Use kinds=.{way_out}.[.]"):
         FwdPruner(dense).prune(method="wanda_sp", **request_for_heads)
 
 
