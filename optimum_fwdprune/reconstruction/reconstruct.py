@@ -91,6 +91,8 @@ def reconstruct_by_layer(
     has_means = kind == ReconstructionKind.BIAS and bool(evidence.statistics)
     if kind != ReconstructionKind.NONE and losing and evidence.calibration is None and not has_means:
         raise ValueError(f"reconstruction={kind!r} needs calibration tokens.")
+    if kind == ReconstructionKind.LEAST_SQUARES and not in_order:
+        _warn_of_gaps(subject, kept)
     if kind != ReconstructionKind.LEAST_SQUARES or not losing:
         yield from _biases_by_layer(subject, kept, config, evidence, shelf)
         return
@@ -108,6 +110,18 @@ def reconstruct_by_layer(
             continue
         details = {str(key): refit.summary() for key, refit in refits.items()}
         yield Reconstruction(projections, details)
+
+
+def _warn_of_gaps(subject: Subject, kept: Mapping[SiteKey, list[int]]) -> None:
+    """Say that independent least squares does nothing about layers and sublayers that are gone."""
+    gone = sum(not kept[site.key] for site in subject.sites)
+    if gone:
+        logger.warning(
+            "Independent least squares fits every projection to the output of its own removed units, so that none "
+            "takes over from the %d sublayers that are removed whole. reconstruction_order='sequential' repairs these "
+            "too.",
+            gone,
+        )
 
 
 def _sequential_fit(subject: Subject, config: PruningConfig) -> SequentialFit:

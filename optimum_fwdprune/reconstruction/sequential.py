@@ -17,6 +17,7 @@ from ..request.choices import ReconstructionTarget
 from ..runs.devices import back_to, precise
 from ..runs.progress import progress
 from ..runs.shelves import Shelf
+from .aims import Aims
 from .gauss_newton import LeastSquares, gauss_newton_changes, summed_squares
 from .least_squares import NormalEquations, Refit, refit
 from .reconstruction import Reconstruction
@@ -64,7 +65,8 @@ def refit_in_sequence(
     done: Sequence[Reconstruction] = (),
 ) -> Iterator[Refitted]:
     """Yield, layer by layer, new projection parameters of every site that loses units and, where the target is the
-    dense model's stream, of every site behind the first of these, since all of them can make up for its loss.
+    dense model's stream, of every site behind the first of these, since all of them can make up for its loss. Sites
+    without units are passed over: the site before such a gap aims at the dense stream after it.
 
     With several processes each carries a share of the windows along, and all fit alike on the sums over all of them.
     One projection's normal equations are in memory at a time. The hidden states of all windows wait in the memory of
@@ -82,15 +84,16 @@ def refit_in_sequence(
     """
     sites, runner, shelf = subject.sites, LayerRunner(subject.model), shelf or Shelf()
     towards_dense = fit.target == ReconstructionTarget.DENSE
+    joining = Joining.of(subject) if towards_dense else None
+    aims = Aims(sites, kept, over_gaps=joining is not None and not joining.normalized)
     streams: list[list[Stream]] = [[] for _ in texts]
     for held, text in enumerate(texts):
         if (share := text.own_share()) is not None:
             for number, batch in enumerate(runner.batches(share, fit.batch_size)):
-                joining = Joining.of(subject) if towards_dense else None
-                streams[held].append(Stream(f"{held}.{number}", batch, runner, shelf, joining, fit.refit_sources))
+                name = f"{held}.{number}"
+                streams[held].append(Stream(name, batch, runner, shelf, joining, fit.refit_sources, aims))
     every_stream = [stream for of_text in streams for stream in of_text]
-    first_loss = next((place for place, site in enumerate(sites) if len(kept[site.key]) < site.num_units), len(sites))
-    behind = {site.key for site in sites[first_loss:]}
+    behind = {site.key for site in sites[_first_fitted(sites, kept) :]}
     if shelf.settled == 0:
         for stream in every_stream:
             stream.start()
@@ -102,8 +105,10 @@ def refit_in_sequence(
         number = of_layer[0].layer
         layer = _Layer(of_layer, streams, fit.ridge, fit.refit_sources)
         with resident(runner.layers[number]):
-            for stream in every_stream:
-                stream.enter(of_layer)
+            for ahead in range(aims.layers_run(number - 1), aims.layers_run(number)):
+                with resident(runner.layers[ahead]):
+                    for stream in every_stream:
+                        stream.enter(layers[ahead])
             if number < len(done):
                 layer.projections |= done[number].placed_like(of_layer).projections
             for place, site in enumerate([] if number < len(done) else of_layer):
@@ -116,6 +121,13 @@ def refit_in_sequence(
                 stream.leave(of_layer, layer.projections)
             yield layer.projections, layer.refits
         shelf.settle(number + 1)
+
+
+def _first_fitted(sites: Sequence[Site], kept: Mapping[SiteKey, list[int]]) -> int:
+    """The place of the first site that can make up for a loss: it loses units itself, or a gap follows it."""
+    first = next((place for place, site in enumerate(sites) if len(kept[site.key]) < site.num_units), len(sites))
+    is_gap = first < len(sites) and not kept[sites[first].key]
+    return max(0, first - 1) if is_gap else first
 
 
 @dataclass

@@ -17,6 +17,7 @@ from ..forward.layerwise import Batch, LayerRunner
 from ..loading.subject import Subject
 from ..runs.devices import on_host
 from ..runs.shelves import Shelf
+from .aims import Aims
 from .gauss_newton import Linearized
 
 
@@ -48,9 +49,9 @@ class Stream:
     """A batch in the pruned model and, where it is followed, in the dense one.
 
     On the shelf are, in front of layer number `l`: `"<l>.<name>.pruned"` and `"<l>.<name>.dense"`; and of the dense
-    model within the layer at hand, `"<name>.<place>"`: what its stream is in front of the site of that place (from 1),
-    or `"<name>.<place>.output"`: what the projection of that site returns, where a norm follows it; and
-    `"<name>.<place>.inputs"`: what the sources of that site read.
+    model within a layer that was run, `"<l>.<name>.<place>"`: what its stream is in front of the site of that place
+    (from 1), or `"<l>.<name>.<place>.output"`: what the projection of that site returns, where a norm follows it; and
+    `"<l>.<name>.<place>.inputs"`: what the sources of that site read.
 
     Args:
         name (`str`): on the shelf.
@@ -60,6 +61,7 @@ class Stream:
         joining (`Joining`, *optional*): where projections aim at the dense model, how their outputs join its stream;
             `None` where they aim at the output of the whole projection.
         follows_inputs (`bool`): what the dense model's sources read is known as well.
+        aims (`Aims`): where in the dense model's stream projections aim.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Stream:
     shelf: Shelf
     joining: Joining | None
     follows_inputs: bool
+    aims: Aims
 
     def start(self) -> None:
         """Put the batch in front of the first layer."""
@@ -86,14 +89,14 @@ class Stream:
         with outputs_of(site.projection for site in sites) as outputs, inputs_of(readers) as inputs:
             after = self.runner.run(layer, self.batch, stream)
         for place, read in enumerate(inputs):
-            self.shelf[f"{self.name}.{place}.inputs"] = read
+            self.shelf[f"{layer}.{self.name}.{place}.inputs"] = read
         if self.joining.normalized:
             for place, output in enumerate(outputs):
-                self.shelf[f"{self.name}.{place}.output"] = output
+                self.shelf[f"{layer}.{self.name}.{place}.output"] = output
         else:
             for place, output in enumerate(outputs[:-1], start=1):
                 stream = stream + self.joining.multiplier * output.view_as(stream).to(stream.device)
-                self.shelf[f"{self.name}.{place}"] = stream
+                self.shelf[f"{layer}.{self.name}.{place}"] = stream
         self.shelf[f"{layer + 1}.{self.name}.dense"] = after
 
     def observe(
@@ -108,7 +111,7 @@ class Stream:
         """Return what the sources of a site read in the pruned model, and how far that is from what they read in the
         dense one: both `[tokens, in_features]`."""
         inputs, _ = self._run_before(sites[place].sources[0].linear, sites, place, projections)
-        dense = self.shelf[f"{self.name}.{place}.inputs"].to(inputs.device)
+        dense = self.shelf[f"{sites[place].layer}.{self.name}.{place}.inputs"].to(inputs.device)
         return self.batch.tokens(inputs), self.batch.tokens(dense).float() - self.batch.tokens(inputs).float()
 
     def linearize(self, sites: Sequence[Site], place: int, projections: Projections) -> Linearized:
@@ -142,11 +145,11 @@ class Stream:
             self.shelf[f"{layer + 1}.{self.name}.pruned"] = self.runner.run(layer, self.batch, pruned)
         for place in range(len(sites)):
             if self.joining is not None and self.joining.normalized:
-                self.shelf.forget(f"{self.name}.{place}.output")
+                self.shelf.forget(f"{layer}.{self.name}.{place}.output")
             elif self.joining is not None and place:
-                self.shelf.forget(f"{self.name}.{place}")
+                self.shelf.forget(f"{layer}.{self.name}.{place}")
             if self.follows_inputs:
-                self.shelf.forget(f"{self.name}.{place}.inputs")
+                self.shelf.forget(f"{layer}.{self.name}.{place}.inputs")
 
     def _run_before(
         self, module: nn.Module, sites: Sequence[Site], place: int, projections: Projections
@@ -172,18 +175,20 @@ class Stream:
     def _target(self, sites, place, written, joining: Joining) -> torch.Tensor:
         """Return the output that the projection of a site should have for the pruned model's inputs, in float32."""
         if joining.normalized:
-            return self.shelf[f"{self.name}.{place}.output"].float()
+            return self.shelf[f"{sites[place].layer}.{self.name}.{place}.output"].float()
         site = sites[place]
         device = site.projection.weight.device
         pruned = self.shelf[f"{site.layer}.{self.name}.pruned"]
-        target = (self._dense_behind(sites, place).to(device).float() - pruned.to(device).float()) / joining.multiplier
+        target = (self._dense_behind(site).to(device).float() - pruned.to(device).float()) / joining.multiplier
         for output in written:
             target -= output.view_as(target).to(device).float()
         return target
 
-    def _dense_behind(self, sites, place) -> torch.Tensor:
-        last = place == len(sites) - 1
-        return self.shelf[f"{sites[0].layer + 1}.{self.name}.dense" if last else f"{self.name}.{place + 1}"]
+    def _dense_behind(self, site: Site) -> torch.Tensor:
+        aim = self.aims.of(site)
+        if aim.is_last:
+            return self.shelf[f"{aim.layer + 1}.{self.name}.dense"]
+        return self.shelf[f"{aim.layer}.{self.name}.{aim.place + 1}"]
 
 
 def _in_float32_at_most(values: torch.Tensor) -> torch.Tensor:

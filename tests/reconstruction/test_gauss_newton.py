@@ -14,6 +14,7 @@ from optimum_fwdprune import Calibration, FwdPruner, find_sites
 from optimum_fwdprune.forward.gates import kept_projection, kept_sources
 from optimum_fwdprune.forward.layerwise import LayerRunner
 from optimum_fwdprune.reconstruction import gauss_newton
+from optimum_fwdprune.reconstruction.aims import Aims
 from optimum_fwdprune.reconstruction.gauss_newton import (
     FACTOR_DAMPING,
     PULL,
@@ -119,7 +120,9 @@ def in_front_of_the_second_layer(dense, tokens):
     """The sites of that layer, and a stream that has entered it."""
     runner = LayerRunner(dense)
     (batch,) = runner.batches(Calibration(tokens), len(tokens))
-    stream = Stream("0", batch, runner, Shelf(), joining=Joining(), follows_inputs=True)
+    sites = find_sites(dense)
+    aims = Aims(sites, {site.key: [0] for site in sites})
+    stream = Stream("0", batch, runner, Shelf(), joining=Joining(), follows_inputs=True, aims=aims)
     stream.start()
     for layer in range(2):
         of_layer = [each for each in find_sites(dense) if each.layer == layer]
@@ -329,5 +332,5 @@ def test_without_held_out_windows_only_inputs_are_corrected():
     [{"reconstruction": "none"}, {"reconstruction_order": "independent"}, {"reconstruction_target": "layer"}],
 )
 def test_refused_where_there_is_nothing_to_aim_at(fields):
-    with pytest.raises(ValueError, match="refit_sources goes with least squares layer by layer"):
+    with pytest.raises(ValueError, match="refit_sources needs least squares layer by layer"):
         tiny.request(refit_sources=True, **fields)

@@ -1,0 +1,132 @@
+"""Least squares across layers and sublayers that are gone."""
+
+import copy
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
+
+
+GAPS = {
+    "first layer": [0],
+    "inner layers": [1, 2],
+    "last layer": [3],
+    "last attention": [(3, "attention")],
+    "mlp and attention": [(1, "mlp"), (2, "attention")],
+}
+# Their random models have enough in common between tokens for held-out windows to gain.
+ARCHITECTURES = ("llama_gqa_biases", "opt_pre_norm", "bloom")
+LAYERS = {"opt_pre_norm": "decoder.layers", "bloom": "h"}
+
+
+def plan_without(model, gone):
+    sites = find_sites(model)
+    counts = {site.key: site.num_units for site in sites}
+    kept = {key: [] if key.layer in gone or key in gone else list(range(count)) for key, count in counts.items()}
+    return PruningPlan(kept, counts, model.config.model_type, "query_head")
+
+
+def pruned_by(model, plan, tokens, **fields):
+    pruner = FwdPruner(copy.deepcopy(model))
+    pruner.prune(plan=plan, dataset=tokens, **{"reconstruction": "least_squares", **fields})
+    return pruner
+
+
+@torch.no_grad()
+def stream_after(model, name, layer, tokens):
+    """What a layer returns, `[tokens, hidden]` float64."""
+    seen = []
+    module = model.base_model.get_submodule(LAYERS.get(name, "layers"))[layer]
+    handle = module.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    model(tokens)
+    handle.remove()
+    output = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    return output.flatten(0, -2).double().numpy()
+
+
+@pytest.fixture
+def many_tokens():
+    return torch.randint(tiny.VOCAB, (48, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("gap", GAPS)
+def test_what_is_left_takes_over_most_of_what_is_gone(name, gap, many_tokens):
+    model = tiny.make_model(name, num_hidden_layers=4)
+    plan = plan_without(model, GAPS[gap])
+    target = stream_after(model, name, 3, many_tokens)
+
+    def lost(**fields):
+        pruned = pruned_by(model, plan, many_tokens, **fields).model
+        return np.square(stream_after(pruned, name, -1, many_tokens) - target).mean()
+
+    assert lost() < 0.5 * lost(reconstruction="none")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_projection_before_a_gap_aims_at_the_dense_stream_after_it(name, many_tokens):
+    """ReplaceMe's closed form, where nothing was lost before."""
+    model = tiny.make_model(name, num_hidden_layers=4)
+    pruner = pruned_by(model, plan_without(model, [2, (3, "attention")]), many_tokens, ridge=0.01)
+    before, after = (stream_after(model, name, layer, many_tokens) for layer in (1, 2))
+    sites = {site.key: site for site in find_sites(model)}
+    written = []
+    handle = sites[3, "attention"].projection.register_forward_hook(
+        lambda _module, _args, output: written.append(output)
+    )
+    model(many_tokens)
+    handle.remove()
+    residual = after + written[0].flatten(0, -2).double().numpy() - before
+
+    site = sites[1, "mlp"]
+    inputs = tiny.projection_inputs(model, site, many_tokens)
+    share = 0.01 * np.square(inputs).sum(0).mean()
+    change = np.linalg.solve(inputs.T @ inputs + share * np.eye(inputs.shape[1]), inputs.T @ residual).T
+    expected = site.projection.weight.double().numpy() + change
+    (found,) = [site for site in find_sites(pruner.model) if site.key == (1, "mlp")]
+
+    np.testing.assert_allclose(
+        found.projection.weight.double().numpy(), expected, rtol=1e-2, atol=2e-3 * np.abs(expected).max()
+    )
+    # Sites before the last one in front of the gap have nothing to make up for.
+    for key in ((0, "mlp"), (1, "attention")):
+        (untouched,) = [site for site in find_sites(pruner.model) if site.key == key]
+        assert torch.equal(untouched.projection.weight, sites[key].projection.weight)
+
+
+def test_a_model_on_disk_is_repaired_bit_for_bit_as_in_memory(many_tokens, tmp_path):
+    model = tiny.make_model("llama_gqa_biases", num_hidden_layers=4)
+    model.save_pretrained(tmp_path / "dense")
+    plan, weights = plan_without(model, [1, 2]), {}
+    for place in ("memory", "disk"):
+        pruner = FwdPruner.from_pretrained(tmp_path / "dense", low_memory=place == "disk")
+        pruner.prune(plan=plan, dataset=many_tokens, reconstruction="least_squares")
+        pruner.save_pretrained(tmp_path / place)
+        files = (tmp_path / place).glob("*.safetensors")
+        weights[place] = {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+    assert all(torch.equal(tensor, weights["memory"][name]) for name, tensor in weights["disk"].items())
+
+
+def test_sources_are_refitted_across_a_gap_too(many_tokens):
+    model = tiny.make_model("llama_gqa_biases", num_hidden_layers=4)
+    plan = plan_without(model, [1, (2, "mlp")])
+    target = stream_after(model, "llama", 3, many_tokens)
+
+    def lost(**fields):
+        pruned = pruned_by(model, plan, many_tokens, **fields).model
+        return np.square(stream_after(pruned, "llama", -1, many_tokens) - target).mean()
+
+    assert lost(refit_sources=True) < lost() < lost(reconstruction="none")
+
+
+def test_independent_least_squares_says_that_it_repairs_no_gap(many_tokens, caplog):
+    model = tiny.make_model("llama_gqa_biases", num_hidden_layers=4)
+    pruned_by(model, plan_without(model, [1]), many_tokens, reconstruction_order="independent")
+
+    assert "reconstruction_order='sequential' repairs" in caplog.text
