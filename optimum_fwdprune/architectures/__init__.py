@@ -20,7 +20,7 @@ from .site import (
     keyed_by_site,
 )
 from .sites import head_counts
-from .transposed import as_stored, stored_axis
+from .transposed import as_linear, as_stored, stored_axis
 
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Segment",
     "Site",
     "SiteKey",
+    "as_linear",
     "as_stored",
     "find_sites",
     "get_architecture",

@@ -14,9 +14,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from ..architectures import as_linear
 from ..architectures.sizes import ModelSizes
 from ..loading.offloading import input_device
 from ..loading.state import check_not_consumed, evaluating
+from ..models.resizing import LINEARS
 from ..runs.clock import synchronize
 from ..runs.loggers import get_logger
 from ..runs.progress import progress
@@ -197,7 +199,7 @@ def _decode_reason(before: Benchmark, after: Benchmark) -> str:
 
 
 def _odd_widths(model: PreTrainedModel) -> list[nn.Linear]:
-    linears = (module for module in model.base_model.modules() if isinstance(module, nn.Linear))
+    linears = [as_linear(module) for module in model.base_model.modules() if isinstance(module, LINEARS)]
     return [linear for linear in linears if linear.in_features % TILE or linear.out_features % TILE]
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from ..architectures.wrapping import is_peft_model
+from ..models.resizing import LINEARS
 from .options import RecoveryOptions
 
 
@@ -55,7 +56,7 @@ def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
     unknown = [] if targets == ["all-linear"] else [target for target in targets if not _has_target(modules, target)]
     if targets and not unknown:
         return
-    linears = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    linears = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, LINEARS)}
     wrong = f"No module has a name that ends in {unknown[0]!r}" if unknown else "lora_targets is empty"
     raise ValueError(f"{wrong}; lora_targets takes all-linear, or some of {', '.join(sorted(linears))}.")
 

@@ -4,8 +4,10 @@ import pytest
 import tiny
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from transformers.models.gpt2 import modeling_gpt2
+from transformers.pytorch_utils import Conv1D
 
 from optimum_fwdprune import FwdPruner, find_sites
 from optimum_fwdprune.forward.gates import gated
@@ -85,6 +87,17 @@ def test_hooks_and_forward_passes_that_are_taken_back_leave_the_model_as_it_was(
 
     assert torch.equal(dense(tokens).logits, expected)
     assert not any("forward" in vars(module) or module._forward_hooks for module in dense.modules())
+
+
+def test_forward_passes_that_accelerate_has_replaced_stay(tokens):
+    dense = tiny.make_model("gpt2")
+    linears = [module for module in dense.modules() if isinstance(module, Conv1D)]
+    for linear in linears:
+        add_hook_to_module(linear, AlignDevicesHook(execution_device="cpu"))
+    before = [linear.forward for linear in linears]
+    FwdPruner(dense).score(tiny.request("mini_llm", sparsity=0.3, draws=3), tokens)
+
+    assert [linear.forward for linear in linears] == before
 
 
 @pytest.mark.parametrize("in_encoder_decoder", [False, True])

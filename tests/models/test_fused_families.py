@@ -126,3 +126,11 @@ def test_a_task_without_an_auto_class_is_refused_with_those_that_have_one():
         FwdPruner(transformers.GPT2DoubleHeadsModel(config)).prune(
             method="magnitude", reconstruction="none", kinds=["mlp"]
         )
+
+
+def test_an_attention_implementation_is_switched_where_the_stock_class_can():
+    for name, switched in (("falcon_multi_query", False), ("gpt_neox", True)):
+        pruned = FwdPruner(tiny.make_model(name)).prune(method="magnitude", reconstruction="none", kinds=["mlp"])
+        pruned.set_attn_implementation("eager")
+
+        assert (pruned.config._attn_implementation == "eager") == switched

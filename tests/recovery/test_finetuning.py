@@ -64,7 +64,7 @@ def test_a_model_is_recovered_without_a_pruner(tokenizer, tokens, tmp_path, dens
     ("name", "mode"),
     [
         *(("llama_gqa_biases", mode) for mode in ("lora", "full", "distill")),
-        *((name, "lora") for name in ("opt_pre_norm", "bloom", "mistral_sliding_window", "qwen3", "phi3")),
+        *((name, "lora") for name in ("opt_pre_norm", "bloom", "mistral_sliding_window", "qwen3", "phi3", "gpt2")),
     ],
 )
 def test_every_mode_learns_and_leaves_a_plain_checkpoint(name, mode, tokenizer, tokens, tmp_path):
