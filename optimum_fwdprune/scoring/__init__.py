@@ -1,1 +1,1 @@
-"""Scores of units: one file per method, and the estimators that methods share."""
+"""Scores of units: the methods, one file each, and the estimators that they share."""

@@ -1,4 +1,4 @@
-"""Scoring every unit, with what the reconstruction of the request will need gathered along the way."""
+"""Scoring every unit; statistics for the request's reconstruction are collected in the same forward passes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .scores import Scores, scored_units
 
 
 def needs_calibration(config: PruningConfig) -> bool:
-    """Whether the request's scores, or its reconstruction, need calibration tokens."""
+    """Return whether the request's scores or its reconstruction need calibration tokens."""
     methods = [get_method(config.method)]
     if config.depth_kind is not None:
         methods.append(get_method(config.resolved_depth_method))
@@ -40,11 +40,12 @@ def needs_calibration(config: PruningConfig) -> bool:
 
 
 def check_scoring(model: PreTrainedModel, config: PruningConfig) -> None:
-    """Raise `ValueError` where `model` does not allow the scores that the request asks for, before anything runs."""
+    """Raise `ValueError` where the request's method cannot score `model`; it is called before anything is measured."""
     if is_offloaded(model) and get_method(config.method).differentiates(config):
         raise ValueError(
-            f"method={config.method!r} back-propagates here, which cannot reach offloaded weights. Load the model "
-            f"without offloading, or use method='mini_llm' with gradient='zeroth_order', which runs forward passes."
+            f"method={config.method!r} back-propagates with these options, which is impossible with offloaded "
+            f"weights. Load the model without offloading, or use method='mini_llm' with gradient='zeroth_order', "
+            f"which runs forward passes."
         )
 
 
@@ -54,16 +55,16 @@ def score_units(
     calibration: Calibration | None,
     keep: Callable[[Mapping[SiteKey, torch.Tensor]], dict[SiteKey, list[int]]],
 ) -> Scores:
-    """Score every unit, and gather what the request's reconstruction will need, without changing the model.
+    """Score every unit, and collect the statistics for the request's reconstruction, without changing the model.
 
     Args:
         subject (`Subject`): the dense model, in eval mode, with all its sites.
-        job (`Job`): the request, and where long stages keep their state.
-        calibration (`Calibration`, *optional*): the tokens, where the request `needs_calibration`.
-        keep (`Callable`): scores of every unit in, out what the request would keep under them.
+        job (`Job`): the request, and the folder for states of long stages.
+        calibration (`Calibration`, *optional*): the tokens, required if the request `needs_calibration`.
+        keep (`Callable`): returns the units that the request would keep, from scores of every unit.
 
     Raises:
-        ValueError: on NaN in weights, activations or scores, naming where.
+        ValueError: where weights, activations or scores contain NaN; the message names the place.
     """
     model, sites, config, resume = subject.model, subject.sites, job.config, job.resume
     _check_finite(model)
@@ -74,7 +75,7 @@ def score_units(
         statistics, grams = statistics_with_grams(subject, calibration, config.batch_size, needed, resume)
     elif needed and calibration is not None:
         (statistics,) = gather_statistics(subject, [calibration], config.batch_size, needed, resume)
-    # Scored again on another device, units that are worth the same could change places.
+    # Scores are stored for resuming, since units of equal score could change places on another device.
     stage = resume.stage("scores", calibration)
     scored = stage.load(_scores_of)
     if scored is None:
@@ -154,6 +155,6 @@ def _needed(config: PruningConfig) -> set[str]:
 
 def _check_finite(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
-        # amax lets NaN and infinity through and, unlike a sum, cannot overflow.
+        # amax propagates NaN and infinity and, unlike a sum, cannot overflow.
         if not parameter.is_meta and not parameter.detach().abs().amax().isfinite():
             raise ValueError(f"{name} contains NaN or infinity; the checkpoint is damaged or overflowed in its dtype.")

@@ -1,4 +1,4 @@
-"""Scores with all that went into them, so that another budget costs no second scoring."""
+"""Scores with the statistics and tokens that they are based on, so that other budgets can reuse them."""
 
 from __future__ import annotations
 
@@ -32,25 +32,26 @@ from .methods import (
 
 logger = get_logger(__name__)
 
-# In a folder of its own: servers such as vLLM read every .safetensors beside a config as weights.
+# The file is in a subfolder, since servers such as vLLM read all .safetensors files beside a config as weights.
 SCORES_NAME = "fwdprune/scores.safetensors"
 
 
 @dataclass
 class Scores:
-    """Scores of every unit, and the statistics and tokens behind them.
+    """Scores of every unit, and the statistics and tokens that they are based on.
 
     Args:
-        config (`PruningConfig`): the request they were made for; its method and attention unit bind them.
-        values (`dict[tuple[int, str], Tensor[num_units]]`): higher is kept.
+        config (`PruningConfig`): the request that they were made for; they hold for its method and attention unit.
+        values (`dict[tuple[int, str], Tensor[num_units]]`): the scores; units with higher scores are kept.
         statistics (`dict[tuple[int, str], SiteStatistics]`): empty where neither method nor reconstruction needs any.
         calibration (`Calibration`, *optional*): the tokens.
-        standard_errors (`dict[tuple[int, str], Tensor[num_units]]`): of scores that were estimated; else empty.
-        details (`dict`): how the scores came about, as JSON values.
-        history (`dict[str, Tensor]`): what happened step by step, of methods that learn.
-        grams (`Grams`): for independent least squares, where they came along with the statistics; they are not saved.
-        calibrated_on (`dict[str, str]`): `source` and `fingerprint` of the tokens, also where the tokens themselves
-            were not saved; empty where there were none.
+        standard_errors (`dict[tuple[int, str], Tensor[num_units]]`): standard errors of estimated scores; else empty.
+        details (`dict`): figures on how the scores were computed, as JSON values.
+        history (`dict[str, Tensor]`): values of every step of a method that learns.
+        grams (`Grams`): Gram matrices for independent least squares, if they were collected with the statistics; they
+            are not saved.
+        calibrated_on (`dict[str, str]`): `source` and `fingerprint` of the tokens, also if the tokens themselves were
+            not saved; empty where there were none.
         model_type (`str`, *optional*): family of the model; `None` in files of earlier versions.
     """
 
@@ -76,19 +77,18 @@ class Scores:
 
     @property
     def evidence(self) -> Evidence:
-        """The tokens and what was measured on them, for the reconstruction."""
+        """The tokens and their statistics, for the reconstruction."""
         return Evidence(self.calibration, self.statistics, self.grams)
 
     def calibrated_with(self, calibration: Calibration) -> Scores:
-        """Return the same scores with tokens, for what runs them again; a warning where they are other tokens than
-        those that the scores were made on."""
-        of_scores = self.calibrated_on.get("fingerprint")
-        if of_scores is not None and of_scores != calibration.fingerprint:
+        """Return the same scores with tokens, for stages that run them; warn if they were made on other tokens."""
+        fingerprint = self.calibrated_on.get("fingerprint")
+        if fingerprint is not None and fingerprint != calibration.fingerprint:
             logger.warning(
-                "The scores were made on other calibration tokens (%s, %s) than those that this request reads (%s, "
-                "%s). Checkpoints keep no tokens: pass the same data as dataset, or scores that Scores.save wrote.",
+                "The scores were made on other calibration tokens (%s, %s) than those of this request (%s, %s). "
+                "Checkpoints hold no tokens: pass the same data as dataset, or scores that Scores.save wrote.",
                 self.calibrated_on.get("source"),
-                of_scores,
+                fingerprint,
                 calibration.source,
                 calibration.fingerprint,
             )
@@ -117,12 +117,14 @@ class Scores:
         for name in ("method", "attention_unit"):
             made_for, asked = getattr(self.config, name), getattr(config, name)
             if made_for != asked:
-                raise ValueError(f"These scores were made with {name}={made_for!r}, the request says {asked!r}.")
+                raise ValueError(
+                    f"These scores were made with {name}={made_for!r}, and the request has {name}={asked!r}."
+                )
         made_for, asked = self.config.depth_kind, config.depth_kind
         if (made_for, bool(self.config.width_kinds)) != (asked, bool(config.width_kinds)):
             raise ValueError(
-                f"These scores were made with kinds={self.config.resolved_kinds}, and the request says "
-                f"{config.resolved_kinds}."
+                f"These scores were made with kinds={self.config.resolved_kinds}, and the request has "
+                f"kinds={config.resolved_kinds}."
             )
         units = scored_units(sites, config)
         if self.values.keys() != units.keys():
@@ -135,23 +137,25 @@ class Scores:
                 raise ValueError(f"These scores were made for another model: they do not fit the {what}.")
 
     def reads_anew(self, config: PruningConfig) -> bool:
-        """Whether a request that reuses these scores reads calibration tokens of its own."""
+        """Return whether a request that reuses these scores reads its own calibration tokens."""
         return self.calibration is None and (config.rounds > 1 or self.runs_tokens(config))
 
     def runs_tokens(self, config: PruningConfig) -> bool:
-        """Whether a request whose units are scored already passes calibration tokens through the model again."""
+        """Return whether a request that reuses these scores passes calibration tokens through the model again."""
         if config.resolved_scope == Scope.SEARCH or config.reconstruction == ReconstructionKind.LEAST_SQUARES:
             return True
         return config.reconstruction == ReconstructionKind.BIAS and not self.statistics
 
     def options_into(self, config: PruningConfig, named: Collection[str] = ()) -> PruningConfig:
-        """Return `config` with what these scores were made with: the options of their method, the seed and, unless the
-        request reads tokens of its own, the calibration. A warning names what was asked for otherwise.
+        """Return `config` with the options that these scores were made with.
+
+        These are the options of their method, the seed and, unless the request reads its own tokens, the calibration.
+        A warning names options that the request sets to other values.
 
         Args:
             config (`PruningConfig`): the request.
-            named (collection of `str`): options that were passed by name, which are asked for even where they are the
-                defaults; of others the defaults are taken for not asked for.
+            named (collection of `str`): options that were passed by name; they count as set even if they have the
+                default value, unlike other options.
         """
         made_with = {name: getattr(self.config, name) for name in self._options(config)}
         defaults = type(config)()
@@ -163,31 +167,31 @@ class Scores:
         ]
         if other:
             logger.warning(
-                "The scores were made with %s, which holds for this request too, and not %s. Leave out scores to "
-                "score anew.",
+                "The scores were made with %s, which this request uses too, instead of %s. Leave out scores to score "
+                "again.",
                 ", ".join(f"{name}={made_with[name]!r}" for name in other),
                 ", ".join(f"{name}={getattr(config, name)!r}" for name in other),
             )
         return replace(config, **made_with)
 
     def _options(self, config: PruningConfig) -> list[str]:
-        """The options of a request that these scores decide."""
+        """Return the options of a request that these scores determine."""
         shared = {declared.name: declared for declared in fields(PruningConfig)}
         decided = [declared.name for declared in fields(self.config) if declared.name not in shared]
         if self.reads_anew(config):
             return [*decided, "seed"]
-        # How many windows pass at a time changes no score.
-        of_tokens = [
+        # The batch size does not change scores.
+        calibration = [
             name for name, declared in shared.items() if declared.metadata.get("group") == Heading.CALIBRATION
         ]
-        return [*decided, *(name for name in of_tokens if name != "batch_size")]
+        return [*decided, *(name for name in calibration if name != "batch_size")]
 
     def check_dataset(self, calibration: Calibration) -> None:
-        """Warn where data that was passed with these scores is not what they were made on, and is not read."""
+        """Warn where data that was passed with these scores differs from their own, which is used instead."""
         if self.calibrated_on.get("fingerprint") not in (None, calibration.fingerprint):
             logger.warning(
-                "The scores bring the calibration tokens that they were made on (%s), and dataset (%s), which holds "
-                "others, is not used. Leave out scores to score anew.",
+                "The scores include the calibration tokens that they were made on (%s), so that dataset (%s), which "
+                "differs, is not used. Leave out scores to score again.",
                 self.calibrated_on.get("source"),
                 calibration.source,
             )
@@ -197,8 +201,8 @@ class Scores:
 
         Args:
             path (`str` or `Path`): the file.
-            tokens (`bool`, defaults to `True`): include the calibration tokens. Whoever has the tokenizer can read
-                them, so checkpoints have their fingerprint alone.
+            tokens (`bool`, defaults to `True`): include the calibration tokens. They can be decoded with the
+                tokenizer, so that checkpoints include their fingerprint only.
         """
         tensors = {}
         for key, value in self.values.items():
@@ -251,7 +255,7 @@ class Scores:
                 key: SiteStatistics(metadata["count"], mean, groups["variance"][key])
                 for key, mean in groups["mean"].items()
             }
-            # Earlier versions kept the source alone.
+            # Earlier versions stored the source only.
             calibrated_on = metadata.get("calibrated_on", {})
             calibration = (
                 Calibration(

@@ -111,7 +111,7 @@ def test_saved_scores_serve_another_budget_without_calibrating_again(pruner, tok
 
 
 def test_a_checkpoint_holds_no_calibration_tokens_and_their_fingerprint(pruner, tokens, tmp_path):
-    """Whoever has the tokenizer could read them."""
+    """They could be decoded with the tokenizer."""
     pruner.save_pretrained(tmp_path / "out")
     rows = [row.numpy().astype(kind).tobytes() for row in tokens for kind in ("int64", "int32", "int16", "uint16")]
     for file in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
@@ -146,11 +146,8 @@ def test_scores_of_a_checkpoint_read_the_tokens_again_where_weights_are_refitted
         ({}, ""),
         ({"seed": 3, "n_samples": 2}, ""),
         ({"batch_size": 1}, ""),
-        ({"seed": 0}, "made with seed=3, which holds for this request too, and not seed=0"),
-        (
-            {"n_samples": 4, "calibration": "builtin"},
-            "not calibration='builtin', n_samples=4",
-        ),
+        ({"seed": 0}, "made with seed=3, which this request uses too, instead of seed=0"),
+        ({"n_samples": 4, "calibration": "builtin"}, "instead of calibration='builtin', n_samples=4"),
         ({"config": PruningConfig("flap", seed=4)}, "made with seed=3"),
         ({"dataset": torch.ones(2, 16, dtype=torch.int64)}, "dataset .* is not used"),
     ],
@@ -169,7 +166,7 @@ def test_the_request_says_what_reused_scores_were_made_with(asked, message, toke
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("llama_gqa_biases", {"method": "wanda_sp"}, "made with method='flap', the request says 'wanda_sp'"),
+        ("llama_gqa_biases", {"method": "wanda_sp"}, "method='flap', and the request has method='wanda_sp'"),
         ("llama_gqa_biases", {"method": "flap", "attention_unit": "kv_group"}, "attention_unit='query_head'"),
         ("opt_pre_norm", {"method": "flap"}, "made for a 'llama' model, and this one is 'opt'"),
         ("llama3_head_dim", {"method": "flap"}, None),

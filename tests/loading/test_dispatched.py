@@ -88,7 +88,7 @@ def test_back_propagation_is_refused_before_anything_runs(fields, tokens, tmp_pa
     model = disk_offload(tiny.make_model("llama_gqa_biases"), tmp_path, torch.device("cpu"))
     model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
     model.model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
-    with pytest.raises(ValueError, match=r"cannot reach offloaded weights\. Load the model without offloading"):
+    with pytest.raises(ValueError, match=r"is impossible with offloaded weights\. Load the model without offloading"):
         FwdPruner(model).prune(request_of(fields), tokens)
 
 

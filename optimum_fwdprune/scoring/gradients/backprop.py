@@ -1,4 +1,4 @@
-"""Exact gradients of the calibration loss by back-propagation: the memory-hungry control for forward-only methods."""
+"""Exact gradients of the calibration loss by back-propagation, as a control for methods without it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ...runs.progress import progress
 def weight_gradients(
     model: PreTrainedModel, parameters: Sequence[torch.Tensor], calibration: Calibration, batch_size: int
 ) -> list[torch.Tensor]:
-    """Return ∂L/∂W of some parameters, accumulated in float32 (float64 where the model is).
+    """Return ∂L/∂W of some parameters, accumulated in float32, or in float64 for parameters in float64.
 
     Args:
         model (`PreTrainedModel`): a causal language model in eval mode. Its weights, their `requires_grad` flags and
-            their `.grad` are afterwards what they were.
-        parameters (sequence of `nn.Parameter`): of `model`; a weight that the model stores transposed is a view.
+            their `.grad` are the same afterwards.
+        parameters (sequence of `nn.Parameter`): parameters of `model`; a weight that is stored transposed is a view.
         calibration (`Calibration`): L is its mean next-token negative log-likelihood.
         batch_size (`int`): windows per backward pass.
 
     Raises:
-        MemoryError: where gradients and activations do not fit.
+        MemoryError: where gradients and activations do not fit into memory.
         ValueError: where weights are offloaded, or the gradient is not finite.
     """
     _check_fits(model, parameters)
@@ -50,7 +50,7 @@ def weight_gradients(
 
     positions = {id(parameter): index for index, parameter in enumerate(stored)}
     with _differentiable(model, stored):
-        # Taken as soon as they are there, so that never two sets of gradients are.
+        # Gradients are added to the sums as soon as they are computed, so that there is one full set in memory.
         handles = [parameter.register_post_accumulate_grad_hook(take) for parameter in stored]
         try:
             for loss, share in _batch_losses(model, calibration, batch_size):  # noqa: B007  take() reads share
@@ -91,7 +91,7 @@ def unit_gradients(
 def _batch_losses(
     model: PreTrainedModel, calibration: Calibration, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, float]]:
-    """Yield each batch's mean loss with its share of all tokens: sums would overflow 16-bit gradients."""
+    """Yield the mean loss of every batch with its share of all tokens. Sums would overflow gradients in 16 bit."""
     total = int(counted_targets(calibration.input_ids, calibration.attention_mask).sum())
     for input_ids, attention_mask in progress(list(calibration.batches(batch_size)), "Back-propagating", unit="batch"):
         sums, counts = model_nll(model, input_ids, attention_mask)
@@ -100,7 +100,7 @@ def _batch_losses(
 
 @contextmanager
 def _differentiable(model: PreTrainedModel, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Let gradients flow to `parameters` and to nothing else of the model."""
+    """Enable gradients for `parameters`, and for no other parameters of the model, within the context."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         model.requires_grad_(False)
@@ -110,7 +110,7 @@ def _differentiable(model: PreTrainedModel, parameters: Sequence[torch.Tensor]) 
         with torch.enable_grad():
             yield
     except RuntimeError as error:
-        # CUDA has a class for it, the CPU's allocator has a sentence.
+        # CUDA raises a class of its own; the CPU's allocator raises a RuntimeError with this text.
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise MemoryError(_way_out("Back-propagation ran out of memory.")) from error
         raise
@@ -127,9 +127,9 @@ def _loss_scale(model: PreTrainedModel) -> float:
 
 def _check_fits(model: PreTrainedModel, parameters: Sequence[torch.Tensor]) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("Back-propagation cannot reach offloaded weights; load the model without offloading.")
-    # The sums, and the largest gradient while it is handed over; nothing for activations: what does not fit now never
-    # will.
+        raise ValueError("Back-propagation is impossible with offloaded weights. Load the model without offloading.")
+    # The sums, and the largest gradient while it is added to them. Activations are not counted, so that only gradients
+    # that cannot fit are refused.
     needed: dict[torch.device, int] = {}
     for device in {parameter.device for parameter in parameters}:
         sizes = [
@@ -141,23 +141,26 @@ def _check_fits(model: PreTrainedModel, parameters: Sequence[torch.Tensor]) -> N
     for device, size in needed.items():
         free = _free_bytes(device)
         if size > free:
-            amounts = f"{size / 2**30:.1f} GiB and only {free / 2**30:.1f} GiB are free on {device}"
+            amounts = f"{size / 2**30:.1f} GiB, and only {free / 2**30:.1f} GiB are free on {device}"
             raise MemoryError(_way_out(f"Exact gradients take {amounts}."))
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return psutil.virtual_memory().available
-    # What torch keeps for itself but does not use is free too.
+    # Memory that torch has reserved and does not use is free, too.
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def _finite(gradient: torch.Tensor) -> torch.Tensor:
     if not gradient.isfinite().all():
-        raise ValueError("The exact gradient holds NaN or infinity; a 16-bit model may need float32 for it.")
+        raise ValueError("The exact gradient contains NaN or infinity. Load a 16-bit model in float32.")
     return gradient
 
 
 def _way_out(problem: str) -> str:
-    return f"{problem} gradient='zeroth_order' needs forward passes only; a smaller batch_size needs less memory."
+    return (
+        f"{problem} Use method='mini_llm' with gradient='zeroth_order', which runs forward passes only, or a smaller "
+        f"batch_size."
+    )

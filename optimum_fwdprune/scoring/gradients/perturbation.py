@@ -1,4 +1,4 @@
-"""Noise that is regenerated from its seed, and models that compute with it. No weight is ever written."""
+"""Noise that is generated again from its seed, and models that are perturbed by it without changing their weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..choices import NoiseDistribution
 
 @dataclass(frozen=True)
 class Noise:
-    """Independent entries of mean 0 and variance 1, the same for the same seed, draw and place.
+    """Noise with independent entries of mean 0 and variance 1; equal seed, draw and place have equal noise.
 
     Args:
         seed (`int`): seed of all draws.
@@ -36,12 +36,12 @@ class Noise:
     def tensor(
         self, shape: Sequence[int], draw: int, place: int, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """Return the noise of `draw` for the tensor of the given shape that has the number `place`."""
+        """Return the noise of `draw` for the tensor number `place`, which has this shape."""
         generator = seeded_generator(self.seed, draw, place, device=device)
         if self.distribution == NoiseDistribution.GAUSSIAN:
             return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
         count = math.prod(shape)
-        # 64 signs from one random number: `bernoulli_` takes 40 times as long.
+        # A random number has 64 signs; `bernoulli_` takes 40 times as long.
         numbers = torch.empty(-(-count // 64), dtype=torch.int64, device=device)
         octets = numbers.random_(-(2**63), None, generator=generator).view(torch.uint8)
         signs = F.embedding(octets.int(), _signs_of_octets(dtype, device))
@@ -49,23 +49,23 @@ class Noise:
 
 
 def generator_of(device: torch.device) -> str:
-    """Return the name of the random numbers that `device` draws: those of a GPU depend on its model."""
+    """Return the name of the random number generator of `device`. Models of GPUs draw different numbers."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @functools.lru_cache(maxsize=16)
 def _signs_of_octets(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`[256, 8]`: the eight bits of every byte as ±1."""
+    """Return the eight bits of every byte as ±1, `[256, 8]`."""
     octets = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)
     return ((octets & 1) * 2 - 1).to(dtype)
 
 
 class Perturbation(Protocol):
-    """Something in a model that a draw shifts along its noise `z`, without writing to a weight.
+    """Tensors of a model that a draw shifts along its noise `z`, without changing weights.
 
     Attributes:
-        shapes (`list[torch.Size]`): the perturbed tensors.
-        generators (`list[str]`): what draws their noise; the same seeds give other noise elsewhere.
+        shapes (`list[torch.Size]`): shapes of the perturbed tensors.
+        generators (`list[str]`): names of the generators that draw their noise; it depends on seed and generator.
     """
 
     shapes: list[torch.Size]
@@ -77,24 +77,25 @@ class Perturbation(Protocol):
         """Return `z` of `draw` for the tensor `shapes[index]`, on `device(index)`."""
 
     def device(self, index: int) -> torch.device:
-        """Return where the tensor `shapes[index]` takes part in computations."""
+        """Return the device on which the tensor `shapes[index]` is used."""
 
     def applied(self, draws: Sequence[int], steps: Sequence[float]) -> AbstractContextManager[None]:
-        """While open, sequence `i` of a batch computes shifted by `steps[i]` times the noise of `draws[i]`.
+        """Within the context, shift sequence `i` of a batch by `steps[i]` times the noise of `draws[i]`.
 
-        Sequences of the same draw stand next to each other.
+        Sequences of the same draw must be neighbours.
         """
 
 
 class WeightPerturbation:
     """Shifts every weight and bias that the units of some sites own a part of.
 
-    A resident linear in 32 bits or more computes with a temporary `W + step · z`. In 16 bits that sum would round the
-    noise away, and the weights of an offloaded linear are not there to be read; both add `step · x zᵀ` to the output.
+    Linears in 32 bits or more that are in memory use a temporary `W + step · z`. In 16 bits this sum would lose the
+    noise to rounding, and the weights of offloaded linears cannot be read; for these linears, `step · x zᵀ` is added
+    to the output.
 
     Args:
         sites (`list[Site]`): the sites.
-        noise (`Noise`): what to shift by.
+        noise (`Noise`): the noise.
     """
 
     def __init__(self, sites: Sequence[Site], noise: Noise):
@@ -114,8 +115,8 @@ class WeightPerturbation:
 
     @property
     def generators(self) -> list[str]:
-        # Noise of a weight is drawn where it computes: drawing it on the CPU and moving it would take longer than the
-        # forward pass.
+        # Noise is drawn on the device that uses the weight. Drawing it on the CPU and moving it would take longer than
+        # the forward pass.
         return sorted({generator_of(compute_device(owner)) for owner in self._owners})
 
     def noise(self, draw: int, index: int) -> torch.Tensor:
@@ -136,7 +137,7 @@ class WeightPerturbation:
                 noise = functools.partial(self._noise_of_linear, indices)
                 mark = functools.partial(called.add, name)
                 if _is_temporary_form_exact(linear):
-                    # Not a hook, which would run the plain linear first and throw its output away.
+                    # A hook would run the plain linear first and discard its output.
                     linear.forward = _temporary_form(linear, noise, runs, mark)  # type: ignore[method-assign]
                     undo.append(functools.partial(delattr, linear, "forward"))
                 else:
@@ -147,7 +148,7 @@ class WeightPerturbation:
                 action()
         bypassed = [name for name, _, _ in self._linears if name not in called]
         if called and bypassed:
-            raise RuntimeError(f"The forward pass bypassed {bypassed[0]}, so perturbing it had no effect.")
+            raise RuntimeError(f"The forward pass bypassed {bypassed[0]}, so that perturbing it had no effect.")
 
     def _noise_of_linear(self, indices: list[int], draw: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, *bias = (self.noise(draw, index) for index in indices)
@@ -155,11 +156,11 @@ class WeightPerturbation:
 
 
 class UnitPerturbation:
-    """Shifts the gates of all units, one vector of them for all sites: gate `1 + step · z`.
+    """Shifts the gates of all units to `1 + step · z`; the gates of all sites are one vector.
 
     Args:
-        sites (`list[Site]`): the sites; the vector holds their units one after the other.
-        noise (`Noise`): what to shift by.
+        sites (`list[Site]`): the sites, in the order of their units in the vector.
+        noise (`Noise`): the noise.
     """
 
     def __init__(self, sites: Sequence[Site], noise: Noise):
@@ -181,13 +182,13 @@ class UnitPerturbation:
         return gated(self._sites, dict(zip((site.key for site in self._sites), masks.split(self._sizes, dim=1))))
 
     def split(self, vector: torch.Tensor) -> dict:
-        """Cut `[..., all units]` into `[..., num_units]` by site key."""
+        """Split `[..., all units]` into `[..., num_units]` by site key."""
         return dict(zip((site.key for site in self._sites), vector.split(self._sizes, dim=-1)))
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring sequences of one draw, up to `stop`: a slice for each step."""
+    """Neighbouring sequences of one draw, which end before `stop`, with a slice per step."""
 
     draw: int
     stop: int
@@ -205,7 +206,7 @@ class _Run:
 def _temporary_form(linear: nn.Linear, noise: Callable, runs: list[_Run], mark: Callable):
     def forward(inputs: torch.Tensor) -> torch.Tensor:
         mark()
-        # OPT hands its MLP linears `[batch * tokens, features]`; the view serves both layouts.
+        # OPT calls its MLP linears with `[batch * tokens, features]`; this view fits both layouts.
         rows = inputs.reshape(runs[-1].stop, -1, inputs.shape[-1])
         outputs = rows.new_empty(*rows.shape[:-1], linear.out_features)
         buffer = torch.empty_like(linear.weight)
@@ -233,7 +234,7 @@ def _additive_form(noise: Callable, runs: list[_Run], mark: Callable):
             z, z_bias = noise(run.draw)
             for step, members in run.slices:
                 flat = shifted[members].flatten(0, 1)
-                # Scaled inside the product: in float16 `x zᵀ` alone may overflow.
+                # The product is scaled inside addmm_, since `x zᵀ` may overflow in float16.
                 flat.addmm_(rows[members].flatten(0, 1), z.T, alpha=step)
                 if z_bias is not None:
                     flat.add_(z_bias, alpha=step)

@@ -20,8 +20,8 @@ from .perturbation import (
 from .zeroth_order import Draws
 
 
-# Gradients of perturbed tensor `index`, one after the other: the estimate, then those without a part of the draws.
-# Each belongs to whoever asked for it and may be overwritten.
+# Returns gradients of perturbed tensor `index`: the estimate, then estimates that leave out a part of the draws. The
+# caller may overwrite them.
 Gradient = Callable[[int], Iterable[torch.Tensor]]
 
 
@@ -35,14 +35,14 @@ class Sensitivity(Protocol):
 
 
 class WeightSensitivity:
-    """S = Σ |W[i, j] · ĝ[i, j]| · ‖X_j‖₂ over all that a unit owns: source rows, biases, projection columns.
+    """S = Σ |W[i, j] · ĝ[i, j]| · ‖X_j‖₂ over all weights of a unit: source rows, biases and projection columns.
 
     A bias is the weight of a feature that is always 1, so its ‖X‖₂ is the root of the number of tokens.
 
     Args:
         sites (`list[Site]`): the sites.
         statistics (mapping of site key to `SiteStatistics`): moments and source norms.
-        noise (`Noise`): of the perturbation that estimates ĝ.
+        noise (`Noise`): the noise of the perturbation that estimates ĝ.
         aggregation (`str`): `"sum"`, `"mean"` (over the owned weights) or `"l2"` (root of the sum of squares).
     """
 
@@ -71,7 +71,7 @@ class WeightSensitivity:
         return scores
 
     def _owned(self, site: Site, coupling: Coupling, parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        # In place: a linear may be large, and there are several estimates of its gradient.
+        # Products are computed in place, since a linear may be large and has several estimates of its gradient.
         products = gradient.mul_(parameter).mul_(self._norms(site, coupling, parameter, gradient))
         products = products.square_() if self._aggregation == Aggregation.L2 else products.abs_()
         return site.sum_owned(coupling, parameter, products)
@@ -87,13 +87,13 @@ class WeightSensitivity:
 class UnitSensitivity:
     """S = |∂L/∂gate| · ‖X‖₂ of a unit, with ‖X‖₂ over all its features.
 
-    The gate's gradient is Σ W·∂L/∂W over the unit's projection columns, so this is the same product at the one place
-    where a unit can be switched off, with 1 number per unit to estimate instead of thousands.
+    The gate's gradient is Σ W·∂L/∂W over the unit's projection columns, so that this is the product of the same three
+    factors. It needs an estimate of one number per unit instead of thousands.
 
     Args:
         sites (`list[Site]`): the sites.
         statistics (mapping of site key to `SiteStatistics`): moments.
-        noise (`Noise`): of the perturbation that estimates the gradient.
+        noise (`Noise`): the noise of the perturbation that estimates the gradient.
     """
 
     def __init__(self, sites: Sequence[Site], statistics: Mapping[SiteKey, SiteStatistics], noise: Noise):
@@ -105,7 +105,7 @@ class UnitSensitivity:
 
 
 def estimated(perturbation: Perturbation, draws: Draws, groups: int) -> Gradient:
-    """Return the gradient that the draws estimate, and `groups` more, each without a part of the draws."""
+    """Return the gradient that the draws estimate, and `groups` more estimates that leave out a part of the draws."""
     groups = min(groups, len(draws.indices))
 
     def gradient(index: int) -> Iterator[torch.Tensor]:
@@ -122,9 +122,10 @@ def estimated(perturbation: Perturbation, draws: Draws, groups: int) -> Gradient
 
 
 def jackknife(estimates: torch.Tensor) -> torch.Tensor:
-    """Return the standard error of `estimates[0]`, `[num_units]`, from the estimates that each leave a part out.
+    """Return the standard error of `estimates[0]`, `[num_units]`, from the estimates that leave a part out.
 
-    Delete-a-group jackknife (Kott 2001). It sees the scatter of the draws, not the bias of |noise| away from 0.
+    This is the delete-a-group jackknife (Kott 2001). It measures the scatter of the draws, and not the bias of |noise|
+    away from 0.
     """
     left_out = estimates[1:]
     groups = len(left_out)

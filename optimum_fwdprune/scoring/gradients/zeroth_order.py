@@ -1,8 +1,8 @@
 """Gradients from forward passes: simultaneous perturbation, as MeZO does it (arXiv 2305.17333).
 
-A draw shifts everything at once along its noise `z`, once in each direction. The two losses give one number,
-`c = [L(+εz) - L(-εz)] / 2ε`, the slope along `z`; the mean of `c z` over many draws is the gradient. Only the numbers
-are kept: the noise comes back from its seed, one tensor at a time.
+A draw shifts all perturbed tensors at once along its noise `z`, in both directions. The slope along `z` is
+`c = [L(+εz) - L(-εz)] / 2ε`, and the mean of `c z` over many draws estimates the gradient. Only the slopes are stored,
+since the noise is generated again from its seed, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from .perturbation import Perturbation
 
 logger = get_logger(__name__)
 
-# More rejected draws than this share of the request are an error.
+# Largest share of the draws that may be rejected.
 MAX_REJECTED = 0.25
 
-# The rounding floor is measured by repeating the first draws with ε stretched by this factor.
+# The rounding floor is measured by repeating the first draws with ε times this factor.
 STRETCH = 1.1
 
-# Above this share of the slopes' size, rounding is worth a warning.
+# Rounding above this share of the slopes' size leads to a warning.
 LOUD_ROUNDING = 0.5
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What remains of the draws.
+    """The losses and slopes of draws.
 
     Args:
-        indices (`list[int]`): the accepted draws; their noise comes from these numbers.
-        slopes (`Tensor[accepted]`, float64): `c` of each.
+        indices (`list[int]`): the accepted draws; their noise is generated from these numbers.
+        slopes (`Tensor[accepted]`, float64): slopes `c`.
         losses (`Tensor[accepted, 2]`, float64): mean negative log-likelihood at +ε and -ε, in nats per token.
-        rejected (`int`): draws with a loss that was not finite.
-        epsilon (`float`): step of the perturbation.
-        rounding_floor (`float`): what rounding alone contributes to a slope, one standard deviation.
-        converged (`bool`): the stopping rule ended the draws.
+        rejected (`int`): number of draws with a loss that was not finite.
+        epsilon (`float`): step size of the perturbation.
+        rounding_floor (`float`): standard deviation of a slope due to rounding alone.
+        converged (`bool`): whether the stopping rule ended the draws.
     """
 
     indices: list[int]
@@ -59,14 +59,15 @@ class Draws:
     converged: bool = False
 
     def part(self, start: int, stop: int) -> Draws:
-        """Return the accepted draws from `start` to before `stop` alone."""
+        """Return only the accepted draws from `start` to before `stop`."""
         part = slice(start, stop)
         return replace(self, indices=self.indices[part], slopes=self.slopes[part], losses=self.losses[part])
 
     def gradient_sums(self, perturbation: Perturbation, index: int, groups: int = 1) -> torch.Tensor:
         """Return Σ c z for one perturbed tensor, over every `groups`-th draw: `[groups, *shape]`, float32.
 
-        The sum over all groups, divided by the number of draws, is the gradient. It takes `groups` copies of a tensor.
+        The sum over all groups, divided by the number of draws, is the gradient. `groups` copies of the tensor are in
+        memory.
         """
         sums: torch.Tensor | None = None
         for position, (draw, slope) in enumerate(zip(self.indices, self.slopes.tolist())):
@@ -84,9 +85,9 @@ class Sampling:
     """How perturbations are drawn.
 
     Args:
-        draws (`int`): how many.
-        epsilon (`float`): step along the noise.
-        windows_per_draw (`int`): windows that both losses of a draw are the mean over.
+        draws (`int`): number of perturbations.
+        epsilon (`float`): step size along the noise.
+        windows_per_draw (`int`): number of windows that a loss is the mean over.
         batch_size (`int`): sequences per forward pass, of both signs together.
     """
 
@@ -98,11 +99,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Stopping:
-    """When to end before all perturbations are drawn.
+    """A rule that may stop before all perturbations are drawn.
 
     Args:
-        is_converged (`Callable`): called with all draws so far; true ends them.
-        check_every (`int`, defaults to 1): after how many draws it is called.
+        is_converged (`Callable`): called with all draws so far; no more are drawn once it returns `True`.
+        check_every (`int`, defaults to 1): number of draws between two calls.
     """
 
     is_converged: Callable[[Draws], bool]
@@ -120,21 +121,21 @@ def draw_slopes(
 ) -> Draws:
     """Measure the loss on both sides of many perturbations.
 
-    Draw `k` uses the `k`-th run of `windows_per_draw` calibration windows, from the start again after the last. Both
-    signs, and as many draws as fit, share one batched forward pass; how many that are changes nothing but rounding.
-    With several processes each measures a share of the draws, and all know all of them.
+    Draw `k` uses the `k`-th group of `windows_per_draw` calibration windows, and the first window follows the last.
+    Both signs of as many draws as fit share one batched forward pass; their number changes rounding only. With several
+    processes, each measures a share of the draws, and they exchange the losses.
 
     Args:
         model (`PreTrainedModel`): a causal language model in eval mode; it is not changed.
-        perturbation (`Perturbation`): what is shifted.
+        perturbation (`Perturbation`): the tensors to shift, and their noise.
         calibration (`Calibration`): the tokens.
-        sampling (`Sampling`): how many perturbations, and what of.
-        stopping (`Stopping`, *optional*): when to end before all of them are drawn.
-        resume (`Resume`, *optional*): where the draws so far are kept.
+        sampling (`Sampling`): number and step size of the perturbations.
+        stopping (`Stopping`, *optional*): a rule that may stop early.
+        resume (`Resume`, *optional*): where the draws so far are stored.
 
     Raises:
-        ValueError: where epsilon is too small for the model's dtype, naming one that works; or where more than
-            `MAX_REJECTED` of the draws met a loss that was not finite.
+        ValueError: where epsilon is too small for the model's dtype (the message names an epsilon that works), or
+            where more than `MAX_REJECTED` of the draws have a loss that is not finite.
     """
     draws, epsilon = sampling.draws, sampling.epsilon
     sampler = _Sampler(model, perturbation, calibration, sampling)
@@ -163,7 +164,7 @@ def draw_slopes(
     converged = False
     check_every = draws if stopping is None else stopping.check_every
     if stopping is not None and accepted:
-        # It compares what it is shown with what it was shown before the run was interrupted.
+        # The rule compares successive calls, so that the calls before the interruption are repeated.
         for checked in range(max(1, done // check_every - 1) * check_every, done + 1, check_every):
             shown = result().part(0, sum(draw < checked for draw in accepted))
             converged = bool(shown.indices) and stopping.is_converged(shown) and checked == done
@@ -172,7 +173,7 @@ def draw_slopes(
         for stretch in range(0, draws, check_every)
         for start in range(stretch, min(stretch + check_every, draws), at_once)
     ]
-    # Processes may have become more or fewer.
+    # The number of processes may differ from that before an interruption.
     total = len(portions)
     portions = [left for portion in portions if (left := [draw for draw in portion if draw >= done])]
     before = total - len(portions)
@@ -183,12 +184,12 @@ def draw_slopes(
         rejected += int((~finite).sum())
         if rejected > MAX_REJECTED * draws:
             raise ValueError(
-                f"{rejected} of {draws} draws gave a loss that is not finite at epsilon={epsilon:g} in {model.dtype}. "
-                f"Try a smaller epsilon; a float16 model that overflows runs in bfloat16 or float32."
+                f"{rejected} of {draws} draws had a loss that is not finite at epsilon={epsilon:g} in {model.dtype}. "
+                f"Use a smaller epsilon, or load a float16 model that overflows in bfloat16 or float32."
             )
         if not accepted and finite.any():
             _check_responds(sampler, portion, measured[finite], epsilon)
-            # On as many draws as a single process would take.
+            # It is measured on as many draws as a single process would use.
             rounding_floor = sampler.rounding_floor(portion[:in_a_batch], epsilon, window_differences[:in_a_batch])
         accepted += [draw for draw, good in zip(portion, finite.tolist()) if good]
         losses += list(measured[finite])
@@ -203,7 +204,7 @@ def draw_slopes(
 
 
 class _Sampler:
-    """Losses of perturbed models."""
+    """Measures the losses of perturbed models."""
 
     def __init__(
         self, model: PreTrainedModel, perturbation: Perturbation, calibration: Calibration, sampling: Sampling
@@ -226,7 +227,7 @@ class _Sampler:
         ]
         available = len(self._calibration.input_ids)
         for start in range(0, len(rows), self._batch_size):
-            # Neighbours share their noise: both signs of a draw, and before that all windows of a sign.
+            # Sequences of a draw are neighbours and share their noise; within a draw, so are the windows of a sign.
             batch = sorted(rows[start : start + self._batch_size], key=lambda row: (row[0], row[2]))
             places, windows, sides = zip(*batch)
             numbers = torch.tensor([(draws[place] * self._windows + window) % available for place, window, _ in batch])
@@ -239,14 +240,14 @@ class _Sampler:
         nll, counts = ranks.summed(nll), ranks.summed(counts)
         totals = counts.sum(1, keepdim=True)
         if not totals.all():
-            raise ValueError("A draw met windows of nothing but padding; raise windows_per_draw or drop them.")
+            raise ValueError("All windows of a draw are padding only. Remove such windows, or raise windows_per_draw.")
         return nll.sum(1) / totals, (nll[..., 0] - nll[..., 1]) / totals
 
     def rounding_floor(self, draws: Sequence[int], epsilon: float, differences: torch.Tensor) -> float:
-        """Return the standard deviation that rounding gives to a slope.
+        """Return the standard deviation of a slope due to rounding.
 
-        Stretching ε stretches a smooth loss's difference alike; what is left over is rounding, and at a large ε the
-        third derivative.
+        The difference of a smooth loss is proportional to ε. The deviation from this is rounding and, at a large ε,
+        the third derivative.
         """
         _, stretched = self.losses(draws, STRETCH * epsilon)
         left_over = (stretched - STRETCH * differences).square().sum(1) / (1 + STRETCH**2)
@@ -258,7 +259,7 @@ class _Sampler:
 
 
 def _check_responds(sampler: _Sampler, draws: list[int], losses: torch.Tensor, epsilon: float) -> None:
-    """Raise `ValueError` where no draw moved the loss, naming an epsilon that does."""
+    """Raise `ValueError` where no draw changed the loss, and name an epsilon that does."""
     if (losses[:, 0] != losses[:, 1]).any():
         return
     works = epsilon * 10
@@ -267,13 +268,13 @@ def _check_responds(sampler: _Sampler, draws: list[int], losses: torch.Tensor, e
         slope = float(differences.sum(1).square().mean().sqrt()) / (2 * works)
         if slope > 0 and sampler.rounding_floor(draws, works, differences) < LOUD_ROUNDING * slope:
             raise ValueError(
-                f"epsilon={epsilon:g} is lost in rounding: the loss is {float(losses[0, 0]):.6g} on both sides. "
-                f"epsilon={works:g} works for this model in its dtype."
+                f"epsilon={epsilon:g} is lost in rounding: the loss is {float(losses[0, 0]):.6g} on both sides. Use "
+                f"epsilon={works:g}, which works for this model in its dtype."
             )
         works *= 10
     raise ValueError(
-        f"The loss is {float(losses[0, 0]):.6g} on both sides of every perturbation up to epsilon=1: this model does "
-        f"not depend on what is perturbed, or its dtype is too coarse for it; try float32."
+        f"The loss is {float(losses[0, 0]):.6g} on both sides of every perturbation up to epsilon=1. Either the model "
+        f"does not depend on the perturbed weights, or its dtype is too coarse; load it in float32."
     )
 
 
@@ -283,8 +284,8 @@ def _report(draws: Draws, dtype: torch.dtype) -> None:
     size = float(draws.slopes.square().mean().sqrt())
     if draws.rounding_floor > LOUD_ROUNDING * size:
         logger.warning(
-            "Rounding in %s makes up about %.2g of slopes of size %.2g at epsilon=%g. A larger epsilon, or a model in "
-            "float32, measures more than noise.",
+            "Rounding in %s makes up about %.2g of slopes of size %.2g at epsilon=%g. Use a larger epsilon, or load "
+            "the model in float32.",
             dtype,
             draws.rounding_floor,
             size,

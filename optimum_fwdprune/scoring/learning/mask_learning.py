@@ -1,4 +1,4 @@
-"""The long run behind policy-gradient pruning: steps, history, checkpoints, and several processes."""
+"""The learning loop of policy-gradient pruning: steps, history, states to resume from, and several processes."""
 
 from __future__ import annotations
 
@@ -29,29 +29,28 @@ from .policy_gradient import (
 
 logger = get_logger(__name__)
 
-# Steps in a row without a usable loss that end the run.
+# The run fails after this many steps in a row without a usable loss.
 MAX_SKIPPED = 10
 
-# Stretches in a row without a lower mean loss that end a run which may stop when it is flat.
+# With `stop_when_flat`, learning ends after this many stretches of steps in a row without a lower mean loss.
 PATIENCE = 3
 
-
-# Fields of a state that are numbers.
+# The fields of a state that are numbers.
 _NUMBERS = ("step", "baseline", "skipped", "rejected")
 
 
 @dataclass
 class Progress:
-    """All that a run needs to go on: bit for bit as if it had never stopped.
+    """The state of a run. A run that resumes from it has the same result, bit for bit, as an uninterrupted one.
 
     Args:
-        step (`int`): steps done.
+        step (`int`): number of completed steps.
         rates (`Tensor[p]`, float64): keep rate of every variable of the policy.
         baseline (`float`): moving average of the loss; NaN before the first step.
-        skipped (`int`): steps without a usable loss.
-        rejected (`int`): masks whose loss was not finite.
-        history (`dict[str, Tensor]`): `loss`, `entropy` and `expected_sparsity` `[steps]` in nats per token, bits and
-            as a fraction; `keep_rate` `[steps, sites]`.
+        skipped (`int`): number of steps without a usable loss.
+        rejected (`int`): number of masks whose loss was not finite.
+        history (`dict[str, Tensor]`): `loss` in nats per token, `entropy` in bits and `expected_sparsity` as a
+            fraction, `[steps]` each; `keep_rate` `[steps, sites]`.
     """
 
     step: int
@@ -63,26 +62,26 @@ class Progress:
 
     @property
     def expected_loss(self) -> float:
-        """Mean loss of the last tenth of the steps that had one, in nats per token."""
+        """Mean loss of the last tenth of the steps with a usable loss, in nats per token."""
         finite = self.history["loss"][self.history["loss"].isfinite()]
         return float(finite[-max(1, len(finite) // 10) :].mean())
 
     def state(self) -> State:
-        """Return it as tensors and numbers."""
+        """Return the state as tensors and numbers."""
         tensors = {"rates": self.rates}
         tensors |= {f"history.{name}": values[: self.step] for name, values in self.history.items()}
         return tensors, {name: getattr(self, name) for name in _NUMBERS}
 
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> Progress:
-        """Return what [`state`] made these of."""
+        """Return the state from the tensors and numbers that [`state`] returned."""
         rates = tensors.pop("rates")
         history = {name.removeprefix("history."): values for name, values in tensors.items()}
         return cls(rates=rates, history=history, **{name: numbers[name] for name in _NUMBERS})
 
 
 def history_by_site(state: Progress, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
-    """Return the history with the keep rate of every site apart, `keep_rate.<layer>.<kind>`, `[steps]` each."""
+    """Return the history with one entry per site for the keep rates: `keep_rate.<layer>.<kind>`, `[steps]`."""
     history = dict(state.history)
     for site, rates in zip(sites, history.pop("keep_rate").unbind(1)):
         history[f"keep_rate.{site.key}"] = rates
@@ -91,10 +90,11 @@ def history_by_site(state: Progress, sites: Sequence[Site]) -> dict[str, torch.T
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to learn: fields of `PolicyGradientConfig` of the same names, and what sparsity is a fraction of.
+    """The options of learning: the fields of `PolicyGradientConfig` with the same names, and the model's size.
 
     Args:
-        prunable_parameters (`int`): of all sites of the model, learned or not.
+        prunable_parameters (`int`): number of parameters of all sites of the model, including those that are not
+            learned. Sparsities are fractions of it.
     """
 
     steps: int
@@ -121,17 +121,17 @@ def learn_rates(
 ) -> Progress:
     """Minimise the expected loss over the policy's masks, step by step, within its budgets.
 
-    With several processes each evaluates its share of a step's masks and windows, and all know all losses, so every
-    one of them ends with the rates that a single process would have, up to the rounding of its batches.
+    With several processes, each evaluates a share of a step's masks and windows, and they exchange the losses. All of
+    them end with the rates of a single process, up to the rounding of batches.
 
     Args:
         subject (`Subject`): a causal language model in eval mode, which is not changed, with the sites whose units are
             learned, in the order of the policy's masks.
         calibration (`Calibration`): the tokens.
-        policy (`Policy`): what the masks are drawn from.
-        state (`Progress`): where to start; it is changed and returned.
-        schedule (`Schedule`): how.
-        stage (`Stage`): where the state is kept.
+        policy (`Policy`): the distribution of the masks.
+        state (`Progress`): the initial state; it is changed and returned.
+        schedule (`Schedule`): the options of learning.
+        stage (`Stage`): where the state is stored for resuming.
 
     Raises:
         ValueError: where `MAX_SKIPPED` steps in a row have no usable loss.
@@ -151,8 +151,8 @@ def learn_rates(
         state.skipped += math.isnan(loss)
         if skipped_in_a_row == MAX_SKIPPED:
             raise ValueError(
-                f"{MAX_SKIPPED} steps in a row gave no finite loss, the last at step {step}. A float16 model that "
-                f"overflows under masks runs in bfloat16 or float32."
+                f"{MAX_SKIPPED} steps in a row had no finite loss, the last at step {step}. Load a float16 model that "
+                f"overflows with masks in bfloat16 or float32."
             )
         state.step = step + 1
         learner.record(state, step, loss)
@@ -161,10 +161,10 @@ def learn_rates(
         stage.save_now_and_then(state.state)
     stage.save(state.state)
     if state.step and state.skipped == state.step:
-        raise ValueError(f"None of {state.step} steps gave a finite loss, so nothing was learned.")
+        raise ValueError(f"None of {state.step} steps had a finite loss, so that nothing was learned.")
     if state.rejected:
         logger.warning(
-            "%d masks had no finite loss and %d of %d steps were skipped for it.",
+            "%d masks had no finite loss, so that %d of %d steps were skipped.",
             state.rejected,
             state.skipped,
             state.step,
@@ -182,7 +182,7 @@ class _Learner:
         self._calibration = calibration
         self._policy = policy
         self._schedule = schedule
-        # The last epoch's order of the windows, which many steps share.
+        # The epoch of the last step, and its order of the windows, which many steps share.
         self._order = (-1, torch.empty(0, dtype=torch.int64))
 
     def step(self, state: Progress, step: int) -> float:
@@ -216,7 +216,7 @@ class _Learner:
         state.history["keep_rate"][step] = site_rates
 
     def _windows(self, step: int) -> torch.Tensor:
-        """The step's calibration windows: every epoch takes each once, in an order of its own."""
+        """Return the step's calibration windows. Every epoch uses all windows once, in its own order."""
         available, wanted = len(self._calibration.input_ids), self._schedule.windows_per_step
         positions = range(step * wanted, (step + 1) * wanted)
         orders = {epoch: self._epoch(epoch, available) for epoch in {place // available for place in positions}}
@@ -229,17 +229,18 @@ class _Learner:
         return self._order[1]
 
     def _losses(self, masks: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-        """Mean negative log-likelihood under each mask, `[N]` float64, every sequence under its own mask."""
+        """Return the mean negative log-likelihood with every mask, `[N]` float64. Sequences have their own masks."""
         sums = torch.zeros(len(masks), dtype=torch.float64)
         counts = torch.zeros(len(masks), dtype=torch.float64)
         rows = ranks.own([(mask, window) for mask in range(len(masks)) for window in windows.tolist()])
         for start in range(0, len(rows), self._schedule.batch_size):
-            of_masks, numbers = (torch.tensor(part) for part in zip(*rows[start : start + self._schedule.batch_size]))
-            gates = masks[of_masks].float().split(self._sizes, dim=1)
+            batch = rows[start : start + self._schedule.batch_size]
+            mask_indices, window_indices = (torch.tensor(part) for part in zip(*batch))
+            gates = masks[mask_indices].float().split(self._sizes, dim=1)
             with gated(self._sites, {site.key: gate for site, gate in zip(self._sites, gates)}):
-                nll, tokens = model_nll(self._model, *self._calibration.windows(numbers))
-            sums.index_add_(0, of_masks, nll.cpu())
-            counts.index_add_(0, of_masks, tokens.double().cpu())
+                nll, tokens = model_nll(self._model, *self._calibration.windows(window_indices))
+            sums.index_add_(0, mask_indices, nll.cpu())
+            counts.index_add_(0, mask_indices, tokens.double().cpu())
         return ranks.summed(sums) / ranks.summed(counts)
 
 
@@ -256,7 +257,7 @@ def _extend_history(state: Progress, steps: int, sites: int) -> None:
 
 
 def _is_flat(state: Progress, window: int | None) -> bool:
-    """Whether the last `PATIENCE` stretches of `window` steps all had a mean loss no lower than the best before."""
+    """Return whether the mean loss has not improved over the last `PATIENCE` stretches of `window` steps."""
     if window is None or state.step % window or state.step < (PATIENCE + 1) * window:
         return False
     means = state.history["loss"][: state.step].double().view(-1, window).nanmean(1)

@@ -1,4 +1,4 @@
-"""Distributions over masks, each with the few numbers that say how much is kept: what a policy gradient learns."""
+"""Distributions over masks, whose keep rates a policy gradient learns."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from ..choices import Initialization
 from .policy_gradient import RateBudget, project
 
 
-# Inside the root that preconditions the gradient, as in the paper's code: finite at probabilities of 0 and 1.
+# Added inside the root that preconditions the gradient, as in the paper's code, so that the gradient is finite at
+# probabilities of 0 and 1.
 ROOT_FLOOR = 1e-7
 
-# Far below the distance between two places in a site.
+# Much smaller than the difference between the quantiles of two units of a site.
 TIE_BREAK = 1e-7
 
 
 @dataclass(frozen=True)
 class MaskDraws:
-    """Masks, and how each came about.
+    """Masks, and the deviations of the variables that they were drawn with.
 
     Args:
-        masks (`Tensor[N, n]`, float64): of 0 and 1, all units of all sites.
-        deviations (`Tensor[N, p]`, float64): of the variables drawn from their means, in standard deviations.
+        masks (`Tensor[N, n]`, float64): 1 for units that are kept, and 0 for others, over all units of all sites.
+        deviations (`Tensor[N, p]`, float64): deviations of the variables from their means, in standard deviations.
     """
 
     masks: torch.Tensor
@@ -43,24 +44,24 @@ class Policy(Protocol):
     budgets: Sequence[RateBudget]
 
     def draw(self, rates: torch.Tensor, count: int, seed: Sequence[int], antithetic: bool) -> MaskDraws:
-        """Draw `count` masks; the same seed gives the same masks, and `antithetic` makes neighbours opposites."""
+        """Draw `count` masks, which `seed` determines; `antithetic` neighbours have opposite deviations."""
 
     def site_rates(self, rates: torch.Tensor) -> torch.Tensor:
         """Return the mean keep rate of every site, `[sites]`."""
 
     def keep_probabilities(self, rates: torch.Tensor) -> torch.Tensor:
-        """Return the chance that a mask keeps each unit, `[n]`."""
+        """Return the probabilities that a mask keeps the units, `[n]`."""
 
     def scores(self, rates: torch.Tensor) -> torch.Tensor:
-        """Return the order in which units are kept in the end, `[n]`: higher is kept."""
+        """Return the final scores of the units, `[n]`: units with higher scores are kept."""
 
 
 class UnitPolicy:
-    """A keep probability per unit: the entries of a mask are independent coins (arXiv 2406.10576).
+    """A keep probability per unit: the entries of a mask are independent Bernoulli variables (arXiv 2406.10576).
 
     Args:
-        sites (sequence of `Site`): whose units are drawn.
-        budgets (sequence of `RateBudget`): over units.
+        sites (sequence of `Site`): the sites whose units are masked.
+        budgets (sequence of `RateBudget`): the budgets of the units.
     """
 
     def __init__(self, sites: Sequence[Site], budgets: Sequence[RateBudget]):
@@ -86,12 +87,12 @@ class UnitPolicy:
 
 
 class Ratios:
-    """Keep ratios of sites, as scores that order the units of all of them.
+    """The conversion of keep ratios of sites into scores of their units.
 
     Args:
-        sites (sequence of `Site`): whose ratios they are.
-        scores (mapping of site key to `Tensor[num_units]`): a metric's; the highest of a site stay.
-        keep (`Callable`): scores of every unit in, by site key; out the units that the request keeps under them.
+        sites (sequence of `Site`): the sites.
+        scores (mapping of site key to `Tensor[num_units]`): scores by the metric that ranks the units of a site.
+        keep (`Callable`): returns the units that the request keeps, from scores of every unit by site key.
     """
 
     def __init__(
@@ -102,12 +103,12 @@ class Ratios:
     ):
         self.sites = list(sites)
         self.sizes = torch.tensor([site.num_units for site in sites])
-        # The share of its site that is better than the middle of a unit: kept where the ratio is above it.
+        # The share of a site's units that rank above the middle of a unit, which is kept where the ratio exceeds it.
         self._quantiles = torch.cat([_quantiles(site, scores[site.key]) for site in sites])
         self._keep = keep
 
     def scores(self, rates: torch.Tensor) -> torch.Tensor:
-        """Return the order in which units are kept under the ratios `[sites]`: `[n]`, higher is kept."""
+        """Return the scores of all units for the ratios `[sites]`: `[n]`, units with higher scores are kept."""
         return rates.repeat_interleave(self.sizes) - self._quantiles
 
     def by_site(self, rates: torch.Tensor) -> dict[SiteKey, torch.Tensor]:
@@ -115,27 +116,27 @@ class Ratios:
         return {site.key: part for site, part in zip(self.sites, self.scores(rates).split(self.sizes.tolist()))}
 
     def kept(self, rates: torch.Tensor) -> Mapping[SiteKey, list[int]]:
-        """Return the units that the request keeps under the ratios."""
+        """Return the units that the request keeps for the ratios."""
         return self._keep(self.by_site(rates))
 
 
 class RatioPolicy:
-    """A keep ratio per site, drawn around its mean; which units stay within a site is settled by a metric.
+    """A keep ratio per site, drawn around its mean; a metric ranks the units of a site.
 
-    The draws of a budget are shifted so that they keep to it, and become the units that the request itself would keep
-    under such ratios, with all its constraints. So every mask is a model that the request could end with.
+    The drawn ratios are shifted so that they meet their budgets. A mask has the units that the request itself would
+    keep for these ratios, with all its constraints, so that every mask is a possible result of the request.
 
     Args:
-        ratios (`Ratios`): what the ratios of sites come to.
-        budgets (sequence of `RateBudget`): over sites.
-        spread (`float`): standard deviation of a ratio.
+        ratios (`Ratios`): the conversion of ratios into units.
+        budgets (sequence of `RateBudget`): the budgets of the sites.
+        spread (`float`): standard deviation of the ratios before they are shifted.
     """
 
     def __init__(self, ratios: Ratios, budgets: Sequence[RateBudget], spread: float):
         self.budgets = budgets
         self._ratios = ratios
         self._spread = spread
-        # Of a ratio that was shifted into its budget.
+        # The standard deviations of the ratios after they are shifted.
         self._deviations = torch.empty(len(ratios.sites), dtype=torch.float64)
         for budget in budgets:
             squares = budget.weights.square()
@@ -173,9 +174,9 @@ class Variables:
     """The variables of one site.
 
     Args:
-        site (`Site`): whose units or ratio they are.
-        count (`int`): one for every unit, or one alone.
-        floor (`float`): the least that each of them may be.
+        site (`Site`): the site.
+        count (`int`): number of variables: the number of units, or 1 for a ratio.
+        floor (`float`): smallest value of a variable.
     """
 
     site: Site
@@ -190,42 +191,42 @@ def budgets_of(
     exact: bool,
     cost: Cost = PARAMETERS,
 ) -> list[RateBudget]:
-    """Return one budget for all variables that may trade with each other, of the size of what the request keeps.
+    """Return the budgets that variables share; the limit of a budget is the cost of the units that the request keeps.
 
     Args:
-        variables (sequence of `Variables`): of every site.
-        kept (mapping of site key to `list[int]`): what the request keeps under some scores.
-        config (`PruningConfig`): `scope` and `budget` say what trades with what.
-        exact (`bool`): budgets must be met, not only kept to.
-        cost (`Cost`): what they are counted in; a unit takes its share of all that its site costs.
+        variables (sequence of `Variables`): the variables of every site.
+        kept (mapping of site key to `list[int]`): the units that the request keeps for some scores.
+        config (`PruningConfig`): the request; `scope` and `budget` determine which variables share a budget.
+        exact (`bool`): whether budgets must be spent entirely.
+        cost (`Cost`): what the budgets count; all units of a site cost the same.
     """
     pools: dict[tuple[str, int], list[tuple[Variables, int]]] = {}
     start = 0
-    for of_site in variables:
-        site = of_site.site
+    for site_variables in variables:
+        site = site_variables.site
         kind = site.kind if config.budget == BudgetSharing.SEPARATE or config.has_budget_per_kind else ""
         layer = site.layer if config.resolved_scope == Scope.LAYER else -1
-        pools.setdefault((kind, layer), []).append((of_site, start))
-        start += of_site.count
+        pools.setdefault((kind, layer), []).append((site_variables, start))
+        start += site_variables.count
     budgets = []
     for members in pools.values():
-        # In units of the first variable's: counts where all are of one size, as in the paper.
+        # Costs are divided by that of the first variable. Variables of equal cost are thus counted, as in the paper.
         first = members[0][0]
         one = cost.total(first.site) / first.count
         places, weights, lowest = [], [], []
-        for of_site, start in members:
-            count = of_site.count
+        for site_variables, start in members:
+            count = site_variables.count
             places.append(torch.arange(start, start + count))
-            weights.append(torch.full((count,), cost.total(of_site.site) / count / one, dtype=torch.float64))
-            lowest.append(torch.full((count,), of_site.floor, dtype=torch.float64))
-        sites = [of_site.site for of_site, _ in members]
+            weights.append(torch.full((count,), cost.total(site_variables.site) / count / one, dtype=torch.float64))
+            lowest.append(torch.full((count,), site_variables.floor, dtype=torch.float64))
+        sites = [site_variables.site for site_variables, _ in members]
         limit = sum(len(kept[site.key]) * cost.total(site) / site.num_units for site in sites) / one
         budgets.append(RateBudget(torch.cat(places), torch.cat(weights), limit, torch.cat(lowest), exact))
     return budgets
 
 
 def even_rates(budgets: Sequence[RateBudget], count: int) -> torch.Tensor:
-    """Return every variable's share of its budget, `[count]` float64."""
+    """Return rates that divide every budget evenly among its variables, `[count]` float64."""
     rates = torch.empty(count, dtype=torch.float64)
     for budget in budgets:
         even = torch.full_like(budget.weights, budget.limit / float(budget.weights.sum()))
@@ -240,11 +241,12 @@ def standardized(masks: torch.Tensor, probabilities: torch.Tensor) -> torch.Tens
 
 
 def _quantiles(site: Site, scores: torch.Tensor) -> torch.Tensor:
-    """Place every unit among those of its group: 0 is better than all, 1 worse than all."""
+    """Return the quantiles of units within their groups: 0 ranks above all units, and 1 below all."""
     grouped = scores.double().view(site.num_groups, -1)
     ranks = grouped.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     quantiles = (ranks.double() + 0.5) / grouped.shape[1]
-    # Units of the same place in sites of the same size tie; those that stand out least in their site go first then.
+    # Units of equal rank in sites of equal size tie. The tie is broken in favour of units that are further above the
+    # mean of their site, in standard deviations.
     outstanding = (grouped - grouped.mean()) / grouped.std(correction=0).clamp_min(1e-30)
     return (quantiles - TIE_BREAK * outstanding.tanh()).flatten()
 
@@ -255,10 +257,10 @@ def initial_probabilities(
     """Turn the scores of every site into keep probabilities, `[n]` float64, whose mean is the site's keep rate.
 
     Args:
-        scores (sequence of `Tensor[num_units]`): a metric's, site by site.
-        keep_rates (sequence of `float`): mean probability asked for.
-        how (`str`): `"sigmoid"` of the standardised scores, `"min_max"` scaled scores, `"constant"`, or `"random"`.
-        seed (`int`): of `"random"`.
+        scores (sequence of `Tensor[num_units]`): scores by the metric, site by site.
+        keep_rates (sequence of `float`): mean probability of every site.
+        how (`str`): `"sigmoid"` of the standardized scores, `"min_max"` scaled scores, `"constant"`, or `"random"`.
+        seed (`int`): seed of `"random"`.
     """
     generator = torch.Generator().manual_seed(seed)
     probabilities = []
@@ -277,7 +279,7 @@ def initial_probabilities(
 
 
 def _shifted_to_mean(values: torch.Tensor, mean: float) -> torch.Tensor:
-    """Shift and clamp to [0, 1] so that the clamped values have the mean asked for."""
+    """Shift values and clamp them to [0, 1], so that the clamped values have the mean `mean`."""
     low, high = -1.0 - float(values.max()), 1.0 - float(values.min())
     for _ in range(60):
         middle = (low + high) / 2
@@ -286,6 +288,6 @@ def _shifted_to_mean(values: torch.Tensor, mean: float) -> torch.Tensor:
 
 
 def entropy(probabilities: torch.Tensor) -> float:
-    """Return the mean entropy of the masks' entries, in bits: 0 once every unit is decided."""
+    """Return the mean entropy of the masks' entries, in bits; it is 0 if all probabilities are 0 or 1."""
     s = probabilities.clamp(1e-12, 1 - 1e-12)
     return float(-(s * s.log2() + (1 - s) * (1 - s).log2()).mean())

@@ -10,7 +10,7 @@ import torch
 from ..choices import Estimator
 
 
-# Keep probabilities stay above this while they are learned: a unit at 0 would never be tried again.
+# Smallest keep probability during learning, since a unit with probability 0 would never be drawn again.
 FLOOR = 1e-3
 
 
@@ -19,11 +19,11 @@ class RateBudget:
     """Variables that share one budget: keep probabilities of units, or keep ratios of sites.
 
     Args:
-        members (`Tensor[n]`, int64): their places in the vector of all variables.
-        weights (`Tensor[n]`, float64): what a rate of 1 costs, positive: 1 to count units, or parameters.
+        members (`Tensor[n]`, int64): their indices in the vector of all variables.
+        weights (`Tensor[n]`, float64): cost of a rate of 1, which is positive: 1 to count units, or parameters.
         limit (`float`): largest Σ weight · rate.
         floors (`Tensor[n]`, float64): smallest rates.
-        exact (`bool`, defaults to `False`): the limit must be met, not only kept to.
+        exact (`bool`, defaults to `False`): whether Σ weight · rate must equal the limit.
     """
 
     members: torch.Tensor
@@ -36,23 +36,23 @@ class RateBudget:
 def project(rates: torch.Tensor, budget: RateBudget) -> torch.Tensor:
     """Return the nearest point of {floor ≤ s ≤ 1, Σ w s ≤ limit}: `clamp(s - v w, floor, 1)` with the smallest v ≥ 0.
 
-    An exact budget asks for Σ w s = limit, with v of either sign. The solution is exact, too: Σ w clamp(s - v w) is
-    piecewise linear in v, so the piece that meets the limit is found by bisection over its corners and solved. The
+    An exact budget requires Σ w s = limit, with v of either sign. The solution is exact, too: Σ w clamp(s - v w) is
+    piecewise linear in v, so that bisection over its corners determines the linear piece that meets the limit. The
     paper bisects v itself, with w = 1.
 
     Args:
-        rates (`Tensor[n]`, float64): s, anywhere, of the budget's members.
+        rates (`Tensor[n]`, float64): s of the budget's members, with any values.
         budget (`RateBudget`): w, floors and limit.
 
     Raises:
-        ValueError: where the limit is below what the floors alone take.
+        ValueError: where the floors alone exceed the limit.
     """
     weights, floors, limit = budget.weights, budget.floors, budget.limit
     lowest, highest = float(weights @ floors), float(weights.sum())
     if limit < lowest * (1 - 1e-12):
         raise ValueError(
-            f"The smallest keep rates take {lowest:g} of a budget of {limit:g}. Ask for a lower sparsity, or relax "
-            f"min_units_per_site."
+            f"The smallest keep rates cost {lowest:g}, which exceeds the budget of {limit:g}. Choose a lower "
+            f"sparsity, or a smaller min_units_per_site."
         )
     if budget.exact and limit >= highest:
         return torch.ones_like(rates)
@@ -67,7 +67,8 @@ def project(rates: torch.Tensor, budget: RateBudget) -> torch.Tensor:
         corners = torch.cat([corners.new_zeros(1), corners[corners > 0]])
     corners = corners.sort().values
     low, high = 0, len(corners) - 1
-    # At the last corner everything lies on its floor, so the limit is met there; at the first of all, on 1.
+    # At the last corner all rates are at their floors, which meet the limit; at the first corner of an exact budget,
+    # all of them are 1.
     while high - low > 1:
         middle = (low + high) // 2
         if float(weights @ clamped(corners[middle])) > limit:
@@ -88,19 +89,20 @@ def policy_gradient(
 ) -> torch.Tensor:
     """Return the preconditioned gradient of the expected loss, estimated from a few draws: `[p]`, float64.
 
-    A draw's score is its deviation from the mean divided by the standard deviation, so this is the gradient with
+    A draw's score is its deviation from the mean divided by the standard deviation. So this is the gradient with
     respect to the means, times the standard deviations: `sqrt(s (1 - s)) ∇ E[L]` for masks with probabilities s.
 
-    `"leave_one_out"` takes as each draw's baseline the mean loss of the other draws (of other pairs, where they are
-    antithetic: a partner's loss is not independent) and is unbiased. `"moving_average"` is the paper's, divided by
-    N - 1: its baseline knows this step's losses, and batches of other difficulty shift it.
+    With `"leave_one_out"`, the baseline of a draw is the mean loss of the other draws, or of the other pairs if draws
+    are antithetic, since the loss of the partner is not independent. This estimator is unbiased. `"moving_average"` is
+    the paper's estimator, divided by N - 1. Its baseline includes this step's losses, and varies with the difficulty
+    of the batches.
 
     Args:
-        deviations (`Tensor[N, p]`, float64): of every draw from the mean, in standard deviations.
-        losses (`Tensor[N]`, float64): of the model under each draw, on the same tokens.
+        deviations (`Tensor[N, p]`, float64): deviations of the draws from the mean, in standard deviations.
+        losses (`Tensor[N]`, float64): losses of the model with the draws, on the same tokens.
         estimator (`str`): `"leave_one_out"` or `"moving_average"`.
-        baseline (`float`): of `"moving_average"`.
-        antithetic (`bool`): neighbouring draws are pairs.
+        baseline (`float`): baseline of `"moving_average"`.
+        antithetic (`bool`): whether neighbouring draws are pairs.
     """
     count = len(losses)
     if estimator == Estimator.LEAVE_ONE_OUT:
@@ -112,5 +114,5 @@ def policy_gradient(
 
 
 def cosine(step: int, steps: int) -> float:
-    """Return the factor on the learning rate: from 1 to 0 over `steps`, without warm-up."""
+    """Return the factor of the learning rate, which falls from 1 to 0 over `steps`, without warm-up."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -1,4 +1,4 @@
-"""Criteria, one file each. Importing this package registers them all."""
+"""The criteria, one file each. Importing this package registers all of them."""
 
 from ...request.config import PruningConfig, register_method
 from ...request.registry import (

@@ -1,4 +1,4 @@
-"""FLAP: how much an input feature fluctuates, and the bias that replaces its mean (arXiv 2312.11983)."""
+"""FLAP: scores by the fluctuation of input features, and a bias that replaces their mean (arXiv 2312.11983)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .scoring import ScoringInputs
 
 @dataclass
 class FlapConfig(PruningConfig):
-    """How much a unit's input features fluctuate, weighted by the weights that read them.
+    """The fluctuation of a unit's input features, times the squared weights that read them.
 
-    The score of a feature is Var(X_j) · Σ_i W[i, j]², standardised per site; that of a unit is the mean over its
+    The score of a feature is Var(X_j) · Σ_i W[i, j]², standardized per site; that of a unit is the mean over its
     features. The preset `"flap-paper"` has the paper's own setting (AL-AM): all sites compete, and the mean output of
     the removed features becomes a bias of the projection.
     """
@@ -26,17 +26,18 @@ def score(inputs: ScoringInputs) -> dict:
     for site in inputs.sites:
         columns = site.projection.weight.detach().float().square().sum(0)
         fluctuation = columns * inputs.statistics[site.key].variance
-        # A constant metric (all dead features) standardises to zero rather than to NaN.
+        # A constant metric, for example of dead features, must become zero and not NaN.
         standardised = (fluctuation - fluctuation.mean()) / fluctuation.std().clamp_min(1e-30)
         scores[site.key] = site.sum_features(standardised) / site.unit_width
     return scores
 
 
-# Standardised scores are ranked as they are, as in FLAP's code; they are no amounts that could be added up.
+# Standardized scores are ranked directly, as in FLAP's code; they are not additive.
 register_method(FlapConfig, score, statistics=("moments",), additive=False)
 register_preset(
     "flap-paper",
-    "FLAP as published (AL-AM): all layers, heads and channels compete, and a bias replaces the mean of what went.",
+    "FLAP as published (AL-AM): all layers, heads and channels compete, and a bias replaces the mean output of the "
+    "removed units.",
     method="flap",
     kinds=["attention", "mlp"],
     scope="global",

@@ -1,4 +1,4 @@
-"""Magnitude: the norm of the weights that a unit owns. Needs no text."""
+"""Magnitude: scores by the norm of the weights that a unit owns. It needs no calibration text."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .scoring import EVERY_KIND, ScoringInputs
 
 @dataclass
 class MagnitudeConfig(PruningConfig):
-    """Units whose owned weights (source rows with biases, projection columns) have the smallest L2 norm go first.
+    """The L2 norm of the weights that a unit owns: rows of its sources with biases, and columns of its projection.
 
-    Layers and sublayers go by the norm of all weights that their units own.
+    The score of a layer or sublayer is the norm of all weights that its units own.
     """
 
     method: str = "magnitude"

@@ -14,36 +14,36 @@ from .scoring import ScoringInputs, UnitScores
 
 @dataclass
 class MiniLlmConfig(PruningConfig):
-    """Weight, gradient and activation together, the gradient estimated by forward passes: Σ |W · ∂L/∂W| · ‖X‖₂.
+    """Weight times gradient times activation, with a gradient from forward passes: Σ |W · ∂L/∂W| · ‖X‖₂.
 
-    `gradient` swaps the estimate for exact back-propagation, or for one of two controls that know nothing of the loss.
+    `gradient` replaces the estimate by exact back-propagation, or by one of two controls that do not use the loss.
     """
 
     method: str = "mini_llm"
     gradient: str = option(
         Gradient.ZEROTH_ORDER,
-        "Where ∂L/∂W comes from: forward passes, exact back-propagation, or a control, all ones or random numbers.",
+        "How ∂L/∂W is computed: estimated by forward passes (zeroth_order), by back-propagation (exact), or replaced "
+        "by a control (ones, random).",
         Gradient,
     )
     perturb: str = option(
         Perturbed.WEIGHTS,
-        "What is perturbed: every weight, as published, or the gate of every unit, thousands of times fewer numbers.",
+        "What is perturbed: every weight, as published (weights), or the gate of every unit, which are thousands of "
+        "times fewer numbers (units).",
         Perturbed,
     )
-    draws: int = option(64, "Perturbations drawn; each costs two forward passes over windows_per_draw windows.")
-    epsilon: float | None = option(None, "Step of a perturbation. Default: 1e-3, and 1e-2 for a model in 16 bit.")
+    draws: int = option(64, "Number of perturbations; each takes two forward passes over windows_per_draw windows.")
+    epsilon: float | None = option(None, "Step size of a perturbation. Default: 1e-3, and 1e-2 for models in 16 bit.")
     noise: str = option(NoiseDistribution.RADEMACHER, "Distribution of the perturbations.", NoiseDistribution)
     windows_per_draw: int | None = option(
-        None, "Calibration windows that a draw is measured on. Default: 4 for weights, 1 for units."
+        None, "Calibration windows per draw. Default: 4 for perturb=weights, 1 for perturb=units."
     )
     stop_after: int | None = option(
         None,
-        "Stop early once the request would keep the same units as this many draws before; every look regenerates all "
-        "noise so far. Default: never.",
+        "Stop once the kept units are the same as this many draws before. Every check generates all noise so far "
+        "again. Default: never.",
     )
-    aggregation: str = option(
-        Aggregation.SUM, "How the sensitivities of a unit's weights are put together.", Aggregation
-    )
+    aggregation: str = option(Aggregation.SUM, "How the sensitivities of a unit's weights are combined.", Aggregation)
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,9 +55,9 @@ class MiniLlmConfig(PruningConfig):
             raise ValueError(f"epsilon must be in (0, 1]; got {self.epsilon}. 1e-3 suits most models.")
 
 
-# Parts that the standard errors leave out in turn: so many copies of one linear are held at once.
+# Number of groups of draws that the jackknife leaves out in turn; as many copies of a linear are in memory.
 GROUPS: dict[str, int] = {Perturbed.WEIGHTS: 8, Perturbed.UNITS: 32}
-# By bytes per weight. Measured on SmolLM2-135M: in bfloat16 a step of 1e-3 finds more rounding than slope.
+# By bytes per weight. On SmolLM2-135M in bfloat16, rounding exceeds the slope with a step of 1e-3.
 EPSILON = {2: 1e-2, 4: 1e-3, 8: 1e-3}
 WINDOWS_PER_DRAW: dict[str, int] = {Perturbed.WEIGHTS: 4, Perturbed.UNITS: 1}
 
@@ -119,7 +119,7 @@ def _estimate(inputs: ScoringInputs, sensitivity) -> UnitScores:
 
 
 def _known_gradient(inputs: ScoringInputs, perturbation) -> Callable:
-    """Return the exact gradient, or a control, in the form that a sensitivity reads."""
+    """Return the exact gradient, or a control, in the form that sensitivities need."""
     import torch
 
     from ..gradients.backprop import unit_gradients, weight_gradients

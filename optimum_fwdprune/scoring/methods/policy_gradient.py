@@ -13,59 +13,63 @@ from ..choices import Estimator, Initialization, Parametrization
 from .scoring import ScoringInputs, UnitScores
 
 
-# Units have thousands of times as many numbers to learn from the same losses: larger steps drown them in noise.
+# There are thousands of times as many units as sites to learn from the same losses; larger steps are too noisy.
 LEARNING_RATES: dict[str, float] = {Parametrization.RATIO: 0.05, Parametrization.UNIT: 0.02}
 
 
 @dataclass
 class PolicyGradientConfig(PruningConfig):
-    """Keep probabilities of units are learned from the losses of random masks, without back-propagation.
+    """Keep probabilities of units, learned from the losses of random masks, without back-propagation.
 
-    `parametrization="unit"` is the paper's: the score of a unit is its learned keep probability. `"ratio"` learns a
-    keep ratio per site, of units that the metric ranks: fewer numbers, which take fewer steps. A unit's score is then
-    by how much its site's ratio exceeds its rank.
+    With `parametrization="unit"`, as in the paper, the score of a unit is its learned keep probability. `"ratio"`
+    learns a keep ratio per site, whose units are ranked by the metric. These are fewer numbers and take fewer steps.
+    The score of a unit is then the difference between its site's ratio and its rank.
 
-    `scope` and `budget` say between which units probability may move: `scope="global", budget="separate"` is the
-    paper's, one budget for all heads and one for all channels; `budget="joint"` weighs units by their parameters.
+    `scope` and `budget` determine between which units probability may move. The paper uses `scope="global",
+    budget="separate"`: one budget for all heads and one for all channels. `budget="joint"` weighs units by their
+    parameters.
     """
 
     method: str = "policy_gradient"
     scope: str | None = option(
         None,
-        "Whether every layer keeps its share (layer) or layers compete for one budget (global). Default: global, and "
-        "layer where layout is stock.",
+        "Whether every layer loses the same share (layer), or layers compete for one budget (global). Default: "
+        "global, and layer where layout is stock.",
         (Scope.LAYER, Scope.GLOBAL),
     )
     parametrization: str = option(
         Parametrization.RATIO,
-        "What is learned: a keep ratio per site whose units the metric ranks, or a keep probability per unit.",
+        "What is learned: a keep ratio per site, whose units the metric ranks (ratio), or a keep probability per unit "
+        "(unit).",
         Parametrization,
     )
-    ratio_spread: float = option(0.1, "Standard deviation of the ratios drawn under parametrization=ratio.")
-    steps: int = option(300, "Updates of the probabilities; each costs masks_per_step forward passes of its windows.")
+    ratio_spread: float = option(0.1, "Standard deviation of the ratios that are drawn with parametrization=ratio.")
+    steps: int = option(
+        300, "Updates of the probabilities; each takes masks_per_step forward passes over windows_per_step windows."
+    )
     learning_rate: float | None = option(
-        None, "Step size of plain SGD, falling to 0 along a cosine. Default: 0.05 for ratios, 0.02 for units."
+        None, "Learning rate of SGD, which falls to 0 along a cosine. Default: 0.05 for ratios, 0.02 for units."
     )
     estimator: str = option(
         Estimator.LEAVE_ONE_OUT,
-        "Baseline of a mask's loss: the other masks of the step, or the paper's moving average.",
+        "Baseline of a mask's loss: the losses of the other masks of the step, or the paper's moving average.",
         Estimator,
     )
-    masks_per_step: int = option(4, "Masks drawn per step, all on the same windows.")
-    antithetic: bool = option(False, "Draw masks in pairs of opposites.")
+    masks_per_step: int = option(4, "Masks per step, which are compared on the same windows.")
+    antithetic: bool = option(False, "Draw masks in pairs with opposite deviations.")
     windows_per_step: int = option(2, "Calibration windows per step.")
-    baseline_horizon: float = option(5.0, "Steps that the moving average looks back.")
+    baseline_horizon: float = option(5.0, "Number of steps that the moving average covers.")
     initialization: str = option(
         Initialization.SIGMOID,
-        "How the metric's scores become probabilities, or start without a metric.",
+        "How the metric's scores become probabilities (sigmoid, min_max), or a start without scores (constant, "
+        "random).",
         Initialization,
     )
     metric: str = option("wanda_sp", "Method whose scores the probabilities start from.")
-    metric_samples: int | None = option(None, "Calibration windows that the metric is measured on. Default: all.")
+    metric_samples: int | None = option(None, "Calibration windows for the metric. Default: all.")
     stop_when_flat: int | None = option(
         None,
-        "Stop once three stretches of so many steps in a row had a mean loss no lower than the best before. Default: "
-        "never.",
+        "Stop once the mean loss has not improved over three stretches of this many steps in a row. Default: never.",
     )
 
     def __post_init__(self):
@@ -150,7 +154,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
     if not learned:
         return UnitScores({site.key: torch.ones(site.num_units, dtype=torch.float32) for site in inputs.sites})
     stage = inputs.resume.stage("policy_gradient", inputs.calibration)
-    # Whatever is wrong with it shows before anything is measured.
+    # The state is checked before anything is measured.
     interrupted = stage.load(Progress.of)
     policy, rates = _policy(inputs, learned, _metric_scores(inputs))
     state = interrupted or Progress(0, rates)
@@ -164,7 +168,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
     learn_rates(Subject(inputs.model, learned), inputs.calibration, policy, state, schedule, stage)
     scores = policy.scores(state.rates).split([site.num_units for site in learned])
     values = {site.key: part for site, part in zip(learned, scores)}
-    # What the request leaves alone is kept for certain.
+    # Units that the request does not prune are kept.
     left_alone = [site for site in inputs.sites if site.key not in values]
     values |= {site.key: torch.ones(site.num_units, dtype=torch.float32) for site in left_alone}
     details: dict = {"steps": state.step, "skipped_steps": state.skipped, "rejected_masks": state.rejected}
@@ -175,7 +179,7 @@ def score(inputs: ScoringInputs) -> UnitScores:
 
 
 def _metric_scores(inputs: ScoringInputs) -> dict:
-    """The scores that the probabilities start from, by the metric's own config and on its own statistics."""
+    """Return the metric's scores, computed with its own config and statistics, from which the probabilities start."""
     from ...data.calibration import Calibration
     from ...forward.gathering import gather_statistics
     from ...forward.statistics import PlacedStatistics
@@ -197,7 +201,7 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
 
 
 def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
-    """What the masks are drawn from, and the keep rates to start from."""
+    """Return the policy that masks are drawn from, and the initial keep rates."""
     from ...allocation.constraints import fewest_units
     from ..learning.policies import (
         RatioPolicy,

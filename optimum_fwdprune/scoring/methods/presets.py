@@ -1,6 +1,6 @@
-"""Presets that go with every method, by what they cost; the study behind them is docs/quality.md.
+"""Presets for every method, by their cost; docs/quality.md has the study that they are based on.
 
-A published method's own preset stands in that method's file.
+The preset of a published method is in the method's file.
 """
 
 from ...request.registry import register_preset
@@ -8,7 +8,8 @@ from ...request.registry import register_preset
 
 register_preset(
     "fast",
-    "Projections are refitted all at once: about twice the time of the forward passes over the calibration text.",
+    "All projections are refitted at once, which takes about twice the time of the forward passes over the "
+    "calibration text.",
     reconstruction_order="independent",
 )
 register_preset(
@@ -17,7 +18,7 @@ register_preset(
 )
 register_preset(
     "best",
-    "The linears before the projections are refitted too: up to twice the time of balanced, and most gain from more "
-    "text.",
+    "The linears before the projections are refitted too, which takes up to twice the time of balanced and gains most "
+    "from more calibration text.",
     refit_sources=True,
 )

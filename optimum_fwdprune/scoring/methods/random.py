@@ -1,4 +1,4 @@
-"""Scores drawn at random: the floor that every criterion must beat."""
+"""Random scores, as a baseline for other criteria."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .scoring import EVERY_KIND, ScoringInputs
 
 @dataclass
 class RandomConfig(PruningConfig):
-    """Units are removed at random, by `seed`."""
+    """Random numbers, by `seed`: a baseline for other methods."""
 
     method: str = "random"
 
@@ -24,5 +24,5 @@ def score(inputs: ScoringInputs) -> dict:
     return {site.key: torch.rand(site.num_units, generator=generator, dtype=torch.float32) for site in inputs.sites}
 
 
-# Not additive: a head and a channel of equal score are equally likely to go.
+# It is not additive, so that heads and channels are removed with equal probability.
 register_method(RandomConfig, score, additive=False, kinds=EVERY_KIND)

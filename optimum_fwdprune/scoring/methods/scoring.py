@@ -1,4 +1,4 @@
-"""What a scoring function is given, and what it may give back."""
+"""The inputs of scoring functions, and their results."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ EVERY_KIND = (*map(str, UnitKind), *DEPTH_KINDS)
 
 @dataclass(frozen=True)
 class ScoringInputs:
-    """Everything a criterion may look at; it must not change the model.
+    """The inputs of a criterion, which must not change the model.
 
     Args:
         model (`PreTrainedModel`): the dense model, in eval mode.
         sites (`list[Site]`): its sites.
-        statistics (mapping of site key to `SiteStatistics`): what the method declared that it needs, on the device
-            where the site computes; empty otherwise.
+        statistics (mapping of site key to `SiteStatistics`): the statistics that the method declared, on the devices
+            that the sites compute on; empty if it declared none.
         calibration (`Calibration`, *optional*): the tokens; `None` for methods that declared no need for them.
         config: the method's own config.
-        keep (`Callable`): scores of every unit in, by site key; out what the request would keep under them, for
-            methods that stop once that is settled.
-        resume (`Resume`): where methods that take long keep their state.
+        keep (`Callable`): returns the units that the request would keep, from scores of every unit by site key, for
+            methods that stop once these units no longer change.
+        resume (`Resume`): folder for the state of methods that take long.
     """
 
     model: PreTrainedModel
@@ -59,13 +59,13 @@ class ScoringInputs:
 
 @dataclass(frozen=True)
 class UnitScores:
-    """Scores of a criterion that has more to say than one number per unit; otherwise a plain mapping will do.
+    """Scores with further results of a criterion. A criterion without these returns a mapping of scores instead.
 
     Args:
-        values (`dict[SiteKey, Tensor[num_units]]`): higher is kept.
-        standard_errors (`dict[SiteKey, Tensor[num_units]]`): how far each score may be off, where it was estimated.
-        details (`dict`): how the scores came about, as JSON values, for the plan's record.
-        history (`dict[str, Tensor]`): what happened step by step, for the scores file.
+        values (`dict[SiteKey, Tensor[num_units]]`): the scores; units with higher scores are kept.
+        standard_errors (`dict[SiteKey, Tensor[num_units]]`): standard errors of estimated scores.
+        details (`dict`): figures on how the scores were computed, as JSON values, for the plan's metadata.
+        history (`dict[str, Tensor]`): values of every step of a method that learns, for the scores file.
     """
 
     values: Mapping[SiteKey, Tensor]

@@ -15,14 +15,15 @@ from .scoring import ScoringInputs
 class TaylorConfig(PruningConfig):
     """The first-order change of the loss, by back-propagation: |Σ W · ∂L/∂W| or Σ |W · ∂L/∂W|.
 
-    The sum goes over all weights that a unit owns. Gradients of these weights are held in memory. The preset
+    The sum is over all weights that a unit owns. The gradients of these weights are held in memory. The preset
     `"llm-pruner-paper"` has the published settings.
     """
 
     method: str = "taylor"
     salience: str = option(
         Salience.VECTOR,
-        "Whether W · ∂L/∂W is summed over the unit before its absolute value is taken, or element by element.",
+        "Whether the absolute value of W · ∂L/∂W is taken after summing over the unit (vector) or element by element "
+        "(element).",
         Salience,
     )
 
@@ -45,7 +46,8 @@ def score(inputs: ScoringInputs) -> dict:
 register_method(TaylorConfig, score, calibrated=True, differentiates=lambda _config: True)
 register_preset(
     "llm-pruner-paper",
-    "LLM-Pruner as published for LLaMA-7B: element-wise Taylor scores; the first four and last two layers stay whole.",
+    "LLM-Pruner as published for LLaMA-7B: element-wise Taylor scores; the first four and last two layers are not "
+    "pruned.",
     method="taylor",
     salience="element",
     kinds=["attention", "mlp"],

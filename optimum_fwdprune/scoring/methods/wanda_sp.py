@@ -13,7 +13,7 @@ from .scoring import ScoringInputs
 class WandaSpConfig(PruningConfig):
     """The weights that read a unit times the size of its activations: Σ_j Σ_i |W[i, j]| · ‖X_j‖₂.
 
-    The sum goes over the columns j of the output projection that belong to the unit. The preset `"wanda-sp-paper"` has
+    The sum is over the columns j of the output projection that belong to the unit. The preset `"wanda-sp-paper"` has
     the published form, without reconstruction.
     """
 

@@ -166,7 +166,7 @@ def test_an_epsilon_lost_in_rounding_is_refused_with_one_that_works(tokens, kind
 def test_a_model_that_does_not_respond_is_named(tokens):
     model = tiny.make_model("llama_gqa_biases")
     model.lm_head.weight.data.zero_()
-    with pytest.raises(ValueError, match="does not depend on what is perturbed"):
+    with pytest.raises(ValueError, match="does not depend on the perturbed weights"):
         measure(model, UnitPerturbation(find_sites(model), Noise(0)), Calibration(tokens))
 
 
@@ -200,7 +200,7 @@ def test_draws_without_a_finite_loss_are_rejected_and_counted(small, windows, mo
 
 def test_too_many_rejected_draws_are_an_error(small, windows, monkeypatch):
     losses_with_nan(monkeypatch, bad={1, 2, 3})
-    with pytest.raises(ValueError, match=r"3 of 9 draws gave a loss that is not finite at epsilon=0\.0001"):
+    with pytest.raises(ValueError, match=r"3 of 9 draws had a loss that is not finite at epsilon=0\.0001"):
         measure(small, WeightPerturbation(find_sites(small), Noise(0)), windows, draws=9, batch_size=8)
 
 

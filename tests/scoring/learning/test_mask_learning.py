@@ -300,7 +300,7 @@ def test_steps_without_a_finite_loss_are_skipped_and_counted(tokens, monkeypatch
 
 def test_a_run_without_finite_losses_is_an_error(tokens, monkeypatch):
     with_losses(monkeypatch, lambda losses: losses * torch.nan)
-    with pytest.raises(ValueError, match="10 steps in a row gave no finite loss"):
+    with pytest.raises(ValueError, match="10 steps in a row had no finite loss"):
         learn(tokens, steps=50)
 
 

@@ -94,7 +94,7 @@ def solve_dual(s, w, limit, floor):
 
 
 def test_a_limit_below_the_floor_is_refused():
-    with pytest.raises(ValueError, match=r"smallest keep rates take 1 of a budget of 0\.9\. Ask for a lower sparsity"):
+    with pytest.raises(ValueError, match=r"cost 1, which exceeds the budget of 0\.9\. Choose a lower sparsity"):
         project(torch.ones(5, dtype=torch.float64), budget(torch.ones(5, dtype=torch.float64), 0.9, 0.2))
 
 

@@ -215,7 +215,7 @@ class TestBudgets:
             for kind in ("attention", "mlp")
             if float(scores.values[layer, "layer"]) == 0
         ]
-        with pytest.raises(ValueError, match=r"made with kinds=\['layer'\], and the request says \['sublayer'\]"):
+        with pytest.raises(ValueError, match=r"made with kinds=\['layer'\], and the request has kinds=\['sublayer'\]"):
             FwdPruner(deep_model()).prune(method="removal_loss", kinds=["sublayer"], scores=scores)
 
     def test_methods_of_layers_alone_prune_layers_by_default(self):
