@@ -1,1 +1,1 @@
-"""Plans and budgets as pure functions: how much each site loses, and which units stay."""
+"""Plans and budgets as pure functions: how many units each site loses, and which of them are kept."""

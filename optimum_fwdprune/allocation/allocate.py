@@ -1,4 +1,4 @@
-"""Scores and a budget in, kept units out. Pure functions that know neither models nor methods."""
+"""The allocation: kept units from scores and a budget, as pure functions that depend on no model and no method."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def allocate(
     budget: Budget,
     additive: bool = True,
 ) -> dict[SiteKey, list[int]]:
-    """Choose the units that stay.
+    """Choose the units that are kept.
 
     Within a site the lowest scores go first. With `scope="layer"` every layer gives the same share of its parameters,
     to within a step of `multiple_of` where that brings all layers together nearer to the budget; with `"global"` all
@@ -45,14 +45,14 @@ def allocate(
         scores (mapping of site key to `Tensor[num_units]`): higher is kept. Layers and sublayers have keys of their
             own ([`DepthUnit`]).
         config (`PruningConfig`): scope, budgets and constraints.
-        budget (`Budget`): what to remove, in parameters or another cost.
-        additive (`bool`): rank units of different sites by score per cost rather than by score.
+        budget (`Budget`): how much to remove, in parameters or another cost.
+        additive (`bool`): whether units of different sites are ranked by score per cost rather than by score.
 
     Returns:
         `dict`: site key to sorted kept unit indices, for every site.
 
     Raises:
-        OutOfReach: where the constraints do not allow the budget, naming them and the largest sparsity they allow.
+        OutOfReach: where the constraints do not allow the budget. The message names them and the largest sparsity.
     """
     kept: dict[SiteKey, list[int]] = {}
     if config.depth_kind is not None:
@@ -107,10 +107,10 @@ def _narrowed(
 
 
 def _makes_up(part: Budget, config: PruningConfig, keys: Sequence[SiteKey]) -> bool:
-    """Whether pools make up for what the rounding of those before them removed too much or too little.
+    """Return whether a pool makes up for the rounding of the pools before it.
 
-    Rounded up in every layer, a target would be overshot as often as there are layers; and where MLP widths are
-    multiples, layers of one shape would all round the same way.
+    If every layer rounded up, the total would exceed its target once per layer. If MLP widths are multiples, all
+    layers of a shape would round in the same direction.
     """
     if config.layout == Layout.STOCK:
         return False
@@ -119,8 +119,8 @@ def _makes_up(part: Budget, config: PruningConfig, keys: Sequence[SiteKey]) -> b
 
 
 def _alike(sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, torch.Tensor]:
-    """Return scores under which layers are cut alike: the units of a site, from the lowest to the highest, score what
-    those of their rank in all layers score on average."""
+    """Return scores by which all layers lose the same numbers of units: the score of a unit becomes the mean over the
+    units of its rank in all layers."""
     alike: dict[SiteKey, torch.Tensor] = {}
     for _, group in groupby(sorted(sites, key=_shape), key=_shape):
         of_shape = list(group)
@@ -135,7 +135,7 @@ def _shape(site: Site) -> tuple[str, int, int]:
     return site.kind, site.num_units, site.num_groups
 
 
-# Sites that compete, and what they give up together.
+# Sites that compete, and their budget.
 _Pool = tuple[list[Steps], Budget]
 
 
@@ -145,7 +145,7 @@ def pool_of(site: Site, scope: str) -> int:
 
 
 def _pools(steps: list[Steps], budget: Budget, scope: str) -> list[_Pool]:
-    """Split the budget over the pools."""
+    """Divide the budget among the pools."""
     pools: dict[int, list[Steps]] = {}
     for step in steps:
         pools.setdefault(pool_of(step.site, scope), []).append(step)
@@ -161,7 +161,7 @@ def _prunable(pool: list[Steps]) -> int:
 
 
 def _check_reachable(pools: list[_Pool], part: Budget, total: int, config: PruningConfig, num_layers: int) -> None:
-    """Raise `ValueError` where a pool cannot give its share of `part`, naming the largest share that all can give."""
+    """Raise `OutOfReach` where a pool cannot lose its share of `part`, and name the largest share for all pools."""
     shares = []
     for pool, target in pools:
         removable = sum(step.removable() for step in pool)
@@ -171,18 +171,18 @@ def _check_reachable(pools: list[_Pool], part: Budget, total: int, config: Pruni
             shares.append((removable / target.amount, pool[0].site.layer))
     if part.as_far_as_possible or (not shares and (pools or part.amount == 0)):
         return
-    # Every pool gives the same share, so the tightest one limits them all.
+    # All pools lose the same share, which is limited by the pool that can lose least.
     share, layer = min(shares, default=(0.0, 0))
     where = f"layer {layer}" if config.resolved_scope == Scope.LAYER and shares else "the model"
     raise OutOfReach(
-        f"{part.cost.asked(part.amount, total)} is more than {where} can give under "
+        f"{part.cost.asked(part.amount, total)} is more than {where} can lose with "
         f"{', '.join(named_constraints(config, num_layers))}: the largest possible "
-        f"{part.cost.most(share * part.amount, total)}. Ask for less, or relax the constraint."
+        f"{part.cost.most(share * part.amount, total)}. Reduce the budget, or relax the constraint."
     )
 
 
 def _fill(pool: list[Steps], target: Budget, cuts: dict[SiteKey, int], mode: str, makes_up: bool) -> int:
-    """Cut the sites of `pool` until `target` is met to within one step, and return how much more went than that."""
+    """Cut the sites of `pool` until `target` is met to within one step, and return by how much it was exceeded."""
     taken = {step.site.key: 0 for step in pool}
     removed = _take(pool, target, taken, mode, makes_up)
     cuts |= {step.site.key: int(step.stops[taken[step.site.key]]) for step in pool}
@@ -191,9 +191,10 @@ def _fill(pool: list[Steps], target: Budget, cuts: dict[SiteKey, int], mode: str
 
 
 def _take(pool: list[Steps], target: Budget, taken: dict[SiteKey, int], mode: str, makes_up: bool) -> int:
-    """Take steps from `pool` as `mode` divides the target over the kinds, and return how much was removed.
+    """Take steps from `pool` with the target divided among the kinds by `mode`, and return how much was removed.
 
-    With `makes_up`, what channels round down is left to those of the next pool, and not to the heads of this one.
+    With `makes_up`, the remainder that channels round down is left to the channels of the next pool, and not to the
+    heads of this one.
     """
     kinds = {step.site.kind for step in pool}
     if mode == BudgetSharing.JOINT or len(kinds) == 1:
@@ -205,15 +206,16 @@ def _take(pool: list[Steps], target: Budget, taken: dict[SiteKey, int], mode: st
     removed += _spend(mlp, replace(target, amount=target.amount - removed), taken)
     channels_left = any(taken[step.site.key] < len(step.keys) for step in mlp)
     if removed < target.amount and not (makes_up and channels_left):
-        # The channels ran out (or half a channel is missing); heads take the rest where one of them is closer.
+        # No channels are left, or less than a channel is missing. Another head is removed if that is closer.
         removed += _spend(attention, replace(target, amount=target.amount - removed), taken)
     return removed
 
 
 def _give_back(pool: list[Steps], surplus: int, cuts: dict[SiteKey, int]) -> int:
-    """Return units to the sites of `pool` while the surplus pays for them, and return what remains of it.
+    """Give units back to the sites of `pool` as long as the surplus allows, and return the remaining surplus.
 
-    The dearest are the first: a step may have gone past smaller cuts that would have done for the target.
+    Units with the highest scores are returned first. A step may have skipped smaller cuts that would have met the
+    target.
     """
     while True:
         refundable = []
@@ -230,10 +232,10 @@ def _give_back(pool: list[Steps], surplus: int, cuts: dict[SiteKey, int]) -> int
 
 
 def _spend(pool: list[Steps], budget: Budget, taken: dict[SiteKey, int]) -> int:
-    """Take the lowest-ranked steps of `pool` up to the budget and return how much was removed.
+    """Take the lowest-ranked steps of `pool` up to the budget, and return how much was removed.
 
-    The last step is taken where that brings the sum closer to the budget; always with `at_least`, never with
-    `at_most`.
+    The step that crosses the budget is taken if the sum is then closer to the budget; it is always taken with
+    `at_least`, and never with `at_most`.
     """
     target = budget.amount
     keys = torch.cat([step.keys[taken[step.site.key] :] for step in pool])
@@ -255,7 +257,7 @@ def _spend(pool: list[Steps], budget: Budget, taken: dict[SiteKey, int]) -> int:
             if (done := taken[step.site.key]) < len(step.keys)
         ]
 
-    # A large unit that no longer fits must not keep small ones from using up what is left.
+    # Smaller units may use the rest of the budget that a large unit exceeds.
     while fitting := [entry for entry in next_steps() if entry[1] <= target - removed]:
         _, cost, step = min(fitting, key=lambda entry: entry[0])
         taken[step.site.key] += 1

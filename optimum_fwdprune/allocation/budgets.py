@@ -1,4 +1,4 @@
-"""What a request wants removed: how much, of which cost."""
+"""Budgets: how much a request removes, and in which cost it is counted."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class OutOfReach(ValueError):
 
 
 class Cost(Protocol):
-    """What sites cost by the number of units that they keep, in whole numbers that add up over sites."""
+    """The cost of sites by the number of units that they keep, in integers that are summed over sites."""
 
     def of(self, site: Site, units: torch.Tensor) -> torch.Tensor:
-        """Return the cost of `site` with so many units, int64 as `units`; every unit costs something."""
+        """Return the cost of `site` for these numbers of units, int64 like `units`; every unit has a positive cost."""
 
     def total(self, site: Site) -> int:
-        """Return the cost of all its units."""
+        """Return the cost of all units of `site`."""
 
     def asked(self, amount: int, total: int) -> str:
-        """Say in the user's words that `amount` of `total` was to be removed."""
+        """Describe for the user the request to remove `amount` of `total`."""
 
     def most(self, amount: float, total: int) -> str:
-        """Say in the user's words that at most `amount` can be."""
+        """Describe for the user that at most `amount` of `total` can be removed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ParameterCost:
 
     Args:
         of_what (`str`, defaults to `"prunable"`): which parameters are counted, for messages.
-        field (`str`, defaults to `"sparsity"`): of `PruningConfig`, that asks for a share of them.
+        field (`str`, defaults to `"sparsity"`): the field of `PruningConfig` with the share of them to remove.
     """
 
     of_what: str = "prunable"
@@ -60,12 +60,12 @@ class ParameterCost:
 
 @dataclass(frozen=True)
 class TargetCost(ParameterCost):
-    """Parameters that go so that the model fits into a target.
+    """Parameters that are removed so that the model fits into a target.
 
     Args:
-        target, size (`int`): what the model may have and, without loss of any unit, would have.
-        per_parameter (`int`): of that.
-        unit (`str`): what is counted: parameters or bytes.
+        target, size (`int`): the size that the model may have, and its size with all units.
+        per_parameter (`int`): the size of a parameter.
+        unit (`str`): the unit of sizes, `"parameters"` or `"bytes"`.
     """
 
     target: int = 0
@@ -82,7 +82,7 @@ class TargetCost(ParameterCost):
 
 
 def _floored(amount: float, total: int) -> float:
-    """The share, rounded so that it is no more."""
+    """Return the share, rounded down to four digits."""
     return int(amount / total * 1e4) / 1e4
 
 
@@ -94,14 +94,16 @@ class Budget:
     """How much to remove.
 
     Args:
-        amount (`int`): of the cost.
+        amount (`int`): the cost to remove.
         at_least, at_most (`bool`, default to `False`): round up, for a target that the model must fit into, or down,
-            on the way to one; otherwise to the nearest number that whole units allow.
-        cost (`Cost`): by default parameters.
-        as_far_as_possible (`bool`, defaults to `False`): remove less where the constraints leave less to remove.
-        heads (`int`, *optional*): what of it heads give with `budget="separate"`; by default their share of the cost.
-        by_pool (`dict[int, tuple[int, int]]`, *optional*): what the sites of each pool give, and what of it their
-            heads: by layer with `scope="layer"`, else all under 0. By default each gives the same share of its cost.
+            for rounds before such a target is met. By default the nearest number that whole units allow is removed.
+        cost (`Cost`): how units are counted, by default by their parameters.
+        as_far_as_possible (`bool`, defaults to `False`): remove less if the constraints do not allow the amount.
+        heads (`int`, *optional*): the part of it that heads lose with `budget="separate"`; by default their share of
+            the cost.
+        by_pool (`dict[int, tuple[int, int]]`, *optional*): the amount that the sites of a pool lose, and the part of
+            it that heads lose. Keys are layers with `scope="layer"`, and otherwise 0. By default all pools lose the
+            same share of their cost.
     """
 
     amount: int
@@ -113,7 +115,7 @@ class Budget:
     by_pool: dict[int, tuple[int, int]] | None = None
 
     def divided(self, sizes: Mapping[int, int]) -> dict[int, int]:
-        """Return the parts of those of such sizes, in proportion and rounded as the whole is."""
+        """Return the parts of the amount in proportion to sizes, rounded in the direction of the budget."""
         total = sum(sizes.values())
         rounded = math.ceil if self.at_least else math.floor if self.at_most else round
         return {key: rounded(self.amount * size / total) for key, size in sizes.items()}
@@ -122,14 +124,14 @@ class Budget:
 def removal_budget(
     config: PruningConfig, sites: Iterable[Site], model_parameters: int, model_bytes: int, added_parameters: int = 0
 ) -> Budget:
-    """Translate what the user asked for into a number of prunable parameters to remove.
+    """Convert the budget of a request into a number of prunable parameters to remove.
 
     Args:
         config (`PruningConfig`): the request.
-        sites (iterable of `Site`): every site of the model, pruned kinds or not.
-        model_parameters (`int`): parameters of the whole model.
-        model_bytes (`int`): bytes of its weights on disk.
-        added_parameters (`int`): parameters that reconstruction will add (projection biases).
+        sites (iterable of `Site`): every site of the model, also of kinds that are not pruned.
+        model_parameters (`int`): number of parameters of the whole model.
+        model_bytes (`int`): size of its weights on disk in bytes.
+        added_parameters (`int`): number of parameters that reconstruction will add (biases of projections).
 
     Raises:
         ValueError: where the target is larger than the model.
@@ -144,7 +146,10 @@ def removal_budget(
     else:
         return Budget(round(config.sparsity * prunable))
     if target > size:
-        raise ValueError(f"target_{unit} is {target:,} and the model has only {size:,} {unit}; nothing to prune.")
+        raise ValueError(
+            f"target_{unit} is {target:,}, and the model has only {size:,} {unit}, so that nothing would be pruned. "
+            f"Choose a smaller target."
+        )
     size += added_parameters * per_parameter
     cost = TargetCost(target=target, size=size, per_parameter=per_parameter, unit=unit)
     return Budget(-(-(size - target) // per_parameter), at_least=True, cost=cost)

@@ -1,4 +1,4 @@
-"""Two prunings of one model as one plan of the dense model, wherever a plan can have both."""
+"""Combining two successive prunings of a model into one plan for the dense model, where one plan can express both."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from ..request.choices import AttentionUnit, UnitKind
 from .plan import PruningPlan
 
 
-# Key of a plan's metadata: what was done to the model before, a list of JSON objects.
+# The key in a plan's metadata for earlier prunings of the model, a list of JSON objects.
 EARLIER = "earlier"
 
-# What of the plan before is remembered there.
+# The metadata of an earlier plan that these objects contain.
 REMEMBERED = ("method", "reconstruction", "requested_sparsity", "rounds", "seed", "calibration", "replayed")
 
 
 @dataclass(frozen=True)
 class EarlierPruning:
-    """The plan that made a model, with what combining it with the next plan takes.
+    """The plan by which a model was pruned, with the information to combine it with the next plan.
 
     Args:
-        plan (`PruningPlan`): of the dense model.
-        dense_units (mapping of `str` to `int`): attention units of a layer of the dense model, by what a unit is.
-        units_now (mapping of site key to `str`): what the units of an attention site are in the next pruning.
+        plan (`PruningPlan`): the plan for the dense model.
+        dense_units (mapping of `str` to `int`): number of attention units in a layer of the dense model, by the kind
+            of unit.
+        units_now (mapping of site key to `str`): the kind of unit of an attention site in the next pruning.
         recovery (`dict`, *optional*): how the model was trained since.
     """
 
@@ -46,18 +47,18 @@ class EarlierPruning:
     def of(
         cls, model: PreTrainedModel, sites: Sequence[Site], plan: PruningPlan | None, recovery: dict[str, Any] | None
     ) -> EarlierPruning | None:
-        """Return what is known of how `model` was pruned; `None` for a dense model, and where no plan is known.
+        """Return the earlier pruning of `model`, or `None` for a dense model, and if its plan is unknown.
 
         Args:
-            model (`PreTrainedModel`): what is to be pruned now.
+            model (`PreTrainedModel`): the model that is pruned next.
             sites (sequence of `Site`): its sites, in the units of the next pruning.
-            plan (`PruningPlan`, *optional*): what the model was pruned by.
+            plan (`PruningPlan`, *optional*): the plan by which the model was pruned.
             recovery (`dict`, *optional*): how it was trained since.
         """
         architecture = get_architecture(model.config)
         if plan is None or not is_pruned(model.config) or plan.model_type != architecture.model_type:
             return None
-        # The dense sizes stand at the top of a pruned config.
+        # A pruned config holds the dense sizes at its top level.
         sizes, attention = model.config.to_dict(), architecture.layout.attention
         heads = sizes[attention.heads_key]
         groups = heads if attention.kv_heads_key is None else sizes[attention.kv_heads_key]
@@ -70,8 +71,11 @@ class EarlierPruning:
         return cls(plan, {AttentionUnit.KV_GROUP: groups, AttentionUnit.QUERY_HEAD: heads}, units_now, recovery)
 
     def followed_by(self, later: PruningPlan) -> PruningPlan | None:
-        """Return the plan that does both at once to the dense model; `None` where heads were removed in units that one
-        plan cannot have, such as KV groups first and query heads of other groups then."""
+        """Return the plan for the dense model that combines both prunings.
+
+        `None` is returned where heads were removed in units that one plan cannot express, for example KV groups first
+        and then query heads of other groups.
+        """
         earlier = {name: self.plan.metadata.get(name) for name in REMEMBERED}
         if self.recovery:
             earlier["recovery"] = self.recovery
@@ -92,25 +96,26 @@ class EarlierPruning:
         return None
 
     def why_apart(self, later: PruningPlan) -> str:
-        """Return what to tell a user of a later plan that `followed_by` cannot combine with this one."""
+        """Return the message to the user for a later plan that `followed_by` cannot combine with this one."""
         now = {self.units_now[key] for key in later.kept if key.kind == UnitKind.ATTENTION and later.removed(key)}
         return (
-            f"The new plan is of the pruned model that this pruning started from, and replays on that model only: "
-            f"attention heads were removed in units of {self.plan.attention_unit!r} before and of "
-            f"{' and '.join(map(repr, sorted(now)))} now, which no plan of the dense model expresses. A query head "
-            f"that is left alone with its keys and values is a KV group. Keep both checkpoints to replay the plans "
-            f"one after the other."
+            f"The new plan applies only to the pruned model that this pruning started from: attention heads were "
+            f"removed in units of {self.plan.attention_unit!r} before and of "
+            f"{' and '.join(map(repr, sorted(now)))} now, which one plan for the dense model cannot express. A "
+            f"query head that is the only one left with its keys and values is a KV group. Keep both checkpoints to "
+            f"replay the plans one after the other."
         )
 
     def _in_units(
         self, key: SiteKey, now: SiteKey | None, later: PruningPlan, unit: str
     ) -> tuple[list[int], int] | None:
-        """What both plans keep of a site, in attention units of this kind; `None` where these cannot express it.
+        """Return the units of a site that both plans keep, and the number of its units in the dense model; `None`
+        where attention units of the kind `unit` cannot express them.
 
         Args:
-            key (`SiteKey`): of the site in the dense model.
-            now (`SiteKey`, *optional*): of the site in the pruned model; `None` where it is gone.
-            later (`PruningPlan`): of the pruned model.
+            key (`SiteKey`): the key of the site in the dense model.
+            now (`SiteKey`, *optional*): its key in the pruned model; `None` where it was removed.
+            later (`PruningPlan`): the plan for the pruned model.
             unit (`str`): the kind of attention units.
         """
         is_attention = key.kind == UnitKind.ATTENTION
@@ -131,6 +136,6 @@ class EarlierPruning:
         return (both, total) if both is not None and first == second == wanted else None
 
     def _kind(self, unit: str) -> str:
-        """What a unit is in the dense model: without groups of several heads, a query head is a KV group."""
+        """Return the kind of a unit in the dense model. Query heads are KV groups if its groups have a single head."""
         same = self.dense_units[AttentionUnit.KV_GROUP] == self.dense_units[AttentionUnit.QUERY_HEAD]
         return AttentionUnit.KV_GROUP if same else unit

@@ -1,4 +1,4 @@
-"""Whether a plan can be carried out on a model."""
+"""Checks whether a plan can be carried out on a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .plan import PruningPlan
 
 
 def check_fits(plan: PruningPlan, subject: Subject) -> None:
-    """Raise `ValueError` where a plan was made for another model, or where the family cannot hold what it leaves.
+    """Raise `ValueError` where a plan was made for another model, or where the family cannot express its result.
 
     Args:
         plan (`PruningPlan`): the plan.
@@ -25,13 +25,13 @@ def check_fits(plan: PruningPlan, subject: Subject) -> None:
         if site.fixed and 0 < len(plan.kept[site.key]) < site.num_units:
             raise ValueError(
                 f"The plan removes some {unit_name(site.kind, plan.attention_unit)} of the {site}, which this "
-                f"{plan.model_type} cannot lose: {site.fixed} Let the plan keep all {site.num_units} of them or none."
+                f"{plan.model_type} cannot lose: {site.fixed} The plan must keep all {site.num_units} of them or none."
             )
     check_without_layers(subject.model, layers_left(plan.kept))
 
 
 def check_without_layers(model: PreTrainedModel, left: Iterable[int]) -> None:
-    """Raise `ValueError` where a family cannot do without the layers that are not among those `left`."""
+    """Raise `ValueError` where a family cannot lose the layers that are not in `left`."""
     left, config = list(left), model.config
     if len(left) == config.get_text_config().num_hidden_layers:
         return

@@ -1,4 +1,4 @@
-"""A job: a settled request with its budget, where its states are kept, and the clock of its stages."""
+"""A job: a settled request with its budget, the folder of its states, and the clock of its stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..runs.resume import Resume, digest_of
 from .budgets import Budget
 
 
-# Fields of a request that do not change what comes of it, up to rounding.
+# Fields of a request that do not change its result, up to rounding.
 IMMATERIAL = ("batch_size",)
 
 
@@ -26,9 +26,9 @@ class Job:
 
     Args:
         config (`PruningConfig`): the settled request.
-        budget (`Budget`, *optional*): what it removes; `None` where a plan says what stays.
-        resume (`Resume`): where long stages keep their state; by default nowhere.
-        clock (`StageClock`): the seconds of every stage so far, of all rounds.
+        budget (`Budget`, *optional*): how much it removes; `None` where a plan determines the kept units.
+        resume (`Resume`): the folder where long stages store their state; by default none.
+        clock (`StageClock`): the seconds of every stage so far, over all rounds.
     """
 
     config: PruningConfig
@@ -38,25 +38,25 @@ class Job:
 
 
 def resume_of(config: PruningConfig, model: PreTrainedModel) -> Resume:
-    """Return where the stages of a request for a model keep their states: in `config.resume`.
+    """Return where the stages of a request for a model store their states: the folder `config.resume`.
 
     Raises:
-        OSError: where that is a file, or nothing can be written there.
+        OSError: where this is a file or a folder that cannot be written to.
     """
     if config.resume is None:
         return Resume()
     request = {name: value for name, value in config.to_dict().items() if name not in IMMATERIAL}
-    # Not where the model lies, which another machine calls otherwise.
+    # The path of the model is no part of it, since it differs between machines.
     weights = digest_of((name, read_parameter(model, name)) for name, _ in model.named_parameters())
     identity = {"model": type(model).__name__, "weights": weights, "request": request}
     return Resume(Path(config.resume), identity, config.resume_seconds)
 
 
 def resume_held(config: PruningConfig) -> AbstractContextManager[None]:
-    """Hold the folder `config.resume`, where there is one, so that no other run keeps its states there.
+    """Lock the folder `config.resume`, if there is one, so that no other run stores its states there.
 
     Raises:
-        BlockingIOError: where another run holds it.
-        OSError: where it is a file, or nothing can be written there.
+        BlockingIOError: where another run holds the lock.
+        OSError: where it is a file or a folder that cannot be written to.
     """
     return nullcontext() if config.resume is None else held(config.resume, "another folder with resume=...")

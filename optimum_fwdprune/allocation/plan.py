@@ -1,4 +1,4 @@
-"""What a pruned model keeps: the one thing, beside the dense weights, that surgery needs."""
+"""Pruning plans: the units that a pruned model keeps. Surgery needs a plan and the dense weights only."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from ..words import html_table
 
 PLAN_NAME = "fwdprune_plan.json"
 
-# What a file must name, metadata aside.
+# The entries that a file must have, besides metadata.
 _KEYS = {"format", "model_type", "attention_unit", "num_units", "kept"}
 
-# A file may claim any number.
+# Numbers of units in a file are limited, since an unlimited number could exhaust memory.
 MOST_UNITS = 2**24
 
 
@@ -38,11 +38,12 @@ class PruningPlan:
 
     Args:
         kept (`dict[tuple[int, str], list[int]]`): site, as `(layer, "attention")` or `(layer, "mlp")`, to the sorted
-            indices of the units that stay. A sublayer without units is removed, and a layer without sublayers too.
-        num_units (`dict[tuple[int, str], int]`): units of every site before pruning.
-        model_type (`str`): `config.model_type` of the model the plan was made for.
-        attention_unit (`str`): what an attention unit is, `"kv_group"` or `"query_head"`.
-        metadata (`dict`, *optional*): how the plan came about; JSON values only, never read by surgery.
+            indices of the units that are kept. A sublayer without units is removed, and so is a layer without
+            sublayers.
+        num_units (`dict[tuple[int, str], int]`): number of units of every site before pruning.
+        model_type (`str`): `config.model_type` of the model that the plan was made for.
+        attention_unit (`str`): the kind of attention units, `"kv_group"` or `"query_head"`.
+        metadata (`dict`, *optional*): how the plan was made, as JSON values; surgery does not read them.
 
     Raises:
         ValueError: where units are no integers, unsorted, repeated or out of range.
@@ -64,18 +65,18 @@ class PruningPlan:
             raise ValueError(f"attention_unit must be one of {', '.join(AttentionUnit)}; got {self.attention_unit!r}.")
         for key, units in self.kept.items():
             (layer, kind), total = key, self.num_units[key]
-            # JSON knows true and 1.5, and Python would take them for numbers of units.
+            # JSON allows true and 1.5, which Python would accept as numbers of units.
             if not isinstance(units, (list, tuple)) or any(type(number) is not int for number in (total, *units)):
                 raise ValueError(f"Layer {layer} {kind}: units are a list of integers; got {units} of {total}.")
             if total > MOST_UNITS:
                 raise ValueError(
-                    f"Layer {layer} {kind}: no layer has {total} units; at most {MOST_UNITS} are believed."
+                    f"Layer {layer} {kind}: the plan has {total} units; at most {MOST_UNITS} are allowed."
                 )
             if list(units) != sorted(set(units)) or not all(0 <= unit < total for unit in units):
                 raise ValueError(
                     f"Layer {layer} {kind}: kept units must be sorted, different and in [0, {total}); got {units}."
                 )
-        # As they come back from a file, and as torch takes an index along one axis, which a tuple is not.
+        # Lists are what a file contains, and what torch accepts as an index along one axis, unlike tuples.
         object.__setattr__(self, "kept", {key: list(units) for key, units in keyed_by_site(self.kept).items()})
         object.__setattr__(self, "num_units", keyed_by_site(self.num_units))
 
@@ -91,11 +92,11 @@ class PruningPlan:
         return html_table(("layer", unit_name(UnitKind.ATTENTION, self.attention_unit), "", "MLP channels", ""), rows)
 
     def removed(self, key: SiteKey) -> list[int]:
-        """Return the units of a site that go, sorted."""
+        """Return the units of a site that are removed, sorted."""
         return sorted(set(range(self.num_units[key])) - set(self.kept[key]))
 
     def followed_by(self, later: PruningPlan) -> PruningPlan:
-        """Return the plan that does at once what this one and then `later`, on the pruned model, do; its metadata."""
+        """Return this plan combined with `later`, which is for the pruned model; it has the metadata of `later`."""
         after = self.keys_after()
         kept = {
             key: [units[unit] for unit in later.kept[after[key]]] if key in after else []
@@ -104,20 +105,20 @@ class PruningPlan:
         return replace(self, kept=kept, metadata=later.metadata)
 
     def keys_after(self) -> dict[SiteKey, SiteKey]:
-        """Return the sites that keep a unit, with their keys in the pruned model, whose layers are numbered anew."""
+        """Return the sites that keep a unit, with their keys in the pruned model, whose layers are renumbered."""
         numbers = {layer: number for number, layer in enumerate(layers_left(self.kept))}
         return {key: SiteKey(numbers[key.layer], key.kind) for key, units in self.kept.items() if units}
 
     def check_left(self, sites: Iterable[Site]) -> None:
-        """Raise `ValueError` where the sites of a pruned model are not those that the plan left."""
+        """Raise `ValueError` where the sites of a pruned model are not those that the plan keeps."""
         counts = {site.key: site.num_units for site in sites}
         planned = {after: len(self.kept[key]) for key, after in self.keys_after().items()}
         for key in sorted(counts.keys() | planned.keys()):
             layer, kind = key
             if counts.get(key) != planned.get(key):
                 raise ValueError(
-                    f"Layer {layer} {kind}: the plan leaves {planned.get(key, 'no such site')}, and the weights "
-                    f"beside it have {counts.get(key, 'no such site')}. The plan was edited, or belongs to another "
+                    f"Layer {layer} {kind}: the plan keeps {planned.get(key, 'no such site')}, and the weights next "
+                    f"to it have {counts.get(key, 'no such site')}. The plan was edited, or belongs to another "
                     f"checkpoint."
                 )
 
@@ -126,7 +127,8 @@ class PruningPlan:
         sites = list(sites)
         if model_type != self.model_type:
             raise ValueError(
-                f"The plan is for a {self.model_type!r} model, this one is {model_type!r}. {self._way_out(model_type)}"
+                f"The plan is for a {self.model_type!r} model, and this model is {model_type!r}. "
+                f"{self._way_out(model_type)}"
             )
         if {site.key for site in sites} != self.kept.keys():
             raise ValueError(
@@ -136,8 +138,8 @@ class PruningPlan:
             kept, planned = self.kept[site.key], self.num_units[site.key]
             if planned != site.num_units:
                 raise ValueError(
-                    f"The plan was made for another model: it knows {planned} units in the {site}, the model has "
-                    f"{site.num_units}. Replay a plan on the model it was made from."
+                    f"The plan was made for another model: it has {planned} units in the {site}, and the model has "
+                    f"{site.num_units}. Replay a plan on the model that it was made for."
                 )
             per_group = site.num_units // site.num_groups
             counts = [0] * site.num_groups
@@ -150,20 +152,20 @@ class PruningPlan:
                 )
         for kind, what in ((None, "layer"), (UnitKind.ATTENTION, "layer with attention")):
             if not any(units for key, units in self.kept.items() if kind in (None, key.kind)):
-                raise ValueError(f"The plan leaves no {what}; keep at least one.")
+                raise ValueError(f"The plan keeps no {what}. It must keep at least one.")
 
     def _way_out(self, model_type: str) -> str:
-        """What to do with a plan of another type of model than this one."""
+        """Return how a plan for another type of model can be used."""
         if self.model_type == f"pruned_{model_type}":
-            return "It starts from what an earlier pruning left: replay that one first."
+            return "It is for a model that was pruned before: replay the plan of that pruning first."
         if model_type == f"pruned_{self.model_type}":
             source = self.metadata.get("source")
             name = f", {source}," if source else ""
-            return f"It is of the dense model{name} with all that was removed since: replay it there."
-        return "Replay a plan on the model it was made from."
+            return f"It is for the dense model{name} and includes all prunings: replay it on that model."
+        return "Replay a plan on the model that it was made for."
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON to the file `path`, or into it where it is a folder."""
+        """Write the plan as JSON to the file `path`, or into the folder `path`."""
         path = _plan_file(path)
         document = {
             "format": 1,
@@ -173,7 +175,7 @@ class PruningPlan:
             "kept": _nest(self.kept),
             "metadata": self.metadata,
         }
-        # A site a line: a number a line would make the file long and no clearer.
+        # A line per site, since a line per number would make the file long.
         text = re.sub(r"\[[\d,\s]*\]", lambda match: " ".join(match[0].split()), json.dumps(document, indent=1))
         write_text_atomically(path, text + "\n")
 
@@ -183,19 +185,19 @@ class PruningPlan:
 
         Raises:
             FileNotFoundError: where there is no such file.
-            ValueError: where the file is no plan, naming it.
+            ValueError: where the file is not a plan; the message names it.
         """
         path = _plan_file(path)
         if not path.is_file():
             raise FileNotFoundError(
-                f"There is no plan {path}. Name the folder of a pruned checkpoint, or the {PLAN_NAME} of one."
+                f"There is no plan {path}. Pass the folder of a pruned checkpoint, or its {PLAN_NAME}."
             )
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(document, dict) or not document.keys() >= _KEYS:
                 raise ValueError(f"it must be a JSON object with {', '.join(sorted(_KEYS))}")
             if document["format"] != 1:
-                raise ValueError(f"format {document['format']!r} is not known, 1 is")
+                raise ValueError(f"its format is {document['format']!r}, and only format 1 is supported")
             return cls(
                 kept=_flatten(document["kept"]),
                 num_units=_flatten(document["num_units"]),
@@ -205,13 +207,13 @@ class PruningPlan:
             )
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path} is no pruning plan: {_why(error)}. Name the folder of a pruned checkpoint, or the "
-                f"{PLAN_NAME} of one."
+                f"{path} is not a pruning plan: {_why(error)}. Pass the folder of a pruned checkpoint, or its "
+                f"{PLAN_NAME}."
             ) from error
 
 
 def _why(error: Exception) -> str:
-    """Return why a file cannot be read as a plan."""
+    """Return the reason why a file cannot be read as a plan."""
     if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
         return f"it is not JSON ({error})"
     if isinstance(error, (KeyError, ValueError)):
@@ -222,12 +224,12 @@ def _why(error: Exception) -> str:
 def losses_by_kind(
     kept: Mapping[SiteKey, Sequence[int]], num_units: Mapping[SiteKey, int], attention_unit: str
 ) -> dict[str, str]:
-    """Return a sentence for every kind of units: the share of them that goes, in all and in each layer.
+    """Return a sentence for every kind of unit: the share of units that is removed, in total and per layer.
 
     Args:
-        kept (mapping of site key to sequence of `int`): units that stay.
-        num_units (mapping of site key to `int`): units before pruning.
-        attention_unit (`str`): what an attention unit is, `"kv_group"` or `"query_head"`.
+        kept (mapping of site key to sequence of `int`): the units that are kept.
+        num_units (mapping of site key to `int`): number of units before pruning.
+        attention_unit (`str`): the kind of attention units, `"kv_group"` or `"query_head"`.
     """
     names = {UnitKind.ATTENTION: ATTENTION_NAMES[attention_unit], UnitKind.MLP: "MLP channels"}
     sentences: dict[str, str] = {}
@@ -260,7 +262,7 @@ def _capitalised(name: str) -> str:
 
 
 def _layers_named(layers: Iterable[int]) -> str:
-    """Name layers, neighbours as a range: "layers 0, 1 and 4 to 27"."""
+    """Return layers as text, with neighbours as ranges: "layers 0, 1 and 4 to 27"."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""Pruning in rounds, scored anew in each: what a round may remove."""
+"""Pruning in several rounds with new scores in every round: how much a round removes."""
 
 from __future__ import annotations
 
@@ -25,50 +25,50 @@ ALMOST_ALL = 1 - 1e-9
 
 
 class Rounds:
-    """Divides a request over `config.rounds` rounds, each of which starts from the model that the last one left.
+    """Divides a request into `config.rounds` rounds, where a round prunes the model that the previous round returned.
 
     Args:
-        sites (sequence of `Site`): of the dense model.
+        sites (sequence of `Site`): the sites of the dense model.
         config (`PruningConfig`): the request.
-        budget (`Budget`): all that is to be removed.
+        budget (`Budget`): how much all rounds together remove.
 
     Raises:
-        ValueError: where several rounds could not come to it.
+        ValueError: where the constraints do not allow the budget of several rounds.
     """
 
     def __init__(self, sites: Sequence[Site], config: PruningConfig, budget: Budget):
         self._config = config
         self._budget = budget
-        # By the number of units kept. Surgery consumes the dense model, and with it what its sites know.
+        # Costs by the number of kept units. They are stored, since surgery changes the dense model and its sites.
         self._costs = {site.key: budget.cost.of(site, torch.arange(site.num_units + 1)) for site in sites}
         self._units = {site.key: (site.num_groups, site.unit_parameters) for site in sites}
-        # What pools, and the heads of each, give shares of.
+        # The cost of the prunable sites of every pool, by kind.
         self._pools: dict[int, dict[str, int]] = {}
         for site in prunable_sites(sites, config):
             of_kinds = self._pools.setdefault(pool_of(site, config.resolved_scope), dict.fromkeys(UnitKind, 0))
             of_kinds[site.kind] += budget.cost.total(site)
         if config.rounds > 1:
-            # What cannot be had in the end should be refused before the first cut.
+            # A budget that cannot be met at the end is refused before the first cut.
             zeros = {site.key: torch.zeros(site.num_units, dtype=torch.float32) for site in sites}
             allocate(list(sites), zeros, config, budget)
 
     @property
     def requested_sparsity(self) -> float | None:
-        """The fraction of the prunable parameters asked for; `None` where the request was for something else."""
+        """The requested fraction of the prunable parameters; `None` where the request has another kind of budget."""
         if self._config.has_budget_per_kind or not isinstance(self._budget.cost, ParameterCost):
             return None
         return self._budget.amount / sum(int(costs[-1]) for costs in self._costs.values())
 
     def removed(self, kept: Mapping[SiteKey, int]) -> int:
-        """Return what is gone when every site is left with so many units, in the budget's cost."""
+        """Return the cost that is removed if sites keep these numbers of units."""
         return sum(int(self._costs[key][-1] - self._costs[key][units]) for key, units in kept.items())
 
     def request(self, sites: Sequence[Site], number: int) -> tuple[PruningConfig, Budget]:
         """Return the request and the budget of a round.
 
         Args:
-            sites (sequence of `Site`): of the model as it is now.
-            number (`int`): of the round, counted from 1.
+            sites (sequence of `Site`): the sites of the model before the round.
+            number (`int`): the number of the round, from 1.
         """
         config, budget = self._config, self._budget
         if config.rounds == 1:
@@ -82,9 +82,9 @@ class Rounds:
             budget,
             amount=round(budget.amount * share),
             at_least=budget.at_least and is_last,
-            # What was rounded up on the way could not be given back.
+            # A round that rounds up could exceed the budget of all rounds.
             at_most=budget.at_least and not is_last,
-            # All rounds together can come to the request. What is left for the last may be less than half a step.
+            # All rounds together can meet the request. The rest for the last round may be less than half a step.
             as_far_as_possible=not (budget.at_least and is_last),
         )
         by_pool = self._left(sites, budget)
@@ -97,10 +97,10 @@ class Rounds:
         return config, budget
 
     def _left(self, sites: Sequence[Site], budget: Budget) -> dict[int, tuple[int, int]]:
-        """What is missing of every pool's part of `budget`, and of its heads' part of that.
+        """Return the part of `budget` that every pool has yet to lose, and the part of it that its heads have to lose.
 
-        Of all that was given before, by sites included which are closed by now. Parts of a round alone would be
-        rounded in each: where a head is more than twice of one, none would ever go.
+        Units that all earlier rounds removed are subtracted, including those of sites that cannot lose more. If every
+        round rounded its own part, no heads would ever be removed where a head costs more than twice this part.
         """
         removed: dict[int, dict[str, int]] = {pool: dict.fromkeys(UnitKind, 0) for pool in self._pools}
         for site in sites:
@@ -116,7 +116,7 @@ class Rounds:
         }
 
     def _sparsity(self, sites: Sequence[Site], kind: str, share: float) -> float:
-        """The sparsity of the open sites of a kind that brings all of them to this share of their request."""
+        """Return the sparsity of the open sites of a kind with which all its sites lose this share of the request."""
         total = sum(int(costs[-1]) for (_, of_kind), costs in self._costs.items() if of_kind == kind)
         removed = self.removed({site.key: site.num_units for site in sites if site.kind == kind})
         left = sum(site.num_parameters for site in self.open_sites(sites) if site.kind == kind)
@@ -126,7 +126,8 @@ class Rounds:
     def open_sites(self, sites: Sequence[Site]) -> list[Site]:
         """Return the sites whose units are still those of the dense model.
 
-        A KV group with one query head left would go with its keys and values, which no plan of query heads can say.
+        The last query head of a KV group would be removed with its keys and values, which no plan with query heads as
+        units can express.
         """
         return [site for site in sites if (site.num_groups, site.unit_parameters) == self._units[site.key]]
 
@@ -138,7 +139,7 @@ class Rounds:
         budget: Budget,
         additive: bool,
     ) -> dict[SiteKey, list[int]]:
-        """Allocate a round's budget among the open sites."""
+        """Return the kept units of every site, after allocating a round's budget among the open sites."""
         open_sites = self.open_sites(sites)
         values = {key: value.cpu() for key, value in scores.items()}
         kept = {site.key: list(range(site.num_units)) for site in sites}

@@ -1,4 +1,4 @@
-"""In which order a site gives up its units, and what that saves."""
+"""The steps in which a site loses units, and how much they save."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .budgets import (
 
 
 class Steps:
-    """The order in which a site gives up its units: the smallest cuts that keep its constraints, cheapest first."""
+    """The steps in which a site loses units: the smallest cuts that its constraints allow, lowest scores first."""
 
     def __init__(
         self, site: Site, scores: torch.Tensor, config: PruningConfig, additive: bool, cost: Cost = PARAMETERS
@@ -26,21 +26,23 @@ class Steps:
         grouped = scores.double().view(site.num_groups, per_group)
         ranked = grouped.argsort(dim=1, stable=True)
         offsets = torch.arange(site.num_groups)[:, None] * per_group
-        # One unit of every group at a time: [step, group], flattened.
+        # A step removes one unit of every group: [step, group], flattened.
         self.order = (ranked + offsets).T.flatten()
 
         multiple = config.multiple_of if site.kind == UnitKind.MLP else 1
         floor = -(-config.min_units_per_site // site.num_groups)
-        # Kept units per group after each step: the largest multiple below the present width, and down to the floor.
+        # Kept units per group after every step, from the largest multiple below the present width down to the floor.
         largest = (per_group - 1) // multiple * multiple
         kept = torch.tensor(range(largest, floor - 1, -multiple), dtype=torch.int64)
         ends = (per_group - kept) * site.num_groups
-        # What went, and what that saved, before the first step and after each.
+        # Numbers of removed units, the sums of their scores and the saved cost, before the first step and after every
+        # step.
         gone = torch.cat([ends.new_zeros(1), ends])
         sums = torch.cat([scores.new_zeros(1, dtype=torch.float64), scores.double()[self.order].cumsum(0)])
         costs = cost.of(site, site.num_units - gone)
         saved = costs[0] - costs
-        # Units of a site all have the same parameters, and the lowest scores go first: convex as it is.
+        # The curve is convex already where cost counts parameters: units of a site have equally many, and the lowest
+        # scores are removed first.
         pooled = additive and not isinstance(cost, ParameterCost)
         places = convex(sums[gone], saved) if pooled else torch.arange(1, len(gone))
         self.costs = saved[places].diff(prepend=saved[:1])
@@ -48,7 +50,7 @@ class Steps:
         self.keys = sums[gone[places]].diff(prepend=sums[:1]) / (self.costs if additive else sizes)
         self.total = int(costs[0])
         self.site = site
-        # All the cuts there are, of which steps may take several at once.
+        # All possible cuts; a step may combine several of them.
         self.gone, self.saved, self.lost = gone, saved, sums[gone]
         self.stops = torch.cat([places.new_zeros(1), places])
 
@@ -60,12 +62,12 @@ class Steps:
 
 
 def convex(lost: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
-    """Return after which steps to stop so that the loss per saving never falls from one stop to the next.
+    """Return the steps of the convex hull, between which the loss per saving never falls.
 
-    A step that opens up a cheaper one becomes one with it.
+    A step before one with a smaller loss per saving is combined with it.
 
     Args:
-        lost, saved (`Tensor[steps + 1]`): in all, before the first step and after each.
+        lost, saved (`Tensor[steps + 1]`): total loss and saving before the first step and after every step.
     """
     hull = [0]
     for place in range(1, len(lost)):

@@ -80,7 +80,7 @@ def test_kept_and_totals_name_the_same_sites():
 )
 def test_files_that_hold_no_plan_are_named(document, tmp_path):
     (tmp_path / "plan.json").write_text(document)
-    with pytest.raises(ValueError, match=r"plan\.json is no pruning plan: (?!\w+Error).* Name the folder"):
+    with pytest.raises(ValueError, match=r"plan\.json is not a pruning plan: (?!\w+Error).* Pass the folder"):
         PruningPlan.load(tmp_path / "plan.json")
 
 
@@ -94,7 +94,7 @@ def test_files_that_hold_no_plan_are_named(document, tmp_path):
         (lambda saved: saved["num_units"]["0"].update(mlp="many"), "units are a list of integers"),
         (lambda saved: saved["kept"].update(x=saved["kept"].pop("0")), "invalid literal"),
         (lambda saved: saved["kept"].pop("1"), "must name the same sites"),
-        (lambda saved: saved.update(format=99), "format 99 is not known"),
+        (lambda saved: saved.update(format=99), "its format is 99"),
         (lambda saved: saved.update(metadata=[1]), "metadata must be"),
         (lambda saved: saved.update(model_type=5), "model_type must be"),
         (lambda saved: saved.update(attention_unit="rows"), "attention_unit must be"),
@@ -105,14 +105,14 @@ def test_a_plan_edited_to_nonsense_is_named(change, message, tokens, tmp_path):
     document = json.loads((tmp_path / "plan.json").read_text())
     change(document)
     (tmp_path / "plan.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=rf"plan\.json is no pruning plan: .*{message}"):
+    with pytest.raises(ValueError, match=rf"plan\.json is not a pruning plan: .*{message}"):
         PruningPlan.load(tmp_path / "plan.json")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda plan: plan.kept[1, "mlp"].pop(), r"Layer 1 mlp: the plan leaves \d+, and the weights beside it have"),
+        (lambda plan: plan.kept[1, "mlp"].pop(), r"Layer 1 mlp: the plan keeps \d+, and the weights next to it"),
         (lambda plan: (plan.kept.pop((2, "mlp")), plan.num_units.pop((2, "mlp"))), "Layer 2 mlp: .* no such site"),
     ],
 )
@@ -136,10 +136,10 @@ def plan_of(name, tokens, **config):
 @pytest.mark.parametrize(
     ("other", "changes", "message"),
     [
-        ("opt_pre_norm", {}, "for a 'llama' model, this one is 'opt'"),
+        ("opt_pre_norm", {}, "for a 'llama' model, and this model is 'opt'"),
         ("llama_gqa_biases", {"num_hidden_layers": 2}, "names 6 sites and the model has 4"),
-        ("llama_gqa_biases", {"intermediate_size": 60}, "knows 64 units in the mlp of layer 0, the model has 60"),
-        ("llama_mha_tied", {}, "knows 3 units in the attention of layer 0, the model has 6"),
+        ("llama_gqa_biases", {"intermediate_size": 60}, "has 64 units in the mlp of layer 0, and the model has 60"),
+        ("llama_mha_tied", {}, "has 3 units in the attention of layer 0, and the model has 6"),
     ],
 )
 def test_a_plan_for_another_model_is_refused_before_anything_changes(other, changes, message, tokens):
@@ -286,8 +286,8 @@ def test_a_plan_that_no_plan_of_the_dense_model_expresses_is_of_the_pruned_one(
     pruner.save_pretrained(tmp_path / "twice")
     again = FwdPruner(tiny.make_model("llama_gqa_biases"))
 
-    assert caplog.text.count("replays on that model only") == 1 and units in caplog.text
-    with pytest.raises(ValueError, match=r"is for a 'pruned_llama' model, this one is 'llama'.*replay that one first"):
+    assert caplog.text.count("applies only to the pruned model") == 1 and units in caplog.text
+    with pytest.raises(ValueError, match=r"a 'pruned_llama' model, and this .* 'llama'.*replay the plan of that"):
         again.prune(plan=PruningPlan.load(tmp_path / "twice"))
     again.prune(plan=earlier)
     again.prune(plan=PruningPlan.load(tmp_path / "twice"))
@@ -356,7 +356,7 @@ def test_a_replay_records_the_options_that_the_plan_leaves_open(tokens):
     replayed.prune(PruningConfig(method="flap", sparsity=0.7, kinds=["mlp"], reconstruction="bias"), tokens, plan=plan)
 
     assert replayed.config == PruningConfig(reconstruction="bias", attention_unit="kv_group")
-    with pytest.raises(ValueError, match=r"It is of the dense model with all that was removed since: replay it there"):
+    with pytest.raises(ValueError, match=r"is for the dense model and includes all prunings: replay it on that"):
         replayed.prune(plan=plan)
 
 

@@ -80,7 +80,7 @@ def test_what_is_empty_is_named(words, cli, folder):
         (("prune", "-m", "dense", "out", "--plan", "pruned", "--kinds", "mlp"), "so --kinds mlp would have no effect"),
         (
             ("prune", "-m", "dense", "out", "--plan", "pruned/config.json"),
-            "no pruning plan: it must be a JSON object with",
+            "not a pruning plan: it must be a JSON object with",
         ),
         (("prune", "-m", "dense", "out", "--dtype", "nope"), "--dtype nope is no dtype; use auto, float32"),
         (("evaluate", "dense", "--text", "text.txt", "--max_length", "9999"), "--max_length 9999 is more than the"),

@@ -198,7 +198,7 @@ class TestPruningAgain:
         again = FwdPruner.from_pretrained(tmp_path)
         # The last layer of the dense model is layer 1 now.
         now = plan_without(again.model, [(1, "attention")], narrow=[(1, "mlp")])
-        with pytest.raises(ValueError, match="leaves no layer with attention"):
+        with pytest.raises(ValueError, match="keeps no layer with attention"):
             again.prune(plan=now, reconstruction="none")
         now = plan_without(again.model, [(0, "mlp")], narrow=[(1, "mlp"), (1, "attention")])
         again.prune(plan=now, reconstruction="none")

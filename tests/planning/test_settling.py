@@ -191,7 +191,7 @@ def test_layers_round_apart_so_that_all_together_come_nearest_to_the_share(field
 @pytest.mark.parametrize(
     ("model", "fields", "named"),
     [
-        ("opt_pre_norm", {"layout": "stock"}, "layout='stock', which leaves the attention heads whole here"),
+        ("opt_pre_norm", {"layout": "stock"}, "layout='stock', which keeps all attention heads here"),
         ("opt_pre_norm", {"layout": "stock", "kinds": ["mlp"]}, "kinds=['mlp']"),
         (
             "opt_pre_norm",
@@ -204,5 +204,5 @@ def test_layers_round_apart_so_that_all_together_come_nearest_to_the_share(field
 )
 def test_a_refusal_names_what_was_set(model, fields, named):
     pruner = FwdPruner(tiny.make_model(model))
-    with pytest.raises(OutOfReach, match=re.escape(f"can give under {named}: the largest")):
+    with pytest.raises(OutOfReach, match=re.escape(f"can lose with {named}: the largest")):
         pruner.prune(sparsity=0.995, **fields)

@@ -313,7 +313,7 @@ class TestACheckpoint:
         [
             (lambda path: (path / "config.json").unlink(), "has no config.json"),
             (lambda path: (path / "fwdprune_plan.json").unlink(), "has no fwdprune_plan.json: it is dense"),
-            (lambda path: (path / "fwdprune_plan.json").write_text("{}"), "fwdprune_plan.json is no pruning plan"),
+            (lambda path: (path / "fwdprune_plan.json").write_text("{}"), "fwdprune_plan.json is not a pruning plan"),
             (lambda path: (path / "fwdprune_config.json").write_text("{"), "fwdprune_config.json is not JSON"),
             (lambda path: (path / SCORES_NAME).write_bytes(b"\xff" * 64), "scores.safetensors holds no scores"),
             (lambda path: (path / OUTCOME_NAME).write_text("[]"), "outcome.json must hold a JSON object"),
@@ -332,7 +332,7 @@ class TestACheckpoint:
         shutil.copytree(folder / "scored", tmp_path / "out")
         shutil.copy(folder / "learned" / "fwdprune_plan.json", tmp_path / "out")
 
-        with pytest.raises(ValueError, match=r"out: Layer .* the plan leaves"):
+        with pytest.raises(ValueError, match=r"out: Layer .* the plan keeps"):
             describe_checkpoint(tmp_path / "out")
 
     def test_weights_and_request_may_be_missing(self, folder, tmp_path):
