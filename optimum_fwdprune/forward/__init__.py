@@ -1,1 +1,1 @@
-"""Running a model: layer by layer, with masks, for statistics and losses."""
+"""Forward passes of a model: layer by layer, with masks, and for statistics and losses."""

@@ -1,4 +1,4 @@
-"""Running sums over the inputs of a linear, from which statistics are made."""
+"""Running sums over the inputs of a linear, from which statistics are computed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .statistics import SiteStatistics
 
 
 class Accumulator:
-    """Sums of deviations from the first batch's mean, whose squares do not cancel as raw ones would."""
+    """Sums of deviations from the mean of the first batch, whose squares do not suffer from cancellation."""
 
-    # Everything that stays is allocated beforehand: allocated between a layer's large temporary tensors, these vectors
-    # would keep the allocator from using their memory for the next layer's, and the peak would grow layer by layer.
+    # The vectors are allocated in advance. If they were allocated between the large temporary tensors of a layer, the
+    # memory would be fragmented, and the peak would grow layer by layer.
     def __init__(self, linear: nn.Linear, with_gram: bool):
         device = compute_device(linear)
         self.with_gram = with_gram
         self.count = 0
         self.gram: torch.Tensor | None = None
         self.shift = torch.zeros(linear.in_features, dtype=torch.float32, device=device)
-        # Batches are summed in float32 and added up in float64: a vector per site, which costs nothing.
+        # Batches are summed in float32, and their sums in float64, which is cheap for a vector per site.
         self.sum = torch.zeros(linear.in_features, dtype=torch.float64, device=precise_device(device))
         self.squares = torch.zeros_like(self.sum)
 
@@ -55,7 +55,7 @@ class Accumulator:
             self.gram = state["gram"].to(self.shift.device)
 
     def pool(self) -> None:
-        """Take in what the other processes have summed, around other shifts."""
+        """Combine the sums with those of the other processes, which are around other shifts."""
         mean = precise(self.shift) + self.sum / max(1, self.count)
         squares = self.squares - self.sum.square() / max(1, self.count)
         counts, means, squares = ranks.gathered(
@@ -79,7 +79,7 @@ class Accumulator:
 
 
 class SquareSums:
-    """Sums of squares of each feature."""
+    """Sums of squares of every feature."""
 
     def __init__(self, linear: nn.Linear):
         self._device = compute_device(linear)
@@ -91,7 +91,7 @@ class SquareSums:
         self.squares += torch.linalg.vecdot(values, values, dim=0).to(self.squares.device)
 
     def pool(self) -> None:
-        """Take in what the other processes have summed."""
+        """Add the sums of the other processes."""
         self.squares = ranks.summed(self.squares)
 
     def norm(self) -> torch.Tensor:

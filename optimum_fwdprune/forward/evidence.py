@@ -1,4 +1,4 @@
-"""What is known of a model from running calibration text through it."""
+"""Calibration tokens of a model, and the statistics that were collected on them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Grams = dict[SiteKey, list[SiteStatistics]]
 
 @dataclass(frozen=True)
 class Evidence:
-    """Calibration text, and what was measured on it.
+    """Calibration tokens, and the statistics that were collected on them.
 
     Args:
-        calibration (`Calibration`, *optional*): the tokens; `None` where nothing needs any.
-        statistics (mapping of site key to `SiteStatistics`): moments, where they were gathered.
-        grams (`Grams`): for independent least squares, where they were gathered along with the statistics.
+        calibration (`Calibration`, *optional*): the tokens; `None` where none are needed.
+        statistics (mapping of site key to `SiteStatistics`): moments, if they were collected.
+        grams (`Grams`): Gram matrices for independent least squares, if they were collected with the statistics.
     """
 
     calibration: Calibration | None = None

@@ -1,4 +1,4 @@
-"""Masks over units, applied on the fly. The weights are never touched."""
+"""Masks over units that are applied in forward passes, without changing weights."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ..runs.devices import compute_device
 
 @contextmanager
 def gated(sites: Iterable[Site], masks: Mapping[SiteKey, torch.Tensor]) -> Iterator[None]:
-    """Multiply the inputs of the projections of sites by the gates of their units while the context is open.
+    """Within the context, multiply the inputs of the projections of sites by the gates of their units.
 
-    A site whose gates are all closed writes nothing, not even the bias of its projection: it is removed.
+    A site whose gates are all 0 is removed: the output of its projection is 0, including the bias.
 
     Args:
         sites (iterable of `Site`): the sites of the model.
-        masks (mapping of site key to `Tensor`): gates, float or bool, `[num_units]` for all sequences alike, or
-            `[batch_size, num_units]` for one mask per sequence. Sites that are not named stay open.
+        masks (mapping of site key to `Tensor`): gates, float or bool, `[num_units]` for all sequences, or
+            `[batch_size, num_units]` with a mask per sequence. Other sites are not changed.
 
     Raises:
-        ValueError: where a mask does not fit its site, or a batch.
-        RuntimeError: on a clean exit, where a forward pass ran but bypassed a gated projection.
+        ValueError: where the shape of a mask does not fit its site or a batch.
+        RuntimeError: on exit without another error, where a forward pass ran and bypassed a gated projection.
     """
     handles, calls = [], {}
     try:
@@ -43,7 +43,9 @@ def gated(sites: Iterable[Site], masks: Mapping[SiteKey, torch.Tensor]) -> Itera
             handle.remove()
     if any(calls.values()) and not all(calls.values()):
         bypassed = next(key for key, count in calls.items() if count == 0)
-        raise RuntimeError(f"The forward pass bypassed the projection of site {bypassed}, so its gates had no effect.")
+        raise RuntimeError(
+            f"The forward pass bypassed the projection of site {bypassed}, so that its gates had no effect."
+        )
 
 
 def _gate(site: Site, mask: torch.Tensor, calls: dict[SiteKey, int]):
@@ -52,11 +54,11 @@ def _gate(site: Site, mask: torch.Tensor, calls: dict[SiteKey, int]):
             f"The mask of the {site} has shape {tuple(mask.shape)}; it must be [{site.num_units}] or "
             f"[batch_size, {site.num_units}]."
         )
-    # Spread over features once, outside the forward pass.
+    # Gates of features are computed once, outside the forward pass.
     features = site.feature_mask(mask)
     rounded = features.to(site.projection.weight.dtype)
-    # In 16 bit a gate of 1.001 would round to 1; such gates stay as they are, and the product is rounded instead. The
-    # comparison runs where the mask is, mostly on the CPU, so that it does not wait for another device.
+    # In 16 bit a gate of 1.001 would round to 1. Such gates keep their dtype, and the product is rounded instead. The
+    # comparison runs on the device of the mask, mostly the CPU, so that it does not wait for another device.
     if torch.equal(rounded.to(features.dtype), features):
         features = rounded
     features = features.to(compute_device(site.projection))
@@ -70,7 +72,7 @@ def _gate(site: Site, mask: torch.Tensor, calls: dict[SiteKey, int]):
         batch_size = len(gates)
         if inputs.shape[0] % batch_size or (inputs.dim() > 2 and inputs.shape[0] != batch_size):
             raise ValueError(
-                f"{batch_size} masks do not fit a batch of {inputs.shape[0]}: give one mask per sequence."
+                f"{batch_size} masks do not fit a batch of {inputs.shape[0]}: pass one mask per sequence."
             )
         return (_per_sequence(inputs, gates),)
 
@@ -78,7 +80,7 @@ def _gate(site: Site, mask: torch.Tensor, calls: dict[SiteKey, int]):
 
 
 def _silencer(site: Site, is_left: torch.Tensor):
-    """Return a hook that lets the projection of a site write zeros in the sequences in which no unit of it is left."""
+    """Return a hook that sets the output of a site's projection to 0 in sequences without units of the site."""
     gates = is_left.to(site.projection.weight.dtype).to(compute_device(site.projection))
 
     def hook(_module, _args, output):
@@ -89,22 +91,23 @@ def _silencer(site: Site, is_left: torch.Tensor):
 
 def _per_sequence(values: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """Multiply the features of every sequence by its gates, `[batch_size, features]` or `[batch_size, 1]`."""
-    # OPT hands its second MLP linear `[batch * tokens, features]`; the view serves both layouts.
+    # OPT calls its second MLP linear with `[batch * tokens, features]`; this view fits both layouts.
     product = values.reshape(len(gates), -1, values.shape[-1]) * gates[:, None, :]
     return product.to(values.dtype).view_as(values)
 
 
 @dataclass(frozen=True)
 class Projection:
-    """New parameters of one output projection, and of the sources of its features where these are new too. One without
-    units writes zeros.
+    """New parameters of an output projection, and of the sources of its features if these change too.
+
+    The output of a projection without units is 0.
 
     Args:
-        kept (`list[int]`): kept units.
-        weight (`Tensor[out_features, kept features]`): in the projection's dtype.
-        bias (`Tensor[out_features]`, *optional*): `None` where the projection has none and needs none.
-        sources (mapping of `str` to `Tensor[kept rows, ...]`): all weights and biases of the linears that make the
-            features, by the names of the parameters, where these are new; otherwise empty.
+        kept (`list[int]`): the kept units.
+        weight (`Tensor[out_features, kept features]`): the weight in the projection's dtype.
+        bias (`Tensor[out_features]`, *optional*): the bias; `None` where the projection has and needs none.
+        sources (mapping of `str` to `Tensor[kept rows, ...]`): all weights and biases of the linears that compute the
+            features, by the names of the parameters, if these change; otherwise empty.
     """
 
     kept: list[int]
@@ -113,20 +116,20 @@ class Projection:
     sources: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Projection:
-        """Return it with `change` applied to every tensor."""
+        """Return the projection with `change` applied to every tensor."""
         bias = None if self.bias is None else change(self.bias)
         sources = {name: change(tensor) for name, tensor in self.sources.items()}
         return Projection(self.kept, change(self.weight), bias, sources)
 
 
 def kept_projection(site: Site, kept: list[int]) -> Projection:
-    """Return the projection of `site` as it is, on the features of the units `kept`, without a bias if none stays."""
+    """Return the unchanged projection of `site` for the units `kept`; without units, it has no bias."""
     bias = site.projection.bias if kept else None
     return Projection(kept, site.projection.weight[:, site.kept_features(kept)], bias)
 
 
 def kept_sources(site: Site, kept: list[int]) -> dict[str, torch.Tensor]:
-    """Return the parameters of the sources of `site` as they are, the rows that stay, by their names."""
+    """Return the unchanged parameters of the sources of `site` for the units `kept`, by their names."""
     parameters = {}
     for source in site.sources:
         for name, value in source.parameters():
@@ -136,11 +139,11 @@ def kept_sources(site: Site, kept: list[int]) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def replaced_projections(sites: Iterable[Site], replacements: Mapping[SiteKey, Projection]) -> Iterator[None]:
-    """Let projections and their sources compute with other weights, as if they had been reconstructed already.
+    """Within the context, use new weights in projections and their sources, as a reconstructed model does.
 
     Args:
         sites (iterable of `Site`): the sites of the model.
-        replacements (mapping of site key to `Projection`): sites that are not named stay as they are.
+        replacements (mapping of site key to `Projection`): the new weights. Other sites are not changed.
     """
     handles = []
     try:
@@ -161,12 +164,12 @@ def replaced_projections(sites: Iterable[Site], replacements: Mapping[SiteKey, P
 
 
 def _replaced_source(site: Site, source: Coupling, new: Projection) -> RemovableHandle:
-    """Let the rows of a source that stay compute with their new weights. The other rows are not read any more."""
+    """Use the new weights for the kept rows of a source. The other rows are not read any more."""
     weight, bias = new.sources[f"{source.name}.weight"], new.sources.get(f"{source.name}.bias")
     rows = source.kept_index(site.num_units, new.kept).to(weight.device)
 
     def hook(_module, args, output):
         return output.index_copy(-1, rows, F.linear(args[0], weight, bias))
 
-    # Other hooks on the linear must see the new outputs.
+    # Other hooks on the linear must receive the new outputs.
     return source.linear.register_forward_hook(hook, prepend=True)

@@ -1,4 +1,4 @@
-"""Statistics of every site, gathered in one pass over the tokens: layer by layer where layers are offloaded."""
+"""Collecting statistics of all sites in one pass over the tokens, layer by layer if layers are offloaded."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def statistics_by_layer(
     kinds: Iterable[str],
     shelf: Shelf | None = None,
 ) -> Iterator[tuple[list[Site], list[dict[SiteKey, SiteStatistics]]]]:
-    """Yield the sites of every layer with their statistics on each of the texts, in one pass over the tokens.
+    """Yield the sites of every layer with their statistics for every text, in one pass over the tokens.
 
-    With several processes each runs a share of the windows, and all yield the statistics of all of them. The
-    statistics of one layer are held at a time, and the hidden states of all tokens wait in the memory of the host. The
-    layer's parameters are in memory while its sites are out.
+    With several processes, each runs a share of the windows, and all yield the statistics of all windows. Memory holds
+    the statistics of one layer, and the memory of the host the hidden states of all tokens. The parameters of a layer
+    are in memory until the next layer is requested.
 
     Args:
-        subject (`Subject`): the dense model, whose layers may be offloaded, with the sites to look at, layer by layer.
+        subject (`Subject`): the dense model, whose layers may be offloaded, with the sites to measure, layer by layer.
         texts (sequence of `Calibration`): the tokens.
-        batch_size (`int`): windows per forward pass.
-        kinds (iterable of `str`): what to gather, of `KINDS_OF_STATISTICS`.
-        shelf (`Shelf`, *optional*): where hidden states wait; it settles after every layer, and a pass that was
-            interrupted goes on behind the last layer that it settled.
+        batch_size (`int`): number of windows per forward pass.
+        kinds (iterable of `str`): the statistics to collect, of `KINDS_OF_STATISTICS`.
+        shelf (`Shelf`, *optional*): storage for hidden states. It is settled after every layer, and an interrupted
+            pass resumes after the last settled layer.
     """
     runner, shelf, kinds = LayerRunner(subject.model), shelf or Shelf(), list(kinds)
     shares = [text.own_share() for text in texts]
@@ -58,7 +58,7 @@ def statistics_by_layer(
         of_layer = by_layer.get(layer, [])
         observers = [Observer(of_layer, kinds) for _ in texts]
         with resident(runner.layers[layer]):
-            # Nothing is to be seen behind the last site.
+            # No statistics are needed after the last site.
             for text, number in places if layer <= max(by_layer, default=-1) else ():
                 batch = batches[text][number]
                 observers[text].attention_mask = batch.attention_mask
@@ -78,8 +78,8 @@ def gather_statistics(
     kinds: Iterable[str],
     resume: Resume | None = None,
 ) -> list[dict[SiteKey, SiteStatistics]]:
-    """Return the statistics of every site on each of the texts, as `collect_statistics` does, reading layers that are
-    offloaded once and not once per batch."""
+    """Return the statistics of every site for every text, as `collect_statistics` does, and read offloaded layers once
+    instead of once per batch."""
     if not is_offloaded(subject.model.base_model):
         return [collect_statistics(subject, text, batch_size, kinds, resume) for text in texts]
     resume = resume or Resume()
@@ -93,7 +93,7 @@ def gather_statistics(
     for _, of_layer in progress(layers, "Calibrating", total=total, unit="layer", initial=shelf.settled):
         for all_layers, statistics in zip(gathered, of_layer):
             all_layers |= statistics
-        # Before hidden states move on: what lies behind them must be known.
+        # Statistics are stored before the hidden states of their layer are dropped.
         stage.save(lambda: _packed(gathered))
     shelf.clear()
     return gathered
@@ -139,18 +139,18 @@ def collect_statistics(
 ) -> dict[SiteKey, SiteStatistics]:
     """Run the calibration tokens through the model once and return the statistics of every site.
 
-    With several processes each runs a share of the windows, and all return the statistics of all of them.
+    With several processes, each runs a share of the windows, and all return the statistics of all windows.
 
     Args:
-        subject (`Subject`): the dense model, which is not changed, with the sites to look at.
-        calibration (`Calibration`): the tokens; padding is left out of the statistics.
-        batch_size (`int`): windows per forward pass.
-        kinds (iterable of `str`): what to gather, of `KINDS_OF_STATISTICS`. Gram matrices take
+        subject (`Subject`): the dense model, which is not changed, with the sites to measure.
+        calibration (`Calibration`): the tokens; statistics do not include padding.
+        batch_size (`int`): number of windows per forward pass.
+        kinds (iterable of `str`): the statistics to collect, of `KINDS_OF_STATISTICS`. Gram matrices take
             `in_features²` float32 numbers per site.
-        resume (`Resume`, *optional*): where the sums so far are kept.
+        resume (`Resume`, *optional*): where the sums so far are stored.
 
     Raises:
-        ValueError: where a projection was bypassed, or saw a NaN or an infinity.
+        ValueError: where a projection was bypassed, or its inputs contain NaN or infinity.
     """
     model, kinds = subject.model, sorted(kinds)
     observer, device = Observer(subject.sites, kinds), input_device(model)
@@ -175,6 +175,6 @@ def collect_statistics(
 
 
 def _name_of_pass(calibration: Calibration, sites: list[Site], kinds: list[str]) -> tuple[str, Calibration]:
-    """The stage of one pass over some tokens: a run may make several."""
+    """Return the name of the stage for a pass over these tokens, since a run may have several."""
     identity = json.dumps([calibration.fingerprint, [site.key for site in sites], kinds])
     return f"statistics-{hashlib.sha256(identity.encode()).hexdigest()[:12]}", calibration

@@ -1,4 +1,4 @@
-"""Watching modules during a forward pass: what goes in, what comes out, and an end before a module."""
+"""Hooks for a forward pass: inputs and outputs of modules, and stopping before a module."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Stop(Exception):
-    """Ends a forward pass in front of a module.
+    """Ends a forward pass before a module is called.
 
     Args:
-        inputs (`Tensor`): what would have gone into it.
+        inputs (`Tensor`): the inputs that the module would have been called with.
     """
 
     inputs: torch.Tensor
@@ -22,7 +22,7 @@ class Stop(Exception):
 
 @contextmanager
 def stopped_before(module: nn.Module) -> Iterator[Stop]:
-    """End the forward pass in the block where `module` would be called, and tell what it would be called with."""
+    """Within the context, end the forward pass before `module` is called, and store the inputs of the call."""
     stop = Stop()
 
     def hook(_module, args, kwargs):
@@ -33,7 +33,7 @@ def stopped_before(module: nn.Module) -> Iterator[Stop]:
     try:
         yield stop
     except Stop as reached:
-        # Its frames hold this very exception, so they would hold the layer's activations until a garbage collection.
+        # The frames refer to this exception, so that the layer's activations would stay until a garbage collection.
         reached.__traceback__ = None
         if reached is not stop:
             raise
@@ -42,14 +42,14 @@ def stopped_before(module: nn.Module) -> Iterator[Stop]:
 
 
 def outputs_of(modules: Iterable[nn.Module]) -> AbstractContextManager[list[torch.Tensor]]:
-    """Gather what the modules return in the block, in the order in which they are called."""
+    """Within the context, collect the outputs of modules, in the order of their calls."""
     return _gathering(
         modules, lambda module, seen: module.register_forward_hook(lambda _module, _args, output: seen.append(output))
     )
 
 
 def inputs_of(modules: Iterable[nn.Module]) -> AbstractContextManager[list[torch.Tensor]]:
-    """Gather what the modules are called with in the block, in the order in which they are called."""
+    """Within the context, collect the first inputs of modules, in the order of their calls."""
     return _gathering(
         modules, lambda module, seen: module.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     )

@@ -1,4 +1,4 @@
-"""Calibration windows carried through a model one decoder layer at a time, so that a layer may change under way."""
+"""Running calibration windows through a model layer by layer, so that layers may change in between."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .losses import PLAIN_OUTPUTS
 
 @dataclass
 class Batch:
-    """Some windows on their way through the model.
+    """A batch of windows, with the arguments of every layer.
 
     Args:
         input_ids (`Tensor[windows, tokens]`, int64): the tokens.
         attention_mask (`Tensor[windows, tokens]`, *optional*): 0 where a token is padding.
-        arguments (`list[tuple[tuple, dict]]`): what every layer is called with besides hidden states.
+        arguments (`list[tuple[tuple, dict]]`): the arguments of every layer except for hidden states.
     """
 
     input_ids: torch.Tensor
@@ -34,7 +34,8 @@ class Batch:
     arguments: list[tuple[tuple, dict[str, Any]]]
 
     def tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """Flatten `[windows, tokens, features]`, or what is flat already, to `[tokens, features]` without padding."""
+        """Return `[windows, tokens, features]`, or values that are flat already, as `[tokens, features]` without
+        padding."""
         values = values.flatten(0, -2)
         return (
             values if self.attention_mask is None else values[self.attention_mask.bool().flatten().to(values.device)]
@@ -42,20 +43,20 @@ class Batch:
 
 
 class _TakesTuples(Exception):
-    """The model takes more from its layers than hidden states."""
+    """The model expects tuples from its layers, and not hidden states alone."""
 
 
 class _StandIn(nn.Module):
-    """Stands for a decoder layer that does not run; all but its output is the layer's own.
+    """Replaces a decoder layer that does not run. Its attributes are those of the layer.
 
     Args:
         layer (`nn.Module`): the layer.
-        output (`Callable`): called with what the layer would be called with, returns what it would return.
+        output (`Callable`): is called with the arguments of the layer, and returns the output.
     """
 
     def __init__(self, layer: nn.Module, output: Callable[..., Any]):
         super().__init__()
-        # Not as attributes of a module, which would make the layer a part of this one.
+        # Attributes of a module would make the layer a submodule.
         self.__dict__.update(_layer=layer, _output=output)
 
     def forward(self, *args, **kwargs):
@@ -71,7 +72,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 class LayerRunner:
-    """Runs decoder layers of `model` by themselves, called with what the whole model would call them with."""
+    """Runs single decoder layers of `model` with the arguments that the whole model would call them with."""
 
     def __init__(self, model: PreTrainedModel):
         self._model = model
@@ -82,21 +83,21 @@ class LayerRunner:
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go in."""
+        """The device of the model's inputs."""
         return input_device(self._model)
 
     def device_of(self, layer: int) -> torch.device:
-        """Where layer number `layer` computes."""
+        """Return the device on which layer number `layer` runs."""
         return compute_device(self.layers[layer])
 
     @torch.no_grad()
     def batches(self, calibration: Calibration, batch_size: int) -> list[Batch]:
-        """Return the windows, ready for any layer."""
+        """Return the windows as batches, with the arguments of every layer."""
         batches = []
         arguments: dict[tuple[int, ...], list] = {}
         for windows in torch.arange(len(calibration.input_ids)).split(batch_size):
             input_ids, mask = calibration.windows(windows)
-            # Unpadded batches of one size are called alike; padding is what makes them differ.
+            # All batches of a shape have the same arguments, unless they have padding.
             shape = tuple(input_ids.shape)
             if mask is not None or shape not in arguments:
                 arguments[shape] = self._arguments(input_ids, mask)
@@ -105,15 +106,15 @@ class LayerRunner:
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> torch.Tensor:
-        """Return what goes into the first layer: `[windows, tokens, hidden]`."""
+        """Return the inputs of the first layer: `[windows, tokens, hidden]`."""
         with stopped_before(self.layers[0]) as stop:
             self._forward(batch.input_ids, batch.attention_mask)
         return stop.inputs
 
     def run(self, layer: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what layer number `layer` makes of the batch's hidden states: `[windows, tokens, hidden]`."""
+        """Return the output of layer number `layer` for the batch's hidden states: `[windows, tokens, hidden]`."""
         args, kwargs = batch.arguments[layer]
-        # Hidden states wait in the memory of the host.
+        # Hidden states are stored in the memory of the host.
         hidden = hidden.to(self.device_of(layer), non_blocking=True)
         output = self.layers[layer](hidden, *args, **kwargs)
         self._as_tuple = isinstance(output, tuple)
@@ -121,9 +122,9 @@ class LayerRunner:
 
     @torch.no_grad()
     def logits(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the output of the model for `hidden` after its last layer, at all tokens or some: logits, or hidden
-        states of a bare model."""
-        # Hidden states wait in the memory of the host.
+        """Return the output of the model for `hidden`, the output of its last layer at all or some tokens: logits, or
+        hidden states of a model without a head."""
+        # Hidden states are stored in the memory of the host.
         hidden = hidden.to(self.device_of(len(self.layers) - 1), non_blocking=True)
         output = (hidden,) if self._as_tuple else hidden
         # As many tokens as there are hidden states, since some models give these the shape of the tokens.
@@ -136,7 +137,7 @@ class LayerRunner:
 
     @contextmanager
     def _standing_in(self, output: Callable[..., Any]) -> Iterator[None]:
-        """Let no layer run in the block: each returns what `output` makes of what it is called with."""
+        """Within the context, replace every layer by a call of `output` with the arguments of the layer."""
         try:
             for place, layer in enumerate(self.layers):
                 self._container[place] = _StandIn(layer, output)
@@ -151,10 +152,10 @@ class LayerRunner:
         def record(*args, **kwargs):
             hidden = args[0] if args else kwargs.pop("hidden_states")
             if hidden.dim() < 3 and not self._as_tuple:
-                # The model took the first window for the first of what the layer returns.
+                # The model took the first window, since it expects a tuple from the layer before.
                 raise _TakesTuples
             calls.append((args[1:], kwargs))
-            # What a layer makes of it changes nothing in how the next one is called.
+            # The arguments of the next layer do not depend on the output of this one.
             return (hidden,) if self._as_tuple else hidden
 
         try:

@@ -1,4 +1,4 @@
-"""The calibration loss: negative log-likelihood of the next token, whatever the dtype of the model."""
+"""The calibration loss: negative log-likelihood of the next token, for models in any dtype."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from ..loading.offloading import input_device
 from ..runs.devices import precise
 
 
-# How models are run for hidden states or logits, whatever else their configs ask for: states and attentions of every
-# layer would be held for nothing, and layers that stand in for others return none.
+# Arguments of models that are run for hidden states or logits. Their configs may request hidden states and attentions
+# of every layer, which would take memory, and which replaced layers do not return.
 PLAIN_OUTPUTS = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
-# Logits that are turned into probabilities at once; a second copy of all of them would double the peak.
+# Number of logits that are converted to probabilities at a time, since a copy of all logits would double the peak.
 LOGITS_AT_ONCE = 2**23
 
 
 def model_nll(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, first: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a batch through `model` and return what [`next_token_nll`] makes of its logits.
+    """Run a batch through `model` and return [`next_token_nll`] of its logits.
 
     Raises:
         ValueError: where the model predicts no tokens.
     """
     if not model.can_generate():
         raise ValueError(
-            f"{type(model).__name__} predicts no next token; the loss needs a causal language model. Score its causal "
-            f"counterpart and replay the plan."
+            f"{type(model).__name__} does not predict the next token, and the loss needs a causal language model. "
+            f"Prune its causal counterpart, and replay the plan on this model."
         )
     device = input_device(model)
     input_ids = input_ids.to(device)
@@ -42,16 +42,17 @@ def model_nll(
 def next_token_nll(
     logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, first: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the negative log-likelihood of every sequence, and the tokens that it was summed over.
+    """Return the negative log-likelihood of every sequence, and the number of tokens that it is the sum over.
 
-    The loss of several sequences is Σ likelihoods / Σ tokens, which no batch size and no padding changes.
+    The loss of several sequences is Σ likelihoods / Σ tokens, which depends on neither batch size nor padding.
 
     Args:
-        logits (`Tensor[batch_size, seq_len, vocab_size]`): in any float dtype; summed in float64 over float32 terms.
+        logits (`Tensor[batch_size, seq_len, vocab_size]`): logits in any float dtype; float32 terms are summed in
+            float64.
         input_ids (`Tensor[batch_size, seq_len]`, int64): every token but the first is predicted.
-        attention_mask (`Tensor[batch_size, seq_len]`, *optional*): a token counts where it and the one before are no
-            padding.
-        first (`int`, defaults to 1): place of the first token that counts; those before it are context.
+        attention_mask (`Tensor[batch_size, seq_len]`, *optional*): a token counts if neither it nor the token before
+            is padding.
+        first (`int`, defaults to 1): index of the first token that counts; tokens before it are context.
 
     Returns:
         `Tensor[batch_size]` float64 in nats, and `Tensor[batch_size]` int64.
@@ -66,7 +67,7 @@ def next_token_nll(
             for piece, target in zip(logits[row, first - 1 : -1].split(at_once), targets[row].split(at_once))
         ]
         rows.append(torch.cat(terms))
-    # Not a product with the mask: what a model says about padding may be NaN.
+    # Padding may have NaN, which a product with the mask would keep.
     sums = precise(torch.stack(rows).where(counted, 0)).sum(1)
     return sums, counted.sum(1).to(sums.device)
 

@@ -1,4 +1,4 @@
-"""Watching the sites of a model while it runs."""
+"""Observing the sites of a model in forward passes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from .statistics import GRAM, SOURCE_NORMS, SiteStatistics
 
 
 class Observer:
-    """Watches the sites of a model, or of some of its layers, while it runs.
+    """Collects statistics of sites in forward passes of a model, or of some of its layers.
 
     Args:
-        sites (iterable of `Site`): where to look.
-        kinds (iterable of `str`): what to gather, of `KINDS_OF_STATISTICS`.
+        sites (iterable of `Site`): the sites.
+        kinds (iterable of `str`): the statistics to collect, of `KINDS_OF_STATISTICS`.
 
     Attributes:
-        attention_mask (`Tensor[windows, tokens]`, *optional*): of the batch that runs next; 0 where a token is
-            padding.
+        attention_mask (`Tensor[windows, tokens]`, *optional*): mask of the next batch; 0 where a token is padding.
     """
 
     def __init__(self, sites: Iterable[Site], kinds: Iterable[str]):
@@ -39,7 +38,7 @@ class Observer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Gather while the context is open."""
+        """Collect statistics of all forward passes within the context."""
         watched = [(site.projection, self._adds_to(self._accumulators[site.key])) for site in self._sites]
         watched += [(linear, self._adds_to(squares)) for linear, squares in self._sources.values()]
         with _pre_hooks(watched):
@@ -55,14 +54,14 @@ class Observer:
         return hook
 
     def sums(self) -> dict[str, torch.Tensor]:
-        """Return what was gathered so far, for [`take_up`]."""
+        """Return the sums so far, for [`take_up`]."""
         sums = {f"squares.{name}": squares.squares for name, (_, squares) in self._sources.items()}
         for key, accumulator in self._accumulators.items():
             sums |= {f"{key}.{name}": value for name, value in accumulator.state().items()}
         return sums
 
     def take_up(self, sums: dict[str, torch.Tensor], numbers: dict[str, Any]) -> int:
-        """Go on from `sums` that were gathered before, and return over how many windows, which `numbers` say."""
+        """Resume from `sums` that were collected before, and return the number of their windows."""
         for name, (_, squares) in self._sources.items():
             squares.squares.copy_(sums[f"squares.{name}"])
         for key, accumulator in self._accumulators.items():
@@ -72,7 +71,7 @@ class Observer:
         return numbers["windows"]
 
     def pool(self) -> None:
-        """Put together what the processes of a run have gathered, each on windows of its own."""
+        """Combine the sums of all processes of a run, which have collected them on different windows."""
         if ranks.world_size() > 1:
             for accumulator in self._accumulators.values():
                 accumulator.pool()
@@ -80,10 +79,10 @@ class Observer:
                 squares.pool()
 
     def statistics(self) -> dict[SiteKey, SiteStatistics]:
-        """Return what was gathered.
+        """Return the statistics of every site.
 
         Raises:
-            ValueError: where a projection was bypassed, or saw a NaN or an infinity.
+            ValueError: where a projection was bypassed, or its inputs contain NaN or infinity.
         """
         statistics = {}
         for site in self._sites:
@@ -92,7 +91,7 @@ class Observer:
             if not (result.mean.isfinite().all() and result.variance.isfinite().all()):
                 raise ValueError(
                     f"The activations before {site.projection_name} ({site}) contain NaN or infinity. Check the "
-                    f"weights up to this layer; a float16 model that overflows runs in bfloat16 or float32."
+                    f"weights up to this layer, or load a float16 model that overflows in bfloat16 or float32."
                 )
             names = [coupling.name for coupling in site.couplings if coupling.name in self._sources]
             result.source_norms = {name: self._sources[name][1].norm() for name in names}
@@ -111,9 +110,9 @@ def _pre_hooks(pairs: Iterable) -> Iterator[None]:
 
 
 def check_called(site: Site, calls: int) -> None:
-    """Raise `ValueError` where forward passes made no calls of the projection of `site`."""
+    """Raise `ValueError` where the number of calls of the projection of `site` is 0."""
     if calls == 0:
         raise ValueError(
-            f"The forward pass never called {site.projection_name}, so the {site} cannot be measured or cut. A fused "
-            f"or slow-but-exact attention path may bypass it; load the model with its plain implementation."
+            f"The forward pass never called {site.projection_name}, so that the {site} cannot be measured or cut. A "
+            f"fused implementation of attention may bypass it. Load the model with its plain implementation."
         )

@@ -1,4 +1,4 @@
-"""Streaming statistics of the inputs of the output projections, gathered in plain forward passes."""
+"""Statistics of the inputs of output projections, which are collected in forward passes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class SiteStatistics:
     """Statistics of one projection's input features over the calibration tokens.
 
     Args:
-        count (`int`): tokens seen.
-        mean (`Tensor[in_features]`, float32): mean of each feature.
-        variance (`Tensor[in_features]`, float32): its population variance.
+        count (`int`): number of tokens.
+        mean (`Tensor[in_features]`, float32): mean of every feature.
+        variance (`Tensor[in_features]`, float32): population variance of every feature.
         gram (`Tensor[in_features, in_features]`, float32, *optional*): sum over tokens of x xᵀ.
-        source_norms (`dict[str, Tensor[in_features]]`): ‖X_j‖₂ of what goes into each source linear, by the name of
-            the linear, float32.
+        source_norms (`dict[str, Tensor[in_features]]`): ‖X_j‖₂ of the inputs of source linears, by the name of the
+            linear, float32.
     """
 
     count: int
@@ -52,16 +52,16 @@ class SiteStatistics:
 
     @property
     def norm(self) -> torch.Tensor:
-        """Root of the summed squares of each feature, Wanda's ‖X_j‖₂: `[in_features]`, float32."""
+        """Root of the sum of squares of every feature, Wanda's ‖X_j‖₂: `[in_features]`, float32."""
         return ((self.variance + self.mean.square()) * self.count).sqrt()
 
 
 class PlacedStatistics(Mapping[SiteKey, SiteStatistics]):
-    """Statistics of sites, handed out where each site computes, wherever they were gathered or read from.
+    """Statistics of sites that are moved to the device of their site when they are read.
 
     Args:
         sites (iterable of `Site`): sites of a model.
-        statistics (mapping of site key to `SiteStatistics`): of these sites, or of some of them.
+        statistics (mapping of site key to `SiteStatistics`): statistics of all or some of these sites, on any device.
     """
 
     def __init__(self, sites: Iterable[Site], statistics: Mapping[SiteKey, SiteStatistics]):

@@ -95,7 +95,7 @@ def test_a_projection_that_is_bypassed_is_named(tokens, monkeypatch):
     model = tiny.make_model("llama_gqa_biases")
     layer = model.model.layers[1]
     monkeypatch.setattr(layer.mlp, "forward", lambda hidden: hidden)
-    with pytest.raises(ValueError, match=r"never called model\.layers\.1\.mlp\.down_proj, so the mlp of layer 1"):
+    with pytest.raises(ValueError, match=r"called model\.layers\.1\.mlp\.down_proj, so that the mlp of layer 1"):
         collect_statistics(Subject.of(model), Calibration(tokens), 4)
 
 
