@@ -1,1 +1,1 @@
-"""What the kept weights take over from the removed ones."""
+"""Reconstruction: changes of the kept weights that compensate for the removed ones."""

@@ -1,4 +1,4 @@
-"""Where in the dense model's residual stream projections aim: after themselves, or after the gap that follows them."""
+"""The targets of projections in the dense model's residual stream: after their site, or after the next gap."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Aim(NamedTuple):
     """A place in the dense model's residual stream: after a site.
 
     Args:
-        layer (`int`): of the site.
-        place (`int`): of the site among those of its layer, from 0.
-        is_last (`bool`): whether it is the last of its layer, so that the place is the end of the layer.
+        layer (`int`): layer of the site.
+        place (`int`): index of the site among those of its layer, from 0.
+        is_last (`bool`): whether it is the last site of its layer, so that the place is the end of the layer.
     """
 
     layer: int
@@ -23,15 +23,15 @@ class Aim(NamedTuple):
 
 
 class Aims:
-    """The aims of all sites, and how far the dense model runs ahead for them.
+    """The targets of all sites, and the number of layers that the dense model runs ahead for them.
 
-    A site that is followed by sites without units is the last that writes before these: what they wrote in the dense
-    model is what it can take over (ReplaceMe, arXiv 2505.02819). So it aims at the dense stream after them.
+    A site before sites without units can compensate for their outputs (ReplaceMe, arXiv 2505.02819). Its target is
+    therefore the dense stream after these sites.
 
     Args:
-        sites (sequence of `Site`): all sites of the dense model, in the order in which they write.
-        kept (mapping of site key to sequence of `int`): units that stay.
-        over_gaps (`bool`, defaults to `True`): `False` where no site aims beyond itself.
+        sites (sequence of `Site`): all sites of the dense model, in the order in which they write to the stream.
+        kept (mapping of site key to sequence of `int`): the kept units.
+        over_gaps (`bool`, defaults to `True`): whether targets are after gaps; otherwise they are after the own site.
     """
 
     def __init__(self, sites: Sequence[Site], kept: Mapping[SiteKey, Sequence[int]], over_gaps: bool = True):
@@ -47,12 +47,12 @@ class Aims:
             self._aims[site.key] = aim
 
     def of(self, site: Site) -> Aim:
-        """Return where the projection of a site aims."""
+        """Return the target of the projection of a site."""
         return self._aims[site.key]
 
     def layers_run(self, layer: int) -> int:
-        """Return how many layers of the dense model must have run before the sites of layer number `layer` are fitted;
-        0 before the first."""
+        """Return the number of layers that the dense model must run before the sites of layer number `layer` are
+        fitted; 0 before the first layer."""
         if layer < 0:
             return 0
         return max(layer + 1, *(1 + aim.layer for key, aim in self._aims.items() if key.layer <= layer))

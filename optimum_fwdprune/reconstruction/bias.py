@@ -13,18 +13,18 @@ from ..request.choices import ReconstructionKind
 
 
 def added_parameters(sites: Iterable[Site], kind: str) -> int:
-    """Return how many parameters a reconstruction adds to the model: biases where projections had none."""
+    """Return the number of parameters that a reconstruction adds to the model: biases of projections without one."""
     if kind != ReconstructionKind.BIAS:
         return 0
     return sum(site.projection.out_features for site in sites if site.projection.bias is None)
 
 
 def kinds_gaining_bias(sites: Sequence[Site], kept: Mapping[SiteKey, list[int]], reconstruction: str) -> set[str]:
-    """Return the kinds of sites whose projections get a bias that they do not have.
+    """Return the kinds of sites whose projections get a new bias.
 
     Args:
         sites (sequence of `Site`): all sites of the dense model.
-        kept (mapping of site key to `list[int]`): the units that stay.
+        kept (mapping of site key to `list[int]`): the kept units.
         reconstruction (`str`): a [`ReconstructionKind`].
     """
     if reconstruction != ReconstructionKind.BIAS:
@@ -34,7 +34,7 @@ def kinds_gaining_bias(sites: Sequence[Site], kept: Mapping[SiteKey, list[int]],
 
 
 def compensate_bias(site: Site, kept: list[int], statistics: SiteStatistics) -> Projection:
-    """Return the projection of the kept columns whose bias says what the removed features said on average."""
+    """Return the projection of the kept columns, whose bias includes the mean output of the removed features."""
     weight, bias = site.projection.weight, site.projection.bias
     features = site.kept_features(kept)
     lost = weight[:, ~features].float() @ statistics.mean[~features]

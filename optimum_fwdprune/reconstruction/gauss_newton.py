@@ -1,4 +1,4 @@
-"""Gauss-Newton steps for the linears in front of an activation, whose features one projection reads."""
+"""Gauss-Newton steps for the linears before an activation, whose features one projection reads."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from ..runs import ranks
 from ..runs.devices import back_to, precise, precise_sum
 
 
-# Of the Kronecker-factored curvature: what its factors' mean diagonals are raised by, and how much of it, beside the
-# exact curvature, holds the weights where they are.
+# Damping of the factors of the Kronecker-factored curvature, as a share of their mean diagonals; and the share of this
+# curvature that is added to the exact curvature as a penalty on changes.
 FACTOR_DAMPING, PULL = 1e-2, 0.3
 
-# Tokens of a linearized problem that are on the device at the same time.
+# Number of tokens of a linearized problem that are on the device at a time.
 TOKENS_AT_ONCE = 2**13
 
-# Conjugate gradient steps at most; held-out tokens stop earlier.
+# Largest number of conjugate gradient steps; they stop earlier if held-out tokens no longer improve.
 STEPS = 6
 
 
 @dataclass(frozen=True)
 class Linearized:
-    """What small changes D_k of the sources do to the output y = W a on some tokens: Σ_k W (s_k ∘ D_k x).
+    """The effect of small changes D_k of the sources on the output y = W a for some tokens: Σ_k W (s_k ∘ D_k x).
 
-    A source that holds the rows of several, as one linear for gate and up, counts as several. What a 16-bit model
-    computed stays in 16 bit, which halves most of the memory. Products are in bfloat16 where the model is, several
-    times as fast as in float32: steps are few and damped, and held-out tokens judge them. Sums over batches are in
-    float32.
+    A source with the rows of several linears, such as one linear for gate and up, counts as several. Activations of a
+    16-bit model are stored in 16 bit, which halves most of the memory. Products are in bfloat16 if the model is, which
+    is several times as fast as float32. This is precise enough, since steps are few and damped, and held-out tokens
+    decide whether they are taken. Sums over batches are in float32.
 
     Args:
-        inputs (`Tensor[tokens, in_features]`): x, what all sources read.
+        inputs (`Tensor[tokens, in_features]`): x, the inputs of all sources.
         slopes (`Tensor[sources, tokens, kept]`): s_k, derivatives of the features a by the sources' outputs.
-        residual (`Tensor[tokens, out_features]`, float32): what is wanted of the output and is not there.
+        residual (`Tensor[tokens, out_features]`, float32): the target minus the output.
     """
 
     inputs: torch.Tensor
@@ -42,7 +42,7 @@ class Linearized:
     residual: torch.Tensor
 
     def outputs(self, changes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return what `changes`, `[sources, kept, in_features]`, do to the output: `[tokens, out_features]`."""
+        """Return the effect of `changes`, `[sources, kept, in_features]`, on the output: `[tokens, out_features]`."""
         inputs, weight, changes = self._to_multiply(self.inputs, weight, changes)
         features = sum(slope * (inputs @ change.T) for slope, change in zip(self.slopes, changes))
         return (features @ weight.T).to(self.residual.dtype)
@@ -59,20 +59,19 @@ class Linearized:
         return Linearized(*(part.to(device, non_blocking=True) for part in parts))
 
     def _to_multiply(self, inputs: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
-        """The factors in one dtype."""
+        """Return the factors of a product in its dtype."""
         dtype = torch.bfloat16 if inputs.dtype == torch.bfloat16 else self.residual.dtype
         return [tensor.to(dtype) for tensor in (inputs, *others)]
 
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """The linearized problem: changes of the sources that leave least of the residual on all tokens of all processes.
+    """The linearized problem: changes of the sources that minimize the residual over all tokens of all processes.
 
     Args:
-        batches (sequence of `Linearized`): the tokens of this process, in the memory of the host; none where it has no
-            share of them.
+        batches (sequence of `Linearized`): the tokens of this process, in the memory of the host; may be empty.
         weight (`Tensor[out_features, kept]`, float32): W.
-        shape (`tuple[int, int, int]`): of the changes: sources, kept, in_features.
+        shape (`tuple[int, int, int]`): shape of the changes: sources, kept, in_features.
     """
 
     batches: Sequence[Linearized]
@@ -80,18 +79,18 @@ class LeastSquares:
     shape: tuple[int, int, int]
 
     def error(self, changes: torch.Tensor | None = None) -> float:
-        """Return the summed squares of what `changes` leave of the residual; by default no changes."""
+        """Return the sum of squares of the residual after `changes`; by default without changes."""
         return summed_squares(
             part.residual if changes is None else part.residual - part.outputs(changes, self.weight)
             for part in self._parts()
         )
 
     def gradient(self) -> torch.Tensor:
-        """Return the direction in which the error falls fastest, halved: `[sources, kept, in_features]`."""
+        """Return half of the negative gradient of the error: `[sources, kept, in_features]`."""
         return self._summed(self.shape, (part.gradient(part.residual, self.weight) for part in self._parts()))
 
     def curved(self, changes: torch.Tensor) -> torch.Tensor:
-        """Return by how much `changes` take away of the gradient, of their shape."""
+        """Return the curvature times `changes`, in their shape: the difference that they make to the gradient."""
         moved = (part.gradient(part.outputs(changes, self.weight), self.weight) for part in self._parts())
         return self._summed(self.shape, moved)
 
@@ -108,7 +107,7 @@ class LeastSquares:
         return torch.stack([_damped(factor) for factor in features]), _damped(inputs)
 
     def _parts(self) -> Iterator[Linearized]:
-        """The tokens, so many at a time where the weights are."""
+        """Yield the tokens on the device of the weight, `TOKENS_AT_ONCE` at a time."""
         for batch in self.batches:
             for start in range(0, len(batch.inputs), TOKENS_AT_ONCE):
                 yield batch.part(slice(start, start + TOKENS_AT_ONCE), self.weight.device)
@@ -121,33 +120,33 @@ class LeastSquares:
 
 
 def summed_squares(parts: Iterable[torch.Tensor]) -> float:
-    """Return the sum of squares over the tensors of all processes, one at a time."""
+    """Return the sum of squares over the tensors of all processes, which are computed one at a time."""
     sums = [precise_sum(part.square()) for part in parts]
-    # One wait for all parts.
+    # The device is waited for once instead of once per part.
     total = torch.stack(sums).sum().cpu() if sums else torch.zeros((), dtype=torch.float64, device="cpu")
     return float(ranks.summed(total[None]))
 
 
 def gauss_newton_changes(fit: LeastSquares, held_out: LeastSquares) -> tuple[torch.Tensor | None, float]:
-    """Return changes of the sources' weights that bring the output nearer to what is wanted.
+    """Return changes of the sources' weights that bring the output closer to its target.
 
-    Conjugate gradients on the linearized least squares, preconditioned by, and pulled to no change by, its
-    Kronecker-factored curvature Σ x xᵀ ⊗ (Σ s_k s_kᵀ ∘ Wᵀ W) (K-FAC, arXiv 1503.05671). It stops when the held-out
-    tokens gain no more.
+    The method is conjugate gradients on the linearized least squares. The Kronecker-factored curvature Σ x xᵀ ⊗
+    (Σ s_k s_kᵀ ∘ Wᵀ W) (K-FAC, arXiv 1503.05671) is the preconditioner and the penalty on changes. The steps end once
+    the error on held-out tokens does not fall.
 
     Args:
         fit (`LeastSquares`): most of the tokens.
-        held_out (`LeastSquares`): the others.
+        held_out (`LeastSquares`): the other tokens.
 
     Returns:
-        `Tensor[sources, kept, in_features]`, or `None` where the first step already makes held-out tokens worse; and
-        what held-out tokens miss without them, summed squares.
+        `Tensor[sources, kept, in_features]`, or `None` where the first step increases the error on held-out tokens;
+        and this error without changes, a sum of squares.
     """
     before = held_out.error()
     best, lowest = None, before
     for changes in _conjugate_gradients(fit):
         error = held_out.error(changes)
-        # Neither is NaN an improvement.
+        # NaN is not an improvement either.
         if not error < lowest:
             break
         best, lowest = changes, error
@@ -175,13 +174,13 @@ def _conjugate_gradients(fit: LeastSquares) -> Iterator[torch.Tensor]:
 
 
 def _products(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Sums over tokens of the products of features: `[..., tokens, features]` -> `[..., features, features]`."""
+    """Return sums over tokens of products of features: `[..., tokens, features]` -> `[..., features, features]`."""
     values = values.to(dtype)
     return values.mT @ values
 
 
 def _damped(factor: torch.Tensor) -> torch.Tensor:
-    """A factor of the curvature that can be inverted, features that are never used included."""
+    """Return a factor of the curvature with damping, so that it is invertible even with unused features."""
     factor = factor.clone()
     mean = factor.diagonal().mean()
     factor.diagonal().add_(FACTOR_DAMPING * mean + torch.finfo(torch.float32).tiny)

@@ -1,4 +1,4 @@
-"""Least squares for every site by itself, on what goes into it in the dense model: Gram matrices."""
+"""Least squares for every site independently, from Gram matrices of its inputs in the dense model."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from .sequential import (
 )
 
 
-# Gram matrices that may be held at the same time, so that they come along with the statistics of scores.
+# Gram matrices of all sites are collected with the statistics of scores if they take at most this much memory.
 GRAM_BYTES = 2 * 2**30
 
-# Every so many calibration windows one is held out, to choose ridges on.
+# One in this many calibration windows is held out for choosing ridges.
 HELD_OUT_EVERY = 8
 
 
 def refit_independently(
     subject: Subject, kept: Mapping[SiteKey, list[int]], config: PruningConfig, evidence: Evidence, shelf: Shelf
 ) -> Iterator[Refitted]:
-    """Refit every site of a subject on what goes into it in the dense model, layer by layer.
+    """Refit every site of a subject on its inputs in the dense model, layer by layer.
 
     Args:
         subject (`Subject`): the dense model, which is not changed, with the sites that lose units.
-        kept (mapping of site key to `list[int]`): units that stay.
-        config (`PruningConfig`): `ridge` and `batch_size`.
-        evidence (`Evidence`): the tokens, and the Gram matrices where they were gathered before.
-        shelf (`Shelf`): where hidden states wait; see [`statistics_by_layer`].
+        kept (mapping of site key to `list[int]`): the kept units.
+        config (`PruningConfig`): the request, for `ridge` and `batch_size`.
+        evidence (`Evidence`): the tokens, and the Gram matrices if they were collected before.
+        shelf (`Shelf`): storage for hidden states; see [`statistics_by_layer`].
     """
     assert evidence.calibration is not None
     grams, total = evidence.grams, len(subject.layers)
@@ -62,7 +62,7 @@ def refit_independently(
         projections, refits = {}, {}
         for site in of_layer:
             weight, columns = site.projection.weight, site.kept_features(kept[site.key])
-            # What was just measured is taken out, so that a matrix is freed once it was used.
+            # New statistics are removed from their mapping, so that Gram matrices are freed after their use.
             statistics = grams[site.key] if grams else [of_text.pop(site.key) for of_text in of_texts]
             statistics = [of_text.to(weight.device) for of_text in statistics]
             equations = [
@@ -74,7 +74,7 @@ def refit_independently(
 
 
 def fit_and_held_out(calibration: Calibration) -> list[Calibration]:
-    """Return the windows to fit on and, where there are any, those held out."""
+    """Return the windows to fit on and, if there are any, the held-out windows."""
     return [text for text in calibration.split(HELD_OUT_EVERY) if text is not None]
 
 
@@ -85,15 +85,16 @@ def statistics_with_grams(
     kinds: Iterable[str],
     resume: Resume | None = None,
 ) -> tuple[dict[SiteKey, SiteStatistics], Grams]:
-    """Gather what scores need and, in the same pass, what independent least squares will; not the latter where the
-    model does not fit into memory, whose Gram matrices come layer by layer.
+    """Collect statistics for scores and, in the same pass, Gram matrices for independent least squares.
+
+    There are no Gram matrices if the model does not fit into memory, for which they are collected layer by layer.
 
     Args:
         subject (`Subject`): the dense model with all its sites.
         calibration (`Calibration`): the tokens.
-        batch_size (`int`): windows per forward pass.
-        kinds (iterable of `str`): of statistics that the scores need.
-        resume (`Resume`, *optional*): where the sums so far are kept.
+        batch_size (`int`): number of windows per forward pass.
+        kinds (iterable of `str`): the statistics that the scores need.
+        resume (`Resume`, *optional*): where the sums so far are stored.
     """
     texts = fit_and_held_out(calibration)
     with_grams = not is_offloaded(subject.model)
@@ -104,23 +105,23 @@ def statistics_with_grams(
 
 
 def grams_fit(sites: Iterable[Site]) -> bool:
-    """Whether the Gram matrices of all sites, of both texts, can be held at the same time."""
+    """Return whether memory may hold the Gram matrices of all sites, on fitted and held-out windows."""
     return sum(2 * 4 * site.projection.in_features**2 for site in sites) <= GRAM_BYTES
 
 
 def gram_statistics(
     subject: Subject, texts: Sequence[Calibration], batch_size: int
 ) -> Iterator[tuple[Site, list[SiteStatistics]]]:
-    """Yield every site with its Gram matrix on each of the texts that there are, in one pass, a layer's at a time.
+    """Yield every site with its Gram matrix for every text, in one pass. Memory holds those of one layer at a time.
 
     Args:
-        subject (`Subject`): the dense model with the sites to look at, layer by layer.
+        subject (`Subject`): the dense model with the sites to measure, layer by layer.
         texts (sequence of `Calibration`): the tokens.
-        batch_size (`int`): windows per forward pass.
+        batch_size (`int`): number of windows per forward pass.
     """
     for of_layer, of_texts in statistics_by_layer(subject, texts, batch_size, (GRAM,)):
         for site in of_layer:
-            # Taken out, so that a matrix is freed once it was used.
+            # Statistics are removed from their mapping, so that Gram matrices are freed after their use.
             yield site, [of_text.pop(site.key).to(compute_device(site.projection)) for of_text in of_texts]
 
 

@@ -1,4 +1,4 @@
-"""The statistics that each kind of reconstruction reads."""
+"""The statistics that every kind of reconstruction needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..forward.statistics import MOMENTS
 from ..request.choices import ReconstructionKind
 
 
-# Statistics that scoring gathers along the way where this kind of reconstruction will follow.
+# Statistics that scoring collects for a reconstruction of this kind.
 STATISTICS_OF: dict[str, tuple[str, ...]] = {
     ReconstructionKind.NONE: (),
     ReconstructionKind.BIAS: (MOMENTS,),

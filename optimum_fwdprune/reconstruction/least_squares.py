@@ -1,4 +1,4 @@
-"""The regression behind reconstruction: what kept input features can say about an output, with its ridge."""
+"""The regression of reconstruction: an output as a linear function of kept input features, with a ridge."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from ..runs.devices import (
 )
 
 
-# Shares of the mean diagonal of the Gram matrix that may be added to its diagonal; held-out windows choose.
+# Shares of the mean diagonal of the Gram matrix that may be added to its diagonal; held-out windows determine which.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 
-# What a ridge that was given is raised by, one after the other, while rounding leaves a Gram matrix indefinite.
+# Further shares that are added one after the other while rounding leaves a Gram matrix indefinite.
 LAST_RIDGES = (1e-6, 1e-4, 1e-2)
 
-# Ridges are compared on so many random mixtures of the outputs where these are several times as many: the solution
-# for all of them costs most, and which ridge is best is a question to the features.
+# Ridges are compared on this many random mixtures of the outputs if there are several times as many outputs. Solving
+# for all outputs takes most of the time, and the best ridge depends on the features.
 MIXTURES = 256
 
-# Where no window can be held out.
+# The ridge if no window can be held out.
 DEFAULT_RIDGE = 1e-2
 
 
 @dataclass
 class NormalEquations:
-    """Sums over tokens of the kept features x and of the residual r: what is wanted minus what W x gives already.
+    """Sums over tokens of the kept features x and of the residual r, which is the target minus W x.
 
     Args:
         gram (`Tensor[kept, kept]`): Σ x xᵀ.
         cross (`Tensor[out_features, kept]`): Σ r xᵀ.
         energy (`Tensor[]`, float64): Σ ‖r‖².
-        count (`int`): tokens.
+        count (`int`): number of tokens.
     """
 
     gram: torch.Tensor
@@ -49,20 +49,20 @@ class NormalEquations:
 
     @classmethod
     def empty(cls, kept: int, out_features: int, device: torch.device) -> NormalEquations:
-        """Return sums over no tokens yet, in float32."""
+        """Return the sums over no tokens, in float32."""
         zeros = torch.zeros(kept + out_features, kept, dtype=torch.float32, device=device)
         energy = torch.zeros((), dtype=torch.float64, device=precise_device(device))
         return cls(zeros[:kept], zeros[kept:], energy, 0)
 
     @classmethod
     def of_removed(cls, gram: torch.Tensor, count: int, weight: torch.Tensor, kept: torch.Tensor) -> NormalEquations:
-        """Return the sums whose residual is what the removed features contributed, `W_r x_r`.
+        """Return the sums for the residual `W_r x_r`, the output of the removed features.
 
         Args:
             gram (`Tensor[in_features, in_features]`): Σ x xᵀ over all features.
-            count (`int`): tokens.
+            count (`int`): number of tokens.
             weight (`Tensor[out_features, in_features]`): W.
-            kept (`Tensor[in_features]`, bool): which features stay.
+            kept (`Tensor[in_features]`, bool): whether a feature is kept.
         """
         lost = weight[:, ~kept].float()
         rows = gram[~kept]
@@ -83,7 +83,7 @@ class NormalEquations:
         )
 
     def pooled(self) -> NormalEquations:
-        """Return the sums over the tokens of all processes of a run; the own ones are used up."""
+        """Return the sums over the tokens of all processes of a run, in the memory of these sums."""
         if ranks.world_size() == 1:
             return self
         count = self.energy.new_tensor(self.count)
@@ -91,8 +91,8 @@ class NormalEquations:
         return NormalEquations(ranks.summed(self.gram), ranks.summed(self.cross), energy, int(count))
 
     def mixed(self) -> NormalEquations:
-        """Return what to compare ridges on: random mixtures of the outputs where they are many. `energy` stays that
-        of all."""
+        """Return the sums to compare ridges on, with random mixtures of the outputs if there are many. `energy` is
+        that of all outputs."""
         outputs = len(self.cross)
         if outputs < 4 * MIXTURES:
             return self
@@ -103,27 +103,27 @@ class NormalEquations:
     def change(self, ridge: float) -> torch.Tensor:
         """Return the change of W, `Σ r xᵀ (Σ x xᵀ + λ I)⁻¹`, float64, with λ = `ridge` · mean(diag Σ x xᵀ).
 
-        It pulls towards no change, so a site whose features say nothing keeps its weights.
+        The ridge penalizes changes, so that a site keeps its weights if its features do not predict the residual.
         """
         factor = _cholesky(precise(self.gram), ridge)
         return torch.cholesky_solve(precise(self.cross.T), factor).T
 
     def error(self, change: torch.Tensor) -> float:
-        """Return Σ ‖r - D x‖² under the change D, `[out_features, kept]` float64."""
+        """Return Σ ‖r - D x‖² for the change D, `[out_features, kept]` float64."""
         explained = change @ precise(self.gram) - 2 * precise(self.cross)
         return float(self.energy + (explained * change).sum())
 
 
 @dataclass(frozen=True)
 class Refit:
-    """A change of weights, and how it was settled.
+    """A change of weights, and how it was determined.
 
     Args:
-        change (`Tensor[out_features, kept]`, *optional*): float64; `None` where none is better than some.
+        change (`Tensor[out_features, kept]`, *optional*): float64; `None` where no change is better.
         ridge (`float`): share of the mean diagonal.
-        error_before, error_after (`float`, *optional*): mean ‖r‖² of a held-out token without a change and under the
-            best one that the other tokens gave; `None` where none were held out.
-        sources (`bool`, *optional*): whether the sources of the features changed too; `None` where they may not.
+        error_before, error_after (`float`, *optional*): mean ‖r‖² of held-out tokens, without a change and with the
+            best change that was fitted on the other tokens; `None` if there are no held-out tokens.
+        sources (`bool`, *optional*): whether the sources of the features changed too; `None` if they are not refitted.
     """
 
     change: torch.Tensor | None
@@ -139,14 +139,14 @@ class Refit:
         return replace(before, weight=back_to(precise(before.weight) + self.change, before.weight))
 
     def followed_by(self, later: Refit) -> Refit:
-        """Return both changes as one, the second fitted after other features had changed."""
+        """Return the sum of this change and a later one, which was fitted after the features had changed."""
         if later.change is None:
             return replace(self, error_after=later.error_before)
         change = later.change if self.change is None else self.change + later.change
         return replace(later, change=change, error_before=self.error_before)
 
     def summary(self) -> dict[str, float | bool | None]:
-        """Return how the change was settled, as JSON values."""
+        """Return how the change was determined, as JSON values."""
         summary = {
             "refitted": self.change is not None,
             "ridge": self.ridge,
@@ -157,12 +157,12 @@ class Refit:
 
 
 def refit(fit: NormalEquations, held_out: NormalEquations | None, ridge: float | None = None) -> Refit:
-    """Choose the ridge on held-out tokens and fit on all of them, or change nothing where that is no better.
+    """Choose the ridge on held-out tokens and fit on all tokens, or return no change where held-out tokens get worse.
 
     Args:
         fit (`NormalEquations`): most of the tokens.
-        held_out (`NormalEquations`, *optional*): the others.
-        ridge (`float`, *optional*): use this one.
+        held_out (`NormalEquations`, *optional*): the other tokens.
+        ridge (`float`, *optional*): the ridge; by default the best one on held-out tokens.
     """
     if held_out is None:
         ridge = DEFAULT_RIDGE if ridge is None else ridge
@@ -181,34 +181,34 @@ def _best_ridge(fit: NormalEquations, held_out: NormalEquations) -> float:
 def nested_changes(
     gram: torch.Tensor, weight: torch.Tensor, order: torch.Tensor, widths: Sequence[int], ridge: float
 ) -> Iterator[torch.Tensor]:
-    """Yield the change of W when the first so many features of `order` stay, `[out_features, width]`, float64.
+    """Yield the change of W if the first `width` features of `order` are kept, `[out_features, width]`, float64.
 
-    The sets are nested, so the corners of one Cholesky factor are the factors of all of them.
+    The sets are nested, so that the leading blocks of one Cholesky factor are the factors for all of them.
 
     Args:
         gram (`Tensor[in_features, in_features]`): Σ x xᵀ.
         weight (`Tensor[out_features, in_features]`): W.
-        order (`Tensor[in_features]`, int64): features, those that stay longest first.
-        widths (sequence of `int`): how many stay.
+        order (`Tensor[in_features]`, int64): features in the reverse order of their removal.
+        widths (sequence of `int`): numbers of kept features.
         ridge (`float`): share of the mean diagonal.
     """
     gram = precise(gram[order][:, order])
     weight = precise(weight[:, order])
     factor = _cholesky(gram, ridge)
     for width in widths:
-        # Beside the diagonal, which the ridge was added to.
+        # These entries are off the diagonal, to which the ridge was added.
         lost = weight[:, width:] @ gram[width:, :width]
         yield torch.cholesky_solve(lost.T, factor[:width, :width]).T
 
 
 def _cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Add the ridge to the diagonal of `gram`, more of it where rounding made it indefinite, and return the factor."""
+    """Add the ridge to the diagonal of `gram`, and more while it is indefinite by rounding, and return the factor."""
     mean = float(gram.diagonal().mean())
-    # The smallest normal number keeps a site whose inputs are all zero solvable.
+    # With the smallest normal number, sites whose inputs are all 0 can be solved.
     gram.diagonal().add_(ridge * mean + torch.finfo(torch.float32).tiny)
     for more in (0.0, *LAST_RIDGES):
         gram.diagonal().add_(more * mean)
         factor, info = torch.linalg.cholesky_ex(gram)
         if not info.item():
             return factor
-    raise ValueError("The activations contain NaN or infinity, so no weights can be fitted to them.")
+    raise ValueError("The activations contain NaN or infinity, so that no weights can be fitted to them.")

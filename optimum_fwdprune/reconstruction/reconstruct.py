@@ -1,4 +1,4 @@
-"""What the kept input features of an output projection can do about the removed ones."""
+"""Reconstruction of projections layer by layer, by biases or by least squares."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ logger = get_logger(__name__)
 
 
 def check_reconstruction(model: PreTrainedModel, config: PruningConfig) -> None:
-    """Raise `ValueError` where `model` does not allow the reconstruction that the request asks for."""
+    """Raise `ValueError` where `model` does not allow the reconstruction of the request."""
     least_squares = config.reconstruction == ReconstructionKind.LEAST_SQUARES
     sequential = least_squares and config.reconstruction_order != ReconstructionOrder.INDEPENDENT
     possible = get_architecture(model.config).layout.has_dense_target(model.config)
     if sequential and config.reconstruction_target == ReconstructionTarget.DENSE and not possible:
         raise ValueError(
-            f"reconstruction_target='dense' needs projections that add to the residual stream as they are, and "
-            f"{model.config._name_or_path or model.config.model_type} normalizes in between. Use "
+            f"reconstruction_target='dense' needs projections whose outputs are added to the residual stream "
+            f"directly, and {model.config._name_or_path or model.config.model_type} normalizes in between. Use "
             f"reconstruction_target='layer'."
         )
 
@@ -57,24 +57,24 @@ def reconstruct_by_layer(
     shelf: Shelf | None = None,
     done: Sequence[Reconstruction] = (),
 ) -> Iterator[Reconstruction]:
-    """Yield the new projection parameters of every layer, first to last, with its own parameters in memory meanwhile.
+    """Yield the new projection parameters of every layer, first to last, while the layer's parameters are in memory.
 
     `"bias"` adds the mean output of the removed features, `b + W_r E[x_r]` (FLAP, arXiv 2312.11983, eq. 5).
-    `"least_squares"` refits the kept columns over the calibration tokens, pulled towards what they were,
+    `"least_squares"` refits the kept columns over the calibration tokens, with a penalty on changes,
     `W_k + Σ r xᵀ (Σ x xᵀ + λI)⁻¹`: x are the kept features and r is the output that the kept columns fail to
-    reproduce. Every eighth window is held out; the ridge λ that does best on these is used, and where none is better
-    than the columns as they are, they stay.
+    reproduce. Every eighth window is held out. The ridge λ with the smallest error on these windows is used; columns
+    are not changed if the error does not fall.
 
     Args:
         subject (`Subject`): the dense model, which is not changed, with all its sites.
-        kept (mapping of site key to `list[int]`): units that stay.
-        config (`PruningConfig`): `reconstruction` (or the method's own), `reconstruction_order`,
+        kept (mapping of site key to `list[int]`): the kept units.
+        config (`PruningConfig`): the request, for `reconstruction` (or the method's own), `reconstruction_order`,
             `reconstruction_target`, `ridge`, `refit_sources` and `batch_size`.
         evidence (`Evidence`): the tokens, which `"least_squares"` passes through the model again; moments for
-            `"bias"`, which gathers them where there are none; and Gram matrices, where they were gathered before.
-        shelf (`Shelf`, *optional*): where hidden states wait, and how far an interrupted run came, which resumes
-            there.
-        done (sequence of `Reconstruction`): of the first layers, where an earlier run has settled them.
+            `"bias"`, which are collected if there are none; and Gram matrices, if they were collected before.
+        shelf (`Shelf`, *optional*): storage for hidden states, and the progress of an interrupted run, which is
+            resumed.
+        done (sequence of `Reconstruction`): the reconstructions of the first layers by an interrupted run.
 
     Raises:
         ValueError: where calibration tokens are missing, or activations contain NaN or infinity.
@@ -85,9 +85,9 @@ def reconstruct_by_layer(
     kind, losing, shelf = config.reconstruction, subject.losing(kept), shelf or Shelf()
     in_order = config.reconstruction_order != ReconstructionOrder.INDEPENDENT
     if kind == ReconstructionKind.LEAST_SQUARES and in_order:
-        # What comes after a site that is gone can make up for it too.
+        # Sites after a removed site can compensate for it, too.
         losing += [site for site in subject.sites if not kept[site.key]]
-    # Biases take no more than the means.
+    # Biases need the means only.
     has_means = kind == ReconstructionKind.BIAS and bool(evidence.statistics)
     if kind != ReconstructionKind.NONE and losing and evidence.calibration is None and not has_means:
         raise ValueError(f"reconstruction={kind!r} needs calibration tokens.")
@@ -113,26 +113,26 @@ def reconstruct_by_layer(
 
 
 def _warn_of_gaps(subject: Subject, kept: Mapping[SiteKey, list[int]]) -> None:
-    """Say that independent least squares does nothing about layers and sublayers that are gone."""
+    """Warn that independent least squares does not compensate for removed layers and sublayers."""
     gone = sum(not kept[site.key] for site in subject.sites)
     if gone:
         logger.warning(
             "Independent least squares fits every projection to the output of its own removed units, so that none "
-            "takes over from the %d sublayers that are removed whole. reconstruction_order='sequential' repairs these "
-            "too.",
+            "compensates for the %d sublayers that are removed as a whole. Use reconstruction_order='sequential', "
+            "which does.",
             gone,
         )
 
 
 def _sequential_fit(subject: Subject, config: PruningConfig) -> SequentialFit:
-    """How the request fits projections one after the other; a warning where the family does not allow all of it."""
+    """Return how the request fits projections one after the other; warn where the family does not allow all of it."""
     by_default = ReconstructionTarget.DENSE if subject.has_dense_target else ReconstructionTarget.LAYER
     target = config.reconstruction_target or by_default
     with_sources = config.refit_sources and target == ReconstructionTarget.DENSE
     if config.refit_sources and not with_sources:
         logger.warning(
-            "refit_sources aims at the dense model's residual stream, which %s normalizes in between: only "
-            "projections are refitted.",
+            "refit_sources needs projections whose outputs are added to the residual stream directly, and %s "
+            "normalizes in between, so that only projections are refitted.",
             subject.model.config.model_type,
         )
     return SequentialFit(target, config.ridge, config.batch_size, with_sources)
@@ -141,13 +141,13 @@ def _sequential_fit(subject: Subject, config: PruningConfig) -> SequentialFit:
 def _biases_by_layer(
     subject: Subject, kept: Mapping[SiteKey, list[int]], config: PruningConfig, evidence: Evidence, shelf: Shelf
 ) -> Iterator[Reconstruction]:
-    """Yield the biases of every layer; nothing new where the request asks for none."""
+    """Yield the biases of every layer; there are none if the request has another kind of reconstruction."""
     # A checkpoint has projection biases in all layers of a kind or in none.
     adds_biases = config.reconstruction == ReconstructionKind.BIAS
     biased = {site.kind for site in subject.losing(kept)} if adds_biases else set()
     statistics = evidence.statistics
     if biased and not statistics:
-        # Scores that were made for another reconstruction may lack the means.
+        # Scores for another kind of reconstruction may have no means.
         assert evidence.calibration is not None
         (statistics,) = gather_statistics(subject, [evidence.calibration], config.batch_size, (MOMENTS,))
     placed = PlacedStatistics(subject.sites, statistics)
@@ -163,15 +163,15 @@ def _biases_by_layer(
 
 
 def warn_of_unchanged(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]], details: Mapping[str, Any]) -> None:
-    """Say at which of the sites that lose units least squares was of no use."""
+    """Warn of sites that lose units and whose error least squares did not reduce."""
     losing = [site for site in sites if 0 < len(kept[site.key]) < site.num_units]
-    # Where nothing was lost, there was nothing to gain either.
+    # Sites without an error are left out.
     lossy = [(site, details[str(site.key)]) for site in losing if str(site.key) in details]
     unchanged = [site for site, detail in lossy if not detail["refitted"] and detail["held_out_error_before"]]
     if unchanged:
         logger.warning(
-            "Least squares did not help on the held-out windows at %d of %d sites, which keep their columns as they "
-            "are: %s. More or other calibration text may change that.",
+            "Least squares did not reduce the error on held-out windows at %d of %d sites, whose columns are not "
+            "changed: %s. More or other calibration text may help.",
             len(unchanged),
             len(lossy),
             ", ".join(f"{site.kind} of layer {site.layer}" for site in unchanged),
@@ -183,8 +183,8 @@ def warn_of_few_tokens(sites: list[Site], kept: Mapping[SiteKey, list[int]], cal
     if calibration.num_tokens < widest:
         windows, length = calibration.input_ids.shape
         logger.warning(
-            "%d calibration tokens cannot settle the %d kept features of a projection, so the ridge has to. %d "
-            "windows of %d tokens would do, a few times as many are better.",
+            "%d calibration tokens are too few to determine the %d kept features of a projection, so that the ridge "
+            "does. Use at least %d windows of %d tokens; a few times as many are better.",
             calibration.num_tokens,
             widest,
             -(-widest * windows // calibration.num_tokens),

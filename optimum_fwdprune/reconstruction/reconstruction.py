@@ -1,4 +1,4 @@
-"""What became of the projections: their new parameters, and how well they were fitted."""
+"""The results of reconstruction: new parameters of projections, and the quality of their fit."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from ..runs.resume import State
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What became of the projections.
+    """New parameters of projections, and the quality of their fit.
 
     Args:
-        projections (`dict[SiteKey, Projection]`): new parameters; sites that are not named keep their columns as they
-            are.
-        details (`dict[str, dict]`): of least squares, by `"<layer>.<kind>"`: the ridge, and the mean squared error on
-            held-out tokens of leaving the columns as they are and of refitting them, as JSON values.
+        projections (`dict[SiteKey, Projection]`): new parameters. The columns of other sites are not changed.
+        details (`dict[str, dict]`): figures of least squares, by `"<layer>.<kind>"`: the ridge, and the mean squared
+            error on held-out tokens before and after refitting the columns, as JSON values.
     """
 
     projections: dict[SiteKey, Projection] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
     def state(self) -> State:
-        """Return it as tensors and JSON values."""
+        """Return the reconstruction as tensors and JSON values."""
         tensors = {}
         for key, projection in self.projections.items():
             tensors[f"{key}.weight"] = projection.weight.detach()
@@ -41,7 +40,7 @@ class Reconstruction:
         return tensors, {"kept": kept, "details": self.details}
 
     def placed_like(self, sites: Iterable[Site]) -> Reconstruction:
-        """Return it with every projection where that of its site computes."""
+        """Return the reconstruction with every projection on the device of its site."""
         placed = {}
         for site in sites:
             if site.key in self.projections:
@@ -50,14 +49,14 @@ class Reconstruction:
         return Reconstruction(placed, self.details)
 
     def on_host(self) -> Reconstruction:
-        """Return it with every projection in the memory of the host."""
+        """Return the reconstruction with every projection in the memory of the host."""
         return Reconstruction(
             {key: projection.mapped(on_host) for key, projection in self.projections.items()}, self.details
         )
 
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> Reconstruction:
-        """Return what [`state`] made these of."""
+        """Return the reconstruction from the tensors and values that [`state`] returned."""
         projections = {}
         for layer, kind, units in numbers["kept"]:
             key = SiteKey(layer, kind)

@@ -1,4 +1,4 @@
-"""Reconstruction layer by layer: every projection is refitted on what the layers pruned before it make of the text."""
+"""Reconstruction layer by layer: a projection is refitted on its inputs in a model whose earlier layers are pruned."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .reconstruction import Reconstruction
 from .streams import Joining, Stream
 
 
-# Parts of a Gauss-Newton step that are tried: the whole of it where the activation bends little.
+# The parts of a Gauss-Newton step that are tried. The whole step suits activations with little curvature.
 PARTS = (1.0, 0.5, 0.25)
 
-# Projections of one layer, and how each was settled.
+# The projections of a layer, and how they were determined.
 Refitted = tuple[dict[SiteKey, Projection], dict[SiteKey, Refit]]
 
 
@@ -36,17 +36,17 @@ class SequentialFit:
     """How projections are fitted one after the other.
 
     Args:
-        target (`str`): `"layer"` fits the output of the whole projection for these inputs, `"dense"` also what would
-            undo the error that the residual stream has gathered so far; where outputs are normalized before they join
-            the stream, the output of the same projection in the dense model.
-        ridge (`float`, *optional*): for all sites; by default chosen per site on the held-out text.
-        batch_size (`int`): windows per forward pass.
-        refit_sources (`bool`, defaults to `False`): refit the sources of the features too, for the target `"dense"`:
-            all of them so that their outputs for the pruned stream are those for the dense one, and those of pointwise
-            sites by Gauss-Newton steps towards the projection's target, after which the projection is fitted once
-            more. It takes about three more passes and, in the memory of the host, two more hidden states of all
-            windows, and of one pointwise site at a time the inputs of its sources, their slopes, and in float32 the
-            residual at all tokens.
+        target (`str`): `"layer"` fits the output of the unpruned projection for the same inputs. `"dense"` fits the
+            residual stream of the dense model, which also corrects the errors of earlier layers; where outputs are
+            normalized before they are added to the stream, it fits the output of the projection in the dense model.
+        ridge (`float`, *optional*): the ridge for all sites; by default it is chosen per site on the held-out text.
+        batch_size (`int`): number of windows per forward pass.
+        refit_sources (`bool`, defaults to `False`): refit the sources of the features too, for the target `"dense"`.
+            All sources are refitted so that their outputs in the pruned model are those in the dense model. Sources of
+            pointwise sites are also changed by Gauss-Newton steps towards the projection's target, after which the
+            projection is fitted once more. This takes about three more passes. The memory of the host holds two more
+            hidden states of all windows and, for one pointwise site at a time, the inputs of its sources, their
+            slopes, and the residual at all tokens in float32.
     """
 
     target: str
@@ -64,23 +64,25 @@ def refit_in_sequence(
     shelf: Shelf | None = None,
     done: Sequence[Reconstruction] = (),
 ) -> Iterator[Refitted]:
-    """Yield, layer by layer, new projection parameters of every site that loses units and, where the target is the
-    dense model's stream, of every site behind the first of these, since all of them can make up for its loss. Sites
-    without units are passed over: the site before such a gap aims at the dense stream after it.
+    """Yield, layer by layer, new projection parameters of every site that loses units.
 
-    With several processes each carries a share of the windows along, and all fit alike on the sums over all of them.
-    One projection's normal equations are in memory at a time. The hidden states of all windows wait in the memory of
-    the host, three times for the target `"dense"`. It costs about three passes of the layers over the tokens, four for
-    `"dense"`. A layer's parameters are in memory while its projections are out.
+    If the target is the dense model's stream, all sites after the first of these are included, since they can
+    compensate for its loss. Sites without units are left out, and the target of the site before such a gap is the
+    dense stream after the gap.
+
+    With several processes, each runs a share of the windows, and all fit on the sums over all windows. The normal
+    equations of one projection are in memory at a time. The memory of the host holds the hidden states of all windows,
+    three times for the target `"dense"`. The time is that of about three passes over the tokens, four for `"dense"`.
+    The parameters of a layer are in memory until the next layer is requested.
 
     Args:
         subject (`Subject`): the dense model, which is not changed, with all its sites. Its layers may be offloaded.
-        kept (mapping of site key to `list[int]`): units that stay.
-        texts (sequence of `Calibration`): the tokens to fit and, where there are any, those held out.
-        fit (`SequentialFit`): how.
-        shelf (`Shelf`, *optional*): where hidden states wait; it settles after every layer, and a pass that was
-            interrupted goes on behind the last layer that it settled.
-        done (sequence of `Reconstruction`): of the first layers, where an earlier run has settled them.
+        kept (mapping of site key to `list[int]`): the kept units.
+        texts (sequence of `Calibration`): the tokens to fit on and, if there are any, the held-out tokens.
+        fit (`SequentialFit`): how projections are fitted.
+        shelf (`Shelf`, *optional*): storage for hidden states. It is settled after every layer, and an interrupted
+            pass resumes after the last settled layer.
+        done (sequence of `Reconstruction`): the reconstructions of the first layers by an interrupted run.
     """
     sites, runner, shelf = subject.sites, LayerRunner(subject.model), shelf or Shelf()
     towards_dense = fit.target == ReconstructionTarget.DENSE
@@ -113,7 +115,7 @@ def refit_in_sequence(
                 layer.projections |= done[number].placed_like(of_layer).projections
             for place, site in enumerate([] if number < len(done) else of_layer):
                 if not kept[site.key]:
-                    # It writes nothing, and those after it make up for its loss.
+                    # A removed site has no output, and the sites after it compensate for its loss.
                     layer.projections[site.key] = kept_projection(site, [])
                 elif site.key in behind and (towards_dense or len(kept[site.key]) < site.num_units):
                     layer.settle(place, kept_projection(site, kept[site.key]))
@@ -132,13 +134,14 @@ def _first_fitted(sites: Sequence[Site], kept: Mapping[SiteKey, list[int]]) -> i
 
 @dataclass
 class _Layer:
-    """The sites of a layer, and what was found for them.
+    """The sites of a layer, with their new projections.
 
     Args:
-        sites (sequence of `Site`): in the order in which they write.
-        streams (sequence of lists of `Stream`): of the text to fit and, where there is one, of the one held out.
-        ridge (`float`, *optional*): for all sites.
-        refit_sources (`bool`): refit sources too.
+        sites (sequence of `Site`): the sites, in the order in which they write to the residual stream.
+        streams (sequence of lists of `Stream`): the streams of the tokens to fit on and, if there are any, of the
+            held-out tokens.
+        ridge (`float`, *optional*): the ridge for all sites.
+        refit_sources (`bool`): whether sources are refitted too.
     """
 
     sites: Sequence[Site]
@@ -149,7 +152,7 @@ class _Layer:
     refits: dict[SiteKey, Refit] = field(default_factory=dict)
 
     def settle(self, place: int, projection: Projection) -> None:
-        """Find the parameters of a site, which are those of `projection` so far."""
+        """Fit the parameters of a site, starting from those of `projection`."""
         site = self.sites[place]
         self.projections[site.key] = projection
         self.refits[site.key] = self._fit_all(place) if self.refit_sources else self._fit(place)
@@ -164,7 +167,7 @@ class _Layer:
         return replace(fitted, sources=bool(self.projections[site.key].sources))
 
     def _fit(self, place: int) -> Refit:
-        """Fit the projection to what it leaves of its target."""
+        """Fit the projection to the difference between its target and its output."""
         site = self.sites[place]
         now = self.projections[site.key]
         fitted = self._solved(
@@ -174,7 +177,8 @@ class _Layer:
         return fitted
 
     def _correct_inputs(self, place: int) -> None:
-        """Let the sources read (I + D) x for x, which is what they would read in the dense model as far as x tells."""
+        """Change the sources so that they read (I + D) x instead of x, the best linear prediction of their inputs in
+        the dense model from their inputs x in the pruned model."""
         site = self.sites[place]
         now = self.projections[site.key]
         width = site.sources[0].linear.in_features
@@ -189,22 +193,24 @@ class _Layer:
         self.projections[site.key] = replace(now, sources=sources)
 
     def _solved(self, site: Site, shape: Sequence[int], observe: Callable[[Stream], tuple]) -> Refit:
-        """Least squares for a matrix `[outputs, inputs]` over what `observe` returns of every stream."""
+        """Solve least squares for a matrix `[outputs, inputs]` over the inputs and residuals that `observe` returns
+        for every stream."""
         outputs, inputs = shape
         sums = [NormalEquations.empty(inputs, outputs, site.projection.weight.device) for _ in self.streams]
         for total, streams in zip(sums, self.streams):
             for stream in streams:
                 total.add(*observe(stream))
-        sums = [of_text.pooled() for of_text in sums]
+        sums = [equations.pooled() for equations in sums]
         if not (sums[0].gram.isfinite().all() and sums[0].cross.isfinite().all()):
             raise ValueError(
                 f"The activations before {site.projection_name} ({site}) contain NaN or infinity once the layers "
-                f"before it are pruned. A float16 model that overflows runs in bfloat16 or float32."
+                f"before it are pruned. Load a float16 model that overflows in bfloat16 or float32."
             )
         return refit(sums[0], sums[1] if len(sums) > 1 else None, self.ridge)
 
     def _bend_features(self, place: int) -> bool:
-        """Change the sources of a pointwise site so that its features serve the target better; whether they do."""
+        """Change the sources of a pointwise site towards its target, and return whether the error on held-out tokens
+        falls."""
         site = self.sites[place]
         best = now = self.projections[site.key]
         sources = dict(now.sources) or kept_sources(site, now.kept)
@@ -226,8 +232,8 @@ class _Layer:
         return best is not now
 
     def _changes_and_error(self, place: int, sources: dict[str, torch.Tensor]) -> tuple[torch.Tensor | None, float]:
-        """What Gauss-Newton would change of the sources' weights, and what is left of the target on held-out tokens
-        without it: summed squares. What they are found by is freed on return."""
+        """Return Gauss-Newton changes of the sources' weights, and the error on held-out tokens without them, a sum of
+        squares. The linearized tokens are freed on return."""
         weight = self.projections[self.sites[place].key].weight.float()
         rows = sum(len(weight_of_source) for _, weight_of_source in _weights(sources))
         shape = (rows // weight.shape[1], weight.shape[1], self.sites[place].sources[0].linear.in_features)
@@ -238,11 +244,11 @@ class _Layer:
         return gauss_newton_changes(fit, held_out)
 
     def _left(self, place: int, candidate: Projection) -> float:
-        """What a candidate leaves of the target on held-out tokens: summed squares."""
+        """Return the error of a candidate on held-out tokens, a sum of squares."""
         projections = {**self.projections, self.sites[place].key: candidate}
         return summed_squares(stream.observe(self.sites, place, projections)[1] for stream in self.streams[1])
 
 
 def _weights(sources: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-    """The weights among the parameters of sources."""
+    """Return the weights among the parameters of sources, without biases."""
     return [(name, value) for name, value in sources.items() if value.dim() == 2]

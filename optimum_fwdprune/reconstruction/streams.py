@@ -1,4 +1,4 @@
-"""Calibration tokens side by side in the pruned model and in the dense one, layer by layer."""
+"""Running calibration tokens through the pruned model and the dense model in parallel, layer by layer."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Projections = Mapping[SiteKey, Projection]
 
 @dataclass(frozen=True)
 class Joining:
-    """How the outputs of projections join the residual stream.
+    """How the outputs of projections are added to the residual stream.
 
     Args:
-        normalized (`bool`, defaults to `False`): they pass a norm before, so that projections aim at the output of the
-            same projection in the dense model, and not at its stream.
+        normalized (`bool`, defaults to `False`): whether they pass a norm before, so that the target of a projection
+            is its output in the dense model instead of the dense model's stream.
         multiplier (`float`, defaults to 1.0): the number that they are multiplied by before they are added.
     """
 
@@ -39,29 +39,29 @@ class Joining:
 
     @classmethod
     def of(cls, subject: Subject) -> Joining:
-        """Return what the layout of a model declares."""
+        """Return the values that the layout of a model declares."""
         layout, config = subject.architecture.layout, subject.model.config
         return cls(layout.output_norm, layout.residual_multiplier(config))
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A batch in the pruned model and, where it is followed, in the dense one.
+    """A batch in the pruned model and, if the target needs it, in the dense model.
 
-    On the shelf are, in front of layer number `l`: `"<l>.<name>.pruned"` and `"<l>.<name>.dense"`; and of the dense
-    model within a layer that was run, `"<l>.<name>.<place>"`: what its stream is in front of the site of that place
-    (from 1), or `"<l>.<name>.<place>.output"`: what the projection of that site returns, where a norm follows it; and
-    `"<l>.<name>.<place>.inputs"`: what the sources of that site read.
+    The shelf holds the hidden states before layer `l`, `"<l>.<name>.pruned"` and `"<l>.<name>.dense"`. For layers that
+    the dense model has run, it also holds `"<l>.<name>.<place>"`, the stream before the site with this index (from 1),
+    or, where a norm follows the projection, `"<l>.<name>.<place>.output"`, the output of the projection; and
+    `"<l>.<name>.<place>.inputs"`, the inputs of the sources of the site.
 
     Args:
-        name (`str`): on the shelf.
+        name (`str`): the name of the batch on the shelf.
         batch (`Batch`): the windows.
-        runner (`LayerRunner`): of the dense model.
-        shelf (`Shelf`): where hidden states wait.
-        joining (`Joining`, *optional*): where projections aim at the dense model, how their outputs join its stream;
-            `None` where they aim at the output of the whole projection.
-        follows_inputs (`bool`): what the dense model's sources read is known as well.
-        aims (`Aims`): where in the dense model's stream projections aim.
+        runner (`LayerRunner`): the runner of the dense model.
+        shelf (`Shelf`): storage for hidden states.
+        joining (`Joining`, *optional*): how outputs are added to the stream, if the target is the dense model; `None`
+            if it is the output of the unpruned projection.
+        follows_inputs (`bool`): whether inputs of sources in the dense model are stored, too.
+        aims (`Aims`): the places in the dense model's stream that are the targets of projections.
     """
 
     name: str
@@ -73,14 +73,14 @@ class Stream:
     aims: Aims
 
     def start(self) -> None:
-        """Put the batch in front of the first layer."""
+        """Store the hidden states of the batch before the first layer."""
         embedded = on_host(self.runner.embed(self.batch))
         self.shelf[f"0.{self.name}.pruned"] = embedded
         if self.joining is not None:
             self.shelf[f"0.{self.name}.dense"] = embedded
 
     def enter(self, sites: Sequence[Site]) -> None:
-        """Take the dense model's stream through the layer of `sites`."""
+        """Run the layer of `sites` in the dense model."""
         if self.joining is None:
             return
         layer = sites[0].layer
@@ -102,34 +102,34 @@ class Stream:
     def observe(
         self, sites: Sequence[Site], place: int, projections: Projections
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the kept inputs of a projection of the pruned model, and what it leaves of the target as it is:
-        `[tokens, kept]` and `[tokens, out_features]`."""
+        """Return the kept inputs of a projection of the pruned model, `[tokens, kept]`, and the difference between its
+        target and its present output, `[tokens, out_features]`."""
         inputs, written = self._run_before(sites[place].projection, sites, place, projections)
         return self._kept_and_left(sites, place, projections, inputs, written)
 
     def read(self, sites: Sequence[Site], place: int, projections: Projections) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the sources of a site read in the pruned model, and how far that is from what they read in the
-        dense one: both `[tokens, in_features]`."""
+        """Return the inputs of the sources of a site in the pruned model, and their difference from those in the dense
+        model: both `[tokens, in_features]`."""
         inputs, _ = self._run_before(sites[place].sources[0].linear, sites, place, projections)
         dense = self.shelf[f"{sites[place].layer}.{self.name}.{place}.inputs"].to(inputs.device)
         return self.batch.tokens(inputs), self.batch.tokens(dense).float() - self.batch.tokens(inputs).float()
 
     def linearize(self, sites: Sequence[Site], place: int, projections: Projections) -> Linearized:
-        """Return what small changes of the sources of a pointwise site do to its projection's output, in the memory of
-        the host."""
+        """Return the effect of small changes of the sources of a pointwise site on its projection's output, in the
+        memory of the host."""
         site = sites[place]
         kept = projections[site.key].kept
         linears = [source.linear for source in site.sources]
         with torch.inference_mode(False), torch.no_grad(), inputs_of(linears[:1]) as read, _leaves(linears) as outputs:
             features, written = self._run_before(site.projection, sites, place, projections)
             leaves = [outputs[linear] for linear in linears]
-            # A feature sees its own row alone, so the gradient of their sum holds the derivatives of all of them.
+            # A feature depends on its own row only, so that the gradient of their sum has the derivatives of all.
             derivatives = torch.autograd.grad(features, leaves, torch.ones_like(features), materialize_grads=True)
         slopes = [
             self.batch.tokens(derivative)[:, source.kept_index(site.num_units, kept).to(derivative.device)]
             for source, derivative in zip(site.sources, derivatives)
         ]
-        # A source may hold the rows of several, one behind the other: its segments.
+        # A source may hold the rows of several linears, one after the other, as its segments.
         by_row = [segment for slope in slopes for segment in slope.split(len(kept), dim=1)]
         _, residual = self._kept_and_left(sites, place, projections, features.detach(), written)
         inputs, by_source = (
@@ -138,7 +138,7 @@ class Stream:
         return Linearized(on_host(inputs), on_host(by_source), on_host(residual.float()))
 
     def leave(self, sites: Sequence[Site], projections: Projections) -> None:
-        """Take the pruned model's stream through the layer of `sites`."""
+        """Run the layer of `sites` in the pruned model, and drop the states of the layer."""
         layer = sites[0].layer
         pruned = self.shelf.pop(f"{layer}.{self.name}.pruned")
         with replaced_projections(sites, projections):
@@ -154,7 +154,7 @@ class Stream:
     def _run_before(
         self, module: nn.Module, sites: Sequence[Site], place: int, projections: Projections
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run the layer in the pruned model up to `module`: what would go in, and what sites before have written."""
+        """Run the layer in the pruned model up to `module`, and return its inputs and the outputs of earlier sites."""
         with (
             replaced_projections(sites, projections),
             outputs_of(earlier.projection for earlier in sites[:place]) as written,
@@ -179,12 +179,12 @@ class Stream:
         site = sites[place]
         device = site.projection.weight.device
         pruned = self.shelf[f"{site.layer}.{self.name}.pruned"]
-        target = (self._dense_behind(site).to(device).float() - pruned.to(device).float()) / joining.multiplier
+        target = (self._dense_target(site).to(device).float() - pruned.to(device).float()) / joining.multiplier
         for output in written:
             target -= output.view_as(target).to(device).float()
         return target
 
-    def _dense_behind(self, site: Site) -> torch.Tensor:
+    def _dense_target(self, site: Site) -> torch.Tensor:
         aim = self.aims.of(site)
         if aim.is_last:
             return self.shelf[f"{aim.layer + 1}.{self.name}.dense"]
@@ -197,12 +197,12 @@ def _in_float32_at_most(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _leaves(linears: Iterable[nn.Module]) -> Iterator[dict[nn.Module, torch.Tensor]]:
-    """Gather the outputs of `linears` in the block, and let what is computed from them, and nothing before, be
-    differentiable by them."""
+    """Within the context, collect the outputs of `linears` as leaves of the graph, so that later computations, and no
+    earlier ones, can be differentiated with respect to them."""
     before, leaves = torch.is_grad_enabled(), {}
 
     def hook(module, _args, output):
-        # A copy, since outputs of inference mode cannot be differentiated by.
+        # Outputs are copied, since gradients with respect to tensors of inference mode are impossible.
         leaves[module] = output.detach().clone().requires_grad_()
         torch.set_grad_enabled(True)
         return leaves[module]

@@ -309,7 +309,7 @@ def test_too_few_tokens_for_the_features_are_told(caplog, monkeypatch):
         pruned_by(tiny.make_model("llama_gqa_biases"), torch.randint(0, 300, (2, 16)))
 
     # 42 of 64 channels stay: whole heads cannot give 40 %.
-    assert "32 calibration tokens cannot settle the 42 kept features" in caplog.text
+    assert "32 calibration tokens are too few to determine the 42 kept features" in caplog.text
     assert "3 windows of 16 tokens would do" in caplog.text
 
 
