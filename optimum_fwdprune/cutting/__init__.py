@@ -1,1 +1,1 @@
-"""A plan carried out: the smaller model, checked, in memory or on disk."""
+"""Carrying out a plan: the smaller model, in memory or on disk, and its verification."""

@@ -1,4 +1,4 @@
-"""A plan carried out: the one loop that settles, puts down and checks layer after layer, in memory or on disk."""
+"""Carrying out a plan: the loop that reconstructs, places and verifies layer by layer, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class Cut:
 
     Args:
         model (`PreTrainedModel`): the model.
-        plan (`PruningPlan`): what it kept of the one before, with what its reconstruction settled.
-        difference (`float`): between logits of the masked and of the pruned model, as a fraction of their scale.
+        plan (`PruningPlan`): the units that it keeps of the previous model, with figures of the reconstruction.
+        difference (`float`): difference between logits of the masked and the pruned model, as a fraction of their
+            scale.
     """
 
     model: PreTrainedModel
@@ -40,17 +41,17 @@ class Cut:
     difference: float
 
     def after(self, earlier: Cut) -> Cut:
-        """Return what both cuts come to."""
+        """Return the combination of an earlier cut and this one."""
         return Cut(self.model, earlier.plan.followed_by(self.plan), max(earlier.difference, self.difference))
 
 
 class Place(Protocol):
-    """Where the layers of a pruned model are put down, and how they become a model.
+    """The place of the layers of a pruned model, which builds the model from them.
 
     Attributes:
-        shelf (`Shelf`): where hidden states of the calibration tokens wait, and how far an interrupted run came.
-        probe_shelf (`Shelf`): the same for the tokens that are compared on.
-        done (sequence of `Reconstruction`): of the first layers, where an earlier run has settled them.
+        shelf (`Shelf`): storage for hidden states of the calibration tokens, and the progress of an interrupted run.
+        probe_shelf (`Shelf`): the same for the tokens of the verification.
+        done (sequence of `Reconstruction`): the reconstructions of the first layers by an interrupted run.
     """
 
     shelf: Shelf
@@ -58,16 +59,16 @@ class Place(Protocol):
     done: Sequence[Reconstruction]
 
     def writing(self) -> AbstractContextManager[None]:
-        """Let errors in the block name what is full, where layers are written."""
+        """Within the context, make errors of a full disk name the folder that layers are written to."""
 
     def open(self) -> None:
         """Prepare for the first layer."""
 
     def watched(self, layers: Iterable[Reconstruction]) -> Iterable[Reconstruction]:
-        """Show how far the layers are, where they show that nowhere else."""
+        """Show the progress of the layers, if it is not shown elsewhere."""
 
     def put_down(self, number: int, layer: Reconstruction) -> None:
-        """Take what is settled of layer `number`, whose dense weights are in memory."""
+        """Store the reconstructed layer `number`, whose dense weights are in memory."""
 
     def details(self) -> dict[str, Any]:
         """Return the details of the reconstruction of all layers."""
@@ -78,18 +79,18 @@ class Place(Protocol):
 
 @torch.no_grad()
 def cut(subject: Subject, plan: PruningPlan, evidence: Evidence, job: Job, place: Place) -> Cut:
-    """Settle, put down and check one layer after the other, and return the pruned model.
+    """Reconstruct, place and verify one layer after the other, and return the pruned model.
 
     Args:
-        subject (`Subject`): the dense model with all its sites. Until the last layer is settled it is whole.
-        plan (`PruningPlan`): what they keep.
-        evidence (`Evidence`): what the reconstruction needs.
-        job (`Job`): the reconstruction that is asked for, and the clock.
-        place (`Place`): where layers are put down.
+        subject (`Subject`): the dense model with all its sites. It is unchanged until the last layer is reconstructed.
+        plan (`PruningPlan`): the units that the sites keep.
+        evidence (`Evidence`): tokens and statistics for the reconstruction.
+        job (`Job`): the reconstruction of the request, and the clock.
+        place (`Place`): the place of the layers.
 
     Raises:
         ValueError: where the plan does not fit the model.
-        RuntimeError: where the pruned model does not compute what the masked one computes.
+        RuntimeError: where the outputs of the pruned model differ from those of the masked model.
     """
     clock = job.clock
     check_fits(plan, subject)

@@ -1,4 +1,4 @@
-"""A pruned model in memory, or wherever accelerate has put the dense one."""
+"""Cutting a model in memory, or on the devices to which accelerate dispatched it."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ from .surgery import prune_model
 
 
 class InMemory:
-    """A [`~optimum_fwdprune.cutting.cut.Place`] that keeps what is settled beside the dense weights, and cuts these
-    once the last layer is settled.
+    """A [`~optimum_fwdprune.cutting.cut.Place`] that stores new parameters in addition to the dense weights, and cuts
+    the dense weights after the last layer is reconstructed.
 
-    A layer that was cut in place could not be given back, and a later layer may fail: its activations may contain NaN,
-    or the run is interrupted. So what is settled waits, in the memory of the host, until surgery moves it tensor by
-    tensor; an accelerator holds the new parameters of one layer beside the dense model.
+    A layer that was cut in place could not be restored if a later layer fails, because its activations contain NaN or
+    because the run is interrupted. New parameters are therefore stored in the memory of the host until surgery moves
+    them, tensor by tensor. An accelerator holds the dense model and the new parameters of one layer.
 
     Args:
         subject (`Subject`): the dense model with all its sites.
-        plan (`PruningPlan`): what they keep.
-        job (`Job`): where the layers that are settled are kept for a run that resumes.
-        calibration (`Calibration`, *optional*): the tokens that they are settled on.
-        inplace (`bool`, defaults to `True`): consume the dense model.
-        finished (`Callable`, *optional*): called with the pruned model as soon as it is whole, before it is checked.
+        plan (`PruningPlan`): the units that the sites keep.
+        job (`Job`): the request, and the folder for states of reconstructed layers.
+        calibration (`Calibration`, *optional*): the tokens of the reconstruction.
+        inplace (`bool`, defaults to `True`): whether the dense model may be consumed.
+        finished (`Callable`, *optional*): is called with the pruned model as soon as it is complete, before it is
+            verified.
     """
 
     def __init__(
@@ -66,11 +67,11 @@ class InMemory:
 
     def open(self) -> None:
         kept, subject = self._plan.kept, self._subject
-        # A round without reconstruction, or without a loss, has nothing to keep.
+        # A round without reconstruction or without removed units has no state.
         loses = any(len(kept[site.key]) < site.num_units for site in subject.sites)
         has_state = self._job.config.reconstruction != ReconstructionKind.NONE and loses
         resume = self._job.resume if has_state else Resume()
-        # The next of several rounds belongs to a model that is the same to the bit, on any device.
+        # The plan identifies the round, since the model of a round may differ between devices by rounding.
         digest = hashlib.sha256(json.dumps(sorted(kept.items())).encode()).hexdigest()[:16]
         self._stages = [
             resume.stage(f"reconstruction-{number}", self._calibration, kept=digest)

@@ -1,4 +1,4 @@
-"""A pruned model on disk: its layers are written one at a time, and read from there whenever it runs."""
+"""Cutting a model on disk: layers are written one at a time, and read again in every forward pass."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from .surgery import (
 )
 
 
-# In the folder that a model is cut in.
+# The name of the checkpoint in the workspace.
 CHECKPOINT = "checkpoint"
 
 
 class Workspace:
-    """A folder for what a model that stays on disk is cut into.
+    """A folder for the files of a pruned model that is read from disk.
 
     Args:
-        parent (`str` or `Path`, *optional*): where to make one that is removed with this object; by default where the
-            system keeps temporary files.
-        kept (`Path`, *optional*): the folder itself, which stays, in its place.
+        parent (`str` or `Path`, *optional*): the folder in which a temporary folder is created, which is removed with
+            this object; by default the system's folder for temporary files.
+        kept (`Path`, *optional*): a folder to use instead, which is not removed.
     """
 
     def __init__(self, parent: str | Path | None = None, kept: Path | None = None):
@@ -58,27 +58,27 @@ class Workspace:
         self.folder = Path(self._temporary.name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
-        # Copies of a model read from the same files.
+        # Copies of a model read the same files.
         return self
 
 
 def files_of(model: PreTrainedModel) -> Path | None:
-    """Return the folder of the files of a pruned model that stays on disk, or `None` for any other model."""
+    """Return the folder of the files of a pruned model that is read from disk, or `None` for any other model."""
     workspace: Workspace | None = model.__dict__.get("_workspace")
     return None if workspace is None else workspace.folder / CHECKPOINT
 
 
 class OnDisk:
-    """A [`~optimum_fwdprune.cutting.cut.Place`] that writes what is left of a layer as soon as it is settled.
+    """A [`~optimum_fwdprune.cutting.cut.Place`] that writes the kept part of a layer as soon as it is reconstructed.
 
-    In the workspace are then the checkpoint, in one file of weights per layer and one for the rest, and what an
-    interrupted run resumes from. The dense model is not changed.
+    The workspace then has the checkpoint, with one file of weights per layer and one for all other weights, and the
+    state from which an interrupted run resumes. The dense model is not changed.
 
     Args:
-        subject (`Subject`): the dense model with all its sites, its layers offloaded.
-        plan (`PruningPlan`): what they keep.
-        job (`Job`): the reconstruction that is asked for, and where states are kept.
-        calibration (`Calibration`, *optional*): the tokens that layers are settled on.
+        subject (`Subject`): the dense model with all its sites, whose layers are offloaded.
+        plan (`PruningPlan`): the units that the sites keep.
+        job (`Job`): the reconstruction of the request, and the folder for states.
+        calibration (`Calibration`, *optional*): the tokens of the reconstruction.
     """
 
     done: Sequence[Reconstruction] = ()
@@ -121,15 +121,15 @@ class OnDisk:
             dtype=model.dtype,
             attn_implementation=model.config._attn_implementation,
         )
-        # It reads its layers there whenever it runs, also when its pruner is gone.
+        # The model needs the workspace as long as it exists, also after its pruner is deleted.
         loaded.__dict__["_workspace"] = self.workspace
-        # Where it lies now is nobody's business.
+        # The name of the model stays the one before, and not the path of the workspace.
         loaded.config._name_or_path = model.config._name_or_path
         return loaded.train(model.training)
 
 
 class _Weights:
-    """The weights of the pruned model, written in one file per layer and one for all else."""
+    """The weights of the pruned model, in one file per layer and one for all other weights."""
 
     def __init__(self, folder: Path, model: PreTrainedModel, pruned: PreTrainedModel, renaming: Renaming):
         self.folder = folder
@@ -137,14 +137,14 @@ class _Weights:
         self._model, self._pruned = model, pruned
         self._layers = [f"{name}." for name, _ in get_architecture(model.config).layers(model)]
         tied: Mapping[str, str] = getattr(pruned, "all_tied_weights_keys", {})
-        # Names in the pruned model, and in the dense one.
+        # Names in the pruned model, with those in the dense model.
         self._names = {name: renaming.before(name) for name in pruned.state_dict() if name not in tied}
 
     def write_rest(self) -> None:
-        """Write what belongs to no layer, unless it was."""
+        """Write the weights outside of layers, unless they are written already."""
         if self._summary(0).exists():
             return
-        # All but weights, of which this state has none. It clears the folder of weights.
+        # This writes all files but weights, and removes older weights from the folder.
         with generation_config_as_it_is(self._pruned, self.folder):
             self._pruned.save_pretrained(self.folder, state_dict={})
         names = [name for name in self._names if not name.startswith(tuple(self._layers))]
@@ -153,7 +153,7 @@ class _Weights:
     def write_layer(
         self, number: int, cuts: Cuts, replaced: Mapping[str, torch.Tensor], details: dict[str, Any]
     ) -> None:
-        """Write what is left of a layer: replaced parameters, and slices of all others."""
+        """Write the kept part of a layer: replaced parameters, and slices of all others."""
         tensors = {}
         for name, dense in self._names.items():
             if dense.startswith(self._layers[number]):
@@ -164,14 +164,14 @@ class _Weights:
         self._write(number + 1, tensors, details)
 
     def _write(self, part: int, tensors: dict[str, torch.Tensor], details: dict[str, Any]) -> None:
-        # Of a layer that is gone, nothing is left.
+        # A removed layer has no tensors.
         if tensors:
             save_weights_atomically(self._file(part), tensors)
         summary = {"bytes": sum(tensor.nbytes for tensor in tensors.values()), "details": details}
         write_text_atomically(self._summary(part), json.dumps(summary))
 
     def finish(self) -> dict[str, Any]:
-        """Write which file holds what, and return the details of every layer."""
+        """Write the index of the files, and return the details of every layer."""
         weight_map = {name: self._file(0).name for name in self._names}
         for number, prefix in enumerate(self._layers):
             file = self._file(number + 1).name

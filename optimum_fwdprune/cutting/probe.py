@@ -1,4 +1,4 @@
-"""A few tokens on their way through the masked dense model, whose logits the pruned model must reproduce."""
+"""Running a few tokens through the masked dense model, whose logits the pruned model must reproduce."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from .verification import probe_batch, rounded, share_of_scale
 
 
 class Probe:
-    """Tokens that pass through the dense model layer after layer, under the plan's gates and with what was settled.
+    """Tokens that pass through the dense model layer by layer, with the plan's gates and the new projections.
 
-    They pass a second time with a rounding error in the embeddings, which shows how much of a difference rounding
-    explains.
+    They pass a second time with a rounding error in the embeddings, to measure the difference that rounding causes.
 
     Args:
         subject (`Subject`): the dense model, in eval mode, with all its sites; it is not changed.
-        plan (`PruningPlan`): what they keep.
+        plan (`PruningPlan`): the units that the sites keep.
         calibration (`Calibration`, *optional*): text to take the tokens from.
-        shelf (`Shelf`): where hidden states wait, and how far an interrupted run came.
+        shelf (`Shelf`): storage for hidden states, and the progress of an interrupted run.
 
     Attributes:
         tokens (`Tensor[1 or 2, at most 32]`, int64): the tokens.
@@ -44,10 +43,10 @@ class Probe:
 
     @torch.no_grad()
     def pass_layer(self, number: int, projections: Mapping[SiteKey, Projection]) -> None:
-        """Take the tokens through a layer, unless an interrupted run has.
+        """Run the tokens through a layer, unless an interrupted run has done so.
 
         Args:
-            number (`int`): of the layer.
+            number (`int`): the number of the layer.
             projections (mapping of site key to `Projection`): the new parameters of its sites.
         """
         if self._shelf.settled > number:
@@ -62,8 +61,8 @@ class Probe:
 
     @torch.no_grad()
     def expected(self) -> tuple[torch.Tensor, float]:
-        """Return the logits of the masked model, or the hidden states of a bare model, and what becomes of a rounding
-        error in the embeddings: the largest change of these, as a fraction of their scale."""
+        """Return the logits of the masked model, or the hidden states of a model without a head, and the largest
+        change of these by a rounding error in the embeddings, as a fraction of their scale."""
         masked, with_error = (
             self._runner.logits(self._batch, self._shelf[f"{self._shelf.settled}.{name}"])
             for name in ("masked", "rounded")

@@ -1,4 +1,4 @@
-"""What parameters and modules of a model are called once whole layers and sublayers of it are gone."""
+"""The names of parameters and modules after whole layers and sublayers of a model are removed."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Renaming:
         names = [name for name, _ in subject.architecture.layers(subject.model)]
         self._layers = f"{names[0].rpartition('.')[0]}."
         self._left = layers_left(kept)
-        # By layer, the modules in it that are gone.
+        # The removed modules of every layer.
         self._gone: dict[int, tuple[str, ...]] = {}
         for layer in self._left:
             empty = [kind for kind in UnitKind if not kept.get(SiteKey(layer, kind))]
             self._gone[layer] = tuple(f"{module}." for kind in empty for module in layout.modules_of(kind, config))
 
     def after(self, name: str) -> str | None:
-        """Return what a parameter, buffer or module of the dense model is called in the pruned one; `None` where it is
-        gone."""
+        """Return the name in the pruned model of a parameter, buffer or module of the dense model; `None` where it was
+        removed."""
         if not name.startswith(self._layers):
             return name
         number, _, rest = name.removeprefix(self._layers).partition(".")
@@ -39,7 +39,7 @@ class Renaming:
         return self._joined(self._left.index(int(number)), rest)
 
     def before(self, name: str) -> str:
-        """Return what a parameter of the pruned model is called in the dense one, or would be if that had it."""
+        """Return the name in the dense model of a parameter of the pruned model, which the dense model may lack."""
         if not name.startswith(self._layers):
             return name
         number, _, rest = name.removeprefix(self._layers).partition(".")

@@ -1,4 +1,4 @@
-"""Cutting: the one place where tensors are sliced, and where the pruned model is put together from them."""
+"""Surgery: slicing tensors, and building the pruned model from them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from ..runs.progress import progress
 from .renaming import Renaming
 
 
-# Parameter name -> the cuts to make: (axis, int64 positions that stay).
+# The cuts of every parameter, by its name: (axis, int64 indices that are kept).
 Cuts = dict[str, list[tuple[int, torch.Tensor]]]
 
 
 def plan_cuts(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]]) -> Cuts:
-    """Translate what sites keep into positions to keep along the axes of named parameters."""
+    """Convert the kept units of sites into kept indices along the axes of parameters."""
     cuts: Cuts = {}
     for site in sites:
         units = kept[site.key]
@@ -50,7 +50,7 @@ def plan_cuts(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]]) -> Cuts:
 
 
 def slice_tensor(name: str, tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
-    """Return what is left of the parameter `name`: `tensor` itself where nothing is cut, else a new tensor."""
+    """Return the kept part of the parameter `name`: `tensor` itself if nothing is cut, and otherwise a new tensor."""
     for axis, index in cuts.get(name, ()):
         tensor = tensor.index_select(axis, index.to(tensor.device))
     return tensor
@@ -61,8 +61,8 @@ def pruned_config(subject: Subject, kept: Mapping[SiteKey, list[int]], with_bias
 
     Args:
         subject (`Subject`): the dense model with all its sites.
-        kept (mapping of site key to `list[int]`): units that they keep.
-        with_bias (`set[str]`): kinds whose projections have a bias after pruning where the family has none.
+        kept (mapping of site key to `list[int]`): the units that the sites keep.
+        with_bias (`set[str]`): kinds of sites whose projections get a bias that the family does not have.
     """
     model, architecture = subject.model, subject.architecture
     values = model.config.to_dict()
@@ -86,7 +86,7 @@ def empty_pruned_model(subject: Subject, kept: Mapping[SiteKey, list[int]], with
     `pruned_config`.
 
     Raises:
-        ValueError: where the weights of the model are not those that its class and config say.
+        ValueError: where the weights of the model do not match its class and config.
     """
     model = subject.model
     _check_tie(model)
@@ -95,7 +95,7 @@ def empty_pruned_model(subject: Subject, kept: Mapping[SiteKey, list[int]], with
         config = pruned_config(subject, kept, with_bias)
         with torch.device("meta"):
             pruned = pruned_class(config)
-    except Exception as error:  # Of many classes: what a stock class makes of sizes that contradict each other.
+    except Exception as error:  # Stock classes raise many kinds of errors for sizes that contradict each other.
         raise ValueError(
             f"The config of this {type(model).__name__} describes no model: {type(error).__name__}: {error} Set in "
             f"model.config what the modules have, or load the model again."
@@ -109,10 +109,10 @@ def empty_pruned_model(subject: Subject, kept: Mapping[SiteKey, list[int]], with
 def _check_tie(model: PreTrainedModel) -> None:
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    # Offloaded weights are not told apart by where they lie.
+    # Addresses of offloaded weights do not show whether they are tied.
     if head is None or embeddings is None or head.weight.is_meta or embeddings.weight.is_meta:
         return
-    # A class that never ties has no such keys, whatever its config says.
+    # A class that never ties has no such keys, whatever its config is.
     tied = bool(model.get_expanded_tied_weights_keys())  # type: ignore[operator]
     shared = head.weight.data_ptr() == embeddings.weight.data_ptr()
     if tied != shared:
@@ -127,8 +127,8 @@ def _check_names(model: PreTrainedModel, pruned: PreTrainedModel, renaming: Rena
     added = [name for name, _ in model.named_parameters() if renaming.after(name) not in known]
     if added:
         raise ValueError(
-            f"The model has {len(added)} parameters that {type(pruned).__name__} lacks, {added[0]} the first. Remove "
-            f"what added them to {type(model).__name__}, or merge it into the weights, and prune then."
+            f"The model has {len(added)} parameters that {type(pruned).__name__} lacks, such as {added[0]}. Remove "
+            f"the modules that were added to {type(model).__name__}, or merge them into its weights, before pruning."
         )
 
 
@@ -136,7 +136,7 @@ def replaced_parameters(sites: Iterable[Site], projections: Mapping[SiteKey, Pro
     """Return the parameters of reconstructed projections, and of refitted sources, by their names."""
     replaced = {}
     for site in sites:
-        # A projection without units is gone.
+        # A projection without units is removed.
         if site.key in projections and projections[site.key].kept:
             projection = projections[site.key]
             replaced[f"{site.projection_name}.weight"] = as_stored(site.projection, projection.weight)
@@ -159,21 +159,21 @@ def prune_model(
     """Return the pruned model.
 
     Its class is the pruned counterpart of the model's class, and accelerate distributes it over devices, memory and
-    disk as the dense model is. Parameters move one by one, so that the peak is the dense model, `projections`, and one
-    tensor. Offloaded parameters move first: if the disk is full, the model is still whole.
+    disk like the dense model. Parameters move one by one, so that the peak is the dense model, `projections`, and one
+    tensor. Offloaded parameters move first, so that the model is unchanged if the disk is full.
 
     Args:
-        subject (`Subject`): the dense model with all its sites. With `inplace` it is consumed: its tensors that were
-            cut or replaced are freed and the rest is shared with the result. What is offloaded stays there.
-        plan (`PruningPlan`): what they keep.
+        subject (`Subject`): the dense model with all its sites. With `inplace` it is consumed: tensors that are cut or
+            replaced are freed, and the result shares the others. Offloaded tensors stay offloaded.
+        plan (`PruningPlan`): the units that the sites keep.
         projections (mapping of site key to `Projection`, *optional*): reconstructed output projections, with their
-            sources where these are new.
-        inplace (`bool`, defaults to `True`): `False` leaves the dense model whole and copies what both need.
+            sources if these change.
+        inplace (`bool`, defaults to `True`): `False` keeps the dense model, and copies tensors that both models need.
 
     Raises:
-        ValueError: where the plan does not fit the model, or its weights are not those that its class and config say;
-            the model is whole then.
-        PlacementError: where the pruned model cannot be distributed; the error has it.
+        ValueError: where the plan does not fit the model, or its weights do not match its class and config; the model
+            is unchanged.
+        PlacementError: where the pruned model cannot be distributed; it is an attribute of the error.
     """
     model, sites, projections = subject.model, subject.sites, projections or {}
     renaming = Renaming(subject, plan.kept)
@@ -188,7 +188,7 @@ def prune_model(
     cuts = plan_cuts(sites, plan.kept)
     replaced = replaced_parameters(sites, projections)
     parameters = dict(model.named_parameters())
-    # Biases that the dense model lacks lie where the weight does; a frozen one stays frozen.
+    # New biases are on the device of their weight, and are frozen if it is.
     added = {name: parameters[f"{name.rpartition('.')[0]}.weight"] for name in replaced if name not in parameters}
     files = placement.files()
     in_order = sorted((parameters | added).items(), key=lambda item: not item[1].is_meta)
@@ -219,7 +219,7 @@ def prune_model(
         parent, _, leaf = new_name.rpartition(".")
         buffer = read_parameter(model, name) if buffer.is_meta else buffer
         setattr(pruned.get_submodule(parent), leaf, buffer if inplace else buffer.clone())
-    # The dense model may have read longer text than the pruned one.
+    # Buffers of the dense model may depend on the length of earlier inputs.
     forget_lengths(pruned)
     pruned.tie_weights()  # type: ignore[operator]
     stored = files.names if files is not None else set()
@@ -233,8 +233,8 @@ def prune_model(
 def _offloaded(
     value: torch.Tensor, names: tuple[str, str], placement: Placement, files: OffloadFiles | None, inplace: bool
 ) -> torch.Tensor:
-    """Put what is left of an offloaded parameter, with its names before and after, where the whole of it is offloaded
-    to."""
+    """Move the kept part of an offloaded parameter, whose `names` are those before and after, to the place of the
+    whole parameter: to disk or to memory."""
     name, new_name = names
     owner = name if name in placement.on_disk else f"{name.rpartition('.')[0]}.weight"
     if files is not None and owner in placement.on_disk:
@@ -244,7 +244,7 @@ def _offloaded(
 
 
 def share_tensors(model: PreTrainedModel, counterpart: PreTrainedModel) -> None:
-    """Give `counterpart` the parameters and buffers of `model` themselves."""
+    """Set the parameters and buffers of `counterpart` to those of `model`, without copies."""
     for name, parameter in model.named_parameters():
         set_parameter(counterpart, name, parameter.data, requires_grad=False)
     for name, buffer in model.named_buffers():
@@ -255,17 +255,17 @@ def share_tensors(model: PreTrainedModel, counterpart: PreTrainedModel) -> None:
 
 
 def set_parameter(model: nn.Module, name: str, value: torch.Tensor, requires_grad: bool) -> None:
-    """Give the parameter `name` of `model` a value of the shape that its class expects.
+    """Set the parameter `name` of `model` to a value of the shape that its class expects.
 
     Raises:
-        ValueError: where the shape is another.
+        ValueError: where the shape differs.
     """
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     expected = getattr(module, leaf).shape
     if value.shape != expected:
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)} after the cut; the pruned class expects {tuple(expected)}."
+            f"{name} has shape {tuple(value.shape)} after the cut, and the pruned class expects {tuple(expected)}."
         )
     setattr(module, leaf, nn.Parameter(value, requires_grad=requires_grad))
     if isinstance(module, nn.Linear) and leaf == "weight":

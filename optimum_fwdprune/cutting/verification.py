@@ -1,4 +1,4 @@
-"""Masked = sliced: the pruned model must compute what the dense model computes under the plan's gates."""
+"""Verification: the pruned model must give the same output as the dense model with the plan's gates."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .surgery import empty_pruned_model, share_tensors
 
 
 class Allowance(NamedTuple):
-    """How far masked and sliced logits may be apart, as fractions of their scale: rounding, and nothing else.
+    """The differences between masked and sliced logits that rounding explains, as fractions of their scale.
 
     Args:
-        always (`float`): whatever the model.
-        amplification (`float`): as many times what one rounding error in the embeddings becomes, where a model makes
-            more of such errors. Linears sum in float32 or better: in 16 bit the order of sums adds nothing to them.
-        limit (`float`): the most that amplification may come to.
+        always (`float`): the difference that is allowed for every model.
+        amplification (`float`): the factor on the effect of one rounding error in the embeddings, for models that
+            amplify such errors. Linears sum in float32 or better, so that the order of sums adds no error in 16 bit.
+        limit (`float`): largest difference that amplification may allow.
     """
 
     always: float
@@ -43,14 +43,14 @@ ALLOWANCES = {
 
 @torch.no_grad()
 def check_counterpart(subject: Subject) -> None:
-    """Check, before anything is measured, that a model is what its class and its config say: surgery builds the pruned
-    model from these.
+    """Check, before anything is measured, that a model matches its class and config, from which surgery builds the
+    pruned model.
 
-    A counterpart that loses nothing is built around the same tensors. It must have the same parameters and, where all
-    of them are on one device, compute the same logits.
+    A counterpart that loses no units is built with the same tensors. It must have the same parameters and, if all of
+    them are on one device, the same logits.
 
     Raises:
-        ValueError: where something was changed on the model that its config does not tell, or a projection is never
+        ValueError: where the model was changed in a way that its config does not contain, or a projection is never
             called.
     """
     model, sites = subject.model, subject.sites
@@ -69,12 +69,12 @@ def check_counterpart(subject: Subject) -> None:
     if missing:
         raise ValueError(
             f"The config of this {type(model).__name__} describes {len(missing)} parameters that the model lacks, "
-            f"such as {missing[0]}. Set model.config to what the modules have, or load the model again."
+            f"such as {missing[0]}. Set model.config to the values of the modules, or load the model again."
         )
     _check_shared(model, whole)
     _check_frequencies(model, whole)
     if is_offloaded(model) or len({parameter.device for parameter in model.parameters()}) > 1:
-        # The counterpart has no hooks that would bring weights and inputs together.
+        # The counterpart has no hooks that would move weights and inputs to the same device.
         return
     share_tensors(model, whole)
     probe = probe_batch(model, None)
@@ -87,16 +87,16 @@ def check_counterpart(subject: Subject) -> None:
             handle.remove()
     for site in sites:
         check_called(site, calls[site.key])
-    # NaN in weights is named by whoever reads them.
+    # Code that reads the weights reports NaN in them.
     if not own.isfinite().all():
         return
     difference = share_of_scale(own, logits(whole, probe))
     if difference > tolerance_of(own.dtype):
         raise ValueError(
-            f"This {type(model).__name__} does not compute what its class and its config say: logits differ by "
-            f"{difference:.2g} of their scale. Something was changed on it after it was built, such as a module that "
-            f"was replaced, a hook that changes outputs, or an entry of its config. Undo that, or load the model with "
-            f"the settings that it should have."
+            f"This {type(model).__name__} does not match its class and config: logits differ by {difference:.2g} of "
+            f"their scale. The model was changed after it was built: for example, a module was replaced, a hook "
+            f"changes outputs, or an entry of its config was set. Undo the change, or load the model with the "
+            f"settings that it should have."
         )
 
 
@@ -105,13 +105,13 @@ def _count(calls: dict[SiteKey, int], key: SiteKey, *_call: Any) -> None:
 
 
 def _check_sizes(subject: Subject, everything: dict[SiteKey, list[int]]) -> None:
-    """Raise `ValueError` where a layer has other sizes than the config says."""
+    """Raise `ValueError` where the sizes of a layer differ from those in the config."""
     model = subject.model
     configs = layer_configs(model.config)
     for layer, sizes in subject.architecture.layer_sizes(model, subject.sites, everything).items():
         for key, size in sizes.items():
             expected = getattr(configs[layer], key, size)
-            # Some families leave a size to be worked out.
+            # Some families derive a size from others.
             if expected is not None and expected != size:
                 raise ValueError(
                     f"config.{key} is {expected} and layer {layer} of this {type(model).__name__} has {size}. Set "
@@ -120,20 +120,20 @@ def _check_sizes(subject: Subject, everything: dict[SiteKey, list[int]]) -> None
 
 
 def _check_shared(model: PreTrainedModel, counterpart: PreTrainedModel) -> None:
-    """Raise `ValueError` where modules of a model share a parameter that a checkpoint of it would have twice."""
+    """Raise `ValueError` where modules share a parameter that a checkpoint would contain twice."""
     own = dict(counterpart.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
         if own[name] is not own[other]:
             raise ValueError(
-                f"{other} and {name} are one tensor in this {type(model).__name__} and two by its config. Give every "
-                f"layer modules of its own, such as copies that copy.deepcopy makes."
+                f"{other} and {name} are one tensor in this {type(model).__name__} and two by its config. Every layer "
+                f"must have its own modules, for example copies by copy.deepcopy."
             )
 
 
 def _check_frequencies(model: PreTrainedModel, counterpart: PreTrainedModel) -> None:
-    """Raise `ValueError` where the rotary embeddings of a model are not those that a saved checkpoint would have."""
+    """Raise `ValueError` where the rotary embeddings of a model differ from those of its saved checkpoint."""
     for path, module in counterpart.named_modules():
         if FREQUENCIES not in module._buffers or ORIGINAL_FREQUENCIES not in module._buffers:
             continue
@@ -142,17 +142,17 @@ def _check_frequencies(model: PreTrainedModel, counterpart: PreTrainedModel) -> 
             module._buffers[name] = torch.zeros_like(own)
         counterpart._init_weights(module)  # type: ignore[operator]
         expected = module.get_buffer(ORIGINAL_FREQUENCIES)
-        # A model that was converted to 16 bit has rounded frequencies, and some families set none here.
+        # Models that were converted to 16 bit have rounded frequencies, and some families set none here.
         if expected.any() and not own.is_meta and not torch.allclose(own, expected, rtol=2e-2):
             raise ValueError(
                 f"The rotary embeddings of this {type(model).__name__} are not those of config.rope_parameters, which "
-                f"is {model.config.rope_parameters}: a checkpoint of it would compute something else. Set "
-                f"model.config.rope_parameters to what the model was built with, or load the model again."
+                f"is {model.config.rope_parameters}, so that a saved checkpoint would have other outputs. Set "
+                f"model.config.rope_parameters to the values that the model was built with, or load the model again."
             )
 
 
 def _sizes_behind(model: PreTrainedModel, name: str) -> str:
-    """The entries of a config that the shape of a parameter comes from."""
+    """Return the entries of a config that determine the shape of a parameter."""
     config = model.config.get_text_config()
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     owner = model.get_submodule(name.rpartition(".")[0])
@@ -161,9 +161,9 @@ def _sizes_behind(model: PreTrainedModel, name: str) -> str:
 
 
 def probe_batch(model: PreTrainedModel, calibration: Calibration | None) -> torch.Tensor:
-    """Return a few tokens to compare on, `[1 or 2, at most 32]` int64: calibration text where there is some."""
+    """Return a few tokens for comparisons, `[1 or 2, at most 32]` int64, from calibration text if there is any."""
     config = model.config.get_text_config()
-    # Classifiers take several rows only where they can tell padding.
+    # Classifiers accept several rows only if they have a padding token.
     rows = 2 if model.can_generate() or config.pad_token_id is not None else 1
     if calibration is not None and calibration.attention_mask is None:
         return calibration.input_ids[:rows, :32]
@@ -173,7 +173,7 @@ def probe_batch(model: PreTrainedModel, calibration: Calibration | None) -> torc
 
 
 def rounded(values: torch.Tensor) -> torch.Tensor:
-    """Return the values, each off by one rounding error of their dtype to either side."""
+    """Return the values with a rounding error of their dtype in a random direction."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, values.shape, generator=generator).to(values.device) * 2 - 1
     return values * (1 + torch.finfo(values.dtype).eps * signs).to(values.dtype)
@@ -181,41 +181,40 @@ def rounded(values: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, probe: torch.Tensor) -> torch.Tensor:
-    """Return the first output of `model` for the probe: logits, or hidden states of a bare model."""
+    """Return the first output of `model` for the probe: logits, or hidden states of a model without a head."""
     with evaluating(model):
         return model(input_ids=probe.to(input_device(model)), use_cache=False)[0]
 
 
 def relative_difference(expected: torch.Tensor, actual: torch.Tensor, rounding: float = 0.0) -> float:
-    """Return `share_of_scale`, which must be no more than rounding.
+    """Return `share_of_scale`, which must not exceed rounding.
 
     Args:
         expected, actual (`Tensor`): logits.
-        rounding (`float`, defaults to 0): what a rounding error in the embeddings changes them by.
+        rounding (`float`, defaults to 0): the change of logits by a rounding error in the embeddings.
 
     Raises:
-        RuntimeError: where rounding in the tensors' dtype does not explain it.
+        RuntimeError: where rounding in the tensors' dtype does not explain the difference.
     """
     difference = share_of_scale(expected, actual)
     tolerance = tolerance_of(expected.dtype, rounding)
-    # Written so that NaN fails too.
+    # The comparison is negated so that NaN fails too.
     if not difference <= tolerance:
         cause = "The architecture's layout and its pruned class disagree; please report it."
         if expected.dtype.itemsize < 4:
             cause = (
-                "Prune it in float32: if that passes, a model that was cut too deep made this of rounding; if it "
-                f"does not, {cause[0].lower()}{cause[1:]}"
+                "Prune the model in float32. If this succeeds, so much was removed that the model amplifies rounding. "
+                f"If it fails, {cause[0].lower()}{cause[1:]}"
             )
         raise RuntimeError(
-            f"The pruned model does not compute what the masked dense model computes: logits differ by "
-            f"{difference:.2g} of their scale, more than the {tolerance:.2g} that {expected.dtype} rounding explains. "
-            f"{cause}"
+            f"The pruned model differs from the masked dense model: logits differ by {difference:.2g} of their scale, "
+            f"more than the {tolerance:.2g} that rounding in {expected.dtype} explains. {cause}"
         )
     return difference
 
 
 def tolerance_of(dtype: torch.dtype, rounding: float = 0.0) -> float:
-    """Return what rounding in `dtype` explains of `share_of_scale`; `rounding` as in `relative_difference`."""
+    """Return the `share_of_scale` that rounding in `dtype` explains; `rounding` is that of `relative_difference`."""
     allowed = ALLOWANCES.get(dtype, ALLOWANCES[torch.float32])
     return max(allowed.always, min(allowed.amplification * rounding, allowed.limit))
 

@@ -184,5 +184,5 @@ def test_a_pruned_model_that_disagrees_with_the_masked_one_is_an_error(tokens, m
         return pruned
 
     monkeypatch.setattr(module, "prune_model", damaged)
-    with pytest.raises(RuntimeError, match="does not compute what the masked dense model computes"):
+    with pytest.raises(RuntimeError, match="differs from the masked dense model: logits differ"):
         FwdPruner(tiny.make_model("llama_gqa_biases")).prune(None, tokens)
