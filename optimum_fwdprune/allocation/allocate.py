@@ -33,17 +33,17 @@ def allocate(
 ) -> dict[SiteKey, list[int]]:
     """Choose the units that are kept.
 
-    Within a site the lowest scores go first. With `scope="layer"` every layer gives the same share of its parameters,
-    to within a step of `multiple_of` where that brings all layers together nearer to the budget; with `"global"` all
-    layers compete. With `budget="separate"` attention and MLP each give their share (MLP channels, being small, also
-    take what whole heads leave over), with `"joint"` they compete. `attention_sparsity` and `mlp_sparsity` are two
-    budgets of their own. Layers and sublayers go first, and heads and channels of what is left take the rest of the
-    budget.
+    Within a site, units with the lowest scores are removed first. With `scope="layer"` every layer loses the same
+    share of its parameters, or up to a step of `multiple_of` more or less if the total is then closer to the budget.
+    With `"global"` all layers compete. With `budget="separate"` attention and MLP both lose their share; MLP channels,
+    which are small, make up for the rounding to whole heads. With `"joint"` both compete. `attention_sparsity` and
+    `mlp_sparsity` are two separate budgets. Layers and sublayers are removed first, and heads and channels of the
+    other layers meet the rest of the budget.
 
     Args:
         sites (`list[Site]`): every site of the model.
-        scores (mapping of site key to `Tensor[num_units]`): higher is kept. Layers and sublayers have keys of their
-            own ([`DepthUnit`]).
+        scores (mapping of site key to `Tensor[num_units]`): units with higher scores are kept. Layers and sublayers
+            have their own keys ([`DepthUnit`]).
         config (`PruningConfig`): scope, budgets and constraints.
         budget (`Budget`): how much to remove, in parameters or another cost.
         additive (`bool`): whether units of different sites are ranked by score per cost rather than by score.
