@@ -1,4 +1,4 @@
-"""Model families: the registry, and the sites of a loaded model. How units are chosen does not belong here."""
+"""Model families: the registry, and the sites of a loaded model."""
 
 from ..models.layout import AttentionLayout, DecoderLayout, MLPLayout
 from .depth import layers_left

@@ -1,4 +1,4 @@
-"""Layers and sublayers that a model lacks: which it skips, and what its config lists by layer once some are gone."""
+"""Removed layers and sublayers of a model: the sublayers that it skips, and the entries of its config by layer."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ LISTS_BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "indexer_t
 # Keys of configs with indices of layers.
 LISTS_OF_LAYERS = ("mlp_only_layers", "moe_layers")
 
-# Keys of configs with the number of first layers that are built in another way than those after them.
+# Keys of configs with the number of first layers that differ from those after them.
 NUMBERS_OF_FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers")
 
-# Keys of configs that make every so many-th layer different. They hold for the numbers that layers had before.
+# Keys of configs with an interval of layers that differ from the others. They depend on the numbers of layers.
 INTERVALS = ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step")
 
 
 def layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """Return the config of every decoder layer of a model, dense or pruned."""
     config = config.get_text_config()
-    # In transformers 5.14, a config whose layers are alike has none for each layer.
+    # In transformers 5.14, a config whose layers are equal has no entries per layer.
     return list(config.per_layer_config or [config] * config.num_hidden_layers)
 
 
 def skipped_sublayers(config: PreTrainedConfig) -> set[SiteKey]:
-    """Return the sites that the layers of a pruned model lack."""
+    """Return the keys of sites that were removed from layers of a pruned model."""
     return {
         SiteKey(number, kind)
         for number, layer in enumerate(layer_configs(config))
@@ -40,19 +40,19 @@ def skipped_sublayers(config: PreTrainedConfig) -> set[SiteKey]:
 
 
 def layers_left(kept: Mapping[SiteKey, Sequence[int]]) -> list[int]:
-    """Return the layers that stay when the sites of a model keep the units `kept`: those with a unit left."""
+    """Return the layers that are kept if the sites of a model keep the units `kept`: those with a unit."""
     return sorted({layer for (layer, _), units in kept.items() if len(units)})
 
 
 def values_of_layers(config: PreTrainedConfig, left: Iterable[int]) -> dict[str, Any]:
-    """Return the entries of a config that name the number of layers or single layers, for the layers that are `left`.
+    """Return the entries of a config with the number of layers or with indices of layers, for the layers `left`.
 
     Args:
-        config (`PreTrainedConfig`): of the model with all its layers.
-        left (iterable of `int`): the layers that stay, in their order.
+        config (`PreTrainedConfig`): the config of the model with all its layers.
+        left (iterable of `int`): the kept layers, in their order.
 
     Raises:
-        ValueError: where an entry of the config cannot follow.
+        ValueError: where an entry of the config cannot be changed accordingly.
     """
     left = list(left)
     values, total = config.to_dict(), config.num_hidden_layers
@@ -62,8 +62,8 @@ def values_of_layers(config: PreTrainedConfig, left: Iterable[int]) -> dict[str,
     for key in INTERVALS:
         if values.get(key) not in (None, 1):
             raise ValueError(
-                f"config.{key} is {values[key]}, which makes every so many-th layer different, so that no whole layer "
-                f"can be removed. Remove sublayers, heads or channels instead."
+                f"config.{key} is {values[key]}, an interval between layers that differ from the others, so that no "
+                f"whole layer can be removed. Remove sublayers, heads or channels instead."
             )
     for key in LISTS_BY_LAYER:
         if values.get(key):

@@ -30,9 +30,9 @@ class Support(NamedTuple):
     """Whether the models of a family can be pruned in one way.
 
     Args:
-        possible (`bool`): whether all of them can.
-        reason (`str`, *optional*): a clause that says why they cannot, where that is so.
-        key (`str`, *optional*): config key of the models that cannot; by default none of the family can.
+        possible (`bool`): whether all of them can be pruned.
+        reason (`str`, *optional*): the reason why they cannot be pruned, as a clause.
+        key (`str`, *optional*): config key of the models that cannot be pruned; by default it is all of the family.
     """
 
     possible: bool
@@ -42,18 +42,18 @@ class Support(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model family. Its pruned classes declare everything else that the package needs, above all the layout.
+    """A model family. Its pruned classes declare everything that the package needs, such as the layout.
 
     Args:
-        model_classes (`tuple[type, ...]`): the pruned classes, one per task, each a `PerLayerMixin` in front of its
-            stock class.
+        model_classes (`tuple[type, ...]`): the pruned classes, one per task, with the base classes `PerLayerMixin` and
+            the stock class.
     """
 
     model_classes: tuple[Any, ...]
 
     @classmethod
     def from_module(cls, module: ModuleType) -> Architecture:
-        """Build an architecture whose pruned classes are all those that `module` defines."""
+        """Return an architecture with all pruned classes that `module` defines."""
         return cls(
             tuple(
                 value
@@ -66,7 +66,7 @@ class Architecture:
 
     @property
     def layout(self) -> DecoderLayout:
-        """Where its decoder layers keep their heads and channels."""
+        """The layout of heads and channels in the decoder layers."""
         return self.model_classes[0].layout
 
     @property
@@ -81,18 +81,18 @@ class Architecture:
 
     @property
     def support(self) -> dict[str, Support]:
-        """What can be pruned: `"heads"`, `"channels"`, and `"uneven layers"`, layers of different sizes."""
+        """Whether `"heads"`, `"channels"` and `"uneven layers"`, layers of different sizes, can be pruned."""
         attention = self.layout.attention
         heads = Support(not attention.fixed, attention.fixed, attention.fixed_key)
-        # Every layer is resized to its own entry in the config, and no family has less than that.
+        # All families resize every layer to its own entry in the config.
         return {"heads": heads, "channels": Support(True), "uneven layers": Support(True)}
 
     def pruned_class(self, model: PreTrainedModel) -> type[PreTrainedModel]:
-        """Return the pruned class for the task of `model`, which may be pruned already."""
+        """Return the pruned class for the task of `model`, dense or pruned."""
         pruned = is_pruned(model.config)
         for candidate in self.model_classes:
             stock = candidate.__bases__[-1]
-            # Code that was copied beside the weights defines classes of the same names.
+            # The code in a checkpoint defines classes with the same names.
             if type(model).__name__ == candidate.__name__ if pruned else type(model) is stock:
                 return candidate
         supported = ", ".join(sorted(candidate.__bases__[-1].__name__ for candidate in self.model_classes))
@@ -102,14 +102,13 @@ class Architecture:
         )
 
     def layers(self, model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-        """Return the decoder layers of `model`, each with its name inside the model."""
+        """Return the decoder layers of `model` with their names inside the model."""
         container: Any = model.base_model.get_submodule(self.layout.layers)
         name = next(name for name, module in model.named_modules() if module is container)
         return [(f"{name}.{index}", layer) for index, layer in enumerate(container)]
 
     def sites(self, model: PreTrainedModel, attention_unit: str = AttentionUnit.QUERY_HEAD) -> list[Site]:
-        """Return every site of `model`, layer by layer, attention before MLP. A sublayer that an earlier pruning
-        removed is no site."""
+        """Return every site of `model`, layer by layer, attention before MLP. Removed sublayers have no site."""
         if attention_unit not in list(AttentionUnit):
             raise ValueError(f"attention_unit must be one of {', '.join(AttentionUnit)}; got {attention_unit!r}.")
         check_no_adapters(model, "cannot be cut")
@@ -125,8 +124,8 @@ class Architecture:
                     sites.append(mlp_site(self.layout.mlp, index, path, layer))
             except AttributeError as error:
                 raise ValueError(
-                    f"{path} of this {type(model).__name__} is not built as a decoder layer of {self.model_type} is: "
-                    f"{error}. Put back what was replaced in it, or load the model again."
+                    f"{path} of this {type(model).__name__} is not built like a decoder layer of {self.model_type}: "
+                    f"{error}. Restore the modules that were replaced in it, or load the model again."
                 ) from error
         for site in sites:
             for coupling in (*site.couplings, *site.shared):
@@ -139,8 +138,8 @@ class Architecture:
         return sites
 
     def layer_sizes(self, model: PreTrainedModel, sites: list[Site], kept: dict) -> dict[int, dict]:
-        """Return `per_layer_config` of the model that keeps the units `kept` (site key -> unit indices). It leaves out
-        the layers without a unit and numbers the others anew."""
+        """Return `per_layer_config` of the model that keeps the units `kept` (site key -> unit indices). Layers
+        without a unit are left out, and the others are renumbered."""
         layers = [layer for _, layer in self.layers(model)]
         sizes: dict[int, dict] = {index: {} for index in range(len(layers))}
         for site in sites:
@@ -160,9 +159,9 @@ def _check_layer_count(model: PreTrainedModel, layers: int) -> None:
     expected = model.config.get_text_config().num_hidden_layers
     if layers != expected:
         raise ValueError(
-            f"config.num_hidden_layers is {expected} and this {type(model).__name__} has {layers} decoder layers. Set "
-            f"model.config.num_hidden_layers = {layers}, and what the config lists per layer with it, or load the "
-            f"whole model again."
+            f"config.num_hidden_layers is {expected}, and this {type(model).__name__} has {layers} decoder layers. "
+            f"Set model.config.num_hidden_layers = {layers} and the entries of the config that are lists by layer, or "
+            f"load the whole model again."
         )
 
 
@@ -176,13 +175,13 @@ def register_architecture(architecture: Architecture) -> None:
         architecture (`Architecture`): the family; one with the same `model_type` is replaced.
 
     Raises:
-        ValueError: where a class lacks what loading a pruned checkpoint needs.
+        ValueError: where a class lacks a layout, which loading a pruned checkpoint needs.
     """
     for model_class in architecture.model_classes:
         if not hasattr(model_class, "layout"):
             raise ValueError(
-                f"{model_class.__name__} lacks a layout. Put optimum_fwdprune.models.per_layer.PerLayerMixin in front "
-                f"of its stock class, and set the class attribute layout to the DecoderLayout of the family."
+                f"{model_class.__name__} lacks a layout. Add optimum_fwdprune.models.per_layer.PerLayerMixin as a "
+                f"base class before its stock class, and set its attribute layout to the DecoderLayout of the family."
             )
     _ARCHITECTURES[architecture.model_type] = architecture
     _ARCHITECTURES[architecture.config_class.model_type] = architecture
@@ -194,13 +193,13 @@ def register_architecture(architecture: Architecture) -> None:
 
 
 def pruned_types() -> dict[str, str]:
-    """Return the `model_type` of every family that is registered so far, with that of its pruned config."""
+    """Return the `model_type` of every family that is registered so far, with the one of its pruned config."""
     return {architecture.model_type: architecture.config_class.model_type for architecture in _ARCHITECTURES.values()}
 
 
 def registered_architectures() -> list[Architecture]:
-    """Return all families, by name; those that were not imported yet are imported for this. A family that cannot be
-    imported with the installed transformers is left out with a warning."""
+    """Return all families by name, and import those that are not imported yet. A family that cannot be imported with
+    the installed transformers is left out with a warning."""
     architectures = []
     for model_type in supported_architectures():
         try:
@@ -211,18 +210,18 @@ def registered_architectures() -> list[Architecture]:
 
 
 def supported_architectures() -> list[str]:
-    """Return the `model_type`s of all families, pruned ones left out. No family is imported for this."""
+    """Return the `model_type`s of all families, without those of pruned configs. No family is imported."""
     return sorted({*pruned_types(), *family_modules()})
 
 
 def is_supported(config: PreTrainedConfig) -> bool:
-    """Whether `config` is that of a dense or pruned model of a supported family."""
+    """Return whether `config` is that of a dense or pruned model of a supported family."""
     return _architecture_of(config.model_type) is not None
 
 
 def is_pruned(config: PreTrainedConfig) -> bool:
-    """Whether `config` is that of a pruned model of a registered family, also where the model was loaded with the code
-    beside its weights (`trust_remote_code=True`)."""
+    """Return whether `config` is that of a pruned model of a registered family, also if the model was loaded with the
+    code in its checkpoint (`trust_remote_code=True`)."""
     architecture = _architecture_of(config.model_type)
     if architecture is None:
         return False
@@ -231,7 +230,7 @@ def is_pruned(config: PreTrainedConfig) -> bool:
 
 
 def get_architecture(config: PreTrainedConfig) -> Architecture:
-    """Return the architecture of `config`. A family of this package is imported when it is first asked for.
+    """Return the architecture of `config`. A family of this package is imported when it is first needed.
 
     Raises:
         ValueError: where `config.model_type` is not supported, or not with the installed transformers.
@@ -240,14 +239,14 @@ def get_architecture(config: PreTrainedConfig) -> Architecture:
     if architecture is None:
         raise ValueError(
             f"model_type {config.model_type!r} is not supported. Supported: {', '.join(supported_architectures())}. "
-            f"Another family takes one call to optimum_fwdprune.register_architecture: optimum-cli fwdprune inspect "
+            f"Other families can be added with optimum_fwdprune.register_architecture: optimum-cli fwdprune inspect "
             f"MODEL prints a declaration to start from, and docs/add_an_architecture.md explains it."
         )
     if config.is_heterogeneous and not is_pruned(config):
         raise ValueError(
             f"This {config.model_type!r} config has per-layer sizes of another tool in per_layer_config, which "
-            f"transformers' {config.model_type} classes ignore, so the weights do not have these sizes. Load the "
-            f"checkpoint with the tool that wrote it, or remove per_layer_config where every layer has the same size."
+            f"transformers' {config.model_type} classes ignore, so that the weights do not have these sizes. Load the "
+            f"checkpoint with the tool that wrote it, or remove per_layer_config if all layers have the same size."
         )
     return architecture
 
@@ -260,7 +259,7 @@ def _architecture_of(model_type: str) -> Architecture | None:
         except ImportError as error:
             raise ValueError(
                 f"Models of type {model_type!r} cannot be pruned with transformers {transformers.__version__}, which "
-                f"lacks what their pruned classes are built on ({error}). Install a newer transformers."
+                f"lacks the modules that their pruned classes need ({error}). Install a newer transformers."
             ) from error
     return _ARCHITECTURES.get(model_type)
 
@@ -272,9 +271,9 @@ def find_sites(
 
     Args:
         model (`PreTrainedModel`): a supported model, dense or pruned.
-        attention_unit (`str`, defaults to `"query_head"`): `"query_head"` or `"kv_group"`; the same where every
-            head has its own keys and values.
-        kinds (`tuple[str, ...]`, defaults to both): of `"attention"` and `"mlp"`.
+        attention_unit (`str`, defaults to `"query_head"`): `"query_head"` or `"kv_group"`, which are the same if all
+            heads have their own keys and values.
+        kinds (`tuple[str, ...]`, defaults to both): any of `"attention"` and `"mlp"`.
     """
     sites = get_architecture(model.config).sites(model, attention_unit)
     return [site for site in sites if site.kind in kinds]

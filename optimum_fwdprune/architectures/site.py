@@ -1,4 +1,4 @@
-"""What every method sees of a model: sites, their units, and the parts of tensors that a unit owns."""
+"""Sites, by which methods access a model: their units, and the parts of tensors that a unit owns."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class SiteKey(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> SiteKey:
-        """Return the key that reads `text`.
+        """Return the key with the name `text`.
 
         Raises:
-            ValueError: where the part before the first point is no integer.
+            ValueError: where the part before the first point is not an integer.
         """
         layer, _, kind = text.partition(".")
         return cls(int(layer), kind)
@@ -47,7 +47,7 @@ def keyed_by_site(values: Mapping[Key, T]) -> dict[SiteKey, T]:
 
 
 def unit_name(kind: str, attention_unit: str) -> str:
-    """Return what units of a kind are called, in the plural; `attention_unit` is an [`AttentionUnit`]."""
+    """Return the name of units of a kind, in the plural; `attention_unit` is an [`AttentionUnit`]."""
     if kind == UnitKind.MLP:
         return "MLP channels"
     return "KV groups" if attention_unit == AttentionUnit.KV_GROUP else "query heads"
@@ -87,7 +87,7 @@ class Coupling:
         name (`str`): name of the linear inside the model.
         linear (`nn.Linear`): the linear itself, or a `TransposedLinear`, which has the same attributes.
         axis (`int`): 0 for output rows (weight and bias), 1 for input columns (weight only).
-        segments (`tuple[Segment, ...]`): how the axis is laid out, first to last. All units own equally much of it.
+        segments (`tuple[Segment, ...]`): the segments of the axis, first to last. All units own equally much of it.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Coupling:
     segments: tuple[Segment, ...]
 
     def kept_index(self, num_units: int, kept: Sequence[int]) -> torch.Tensor:
-        """Return the positions along the axis that stay, as an int64 tensor, when the units `kept` stay."""
+        """Return the indices along the axis that are kept with the units `kept`, as an int64 tensor."""
         units = torch.as_tensor(kept, dtype=torch.int64)
         pieces, start = [], 0
         for segment in self.segments:
@@ -111,13 +111,13 @@ class Coupling:
         return torch.cat(pieces)
 
     def parameters(self) -> list[tuple[str, torch.Tensor]]:
-        """The parameters that carry the axis: the weight, and for output rows the bias where there is one."""
+        """Return the parameters with this axis: the weight and, for output rows, the bias if there is one."""
         if self.axis == 0 and self.linear.bias is not None:
             return [("weight", self.linear.weight), ("bias", self.linear.bias)]
         return [("weight", self.linear.weight)]
 
     def owned_width(self) -> int:
-        """Positions along the axis that one unit owns."""
+        """Return the number of indices along the axis that a unit owns."""
         return sum(
             segment.width
             for segment in self.segments
@@ -125,7 +125,7 @@ class Coupling:
         )
 
     def sum_per_unit(self, num_units: int, values: torch.Tensor) -> torch.Tensor:
-        """Sum `values`, `[..., positions along the axis]`, over the positions that a unit owns: `[..., num_units]`."""
+        """Sum `values`, `[..., size of the axis]`, over the indices that a unit owns: `[..., num_units]`."""
         total = values.new_zeros(*values.shape[:-1], num_units)
         start = 0
         for segment in self.segments:
@@ -139,7 +139,7 @@ class Coupling:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One (layer, kind): the projection that writes to the residual stream, and the units that can be cut before it.
+    """A (layer, kind): the projection that writes to the residual stream, and the units of its input that can be cut.
 
     Args:
         layer (`int`): index of the decoder layer.
@@ -147,15 +147,15 @@ class Site:
         projection_name (`str`): name of the output projection inside the model.
         projection (`nn.Linear`): the output projection, or a `TransposedLinear`; unit `u` is block `u` of its input
             features.
-        num_units (`int`): units of the site.
-        couplings (`tuple[Coupling, ...]`): every tensor that the units own a part of, the projection included.
-        num_groups (`int`, defaults to 1): units form this many equal runs, and all runs must keep the same number
-            (query heads that share keys and values).
-        shared (`tuple[Coupling, ...]`, *optional*): linears that read what the sources read and that no unit owns a
-            part of, so that they stay whole (keys and values of query heads that share them).
-        pointwise (`bool`, defaults to `False`): the feature of a unit is a function of the row of that unit in every
-            source, at one token.
-        fixed (`str`, *optional*): why no single unit can be removed, where that is so; a clause for an error.
+        num_units (`int`): number of units of the site.
+        couplings (`tuple[Coupling, ...]`): every tensor that the units own a part of, including the projection.
+        num_groups (`int`, defaults to 1): number of equal groups of consecutive units, which must all keep the same
+            number of units (query heads that share keys and values).
+        shared (`tuple[Coupling, ...]`, *optional*): linears with the same inputs as the sources that no unit owns a
+            part of, so that they are not cut (keys and values of query heads that share them).
+        pointwise (`bool`, defaults to `False`): whether the feature of a unit depends on the rows of the unit in the
+            sources and on one token only.
+        fixed (`str`, *optional*): the reason why no single unit can be removed, if there is one, as a clause.
     """
 
     layer: int
@@ -175,17 +175,17 @@ class Site:
 
     @property
     def unit_width(self) -> int:
-        """Input features of the projection per unit."""
+        """The number of input features of the projection per unit."""
         return self.projection.in_features // self.num_units
 
     @property
     def sources(self) -> list[Coupling]:
-        """The linears that make the units' features, all from one input."""
+        """The linears that compute the features of units, all from the same input."""
         return [*(coupling for coupling in self.couplings if coupling.axis == 0), *self.shared]
 
     @property
     def unit_parameters(self) -> int:
-        """Parameters that one unit owns, biases included."""
+        """The number of parameters that a unit owns, including biases."""
         return sum(
             coupling.owned_width() * (parameter.numel() // parameter.shape[coupling.axis])
             for coupling, parameter in self.owned_parameters()
@@ -193,7 +193,7 @@ class Site:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters that all units own together, the prunable ones of the site."""
+        """The number of parameters that all units own, which are the prunable parameters of the site."""
         return self.num_units * self.unit_parameters
 
     @property
@@ -203,7 +203,7 @@ class Site:
         return sum(parameter.numel() for linear in linears.values() for parameter in linear.parameters())
 
     def owned_parameters(self) -> list[tuple[Coupling, torch.Tensor]]:
-        """Every parameter that the units own a part of, with the coupling that describes this part."""
+        """Return the parameters that units own a part of, with the coupling that describes this part."""
         return [(coupling, parameter) for coupling in self.couplings for _, parameter in coupling.parameters()]
 
     def sum_owned(self, coupling: Coupling, parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -212,18 +212,19 @@ class Site:
         return coupling.sum_per_unit(self.num_units, along_axis)
 
     def unit_mask(self, kept: Sequence[int]) -> torch.Tensor:
-        """Return a bool tensor `[num_units]`, true for the units `kept`."""
+        """Return a bool tensor `[num_units]` that is true for the units `kept`."""
         mask = torch.zeros(self.num_units, dtype=torch.bool)
-        # A tuple would index several axes.
+        # A tuple would be an index into several axes.
         mask[list(kept)] = True
         return mask
 
     def feature_mask(self, unit_mask: torch.Tensor) -> torch.Tensor:
-        """Spread a mask over units, `[..., num_units]`, over the projection's input features."""
+        """Return a mask over the projection's input features from a mask over units, `[..., num_units]`."""
         return unit_mask.repeat_interleave(self.unit_width, dim=-1)
 
     def kept_features(self, kept: Sequence[int]) -> torch.Tensor:
-        """Return which input features of the projection the units `kept` own: bool, `[in_features]`, on its device."""
+        """Return a mask of the input features that the units `kept` own: bool, `[in_features]`, on the device of the
+        projection."""
         return self.feature_mask(self.unit_mask(kept)).to(self.projection.weight.device)
 
     def sum_features(self, values: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The sites of a loaded model's layers, and the sizes of a layer after units were removed, both from its layout."""
+"""The sites of a loaded model's layers, and the sizes of a layer after units are removed, both from its layout."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .transposed import as_linear
 
 
 class HeadCounts(NamedTuple):
-    """Heads of an attention module.
+    """The numbers of heads of an attention module.
 
     Args:
-        heads (`int`): query heads.
-        kv_heads (`int`): key/value heads.
+        heads (`int`): number of query heads.
+        kv_heads (`int`): number of key/value heads.
     """
 
     heads: int
@@ -27,7 +27,7 @@ class HeadCounts(NamedTuple):
 
 
 def head_counts(layout: AttentionLayout, layer: nn.Module) -> HeadCounts:
-    """Count the heads of a decoder layer by its linears, so that pruned layers are described as they are."""
+    """Return the numbers of heads of a decoder layer by the sizes of its linears, which hold for pruned layers too."""
     module: Any = layer.get_submodule(layout.module)
     head_dim = getattr(module, layout.head_dim)
     heads = as_linear(module.get_submodule(layout.output)).in_features // head_dim
@@ -41,10 +41,10 @@ def attention_site(layout: AttentionLayout, layer_index: int, path: str, layer: 
     """Describe the attention of a decoder layer.
 
     Args:
-        layout (`AttentionLayout`): where the family keeps its heads.
+        layout (`AttentionLayout`): the layout of the family's heads.
         layer_index (`int`): index of the decoder layer.
         path (`str`): name of the layer inside the model.
-        layer (`Module`): the layer itself.
+        layer (`Module`): the layer.
         unit (`str`): `"query_head"` or `"kv_group"`.
     """
     module: Any = layer.get_submodule(layout.module)
@@ -52,7 +52,7 @@ def attention_site(layout: AttentionLayout, layer_index: int, path: str, layer: 
     head_dim, per_group = getattr(module, layout.head_dim), heads // kv_heads
     single_heads = unit == AttentionUnit.QUERY_HEAD and per_group > 1
     query = Segment(head_dim if single_heads else per_group * head_dim)
-    # With single query heads as units, keys and values are shared by heads that stay, so that no unit owns them.
+    # If query heads are units, the kept heads share keys and values, so that no unit owns these.
     shared = Segment(kv_heads * head_dim, owned=False) if single_heads else Segment(head_dim)
 
     def coupling(name: str, axis: int, *segments: Segment) -> Coupling:
@@ -108,7 +108,7 @@ def mlp_site(layout: MLPLayout, layer_index: int, path: str, layer: Any) -> Site
 
 
 def attention_sizes(layout: AttentionLayout, layer: nn.Module, site: Site, kept: Sequence[int]) -> dict[str, Any]:
-    """Return the config entries of a decoder layer once only the units `kept` of its attention are left."""
+    """Return the config entries of a decoder layer whose attention keeps the units `kept`."""
     heads, kv_heads = head_counts(layout, layer)
     sizes: dict[str, Any] = {layout.heads_key: len(kept) * (heads // site.num_units)}
     if layout.kv_heads_key is not None:

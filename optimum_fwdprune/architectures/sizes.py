@@ -1,4 +1,4 @@
-"""How large a model is."""
+"""The size of a model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Size of a model, wherever its weights lie; tied weights are counted once.
+    """The size of a model, for weights on any device; tied weights are counted once.
 
     Args:
         parameters (`int`): number of its parameters.
-        bytes (`int`): size of these in their dtypes, as a safetensors file holds them.
+        bytes (`int`): size of the parameters in their dtypes, as in a safetensors file.
         tensors (`int`): number of tensors that hold them.
     """
 

@@ -12,12 +12,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..models.per_layer import stock_config
 
 
-# Families whose stock classes compute the same and may hold what a family's own cannot, tried in this order: Mistral's
-# config takes any number of heads of any width.
+# Families whose stock classes are equivalent, in the order in which they are tried. They may allow sizes that the
+# family's own class does not: Mistral's config allows any number of heads of any width.
 SAME_COMPUTATION = {"llama": ("llama", "mistral")}
 
 
-# Values with which the config of another family computes the same.
+# Values with which the config of another family is equivalent.
 VALUES_OF_OTHERS = {"mistral": {"sliding_window": None}}
 
 
@@ -25,23 +25,23 @@ def stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) ->
     """Return the stock config and class that hold the weights of a pruned model.
 
     Args:
-        config (`PreTrainedConfig`): of the pruned model.
+        config (`PreTrainedConfig`): the config of the pruned model.
         pruned_class (`type`): its class.
 
     Raises:
-        ValueError: where there are none, naming what is in the way and the way out.
+        ValueError: where there are none; the message names the reasons and the alternatives.
     """
     try:
         return find_stock_form(config, pruned_class)
     except NoStockForm as error:
         raise ValueError(
-            f"{error} Load it with trust_remote_code=True instead, or prune what the stock format can hold "
-            f"(layout='stock')."
+            f"{error} Load the checkpoint with trust_remote_code=True instead, or prune the model with "
+            f"layout='stock', which keeps to sizes of stock checkpoints."
         ) from error
 
 
 class NoStockForm(ValueError):
-    """No stock class can hold a pruned model, for this reason."""
+    """No stock class can hold a pruned model; the message has the reasons."""
 
 
 def find_stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) -> tuple[PreTrainedConfig, Any]:
@@ -52,7 +52,9 @@ def find_stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel
         ValueError: where the config is that of a dense model, or layers differ in size.
     """
     if "per_layer_config" not in config.to_dict():
-        raise ValueError(f"This {config.model_type} was not pruned here: unmodified transformers loads it as it is.")
+        raise ValueError(
+            f"This {config.model_type} model was not pruned by this package: unmodified transformers loads it."
+        )
     dense = stock_config(config)
     # Keys that only a pruned config has are compared by the shapes below.
     known = type(dense)().to_dict()
@@ -61,8 +63,8 @@ def find_stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel
         if differing := [key for key in entry if entry[key] != layers[0][key]]:
             key = differing[0]
             raise ValueError(
-                f"A stock checkpoint has layers of one size, and layer {number} has {key}={entry[key]} where layer 0 "
-                f"has {layers[0][key]}. Prune with layout='stock' (--layout stock), or load it with the plugin."
+                f"A stock checkpoint has layers of one size, and layer {number} has {key}={entry[key]}, whereas layer "
+                f"0 has {layers[0][key]}. Prune with layout='stock' (--layout stock), or load it with the plugin."
             )
     shapes = _shapes(config, pruned_class)
     reasons = []
@@ -81,15 +83,15 @@ def find_stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel
 
 
 def _entries(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """Return the values of every layer for all keys in which layers differ. `per_layer_config` holds only values that
-    are not those of the config itself."""
+    """Return the values of every layer for all keys in which layers differ. `per_layer_config` has only values that
+    differ from those of the config itself."""
     written: dict[str, dict] = config.to_dict()["per_layer_config"]
     keys = sorted({key for entry in written.values() for key in entry})
     return [{key: getattr(layer, key) for key in keys} for layer in config.per_layer_config]
 
 
 def _candidates(dense: PreTrainedConfig, layer: dict[str, Any]) -> Iterator[tuple[PreTrainedConfig | None, str]]:
-    """Yield stock configs at the sizes of `layer`; where a family's config refuses them, `None` and why."""
+    """Yield stock configs with the sizes of `layer`, or `None` and the reason where a config does not allow them."""
     for model_type in SAME_COMPUTATION.get(dense.model_type, (dense.model_type,)):
         config_class = type(AutoConfig.for_model(model_type))
         values = {key: value for key, value in dense.to_dict().items() if key not in ("model_type", "architectures")}
@@ -97,11 +99,11 @@ def _candidates(dense: PreTrainedConfig, layer: dict[str, Any]) -> Iterator[tupl
             others = {} if model_type == dense.model_type else VALUES_OF_OTHERS.get(model_type, {})
             yield config_class.from_dict({**values, **layer, **others}), ""
         except Exception as error:  # Configs raise many classes of errors for sizes that they do not allow.
-            yield None, f"{model_type} refuses these sizes ({' '.join(str(error).split())})"
+            yield None, f"{model_type} does not allow these sizes ({' '.join(str(error).split())})"
 
 
 def _class_for(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) -> Any:
-    """The stock class of a config's family for the task of a pruned class."""
+    """Return the stock class of a config's family for the task of a pruned class."""
     _, is_task, task = pruned_class.__name__.partition("For")
     auto_class = getattr(transformers, f"AutoModel{is_task}{task}")
     return auto_class._model_mapping.get(type(config), None)
@@ -114,10 +116,10 @@ def _shapes(config: PreTrainedConfig, model_class: Any) -> dict[str, tuple[int, 
 
 
 def _first_difference(wanted: dict[str, tuple[int, ...]], held: dict[str, tuple[int, ...]]) -> str | None:
-    """Describe the first parameter of a stock model that is not as in the pruned one, or return `None`."""
+    """Return a description of the first parameter of a stock model that differs from the pruned model, or `None`."""
     for name in {**wanted, **held}:
         if wanted.get(name) != held.get(name):
             have = f"{' x '.join(map(str, held[name]))}" if name in held else "nothing"
             want = f"{' x '.join(map(str, wanted[name]))}" if name in wanted else "nothing"
-            return f"has {have} at {name} where the pruned model has {want}"
+            return f"has {have} at {name}, where the pruned model has {want}"
     return None

@@ -96,6 +96,6 @@ def test_models_with_adapters_are_not_exported(write, tmp_path):
         method="magnitude", kinds=["mlp"], reconstruction="none", layout="stock", sparsity=0.3
     )
     pruned.add_adapter(LORA)
-    with pytest.raises(ValueError, match=r"q_proj has an adapter around it.*merge_and_unload\(\)"):
+    with pytest.raises(ValueError, match=r"q_proj has an adapter, which.*merge_and_unload\(\)"):
         write(pruned, tiny.make_tokenizer(), tmp_path / "out")
     assert not list(tmp_path.iterdir())

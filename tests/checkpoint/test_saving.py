@@ -396,7 +396,7 @@ def test_a_model_with_adapters_inside_is_not_saved_as_a_pruned_checkpoint(pruner
     else:
         pruner.model.add_adapter(lora)
     for check in (pruner.check_saving, pruner.save_pretrained):
-        with pytest.raises(ValueError, match=r"q_proj has an adapter around it.*merge_and_unload\(\)"):
+        with pytest.raises(ValueError, match=r"q_proj has an adapter, which.*merge_and_unload\(\)"):
             check(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

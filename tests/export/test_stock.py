@@ -125,7 +125,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("name", "fields", "message"),
         [
-            ("llama_mqa", {"scope": "global"}, r"layer \d has .* where layer 0 has .*layout='stock'"),
+            ("llama_mqa", {"scope": "global"}, r"layer \d has .* whereas layer 0 has .*layout='stock'"),
             ("opt_pre_norm", {"kinds": ["attention"]}, "a stock opt has 48 x 48 at .*k_proj.weight where"),
             ("bloom", {"kinds": ["mlp"]}, "a stock bloom has 192 x 48 at .*dense_h_to_4h.weight where"),
             ("bloom", {"kinds": ["attention"]}, "a stock bloom has"),
@@ -212,7 +212,7 @@ def test_a_first_layer_that_is_whole_is_a_layer_like_others(kind, tmp_path):
         "attention": ("num_attention_heads", 6, 3),
         "mlp": ("intermediate_size", 64, 32),
     }[kind]
-    with pytest.raises(ValueError, match=f"layer 1 has {name}={half} where layer 0 has {whole}"):
+    with pytest.raises(ValueError, match=f"layer 1 has {name}={half}, whereas layer 0 has {whole}"):
         export_stock(pruner.model, None, tmp_path / "stock")
 
 

@@ -141,7 +141,7 @@ def drop_a_layer(layers):
     ("change", "message"),
     [
         *((share, "are one tensor in this LlamaForCausalLM") for share in (share_a_layer, share_a_norm, share_an_mlp)),
-        *((drop, "layers.1 .* is not built as") for drop in (drop_an_mlp, drop_a_projection, drop_a_layer)),
+        *((drop, "layers.1 .* is not built like") for drop in (drop_an_mlp, drop_a_projection, drop_a_layer)),
     ],
 )
 def test_layers_that_share_or_lack_modules_are_refused_while_whole(change, message, monkeypatch):
