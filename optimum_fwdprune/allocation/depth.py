@@ -1,4 +1,4 @@
-"""Layers and sublayers as units: which a request may remove, how many, and which go by their scores."""
+"""Layers and sublayers as units: which of them a request may remove, how many, and the choice by scores."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .budgets import Budget, OutOfReach
 
 @dataclass(frozen=True)
 class DepthUnit:
-    """A layer, or the attention or the MLP of one.
+    """A layer, or the attention or the MLP of a layer.
 
     Args:
-        key (`SiteKey`): that it is scored under: `(3, "layer")`, `(3, "attention_sublayer")` or `(3, "mlp_sublayer")`.
-        sites (`list[Site]`): the sites that it consists of.
+        key (`SiteKey`): the key of its score: `(3, "layer")`, `(3, "attention_sublayer")` or `(3, "mlp_sublayer")`.
+        sites (`list[Site]`): its sites.
     """
 
     key: SiteKey
@@ -27,7 +27,7 @@ class DepthUnit:
 
     @property
     def parameters(self) -> int:
-        """Parameters that go with it, norms left out."""
+        """The number of parameters that are removed with it, without norms."""
         return sum(site.all_parameters for site in self.sites)
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ def depth_units(sites: Iterable[Site], kind: str) -> list[DepthUnit]:
     """Return the layers or sublayers of a model.
 
     Args:
-        sites (iterable of `Site`): of the model, in their order.
+        sites (iterable of `Site`): the sites of the model, in their order.
         kind (`str`): a [`DepthKind`].
     """
     units: dict[SiteKey, list[Site]] = {}
@@ -49,7 +49,7 @@ def depth_units(sites: Iterable[Site], kind: str) -> list[DepthUnit]:
 
 
 def open_units(sites: Iterable[Site], config: PruningConfig) -> list[DepthUnit]:
-    """Return the layers or sublayers that a request may remove: those outside of `skip_layers`."""
+    """Return the layers or sublayers that a request may remove: those that are not in `skip_layers`."""
     assert config.depth_kind is not None
     units = depth_units(sites, config.depth_kind)
     layers = 1 + max(unit.key.layer for unit in units)
@@ -58,7 +58,7 @@ def open_units(sites: Iterable[Site], config: PruningConfig) -> list[DepthUnit]:
 
 
 def number_removed(sites: Iterable[Site], config: PruningConfig) -> int:
-    """Return how many layers or sublayers a request for a share of them removes."""
+    """Return the number of layers or sublayers that a request for a share of them removes."""
     assert config.depth_kind is not None
     return round(config.share_of_depth * len(depth_units(sites, config.depth_kind)))
 
@@ -66,17 +66,16 @@ def number_removed(sites: Iterable[Site], config: PruningConfig) -> int:
 def removed_units(
     sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor], config: PruningConfig, budget: Budget
 ) -> list[DepthUnit]:
-    """Choose the layers or sublayers that go, the lowest scores first.
+    """Choose the layers or sublayers to remove, the lowest scores first.
 
     Args:
         sites (sequence of `Site`): every site of the model.
-        scores (mapping of `SiteKey` to `Tensor[1]`): of the layers or sublayers, by their keys; those without a score
-            count as 0.
+        scores (mapping of `SiteKey` to `Tensor[1]`): scores of layers or sublayers by their keys; by default 0.
         config (`PruningConfig`): the request, with a `depth_kind`.
-        budget (`Budget`): what is to be removed where the request is for a target and not for a share.
+        budget (`Budget`): how much to remove, if the request has a target instead of a share.
 
     Raises:
-        OutOfReach: where a layer with attention would not be left, naming what is possible.
+        OutOfReach: where no layer with attention would be left; the message names the largest possible share.
     """
     units, total = open_units(sites, config), len(depth_units(sites, str(config.depth_kind)))
     by_number = bool(config.width_kinds) or not budget.at_least
@@ -93,18 +92,19 @@ def removed_units(
         if leaves_attention(sites, [*removed, unit]):
             removed.append(unit)
     if not enough():
-        asked = f"{wanted} of {total}" if by_number else "as many as the target asks for of"
+        asked = f"{wanted} of {total}" if by_number else "as many as the target requires of"
         skipped = f" and skip_layers={config.skip_layers}" if config.skip_layers else ""
         field = "depth_sparsity" if config.width_kinds else "sparsity"
-        way_out = f"{field} is at most {int(len(removed) / total * 1e4) / 1e4:g}" if by_number else "ask for less"
+        largest = int(len(removed) / total * 1e4) / 1e4
+        way_out = f"The largest possible {field} is {largest:g}." if by_number else "Choose a larger target."
         raise OutOfReach(
-            f"Removing {asked} {config.depth_kind}s is more than the model can give: a layer with attention stays"
-            f"{skipped}, so that {len(removed)} can go. {way_out[0].upper()}{way_out[1:]}."
+            f"Removing {asked} {config.depth_kind}s is more than the model can lose: a layer with attention must be "
+            f"kept{skipped}, so that only {len(removed)} can be removed. {way_out}"
         )
     return removed
 
 
 def leaves_attention(sites: Iterable[Site], removed: Iterable[DepthUnit]) -> bool:
-    """Whether a layer with attention is left without these layers or sublayers."""
+    """Return whether a layer with attention is left without these layers or sublayers."""
     gone = {site.key for unit in removed for site in unit.sites}
     return any(site.kind == UnitKind.ATTENTION and site.key not in gone for site in sites)

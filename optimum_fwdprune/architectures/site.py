@@ -55,13 +55,13 @@ def unit_name(kind: str, attention_unit: str) -> str:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of blocks along one axis of a linear.
+    """Consecutive blocks along one axis of a linear.
 
     Args:
-        width (`int`): rows (or columns) of one block; an owned segment holds one block per unit.
-        units (`range`, *optional*): the units that own a block each, in their order; by default all units of the site.
-        owned (`bool`, defaults to `True`): `False` for rows that no unit owns and that always stay, `width` of them
-            in all, such as the K/V rows of a fused projection when single query heads are the units.
+        width (`int`): number of rows or columns of a block; an owned segment has one block per unit.
+        units (`range`, *optional*): the units that own a block, in their order; by default all units of the site.
+        owned (`bool`, defaults to `True`): `False` for a single block of rows that no unit owns and that are always
+            kept, such as the key and value rows of a fused projection if query heads are the units.
     """
 
     width: int
@@ -69,25 +69,25 @@ class Segment:
     owned: bool = True
 
     def owners(self, num_units: int) -> range:
-        """Return the units that own a block each, of the `num_units` of the site."""
+        """Return the units that own a block, of a site with `num_units` units."""
         if not self.owned:
             return range(0)
         return range(num_units) if self.units is None else self.units
 
     def length(self, num_units: int) -> int:
-        """Return the number of positions along the axis, at the `num_units` of the site."""
+        """Return the size of the segment along the axis, for a site with `num_units` units."""
         return self.width * len(self.owners(num_units)) if self.owned else self.width
 
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
-    """The part of one linear that the units of a site own: unit `u` owns its block of every segment that has one.
+    """The part of a linear that the units of a site own: unit `u` owns its block of every segment that has one.
 
     Args:
         name (`str`): name of the linear inside the model.
-        linear (`nn.Linear`): the linear itself, or a `TransposedLinear`, which has the same attributes.
+        linear (`nn.Linear`): the linear, or a `TransposedLinear`, which has the same attributes.
         axis (`int`): 0 for output rows (weight and bias), 1 for input columns (weight only).
-        segments (`tuple[Segment, ...]`): the segments of the axis, first to last. All units own equally much of it.
+        segments (`tuple[Segment, ...]`): the segments of the axis, first to last. All units own an equal part of it.
     """
 
     name: str

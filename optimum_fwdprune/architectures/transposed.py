@@ -1,4 +1,4 @@
-"""Linears whose weights are stored transposed, presented as every other linear is."""
+"""Linears whose weights are stored transposed, with the interface of `nn.Linear`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 class TransposedLinear(nn.Module):
     """A `Conv1D` of GPT-2 with the attributes of a linear.
 
-    Its weight is a view, `[out_features, in_features]`, of the one that is stored. Hooks and a forward pass that are
-    put on it are put on the module itself, and hooks are called with this object as the module.
+    Its weight is a view, `[out_features, in_features]`, of the stored weight. Hooks and a `forward` that are set on it
+    are set on the module, and hooks are called with this object as the module.
 
     Args:
         module (`Conv1D`): the module inside the model.

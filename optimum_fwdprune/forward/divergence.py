@@ -109,7 +109,7 @@ class Divergence:
     ) -> torch.Tensor:
         """Run the layers from `first` on, and append their outputs to `record` if it is set."""
         for layer in range(first, self.layers):
-            # What is left of a layer whose sublayers all write nothing is the stream itself.
+            # A layer without sublayers returns the stream unchanged.
             if layer not in self._gone:
                 hidden = self._runner.run(layer, batch, hidden)
                 self.windows += len(batch.input_ids) / self.layers

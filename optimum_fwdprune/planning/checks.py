@@ -62,7 +62,7 @@ def check_request(
     if plan is None:
         check_kinds(subject, config)
     if plan is None and config.depth_kind is not None:
-        # Whichever layer goes.
+        # The check is the same for all layers.
         check_without_layers(subject.model, range(len(subject.layers) - 1))
     if plan is None and config.resolved_scope == Scope.SEARCH:
         check_search(subject.model, config)

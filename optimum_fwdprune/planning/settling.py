@@ -261,7 +261,7 @@ def _depth_losses(sites: Sequence[Site], config: PruningConfig, kept: Mapping[Si
         return {}
     units = depth_units(sites, config.depth_kind)
     gone = sum(not any(kept[site.key] for site in unit.sites) for unit in units)
-    return {"depth": f"{gone} of {len(units)} {config.depth_kind}s will go; the scores decide which."}
+    return {"depth": f"{gone} of {len(units)} {config.depth_kind}s are removed; the scores determine which."}
 
 
 def _written(number: int) -> str:

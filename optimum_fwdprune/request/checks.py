@@ -100,7 +100,7 @@ def check_values(config: Options) -> None:
     if len(targets) > 1:
         raise ValueError(f"{' and '.join(targets)} are two budgets; set one of them.")
     if config.kinds is not None and not config.kinds:
-        raise ValueError("kinds must name one at least of attention, mlp, layer and sublayer; got none.")
+        raise ValueError("kinds must name at least one of attention, mlp, layer and sublayer; got none.")
     for kind in UnitKind:
         if getattr(config, f"{kind}_sparsity") is not None and kind not in config.resolved_kinds:
             raise ValueError(f"{kind}_sparsity is a budget for {kind}, which kinds={config.kinds} excludes.")

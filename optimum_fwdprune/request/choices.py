@@ -21,7 +21,7 @@ class UnitKind(Choice):
 
 
 class DepthKind(Choice):
-    """Of `kinds`, beside those of [`UnitKind`]: what is removed whole."""
+    """Values of `kinds` in addition to those of [`UnitKind`]: layers and sublayers, which are removed as a whole."""
 
     LAYER = "layer"
     SUBLAYER = "sublayer"

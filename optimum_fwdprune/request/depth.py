@@ -1,4 +1,4 @@
-"""Requests for layers and sublayers: the checks of their options, and the request that their scores are made for."""
+"""Requests for layers and sublayers: the checks of their options, and the request for their scores."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ def check_depth(config: Options) -> None:
     kinds = list(dict.fromkeys(config.resolved_kinds))
     if all(kind in kinds for kind in DepthKind):
         raise ValueError(
-            "kinds names layer and sublayer, and a layer is two sublayers. Name sublayer alone to remove either."
+            "kinds includes layer and sublayer, and a layer is two sublayers. Use sublayer alone to remove either."
         )
     _check_methods(config)
     only_widths = {"depth_sparsity": config.depth_sparsity, "depth_method": config.depth_method}
     if config.depth_kind is None or not config.width_kinds:
         for name, value in only_widths.items():
             if value is not None:
-                alone = f"kinds={kinds} has layers or sublayers alone" if config.depth_kind else f"kinds={kinds}"
                 raise ValueError(
-                    f"{name} is for layers or sublayers beside heads or channels, and {alone}. Use "
-                    f"{name.removeprefix('depth_')}, or name both in kinds."
+                    f"{name} is for layers or sublayers in addition to heads or channels, and the request has "
+                    f"kinds={kinds}. Use {name.removeprefix('depth_')}, or add the others to kinds."
                 )
     elif config.depth_sparsity is None:
         raise ValueError(
-            f"kinds={kinds} removes {config.depth_kind}s beside heads or channels; set depth_sparsity to the fraction "
-            f"of them that goes."
+            f"kinds={kinds} removes {config.depth_kind}s in addition to heads or channels. Set depth_sparsity to the "
+            f"fraction of the {config.depth_kind}s to remove."
         )
     if config.depth_sparsity is not None and not 0 <= config.depth_sparsity < 1:
         raise ValueError(
@@ -42,7 +41,7 @@ def check_depth(config: Options) -> None:
 
 
 def _check_methods(config: Options) -> None:
-    """Raise `ValueError` where a method does not score what it is asked to."""
+    """Raise `ValueError` where a method does not score the kinds of the request."""
     asked = [("method", config.method, kind) for kind in config.width_kinds or config.resolved_kinds]
     if config.depth_kind is not None and config.width_kinds:
         get_method(config.resolved_depth_method)
@@ -51,23 +50,23 @@ def _check_methods(config: Options) -> None:
         if name in METHODS and kind not in METHODS[name].kinds:
             able = [repr(other) for other, method in sorted(METHODS.items()) if kind in method.kinds]
             raise ValueError(
-                f"{field}={name!r} scores {', '.join(METHODS[name].kinds)} and not {kind}, which kinds="
-                f"{config.resolved_kinds} names. Use {field}={' or '.join(able)}."
+                f"{field}={name!r} scores {', '.join(METHODS[name].kinds)} and not {kind}, which "
+                f"kinds={config.resolved_kinds} includes. Use {field}={' or '.join(able)}."
             )
 
 
 def _check_limits(config: Options) -> None:
-    """Raise `ValueError` where a request for layers or sublayers asks for what they do not go with."""
+    """Raise `ValueError` where a request for layers or sublayers has options that cannot be combined with them."""
     kind = config.depth_kind
     alone = not config.width_kinds
     learns = config.method in METHODS and METHODS[config.method].learns_split
     refused = {
         f"rounds={config.rounds}": (
             config.rounds > 1,
-            "method='removal_loss' measures anew after every removal; leave out rounds",
+            "leave out rounds; method='removal_loss' measures again after every removal",
         ),
         "scope='search'": (config.scope == Scope.SEARCH, "leave out scope"),
-        "target_speedup": (config.target_speedup is not None, "ask for a sparsity or a target for the parameters"),
+        "target_speedup": (config.target_speedup is not None, "set sparsity or target_parameters instead"),
         f"scope={config.scope!r}": (
             alone and config.scope is not None,
             "scope divides heads and channels; leave it out",
@@ -83,12 +82,12 @@ def _check_limits(config: Options) -> None:
     }
     for option, (asked, way_out) in refused.items():
         if asked:
-            raise ValueError(f"{option} does not go with {kind!r} in kinds: {way_out}.")
+            raise ValueError(f"{option} cannot be combined with {kind!r} in kinds: {way_out}.")
 
 
 def depth_request(config: Any) -> Any:
-    """Return the request that the layers or sublayers of a request are scored for: itself where it names nothing else,
-    otherwise one of its `depth_method` for these alone. Both are of the class `PruningConfig`."""
+    """Return the request for the scores of layers or sublayers: the request itself if it has no other kinds, and
+    otherwise a request for these alone with its `depth_method`. Both are of the class `PruningConfig`."""
     if not config.width_kinds:
         return config
     config_class = get_method(config.resolved_depth_method).config_class
@@ -107,7 +106,7 @@ def depth_request(config: Any) -> Any:
 
 
 def width_request(config: Any) -> Any:
-    """Return the request that the heads and channels of a request are scored for: without its layers or sublayers."""
+    """Return the request for the scores of heads and channels: the request without its layers or sublayers."""
     if config.depth_kind is None:
         return config
     return dataclasses.replace(config, kinds=config.width_kinds, depth_sparsity=None, depth_method=None)

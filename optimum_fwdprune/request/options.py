@@ -76,13 +76,13 @@ class Options:
     method: str = option(DEFAULT_METHOD, "How units are scored.", group=Heading.METHOD)
     depth_method: str | None = option(
         None,
-        "How layers or sublayers are scored where kinds names attention or mlp too. Default: block_influence.",
+        "Method that scores layers or sublayers if kinds includes attention or mlp too. Default: block_influence.",
         group=Heading.METHOD,
     )
     sparsity: float = option(
         0.2,
-        "Fraction of the prunable parameters (all that heads and channels own) to remove. With only layer or only "
-        "sublayer in kinds: fraction of the layers or sublayers.",
+        "Fraction of the prunable parameters (all that heads and channels own) to remove. If kinds is only layer or "
+        "only sublayer: fraction of the layers or sublayers to remove.",
         group=Heading.BUDGET,
     )
     target_parameters: int | None = option(
@@ -113,8 +113,8 @@ class Options:
     )
     depth_sparsity: float | None = option(
         None,
-        "With layer or sublayer in kinds beside attention or mlp: fraction of the layers or sublayers to remove. "
-        "Heads and channels give the rest of the budget.",
+        "If kinds includes layer or sublayer in addition to attention or mlp: fraction of the layers or sublayers to "
+        "remove. Heads and channels lose the rest of the budget.",
         group=Heading.BUDGET,
     )
     scope: str | None = option(
@@ -255,8 +255,8 @@ class Options:
 
     @property
     def resolved_kinds(self) -> list[str]:
-        """The kinds. Where they are `None`, `["mlp"]`, and attention too if it has a budget of its own; for a method
-        that scores neither, the first kind that it scores."""
+        """The kinds of the request. If `kinds` is `None`, these are `["mlp"]`, and also attention if it has its own
+        budget; for a method that scores neither, it is the first kind that the method scores."""
         if self.kinds is not None:
             return self.kinds
         method = METHODS.get(self.method)
@@ -266,12 +266,12 @@ class Options:
 
     @property
     def width_kinds(self) -> list[str]:
-        """The kinds of units that make sites narrower: of `"attention"` and `"mlp"`."""
+        """The kinds of units whose removal makes sites narrower: any of `"attention"` and `"mlp"`."""
         return [kind for kind in self.resolved_kinds if kind in list(UnitKind)]
 
     @property
     def depth_kind(self) -> str | None:
-        """What is removed whole, `"layer"` or `"sublayer"`; `None` where nothing is."""
+        """The kind that is removed as a whole, `"layer"` or `"sublayer"`; `None` if there is none."""
         return next((kind for kind in self.resolved_kinds if kind in list(DepthKind)), None)
 
     @property

@@ -27,9 +27,9 @@ class Method:
         additive (`bool` or `Callable[[PruningConfig], bool]`): whether the scores of several units add up to the score
             of their joint removal. If so, units of unequal size compete by score per parameter, otherwise by score
             alone. It is a function where it depends on the options.
-        kinds (`tuple[str, ...]`): the kinds that it scores, some of `"attention"`, `"mlp"`, `"layer"` and
-            `"sublayer"`. The default is the first two. Layers and sublayers have keys of their own and one number each
-            (`optimum_fwdprune.allocation.depth`); a request for them names no other kinds when the method sees it.
+        kinds (`tuple[str, ...]`): the kinds that it scores, any of `"attention"`, `"mlp"`, `"layer"` and
+            `"sublayer"`. The default is the first two. Layers and sublayers have their own keys and one score each
+            (`optimum_fwdprune.allocation.depth`). A request for them that the method receives has no other kinds.
         learns_split (`bool`): whether it learns how the budget is split over the layers; `scope=None` then means
             `"global"`.
         differentiates (`Callable[[PruningConfig], bool]`): whether it back-propagates under the options of a config,

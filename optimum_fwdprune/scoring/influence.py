@@ -1,4 +1,4 @@
-"""How far layers and sublayers turn the residual stream, measured layer by layer in one pass."""
+"""The influence of layers and sublayers on the residual stream, measured layer by layer in one pass."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .methods.scoring import ScoringInputs
 def block_influence(inputs: ScoringInputs) -> dict[SiteKey, torch.Tensor]:
     """Return 1 - mean cosine of the residual stream before and after every layer or sublayer, by its key.
 
-    The stream within a layer is what the layer returns without its later sublayer. Hidden states of all windows wait
-    in the memory of the host, and one layer's parameters are in memory at a time. With several processes each runs a
-    share of the windows.
+    The stream between the sublayers of a layer is the output of the layer without its later sublayer. The memory of
+    the host holds the hidden states of all windows, and the parameters of one layer are in memory at a time. With
+    several processes, each runs a share of the windows.
 
     Args:
-        inputs (`ScoringInputs`): of a request for layers or sublayers.
+        inputs (`ScoringInputs`): the inputs of a request for layers or sublayers.
     """
     runner, units = LayerRunner(inputs.model), inputs.depth_units
     share = inputs.calibration.own_share()
@@ -55,7 +55,7 @@ def block_influence(inputs: ScoringInputs) -> dict[SiteKey, torch.Tensor]:
 def _states(
     runner: LayerRunner, number: int, batch: Batch, hidden: torch.Tensor, later: list[Site]
 ) -> list[torch.Tensor]:
-    """Return the residual stream before a layer, in it before its `later` sublayer if there is one, and after it."""
+    """Return the residual stream before a layer, before its `later` sublayer if there is one, and after the layer."""
     after = runner.run(number, batch, hidden)
     states = [hidden.to(after.device), after]
     if later:

@@ -1,4 +1,4 @@
-"""The order in which layers or sublayers go: the one first whose removal changes the model's predictions least."""
+"""The order of removal of layers or sublayers: first the one whose removal changes the model's predictions least."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .methods.scoring import ScoringInputs, UnitScores
 
 @dataclass
 class RemovalState:
-    """All that an interrupted search for the order resumes from.
+    """The state from which an interrupted measurement of the order resumes.
 
     Args:
-        order (`list[int]`): places of the units that are gone, first to last.
-        losses (`list[float]`): divergence after each removal, in nats per token.
-        left (`list[float]`): divergence that each unit caused when it was measured last; infinity before.
-        windows (`float`): passes of a window through all layers so far.
+        left (`list[float]`): the divergence after removing a unit, by its last measurement; infinity before the first.
+        order (`list[int]`): indices of the removed units, first to last.
+        losses (`list[float]`): divergence after every removal, in nats per token.
+        windows (`float`): number of passes of a window through all layers so far.
     """
 
     left: list[float]
@@ -44,7 +44,7 @@ class RemovalState:
         return cls(numbers["left"], numbers["order"], numbers["losses"], numbers["windows"])
 
     def scores(self, units: Sequence[DepthUnit]) -> dict[SiteKey, torch.Tensor]:
-        """The rank of every unit: those that are gone in their order, then the others as they were measured last."""
+        """Return the rank of every unit: removed units in their order, then the others by their last measurement."""
         others = sorted((place for place in range(len(units)) if place not in self.order), key=self.left.__getitem__)
         ranked = [*self.order, *others]
         return {units[place].key: torch.tensor([float(rank)]) for rank, place in enumerate(ranked)}
@@ -52,22 +52,23 @@ class RemovalState:
 
 @torch.no_grad()
 def removal_order(inputs: ScoringInputs) -> UnitScores:
-    """Remove the unit that raises the divergence from the dense model least, again and again, and return the order.
+    """Remove the unit that raises the divergence from the dense model least, repeat this, and return the order.
 
-    All candidates of a step are measured on the same tokens, in the model without those that are gone already. What is
-    before a candidate is not run again, and what is gone is not run at all. With several processes each measures a
-    share of the candidates.
+    All candidates of a step are measured on the same tokens, in the model without the units that are already removed.
+    Layers before a candidate are not run again, and removed layers are not run. With several processes, each measures
+    a share of the candidates.
 
     Args:
-        inputs (`ScoringInputs`): of a request for layers or sublayers.
+        inputs (`ScoringInputs`): the inputs of a request for layers or sublayers.
 
     Raises:
-        ValueError: where the model predicts no tokens.
+        ValueError: where the model does not predict tokens.
     """
     if not inputs.model.can_generate():
         raise ValueError(
-            f"{type(inputs.model).__name__} predicts no next token, and method='removal_loss' compares what whole "
-            f"models predict. Score its causal counterpart and replay the plan, or use method='block_influence'."
+            f"{type(inputs.model).__name__} does not predict the next token, and method='removal_loss' compares "
+            f"predictions. Prune its causal counterpart, and replay the plan on this model, or use "
+            f"method='block_influence'."
         )
     config, sites = inputs.config, inputs.sites[:]
     units = inputs.depth_units
@@ -106,7 +107,7 @@ def removal_order(inputs: ScoringInputs) -> UnitScores:
 
 
 def _enough(inputs: ScoringInputs, units: Sequence[DepthUnit], state: RemovalState) -> bool:
-    """Whether what the request removes is known."""
+    """Return whether all units that the request removes are determined."""
     config = inputs.config
     if config.target_parameters is None and config.target_bytes is None:
         return len(state.order) >= number_removed(inputs.sites[:], config)
@@ -115,7 +116,7 @@ def _enough(inputs: ScoringInputs, units: Sequence[DepthUnit], state: RemovalSta
 
 
 def _measured(divergence: Divergence, gone: Sequence[DepthUnit], candidates: Sequence[DepthUnit]) -> list[float]:
-    """Return the divergence without what is gone and each of the candidates."""
+    """Return the divergence without the units in `gone` and one of the candidates, for every candidate."""
     divergence.settle(_emptied(gone))
     losses = torch.zeros(len(candidates), dtype=torch.float64)
     stage = f"Measuring removal {len(gone) + 1}"

@@ -283,10 +283,10 @@ class Scores:
 
 
 def scored_units(sites: Iterable[Site], config: PruningConfig) -> dict[SiteKey, tuple[int, str]]:
-    """Return what scores for a request hold: by key, how many numbers, and what they are of in words.
+    """Return the numbers of scores that a request needs, with a name for messages, by their keys.
 
     Args:
-        sites (iterable of `Site`): of the model.
+        sites (iterable of `Site`): the sites of the model.
         config (`PruningConfig`): the request.
     """
     sites = list(sites)

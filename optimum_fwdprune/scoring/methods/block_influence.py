@@ -1,4 +1,4 @@
-"""Block influence: how far a layer turns the residual stream (ShortGPT, arXiv 2403.03853)."""
+"""Block influence: the change of direction of the residual stream by a layer (ShortGPT, arXiv 2403.03853)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .scoring import DEPTH_KINDS, ScoringInputs
 
 @dataclass
 class BlockInfluenceConfig(PruningConfig):
-    """Layers or sublayers that turn the residual stream least go first; one pass over the text.
+    """The change of direction of the residual stream by a layer or sublayer; it takes one pass over the text.
 
     The score is 1 - mean cosine between the residual stream before and after the layer or sublayer, over all tokens
     (arXiv 2403.03853, eq. 1).

@@ -1,4 +1,4 @@
-"""Removal loss: layers or sublayers go one by one, by what their removal does to the whole model."""
+"""Removal loss: layers or sublayers are removed one by one, by the effect of their removal on the whole model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .scoring import DEPTH_KINDS, ScoringInputs, UnitScores
 
 @dataclass
 class RemovalLossConfig(PruningConfig):
-    """Layers or sublayers whose removal changes the predictions least go first, measured anew after every removal.
+    """The change of predictions by removing a layer or sublayer, which is measured again after every removal.
 
-    The change is the KL divergence of the dense model's next-token distributions from those of the model without them
-    (greedy as in SLEB, arXiv 2402.09025, and BlockPruner, arXiv 2406.10594).
+    The change is the KL divergence of the dense model's next-token distributions from those of the model without the
+    removed layers or sublayers (greedy as in SLEB, arXiv 2402.09025, and BlockPruner, arXiv 2406.10594).
     """
 
     method: str = "removal_loss"
-    removal_windows: int = option(32, "Calibration windows, the first ones, that removals are measured on.")
+    removal_windows: int = option(32, "Number of calibration windows, from the first, to measure removals on.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ...forward.statistics import SiteStatistics
 
 
-# What methods may score. Layers and sublayers are those of requests for nothing else.
+# The kinds that methods may score. Requests for layers or sublayers that a method scores have no other kinds.
 DEPTH_KINDS = tuple(map(str, DepthKind))
 EVERY_KIND = (*map(str, UnitKind), *DEPTH_KINDS)
 
@@ -49,11 +49,11 @@ class ScoringInputs:
 
     @property
     def depth_units(self) -> list[DepthUnit]:
-        """The layers or sublayers, where the request is for these: what is scored instead of units of sites."""
+        """The layers or sublayers to score instead of units of sites, if the request is for these; otherwise none."""
         from ...allocation.depth import depth_units
 
         kind = self.config.depth_kind
-        # Iterating over the sites reads their weights where these are offloaded.
+        # Iterating over the sites would read offloaded weights.
         return [] if kind is None else depth_units(self.sites[:], kind)
 
 

@@ -147,7 +147,7 @@ class TestRemovalLoss:
 
     def test_models_that_predict_no_tokens_are_refused(self, tokens):
         model = tiny.make_model("llama_gqa_biases", transformers.AutoModel)
-        with pytest.raises(ValueError, match=r"LlamaModel predicts no next token.*block_influence"):
+        with pytest.raises(ValueError, match=r"LlamaModel does not predict the next token.*block_influence"):
             FwdPruner(model).prune(method="removal_loss", dataset=tokens)
 
 
@@ -229,23 +229,32 @@ class TestRefusals:
         [
             ({"kinds": ["layer"]}, r"method='wanda_sp' scores attention, mlp and not layer.*'block_influence' or"),
             ({"kinds": ["mlp"], "method": "removal_loss"}, r"scores layer, sublayer and not mlp.*'flap' or"),
-            ({"kinds": ["layer", "sublayer"], "method": "random"}, "a layer is two sublayers. Name sublayer alone"),
-            ({"kinds": ["layer", "mlp"]}, "set depth_sparsity to the fraction"),
-            ({"kinds": ["mlp"], "depth_sparsity": 0.2}, "Use sparsity, or name both in kinds"),
-            ({"kinds": ["layer"], "method": "random", "depth_sparsity": 0.2}, "Use sparsity, or name both"),
-            ({"kinds": ["layer"], "method": "random", "depth_method": "random"}, "Use method, or name both"),
+            ({"kinds": ["layer", "sublayer"], "method": "random"}, "a layer is two sublayers. Use sublayer alone"),
+            ({"kinds": ["layer", "mlp"]}, "Set depth_sparsity to the fraction"),
+            ({"kinds": ["mlp"], "depth_sparsity": 0.2}, "Use sparsity, or add the others to kinds"),
+            ({"kinds": ["layer"], "method": "random", "depth_sparsity": 0.2}, "Use sparsity, or add the others"),
+            ({"kinds": ["layer"], "method": "random", "depth_method": "random"}, "Use method, or add the others"),
             ({"kinds": ["layer", "mlp"], "depth_sparsity": 1.0}, r"depth_sparsity must be in \[0, 1\)"),
             ({"kinds": ["layer", "mlp"], "depth_sparsity": 0.2, "depth_method": "flap"}, "depth_method='flap' scores"),
             ({"kinds": ["layer", "mlp"], "depth_sparsity": 0.2, "depth_method": "flab"}, "Did you mean flap"),
-            ({"kinds": ["layer"], "method": "random", "rounds": 2}, "rounds=2 does not go with 'layer'"),
-            ({"kinds": ["layer"], "method": "random", "scope": "search"}, "scope='search' does not go with 'layer'"),
-            ({"kinds": ["layer"], "method": "random", "scope": "layer"}, "scope='layer' does not go with 'layer'"),
-            ({"kinds": ["layer"], "method": "random", "target_speedup": 1.5}, "target_speedup does not go with"),
+            ({"kinds": ["layer"], "method": "random", "rounds": 2}, "rounds=2 cannot be combined with 'layer'"),
+            (
+                {"kinds": ["layer"], "method": "random", "scope": "search"},
+                "scope='search' cannot be combined with 'layer'",
+            ),
+            (
+                {"kinds": ["layer"], "method": "random", "scope": "layer"},
+                "scope='layer' cannot be combined with 'layer'",
+            ),
+            (
+                {"kinds": ["layer"], "method": "random", "target_speedup": 1.5},
+                "target_speedup cannot be combined with",
+            ),
             ({"kinds": ["sublayer"], "method": "random", "layout": "stock"}, "use 'layer' instead of 'sublayer'"),
             ({"kinds": ["heads"]}, "kinds must be one of attention, mlp, layer, sublayer"),
             (
                 {"kinds": ["layer", "mlp"], "depth_sparsity": 0.2, "method": "policy_gradient"},
-                "method='policy_gradient' does not go with 'layer'",
+                "method='policy_gradient' cannot be combined with 'layer'",
             ),
         ],
     )
@@ -256,8 +265,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"sparsity": 0.9}, "Removing 3 of 3 layers is more .* so that 2 can go. Sparsity is at most 0.6666"),
-            ({"sparsity": 0.6, "skip_layers": [0, 1]}, r"skip_layers=\[0, 1\], so that 1 can go"),
+            (
+                {"sparsity": 0.9},
+                "Removing 3 of 3 layers is more .* only 2 can be removed. The largest possible sparsity is 0.6666",
+            ),
+            ({"sparsity": 0.6, "skip_layers": [0, 1]}, r"skip_layers=\[0, 1\], so that only 1 can be"),
             ({"skip_layers": [3]}, "skip_layers names layer 3; the model has layers 0 to 2"),
         ],
     )
