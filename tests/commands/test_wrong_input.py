@@ -106,7 +106,7 @@ def test_errors_speak_of_options(words, message, cli, folder):
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ("sparsity=0.3. Ask for less.", "--sparsity 0.3. Ask for less."),
+        ("sparsity=0.3. Reduce the budget.", "--sparsity 0.3. Reduce the budget."),
         ("under kinds=['attention', 'mlp'], x", "under --kinds attention mlp, x"),
         ("Prune with scope='layer' (--scope layer).", "Prune with --scope layer."),
         ("set overwrite=True", "set --overwrite"),

@@ -41,8 +41,8 @@ def test_bad_activations_are_named_by_layer(dense, tokens):
         ({"sparsity": 0.8, "kinds": ["mlp"]}, r"kinds=\['mlp'\]: the largest possible sparsity is"),
         ({"sparsity": 0.95, "multiple_of": 32}, r"multiple_of=32: the largest possible sparsity is"),
         ({"target_parameters": 1000}, "the largest possible sparsity is"),
-        ({"target_parameters": 10**9}, "target_parameters is 1,000,000,000 and the model has only"),
-        ({"target_bytes": 10**9}, "target_bytes is 1,000,000,000 and the model has only"),
+        ({"target_parameters": 10**9}, "target_parameters is 1,000,000,000, and the model has only"),
+        ({"target_bytes": 10**9}, "target_bytes is 1,000,000,000, and the model has only"),
         ({"skip_layers": [3]}, "skip_layers names layer 3; the model has layers 0 to 2"),
     ],
 )
@@ -81,7 +81,7 @@ def test_the_largest_sparsity_that_an_error_names_is_possible(dense, tokens, pru
         model = FwdPruner(dense).prune(tiny.request(sparsity=0.2), tokens)
     with pytest.raises(ValueError, match="largest possible sparsity is") as error:
         FwdPruner(model).prune(tiny.request(sparsity=0.999), tokens)
-    possible = float(str(error.value).partition("sparsity is ")[2].partition(". Ask")[0])
+    possible = float(str(error.value).partition("sparsity is ")[2].partition(". Reduce")[0])
     pruner = FwdPruner(model)
     pruner.prune(tiny.request(sparsity=possible, reconstruction="none"), tokens)
 

@@ -310,7 +310,7 @@ def test_too_few_tokens_for_the_features_are_told(caplog, monkeypatch):
 
     # 42 of 64 channels stay: whole heads cannot give 40 %.
     assert "32 calibration tokens are too few to determine the 42 kept features" in caplog.text
-    assert "3 windows of 16 tokens would do" in caplog.text
+    assert "Use at least 3 windows of 16 tokens" in caplog.text
 
 
 def test_a_forward_pass_that_stops_leaves_no_hook_behind(tokens):

@@ -156,7 +156,7 @@ def test_an_epsilon_lost_in_rounding_is_refused_with_one_that_works(tokens, kind
     perturbation, calibration = kind(find_sites(model), Noise(0)), Calibration(tokens)
     with pytest.raises(ValueError, match=r"is lost in rounding: the loss is .* on both sides") as caught:
         measure(model, perturbation, calibration, epsilon=epsilon)
-    works = float(str(caught.value).rsplit("epsilon=", 1)[1].split()[0])
+    works = float(str(caught.value).rsplit("epsilon=", 1)[1].split(",")[0])
 
     draws = measure(model, perturbation, calibration, epsilon=works)
     assert epsilon < works <= 1
