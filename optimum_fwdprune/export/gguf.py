@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import get_architecture, is_pruned
@@ -16,9 +16,11 @@ from ..architectures.wrapping import check_in_memory, check_no_adapters
 from ..files import check_output_file
 from ..loading.offloading import read_parameter
 from ..loading.state import check_not_consumed
+from ..models.layout import DecoderLayout
 from ..models.per_layer import stock_config
 from ..runs.loggers import get_logger
 from .gguf_families import FAMILIES, GGUFFamily, LayerSizes
+from .gguf_fields import context_length, head_dim_of, rope_tensors, rope_type
 from .gguf_tensors import GGUFTensor, write_tensors
 from .gguf_tokenizer import add_tokenizer
 
@@ -46,8 +48,8 @@ def export_gguf(
     The file appears whole or not at all. Tensors, offloaded ones too, are read and converted one at a time.
 
     Args:
-        model (`PreTrainedModel`): LLaMA or Mistral, whose layers may differ in size; or Qwen2, Qwen3 or BLOOM with
-            layers of equal size. Qwen2 and BLOOM must have all their heads.
+        model (`PreTrainedModel`): of a family that llama.cpp supports. The layers of LLaMA and Mistral may differ in
+            size, and those of other families may not. Some families must have all their heads.
         tokenizer (`PreTrainedTokenizerBase`): a fast BPE tokenizer, byte-level or SentencePiece's; its chat template
             is written too.
         file (`str` or `Path`): file to write.
@@ -73,16 +75,17 @@ def export_gguf(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
     config = stock_config(model.config) if is_pruned(model.config) else model.config
     family = _family_of(config, model)
-    modules = [layer for _, layer in get_architecture(model.config).layers(model)]
-    layers = [family.sizes(layer, config) for layer in modules]
-    name = _name_of(family, layers)
-    _check_heads(family, layers, config)
-    tensors = list(_tensors(model, config, family, dict(zip(modules, layers)), name))
+    architecture = get_architecture(model.config)
+    layers = {path: LayerSizes.of(layer, architecture.layout) for path, layer in architecture.layers(model)}
+    name = _name_of(family, list(layers.values()))
+    _check_heads(family, list(layers.values()), config)
+    tensors = list(_tensors(model, Conversion(config, family, architecture.layout, layers, name)))
     unfinished = file.with_name(f".{file.name}.partial")
     writer = gguf.GGUFWriter(unfinished, name)
     try:
-        _add_sizes(writer, family, config, layers, dtype, uniform=name == family.uniform)
-        family.add_fields(writer, config)
+        _add_sizes(writer, config, list(layers.values()), dtype, uniform=name == family.uniform)
+        for add in family.fields:
+            add(writer, config)
         embeddings: Any = model.get_input_embeddings()
         add_tokenizer(writer, tokenizer, embeddings.weight.shape[0], pre_tokenizer)
         write_tensors(writer, tensors, dtype)
@@ -91,6 +94,25 @@ def export_gguf(
         writer.close()
         unfinished.unlink(missing_ok=True)
     return file
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What the conversion of a model's tensors depends on.
+
+    Args:
+        config (`PreTrainedConfig`): the stock config.
+        family (`GGUFFamily`): the model's family in llama.cpp.
+        layout (`DecoderLayout`): where its layers keep their heads and channels.
+        layers (`dict[str, LayerSizes]`): the size of every layer by its name inside the model.
+        name (`str`): llama.cpp's name of the architecture.
+    """
+
+    config: Any
+    family: GGUFFamily
+    layout: DecoderLayout
+    layers: dict[str, LayerSizes]
+    name: str
 
 
 def _family_of(config: Any, model: PreTrainedModel) -> GGUFFamily:
@@ -102,14 +124,36 @@ def _family_of(config: Any, model: PreTrainedModel) -> GGUFFamily:
         )
     if not model.can_generate():
         raise ValueError(f"GGUF files hold causal language models; this is a {type(model).__name__}.")
+    _check_computation(family, config)
     window = getattr(config, "sliding_window", None)
-    if window is not None and window < family.context(config):
+    if window is not None and window < context_length(config) and not family.slides:
         logger.warning(
             "llama.cpp attends to the whole context, and this model to the last %d tokens. Their outputs differ for "
             "longer texts.",
             window,
         )
     return family
+
+
+def _check_computation(family: GGUFFamily, config: Any) -> None:
+    """Raise `ValueError` where llama.cpp would compute something else than the model does, whatever its sizes."""
+    kind = rope_type(config)
+    if kind is not None and kind not in family.ropes:
+        raise ValueError(
+            f"Rotary embeddings of type {kind!r} cannot be exported for {config.model_type}; those of type "
+            f"{', '.join(family.ropes)} can be."
+        )
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    if activation is not None and activation not in family.activations:
+        raise ValueError(
+            f"The MLPs of this model have the activation {activation!r}, and llama.cpp's {family.uniform} computes "
+            f"{family.activations[0]!r}. Only a stock checkpoint holds it (--format stock)."
+        )
+    if family.bias_key is not None and not getattr(config, family.bias_key):
+        raise ValueError(
+            f"llama.cpp's {family.uniform} needs biases, and this model has {family.bias_key}=False. Only a stock "
+            f"checkpoint holds it (--format stock)."
+        )
 
 
 def _name_of(family: GGUFFamily, layers: list[LayerSizes]) -> str:
@@ -126,22 +170,28 @@ def _name_of(family: GGUFFamily, layers: list[LayerSizes]) -> str:
 
 
 def _check_heads(family: GGUFFamily, layers: list[LayerSizes], config: Any) -> None:
-    heads = config.num_attention_heads
-    if family.all_heads and layers[0].heads != heads:
+    if not family.all_heads:
+        return
+    heads, size = config.num_attention_heads, head_dim_of(config)
+    if layers[0].heads != heads:
         raise ValueError(
             f"llama.cpp's {family.uniform} computes its width from the number of heads, so that it needs all {heads} "
             f"heads, and this model has {layers[0].heads}. Prune its MLPs alone: kinds=['mlp'] (--kinds mlp)."
         )
+    if heads * size != config.hidden_size:
+        raise ValueError(
+            f"llama.cpp's {family.uniform} divides the hidden size {config.hidden_size} by the number of heads "
+            f"{heads}, and the heads of this model have {size} features. Only a stock checkpoint holds it (--format "
+            f"stock)."
+        )
 
 
-def _add_sizes(
-    writer: GGUFWriter, family: GGUFFamily, config: Any, layers: list[LayerSizes], dtype: str, uniform: bool
-) -> None:
+def _add_sizes(writer: GGUFWriter, config: Any, layers: list[LayerSizes], dtype: str, uniform: bool) -> None:
     import gguf
 
     writer.add_name(Path(config._name_or_path).name or config.model_type)
     writer.add_block_count(len(layers))
-    writer.add_context_length(family.context(config))
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
     values: list[tuple[Callable, list[int]]] = [
@@ -155,16 +205,12 @@ def _add_sizes(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _tensors(
-    model: PreTrainedModel, config: Any, family: GGUFFamily, layers: dict[nn.Module, LayerSizes], name: str
-) -> Iterator[GGUFTensor]:
+def _tensors(model: PreTrainedModel, conversion: Conversion) -> Iterator[GGUFTensor]:
     import gguf
 
+    family, name = conversion.family, conversion.name
     architecture = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
-    names = gguf.get_tensor_name_map(architecture, len(layers))
-    sizes = {
-        f"{path}.": layers[module] for path, module in model.named_modules(remove_duplicate=False) if module in layers
-    }
+    names = gguf.get_tensor_name_map(architecture, len(conversion.layers))
     # Tied weights are one tensor of the file. Offloaded ones are two parameters of the model.
     tied = getattr(model, "all_tied_weights_keys", {})
     for source, parameter in model.named_parameters():
@@ -175,14 +221,16 @@ def _tensors(
         target = names.get_name(source, (".weight", ".bias")) or names.get_name(short, (".weight", ".bias"))
         if target is None or (target.endswith(("attn_output.bias", "ffn_down.bias")) and not family.output_biases):
             raise ValueError(f"llama.cpp's {name} has no tensor for {source}.")
-        layer = next((own for path, own in sizes.items() if source.startswith(path)), None)
-        make = partial(_converted, model, source, family, layer)
+        make = partial(_converted, model, source, conversion)
         yield GGUFTensor(target, tuple(parameter.shape), make)
-    for target, tensor in family.more_tensors(config).items():
+        if target == "token_embd.weight" and tied and family.own_output:
+            yield GGUFTensor("output.weight", tuple(parameter.shape), make)
+    for target, tensor in rope_tensors(conversion.config).items():
         yield GGUFTensor(target, tuple(tensor.shape), partial(torch.clone, tensor))
 
 
-def _converted(model: PreTrainedModel, source: str, family: GGUFFamily, layer: LayerSizes | None) -> torch.Tensor:
-    """Return a parameter of the model with its rows in the order of the file."""
+def _converted(model: PreTrainedModel, source: str, conversion: Conversion) -> torch.Tensor:
+    """Return a parameter of the model in llama.cpp's form."""
+    sizes = next((sizes for path, sizes in conversion.layers.items() if source.startswith(f"{path}.")), None)
     values = read_parameter(model, source)
-    return values if layer is None else family.convert(source, values, layer)
+    return conversion.family.convert(source, values, sizes, conversion.config, conversion.layout)

@@ -1,28 +1,38 @@
-"""The families that llama.cpp supports: their names there, their sizes, and the order of their rows."""
+"""The families that llama.cpp supports: what it calls them, and what its code can and cannot hold of each."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .gguf_tensors import interleaved, separated
+from ..architectures import head_counts
+from ..models.layout import DecoderLayout
+from . import gguf_fields as fields
+from .gguf_tensors import interleaved, separated, with_scaled_queries
 
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+    Fields = tuple[Callable[[GGUFWriter, Any], None], ...]
 
-@dataclass(frozen=True)
-class LayerSizes:
+
+class LayerSizes(NamedTuple):
     """Sizes of a layer, determined from its weights."""
 
     heads: int
     kv_heads: int
     channels: int
+
+    @classmethod
+    def of(cls, layer: nn.Module, layout: DecoderLayout) -> LayerSizes:
+        """Return the sizes of a decoder layer of a family with this layout."""
+        output: Any = layer.get_submodule(layout.mlp.output)
+        return cls(*head_counts(layout.attention, layer), output.in_features)
 
 
 @dataclass(frozen=True)
@@ -32,126 +42,116 @@ class GGUFFamily:
     Args:
         uniform (`str`): llama.cpp's architecture for layers of equal size.
         per_layer (`str`, *optional*): its architecture for layers of different sizes; `None` where there is none.
-        all_heads (`bool`): whether the model must have all its heads.
+        all_heads (`bool`): llama.cpp takes the heads together to be as wide as the hidden size, so that the model must
+            have all its heads.
         output_biases (`bool`): whether the projections that write to the residual stream can have biases.
+        bias_key (`str`, *optional*): config key of biases that llama.cpp cannot do without.
+        rotates_pairs (`bool`): whether llama.cpp rotates pairs of neighbouring features; transformers rotates halves.
+        adds_one (`bool`): the weights of norms are added to one in transformers, and used as they are in llama.cpp.
+        scales_queries (`str`, *optional*): end of the name of the parameter that takes the factor by which llama.cpp
+            scales queries otherwise than transformers.
+        own_output (`bool`): whether llama.cpp needs an output matrix where it is tied to the embeddings.
+        slides (`bool`): whether llama.cpp computes sliding windows.
+        activations (`tuple[str, ...]`): activations of the MLP that llama.cpp computes.
+        ropes (`tuple[str, ...]`): types of rotary embeddings that it computes; none where the family has none.
+        fields (`tuple[Callable, ...]`): functions of the writer and the config that add the hyperparameters other than
+            sizes, such as those of norms and rotary embeddings.
     """
 
     uniform: str
     per_layer: str | None = None
     all_heads: bool = False
-    output_biases: bool = True
+    output_biases: bool = False
+    bias_key: str | None = None
+    rotates_pairs: bool = False
+    adds_one: bool = False
+    scales_queries: str | None = None
+    own_output: bool = False
+    slides: bool = False
+    activations: tuple[str, ...] = ("silu", "swish")
+    ropes: tuple[str, ...] = ("default", "linear")
+    fields: Fields = field(default=(fields.rms_norm, fields.head_dim, fields.rope))
 
-    def sizes(self, layer: nn.Module, config: Any) -> LayerSizes:
-        """Return the sizes of a decoder layer."""
-        raise NotImplementedError
+    def convert(
+        self, name: str, values: torch.Tensor, sizes: LayerSizes | None, config: Any, layout: DecoderLayout
+    ) -> torch.Tensor:
+        """Return a parameter in llama.cpp's form.
 
-    def head_dim(self, config: Any) -> int:
-        """Return the number of features of a head."""
-        raise NotImplementedError
-
-    def context(self, config: Any) -> int:
-        """Return the context length that the model was trained with."""
-        raise NotImplementedError
-
-    def add_fields(self, writer: GGUFWriter, config: Any) -> None:
-        """Add the family's hyperparameters other than sizes, such as those of its norms and rotary embeddings."""
-        raise NotImplementedError
-
-    def convert(self, name: str, rows: torch.Tensor, sizes: LayerSizes) -> torch.Tensor:
-        """Return a parameter of a layer with its rows in llama.cpp's order; `name` is its name in transformers."""
-        return rows
-
-    def more_tensors(self, config: Any) -> dict[str, torch.Tensor]:
-        """Return tensors of the file that are no parameters of the model, by their names in the file."""
-        return {}
-
-
-@dataclass(frozen=True)
-class Llama(GGUFFamily):
-    """LLaMA, and families whose modules have the same names.
-
-    Args:
-        interleaves (`bool`): whether llama.cpp rotates pairs of neighbouring features; transformers rotates halves.
-    """
-
-    interleaves: bool = False
-
-    def sizes(self, layer: Any, config: Any) -> LayerSizes:
-        attention = layer.self_attn
-        return LayerSizes(
-            heads=attention.q_proj.out_features // config.head_dim,
-            kv_heads=attention.k_proj.out_features // config.head_dim,
-            channels=layer.mlp.down_proj.in_features,
-        )
-
-    def head_dim(self, config: Any) -> int:
-        return config.head_dim
-
-    def context(self, config: Any) -> int:
-        return config.max_position_embeddings
-
-    def add_fields(self, writer: GGUFWriter, config: Any) -> None:
-        import gguf
-
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_dimension_count(config.head_dim)
-        rope = config.rope_parameters
-        writer.add_rope_freq_base(rope["rope_theta"])
-        kind = rope.get("rope_type", "default")
-        if kind == "linear":
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(rope["factor"])
-        elif kind not in ("default", "llama3"):
-            raise ValueError(
-                f"Rotary embeddings of type {kind!r} cannot be exported; default, linear and llama3 can be."
-            )
-
-    def convert(self, name: str, rows: torch.Tensor, sizes: LayerSizes) -> torch.Tensor:
-        if not self.interleaves:
-            return rows
-        if ".q_proj." in name:
-            return interleaved(rows, sizes.heads)
-        return interleaved(rows, sizes.kv_heads) if ".k_proj." in name else rows
-
-    def more_tensors(self, config: Any) -> dict[str, torch.Tensor]:
-        """Return the factors `[head_dim / 2]` that LLaMA 3 divides its rotary frequencies by."""
-        rope = config.rope_parameters
-        if rope.get("rope_type") != "llama3":
-            return {}
-        plain = rope["rope_theta"] ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-        return {"rope_freqs.weight": plain / scaled}
+        Args:
+            name (`str`): name of the parameter in transformers.
+            values (`Tensor`): the parameter.
+            sizes (`LayerSizes`, *optional*): sizes of its layer; `None` outside of the layers.
+            config (`PreTrainedConfig`): stock config of the model.
+            layout (`DecoderLayout`): where the layers of the family keep their heads.
+        """
+        if self.adds_one and name.endswith("norm.weight"):
+            values = values.float() + 1
+        if sizes is None:
+            return values
+        attention = layout.attention
+        if attention.fused:
+            return separated(values, sizes.heads) if attention.interleaved and attention.fused in name else values
+        if self.scales_queries is not None and name.endswith(self.scales_queries):
+            values = with_scaled_queries(values, config, sizes.heads)
+        if self.rotates_pairs and f".{attention.query}." in name:
+            return interleaved(values, sizes.heads)
+        if self.rotates_pairs and f".{attention.key}." in name:
+            return interleaved(values, sizes.kv_heads)
+        return values
 
 
-@dataclass(frozen=True)
-class Bloom(GGUFFamily):
-    """BLOOM, which must have all its heads because llama.cpp computes the ALiBi slopes from their number."""
-
-    def sizes(self, layer: Any, config: Any) -> LayerSizes:
-        heads = layer.self_attention.query_key_value.out_features // (3 * self.head_dim(config))
-        return LayerSizes(heads, heads, channels=layer.mlp.dense_4h_to_h.in_features)
-
-    def head_dim(self, config: Any) -> int:
-        return config.hidden_size // config.n_head
-
-    def context(self, config: Any) -> int:
-        # ALiBi has no maximal length; all released BLOOM models were trained with 2048 tokens.
-        return getattr(config, "seq_length", 2048)
-
-    def add_fields(self, writer: GGUFWriter, config: Any) -> None:
-        writer.add_layer_norm_eps(config.layer_norm_epsilon)
-
-    def convert(self, name: str, rows: torch.Tensor, sizes: LayerSizes) -> torch.Tensor:
-        return separated(rows, sizes.heads) if ".query_key_value." in name else rows
-
+LLAMA = GGUFFamily("llama", "deci", output_biases=True, rotates_pairs=True, ropes=("default", "linear", "llama3"))
+GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 
 # By the `model_type` of the stock config.
 FAMILIES = {
-    "llama": Llama("llama", "deci", interleaves=True),
-    "mistral": Llama("llama", "deci", interleaves=True),
-    "qwen2": Llama("qwen2", all_heads=True, output_biases=False),
-    "qwen3": Llama("qwen3", output_biases=False),
-    "bloom": Bloom("bloom", all_heads=True),
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": GGUFFamily("qwen2", all_heads=True),
+    "qwen3": GGUFFamily("qwen3"),
+    "gemma2": GGUFFamily(
+        "gemma2",
+        adds_one=True,
+        scales_queries=".q_proj.weight",
+        slides=True,
+        activations=GELU_TANH,
+        fields=(fields.rms_norm, fields.head_dim, fields.rope, fields.sliding_windows, fields.soft_caps),
+    ),
+    "gemma3_text": GGUFFamily(
+        "gemma3",
+        adds_one=True,
+        scales_queries=".q_norm.weight",
+        slides=True,
+        activations=GELU_TANH,
+        fields=(fields.rms_norm, fields.head_dim, fields.rope, fields.sliding_windows, fields.no_soft_caps),
+    ),
+    "phi3": GGUFFamily("phi3", all_heads=True, ropes=("default", "linear", "longrope")),
+    "olmo2": GGUFFamily("olmo2", all_heads=True, own_output=True),
+    "granite": GGUFFamily(
+        "granite",
+        output_biases=True,
+        rotates_pairs=True,
+        fields=(fields.rms_norm, fields.head_dim, fields.rope, fields.granite_scales),
+    ),
+    "starcoder2": GGUFFamily(
+        "starcoder2",
+        all_heads=True,
+        output_biases=True,
+        bias_key="use_bias",
+        activations=GELU_TANH,
+        fields=(fields.layer_norm, fields.rope),
+    ),
+    "gpt_neox": GGUFFamily(
+        "gptneox",
+        all_heads=True,
+        output_biases=True,
+        bias_key="attention_bias",
+        own_output=True,
+        # llama.cpp approximates GELU with tanh, as it does for every model.
+        activations=("gelu", *GELU_TANH),
+        fields=(fields.layer_norm, fields.rope, fields.parallel_blocks),
+    ),
+    "bloom": GGUFFamily(
+        "bloom", all_heads=True, output_biases=True, activations=(), ropes=(), fields=(fields.layer_norm,)
+    ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,6 +43,25 @@ def separated(rows: torch.Tensor, heads: int) -> torch.Tensor:
         heads (`int`): number of heads of this layer.
     """
     return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+
+
+# Of models with so many layers, which it takes to be of the 27B size, llama.cpp scales queries by the hidden size per
+# head rather than by the size of a head.
+LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
+
+
+def with_scaled_queries(values: torch.Tensor, config: Any, heads: int) -> torch.Tensor:
+    """Multiply a parameter of a Gemma's queries by the factor that makes llama.cpp scale them as the config says.
+
+    Args:
+        values (`Tensor`): rows of the query projection, or the weight of the norm after it.
+        config (`PreTrainedConfig`): stock config, with the number of layers that are left.
+        heads (`int`): number of query heads that are left.
+    """
+    is_27b = config.num_hidden_layers == LAYERS_OF_27B[config.model_type]
+    divisor = config.hidden_size // heads if is_27b else config.head_dim
+    factor = (divisor / config.query_pre_attn_scalar) ** 0.5
+    return values if factor == 1 else values.float() * factor
 
 
 def write_tensors(writer: GGUFWriter, tensors: list[GGUFTensor], dtype: str) -> None:

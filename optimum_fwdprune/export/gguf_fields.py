@@ -1,0 +1,123 @@
+"""Hyperparameters of GGUF files other than sizes, each added by a function of the writer and the stock config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+
+# Of every so many layers, the last one attends to everything, where the file does not list the layers.
+SLIDING_PERIODS = {"gemma2": 2, "gemma3_text": 6}
+
+
+def context_length(config: Any) -> int:
+    """Return the number of tokens that the model was trained with at a time."""
+    # ALiBi has no maximal length; all released BLOOM models were trained with 2048 tokens.
+    length: int = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", 2048)
+    return length
+
+
+def head_dim_of(config: Any) -> int:
+    """Return the number of features of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rope_type(config: Any) -> str | None:
+    """Return the type of the rotary embeddings, in the layers that attend to everything where these have their own."""
+    return _rope(config).get("rope_type", "default") if hasattr(config, "rope_parameters") else None
+
+
+def rope_tensors(config: Any) -> dict[str, torch.Tensor]:
+    """Return the factors `[head_dim / 2]` that rotary frequencies are divided by, by the names of their tensors."""
+    kind = rope_type(config)
+    if kind == "llama3":
+        parameters, dimensions = _rope(config), head_dim_of(config)
+        plain = parameters["rope_theta"] ** (-torch.arange(0, dimensions, 2).float() / dimensions)
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        return {"rope_freqs.weight": plain / scaled}
+    if kind == "longrope":
+        factors = {f"rope_factors_{which}.weight": _rope(config)[f"{which}_factor"] for which in ("long", "short")}
+        return {name: torch.tensor(values, dtype=torch.float32) for name, values in factors.items()}
+    return {}
+
+
+def _rope(config: Any, layer_type: str = "full_attention") -> dict[str, Any]:
+    return config.rope_parameters.get(layer_type, config.rope_parameters)
+
+
+def rms_norm(writer: GGUFWriter, config: Any) -> None:
+    """Add the epsilon of norms by the root mean square."""
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def layer_norm(writer: GGUFWriter, config: Any) -> None:
+    """Add the epsilon of norms by mean and variance."""
+    names = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+    writer.add_layer_norm_eps(next(getattr(config, name) for name in names if hasattr(config, name)))
+
+
+def head_dim(writer: GGUFWriter, config: Any) -> None:
+    """Add the size of a head, which llama.cpp takes from the hidden size otherwise."""
+    writer.add_key_length(head_dim_of(config))
+    writer.add_value_length(head_dim_of(config))
+
+
+def rope(writer: GGUFWriter, config: Any) -> None:
+    """Add the base of the rotary embeddings, the number of features that they rotate, and their scaling."""
+    import gguf
+
+    parameters = _rope(config)
+    writer.add_rope_dimension_count(int(head_dim_of(config) * parameters.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(parameters["rope_theta"])
+    kind = rope_type(config)
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(parameters["factor"])
+    elif kind == "longrope":
+        _, attention_factor = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
+        writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(attention_factor)
+
+
+def sliding_windows(writer: GGUFWriter, config: Any) -> None:
+    """Add the length of sliding windows, the layers that have them, and the base of their rotary embeddings."""
+    slides = [kind == "sliding_attention" for kind in config.layer_types]
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_rope_freq_base_swa(_rope(config, "sliding_attention")["rope_theta"])
+    period = SLIDING_PERIODS[config.model_type]
+    # Only newer llama.cpp reads a list.
+    if slides != [number % period < period - 1 for number in range(len(slides))]:
+        writer.add_sliding_window_pattern(slides)
+
+
+def soft_caps(writer: GGUFWriter, config: Any) -> None:
+    """Add the bounds of attention scores and logits. llama.cpp always applies them, here too high to have an effect
+    where the model has none."""
+    writer.add_attn_logit_softcapping(config.attn_logit_softcapping or 1e9)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping or 1e9)
+
+
+def no_soft_caps(writer: GGUFWriter, config: Any) -> None:
+    """Check that the model has no bounds of attention scores and logits, which llama.cpp would not apply."""
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, key) is not None:
+            raise ValueError(f"{key} is {getattr(config, key)}, and llama.cpp's {writer.arch} computes without it.")
+
+
+def granite_scales(writer: GGUFWriter, config: Any) -> None:
+    """Add the numbers by which embeddings, attention scores, projections and logits are scaled."""
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+
+
+def parallel_blocks(writer: GGUFWriter, config: Any) -> None:
+    """Add whether attention and MLP read the same residual stream."""
+    writer.add_parallel_residual(config.use_parallel_residual)
