@@ -22,7 +22,7 @@ from ..runs.loggers import get_logger
 from .gguf_families import FAMILIES, GGUFFamily, LayerSizes
 from .gguf_fields import context_length, head_dim_of, rope_tensors, rope_type
 from .gguf_tensors import GGUFTensor, write_tensors
-from .gguf_tokenizer import add_tokenizer
+from .gguf_tokenizer import add_tokenizer, name_for
 
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def export_gguf(
     unfinished = file.with_name(f".{file.name}.partial")
     writer = gguf.GGUFWriter(unfinished, name)
     try:
+        writer.add_name(name_for(Path(config._name_or_path).name or config.model_type, tokenizer))
         _add_sizes(writer, config, list(layers.values()), dtype, uniform=name == family.uniform)
         for add in family.fields:
             add(writer, config)
@@ -189,7 +190,6 @@ def _check_heads(family: GGUFFamily, layers: list[LayerSizes], config: Any) -> N
 def _add_sizes(writer: GGUFWriter, config: Any, layers: list[LayerSizes], dtype: str, uniform: bool) -> None:
     import gguf
 
-    writer.add_name(Path(config._name_or_path).name or config.model_type)
     writer.add_block_count(len(layers))
     writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)

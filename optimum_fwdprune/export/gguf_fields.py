@@ -19,8 +19,7 @@ SLIDING_PERIODS = {"gemma2": 2, "gemma3_text": 6}
 def context_length(config: Any) -> int:
     """Return the number of tokens that the model was trained with at a time."""
     # ALiBi has no maximal length; all released BLOOM models were trained with 2048 tokens.
-    length: int = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", 2048)
-    return length
+    return int(getattr(config, "max_position_embeddings", getattr(config, "seq_length", 2048)))
 
 
 def head_dim_of(config: Any) -> int:

@@ -22,6 +22,26 @@ SPLITS = {
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
+# Tokens that llama.cpp expects of Phi-3, of which the last one alone strips spaces after it.
+PHI3_TOKENS = ("<unk>", "<s>", "<|endoftext|>", "</s>")
+
+
+def name_for(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the name of a model in its file, by which llama.cpp knows whether special tokens strip spaces after them.
+
+    It takes those of models named phi3 or phi-3 to do so, and fails to load these where they lack Phi-3's tokens.
+
+    Args:
+        name (`str`): name of the model.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    strips = any(token.rstrip for token in added if token.content not in PHI3_TOKENS)
+    if strips and set(PHI3_TOKENS) <= set(tokenizer.get_vocab()):
+        return name if re.search("phi-?3", name, re.IGNORECASE) else f"phi3 {name}"
+    return re.sub("phi-?3", "phi", name, flags=re.IGNORECASE)
+
+
 def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, pre: str | None = None) -> None:
     """Add tokens, merges, special tokens and chat template.
 
