@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..models.per_layer import stock_config
+from .depth import skipped_sublayers
 
 
 # Families whose stock classes are equivalent, in the order in which they are tried. They may allow sizes that the
@@ -56,6 +57,12 @@ def find_stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel
             f"This {config.model_type} model was not pruned by this package: unmodified transformers loads it."
         )
     dense = stock_config(config)
+    if skipped := sorted(skipped_sublayers(config)):
+        layer, kind = skipped[0]
+        raise ValueError(
+            f"A stock checkpoint has attention and MLP in every layer, and layer {layer} of this {config.model_type} "
+            f"has no {kind}. Remove whole layers (kinds=['layer']) instead of sublayers, or load it with the plugin."
+        )
     # Keys that only a pruned config has are compared by the shapes below.
     known = type(dense)().to_dict()
     layers = [{key: value for key, value in entry.items() if key in known} for entry in _entries(config)]

@@ -121,6 +121,32 @@ def test_the_tokenizer_and_what_it_generates_by_come_along(tokens, tokenizer, tm
     assert transformers.AutoConfig.from_pretrained(folder).architectures == ["LlamaForCausalLM"]
 
 
+def without(model, *gone):
+    """The model without some of its sites."""
+    sites = find_sites(model)
+    counts = {site.key: site.num_units for site in sites}
+    kept = {key: [] if key in gone else list(range(count)) for key, count in counts.items()}
+    plan = PruningPlan(kept, counts, model.config.model_type, "query_head")
+    return FwdPruner(model).prune(plan=plan, reconstruction="none")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*tiny.REPRESENTATIVE, "qwen3"])
+def test_a_model_without_whole_layers_is_a_stock_model_of_its_family(name, tokens, tmp_path):
+    model = without(tiny.make_model(name), (1, "attention"), (1, "mlp"))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(export_stock(model, None, tmp_path / "stock"))
+
+    assert loaded.config.model_type == tiny.make_config(name).model_type and loaded.config.num_hidden_layers == 2
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+def test_a_model_without_a_sublayer_is_no_stock_model(kind, tmp_path):
+    model = without(tiny.make_model("llama_mqa"), (1, kind))
+    with pytest.raises(ValueError, match=rf"layer 1 of this pruned_llama has no {kind}\. Remove whole layers"):
+        export_stock(model, None, tmp_path / "stock")
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("name", "fields", "message"),
