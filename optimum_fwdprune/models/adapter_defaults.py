@@ -1,17 +1,17 @@
-"""PEFT's tables of default target modules, completed by pruned families; PEFT is not imported."""
+"""Adding pruned families to PEFT's tables of default target modules, without importing PEFT."""
 
 from __future__ import annotations
 
 import sys
 
 
-# Module of PEFT with one table by `model_type` for every kind of adapter: the modules that it is put on by default.
+# Module of PEFT with a table for every kind of adapter: the modules that it adapts by default, by `model_type`.
 PEFT_MODULE = "peft.utils.constants"
 _PEFT_TABLES = "TRANSFORMERS_MODELS_TO_"
 
 
 def add_adapter_defaults(model_type: str, pruned_type: str) -> None:
-    """Let PEFT, if it is loaded, put adapters on the same modules of a pruned family as of its stock family.
+    """Let PEFT, if it is imported, adapt the same modules of a pruned family as of its stock family by default.
 
     Args:
         model_type (`str`): `model_type` of the stock family.

@@ -1,4 +1,4 @@
-"""The families of this package by name, from the files in this folder; none is imported to list them."""
+"""The families of this package by name, from the files in this folder, which are not imported for the list."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def family_modules() -> dict[str, str]:
 
 
 def import_family(model_type: str) -> None:
-    """Import the module of a family, which registers it; nothing happens where this package has no such family.
+    """Import the module of a family, which registers it. Nothing is imported if this package has no such family.
 
     Args:
-        model_type (`str`): that of the stock family or of the pruned one.
+        model_type (`str`): `model_type` of the stock family or of the pruned family.
 
     Raises:
-        ImportError: where the installed transformers has the family, and lacks a class that the module needs.
+        ImportError: where the installed transformers has the family, but lacks a class that the module needs.
     """
     module = family_modules().get(model_type.removeprefix(PREFIX))
     if module is not None:
@@ -44,9 +44,9 @@ def import_family(model_type: str) -> None:
 
 
 class LazyConfigs(dict[str, Any]):
-    """Config classes by `model_type`. Looking up that of a pruned family imports the family, which adds its class.
+    """Config classes by `model_type`. Reading the entry of a pruned family imports the family, which adds its class.
 
-    Iterating shows the families that were imported so far.
+    Iterating yields the families that were imported so far.
     """
 
     def __contains__(self, model_type: object) -> bool:

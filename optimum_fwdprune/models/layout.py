@@ -1,4 +1,4 @@
-"""The layout of a family's decoder layers: where they keep their heads and channels, under which sizes."""
+"""The layout of a family's decoder layers: the linears with heads and channels, and the config keys of their sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from .skipped import SkippedAttention, SkippedMLP
 
 
-# What a decoder layer consists of, and `skip` in its config may name.
+# The sublayers of a decoder layer, which `skip` in its config may name.
 ATTENTION, MLP = SUBLAYERS = ("attention", "mlp")
 
 
@@ -22,15 +22,15 @@ class AttentionLayout:
     Args:
         module (`str`): name of the attention module inside the decoder layer.
         output (`str`): name of the output projection inside it.
-        query (`str`): name of the query projection, where the three are separate.
+        query (`str`): name of the query projection, if the three are separate.
         key (`str`): name of the key projection.
         value (`str`): name of the value projection.
-        fused (`str`): instead of them, the name of one linear that makes all three.
+        fused (`str`): name of a single linear instead of these three.
         interleaved (`bool`, defaults to `False`): the fused rows are, for one KV head after the other, those of its
             query heads, of its key and of its value (BLOOM, Falcon) rather than all query rows, then all key rows,
             then all value rows (Phi-3).
-        blocks (`int`, defaults to 1): the fused rows are so many equal blocks, each with the query, key and value rows
-            of its own heads, of which all blocks must keep equally many. Every head then has its own keys and values.
+        blocks (`int`, defaults to 1): number of equal blocks of the fused rows, each with the query, key and value
+            rows of its own heads. All blocks must keep equally many heads. Every head has its own keys and values.
         head_dim (`str`, defaults to `"head_dim"`): attribute of the attention module that holds the size of a head.
         heads_key (`str`, defaults to `"num_attention_heads"`): config key of the number of query heads.
         kv_heads_key (`str`, *optional*, defaults to `"num_key_value_heads"`): config key of the number of KV heads;
@@ -39,14 +39,14 @@ class AttentionLayout:
             differ by their position (ALiBi). The pruned attention module carries them as `kept_heads`.
         pruned_class (`type`, *optional*): subclass of the stock attention class that resized layers use instead, where
             the stock forward pass cannot compute with other sizes. Other attention classes of the family stay.
-        norms (`tuple[str, ...]`, *optional*): norms inside the decoder layer that the attention alone uses. They go
-            when the attention goes. A norm that the MLP reads too is not named.
-        skipped_class (`type`, defaults to `SkippedAttention`): what stands where the attention was removed. It is
-            built with the index of the layer.
-        fixed (`str`, *optional*): where no single head can be removed, the reason as a clause. Errors and the table of
+        norms (`tuple[str, ...]`, *optional*): norms inside the decoder layer that only the attention uses. They are
+            removed with the attention. A norm that the MLP reads too is not named.
+        skipped_class (`type`, defaults to `SkippedAttention`): class of the module that replaces a removed attention.
+            It is built with the index of the layer.
+        fixed (`str`, *optional*): the reason why no single head can be removed, as a clause. Errors and the table of
             supported families quote it.
-        fixed_key (`str`, *optional*): config key that makes it so where it is set; by default `fixed` holds for every
-            model of the family.
+        fixed_key (`str`, *optional*): config key of the models for which `fixed` holds; by default it holds for all
+            models of the family.
     """
 
     module: str
@@ -69,11 +69,11 @@ class AttentionLayout:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names of the modules inside the decoder layer that are the attention, norms left out."""
+        """Names of the modules of the attention inside the decoder layer, without norms."""
         return (self.module,)
 
     def skip_in(self, layer: nn.Module) -> None:
-        """Take the attention out of a decoder layer."""
+        """Remove the attention from a decoder layer."""
         owner, _, leaf = self.module.rpartition(".")
         layer_idx: Any = layer.get_submodule(self.module).layer_idx
         setattr(layer.get_submodule(owner), leaf, self.skipped_class(layer_idx))
@@ -103,13 +103,13 @@ class MLPLayout:
     Args:
         sources (`tuple[str, ...]`): linears whose output rows are channels (`gate_proj` and `up_proj`, or `fc1`).
         output (`str`): the projection back to the hidden size.
-        segments (`int`, defaults to 1): 2 where one source holds gate rows and then up rows.
+        segments (`int`, defaults to 1): 2 if one source has gate rows and then up rows.
         width_key (`str`, defaults to `"intermediate_size"`): config key of the number of channels.
-        pointwise (`bool`, defaults to `True`): a channel is a function of its own row of every source, and all sources
-            read the same input; `False` where channels are normalized together in between.
-        norms (`tuple[str, ...]`, *optional*): norms inside the decoder layer that the MLP alone uses. They go when the
-            MLP goes. A norm that the attention reads too is not named.
-        skipped_class (`type`, defaults to `SkippedMLP`): what stands where the MLP was removed.
+        pointwise (`bool`, defaults to `True`): whether a channel depends on its own row of every source only, and all
+            sources read the same input; `False` if channels are normalized together in between.
+        norms (`tuple[str, ...]`, *optional*): norms inside the decoder layer that only the MLP uses. They are removed
+            with the MLP. A norm that the attention reads too is not named.
+        skipped_class (`type`, defaults to `SkippedMLP`): class of the module that replaces a removed MLP.
     """
 
     sources: tuple[str, ...]
@@ -122,13 +122,13 @@ class MLPLayout:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names of the modules inside the decoder layer that are the MLP, norms left out: one module, or the linears
-        where these are modules of the decoder layer itself."""
+        """Names of the modules of the MLP inside the decoder layer, without norms: one module, or the linears if these
+        are modules of the decoder layer itself."""
         owner, _, _ = self.output.rpartition(".")
         return (owner,) if owner else (*self.sources, self.output)
 
     def skip_in(self, layer: nn.Module) -> None:
-        """Take the MLP out of a decoder layer."""
+        """Remove the MLP from a decoder layer."""
         *before, last = self.modules
         for name in before:
             setattr(layer, name, nn.Identity())
@@ -165,12 +165,12 @@ class DecoderLayout:
     """The decoder layers of a family: everything that pruning and resizing need.
 
     Args:
-        attention (`AttentionLayout`): where a decoder layer keeps its heads.
-        mlp (`MLPLayout`): where a decoder layer keeps its channels.
+        attention (`AttentionLayout`): the layout of heads.
+        mlp (`MLPLayout`): the layout of channels.
         layers (`str`, defaults to `"layers"`): name of the list of decoder layers inside the base model.
-        attributes (`Callable[[PreTrainedConfig], dict[str, Any]]`, *optional*): attributes that the modules of a layer
-            keep of its sizes, by their names inside the layer, as a function of the layer's own config. An example of
-            what it returns is `{"self_attn.num_heads": config.num_attention_heads}`.
+        attributes (`Callable[[PreTrainedConfig], dict[str, Any]]`, *optional*): function of the layer's own config
+            that returns the attributes of modules with sizes, by their names inside the layer, such as
+            `{"self_attn.num_heads": config.num_attention_heads}`.
         whole (`tuple[str, ...]`, *optional*): linears of a decoder layer whose sizes depend on neither heads nor
             channels. All others are named by `attention` and `mlp`.
         residual_adds_up (`Callable[[PreTrainedConfig], bool]`, *optional*): whether, under a config, the residual
@@ -198,26 +198,26 @@ class DecoderLayout:
     output_norm: bool = False
 
     def has_dense_target(self, config: Any) -> bool:
-        """Return whether the projections of a model with `config` can aim at what the dense model computes."""
+        """Return whether projections of a model with `config` can have the values of the dense model as targets."""
         return self.output_norm or self.residual_adds_up(config)
 
     def modules_of(self, kind: str, config: Any) -> tuple[str, ...]:
-        """Return the names of the modules inside a decoder layer that go with its `"attention"` or its `"mlp"`, under
-        a config."""
+        """Return the names of the modules inside a decoder layer that are removed with its `"attention"` or its
+        `"mlp"`, for a config."""
         part = self.sublayer(kind)
         return part.modules if self.normalizes_stream(config) else (*part.modules, *part.norms)
 
     def sublayer(self, kind: str) -> AttentionLayout | MLPLayout:
-        """Return where a decoder layer keeps its `"attention"` or its `"mlp"`."""
+        """Return the layout of the `"attention"` or the `"mlp"`."""
         return self.attention if kind == ATTENTION else self.mlp
 
 
 def grouped_attention(config: Any) -> dict[str, Any]:
-    """Return the attribute that the attention of most families keeps: how many query heads share keys and values."""
+    """Return the attribute of attention in most families: the number of query heads that share keys and values."""
     return {"self_attn.num_key_value_groups": config.num_attention_heads // config.num_key_value_heads}
 
 
-# The names that LLaMA's modules have, and those of most families after it.
+# The names of LLaMA's modules, which most later families have, too.
 LLAMA_LAYOUT = DecoderLayout(
     AttentionLayout(
         module="self_attn",
@@ -232,5 +232,5 @@ LLAMA_LAYOUT = DecoderLayout(
 )
 
 # Reasons why no single head of some families can be removed.
-NORM_OVER_HEADS = "its query and key norms take their mean over all heads, so that the heads that stay would change."
+NORM_OVER_HEADS = "its query and key norms take their mean over all heads, so that the kept heads would change."
 NORM_PER_HEAD = "its query and key norms have weights for every head, which cannot be cut."

@@ -1,4 +1,4 @@
-"""Resizing a decoder layer: its linears get the sizes of its own config, and sublayers that it skips are taken out."""
+"""Resizing a decoder layer: its linears get the sizes in its own config, and sublayers that it skips are removed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LINEARS = (nn.Linear, Conv1D)
 
 
 def resize_layer(layer: nn.Module, layout: DecoderLayout, config: PreTrainedConfig) -> None:
-    """Replace the linears of a decoder layer by empty ones of the sizes in its own config, and take out the sublayers
+    """Replace the linears of a decoder layer by empty ones with the sizes in its own config, and remove the sublayers
     that the config names in `skip`.
 
     Args:
         layer (`Module`): a decoder layer of the stock class, of any sizes; changed in place.
-        layout (`DecoderLayout`): where the layer keeps its heads and channels.
+        layout (`DecoderLayout`): the layout of its heads and channels.
         config (`PreTrainedConfig`): config of this layer, one of `per_layer_config`.
 
     Raises:
@@ -42,7 +42,7 @@ def resize_layer(layer: nn.Module, layout: DecoderLayout, config: PreTrainedConf
         if isinstance(module, LINEARS) and name not in sizes and name not in layout.whole:
             raise ValueError(
                 f"{name} is a linear of a {type(layer).__name__}, and the layout of its family does not name it. Name "
-                f"it as a source, or in `whole` where its size depends on neither heads nor channels."
+                f"it as a source, or in `whole` if its size depends on neither heads nor channels."
             )
     pruned_class, attention = layout.attention.pruned_class, layer.get_submodule(layout.attention.module)
     if pruned_class is not None and type(attention) is pruned_class.__base__:

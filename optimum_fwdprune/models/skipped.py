@@ -1,4 +1,4 @@
-"""What stands in a decoder layer in the place of a removed attention or MLP. It adds nothing to the stream."""
+"""Modules that replace a removed attention or MLP in a decoder layer, and add nothing to the residual stream."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 
 
 class SkippedAttention(nn.Module):
-    """Stands where a decoder layer has no attention.
+    """Replaces the attention of a decoder layer without attention.
 
     Args:
-        layer_idx (`int`): index of the decoder layer, which caches store its keys and values by.
+        layer_idx (`int`): index of the decoder layer, under which caches store keys and values.
     """
 
     def __init__(self, layer_idx: int):
@@ -29,7 +29,7 @@ class SkippedAttention(nn.Module):
 
 
 class SkippedMLP(nn.Module):
-    """Stands where a decoder layer has no MLP."""
+    """Replaces the MLP of a decoder layer without an MLP."""
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Return zeros of the shape of `hidden_states`."""
@@ -37,16 +37,16 @@ class SkippedMLP(nn.Module):
 
 
 def count_tokens(cache: Any, layer_idx: int, hidden_states: torch.Tensor) -> None:
-    """Let a cache count the tokens that pass a layer without attention.
+    """Let a cache count the tokens of a layer without attention.
 
-    A cache that is made from the config of the model holds nothing for such a layer (`kv_sharing_modes`), and nothing
-    happens. A cache that was made without the config, or by a transformers version without such places, may read its
-    length off this layer. It gets one number per token instead of keys and values.
+    A cache that is made from the config of the model stores nothing for such a layer (`kv_sharing_modes`), and is not
+    changed. A cache that was made without the config, or by a transformers version without this feature, may take its
+    length from this layer. It stores one number per token instead of keys and values.
 
     Args:
-        cache (`Cache`, *optional*): what attention would store keys and values in.
+        cache (`Cache`, *optional*): the cache of keys and values.
         layer_idx (`int`): index of the layer.
-        hidden_states (`Tensor[batch, tokens, hidden]`): what the layer reads.
+        hidden_states (`Tensor[batch, tokens, hidden]`): inputs of the layer.
     """
     if cache is None:
         return
