@@ -57,7 +57,7 @@ class Subject:
 
     @property
     def has_dense_target(self) -> bool:
-        """Whether projections can aim at what the dense model computes."""
+        """Whether the values of the dense model can be the targets of projections."""
         return self.architecture.layout.has_dense_target(self.model.config)
 
     def losing(self, kept: Mapping[SiteKey, list[int]]) -> list[Site]:

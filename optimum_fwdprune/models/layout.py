@@ -182,9 +182,9 @@ class DecoderLayout:
             norms. By default no layer does.
         residual_multiplier (`Callable[[PreTrainedConfig], float]`, *optional*): the number by which the output of
             every projection is multiplied before it is added to the residual stream, under a config.
-        output_norm (`bool`, defaults to `False`): the output of every projection is normalized before it is added to
-            the residual stream (Gemma 2). A projection that aims at the dense model then aims at what the norm reads,
-            the output of the same projection there.
+        output_norm (`bool`, defaults to `False`): whether the output of every projection is normalized before it is
+            added to the residual stream (Gemma 2). With `reconstruction_target="dense"`, the target of a projection is
+            then its output in the dense model, before the norm.
     """
 
     attention: AttentionLayout
