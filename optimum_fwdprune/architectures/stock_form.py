@@ -128,5 +128,5 @@ def _first_difference(wanted: dict[str, tuple[int, ...]], held: dict[str, tuple[
         if wanted.get(name) != held.get(name):
             have = f"{' x '.join(map(str, held[name]))}" if name in held else "nothing"
             want = f"{' x '.join(map(str, wanted[name]))}" if name in wanted else "nothing"
-            return f"has {have} at {name}, where the pruned model has {want}"
+            return f"has {have} at {name} where the pruned model has {want}"
     return None
