@@ -8,9 +8,9 @@ from second_device import FIRST, request_of
 from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.cutting import in_memory
 from optimum_fwdprune.data.calibration import Calibration
+from optimum_fwdprune.forward import divergence
 from optimum_fwdprune.forward.divergence import Divergence
 from optimum_fwdprune.loading.subject import Subject
-from optimum_fwdprune.planning import divergence
 from optimum_fwdprune.reconstruction import gauss_newton
 from optimum_fwdprune.reconstruction.streams import Stream
 from optimum_fwdprune.runs.shelves import Shelf
