@@ -78,7 +78,7 @@ from optimum_fwdprune.architectures import get_architecture, registered_architec
 assert "lacking" not in supported_architectures() and "llama" in supported_architectures()
 names = [architecture.model_type for architecture in registered_architectures()]
 assert "llama" in names and not {{"gpt2", "lacking"}} & set(names), names
-for model_type, reason in (("pruned_lacking", "Unrecognized"), ("gpt2", "lacks what their.*GPT2ForEverything")):
+for model_type, reason in (("pruned_lacking", "Unrecognized"), ("gpt2", "that their pruned.*GPT2ForEverything")):
     try:
         get_architecture(AutoConfig.for_model(model_type))
     except ValueError as error:

@@ -151,7 +151,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(hub, run, dense):
     assert "`MODEL` is the dense model, here a folder named `dense`." in card
     assert "Built with Llama" in card and "![kept units by layer](kept_units.png)" in card
     assert files["kept_units.png"].startswith(b"\x89PNG")
-    assert "not tested again" in card
+    assert "The alignment and safety of the pruned model were not tested." in card
     plan = json.loads(files["fwdprune_plan.json"])
     assert plan["metadata"]["source"] == "dense"
 

@@ -283,7 +283,7 @@ def test_where_the_stream_is_normalized_only_projections_are_refitted(caplog, lo
     pruner = FwdPruner(tiny.make_model("opt_post_norm_projected"))
     with caplog.at_level(logging.WARNING):
         pruner.prune(tiny.request(**REQUEST), long_tokens)
-    assert "refit_sources aims at the dense model's residual stream" in caplog.text
+    assert "refit_sources needs projections whose outputs are added to the residual stream" in caplog.text
     assert all("sources_refitted" not in each for each in pruner.plan.metadata["reconstructed"].values())
 
 

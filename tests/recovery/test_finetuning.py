@@ -477,7 +477,7 @@ class TestBadInput:
         other = FwdPruner(tiny.make_model("llama_gqa_biases"), tokenizer)
         other.prune(tiny.request(sparsity=0.2), tokens)
         with pytest.raises(
-            ValueError, match=r"of another base: .* has the shape \(8, \d+\) there and \(8, \d+\) here"
+            ValueError, match=r"to another base: .* has the shape \(8, \d+\) there and \(8, \d+\) here"
         ):
             other.recover(TEXTS, arguments(tmp_path, resume_from_checkpoint="true"))
         full = pruner_of(tokenizer, tokens)

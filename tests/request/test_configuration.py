@@ -217,7 +217,7 @@ def test_unknown_keys_warn_with_the_version_that_wrote_them(tmp_path, caplog):
         ({"target_parameters": -5}, "target_parameters must be at least 1; got -5"),
         ({"target_parameters": 5, "target_bytes": 5}, "set one of them"),
         ({"target_parameters": 5, "mlp_sparsity": 0.1}, "two budgets; set one of them"),
-        ({"kinds": []}, "must name one at least of attention, mlp, layer"),
+        ({"kinds": []}, "must name at least one of attention, mlp, layer"),
         ({"kinds": ["heads"]}, "kinds must be one of attention, mlp, layer, sublayer; got 'heads'"),
         ({"kinds": ["mlp"], "attention_sparsity": 0.1}, r"attention_sparsity .* kinds=\['mlp'\] excludes"),
         ({"scope": "local"}, "scope must be one of layer, global, search; got 'local'"),
