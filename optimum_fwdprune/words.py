@@ -62,12 +62,16 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 def render_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return rows of text as a table of plain text, which does not depend on the kind of output."""
     import io
+    import random
 
+    # The first import of rich draws a random number, which must not change the numbers that the caller draws.
+    state = random.getstate()
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    random.setstate(state)
     table = Table(box=box.SIMPLE_HEAD)
     for index, name in enumerate(header):
         # Long names are wrapped and not cut, since they often differ at their ends only.
