@@ -7,7 +7,7 @@ import argparse
 from dataclasses import dataclass
 
 from optimum_fwdprune import FwdPruner, PruningConfig, ScoringInputs, register_method
-from optimum_fwdprune.request.options import option
+from optimum_fwdprune.request.fields import option
 
 
 @dataclass

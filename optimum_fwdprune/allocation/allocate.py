@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -20,7 +20,7 @@ from .budgets import (
     ParameterCost,
 )
 from .constraints import named_constraints, prunable_sites
-from .depth import removed_units
+from .depth import DepthUnit, open_units, removed_units
 from .steps import Steps
 
 
@@ -38,7 +38,8 @@ def allocate(
     With `"global"` all layers compete. With `budget="separate"` attention and MLP both lose their share; MLP channels,
     which are small, make up for the rounding to whole heads. With `"joint"` both compete. `attention_sparsity` and
     `mlp_sparsity` are two separate budgets. Layers and sublayers are removed first, and heads and channels of the
-    other layers meet the rest of the budget.
+    other layers meet the rest of the budget. If the request leaves open how many layers or sublayers are removed, as
+    few are removed as the budget allows.
 
     Args:
         sites (`list[Site]`): every site of the model.
@@ -54,20 +55,37 @@ def allocate(
     Raises:
         OutOfReach: where the constraints do not allow the budget. The message names them and the largest sparsity.
     """
-    kept: dict[SiteKey, list[int]] = {}
-    if config.depth_kind is not None:
-        gone = [site for unit in removed_units(sites, scores, config, budget) for site in unit.sites]
-        kept = {site.key: [] for site in gone}
-        # A target is for the whole model, and a sparsity for what units own.
-        spent = sum(site.all_parameters if budget.at_least else budget.cost.total(site) for site in gone)
-        sites, budget = _without(sites, kept), replace(budget, amount=max(0, budget.amount - spent))
+    if config.depth_kind is None:
+        return _narrowed(sites, scores, config, budget, additive)
+    if not config.depth_is_open:
+        return _without_units(removed_units(sites, scores, config, budget), sites, scores, config, budget, additive)
+    out_of_reach: OutOfReach | None = None
+    for number in range(len(open_units(sites, config)) + 1):
+        try:
+            gone = removed_units(sites, scores, config, budget, number)
+            return _without_units(gone, sites, scores, config, budget, additive)
+        except OutOfReach as error:
+            out_of_reach = out_of_reach or error
+    assert out_of_reach is not None
+    raise out_of_reach
+
+
+def _without_units(
+    units: Iterable[DepthUnit],
+    sites: Sequence[Site],
+    scores: Mapping[SiteKey, torch.Tensor],
+    config: PruningConfig,
+    budget: Budget,
+    additive: bool,
+) -> dict[SiteKey, list[int]]:
+    """Let the heads and channels that are left beside removed layers or sublayers give the rest of the budget."""
+    gone = {site.key: site for unit in units for site in unit.sites}
+    spent = sum(budget.cost.whole(site) for site in gone.values())
+    kept: dict[SiteKey, list[int]] = {key: [] for key in gone}
+    left = [site for site in sites if site.key not in gone]
     if not config.width_kinds:
-        return kept | {site.key: list(range(site.num_units)) for site in sites}
-    return kept | _narrowed(sites, scores, config, budget, additive)
-
-
-def _without(sites: Iterable[Site], gone: Container[SiteKey]) -> list[Site]:
-    return [site for site in sites if site.key not in gone]
+        return kept | {site.key: list(range(site.num_units)) for site in left}
+    return kept | _narrowed(left, scores, config, replace(budget, amount=max(0, budget.amount - spent)), additive)
 
 
 def _narrowed(

@@ -26,6 +26,9 @@ class Cost(Protocol):
     def total(self, site: Site) -> int:
         """Return the cost of all units of `site`."""
 
+    def whole(self, site: Site) -> int:
+        """Return what the removal of the whole site saves."""
+
     def asked(self, amount: int, total: int) -> str:
         """Describe for the user the request to remove `amount` of `total`."""
 
@@ -51,6 +54,9 @@ class ParameterCost:
     def total(self, site: Site) -> int:
         return site.num_parameters
 
+    def whole(self, site: Site) -> int:
+        return self.total(site)
+
     def asked(self, amount: int, total: int) -> str:
         return f"Removing {amount / total:.4g} of the {self.of_what} parameters"
 
@@ -72,6 +78,10 @@ class TargetCost(ParameterCost):
     size: int = 0
     per_parameter: int = 1
     unit: str = "parameters"
+
+    def whole(self, site: Site) -> int:
+        # The target is for the whole model, and not only for what units own.
+        return site.all_parameters
 
     def asked(self, amount: int, total: int) -> str:
         return f"target_{self.unit}={self.target}, which removes {amount / total:.4g} of the prunable parameters,"

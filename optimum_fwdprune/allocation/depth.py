@@ -10,7 +10,7 @@ import torch
 from ..architectures import Site, SiteKey
 from ..request.choices import DepthKind, UnitKind
 from ..request.config import PruningConfig
-from .budgets import Budget, OutOfReach
+from .budgets import Budget, Cost, OutOfReach
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,9 @@ class DepthUnit:
     key: SiteKey
     sites: Sequence[Site]
 
-    @property
-    def parameters(self) -> int:
-        """The number of parameters that are removed with it, without norms."""
-        return sum(site.all_parameters for site in self.sites)
+    def saves(self, cost: Cost) -> int:
+        """Return what its removal saves, norms left out."""
+        return sum(cost.whole(site) for site in self.sites)
 
     def __str__(self) -> str:
         return f"layer {self.key.layer}" if self.key.kind == DepthKind.LAYER else str(self.sites[0])
@@ -64,7 +63,11 @@ def number_removed(sites: Iterable[Site], config: PruningConfig) -> int:
 
 
 def removed_units(
-    sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor], config: PruningConfig, budget: Budget
+    sites: Sequence[Site],
+    scores: Mapping[SiteKey, torch.Tensor],
+    config: PruningConfig,
+    budget: Budget,
+    number: int | None = None,
 ) -> list[DepthUnit]:
     """Choose the layers or sublayers to remove, the lowest scores first.
 
@@ -73,18 +76,20 @@ def removed_units(
         scores (mapping of `SiteKey` to `Tensor[1]`): scores of layers or sublayers by their keys; by default 0.
         config (`PruningConfig`): the request, with a `depth_kind`.
         budget (`Budget`): how much to remove, if the request has a target instead of a share.
+        number (`int`, *optional*): how many to remove; by default the request decides.
 
     Raises:
         OutOfReach: where no layer with attention would be left; the message names the largest possible share.
     """
     units, total = open_units(sites, config), len(depth_units(sites, str(config.depth_kind)))
-    by_number = bool(config.width_kinds) or not budget.at_least
-    wanted, removed = number_removed(sites, config), list[DepthUnit]()
+    by_number = number is not None or bool(config.width_kinds) or not budget.at_least
+    wanted = number_removed(sites, config) if number is None else number
+    removed = list[DepthUnit]()
 
     def enough() -> bool:
         if by_number:
             return len(removed) >= wanted
-        return sum(unit.parameters for unit in removed) >= budget.amount
+        return sum(unit.saves(budget.cost) for unit in removed) >= budget.amount
 
     for unit in sorted(units, key=lambda unit: float(scores[unit.key]) if unit.key in scores else 0.0):
         if enough():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from optimum_fwdprune.request.options import field_type
+from optimum_fwdprune.request.fields import field_type
 
 from .parser import choice
 

@@ -36,7 +36,8 @@ class PruneCommand(Command):
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
         from optimum_fwdprune.request.config import DEFAULT_PRESET
-        from optimum_fwdprune.request.options import DEFAULT_METHOD, Heading
+        from optimum_fwdprune.request.fields import Heading
+        from optimum_fwdprune.request.options import DEFAULT_METHOD
         from optimum_fwdprune.scoring.methods import (
             PruningConfig,
             get_method,

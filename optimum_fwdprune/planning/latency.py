@@ -108,6 +108,9 @@ class LatencyCost:
     def total(self, site: Site) -> int:
         return int(self.of(site, torch.tensor([site.num_units])))
 
+    def whole(self, site: Site) -> int:
+        return self.total(site)
+
     def speedup(self, saved: float) -> float:
         """Return the speed-up of a model that saves `saved` nanoseconds."""
         return self.table.model_seconds / (self.table.model_seconds - saved / NANOSECONDS)

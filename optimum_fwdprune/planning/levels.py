@@ -95,6 +95,11 @@ class Levels:
                 return Projection(kept, columns, site.projection.bias)
             return kept_projection(site, kept)
 
+    def without(self, site: Site) -> Projection:
+        """Return the projection of `site` without any unit."""
+        with resident(site.projection):
+            return kept_projection(site, [])
+
 
 def _check_space(sites: Sequence[Site], kept: Mapping[SiteKey, dict[int, list[int]]], folder: Path) -> None:
     """Raise `OSError` where the disk cannot hold the columns of all levels."""

@@ -56,7 +56,7 @@ def make_plan(subject: Subject, scores: Scores, rounds: Rounds, job: Job) -> tup
             return rounds.keep(sites, values, request, budget, additive=False)
 
         searched = search(subject.looking_at(rounds.open_sites(sites)), scores.values, job, calibration, keep)
-        kept = keep(searched.scores, config)
+        kept = keep(searched.scores, searched.config)
         details = {**scores.details, "search": searched.details}
         scores = dataclasses.replace(scores, details=details, history=searched.history)
     else:

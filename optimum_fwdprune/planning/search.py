@@ -16,10 +16,10 @@ from ..allocation.constraints import (
     ENDS,
     FEWEST_WITH_ENDS,
     coarse_multiple,
-    fewest_units,
     levels_of,
     prunable_sites,
 )
+from ..allocation.depth import open_units
 from ..allocation.job import Job
 from ..architectures import Site, SiteKey
 from ..data.calibration import Calibration
@@ -32,18 +32,17 @@ from ..runs.loggers import get_logger
 from ..runs.resume import (
     digest_of,
 )
-from ..scoring.learning.policies import Ratios, Variables, budgets_of, even_rates
-from .descent import FIRST_STEP, LAST_STEP, PARTS, Descent, SearchState
+from .descent import EXCHANGES, LAST_STEP, PARTS, WINDOWS_OF_START, Descent
 from .levels import Levels
+from .search_state import SearchState, state_of, states_of
+from .space import Choice, KeepUnder, Space
 
 
 logger = get_logger(__name__)
 
 
-# The windows that models are compared on are as many as allow this number of sweeps.
+# The windows that models are compared on are as many as allow this number of sweeps from every starting point.
 SWEEPS = 6
-
-KeepUnder = Callable[[Mapping[SiteKey, torch.Tensor], PruningConfig], dict[SiteKey, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,15 @@ class Found:
 
     Args:
         scores (`dict[SiteKey, Tensor[num_units]]`): scores whose order over all sites leads to the best widths.
+        config (`PruningConfig`): the request, with the share of the layers or sublayers that go.
         details (`dict`): numbers of sweeps and windows, and the divergence from the dense model of the even share and
-            of the result, in nats per token, as JSON values.
+            of the result, in nats per token, and which layers or sublayers are removed, as JSON values.
         history (`dict[str, Tensor]`): `loss` (the divergence) and `expected_sparsity` `[sweeps + 1]`, and
             `keep_rate.<layer>.<kind>` of every site.
     """
 
     scores: dict[SiteKey, torch.Tensor]
+    config: PruningConfig
     details: dict[str, Any]
     history: dict[str, torch.Tensor]
 
@@ -105,108 +106,141 @@ def search(
     """
     assert job.budget is not None
     sites, config, cost = subject.sites, job.config, job.budget.cost
-    fixed = {site.key: scores[site.key] for site in sites}
+    units = [] if config.depth_kind is None else open_units(sites, config)
+    fixed = {key: scores[key] for key in (*(site.key for site in sites), *(unit.key for unit in units))}
     candidates = prunable_sites(sites, config)
-    coarse, kept = _on_coarse_grid(candidates, fixed, config, keep)
+    coarse = _on_coarse_grid(candidates, fixed, config, keep)
     # A site that cannot be narrowed has no width to search.
     learned = [site for site in candidates if levels_of(site, scores[site.key], coarse)]
     if not learned:
         raise ValueError("scope='search' has no site that may be narrowed; change skip_layers or min_units_per_site.")
-    variables = [Variables(site, 1, fewest_units(site, coarse) / site.num_units) for site in learned]
-    budgets = budgets_of(variables, kept, coarse, exact=True, cost=cost)
-    if all(len(budget.members) == 1 for budget in budgets):
+    space = Space(sites, learned, fixed, coarse, job.budget, keep)
+    starts = space.starts()
+    if not space.units and all(len(budget.members) == 1 for budget in space.budgets(starts[0])):
         raise ValueError(
             "scope='search' moves budget between sites, and only one site of each kind is pruned here. Prune more "
             "layers, or use scope='layer'."
         )
-    ratios = Ratios(learned, scores, lambda values: keep(fixed | dict(values), coarse))
     fit, judging = calibration.split(HELD_OUT_EVERY)
-    price = _price(learned, len(subject.layers))
-    judging = _as_many_as_allowed(judging or fit, learned, price, config)
+    price = _price(space, len(subject.layers))
+    judging = _as_many_as_allowed(judging or fit, space, price, len(starts), config)
 
-    by_name = ((str(site.key), scores[site.key]) for site in learned)
+    by_name = ((str(key), scores[key]) for key in (*(site.key for site in learned), *(unit.key for unit in units)))
     costs = [cost.total(site) for site in learned]
     stage = job.resume.stage("search", calibration, scores=digest_of(by_name), costs=costs)
-    state = stage.load(SearchState.of) or SearchState(torch.zeros(0, dtype=torch.float64), FIRST_STEP)
+    states = stage.load(states_of) or []
     with tempfile.TemporaryDirectory(prefix="fwdprune-levels-") as folder:
-        if state.step >= LAST_STEP:
+        if not states or any(state.step >= LAST_STEP for state in states):
             levels = Levels(subject.looking_at(learned), scores, coarse, fit, Path(folder), job.resume)
-            divergence = Divergence(subject.looking_at(learned), judging, config.batch_size)
-            descent = Descent(ratios, budgets, levels, divergence, cost, len(judging.input_ids))
-            if not len(state.rates):
-                starts = [even_rates(budgets, len(learned))]
-                if (without_ends := _start_without_ends(learned, fixed, coarse, keep)) is not None:
-                    starts.append(without_ends)
-                descent.start(state, starts)
+            divergence = Divergence(subject, judging, config.batch_size)
+            descent = Descent(space, levels, divergence, len(judging.input_ids))
+            if not states:
+                choices = [space.even(gone) for gone in starts]
+                if () in starts and (without_ends := _start_without_ends(space, fixed, coarse, keep)) is not None:
+                    choices.append(without_ends)
+                states = descent.start(choices)
+                stage.save(lambda: state_of(states))
 
             try:
-                descent.run(state, price, config.search_windows, stage)
+                _descend(descent, states, price, config.search_windows, lambda: stage.save(lambda: state_of(states)))
             except KeyboardInterrupt:
                 if ranks.world_size() > 1:
                     # The other processes may be at other places of their sweep.
                     raise
                 logger.warning(
                     "The search was interrupted after %d sweeps. Pruning continues with its best result so far.",
-                    state.sweeps,
+                    sum(state.sweeps for state in states),
                 )
-    order = {site.key: torch.ones(site.num_units, dtype=torch.float32) for site in sites} | ratios.by_site(state.rates)
-    details = {
-        "sweeps": state.sweeps,
-        "windows": state.windows,
-        "even_divergence": state.even,
-        "divergence": state.losses[-1],
+    best = _best(states)
+    details: dict[str, Any] = {
+        "sweeps": sum(state.sweeps for state in states),
+        "windows": sum(state.windows for state in states),
+        "even_divergence": best.even,
+        "divergence": best.losses[-1],
     }
-    return Found(order, details, state.history(learned, sites))
+    if units:
+        details["removed"] = [str(space.units[place]) for place in best.gone]
+    return Found(space.scores(best.choice), space.request(best.gone, config), details, best.history(space))
+
+
+def _descend(
+    descent: Descent, states: Sequence[SearchState], price: float, allowed: float, save: Callable[[], None]
+) -> None:
+    """Descend from every starting point with an equal part of the windows, and from the best result with the rest."""
+
+    def left(state: SearchState, share: float = 1.0) -> float:
+        return allowed * share - sum(other.windows for other in states if other is not state)
+
+    for number, state in enumerate(states, 1):
+        descent.run(state, price, left(state, number / len(states)), save)
+    best = _best(states)
+    descent.run(best, price, left(best), save)
+
+
+def _best(states: Sequence[SearchState]) -> SearchState:
+    return min(states, key=lambda state: state.losses[-1])
 
 
 def _on_coarse_grid(
     sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor], config: PruningConfig, keep: KeepUnder
-) -> tuple[PruningConfig, dict[SiteKey, list[int]]]:
-    """Return the request with the largest `multiple_of` that its budget can be met with, and the units it keeps."""
+) -> PruningConfig:
+    """Return the request with the largest `multiple_of` that its budget can be met with."""
     multiple = coarse_multiple(sites, config)
     while multiple > config.multiple_of:
         coarse = replace(config, multiple_of=multiple)
         try:
-            return coarse, keep(scores, coarse)
+            keep(scores, coarse)
+            return coarse
         except ValueError:
             # The budget needs a finer grid, or cannot be met at all, which the last line raises.
             multiple = multiple // config.multiple_of // 2 * config.multiple_of
-    return config, keep(scores, config)
+    keep(scores, config)
+    return config
 
 
 def _start_without_ends(
-    sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor], coarse: PruningConfig, keep: KeepUnder
-) -> torch.Tensor | None:
-    """Return keep ratios that leave the ends of a deep model unpruned; `None` where these cannot meet the budget."""
-    if coarse.skip_layers is not None or 1 + max(site.layer for site in sites) < FEWEST_WITH_ENDS:
+    space: Space, scores: Mapping[SiteKey, torch.Tensor], coarse: PruningConfig, keep: KeepUnder
+) -> Choice | None:
+    """Return the choice that leaves the ends of a deep model unpruned; `None` where this cannot meet the budget."""
+    if coarse.skip_layers is not None or 1 + max(site.layer for site in space.sites) < FEWEST_WITH_ENDS:
         return None
     try:
-        kept = keep(scores, replace(coarse, skip_layers=ENDS))
+        kept = keep(scores, replace(space.request(()), skip_layers=ENDS))
     except ValueError:
         return None
-    return torch.tensor([len(kept[site.key]) / site.num_units for site in sites], dtype=torch.float64)
+    return Choice(torch.tensor([len(kept[site.key]) for site in space.sites], dtype=torch.float64) / space.sizes)
 
 
-def _price(sites: Sequence[Site], layers: int) -> float:
-    """Return the largest number of passes of one window through all layers that a sweep and its move take."""
-    # A site is measured from its layer to the last one. A move that is taken is passed through all layers once more.
-    return sum(layers - site.layer for site in sites) / layers + len(PARTS) + 1
+def _price(space: Space, layers: int) -> float:
+    """Return the largest number of passes of one window through all layers that a sweep and its moves take."""
+    # A site or layer is measured from its layer to the last one. A move that is taken is passed through all layers
+    # once more.
+    units = space.units if space.is_open else []
+    measured = [*(site.layer for site in space.sites), *(unit.key.layer for unit in units)]
+    return sum(layers - layer for layer in measured) / layers + _moves(space) + 1
+
+
+def _moves(space: Space) -> int:
+    return len(PARTS) + (EXCHANGES if space.is_open else 0)
 
 
 def _as_many_as_allowed(
-    judging: Calibration, sites: Sequence[Site], price: float, config: PruningConfig
+    judging: Calibration, space: Space, price: float, starts: int, config: PruningConfig
 ) -> Calibration:
     """Return the windows to compare models on: as many as allow `SWEEPS` sweeps, but at least one.
 
     Raises:
         ValueError: where the request allows no sweep at all.
     """
-    # Before the first sweep the dense model, two starting points, and the better of them again are run.
-    fewest = math.ceil(price) + 4
+    # Before the first sweep the dense model, the starting points, and those that are descended from again are run.
+    first = WINDOWS_OF_START + starts + 1 + (2 if starts > 1 else 0)
+    fewest = math.ceil(price) + first
     if config.search_windows < fewest:
+        units = f" and {len(space.units)} {config.depth_kind}s" if space.is_open else ""
         raise ValueError(
-            f"search_windows={config.search_windows} is too small to try {len(sites)} sites and {len(PARTS)} moves on "
-            f"one window; set it to at least {fewest}, or use scope='global'."
+            f"search_windows={config.search_windows} is too small to try {len(space.sites)} sites{units} and "
+            f"{_moves(space)} moves on one window; set it to at least {fewest}, or use scope='global'."
         )
-    allowed = int(config.search_windows / (SWEEPS * price + 4))
+    sweeps = 2 * SWEEPS if starts > 1 else SWEEPS
+    allowed = int(config.search_windows / (sweeps * price + first))
     return Calibration(*judging.windows(slice(max(1, allowed))), judging.source)

@@ -261,6 +261,8 @@ def _depth_losses(sites: Sequence[Site], config: PruningConfig, kept: Mapping[Si
         return {}
     units = depth_units(sites, config.depth_kind)
     gone = sum(not any(kept[site.key] for site in unit.sites) for unit in units)
+    if config.resolved_scope == Scope.SEARCH and config.depth_is_open:
+        return {"depth": f"The search decides which of the {len(units)} {config.depth_kind}s are removed."}
     return {"depth": f"{gone} of {len(units)} {config.depth_kind}s are removed; the scores determine which."}
 
 

@@ -12,7 +12,7 @@ from ..allocation.composing import EARLIER
 from ..allocation.plan import PLAN_NAME
 from ..data.texts import FILE_LOADERS
 from ..request.config import PruningConfig
-from ..request.options import Heading
+from ..request.fields import Heading
 from ..runs.loggers import LIBRARY
 from .command import command_of
 from .record import Record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..request.options import option
+from ..request.fields import option
 
 
 LORA, FULL, DISTILL = "lora", "full", "distill"

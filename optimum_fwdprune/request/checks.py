@@ -10,7 +10,8 @@ import typing
 from ..words import did_you_mean
 from .choices import Layout, ReconstructionKind, ReconstructionOrder, ReconstructionTarget, Scope, UnitKind
 from .depth import check_depth
-from .options import Options, field_type
+from .fields import field_type
+from .options import Options
 
 
 # Budgets for the whole model.

@@ -14,6 +14,7 @@ from ..files import as_path, write_text_atomically
 from ..words import did_you_mean
 from .checks import check_types, check_values
 from .choices import ReconstructionKind
+from .fields import Heading
 from .files import (
     CONFIG_NAME,
     check_values_of_file,
@@ -22,7 +23,7 @@ from .files import (
     known_options,
     read_values,
 )
-from .options import DEFAULT_METHOD, Heading, Options
+from .options import DEFAULT_METHOD, Options
 from .registry import METHODS, Method, get_method, get_preset, registered_methods
 
 

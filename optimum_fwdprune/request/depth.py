@@ -26,10 +26,10 @@ def check_depth(config: Options) -> None:
                     f"{name} is for layers or sublayers in addition to heads or channels, and the request has "
                     f"kinds={kinds}. Use {name.removeprefix('depth_')}, or add the others to kinds."
                 )
-    elif config.depth_sparsity is None:
+    elif config.depth_sparsity is None and config.scope != Scope.SEARCH and not config.has_target:
         raise ValueError(
             f"kinds={kinds} removes {config.depth_kind}s in addition to heads or channels. Set depth_sparsity to the "
-            f"fraction of the {config.depth_kind}s to remove."
+            f"fraction of the {config.depth_kind}s to remove, or scope='search' to let a search decide."
         )
     if config.depth_sparsity is not None and not 0 <= config.depth_sparsity < 1:
         raise ValueError(
@@ -65,11 +65,12 @@ def _check_limits(config: Options) -> None:
             config.rounds > 1,
             "leave out rounds; method='removal_loss' measures again after every removal",
         ),
-        "scope='search'": (config.scope == Scope.SEARCH, "leave out scope"),
         "target_speedup": (config.target_speedup is not None, "set sparsity or target_parameters instead"),
         f"scope={config.scope!r}": (
             alone and config.scope is not None,
-            "scope divides heads and channels; leave it out",
+            "scope divides heads and channels; leave it out, and let method='removal_loss' search among them"
+            if config.scope == Scope.SEARCH
+            else "scope divides heads and channels; leave it out",
         ),
         f"method={config.method!r}": (
             not alone and learns,
@@ -99,7 +100,8 @@ def depth_request(config: Any) -> Any:
             **shared,
             "method": config.resolved_depth_method,
             "kinds": [config.depth_kind],
-            "sparsity": config.share_of_depth,
+            # Where their number is open, their order matters up to what the budget could take.
+            "sparsity": config.sparsity if config.depth_is_open else config.share_of_depth,
             "target_bytes": None,
         }
     )

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import types
-import typing
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from .choices import (
     AttentionUnit,
     BudgetSharing,
-    Choice,
     DepthKind,
     Layout,
     ReconstructionKind,
@@ -20,53 +15,12 @@ from .choices import (
     Scope,
     UnitKind,
 )
+from .fields import Heading, option
 from .registry import METHODS
 
 
 DEFAULT_METHOD = "wanda_sp"
 DEFAULT_DEPTH_METHOD = "block_influence"
-
-
-class Heading(Choice):
-    """The heading that an option has in the help of the command line."""
-
-    METHOD = "method"
-    BUDGET = "budget"
-    SHARES = "how the budget is shared"
-    SEARCH = "search, with --scope search"
-    UNITS = "what is pruned"
-    RECONSTRUCTION = "reconstruction"
-    CALIBRATION = "calibration"
-    RUNNING = "interrupt and resume"
-
-
-def option(default: Any, help: str, choices: Iterable[str] | None = None, group: str | None = None) -> Any:
-    """Declare a field of a config.
-
-    Args:
-        default: the field's default.
-        help (`str`): the field's help text, which the command line and the documentation show.
-        choices (iterable of `str`, *optional*): its allowed values, such as a [`Choice`]; by default any.
-        group (`str`, *optional*): heading that the help of the command line lists it under; by default the method's.
-    """
-    metadata: dict[str, Any] = {"help": help}
-    if choices is not None:
-        metadata["choices"] = tuple(map(str, choices))
-    if group is not None:
-        metadata["group"] = group
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=str(default) if isinstance(default, Choice) else default, metadata=metadata)
-
-
-def field_type(hint: Any) -> tuple[Any, bool, bool]:
-    """Return a field's element type, whether the field is a list, and whether it may be `None`, by its annotation."""
-    is_optional = isinstance(hint, types.UnionType) and types.NoneType in typing.get_args(hint)
-    if is_optional:
-        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
-    if typing.get_origin(hint) is list:
-        return typing.get_args(hint)[0], True, is_optional
-    return hint, False, is_optional
 
 
 @dataclass
@@ -114,7 +68,8 @@ class Options:
     depth_sparsity: float | None = option(
         None,
         "If kinds includes layer or sublayer in addition to attention or mlp: fraction of the layers or sublayers to "
-        "remove. Heads and channels lose the rest of the budget.",
+        "remove. Heads and channels lose the rest of the budget. Default: scope=search finds it, and with a target "
+        "as few are removed as possible.",
         group=Heading.BUDGET,
     )
     scope: str | None = option(
@@ -275,6 +230,11 @@ class Options:
         return next((kind for kind in self.resolved_kinds if kind in list(DepthKind)), None)
 
     @property
+    def depth_is_open(self) -> bool:
+        """Whether the request leaves open how many layers or sublayers go beside heads or channels."""
+        return self.depth_kind is not None and bool(self.width_kinds) and self.depth_sparsity is None
+
+    @property
     def share_of_depth(self) -> float:
         """The fraction of the layers or sublayers to remove."""
         return (self.depth_sparsity or 0.0) if self.width_kinds else self.sparsity
@@ -283,6 +243,11 @@ class Options:
     def resolved_depth_method(self) -> str:
         """The method that scores layers or sublayers."""
         return (self.depth_method or DEFAULT_DEPTH_METHOD) if self.width_kinds else self.method
+
+    @property
+    def has_target(self) -> bool:
+        """Whether the request is for a target of the whole model, and not for a sparsity."""
+        return any(target is not None for target in (self.target_parameters, self.target_bytes, self.target_speedup))
 
     @property
     def has_budget_per_kind(self) -> bool:

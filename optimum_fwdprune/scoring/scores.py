@@ -22,7 +22,7 @@ from ..files import (
 from ..forward.evidence import Evidence, Grams
 from ..forward.statistics import SiteStatistics
 from ..request.choices import ReconstructionKind, Scope
-from ..request.options import Heading
+from ..request.fields import Heading
 from ..runs.loggers import get_logger
 from ..words import html_table
 from .methods import (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...request.config import PruningConfig, register_method
-from ...request.options import option
+from ...request.fields import option
 from ...request.registry import register_preset
 from ..choices import Aggregation, Gradient, NoiseDistribution, Perturbed
 from .scoring import ScoringInputs, UnitScores

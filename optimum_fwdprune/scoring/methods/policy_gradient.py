@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...request.choices import BudgetSharing, Layout, Scope
 from ...request.config import PruningConfig, register_method
-from ...request.options import option
+from ...request.fields import option
 from ...request.registry import get_method, register_preset, registered_methods
 from ..choices import Estimator, Initialization, Parametrization
 from .scoring import ScoringInputs, UnitScores

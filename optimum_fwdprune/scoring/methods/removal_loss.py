@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...request.config import PruningConfig, register_method
-from ...request.options import option
+from ...request.fields import option
 from .scoring import DEPTH_KINDS, ScoringInputs, UnitScores
 
 

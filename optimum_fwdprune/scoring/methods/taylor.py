@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...request.config import PruningConfig, register_method
-from ...request.options import option
+from ...request.fields import option
 from ...request.registry import register_preset
 from ..choices import Salience
 from .scoring import ScoringInputs

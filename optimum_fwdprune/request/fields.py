@@ -1,0 +1,53 @@
+"""How the options of a request are declared: with a default, a help text, the allowed values and a heading."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import field
+from typing import Any
+
+from .choices import Choice
+
+
+class Heading(Choice):
+    """The heading that an option has in the help of the command line."""
+
+    METHOD = "method"
+    BUDGET = "budget"
+    SHARES = "how the budget is shared"
+    SEARCH = "search, with --scope search"
+    UNITS = "what is pruned"
+    RECONSTRUCTION = "reconstruction"
+    CALIBRATION = "calibration"
+    RUNNING = "interrupt and resume"
+
+
+def option(default: Any, help: str, choices: Iterable[str] | None = None, group: str | None = None) -> Any:
+    """Declare a field of a config.
+
+    Args:
+        default: the field's default.
+        help (`str`): the field's help text, which the command line and the documentation show.
+        choices (iterable of `str`, *optional*): its allowed values, such as a [`Choice`]; by default any.
+        group (`str`, *optional*): heading that the help of the command line lists it under; by default the method's.
+    """
+    metadata: dict[str, Any] = {"help": help}
+    if choices is not None:
+        metadata["choices"] = tuple(map(str, choices))
+    if group is not None:
+        metadata["group"] = group
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=str(default) if isinstance(default, Choice) else default, metadata=metadata)
+
+
+def field_type(hint: Any) -> tuple[Any, bool, bool]:
+    """Return a field's element type, whether the field is a list, and whether it may be `None`, by its annotation."""
+    is_optional = isinstance(hint, types.UnionType) and types.NoneType in typing.get_args(hint)
+    if is_optional:
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True, is_optional
+    return hint, False, is_optional
