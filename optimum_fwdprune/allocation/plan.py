@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,8 @@ class PruningPlan:
             for kind in UnitKind:
                 key = SiteKey(layer, kind)
                 total, kept = self.num_units.get(key, 0), len(self.kept.get(key, []))
-                row += [f"{kept} / {total}", f"{kept / total if total else 1:.0%}"]
+                gone = total and not kept
+                row += [f"{kept} / {total}", "removed" if gone else f"{kept / total if total else 1:.0%}"]
             rows.append(row)
         return html_table(("layer", unit_name(UnitKind.ATTENTION, self.attention_unit), "", "MLP channels", ""), rows)
 
@@ -219,64 +220,6 @@ def _why(error: Exception) -> str:
     if isinstance(error, (KeyError, ValueError)):
         return str(error.args[0]).rstrip(".")
     return f"its entries are not those of a plan ({error})"
-
-
-def losses_by_kind(
-    kept: Mapping[SiteKey, Sequence[int]], num_units: Mapping[SiteKey, int], attention_unit: str
-) -> dict[str, str]:
-    """Return a sentence for every kind of unit: the share of units that is removed, in total and per layer.
-
-    Args:
-        kept (mapping of site key to sequence of `int`): the units that are kept.
-        num_units (mapping of site key to `int`): number of units before pruning.
-        attention_unit (`str`): the kind of attention units, `"kv_group"` or `"query_head"`.
-    """
-    names = {UnitKind.ATTENTION: ATTENTION_NAMES[attention_unit], UnitKind.MLP: "MLP channels"}
-    sentences: dict[str, str] = {}
-    for kind in UnitKind:
-        layers = {key.layer: 1 - len(kept[key]) / total for key, total in num_units.items() if key.kind == kind}
-        if not layers:
-            continue
-        total = sum(number for (_, of), number in num_units.items() if of == kind)
-        removed = total - sum(len(units) for (_, of), units in kept.items() if of == kind)
-        by_layer = {layer: share for layer, share in sorted(layers.items()) if share}
-        if not by_layer:
-            sentences[kind] = f"{_capitalised(names[kind])}: none is removed."
-            continue
-        least, most = min(by_layer, key=by_layer.__getitem__), max(by_layer, key=by_layer.__getitem__)
-        if f"{by_layer[least]:.1%}" == f"{by_layer[most]:.1%}":
-            shares = f"{by_layer[most]:.1%} in {_layers_named(by_layer)}"
-        else:
-            shares = f"from {by_layer[least]:.1%} in layer {least} to {by_layer[most]:.1%} in layer {most}"
-        whole = [layer for layer in sorted(layers) if layer not in by_layer]
-        rest = f", none in {_layers_named(whole)}" if whole else ""
-        sentences[kind] = f"{_capitalised(names[kind])}: {removed / total:.1%} are removed, {shares}{rest}."
-    return sentences
-
-
-ATTENTION_NAMES: dict[str, str] = {AttentionUnit.QUERY_HEAD: "attention heads", AttentionUnit.KV_GROUP: "KV groups"}
-
-
-def _capitalised(name: str) -> str:
-    return name[0].upper() + name[1:]
-
-
-def _layers_named(layers: Iterable[int]) -> str:
-    """Return layers as text, with neighbours as ranges: "layers 0, 1 and 4 to 27"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    parts = [
-        part
-        for run in runs
-        for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(layer) for layer in run])
-    ]
-    if len(parts) == 1:
-        return f"layer{'s' * (' to ' in parts[0])} {parts[0]}"
-    return f"layers {', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _plan_file(path: str | Path) -> Path:

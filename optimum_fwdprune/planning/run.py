@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..allocation.budgets import Budget, removal_budget
 from ..allocation.fitting import check_fits
 from ..allocation.job import Job, resume_of
-from ..allocation.plan import PruningPlan, losses_by_kind
+from ..allocation.losses import losses_by_kind
+from ..allocation.plan import PruningPlan
 from ..allocation.rounds import Rounds
 from ..architectures import find_sites
 from ..cutting.cut import Cut, cut

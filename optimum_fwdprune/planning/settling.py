@@ -11,7 +11,7 @@ from ..allocation.allocate import allocate
 from ..allocation.budgets import Budget, OutOfReach
 from ..allocation.constraints import prunable_sites, spares_ends
 from ..allocation.depth import depth_units, number_removed
-from ..allocation.plan import losses_by_kind
+from ..allocation.losses import losses_by_kind
 from ..architectures import (
     Site,
     SiteKey,
@@ -250,9 +250,12 @@ def _losses(
     names = " and ".join(named[kind] for kind in sorted({site.kind for site in open_sites}))
     total = sum(site.num_parameters for site in open_sites)
     share = sum(by_site[site.key] for site in open_sites if kept[site.key]) / max(1, total)
+    average = f"On average {share:.1%} of the parameters of {names} will be removed"
+    if config.resolved_scope == Scope.LAYER:
+        return depth | {"all": f"{average} in the other layers."}
     return depth | {
-        "all": f"On average {share:.1%} of the parameters of {names} will be removed. Layers compete for the budget "
-        f"(scope={config.resolved_scope!r}), so the scores decide how much each layer loses."
+        "all": f"{average}. Layers compete for the budget (scope={config.resolved_scope!r}), so the scores decide how "
+        f"much each layer loses."
     }
 
 

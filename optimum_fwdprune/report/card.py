@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
-from ..allocation.composing import EARLIER
-from ..allocation.plan import ATTENTION_NAMES, PLAN_NAME, PruningPlan
+from ..allocation.plan import PLAN_NAME
 from ..evaluation import Comparison
 from ..loading.base import CARD_NAME, Base
 from ..record.outcome import Outcome
 from ..record.record import Record
-from ..record.reproduction import INPUTS, reproduction_of
-from ..recovery.options import DISTILL
-from ..request.choices import ReconstructionKind, ReconstructionOrder, Scope, UnitKind
+from ..record.reproduction import reproduction_of
 from ..request.files import CONFIG_NAME
-from ..scoring.methods import get_method
-from .numbers import calibration_in_words
 from .pictures import plot_plan
+from .sentences import (
+    calibration_of,
+    how_it_was_trained,
+    how_units_were_chosen,
+    what_became_of_the_weights,
+    what_was_removed,
+)
 from .tables import plan_table
 
 
@@ -98,91 +100,13 @@ def _introduction(name: str, record: Record, base: Base | None) -> str:
     wanted = base.wanted_name if base else None
     sentences = [
         f"This is {origin}, made smaller by structured pruning with optimum-fwdprune.",
-        *_what_was_removed(record.plan),
-        *_how_units_were_chosen(record),
-        *_what_became_of_the_weights(record),
-        *_how_it_was_trained(record),
+        *what_was_removed(record.plan),
+        *how_units_were_chosen(record),
+        *what_became_of_the_weights(record),
+        *how_it_was_trained(record),
     ]
     text = f"# {name.rpartition('/')[2]}\n\n{' '.join(sentences)}"
     return text + (f"\n\n**Built with {wanted}.**" if wanted else "")
-
-
-def _what_was_removed(plan: PruningPlan | None) -> Iterator[str]:
-    if plan is None:
-        return
-    names = {UnitKind.ATTENTION: ATTENTION_NAMES[plan.attention_unit], UnitKind.MLP: "MLP channels"}
-    removed = [kind for kind in UnitKind if any(plan.removed(key) for key in plan.kept if key.kind == kind)]
-    kept = [kind for kind in UnitKind if kind not in removed and any(key.kind == kind for key in plan.kept)]
-    if removed:
-        text = " and ".join(names[kind] for kind in removed)
-        rest = f", and all {names[kept[0]]} were kept" if kept else ""
-        yield f"{text[0].upper()}{text[1:]} were removed{rest}."
-    else:
-        yield "No unit was removed: every layer keeps its size."
-
-
-def _how_units_were_chosen(record: Record) -> Iterator[str]:
-    config, plan = record.config, record.plan
-    if config is None or plan is None or not any(map(plan.removed, plan.kept)):
-        return
-    if plan.metadata.get("replayed"):
-        yield "The choice of units was read from an existing plan."
-        return
-    means = "with back-propagation" if get_method(config.method).differentiates(config) else "with forward passes only"
-    rounds = f" in {config.rounds} rounds" if config.rounds > 1 else ""
-    yield f"The method `{config.method}` chose them{rounds}, {means}."
-    if config.resolved_scope == Scope.SEARCH:
-        yield "A search that compared whole pruned models decided how many units each layer keeps."
-    if text := _calibration_of(record):
-        yield f"It was calibrated on {calibration_in_words(text)}."
-
-
-def _what_became_of_the_weights(record: Record) -> Iterator[str]:
-    config = record.config
-    if config is None:
-        return
-    metadata = record.plan.metadata if record.plan is not None else {}
-    earlier = metadata.get(EARLIER) or []
-    was_pruned = bool(earlier or (metadata.get(INPUTS) or {}).get("was_pruned"))
-    if was_pruned:
-        yield "The model had been pruned before, and this pruning started from the weights that it had then."
-    for recovery in (pruning.get("recovery") for pruning in earlier):
-        if recovery:
-            yield f"Before this pruning it had been trained {_training_in_words(recovery)}."
-    if config.reconstruction == ReconstructionKind.NONE:
-        owner = "model before this pruning" if was_pruned else "dense model"
-        yield f"The weights that were kept are equal to those of the {owner}."
-    elif config.reconstruction == ReconstructionKind.BIAS:
-        yield "Biases of the output projections replace the mean output of the removed units."
-    else:
-        order = " one layer after the other" if config.reconstruction_order != ReconstructionOrder.INDEPENDENT else ""
-        what = "the output projections, and the linears before them," if config.refit_sources else "output projections"
-        yield f"The kept columns of {what} were refitted by least squares{order}."
-
-
-def _how_it_was_trained(record: Record) -> Iterator[str]:
-    recovery = record.recovery
-    if not recovery:
-        return
-    yield f"Afterwards it was trained {_training_in_words(recovery)}."
-
-
-def _training_in_words(recovery: Mapping[str, Any]) -> str:
-    what = "with LoRA adapters, which are merged into the weights," if recovery.get("adapters") else "in all weights"
-    if frozen := recovery.get("frozen"):
-        what = f"in part, with {frozen} frozen,"
-    steps = f" for {recovery['steps']} steps" if "steps" in recovery else ""
-    data = f" on `{recovery['dataset']}`" if "dataset" in recovery else ""
-    towards = ", towards the predictions of the dense model" if recovery.get("mode") == DISTILL else ""
-    return f"{what}{steps}{data}{towards}"
-
-
-def _calibration_of(record: Record) -> str | None:
-    """Return the name of the calibration data; `None` where it was not recorded."""
-    if record.outcome is not None:
-        return record.outcome.calibration
-    recorded = (record.plan.metadata.get("calibration") if record.plan else None) or {}
-    return recorded.get("source")
 
 
 def _loading(name: str, model: PreTrainedModel) -> str:
@@ -248,7 +172,7 @@ def _kept(record: Record, picture: Path) -> str:
 
 def _reproduction(name: str, record: Record, base: Base | None) -> str:
     repository = base.name if base and base.is_repository else None
-    made = reproduction_of(record, _calibration_of(record), repository)
+    made = reproduction_of(record, calibration_of(record), repository)
     if made is None:
         return ""
     text = "## Reproduce it\n\n"
@@ -285,7 +209,7 @@ pruner.prune(PruningConfig.from_pretrained("{name}"), dataset=DATASET)
 
 def _limits(record: Record, base: Base | None) -> str:
     text = "## Limits\n\nPruning costs quality"
-    if _calibration_of(record):
+    if calibration_of(record):
         text += ", and more of it on text that differs from the calibration text"
     text += ". The alignment and safety of the pruned model were not tested."
     return text + (" The base's licence applies." if base and base.license else "")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
+from ..allocation.losses import depth_losses
 from ..allocation.plan import PLAN_NAME, PruningPlan
 from ..architectures import find_sites
 from ..architectures.site import SiteKey
@@ -137,6 +138,7 @@ def describe(name: str, record: Record, comparison: Comparison | None = None) ->
         "recovery": record.recovery,
         "sizes": _sizes(outcome) if outcome else None,
         "pruning": _pruning(outcome) if outcome else None,
+        "depth": list(depth_losses(plan.kept).values()) if plan else [],
         "layers": _layers(plan, outcome) if plan else None,
         "scores": _scores(scores, plan) if scores else None,
         "learning": _learning(scores),

@@ -117,9 +117,10 @@ def _of_layers(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
         return draw
 
     drawn = [kept(kind) for kind in UnitKind]
-    drawings = [
-        _draw(f"{name}-kept", "Kept units", "The share of its units that each layer kept.", drawn, 3.6, sharex=True)
-    ]
+    text = "The share of its units that each layer kept."
+    if checkpoint["depth"]:
+        text += " Hatched bars stand for an attention or an MLP that was removed."
+    drawings = [_draw(f"{name}-kept", "Kept units", text, drawn, 3.6, sharex=True)]
     if all(row[kind]["parameters"] for row in rows for kind in UnitKind):
         before = [sum(row[kind]["parameters"]["before"] for kind in UnitKind) for row in rows]
         after: dict[str, list[int]] = {kind: [row[kind]["parameters"]["after"] for row in rows] for kind in UnitKind}

@@ -59,11 +59,21 @@ def plot_history(history: Mapping[str, Tensor], file: str | Path) -> None:
 def draw_kept(
     axis: Axes, kind: str, layers: Sequence[int], kept: Sequence[int], units: Sequence[int], name: str
 ) -> None:
-    """Draw a bar per layer: the share of its units that were kept, on a bar of full height."""
-    present = [place for place, total in enumerate(units) if total]
+    """Draw a bar per layer: the share of its units that were kept, on a bar of full height, which is hatched where no
+    unit was kept."""
+    present = [place for place, total in enumerate(units) if total and kept[place]]
     where = [layers[place] for place in present]
     axis.bar(where, [1.0] * len(where), width=0.74, color=PALETTE["track"])
     axis.bar(where, [kept[place] / units[place] for place in present], width=0.74, color=PALETTE[kind])
+    if gone := [layers[place] for place, total in enumerate(units) if total and not kept[place]]:
+        hatched: dict[str, Any] = {
+            "facecolor": "none",
+            "edgecolor": PALETTE["removed"],
+            "linewidth": 0.8,
+            "hatch": "/////",
+        }
+        axis.bar(gone, [1.0] * len(gone), width=0.7, label=f"no {kind_name(kind)}", **hatched)
+        add_legend(axis)
     axis.set_title(f"{name}, {sum(kept):,} of {sum(units):,} kept")
     axis.set_ylim(0, 1)
     axis.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
@@ -170,7 +180,7 @@ def draw_rates(axis: Axes, kind: str, learning: Mapping[str, Any]) -> None:
 
     rates = {int(layer): values for layer, values in learning["keep_rates"][kind].items()}
     steps = learning["steps"]
-    axis.set_title(f"keep rate, {'MLP' if kind == 'mlp' else kind}")
+    axis.set_title(f"keep rate, {kind_name(kind)}")
     if not rates:
         axis.text(0.5, 0.5, "not pruned", ha="center", va="center", transform=axis.transAxes, color=PALETTE["muted"])
         return
@@ -216,6 +226,11 @@ def draw_kept_of_several(
     axis.set_ylim(0, 1.04)
     axis.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
     number_layers(axis, sorted({layer for where in layers for layer in where}))
+
+
+def kind_name(kind: str) -> str:
+    """Return the name of a sublayer of a kind."""
+    return "MLP" if kind == UnitKind.MLP else "attention"
 
 
 def _floats(values: Sequence[float | None]) -> list[float]:

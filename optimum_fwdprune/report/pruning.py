@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..allocation.composing import EARLIER
-from ..allocation.plan import losses_by_kind
+from ..allocation.losses import losses_by_kind
 from ..evaluation import Comparison
 from ..record.outcome import Outcome
 from ..record.record import Record

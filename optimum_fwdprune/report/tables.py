@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..allocation.losses import depth_losses
 from ..allocation.plan import PruningPlan
 from ..architectures.site import SiteKey, unit_name
 from ..request.choices import UnitKind
@@ -28,9 +29,11 @@ def plan_table(plan: PruningPlan) -> str:
             key = SiteKey(layer, kind)
             total, kept = plan.num_units.get(key, 0), len(plan.kept.get(key, []))
             share = kept / total if total else 1.0
-            row += [f"{kept} / {total}", f"{'█' * round(share * 20):<20} {share:4.0%}"]
+            share_text = f"{'removed':<25}" if total and not kept else f"{'█' * round(share * 20):<20} {share:4.0%}"
+            row += [f"{kept} / {total}", share_text]
         rows.append(tuple(row))
-    return render_table(("layer", unit_name(UnitKind.ATTENTION, plan.attention_unit), "", "MLP channels", ""), rows)
+    header = ("layer", unit_name(UnitKind.ATTENTION, plan.attention_unit), "", "MLP channels", "")
+    return "\n".join([render_table(header, rows), *depth_losses(plan.kept).values()])
 
 
 def report_table(document: Mapping[str, Any]) -> str:
@@ -111,6 +114,7 @@ def _checkpoint(checkpoint: Mapping[str, Any]) -> str:
         (str(row["layer"]), *(text for kind in UnitKind for text in _site(row[kind]))) for row in checkpoint["layers"]
     ]
     sections.append(render_table(("layer", units, "parameters", "MLP channels", "parameters"), layers))
+    sections.append("\n".join(checkpoint["depth"]))
     if checkpoint["command"]:
         sections.append(f"Made by: {checkpoint['command']}")
     sections += ["\n".join(note.replace("`", "") for note in checkpoint["command_notes"])]
@@ -139,5 +143,7 @@ def _measured(measured: Mapping[str, Any] | None) -> Iterator[tuple[str, ...]]:
 
 
 def _site(site: Mapping[str, Any]) -> tuple[str, str]:
+    if site["units"] and not site["kept"]:
+        return f"0 / {site['units']}", "removed"
     left = (site["parameters"] or {}).get("after")
     return f"{site['kept']} / {site['units']}", written(left, "count", "not recorded")

@@ -1,0 +1,106 @@
+"""What a plan removes, as sentences: layers, sublayers, and the units of sublayers that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from ..architectures.depth import layers_left
+from ..architectures.site import SiteKey
+from ..request.choices import AttentionUnit, DepthKind, UnitKind
+
+
+ATTENTION_NAMES: dict[str, str] = {AttentionUnit.QUERY_HEAD: "attention heads", AttentionUnit.KV_GROUP: "KV groups"}
+
+
+def losses_by_kind(
+    kept: Mapping[SiteKey, Sequence[int]], num_units: Mapping[SiteKey, int], attention_unit: str
+) -> dict[str, str]:
+    """Return sentences on what is removed, by kind: whole layers, sublayers, and heads and channels.
+
+    Shares of heads and channels refer to the sublayers that are kept.
+
+    Args:
+        kept (mapping of site key to sequence of `int`): the units that are kept.
+        num_units (mapping of site key to `int`): number of units before pruning.
+        attention_unit (`str`): the kind of attention units, `"kv_group"` or `"query_head"`.
+    """
+    sentences = depth_losses(kept)
+    names = {UnitKind.ATTENTION: ATTENTION_NAMES[attention_unit], UnitKind.MLP: "MLP channels"}
+    for kind in UnitKind:
+        sites = [key for key in sorted(num_units) if key.kind == kind]
+        left = [key for key in sites if kept[key]]
+        if not left:
+            continue
+        total, remaining = sum(num_units[key] for key in left), sum(len(kept[key]) for key in left)
+        layers = {key.layer: 1 - len(kept[key]) / num_units[key] for key in left}
+        by_layer = {layer: share for layer, share in layers.items() if share}
+        name = _capitalised(names[kind]) + (" of the other layers" if len(left) < len(sites) else "")
+        if not by_layer:
+            sentences[kind] = f"{name}: none is removed."
+            continue
+        least, most = min(by_layer, key=by_layer.__getitem__), max(by_layer, key=by_layer.__getitem__)
+        if f"{by_layer[least]:.1%}" == f"{by_layer[most]:.1%}":
+            shares = f"{by_layer[most]:.1%} in {layers_named(by_layer)}"
+        else:
+            shares = f"from {by_layer[least]:.1%} in layer {least} to {by_layer[most]:.1%} in layer {most}"
+        whole = [layer for layer in layers if layer not in by_layer]
+        rest = f", none in {layers_named(whole)}" if whole else ""
+        sentences[kind] = f"{name}: {1 - remaining / total:.1%} are removed, {shares}{rest}."
+    return sentences
+
+
+def depth_losses(kept: Mapping[SiteKey, Sequence[int]]) -> dict[str, str]:
+    """Return sentences on the layers and sublayers that a plan removes, by kind; empty where it removes none."""
+    layers, sublayers = removed_depth(kept)
+    total = len({layer for layer, _ in kept})
+    sentences: dict[str, str] = {}
+    if layers:
+        verb = "is" if len(layers) == 1 else "are"
+        sentences[DepthKind.LAYER] = f"{len(layers)} of {total} layers {verb} removed: {layers_named(layers)}."
+    parts = []
+    for kind, numbers in sublayers.items():
+        name = "attention" if kind == UnitKind.ATTENTION else "MLP" if len(numbers) == 1 else "MLPs"
+        parts.append(f"the {name} of {layers_named(numbers)}")
+    if parts:
+        plural = len(parts) > 1 or len(sublayers.get(UnitKind.MLP, ())) > 1
+        text = f"{' and '.join(parts)} {'are' if plural else 'is'} removed."
+        sentences[DepthKind.SUBLAYER] = _capitalised(text)
+    return sentences
+
+
+def removed_depth(kept: Mapping[SiteKey, Sequence[int]]) -> tuple[list[int], dict[str, list[int]]]:
+    """Return the numbers of the layers that a plan removes, and by kind those of layers that lose one sublayer only.
+
+    Args:
+        kept (mapping of site key to sequence of `int`): the units that are kept, by site of the dense model.
+    """
+    left = set(layers_left(kept))
+    layers = sorted({layer for layer, _ in kept} - left)
+    sublayers: dict[str, list[int]] = {}
+    for kind in UnitKind:
+        numbers = sorted(key.layer for key, units in kept.items() if key.kind == kind and not units)
+        if numbers := [layer for layer in numbers if layer in left]:
+            sublayers[kind] = numbers
+    return layers, sublayers
+
+
+def layers_named(layers: Iterable[int]) -> str:
+    """Return layers as text, with neighbours as ranges: "layers 0, 1 and 4 to 27"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [
+        part
+        for run in runs
+        for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(layer) for layer in run])
+    ]
+    if len(parts) == 1:
+        return f"layer{'s' * (' to ' in parts[0])} {parts[0]}"
+    return f"layers {', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _capitalised(name: str) -> str:
+    return name[0].upper() + name[1:]
