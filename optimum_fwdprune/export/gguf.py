@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import get_architecture, is_pruned
+from ..architectures.depth import layer_configs
 from ..architectures.wrapping import check_in_memory, check_no_adapters
 from ..files import check_output_file
 from ..loading.offloading import read_parameter
@@ -21,6 +22,7 @@ from ..models.per_layer import stock_config
 from ..runs.loggers import get_logger
 from .gguf_families import FAMILIES, GGUFFamily, LayerSizes
 from .gguf_fields import context_length, head_dim_of, rope_tensors, rope_type
+from .gguf_skipped import sizes_in_file, stand_ins
 from .gguf_tensors import GGUFTensor, write_tensors
 from .gguf_tokenizer import add_tokenizer, name_for
 
@@ -49,7 +51,8 @@ def export_gguf(
 
     Args:
         model (`PreTrainedModel`): of a family that llama.cpp supports. The layers of LLaMA and Mistral may differ in
-            size, and those of other families may not. Some families must have all their heads.
+            size and lack their attention or MLP, and those of other families may not. Some families must have all
+            their heads.
         tokenizer (`PreTrainedTokenizerBase`): a fast BPE tokenizer, byte-level or SentencePiece's; its chat template
             is written too.
         file (`str` or `Path`): file to write.
@@ -76,7 +79,10 @@ def export_gguf(
     config = stock_config(model.config) if is_pruned(model.config) else model.config
     family = _family_of(config, model)
     architecture = get_architecture(model.config)
-    layers = {path: LayerSizes.of(layer, architecture.layout) for path, layer in architecture.layers(model)}
+    layers = {
+        path: LayerSizes.of(layer, architecture.layout, getattr(layer_config, "skip", ()))
+        for (path, layer), layer_config in zip(architecture.layers(model), layer_configs(model.config), strict=True)
+    }
     name = _name_of(family, list(layers.values()))
     _check_heads(family, list(layers.values()), config)
     tensors = list(_tensors(model, Conversion(config, family, architecture.layout, layers, name)))
@@ -84,7 +90,7 @@ def export_gguf(
     writer = gguf.GGUFWriter(unfinished, name)
     try:
         writer.add_name(name_for(Path(config._name_or_path).name or config.model_type, tokenizer))
-        _add_sizes(writer, config, list(layers.values()), dtype, uniform=name == family.uniform)
+        _add_sizes(writer, config, sizes_in_file(list(layers.values())), dtype, uniform=name == family.uniform)
         for add in family.fields:
             add(writer, config)
         embeddings: Any = model.get_input_embeddings()
@@ -158,7 +164,13 @@ def _check_computation(family: GGUFFamily, config: Any) -> None:
 
 
 def _name_of(family: GGUFFamily, layers: list[LayerSizes]) -> str:
-    differing = next((number for number, layer in enumerate(layers) if layer != layers[0]), None)
+    skips = next((number for number, layer in enumerate(layers) if not all(layer)), None)
+    if skips is not None and family.per_layer is None:
+        raise ValueError(
+            f"Layer {skips} lacks its attention or its MLP, which llama.cpp's {family.uniform} cannot hold. Remove "
+            f"whole layers: kinds=['layer'] (--kinds layer)."
+        )
+    differing = next((number for number, layer in enumerate(layers) if layer != layers[0]), skips)
     if differing is None:
         return family.uniform
     if family.per_layer is None:
@@ -225,6 +237,7 @@ def _tensors(model: PreTrainedModel, conversion: Conversion) -> Iterator[GGUFTen
         yield GGUFTensor(target, tuple(parameter.shape), make)
         if target == "token_embd.weight" and tied and family.own_output:
             yield GGUFTensor("output.weight", tuple(parameter.shape), make)
+    yield from stand_ins(list(conversion.layers.values()), conversion.config)
     for target, tensor in rope_tensors(conversion.config).items():
         yield GGUFTensor(target, tuple(tensor.shape), partial(torch.clone, tensor))
 

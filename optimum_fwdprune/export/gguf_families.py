@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..architectures import head_counts
-from ..models.layout import DecoderLayout
+from ..models.layout import ATTENTION, MLP, DecoderLayout
 from . import gguf_fields as fields
 from .gguf_tensors import interleaved, separated, with_scaled_queries
 
@@ -22,17 +22,20 @@ if TYPE_CHECKING:
 
 
 class LayerSizes(NamedTuple):
-    """Sizes of a layer, determined from its weights."""
+    """Sizes of a layer, determined from its weights; 0 where it has no attention or no MLP."""
 
     heads: int
     kv_heads: int
     channels: int
 
     @classmethod
-    def of(cls, layer: nn.Module, layout: DecoderLayout) -> LayerSizes:
-        """Return the sizes of a decoder layer of a family with this layout."""
+    def of(cls, layer: nn.Module, layout: DecoderLayout, skipped: Collection[str] = ()) -> LayerSizes:
+        """Return the sizes of a decoder layer of a family with this layout, without the sublayers in `skipped`."""
+        heads, kv_heads = (0, 0) if ATTENTION in skipped else head_counts(layout.attention, layer)
+        if MLP in skipped:
+            return cls(heads, kv_heads, 0)
         output: Any = layer.get_submodule(layout.mlp.output)
-        return cls(*head_counts(layout.attention, layer), output.in_features)
+        return cls(heads, kv_heads, output.in_features)
 
 
 @dataclass(frozen=True)

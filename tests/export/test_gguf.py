@@ -1,6 +1,7 @@
 """GGUF export, run by stock llama.cpp (the wheel xllamacpp)."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -388,3 +389,55 @@ def test_the_command_writes_a_file(tokens, tokenizer, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit):
         main()
     assert "exists. Name another file, or pass --overwrite to replace it." in capsys.readouterr().err
+
+
+def without(name, gone, tokens, changes):
+    """A model that lost the sublayers `gone`."""
+    units = FwdPruner(tiny.make_model(name, **changes))
+    units.prune(tiny.request("magnitude", kinds=["mlp"], sparsity=0.0), tokens)
+    kept = {key: [] if tuple(key) in gone else kept for key, kept in units.plan.kept.items()}
+    model = FwdPruner(tiny.make_model(name, **changes))
+    return model.prune(plan=dataclasses.replace(units.plan, kept=kept)).eval()
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        [(0, "attention")],
+        [(1, "attention"), (2, "attention")],
+        [(0, "attention"), (1, "mlp")],
+        [(0, "mlp"), (1, "mlp"), (2, "mlp")],
+        [(1, "attention"), (1, "mlp"), (2, "mlp")],
+    ],
+    ids=lambda gone: " ".join(f"{layer}.{kind}" for layer, kind in gone),
+)
+@pytest.mark.parametrize("name", ["llama_gqa_biases", "mistral_sliding_window"])
+def test_llama_cpp_runs_models_without_some_attentions_and_mlps(name, gone, tokens, tokenizer, tmp_path):
+    changes = NO_BIASES if name == "llama_gqa_biases" else {"sliding_window": None}
+    model = without(name, gone, tokens, changes)
+    file = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="f32")
+
+    assert gguf.GGUFReader(file).fields["general.architecture"].contents() == "deci"
+    check_llama_cpp_agrees(model, file, tokens, 2e-4)
+
+
+def test_files_of_other_families_hold_no_layer_without_its_mlp(tokens, tokenizer, tmp_path):
+    model = without("qwen3", [(1, "mlp")], tokens, {})
+
+    with pytest.raises(ValueError, match=r"Layer 1 lacks its attention or its MLP.*qwen3 cannot hold.*--kinds layer"):
+        export_gguf(model, tokenizer, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "starcoder2", "gpt_neox", "bloom"],
+)
+def test_llama_cpp_runs_models_without_whole_layers(name, tokens, tokenizer, tmp_path):
+    changes = {"sliding_window": None} if name == "starcoder2" else {}
+    changes = NO_CAPS if name == "gemma2" else changes
+    model = pruned(name, tokens, changes, kinds=["layer"], scope=None)
+    file = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="f32")
+
+    architecture = gguf.GGUFReader(file).fields["general.architecture"].contents()
+    assert model.config.num_hidden_layers == tiny.make_config(name).num_hidden_layers - 1
+    check_llama_cpp_agrees(model, file, tokens, 2e-4 if architecture in EXACT else 2e-3)
