@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .allocation.plan import PruningPlan
 from .architectures import get_architecture
@@ -19,7 +19,7 @@ from .loading.opening import open_model
 from .loading.origin import Origin
 from .loading.source import Source
 from .loading.state import check_not_consumed
-from .loading.tokenizers import named_tokenizer
+from .loading.tokenizers import AnyTokenizer, tokenizer_and_processor
 from .planning.checks import check_arguments
 from .planning.latency import LatencyTable
 from .pruning import Pruning
@@ -48,8 +48,8 @@ class FwdPruner(WritesCheckpoints):
 
     Args:
         model (`PreTrainedModel`): a model of a supported family, dense or pruned before.
-        tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*): a tokenizer, or its folder or repository;
-            required for calibration on text, and saved with the model.
+        tokenizer (`PreTrainedTokenizerBase`, `ProcessorMixin`, `str` or `Path`, *optional*): a tokenizer, its folder
+            or repository, or the processor of a multimodal model; required for calibration on text, and saved too.
 
     Raises:
         ValueError: where the model is not a plain model of a supported family, but a name, a wrapper (PEFT,
@@ -79,10 +79,10 @@ class FwdPruner(WritesCheckpoints):
     recovery = Recorded[dict[str, Any] | None]()
     comparison = Recorded[Comparison | None]()
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str | Path | None = None):
+    def __init__(self, model: PreTrainedModel, tokenizer: AnyTokenizer | None = None):
         _check_supported(model)
         self._model = model
-        self.tokenizer = None if tokenizer is None else named_tokenizer(tokenizer)
+        self.tokenizer, self.processor = tokenizer_and_processor(tokenizer)
         self.trainer: RecoveryTrainer | None = None
         self._record = Record()
         self._source = Source()
@@ -95,7 +95,7 @@ class FwdPruner(WritesCheckpoints):
         model_id: str | Path,
         *,
         low_memory: bool = False,
-        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+        tokenizer: AnyTokenizer | None = None,
         **kwargs,
     ) -> FwdPruner:
         """Load a model and its tokenizer, and of a pruned checkpoint also its plan and request.

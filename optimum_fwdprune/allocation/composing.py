@@ -59,7 +59,7 @@ class EarlierPruning:
         if plan is None or not is_pruned(model.config) or plan.model_type != architecture.model_type:
             return None
         # A pruned config holds the dense sizes at its top level.
-        sizes, attention = model.config.to_dict(), architecture.layout.attention
+        sizes, attention = model.config.get_text_config().to_dict(), architecture.layout.attention
         heads = sizes[attention.heads_key]
         groups = heads if attention.kv_heads_key is None else sizes[attention.kv_heads_key]
         layers = [layer for _, layer in architecture.layers(model)]

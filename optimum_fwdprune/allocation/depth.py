@@ -48,12 +48,17 @@ def depth_units(sites: Iterable[Site], kind: str) -> list[DepthUnit]:
 
 
 def open_units(sites: Iterable[Site], config: PruningConfig) -> list[DepthUnit]:
-    """Return the layers or sublayers that a request may remove: those that are not in `skip_layers`."""
+    """Return the layers or sublayers that a request may remove: those that are neither in `skip_layers` nor
+    must stay."""
     assert config.depth_kind is not None
     units = depth_units(sites, config.depth_kind)
     layers = 1 + max(unit.key.layer for unit in units)
     skipped = {layer % layers for layer in config.skip_layers or ()}
-    return [unit for unit in units if unit.key.layer not in skipped]
+    return [
+        unit
+        for unit in units
+        if unit.key.layer not in skipped and not (unit.key.kind == DepthKind.LAYER and unit.sites[0].layer_stays)
+    ]
 
 
 def number_removed(sites: Iterable[Site], config: PruningConfig) -> int:
@@ -94,22 +99,27 @@ def removed_units(
     for unit in sorted(units, key=lambda unit: float(scores[unit.key]) if unit.key in scores else 0.0):
         if enough():
             break
-        if leaves_attention(sites, [*removed, unit]):
+        if can_go(sites, [*removed, unit]):
             removed.append(unit)
     if not enough():
         asked = f"{wanted} of {total}" if by_number else "as many as the target requires of"
         skipped = f" and skip_layers={config.skip_layers}" if config.skip_layers else ""
+        staying = {site.layer for site in sites if site.layer_stays}
+        first_layers = f", and so must the first {len(staying)} layers" if staying else ""
         field = "depth_sparsity" if config.width_kinds else "sparsity"
         largest = int(len(removed) / total * 1e4) / 1e4
         way_out = f"The largest possible {field} is {largest:g}." if by_number else "Choose a larger target."
         raise OutOfReach(
             f"Removing {asked} {config.depth_kind}s is more than the model can lose: a layer with attention must be "
-            f"kept{skipped}, so that only {len(removed)} can be removed. {way_out}"
+            f"kept{first_layers}{skipped}, so that only {len(removed)} can be removed. {way_out}"
         )
     return removed
 
 
-def leaves_attention(sites: Iterable[Site], removed: Iterable[DepthUnit]) -> bool:
-    """Return whether a layer with attention is left without these layers or sublayers."""
+def can_go(sites: Sequence[Site], removed: Iterable[DepthUnit]) -> bool:
+    """Return whether these layers and sublayers can be removed together: a layer with attention is left, and a
+    sublayer of every layer that must stay."""
     gone = {site.key for unit in removed for site in unit.sites}
-    return any(site.kind == UnitKind.ATTENTION and site.key not in gone for site in sites)
+    left = [site for site in sites if site.key not in gone]
+    must_stay = {site.layer for site in sites if site.layer_stays}
+    return any(site.kind == UnitKind.ATTENTION for site in left) and must_stay <= {site.layer for site in left}

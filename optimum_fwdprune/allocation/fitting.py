@@ -27,15 +27,23 @@ def check_fits(plan: PruningPlan, subject: Subject) -> None:
                 f"The plan removes some {unit_name(site.kind, plan.attention_unit)} of the {site}, which this "
                 f"{plan.model_type} cannot lose: {site.fixed} The plan must keep all {site.num_units} of them or none."
             )
-    check_without_layers(subject.model, layers_left(plan.kept))
+    left = layers_left(plan.kept)
+    staying = sorted({site.layer for site in subject.sites if site.layer_stays})
+    if not set(staying) <= set(left):
+        raise ValueError(
+            f"The plan removes layer {min(set(staying).difference(left))}, and the first {len(staying)} layers of "
+            f"this {plan.model_type} cannot be removed whole: features of images are added to the residual stream "
+            f"after each of them. The plan must keep their attention or their MLP."
+        )
+    check_without_layers(subject.model, left)
 
 
 def check_without_layers(model: PreTrainedModel, left: Iterable[int]) -> None:
     """Raise `ValueError` where a family cannot lose the layers that are not in `left`."""
-    left, config = list(left), model.config
-    if len(left) == config.get_text_config().num_hidden_layers:
+    left, config = list(left), model.config.get_text_config()
+    if len(left) == config.num_hidden_layers:
         return
-    if get_architecture(config).layout.normalizes_stream(config):
+    if get_architecture(model.config).layout.normalizes_stream(config):
         raise ValueError(
             f"No whole layer of this {config.model_type} can be removed: its layers normalize the residual stream "
             f"itself, so that a layer without attention and MLP still changes it. Remove heads and channels instead, "

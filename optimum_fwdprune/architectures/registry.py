@@ -79,6 +79,22 @@ class Architecture:
         """The pruned config class."""
         return self.model_classes[0].config_class
 
+    def pruned_text_type(self, text_config: PreTrainedConfig) -> str:
+        """Return the pruned `model_type` of the language model of a multimodal family, by its config.
+
+        Raises:
+            ValueError: where language models of this type cannot be pruned inside the family.
+        """
+        text_classes: Any = vars(self.config_class)["text_config_classes"]
+        for text_class in text_classes:
+            if text_config.model_type in (text_class.model_type, stock_config_class(text_class).model_type):
+                return text_class.model_type
+        supported = ", ".join(stock_config_class(text_class).model_type for text_class in text_classes)
+        raise ValueError(
+            f"The language model of this {self.model_type} is of type {text_config.model_type!r}, which cannot be "
+            f"pruned inside it. Supported are {supported}."
+        )
+
     @property
     def support(self) -> dict[str, Support]:
         """Whether `"heads"`, `"channels"` and `"uneven layers"`, layers of different sizes, can be pruned."""
@@ -89,6 +105,8 @@ class Architecture:
 
     def pruned_class(self, model: PreTrainedModel) -> type[PreTrainedModel]:
         """Return the pruned class for the task of `model`, dense or pruned."""
+        if (text_config := model.config.get_text_config()) is not model.config:
+            self.pruned_text_type(text_config)
         pruned = is_pruned(model.config)
         for candidate in self.model_classes:
             stock = candidate.__bases__[-1]
@@ -114,7 +132,7 @@ class Architecture:
         check_no_adapters(model, "cannot be cut")
         _check_layer_count(model, len(self.layers(model)))
         sites, skipped = [], skipped_sublayers(model.config)
-        fixed = self.layout.attention.why_fixed(model.config)
+        fixed = self.layout.attention.why_fixed(model.config.get_text_config())
         for index, (path, layer) in enumerate(self.layers(model)):
             try:
                 if (index, UnitKind.ATTENTION) not in skipped:
@@ -127,6 +145,7 @@ class Architecture:
                     f"{path} of this {type(model).__name__} is not built like a decoder layer of {self.model_type}: "
                     f"{error}. Restore the modules that were replaced in it, or load the model again."
                 ) from error
+        sites = [replace(site, layer_stays=site.layer < self.layout.first_layers(model.config)) for site in sites]
         for site in sites:
             for coupling in (*site.couplings, *site.shared):
                 linear = coupling.linear
@@ -187,8 +206,10 @@ def register_architecture(architecture: Architecture) -> None:
     _ARCHITECTURES[architecture.config_class.model_type] = architecture
     AutoConfig.register(architecture.config_class.model_type, architecture.config_class, exist_ok=True)
     for model_class in architecture.model_classes:
-        auto_class = getattr(transformers, str(model_class._auto_class))
-        auto_class.register(architecture.config_class, model_class, exist_ok=True)
+        for name in model_class.auto_classes:
+            # Older versions of transformers lack some.
+            if (auto_class := getattr(transformers, name, None)) is not None:
+                auto_class.register(architecture.config_class, model_class, exist_ok=True)
     add_adapter_defaults(architecture.model_type, architecture.config_class.model_type)
 
 
@@ -242,7 +263,7 @@ def get_architecture(config: PreTrainedConfig) -> Architecture:
             f"Other families can be added with optimum_fwdprune.register_architecture: optimum-cli fwdprune inspect "
             f"MODEL prints a declaration to start from, and docs/add_an_architecture.md explains it."
         )
-    if config.is_heterogeneous and not is_pruned(config):
+    if config.get_text_config().is_heterogeneous and not is_pruned(config):
         raise ValueError(
             f"This {config.model_type!r} config has per-layer sizes of another tool in per_layer_config, which "
             f"transformers' {config.model_type} classes ignore, so that the weights do not have these sizes. Load the "

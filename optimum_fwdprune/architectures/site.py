@@ -156,6 +156,7 @@ class Site:
         pointwise (`bool`, defaults to `False`): whether the feature of a unit depends on the rows of the unit in the
             sources and on one token only.
         fixed (`str`, *optional*): the reason why no single unit can be removed, if there is one, as a clause.
+        layer_stays (`bool`, defaults to `False`): whether the layer of the site cannot be removed whole.
     """
 
     layer: int
@@ -168,6 +169,7 @@ class Site:
     shared: tuple[Coupling, ...] = ()
     pointwise: bool = False
     fixed: str = ""
+    layer_stays: bool = False
 
     @property
     def key(self) -> SiteKey:

@@ -52,11 +52,12 @@ def find_stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel
         NoStockForm: where no stock class can hold the weights.
         ValueError: where the config is that of a dense model, or layers differ in size.
     """
-    if "per_layer_config" not in config.to_dict():
+    text_config = config.get_text_config()
+    if "per_layer_config" not in text_config.to_dict():
         raise ValueError(
             f"This {config.model_type} model was not pruned by this package: unmodified transformers loads it."
         )
-    dense = stock_config(config)
+    dense = stock_config(text_config)
     if skipped := sorted(skipped_sublayers(config)):
         layer, kind = skipped[0]
         raise ValueError(
@@ -65,7 +66,7 @@ def find_stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel
         )
     # Keys that only a pruned config has are compared by the shapes below.
     known = type(dense)().to_dict()
-    layers = [{key: value for key, value in entry.items() if key in known} for entry in _entries(config)]
+    layers = [{key: value for key, value in entry.items() if key in known} for entry in _entries(text_config)]
     for number, entry in enumerate(layers):
         if differing := [key for key in entry if entry[key] != layers[0][key]]:
             key = differing[0]
@@ -79,6 +80,11 @@ def find_stock_form(config: PreTrainedConfig, pruned_class: type[PreTrainedModel
         if candidate is None:
             reasons.append(reason)
             continue
+        if text_config is not config:
+            # The model around the language model is one of its own family.
+            whole = stock_config(config)
+            whole.text_config = candidate
+            candidate = whole
         model_class = _class_for(candidate, pruned_class)
         if model_class is None:
             reasons.append(f"{candidate.model_type} has no class for {pruned_class.__name__}")
@@ -111,8 +117,7 @@ def _candidates(dense: PreTrainedConfig, layer: dict[str, Any]) -> Iterator[tupl
 
 def _class_for(config: PreTrainedConfig, pruned_class: type[PreTrainedModel]) -> Any:
     """Return the stock class of a config's family for the task of a pruned class."""
-    _, is_task, task = pruned_class.__name__.partition("For")
-    auto_class = getattr(transformers, f"AutoModel{is_task}{task}")
+    auto_class: Any = getattr(transformers, str(pruned_class._auto_class))
     return auto_class._model_mapping.get(type(config), None)
 
 

@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..architectures import is_pruned
 from ..architectures.wrapping import check_no_adapters, is_peft_model
@@ -42,12 +42,14 @@ class PrunedCheckpoint:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer.
         record (`Record`): how it was pruned and trained.
         source (`Source`): where it came from, and where its current weights were saved.
+        processor (`ProcessorMixin`, *optional*): what a multimodal model reads images and text with.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase | None
     record: Record
     source: Source
+    processor: ProcessorMixin | None = None
 
     def check(self, folder: str | Path, overwrite: bool = False) -> None:
         """Raise the errors of `save` that can be foreseen, so that they are not raised after hours of work.
@@ -141,6 +143,8 @@ class PrunedCheckpoint:
                 base = nullcontext() if whole else naming_base(self.model, str(self.source.saved_as), is_pushed)
                 with base, generation_config_as_it_is(self.model, temporary):
                     self.model.save_pretrained(temporary, **options)
+            if self.processor is not None:
+                self.processor.save_pretrained(temporary)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)
             elif self.source.base is None:

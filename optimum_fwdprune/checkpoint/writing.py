@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..loading.source import Source
 from ..record.record import Record
@@ -18,6 +18,7 @@ class WritesCheckpoints:
 
     _model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
+    processor: ProcessorMixin | None
     _record: Record
     _source: Source
 
@@ -44,7 +45,7 @@ class WritesCheckpoints:
         max_shard_size: str = "5GB",
         name: str | None = None,
     ) -> None:
-        """Save the pruned model with its tokenizer, plan, request, scores and a model card.
+        """Save the pruned model with its tokenizer or processor, plan, request, scores and a model card.
 
         Of a model with adapters that were not merged, only the adapters are saved. The folder appears whole or not at
         all, since everything is written to a temporary folder beside it first. If there are several processes, all of
@@ -96,4 +97,4 @@ class WritesCheckpoints:
 
     @property
     def _checkpoint(self) -> PrunedCheckpoint:
-        return PrunedCheckpoint(self._model, self.tokenizer, self._record, self._source)
+        return PrunedCheckpoint(self._model, self.tokenizer, self._record, self._source, self.processor)

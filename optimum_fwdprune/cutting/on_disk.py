@@ -21,6 +21,7 @@ from ..files import naming_what_is_full, save_weights_atomically, write_text_ato
 from ..loading.offloading import on_disk, read_parameter
 from ..loading.saving import generation_config_as_it_is
 from ..loading.subject import Subject
+from ..models.per_layer import attention_implementations
 from ..reconstruction.bias import kinds_gaining_bias
 from ..reconstruction.reconstruction import Reconstruction
 from ..runs.progress import progress
@@ -119,7 +120,7 @@ class OnDisk:
             self._weights.folder,
             device_map=on_disk(model, model.device),
             dtype=model.dtype,
-            attn_implementation=model.config._attn_implementation,
+            attn_implementation=attention_implementations(model.config),
         )
         # The model needs the workspace as long as it exists, also after its pruner is deleted.
         loaded.__dict__["_workspace"] = self.workspace

@@ -18,7 +18,7 @@ class Renaming:
     """
 
     def __init__(self, subject: Subject, kept: Mapping[SiteKey, Sequence[int]]):
-        layout, config = subject.architecture.layout, subject.model.config
+        layout, config = subject.architecture.layout, subject.text_config
         names = [name for name, _ in subject.architecture.layers(subject.model)]
         self._layers = f"{names[0].rpartition('.')[0]}."
         self._left = layers_left(kept)

@@ -25,6 +25,7 @@ from ..loading.dispatching import OffloadFiles, Placement
 from ..loading.offloading import read_parameter
 from ..loading.state import forget_lengths, mark_consumed
 from ..loading.subject import Subject
+from ..models.per_layer import attention_implementations
 from ..request.choices import UnitKind
 from ..runs.progress import progress
 from .renaming import Renaming
@@ -65,20 +66,26 @@ def pruned_config(subject: Subject, kept: Mapping[SiteKey, list[int]], with_bias
         with_bias (`set[str]`): kinds of sites whose projections get a bias that the family does not have.
     """
     model, architecture = subject.model, subject.architecture
-    values = model.config.to_dict()
-    for key in ("model_type", "per_layer_config", "auto_map", "quantization_config", "transformers_version"):
-        values.pop(key, None)
-    values["architectures"] = [architecture.pruned_class(model).__name__]
+    values = _values_of(subject.text_config)
     # A second pruning keeps the biases that the first one added.
     values["attention_output_bias"] = values.get("attention_output_bias", False) or UnitKind.ATTENTION in with_bias
     values["mlp_output_bias"] = values.get("mlp_output_bias", False) or UnitKind.MLP in with_bias
-    values |= values_of_layers(model.config, layers_left(kept))
-    config = architecture.config_class.from_dict(
-        {**values, "per_layer_config": architecture.layer_sizes(model, subject.sites, dict(kept))}
-    )
-    config._attn_implementation = model.config._attn_implementation
+    values |= values_of_layers(subject.text_config, layers_left(kept))
+    values["per_layer_config"] = architecture.layer_sizes(model, subject.sites, dict(kept))
+    if subject.text_config is not model.config:
+        text_config = {**values, "model_type": architecture.pruned_text_type(subject.text_config)}
+        values = _values_of(model.config) | {"text_config": text_config}
+    values["architectures"] = [architecture.pruned_class(model).__name__]
+    config = architecture.config_class.from_dict(values)
+    config._attn_implementation = attention_implementations(model.config)
     config._name_or_path = model.config._name_or_path
     return config
+
+
+def _values_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the values of a config that a pruned one takes over."""
+    own = ("model_type", "per_layer_config", "auto_map", "quantization_config", "transformers_version")
+    return {key: value for key, value in config.to_dict().items() if key not in own}
 
 
 def empty_pruned_model(subject: Subject, kept: Mapping[SiteKey, list[int]], with_bias: set[str]) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from ..runs.loggers import get_logger
 from .calibration import Calibration
 from .messages import UnusableRow
 from .rows import Data
-from .tokens import Tokens
+from .tokens import Tokens, check_only_text
 
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def table_of(dataset: Any) -> Calibration | None:
     """Return token ids that are a table or a single row as a calibration; `None` for other data."""
     mask = None
     if isinstance(dataset, Mapping) and "input_ids" in dataset:
+        check_only_text(dataset)
         dataset, mask = dataset["input_ids"], dataset.get("attention_mask")
     elif not isinstance(dataset, torch.Tensor) and not isinstance(dataset, np.ndarray):
         return None

@@ -42,12 +42,27 @@ class Tokens:
             yield Tokens(self.input_ids[part], self.mask[part], labels)
 
 
+# Columns that processors of multimodal models make of images, videos and sound.
+NOT_TEXT = ("pixel_values", "pixel_values_videos", "input_features")
+
+
+def check_only_text(row: Mapping) -> None:
+    """Raise `ValueError` where a row of token ids comes with an image, a video or sound, which would be ignored."""
+    for column in NOT_TEXT:
+        if row.get(column) is not None:
+            raise ValueError(
+                f"The data has {column} beside input_ids, and multimodal models are calibrated and trained on text "
+                f"alone. Leave out the rows with images, videos or sound, or pass text."
+            )
+
+
 def tokens_of(row: Mapping, column: str = "input_ids") -> Iterator[Tokens]:
     """Yield the sequences of a row: a single one, or all of a padded batch `[sequences, tokens]`.
 
     Raises:
         UnusableRow: where there are no token ids, the mask or the labels have another shape, or the mask is invalid.
     """
+    check_only_text(row)
     mask = labels = None
     input_ids = _numbers(row, column)
     # In a row with several columns of token ids, the mask and the labels belong to `input_ids`.

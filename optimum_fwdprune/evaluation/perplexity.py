@@ -137,7 +137,7 @@ def _checked_windows(
         raise ValueError(
             f"A text needs two tokens, in a tensor [tokens], to predict one; got {tuple(input_ids.shape)}."
         )
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_length is None:
         max_length = min(MAX_LENGTH, longest or MAX_LENGTH)
     stride = max_length if stride is None else stride

@@ -139,7 +139,7 @@ def benchmark(
         raise ValueError("batch_sizes, prompt_tokens, new_tokens and repeats must be at least 1.")
     for model in models:
         check_not_consumed(model)
-        longest = getattr(model.config, "max_position_embeddings", None)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and max(prompt_tokens) + new_tokens > longest:
             raise ValueError(
                 f"{max(prompt_tokens)} prompt tokens and {new_tokens} new ones are more than the {longest} positions "

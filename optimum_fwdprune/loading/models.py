@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import find_adapter_config_file
 
 from ..architectures import get_architecture, is_pruned, is_supported
@@ -30,15 +37,32 @@ FOLDER_OTHERWISE = "name a folder that holds the model"
 def auto_class_of(config: PreTrainedConfig) -> Any:
     """Return the Auto class of the task that a checkpoint was saved for.
 
-    A dense model without a head is loaded as a causal language model, which needs no head if embeddings are tied.
+    A dense model without a head is loaded as a language model, which needs no head if embeddings are tied.
     """
+    pruned, pruned_class = is_pruned(config), _pruned_class_of(config)
+    if pruned_class is None or (not pruned and pruned_class._auto_class == AutoModel.__name__):
+        return language_model_class(config)
+    return getattr(transformers, str(pruned_class._auto_class))
+
+
+def language_model_class(config: PreTrainedConfig) -> Any:
+    """Return the Auto class that loads a model of a supported family as one that predicts text:
+    `AutoModelForCausalLM`, or that of multimodal models where the family has no other."""
+    names = [name for candidate in get_architecture(config).model_classes for name in candidate.auto_classes]
+    if "AutoModelForCausalLM" not in names and "AutoModelForImageTextToText" in names:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def _pruned_class_of(config: PreTrainedConfig) -> Any:
+    """Return the pruned class of the task that a checkpoint was saved for, dense or pruned; `None` where its config
+    names no class of the family."""
     pruned = is_pruned(config)
     for candidate in get_architecture(config).model_classes:
         known = candidate if pruned else candidate.__bases__[-1]
-        auto_class = getattr(transformers, str(candidate._auto_class))
-        if known.__name__ in (config.architectures or [])[:1] and (pruned or auto_class is not AutoModel):
-            return auto_class
-    return AutoModelForCausalLM
+        if known.__name__ in (config.architectures or [])[:1]:
+            return candidate
+    return None
 
 
 def check_is_model(model_id: Any, where: Mapping[str, Any]) -> None:
@@ -142,8 +166,18 @@ def build_without_weights(model_id: str | Path, **kwargs: Any) -> PreTrainedMode
 
 
 def load_causal_lm(model_id: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a causal language model, dense or pruned (see [`load_for_task`])."""
-    return load_for_task(model_id, AutoModelForCausalLM, **kwargs)
+    """Load a causal language model, dense or pruned, or a multimodal model that predicts text (see
+    [`load_for_task`])."""
+    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    auto_class: Any = AutoModelForCausalLM
+    if "gguf_file" not in kwargs and find_adapter_config_file(str(model_id), **where) is None:
+        with naming_offline(model_id, FOLDER_OTHERWISE):
+            config = AutoConfig.from_pretrained(
+                model_id, **where, trust_remote_code=kwargs.get("trust_remote_code", False)
+            )
+        if is_supported(config):
+            auto_class = language_model_class(config)
+    return load_for_task(model_id, auto_class, **kwargs)
 
 
 def load_for_task(model_id: str | Path, auto_class: Any, **kwargs: Any) -> PreTrainedModel:
@@ -166,10 +200,11 @@ def load_for_task(model_id: str | Path, auto_class: Any, **kwargs: Any) -> PreTr
     if not unchecked and find_adapter_config_file(str(model_id), **where) is None:
         with naming_offline(model_id, FOLDER_OTHERWISE):
             config = AutoConfig.from_pretrained(model_id, **where)
-        if is_pruned(config) and (own := auto_class_of(config)) is not auto_class:
+        pruned_class = _pruned_class_of(config) if is_pruned(config) else None
+        if pruned_class is not None and auto_class.__name__ not in pruned_class.auto_classes:
             raise ValueError(
                 f"{model_id} is a {config.architectures[0]}, which {auto_class.__name__} cannot load; use "
-                f"{own.__name__}."
+                f"{pruned_class._auto_class}."
             )
         check_checkpoint(model_id, config, where, auto_class)
     if "gguf_file" in kwargs and (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..runs.loggers import get_logger
 from ..words import public_name
@@ -23,7 +23,7 @@ from .offline import naming_offline
 from .offloading import device_map_on_disk
 from .placement import placed
 from .source import Source
-from .tokenizers import load_tokenizer, named_tokenizer
+from .tokenizers import load_processor, load_tokenizer, named_tokenizer
 
 
 logger = get_logger(__name__)
@@ -31,8 +31,8 @@ logger = get_logger(__name__)
 
 def open_model(
     model_id: str | Path, tokenizer: Any, low_memory: bool, arguments: Mapping[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Source]:
-    """Return a model for the task that it was saved for, its tokenizer if it has one, and its source.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin | None, Source]:
+    """Return a model for the task that it was saved for, its processor or tokenizer if it has one, and its source.
 
     Args:
         model_id (`str` or `Path`): folder, or repository of the Hub.
@@ -63,7 +63,9 @@ def open_model(
                 "device_map."
             )
         options["device_map"] = device_map_on_disk(config, auto_class)
-    opened_tokenizer = _tokenizer(model_id, tokenizer, options, shared)
+    opened_tokenizer: Any = _tokenizer(model_id, tokenizer, options, shared)
+    if tokenizer is None and "gguf_file" not in options and config.get_text_config() is not config:
+        opened_tokenizer = load_processor(model_id, **shared) or opened_tokenizer
     model = load_for_task(model_id, auto_class, **placed(options))
     # A tokenizer that was passed in memory has no name.
     tokenizer_name = {"tokenizer": public_name(str(tokenizer))} if isinstance(tokenizer, (str, Path)) else {}
@@ -72,8 +74,10 @@ def open_model(
 
 def _tokenizer(
     model_id: str | Path, tokenizer: Any, options: Mapping[str, Any], shared: Mapping[str, Any]
-) -> PreTrainedTokenizerBase | None:
+) -> PreTrainedTokenizerBase | ProcessorMixin | None:
     """Return the tokenizer that the user named, or the model's own; warn where there is none."""
+    if isinstance(tokenizer, ProcessorMixin):
+        return tokenizer
     if tokenizer is not None:
         return named_tokenizer(tokenizer, **{name: options[name] for name in ACCESS if name in options})
     own_tokenizer = load_tokenizer(model_id, **shared)

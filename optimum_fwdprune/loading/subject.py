@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architectures import Architecture, Site, SiteKey, find_sites, get_architecture
 from ..architectures.sizes import ModelSizes
@@ -51,6 +51,11 @@ class Subject:
         return get_architecture(self.model.config)
 
     @property
+    def text_config(self) -> PreTrainedConfig:
+        """The config of the decoder layers: that of the model, or of its language model where it is multimodal."""
+        return self.model.config.get_text_config()
+
+    @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, first to last."""
         return [layer for _, layer in self.architecture.layers(self.model)]
@@ -58,7 +63,7 @@ class Subject:
     @property
     def has_dense_target(self) -> bool:
         """Whether the values of the dense model can be the targets of projections."""
-        return self.architecture.layout.has_dense_target(self.model.config)
+        return self.architecture.layout.has_dense_target(self.text_config)
 
     def losing(self, kept: Mapping[SiteKey, list[int]]) -> list[Site]:
         """Return the sites that keep fewer units than they have, and at least one."""

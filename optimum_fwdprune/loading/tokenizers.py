@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
 
 from ..runs.loggers import get_logger
@@ -30,8 +30,14 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer_config.json",
 )
+# What a tokenizer may be named by.
+AnyTokenizer: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin | str | Path
+
 # A line of tiktoken's files: a token in base 64, and its number.
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*")
+
+# Names of files that hold the processor of a multimodal model or a part of one.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 OTHERWISE = "name another tokenizer with tokenizer=... (--tokenizer)"
 
@@ -68,6 +74,42 @@ def load_tokenizer(model_id: str | Path, **kwargs: Any) -> PreTrainedTokenizerBa
     raise ValueError(
         f"The tokenizer of {model_id} ({', '.join(files)}) cannot be loaded: {why}. Repair its files, or {OTHERWISE}."
     ) from failure
+
+
+def load_processor(model_id: str | Path, **kwargs: Any) -> ProcessorMixin | None:
+    """Load the processor of a multimodal model, with its tokenizer.
+
+    Args:
+        model_id (`str` or `Path`): folder, or repository of the Hub.
+        kwargs: for `AutoProcessor.from_pretrained`.
+
+    Returns:
+        `ProcessorMixin`, or `None` where there is none, or where it needs packages that are not installed, of which a
+        warning tells.
+    """
+    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if not any(cached_file(str(model_id), name, **where, **missing) for name in PROCESSOR_FILES):
+        return None
+    try:
+        processor = AutoProcessor.from_pretrained(model_id, **kwargs)
+    except Exception as error:  # Image processors fail in many ways where their packages are missing.
+        logger.warning(
+            "The processor of %s cannot be loaded, so that checkpoints are saved with its tokenizer alone: %s",
+            model_id,
+            error,
+        )
+        return None
+    return processor if isinstance(processor, ProcessorMixin) else None
+
+
+def tokenizer_and_processor(
+    named: AnyTokenizer | None,
+) -> tuple[PreTrainedTokenizerBase | None, ProcessorMixin | None]:
+    """Return the tokenizer that the user named, and the processor where it was one that holds the tokenizer."""
+    processor = named if isinstance(named, ProcessorMixin) else None
+    tokenizer = named if processor is None else getattr(processor, "tokenizer", None)
+    return None if tokenizer is None else named_tokenizer(tokenizer), processor
 
 
 def named_tokenizer(tokenizer: Any, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -156,6 +156,10 @@ def _never(config: Any) -> bool:
     return False
 
 
+def _none(config: Any) -> int:
+    return 0
+
+
 def _one(config: Any) -> float:
     return 1.0
 
@@ -185,6 +189,9 @@ class DecoderLayout:
         output_norm (`bool`, defaults to `False`): whether the output of every projection is normalized before it is
             added to the residual stream (Gemma 2). With `reconstruction_target="dense"`, the target of a projection is
             then its output in the dense model, before the norm.
+        first_layers (`Callable[[PreTrainedConfig], int]`, *optional*): how many of the first decoder layers cannot be
+            removed whole, under the config of the whole model: those after which something else is added to the
+            residual stream by their number (DeepStack). By default none.
     """
 
     attention: AttentionLayout
@@ -196,6 +203,7 @@ class DecoderLayout:
     normalizes_stream: Callable[[Any], bool] = _never
     residual_multiplier: Callable[[Any], float] = _one
     output_norm: bool = False
+    first_layers: Callable[[Any], int] = _none
 
     def has_dense_target(self, config: Any) -> bool:
         """Return whether projections of a model with `config` can have the values of the dense model as targets."""

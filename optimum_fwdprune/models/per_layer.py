@@ -29,16 +29,35 @@ def stock_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedC
 
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config of the dense model that a pruned `config` was cut from, with the layers that are left."""
+    """Return the config of the dense model that a pruned `config` was cut from, with the layers that are left.
+
+    The parts of a multimodal config that are not pruned are those of `config` themselves.
+    """
     config_class = stock_config_class(type(config))
     # A size that the stock config derives from others is a property of it, which nothing can set.
     derived = {
         key for base in config_class.__mro__ for key, value in vars(base).items() if isinstance(value, property)
     }
     values = {key: value for key, value in config.to_dict().items() if key not in derived.union(_NOT_STOCK)}
+    text_config = config.get_text_config()
+    if text_config is not config:
+        values |= {key: getattr(config, key) for key in config.sub_configs}
+        values["text_config"] = stock_config(text_config)
     stock = config_class.from_dict(values)
-    stock._attn_implementation = config._attn_implementation
+    stock._attn_implementation = attention_implementations(config)
     return stock
+
+
+def attention_implementations(config: PreTrainedConfig) -> str | dict[str, str] | None:
+    """Return the attention of a model, or where it has parts, of all its parts by name, as `from_pretrained` takes
+    it."""
+    if not config.sub_configs:
+        return config._attn_implementation
+    parts = {key: getattr(config, key) for key in config.sub_configs}
+    return {
+        "": config._attn_implementation,
+        **{key: part._attn_implementation for key, part in parts.items() if part is not None},
+    }
 
 
 @dataclass(kw_only=True, repr=False)
@@ -99,9 +118,13 @@ class PerLayerMixin:
 
     - `config_class`: the pruned config, a `PerLayerConfigMixin` in front of the stock config;
     - `layout` (`DecoderLayout`): where its decoder layers keep their heads and channels.
+
+    A class with several Auto classes, or one of another name, sets `auto_classes` too: their names, the usual one
+    first.
     """
 
     layout: DecoderLayout
+    auto_classes: tuple[str, ...]
 
     # How the model was pruned: an object with `save(folder)`, which writes files beside the weights. It is set where a
     # model is pruned or loaded, so that `save_pretrained` and `Trainer.save_model` write them.
@@ -112,22 +135,28 @@ class PerLayerMixin:
         if issubclass(cls, PreTrainedModel):
             # "PrunedLlamaForCausalLM" -> "AutoModelForCausalLM"; makes every save copy this file and write `auto_map`.
             _, is_task, task = cls.__name__.partition("For")
-            cls._auto_class = f"AutoModel{is_task}{task}"
+            if "auto_classes" not in vars(cls):
+                cls.auto_classes = (f"AutoModel{is_task}{task}",)
+            cls._auto_class = cls.auto_classes[0]
             cls.config_class._auto_class = "AutoConfig"
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         stock = stock_config(config)
         super().__init__(stock, *args, **kwargs)
-        config._attn_implementation_internal = stock._attn_implementation_internal
         config.auto_map = self._auto_map()
+        text_config = config.get_text_config()
+        own_configs = {type(stock.get_text_config()): text_config, type(stock): config}
         for module in self.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config = config
-        for layer, layer_config in zip(self.decoder_layers, config.per_layer_config, strict=True):
+            # Parts of the model that are not pruned share their configs with `config`.
+            if isinstance(module, PreTrainedModel) and type(module.config) in own_configs:
+                own_config = own_configs[type(module.config)]
+                own_config._attn_implementation_internal = module.config._attn_implementation_internal
+                module.config = own_config
+        for layer, layer_config in zip(self.decoder_layers, text_config.per_layer_config, strict=True):
             # Attention reads its implementation from the one config that `set_attn_implementation` changes.
             for module in layer.modules():
                 if hasattr(module, "config"):
-                    module.config = config
+                    module.config = text_config
             resize_layer(layer, self.layout, layer_config)
             layer.apply(self._init_weights)
 
@@ -136,6 +165,8 @@ class PerLayerMixin:
         return self.base_model.get_submodule(self.layout.layers)
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+        # The parts of some multimodal models would be written under the names that older versions gave them.
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         # With adapters inside, adapters alone are saved.
         if self.pruning_record is not None and is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
@@ -146,7 +177,8 @@ class PerLayerMixin:
         # A family whose attention reads sizes from its config binds it to the layer's own, which is a copy.
         for module in self.decoder_layers.modules():
             if hasattr(module, "config"):
-                module.config._attn_implementation_internal = self.config._attn_implementation_internal
+                implementation = self.config.get_text_config()._attn_implementation_internal
+                module.config._attn_implementation_internal = implementation
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -165,5 +197,5 @@ class PerLayerMixin:
         config_file = cls.config_class.__module__.rpartition(".")[2]
         return {
             "AutoConfig": f"{config_file}.{cls.config_class.__name__}",
-            **{value._auto_class: f"{file}.{value.__name__}" for value in classes},
+            **{name: f"{file}.{value.__name__}" for value in classes for name in value.auto_classes},
         }

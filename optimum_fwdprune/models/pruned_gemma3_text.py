@@ -15,7 +15,7 @@ class PrunedGemma3TextConfig(PerLayerConfigMixin, Gemma3TextConfig):
     model_type = "pruned_gemma3_text"
 
 
-class PrunedGemma3Mixin(PerLayerMixin):
+class PrunedGemma3TextMixin(PerLayerMixin):
     config_class = PrunedGemma3TextConfig
     layout = replace(
         LLAMA_LAYOUT,
@@ -25,10 +25,10 @@ class PrunedGemma3Mixin(PerLayerMixin):
     )
 
 
-class PrunedGemma3TextModel(PrunedGemma3Mixin, stock.Gemma3TextModel): ...
+class PrunedGemma3TextModel(PrunedGemma3TextMixin, stock.Gemma3TextModel): ...
 
 
-class PrunedGemma3ForCausalLM(PrunedGemma3Mixin, stock.Gemma3ForCausalLM): ...
+class PrunedGemma3ForCausalLM(PrunedGemma3TextMixin, stock.Gemma3ForCausalLM): ...
 
 
-class PrunedGemma3TextForSequenceClassification(PrunedGemma3Mixin, stock.Gemma3TextForSequenceClassification): ...
+class PrunedGemma3TextForSequenceClassification(PrunedGemma3TextMixin, stock.Gemma3TextForSequenceClassification): ...

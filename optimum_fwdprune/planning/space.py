@@ -9,7 +9,7 @@ import torch
 
 from ..allocation.budgets import Budget, OutOfReach
 from ..allocation.constraints import fewest_units
-from ..allocation.depth import DepthUnit, depth_units, leaves_attention, open_units, removed_units
+from ..allocation.depth import DepthUnit, can_go, depth_units, open_units, removed_units
 from ..architectures import Site, SiteKey
 from ..request.config import PruningConfig
 from ..scoring.learning.policies import Ratios, Variables, budgets_of, even_rates
@@ -124,7 +124,7 @@ class Space:
         if sum(unit.saves(self.cost) for unit in units) > self._budget.amount + 1:
             return False
         try:
-            return leaves_attention(self.every_site, units) and self.budgets(gone) is not None
+            return can_go(self.every_site, units) and self.budgets(gone) is not None
         except OutOfReach:
             return False
 

@@ -143,7 +143,7 @@ def _circumstances(model: PreTrainedModel, widest: dict[str, Site], config: Prun
         "threads": torch.get_num_threads() if on_cpu else None,
         "torch": torch.__version__,
         "dtype": str(model.dtype),
-        "attention": model.config._attn_implementation,
+        "attention": model.config.get_text_config()._attn_implementation,
         "tokens": config.latency_tokens,
         "multiple_of": config.multiple_of,
         "shapes": {shape: site.num_units for shape, site in widest.items()},
@@ -158,7 +158,7 @@ def _name_of(device: torch.device) -> str:
 
 
 def _prompt_ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise ValueError(f"latency_tokens={tokens} is more than the {longest} positions of the model.")
     vocab_size = model.config.get_text_config().vocab_size

@@ -39,7 +39,7 @@ def check_reconstruction(model: PreTrainedModel, config: PruningConfig) -> None:
     """Raise `ValueError` where `model` does not allow the reconstruction of the request."""
     least_squares = config.reconstruction == ReconstructionKind.LEAST_SQUARES
     sequential = least_squares and config.reconstruction_order != ReconstructionOrder.INDEPENDENT
-    possible = get_architecture(model.config).layout.has_dense_target(model.config)
+    possible = get_architecture(model.config).layout.has_dense_target(model.config.get_text_config())
     if sequential and config.reconstruction_target == ReconstructionTarget.DENSE and not possible:
         raise ValueError(
             f"reconstruction_target='dense' needs projections whose outputs are added to the residual stream "

@@ -40,7 +40,7 @@ class Joining:
     @classmethod
     def of(cls, subject: Subject) -> Joining:
         """Return the values that the layout of a model declares."""
-        layout, config = subject.architecture.layout, subject.model.config
+        layout, config = subject.architecture.layout, subject.text_config
         return cls(layout.output_norm, layout.residual_multiplier(config))
 
 

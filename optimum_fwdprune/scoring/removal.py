@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..allocation.depth import DepthUnit, leaves_attention, number_removed, open_units
+from ..allocation.depth import DepthUnit, can_go, number_removed, open_units
 from ..architectures import SiteKey
 from ..data.calibration import Calibration
 from ..forward.divergence import Divergence
@@ -83,7 +83,7 @@ def removal_order(inputs: ScoringInputs) -> UnitScores:
         candidates = [
             place
             for place, unit in enumerate(units)
-            if unit.key in is_open and place not in state.order and leaves_attention(sites, [*gone, unit])
+            if unit.key in is_open and place not in state.order and can_go(sites, [*gone, unit])
         ]
         if not candidates:
             break
