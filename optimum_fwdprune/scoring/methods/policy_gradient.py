@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from ...request.choices import BudgetSharing, Layout, Scope
 from ...request.config import PruningConfig, register_method
 from ...request.fields import option
+from ...request.options import DEFAULT_DEPTH_METHOD, DEFAULT_METHOD
 from ...request.registry import get_method, register_preset, registered_methods
 from ..choices import Estimator, Initialization, Parametrization
-from .scoring import ScoringInputs, UnitScores
+from .scoring import EVERY_KIND, ScoringInputs, UnitScores
 
 
 # There are thousands of times as many units as sites to learn from the same losses; larger steps are too noisy.
@@ -65,7 +66,11 @@ class PolicyGradientConfig(PruningConfig):
         "random).",
         Initialization,
     )
-    metric: str = option("wanda_sp", "Method whose scores the probabilities start from.")
+    metric: str | None = option(
+        None,
+        "Method whose scores the probabilities start from. Default: wanda_sp, and block_influence for layers and "
+        "sublayers.",
+    )
     metric_samples: int | None = option(None, "Calibration windows for the metric. Default: all.")
     stop_when_flat: int | None = option(
         None,
@@ -113,8 +118,14 @@ class PolicyGradientConfig(PruningConfig):
                 f"antithetic masks come in pairs, and a pair's baseline is another pair: masks_per_step must be 4, 6, "
                 f"...; got {self.masks_per_step}."
             )
-        if self.metric == self.method or self.metric not in _metrics():
-            raise ValueError(f"metric must be one of {', '.join(_metrics())}; got {self.metric!r}.")
+        metrics = _metrics(self)
+        if self.resolved_metric not in metrics:
+            raise ValueError(f"metric must be one of {', '.join(metrics)}; got {self.metric!r}.")
+
+    @property
+    def resolved_metric(self) -> str:
+        """The method whose scores the probabilities start from."""
+        return self.metric or (DEFAULT_METHOD if self.depth_kind is None else DEFAULT_DEPTH_METHOD)
 
     @property
     def _kinds_trade(self) -> bool:
@@ -133,15 +144,19 @@ class PolicyGradientConfig(PruningConfig):
         return config
 
 
-def _metrics() -> list[str]:
-    return [name for name in registered_methods() if name != "policy_gradient"]
+def _metrics(config: PolicyGradientConfig) -> list[str]:
+    """Return the methods that score all kinds of the request."""
+    kinds = set(config.resolved_kinds) if config.depth_kind is None else {config.depth_kind}
+    return [name for name in registered_methods() if name != config.method and kinds <= set(get_method(name).kinds)]
 
 
 def score(inputs: ScoringInputs) -> UnitScores:
     import torch
 
     from ...allocation.constraints import prunable_sites
+    from ...allocation.depth import open_units
     from ...loading.subject import Subject
+    from ..learning.depth_policy import depth_policy
     from ..learning.mask_learning import (
         Progress,
         Schedule,
@@ -150,27 +165,35 @@ def score(inputs: ScoringInputs) -> UnitScores:
     )
 
     config = inputs.config
-    learned = prunable_sites(inputs.sites, config)
+    if config.depth_kind is None:
+        learned, units = prunable_sites(inputs.sites, config), []
+    else:
+        units = open_units(inputs.sites[:], config)
+        learned = [site for unit in units for site in unit.sites]
+    # Units that the request does not prune are kept.
+    values = {site.key: torch.ones(site.num_units, dtype=torch.float32) for site in inputs.sites}
+    if config.depth_kind is not None:
+        values = {unit.key: torch.ones(1) for unit in inputs.depth_units}
     if not learned:
-        return UnitScores({site.key: torch.ones(site.num_units, dtype=torch.float32) for site in inputs.sites})
+        return UnitScores(values)
     stage = inputs.resume.stage("policy_gradient", inputs.calibration)
     # The state is checked before anything is measured.
     interrupted = stage.load(Progress.of)
-    policy, rates = _policy(inputs, learned, _metric_scores(inputs))
+    metric = {key: scores.cpu() for key, scores in _metric_scores(inputs).items()}
+    policy, rates = depth_policy(inputs, units, learned, metric) if units else _policy(inputs, learned, metric)
     state = interrupted or Progress(0, rates)
     own = {field.name for field in dataclasses.fields(config)}
     options: dict = {
         field.name: getattr(config, field.name) for field in dataclasses.fields(Schedule) if field.name in own
     }
     options["prunable_parameters"] = sum(site.num_parameters for site in inputs.sites)
-    options["learning_rate"] = config.learning_rate or LEARNING_RATES[config.parametrization]
+    parametrization = Parametrization.UNIT if units else config.parametrization
+    options["learning_rate"] = config.learning_rate or LEARNING_RATES[parametrization]
     schedule = Schedule(**options)
     learn_rates(Subject(inputs.model, learned), inputs.calibration, policy, state, schedule, stage)
-    scores = policy.scores(state.rates).split([site.num_units for site in learned])
-    values = {site.key: part for site, part in zip(learned, scores)}
-    # Units that the request does not prune are kept.
-    left_alone = [site for site in inputs.sites if site.key not in values]
-    values |= {site.key: torch.ones(site.num_units, dtype=torch.float32) for site in left_alone}
+    sizes = [1] * len(units) or [site.num_units for site in learned]
+    keys = [unit.key for unit in units] or [site.key for site in learned]
+    values |= dict(zip(keys, policy.scores(state.rates).split(sizes)))
     details: dict = {"steps": state.step, "skipped_steps": state.skipped, "rejected_masks": state.rejected}
     if state.step:
         details["expected_loss"] = state.expected_loss
@@ -185,7 +208,7 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
     from ...forward.statistics import PlacedStatistics
     from ...loading.subject import Subject
 
-    method = get_method(inputs.config.metric)
+    method = get_method(inputs.config.resolved_metric)
     shared = {field.name for field in dataclasses.fields(PruningConfig)} - {"method"}
     config = method.config_class(**{name: getattr(inputs.config, name) for name in shared})
     input_ids, attention_mask = inputs.calibration.windows(slice(inputs.config.metric_samples))
@@ -215,7 +238,6 @@ def _policy(inputs: ScoringInputs, sites: list, metric: dict) -> tuple:
     from ..learning.policy_gradient import FLOOR
 
     config = inputs.config
-    metric = {key: values.cpu() for key, values in metric.items()}
     kept = inputs.keep(metric)
     if config.parametrization == Parametrization.RATIO:
         variables = [Variables(site, 1, fewest_units(site, config) / site.num_units) for site in sites]
@@ -244,6 +266,7 @@ register_method(
     calibrated=True,
     additive=False,
     learns_split=True,
+    kinds=EVERY_KIND,
 )
 register_preset(
     "policy-gradient-paper",
