@@ -41,7 +41,8 @@ def model(windows):
         intermediate_size=CHANNELS,
         max_position_embeddings=128,
     )
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    # Rounding in float32 depends on the processor, and within 300 steps it leads to another model on each kind.
+    model = transformers.AutoModelForCausalLM.from_config(config).double()
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=300)
     for _ in range(300):
@@ -50,7 +51,7 @@ def model(windows):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return model.eval()
+    return model.float().eval()
 
 
 def choices(units):
