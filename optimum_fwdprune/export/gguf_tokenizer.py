@@ -71,8 +71,8 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: 
     listed = [tokens.get(number, f"[PAD{number}]") for number in range(rows)]
     writer.add_token_list(listed)
     sentencepiece = bool(model.get("byte_fallback"))
-    kind_of = _sentencepiece_kind_of if sentencepiece else _kind_of
-    writer.add_token_types([kind_of(number, tokens, tokenizer) for number in range(rows)])
+    kinds = _kinds_of(tokens, tokenizer, rows)
+    writer.add_token_types(_with_bytes(kinds, tokens, tokenizer) if sentencepiece else kinds)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     if sentencepiece:
         writer.add_tokenizer_model("llama")
@@ -101,26 +101,25 @@ def _templates_of(template: str | dict[str, str] | list[dict[str, str]]) -> str 
     return template
 
 
-def _kind_of(number: int, tokens: dict[int, str], tokenizer: PreTrainedTokenizerBase) -> int:
+def _kinds_of(tokens: dict[int, str], tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
     import gguf
 
-    added = tokenizer.added_tokens_decoder.get(number)
-    if number not in tokens:
-        return gguf.TokenType.UNUSED
-    if added is not None:
-        return gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
-    return gguf.TokenType.NORMAL
+    kinds = [gguf.TokenType.NORMAL if number in tokens else gguf.TokenType.UNUSED for number in range(rows)]
+    for number, token in tokenizer.added_tokens_decoder.items():
+        kinds[number] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
+    return kinds
 
 
-def _sentencepiece_kind_of(number: int, tokens: dict[int, str], tokenizer: PreTrainedTokenizerBase) -> int:
+def _with_bytes(kinds: list[int], tokens: dict[int, str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the kinds of tokens with those that only SentencePiece's vocabularies have."""
     import gguf
 
-    if number == tokenizer.unk_token_id:
-        return gguf.TokenType.UNKNOWN
-    kind = _kind_of(number, tokens, tokenizer)
-    if kind == gguf.TokenType.NORMAL and BYTE.fullmatch(tokens[number]):
-        return gguf.TokenType.BYTE
-    return kind
+    for number, token in tokens.items():
+        if number == tokenizer.unk_token_id:
+            kinds[number] = gguf.TokenType.UNKNOWN
+        elif kinds[number] == gguf.TokenType.NORMAL and BYTE.fullmatch(token):
+            kinds[number] = gguf.TokenType.BYTE
+    return kinds
 
 
 def _scores_of(tokens: list[str], merges: list[list[str]]) -> list[float]:
