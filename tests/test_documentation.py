@@ -157,10 +157,11 @@ def test_what_is_shown_for_use_without_the_package_runs_without_it(checkpoints, 
         assert done.stdout.startswith("PrunedLlamaForCausalLM 290"), (name, done.stdout, done.stderr)
 
 
-def test_the_page_of_options_is_that_of_the_fields():
-    # In a process of its own: other tests register methods in this one.
-    command = [sys.executable, "-c", "import options; print(options.page(), end='')"]
+@pytest.mark.parametrize("page", ["options", "supported_models"])
+def test_pages_written_by_scripts_are_up_to_date(page):
+    # In a process of its own: other tests register methods and families in this one.
+    command = [sys.executable, "-c", f"import {page}; print({page}.page(), end='')"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "benchmarks", ROOT)))}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    written = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
-    assert (ROOT / "docs" / "options.md").read_text() == found.stdout, "run: python benchmarks/options.py"
+    assert (ROOT / "docs" / f"{page}.md").read_text() == written.stdout, f"run: python benchmarks/{page}.py"

@@ -1,0 +1,164 @@
+"""Writes docs/supported_models.md, what can be pruned of every family and which programs load the result.
+
+    python benchmarks/supported_models.py
+
+What a family can lose is read off its layout. What a stock checkpoint holds is worked out from its stock classes. What
+a GGUF file holds is declared in export/gguf_families.py, and what vLLM runs is what vllm_agreement.py compares.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from optimum_fwdprune.architectures import get_architecture
+from optimum_fwdprune.architectures.stock_form import NoStockForm, find_stock_form
+from optimum_fwdprune.cutting.surgery import pruned_config
+from optimum_fwdprune.export.gguf_families import FAMILIES
+from optimum_fwdprune.loading.subject import Subject
+from optimum_fwdprune.models.families import family_modules
+from optimum_fwdprune.models.layout import DecoderLayout
+from optimum_fwdprune.request.choices import UnitKind
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import tiny
+from vllm_agreement import CASES, REFUSED
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "supported_models.md"
+INTRODUCTION = """# Supported models
+
+This page is written by `benchmarks/supported_models.py` from the registry of families. Each column is a way to load a
+pruned model. A cell lists what may have been removed from the model:
+
+| letter | what was removed |
+|---|---|
+| H | heads or KV groups, equally many in every layer |
+| C | MLP channels, equally many in every layer |
+| U | heads or channels, another number in every layer |
+| L | whole layers |
+| S | the attention or the MLP of single layers |
+
+- The **plugin** is this package beside transformers.
+- **Remote code** is `trust_remote_code=True` without this package.
+- A [**stock checkpoint**](export.md) is loaded by transformers alone, and by programs that load its checkpoints.
+- A [**GGUF file**](gguf.md) is run by llama.cpp.
+- [**vLLM**](serving.md#vllm) loads the pruned checkpoint itself. Families that were not run there may work.
+
+The tests load tiny models of every family by the plugin, as remote code and as stock checkpoints. For every family
+with a GGUF export they run such a file in llama.cpp. Models of other families can be pruned once they are
+[declared](add_an_architecture.md).
+"""
+HEAD = """| family | `model_type` | plugin | remote code | stock checkpoint | GGUF | vLLM |
+|---|---|---|---|---|---|---|
+"""
+STOCK_HEADS = "Its stock classes take the width of a head from the number of heads."
+STOCK_CHANNELS = "Its stock classes take the number of channels from the hidden size."
+LLAMA_HEADS = "llama.cpp takes all heads together to be as wide as the hidden size."
+BLOOM_HEADS = "llama.cpp works the ALiBi slopes out of the number of heads."
+NORMALIZED = "Not from models whose layers normalize the residual stream itself."
+
+
+def main():
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def page():
+    """The whole page, as Markdown."""
+    logging.set_verbosity_error()
+    notes = Notes()
+    rows = [row(get_architecture(AutoConfig.for_model(model_type)), notes) for model_type in family_modules()]
+    return "\n".join([INTRODUCTION, HEAD + "".join(rows), notes.text()])
+
+
+class Notes:
+    """Footnotes, each with its number once."""
+
+    def __init__(self):
+        self.numbers = {}
+
+    def mark(self, text):
+        return f"[^{self.numbers.setdefault(text, len(self.numbers) + 1)}]"
+
+    def text(self):
+        return "".join(f"[^{number}]: {text}\n" for text, number in self.numbers.items())
+
+
+def row(architecture, notes):
+    name = sys.modules[architecture.model_classes[0].__module__].__doc__.removesuffix(" with per-layer sizes.")
+    here = " ".join(prunable(architecture, notes))
+    cells = [name, f"`{architecture.model_type}`", here, here]
+    cells += [" ".join(cell) for cell in (stock(architecture, notes), gguf(architecture, notes), vllm(architecture))]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def prunable(architecture, notes):
+    support = architecture.support
+    heads, letters = support["heads"], {}
+    if heads.possible:
+        letters["H"] = ""
+    elif heads.key is not None:
+        letters["H"] = notes.mark(f"Not from models with `{heads.key}`: {heads.reason}")
+    letters["C"] = "" if heads.possible or heads.key else notes.mark(f"No heads: {heads.reason}")
+    letters |= {"U": "", "L": "", "S": ""}
+    if architecture.layout.normalizes_stream is not DecoderLayout.normalizes_stream:
+        letters["L"] = notes.mark(NORMALIZED)
+    return [f"{letter}{mark}" for letter, mark in letters.items()]
+
+
+def stock(architecture, notes):
+    """What a stock checkpoint holds of the first tiny model of a family."""
+    name = next(name for name, (config, _) in tiny.CONFIGS.items() if config.model_type == architecture.model_type)
+    with torch.device("meta"):
+        subject = Subject.of(AutoModelForCausalLM.from_config(tiny.make_config(name)))
+    halves = {kind: {site.key: half(site) for site in subject.sites if site.kind == kind} for kind in UnitKind}
+    letters = {}
+    if architecture.support["heads"].possible or architecture.support["heads"].key:
+        letters["H"] = (STOCK_HEADS, halves[UnitKind.ATTENTION])
+    letters["C"] = (STOCK_CHANNELS, halves[UnitKind.MLP])
+    letters["L"] = ("", {site.key: [] for site in subject.sites if site.layer == 1})
+    held = [letter for letter, (_, kept) in letters.items() if holds(subject, kept)]
+    marks = [notes.mark(note) for letter, (note, _) in letters.items() if letter not in held]
+    return [*held[:-1], held[-1] + "".join(marks)]
+
+
+def half(site):
+    """Half of the units of a site, equally many of every group."""
+    size = site.num_units // site.num_groups
+    return [unit for unit in range(site.num_units) if unit % size < max(1, size // 2)]
+
+
+def holds(subject, kept):
+    """Whether a stock checkpoint holds a model that keeps the units `kept` of some sites and all of the others."""
+    everything = {site.key: list(range(site.num_units)) for site in subject.sites}
+    try:
+        config = pruned_config(subject, everything | kept, set())
+        find_stock_form(config, subject.architecture.pruned_class(subject.model))
+    except NoStockForm:
+        return False
+    return True
+
+
+def gguf(architecture, notes):
+    family = FAMILIES.get(architecture.model_type)
+    if family is None:
+        return ["no"]
+    reason = architecture.support["heads"].reason
+    note = "" if reason else notes.mark(BLOOM_HEADS if not family.ropes else LLAMA_HEADS)
+    letters = [f"C{note}"] if family.all_heads else ["H", "C"]
+    return [*letters, *(["U"] if family.per_layer else []), "L"]
+
+
+def vllm(architecture):
+    models = {case: tiny.CONFIGS[name][0].model_type for case, (name, _, _) in CASES.items()}
+    if architecture.model_type not in models.values():
+        return ["not run"]
+    refused = any(models[case] == architecture.model_type for case in REFUSED)
+    return ["refused by vLLM"] if refused else ["H", "C", "U"]
+
+
+if __name__ == "__main__":
+    main()
