@@ -13,11 +13,19 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 
-# Parts of the regular expression that splits text before BPE, with llama.cpp's name for this way of splitting.
+# Regular expressions that split text before byte-level BPE, with llama.cpp's names for them.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WORD, _REST = r"[^\r\n\p{L}\p{N}]?", r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {
-    r"\p{N}{1,3}": "llama-bpe",
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|": "qwen2",
+    rf"{_CONTRACTIONS}|{_WORD}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{_REST}": "dbrx",
+    rf"{_CONTRACTIONS}|{_WORD}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{_REST}": "qwen2",
+    rf"{_WORD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_WORD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_REST}": "gpt-4o",
+    r" ?[^(\s|[.,!?…。，、।۔،])]+": "bloom",  # noqa: RUF001
 }
+# Names for the same ways to split, for tokenizers that leave words whole that are tokens (`ignore_merges`).
+WHOLE_WORDS = {"dbrx": "llama-bpe"}
 # In SentencePiece's vocabularies, a token for a single byte of text that no other token covers.
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 
@@ -151,16 +159,25 @@ def _pre_tokenizer_of(description: dict[str, Any]) -> str:
     """Return llama.cpp's name for the way text is split."""
     splitter = description.get("pre_tokenizer") or {}
     steps = splitter.get("pretokenizers", [splitter])
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"]:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
-        return "smollm"
-    pattern = "".join(str(step.get("pattern", {}).get("Regex", "")) for step in steps)
-    for part, name in SPLITS.items():
-        if part in pattern:
-            return name
-    raise ValueError(
-        f"llama.cpp's name for the way this tokenizer splits text ({', '.join(map(str, kinds))}) is not known; pass "
-        f"it as pre_tokenizer, such as gpt-2, llama-bpe or qwen2."
-    )
+    kinds, last = [step.get("type") for step in steps], steps[-1]
+    if last.get("add_prefix_space"):
+        raise ValueError(
+            "This tokenizer adds a space before a text (add_prefix_space), and llama.cpp's byte-level BPE does not. "
+            "Set it to False to export the tokenizer without the space."
+        )
+    name = None
+    if kinds == ["ByteLevel"] and last["use_regex"]:
+        name = "gpt-2"
+    elif kinds == ["Digits", "ByteLevel"] and last["use_regex"] and steps[0]["individual_digits"]:
+        name = "smollm"
+    elif kinds == ["Split", "ByteLevel"] and not last["use_regex"]:
+        name = SPLITS.get(steps[0]["pattern"].get("Regex", ""))
+    whole_words = bool(description["model"].get("ignore_merges"))
+    name = WHOLE_WORDS.get(name or "") if whole_words else name
+    if name is None:
+        raise ValueError(
+            f"llama.cpp's name for the way this tokenizer splits text ({', '.join(map(str, kinds))}"
+            f"{', ignore_merges' if whole_words else ''}) is not known. Pass it as pre_tokenizer, such as gpt-2, "
+            f"llama-bpe or qwen2."
+        )
+    return name

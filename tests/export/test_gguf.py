@@ -3,17 +3,14 @@
 import copy
 import dataclasses
 import importlib.util
-import json
 import sys
-import urllib.request
-from contextlib import contextmanager
 
 import gguf
 import pytest
 import tiny
 import torch
 import transformers
-import xllamacpp
+from llama_cpp import llama_cpp
 from optimum.commands.optimum_cli import main
 
 from optimum_fwdprune import FwdPruner
@@ -40,34 +37,6 @@ EXACT = ("llama", "deci", "qwen2", "qwen3", "olmo2", "granite", "phi3")
 def pruned(name, tokens, changes=None, **fields):
     request = {"method": "random", "sparsity": 0.3, "scope": "global", "seed": 3, **fields}
     return FwdPruner(tiny.make_model(name, **changes or {})).prune(tiny.request(**request), tokens).eval()
-
-
-@contextmanager
-def llama_cpp(file):
-    """Serve a file; yields what asks it: prompt and number of tokens in, what `/completion` answers out.
-
-    Its `tokenized` gives the tokens of a text.
-    """
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(file)
-    parameters.n_ctx, parameters.warmup, parameters.cpuparams.n_threads = 256, False, 1
-    parameters.verbosity = 0
-    # As exact as the file: by default attention works in float16.
-    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32.value
-    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED.value
-    server = xllamacpp.Server(parameters)
-
-    def post(path, body):
-        request = urllib.request.Request(f"{server.listening_address}/{path}", json.dumps(body).encode())
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
-
-    def ask(prompt, new_tokens):
-        request = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "n_probs": 5, "return_tokens": True}
-        return post("completion", request)
-
-    ask.tokenized = lambda text: post("tokenize", {"content": text, "add_special": True})["tokens"]
-    yield ask
 
 
 @torch.no_grad()
@@ -202,49 +171,6 @@ def test_biases_of_a_reconstruction_are_computed_with(tokens, tokenizer, tmp_pat
     file = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="f32")
 
     check_llama_cpp_agrees(model, file, tokens, 2e-4)
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_tokenizer():
-    """A tokenizer of LLaMA 2's kind: BPE over spaces as `▁`, with bytes for what has no token."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trained = Tokenizer(models.BPE())
-    trained.normalizer = spaces
-    text = "the cat sat on the mat and the other cats sat there then they chatted on and on about hats"
-    trained.train_from_iterator([text[start:] for start in range(len(text))], trainers.BpeTrainer(vocab_size=60))
-    described = json.loads(trained.to_str())["model"]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *described["vocab"]]
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    ranks = {"".join(merge): rank for rank, merge in enumerate(described["merges"])}
-    # SentencePiece merges any two pieces that make a third, not just those that made it in training.
-    merges = [
-        (token[:cut], token[cut:])
-        for token in ranks
-        for cut in range(1, len(token))
-        if token[:cut] in vocabulary and token[cut:] in vocabulary
-    ]
-    whole = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    whole.normalizer = spaces
-    whole.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-def test_sentencepiece_vocabularies_split_text_as_they_did(sentencepiece_tokenizer, tokens, tmp_path):
-    model = pruned("llama_mqa", tokens, {"vocab_size": 384})
-    file = export_gguf(model, sentencepiece_tokenizer, tmp_path / "model.gguf")
-    known = gguf.GGUFReader(file).fields["tokenizer.ggml.model"].contents()
-    texts = ["the cats chatted there", "  on the  other mat", "naïve 猫 hats", "then</s>they sat", "matthecat"]
-    with llama_cpp(file) as ask:
-        found = [ask.tokenized(text) for text in texts]
-
-    assert known == "llama"
-    assert found == [sentencepiece_tokenizer(text)["input_ids"] for text in texts]
-    assert any(3 <= number < 259 for number in found[2])
 
 
 def test_sizes_tokens_and_chat_template_are_in_the_file(tokens, tokenizer, tmp_path):
