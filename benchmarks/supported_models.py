@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from optimum_fwdprune.architectures import get_architecture
@@ -25,6 +25,7 @@ from optimum_fwdprune.request.choices import UnitKind
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
+import tiny_multimodal
 from vllm_agreement import CASES, REFUSED
 
 
@@ -88,7 +89,7 @@ class Notes:
 
 
 def row(architecture, notes):
-    name = sys.modules[architecture.model_classes[0].__module__].__doc__.removesuffix(" with per-layer sizes.")
+    name = sys.modules[architecture.model_classes[0].__module__].__doc__.partition(" with per-layer sizes")[0]
     here = " ".join(prunable(architecture, notes))
     cells = [name, f"`{architecture.model_type}`", here, here]
     cells += [" ".join(cell) for cell in (stock(architecture, notes), gguf(architecture, notes), vllm(architecture))]
@@ -111,18 +112,25 @@ def prunable(architecture, notes):
 
 def stock(architecture, notes):
     """What a stock checkpoint holds of the first tiny model of a family."""
-    name = next(name for name, (config, _) in tiny.CONFIGS.items() if config.model_type == architecture.model_type)
     with torch.device("meta"):
-        subject = Subject.of(AutoModelForCausalLM.from_config(tiny.make_config(name)))
+        subject = Subject.of(tiny_model(architecture.model_type))
     halves = {kind: {site.key: half(site) for site in subject.sites if site.kind == kind} for kind in UnitKind}
     letters = {}
     if architecture.support["heads"].possible or architecture.support["heads"].key:
         letters["H"] = (STOCK_HEADS, halves[UnitKind.ATTENTION])
     letters["C"] = (STOCK_CHANNELS, halves[UnitKind.MLP])
-    letters["L"] = ("", {site.key: [] for site in subject.sites if site.layer == 1})
+    letters["L"] = ("", {site.key: [] for site in subject.sites if site.layer == subject.sites[-1].layer})
     held = [letter for letter, (_, kept) in letters.items() if holds(subject, kept)]
     marks = [notes.mark(note) for letter, (note, _) in letters.items() if letter not in held]
     return [*held[:-1], held[-1] + "".join(marks)]
+
+
+def tiny_model(model_type):
+    for name, (config_class, _) in tiny.CONFIGS.items():
+        if config_class.model_type == model_type:
+            return AutoModelForCausalLM.from_config(tiny.make_config(name))
+    configs = (make() for make in tiny_multimodal.CONFIGS.values())
+    return AutoModelForImageTextToText.from_config(next(one for one in configs if one.model_type == model_type))
 
 
 def half(site):
@@ -149,7 +157,7 @@ def gguf(architecture, notes):
     reason = architecture.support["heads"].reason
     note = "" if reason else notes.mark(BLOOM_HEADS if not family.ropes else LLAMA_HEADS)
     letters = [f"C{note}"] if family.all_heads else ["H", "C"]
-    return [*letters, *(["U"] if family.per_layer else []), "L"]
+    return [*letters, *(["U", "L", "S"] if family.per_layer else ["L"])]
 
 
 def vllm(architecture):

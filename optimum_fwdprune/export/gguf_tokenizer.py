@@ -112,7 +112,7 @@ def _templates_of(template: str | dict[str, str] | list[dict[str, str]]) -> str 
 def _kinds_of(tokens: dict[int, str], tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
     import gguf
 
-    kinds = [gguf.TokenType.NORMAL if number in tokens else gguf.TokenType.UNUSED for number in range(rows)]
+    kinds: list[int] = [gguf.TokenType.NORMAL if number in tokens else gguf.TokenType.UNUSED for number in range(rows)]
     for number, token in tokenizer.added_tokens_decoder.items():
         kinds[number] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
     return kinds

@@ -98,16 +98,6 @@ def test_llama_cpp_computes_what_transformers_does(name, changes, fields, archit
     check_llama_cpp_agrees(model, file, tokens, 2e-4 if architecture in EXACT else 2e-3)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "granite", "llama_mha_tied", "phi3"])
-def test_models_without_some_layers_are_computed_by_llama_cpp(name, tokens, tokenizer, tmp_path):
-    request = tiny.request("random", kinds=["layer"], sparsity=0.34, reconstruction="none", seed=3)
-    model = FwdPruner(tiny.make_model(name)).prune(request, tokens).eval()
-    file = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="f32")
-
-    assert len(model.model.layers) == 2
-    check_llama_cpp_agrees(model, file, tokens, 2e-3)
-
-
 def test_a_dense_model_exports_too(tokens, tokenizer, tmp_path):
     model = tiny.make_model("llama_gqa_biases", **NO_BIASES)
     file = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="f32")
