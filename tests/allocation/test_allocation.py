@@ -69,7 +69,7 @@ def test_the_budget_is_met_or_refused_and_constraints_hold(problem, additive, at
         kept = allocate(sites, scores, config, budget, additive)
     except ValueError as error:
         # The refusal names a sparsity that is within reach, and the constraint in the way.
-        possible = float(str(error).partition("largest possible sparsity is ")[2].partition(". Ask")[0])
+        possible = float(str(error).partition("largest possible sparsity is ")[2].partition(". Reduce")[0])
         named = {"min_units_per_site", "multiple_of", "skip_layers", "kinds"}
         assert possible < config.sparsity and any(f"{name}=" in str(error) for name in named)
         allocate(sites, scores, config, Budget(int(possible * prunable(sites)), at_least=False), additive)
@@ -246,7 +246,7 @@ def test_a_target_is_a_ceiling_and_biases_that_reconstruction_adds_count():
     assert budget(config, added_parameters=7) == (307, True)
     # 4 bytes per float32 parameter, rounded up.
     assert budget(tiny.request(target_bytes=1597)) == (1, True)
-    with pytest.raises(ValueError, match="target_parameters is 500 and the model has only 400 parameters"):
+    with pytest.raises(ValueError, match="target_parameters is 500, and the model has only 400 parameters"):
         removal_budget(tiny.request(target_parameters=500), sites, 400, 1600)
 
 
