@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from ..models.adapter_defaults import add_adapter_defaults
 from ..models.families import family_modules, import_family
 from ..models.layout import DecoderLayout
 from ..models.per_layer import stock_config_class
 from ..request.choices import AttentionUnit, UnitKind
+from ..runs.loggers import get_logger
 from .depth import layers_left, skipped_sublayers
 from .site import Site
 from .sites import attention_site, attention_sizes, mlp_site
@@ -23,7 +23,7 @@ from .transposed import TransposedLinear
 from .wrapping import check_no_adapters
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class Support(NamedTuple):
@@ -226,7 +226,7 @@ def registered_architectures() -> list[Architecture]:
         try:
             architectures.append(_architecture_of(model_type))
         except ValueError as error:
-            logger.warning(str(error))
+            logger.warning("%s", error)
     return [architecture for architecture in architectures if architecture is not None]
 
 

@@ -115,7 +115,7 @@ def test_memory_that_was_freed_before_counts_when_it_is_used_again():
 def test_peak_memory_is_sampled_where_the_kernel_keeps_no_mark(monkeypatch):
     import time
 
-    monkeypatch.setattr("optimum_fwdprune.evaluation.memory._forget_high_water", lambda: False)
+    monkeypatch.setattr("optimum_fwdprune.evaluation.memory._reset_high_water", lambda: False)
     with PeakMemory(torch.device("cpu")) as peak:
         held = torch.ones(2**24)
         time.sleep(0.1)
@@ -146,7 +146,7 @@ class TestReasons:
         prefill, decode = reasons(pruned_twin(sparsity=0.01))
 
         assert "prefill of 1 x 32 tokens is 1.00 times as fast; it saves only" in prefill
-        assert "of which 1% went" in decode or "of which 0% went" in decode
+        assert "of which 1% were removed" in decode or "of which 0% were removed" in decode
 
     def test_odd_widths(self, reasons):
         (prefill, _) = reasons(pruned_twin(sparsity=0.5, kinds=["mlp"], mlp_sparsity=0.7))

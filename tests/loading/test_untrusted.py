@@ -136,7 +136,7 @@ def test_a_header_that_lies_is_refused_or_harmless(bad, data):
     ("key", "value", "message"),
     [
         ("num_hidden_layers", 10**9, "describes 1000000000 layers"),
-        ("vocab_size", 10**12, r"lm_head.weight is \[300, 48\] in the weights"),
+        ("vocab_size", 10**12, r"lm_head.weight has the shape \[300, 48\] in the weights"),
         ("hidden_size", 0, "describes no model|by its config.json"),
     ],
 )

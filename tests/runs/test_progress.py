@@ -122,7 +122,7 @@ STAGES = {
     "mini_llm": ["Drawing perturbations", "Summing up draws"],
     "taylor": ["Back-propagating"],
     "magnitude": ["Scoring"],
-    "search": ["Reconstructing levels", "Running the dense model", "Searching, sweep 1", "Comparing widths"],
+    "search": ["Reconstructing levels", "Running the dense model", "Searching sites, sweep 1", "Comparing widths"],
     "self": ["Sampling calibration text"],
     "rounds": ["Pruning in rounds"],
     "speed": ["Timing widths"],
