@@ -98,8 +98,17 @@ def workplace(monkeypatch, tmp_path, checkpoints):
     """An empty folder, the current one, where documentation and examples run with stand-ins for what is large."""
     import stand_ins
 
+    from optimum_fwdprune.architectures import registry
+    from optimum_fwdprune.models.families import PREFIX, family_modules
+
     stand_ins.install(monkeypatch, tmp_path, checkpoints)
-    return tmp_path
+    before = set(registry._ARCHITECTURES)
+    yield tmp_path
+    # Other tests must not know the families that an example registers. The package's own stay: their modules, once
+    # imported, do not register them again.
+    for model_type in set(registry._ARCHITECTURES) - before:
+        if model_type.removeprefix(PREFIX) not in family_modules():
+            del registry._ARCHITECTURES[model_type]
 
 
 @pytest.fixture
