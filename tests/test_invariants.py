@@ -1,7 +1,5 @@
 """The invariants of docs/design.md that hold in one process. `sliced = reloaded` is in loading/test_loading.py."""
 
-import copy
-
 import pytest
 import tiny
 import torch
@@ -25,16 +23,6 @@ def attention_unit(request):
 
 
 @torch.no_grad()
-def masked_by_hand(model, plan):
-    """A copy of the dense model whose projections have zero columns for the units that the plan removes."""
-    masked = copy.deepcopy(model)
-    for site in find_sites(masked, plan.attention_unit):
-        columns = site.projection.weight.view(site.projection.out_features, site.num_units, site.unit_width)
-        columns[:, plan.removed(site.key)] = 0
-    return masked
-
-
-@torch.no_grad()
 @pytest.mark.parametrize(
     *tiny.crossed(tiny.CONFIGS, scope=["layer", "global"], attention_unit=["kv_group", "query_head"])
 )
@@ -44,7 +32,7 @@ def test_masked_equals_sliced(architecture_name, dense, tokens, scope, attention
     fields = {"scope": scope, "attention_unit": attention_unit, "kinds": tiny.kinds_of(architecture_name)}
     config = tiny.request(sparsity=0.4, reconstruction="none", **fields)
     pruned = pruner.prune(config, tokens, inplace=False)
-    expected = masked_by_hand(dense, pruner.plan)(probe).logits
+    expected = tiny.masked_by_hand(dense, pruner.plan)(probe).logits
 
     actual = pruned(probe).logits
 
@@ -60,7 +48,7 @@ def test_reconstructed_weights_reach_the_pruned_model(dense, tokens, reconstruct
     pruner = FwdPruner(dense)
     config = tiny.request(method="wanda_sp", sparsity=0.4, reconstruction=reconstruction)
     pruned = pruner.prune(config, tokens, inplace=False)
-    masked = masked_by_hand(dense, pruner.plan)
+    masked = tiny.masked_by_hand(dense, pruner.plan)
 
     # On its calibration tokens a layer's projection is closer to the dense one than without reconstruction.
     def first_outputs(model, name):

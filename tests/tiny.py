@@ -1,5 +1,6 @@
 """Tiny models of every architecture, built from configs, and a tiny tokenizer."""
 
+import copy
 import itertools
 
 import torch
@@ -7,7 +8,7 @@ import transformers
 from third_party_persimmon import register_persimmon
 from tokenizers import ByteLevelBPETokenizer
 
-from optimum_fwdprune import PruningConfig
+from optimum_fwdprune import PruningConfig, find_sites
 from optimum_fwdprune.request.registry import METHODS
 
 
@@ -251,3 +252,13 @@ def counted_seconds(runs, repeats, device):
         owner = next(cell.cell_contents for cell in run.__closure__ if hasattr(cell.cell_contents, "parameters"))
         found.append(1e-9 * sum(parameter.numel() for parameter in owner.parameters()))
     return found
+
+
+@torch.no_grad()
+def masked_by_hand(model, plan):
+    """A copy of the dense model whose projections have zero columns for the units that the plan removes."""
+    masked = copy.deepcopy(model)
+    for site in find_sites(masked, plan.attention_unit):
+        columns = site.projection.weight.view(site.projection.out_features, site.num_units, site.unit_width)
+        columns[:, plan.removed(site.key)] = 0
+    return masked

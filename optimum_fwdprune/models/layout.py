@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -74,9 +74,8 @@ class AttentionLayout:
 
     def skip_in(self, layer: nn.Module) -> None:
         """Remove the attention from a decoder layer."""
-        owner, _, leaf = self.module.rpartition(".")
         layer_idx: Any = layer.get_submodule(self.module).layer_idx
-        setattr(layer.get_submodule(owner), leaf, self.skipped_class(layer_idx))
+        layer.set_submodule(self.module, self.skipped_class(layer_idx))
 
     def why_fixed(self, config: Any) -> str:
         """Return why no single head of a model with `config` can be removed; empty where heads can be removed."""
@@ -132,8 +131,7 @@ class MLPLayout:
         *before, last = self.modules
         for name in before:
             setattr(layer, name, nn.Identity())
-        owner, _, leaf = last.rpartition(".")
-        setattr(layer.get_submodule(owner), leaf, self.skipped_class())
+        layer.set_submodule(last, self.skipped_class())
 
     def linear_sizes(self, config: Any) -> dict[str, dict[str, Any]]:
         """Return how to resize every linear, by its name inside the decoder layer, at the sizes of its `config`."""
@@ -237,6 +235,20 @@ LLAMA_LAYOUT = DecoderLayout(
     ),
     MLPLayout(sources=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj", norms=("post_attention_layernorm",)),
     attributes=lambda config: {**grouped_attention(config), "mlp.intermediate_size": config.intermediate_size},
+)
+
+# The same names, with norms of the outputs of attention and MLP alone (OLMo 2), or of inputs and outputs (Gemma 2).
+NORMS_AFTER_LAYOUT = replace(
+    LLAMA_LAYOUT,
+    attention=replace(LLAMA_LAYOUT.attention, norms=("post_attention_layernorm",)),
+    mlp=replace(LLAMA_LAYOUT.mlp, norms=("post_feedforward_layernorm",)),
+    output_norm=True,
+)
+NORMS_AROUND_LAYOUT = replace(
+    LLAMA_LAYOUT,
+    attention=replace(LLAMA_LAYOUT.attention, norms=("input_layernorm", "post_attention_layernorm")),
+    mlp=replace(LLAMA_LAYOUT.mlp, norms=("pre_feedforward_layernorm", "post_feedforward_layernorm")),
+    output_norm=True,
 )
 
 # Reasons why no single head of some families can be removed.

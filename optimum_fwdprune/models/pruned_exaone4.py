@@ -1,12 +1,10 @@
 """EXAONE 4 with per-layer sizes."""
 
-from dataclasses import replace
-
 from huggingface_hub.dataclasses import strict
 from transformers.models.exaone4 import modeling_exaone4 as stock
 from transformers.models.exaone4.configuration_exaone4 import Exaone4Config
 
-from .layout import LLAMA_LAYOUT
+from .layout import NORMS_AFTER_LAYOUT
 from .per_layer import PerLayerConfigMixin, PerLayerMixin
 
 
@@ -17,12 +15,7 @@ class PrunedExaone4Config(PerLayerConfigMixin, Exaone4Config):
 
 class PrunedExaone4Mixin(PerLayerMixin):
     config_class = PrunedExaone4Config
-    layout = replace(
-        LLAMA_LAYOUT,
-        attention=replace(LLAMA_LAYOUT.attention, norms=("post_attention_layernorm",)),
-        mlp=replace(LLAMA_LAYOUT.mlp, norms=("post_feedforward_layernorm",)),
-        output_norm=True,
-    )
+    layout = NORMS_AFTER_LAYOUT
 
 
 class PrunedExaone4Model(PrunedExaone4Mixin, stock.Exaone4Model): ...

@@ -1,12 +1,10 @@
 """Gemma 2 with per-layer sizes."""
 
-from dataclasses import replace
-
 from huggingface_hub.dataclasses import strict
 from transformers.models.gemma2 import modeling_gemma2 as stock
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 
-from .layout import LLAMA_LAYOUT
+from .layout import NORMS_AROUND_LAYOUT
 from .per_layer import PerLayerConfigMixin, PerLayerMixin
 
 
@@ -17,12 +15,7 @@ class PrunedGemma2Config(PerLayerConfigMixin, Gemma2Config):
 
 class PrunedGemma2Mixin(PerLayerMixin):
     config_class = PrunedGemma2Config
-    layout = replace(
-        LLAMA_LAYOUT,
-        attention=replace(LLAMA_LAYOUT.attention, norms=("input_layernorm", "post_attention_layernorm")),
-        mlp=replace(LLAMA_LAYOUT.mlp, norms=("pre_feedforward_layernorm", "post_feedforward_layernorm")),
-        output_norm=True,
-    )
+    layout = NORMS_AROUND_LAYOUT
 
 
 class PrunedGemma2Model(PrunedGemma2Mixin, stock.Gemma2Model): ...

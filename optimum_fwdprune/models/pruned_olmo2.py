@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.olmo2 import modeling_olmo2 as stock
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 
-from .layout import LLAMA_LAYOUT, NORM_OVER_HEADS
+from .layout import NORM_OVER_HEADS, NORMS_AFTER_LAYOUT
 from .per_layer import PerLayerConfigMixin, PerLayerMixin
 
 
@@ -17,12 +17,7 @@ class PrunedOlmo2Config(PerLayerConfigMixin, Olmo2Config):
 
 class PrunedOlmo2Mixin(PerLayerMixin):
     config_class = PrunedOlmo2Config
-    layout = replace(
-        LLAMA_LAYOUT,
-        attention=replace(LLAMA_LAYOUT.attention, norms=("post_attention_layernorm",), fixed=NORM_OVER_HEADS),
-        mlp=replace(LLAMA_LAYOUT.mlp, norms=("post_feedforward_layernorm",)),
-        output_norm=True,
-    )
+    layout = replace(NORMS_AFTER_LAYOUT, attention=replace(NORMS_AFTER_LAYOUT.attention, fixed=NORM_OVER_HEADS))
 
 
 class PrunedOlmo2Model(PrunedOlmo2Mixin, stock.Olmo2Model): ...

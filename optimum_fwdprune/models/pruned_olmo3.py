@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.olmo3 import modeling_olmo3 as stock
 from transformers.models.olmo3.configuration_olmo3 import Olmo3Config
 
-from .layout import LLAMA_LAYOUT, NORM_OVER_HEADS
+from .layout import NORM_OVER_HEADS, NORMS_AFTER_LAYOUT
 from .per_layer import PerLayerConfigMixin, PerLayerMixin
 
 
@@ -17,12 +17,7 @@ class PrunedOlmo3Config(PerLayerConfigMixin, Olmo3Config):
 
 class PrunedOlmo3Mixin(PerLayerMixin):
     config_class = PrunedOlmo3Config
-    layout = replace(
-        LLAMA_LAYOUT,
-        attention=replace(LLAMA_LAYOUT.attention, norms=("post_attention_layernorm",), fixed=NORM_OVER_HEADS),
-        mlp=replace(LLAMA_LAYOUT.mlp, norms=("post_feedforward_layernorm",)),
-        output_norm=True,
-    )
+    layout = replace(NORMS_AFTER_LAYOUT, attention=replace(NORMS_AFTER_LAYOUT.attention, fixed=NORM_OVER_HEADS))
 
 
 class PrunedOlmo3Model(PrunedOlmo3Mixin, stock.Olmo3Model): ...

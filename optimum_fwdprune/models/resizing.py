@@ -36,8 +36,7 @@ def resize_layer(layer: nn.Module, layout: DecoderLayout, config: PreTrainedConf
         else:
             sizes |= layout.sublayer(kind).linear_sizes(config)
     for name, changes in sizes.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(layer.get_submodule(owner), leaf, _resized(layer.get_submodule(name), **changes))
+        layer.set_submodule(name, _resized(layer.get_submodule(name), **changes))
     for name, module in layer.named_modules():
         if isinstance(module, LINEARS) and name not in sizes and name not in layout.whole:
             raise ValueError(
@@ -57,8 +56,7 @@ def _skip(kind: str, layer: nn.Module, layout: DecoderLayout, config: PreTrained
     part.skip_in(layer)
     for name in layout.modules_of(kind, config):
         if name in part.norms:
-            owner, _, leaf = name.rpartition(".")
-            setattr(layer.get_submodule(owner), leaf, nn.Identity())
+            layer.set_submodule(name, nn.Identity())
 
 
 def _resized(

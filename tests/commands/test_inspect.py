@@ -1,6 +1,5 @@
 """`inspect` of models that were not pruned: their units, or the declaration of a family that is not supported."""
 
-import copy
 import importlib.util
 import sys
 
@@ -9,7 +8,7 @@ import tiny
 import torch
 import transformers
 
-from optimum_fwdprune import FwdPruner, find_sites
+from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.architectures import registry
 
 
@@ -40,16 +39,6 @@ def unsupported(name, folder):
 
 
 @torch.no_grad()
-def masked_by_hand(model, plan):
-    """A copy of the dense model whose projections have zero columns for the units that the plan removes."""
-    masked = copy.deepcopy(model)
-    for site in find_sites(masked, plan.attention_unit):
-        columns = site.projection.weight.view(site.projection.out_features, site.num_units, site.unit_width)
-        columns[:, plan.removed(site.key)] = 0
-    return masked
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_the_printed_declaration_prunes_the_family(name, cli, tokens, tmp_path, monkeypatch):
     dense = unsupported(name, tmp_path / "dense")
@@ -67,7 +56,7 @@ def test_the_printed_declaration_prunes_the_family(name, cli, tokens, tmp_path, 
     spec.loader.exec_module(module)
     pruner = FwdPruner(dense)
     pruned = pruner.prune(tiny.request("random", sparsity=0.4, reconstruction="none"), tokens, inplace=False)
-    expected = masked_by_hand(dense, pruner.plan)(tokens[:4]).logits
+    expected = tiny.masked_by_hand(dense, pruner.plan)(tokens[:4]).logits
 
     assert all(pruner.plan.removed((1, kind)) for kind in ("attention", "mlp"))
     assert (pruned(tokens[:4]).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
