@@ -188,7 +188,7 @@ def _outcome(before: Sizes, done: Cut, run: Run, config: PruningConfig) -> Outco
     """Return the figures of a pruning; `before` are the sizes of the model before it."""
     after, speedup = ModelSizes.of(done.model), None
     if config.target_speedup is not None and run.speedup is not None:
-        speedup = Speedup(config.target_speedup, *run.speedup)
+        speedup = Speedup(config.target_speedup, *run.speedup, config.speed_of)
     return Outcome(
         parameters_before=before.parameters,
         parameters_after=after.parameters,

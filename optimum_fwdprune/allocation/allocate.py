@@ -80,7 +80,7 @@ def _without_units(
 ) -> dict[SiteKey, list[int]]:
     """Let the heads and channels that are left beside removed layers or sublayers give the rest of the budget."""
     gone = {site.key: site for unit in units for site in unit.sites}
-    spent = sum(budget.cost.whole(site) for site in gone.values())
+    spent = budget.cost.whole(gone.values(), sites)
     kept: dict[SiteKey, list[int]] = {key: [] for key in gone}
     left = [site for site in sites if site.key not in gone]
     if not config.width_kinds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,8 +26,9 @@ class Cost(Protocol):
     def total(self, site: Site) -> int:
         """Return the cost of all units of `site`."""
 
-    def whole(self, site: Site) -> int:
-        """Return what the removal of the whole site saves."""
+    def whole(self, gone: Collection[Site], sites: Collection[Site]) -> int:
+        """Return what the removal of the whole sites `gone` from a model with the sites `sites` saves. A layer that
+        loses all its sites may save more than these do."""
 
     def asked(self, amount: int, total: int) -> str:
         """Describe for the user the request to remove `amount` of `total`."""
@@ -54,8 +55,8 @@ class ParameterCost:
     def total(self, site: Site) -> int:
         return site.num_parameters
 
-    def whole(self, site: Site) -> int:
-        return self.total(site)
+    def whole(self, gone: Collection[Site], sites: Collection[Site]) -> int:
+        return sum(self.total(site) for site in gone)
 
     def asked(self, amount: int, total: int) -> str:
         return f"Removing {amount / total:.4g} of the {self.of_what} parameters"
@@ -79,9 +80,9 @@ class TargetCost(ParameterCost):
     per_parameter: int = 1
     unit: str = "parameters"
 
-    def whole(self, site: Site) -> int:
+    def whole(self, gone: Collection[Site], sites: Collection[Site]) -> int:
         # The target is for the whole model, and not only for what units own.
-        return site.all_parameters
+        return sum(site.all_parameters for site in gone)
 
     def asked(self, amount: int, total: int) -> str:
         return f"target_{self.unit}={self.target}, which removes {amount / total:.4g} of the prunable parameters,"

@@ -25,10 +25,6 @@ class DepthUnit:
     key: SiteKey
     sites: Sequence[Site]
 
-    def saves(self, cost: Cost) -> int:
-        """Return what its removal saves, norms left out."""
-        return sum(cost.whole(site) for site in self.sites)
-
     def __str__(self) -> str:
         return f"layer {self.key.layer}" if self.key.kind == DepthKind.LAYER else str(self.sites[0])
 
@@ -94,7 +90,7 @@ def removed_units(
     def enough() -> bool:
         if by_number:
             return len(removed) >= wanted
-        return sum(unit.saves(budget.cost) for unit in removed) >= budget.amount
+        return saved_by(removed, sites, budget.cost) >= budget.amount
 
     for unit in sorted(units, key=lambda unit: float(scores[unit.key]) if unit.key in scores else 0.0):
         if enough():
@@ -114,6 +110,17 @@ def removed_units(
             f"kept{first_layers}{skipped}, so that only {len(removed)} can be removed. {way_out}"
         )
     return removed
+
+
+def saved_by(removed: Iterable[DepthUnit], sites: Sequence[Site], cost: Cost) -> int:
+    """Return what the removal of these layers and sublayers together saves, norms left out.
+
+    Args:
+        removed (iterable of `DepthUnit`): the layers or sublayers.
+        sites (sequence of `Site`): every site of the model.
+        cost (`Cost`): the cost of sites.
+    """
+    return cost.whole([site for unit in removed for site in unit.sites], sites)
 
 
 def can_go(sites: Sequence[Site], removed: Iterable[DepthUnit]) -> bool:

@@ -41,6 +41,14 @@ class Rounds:
         self._budget = budget
         # Costs by the number of kept units. They are stored, since surgery changes the dense model and its sites.
         self._costs = {site.key: budget.cost.of(site, torch.arange(site.num_units + 1)) for site in sites}
+        layers = {site.layer: [other for other in sites if other.layer == site.layer] for site in sites}
+        # What whole sites save, and what a layer saves in addition once all its sites are gone.
+        self._whole = {site.key: budget.cost.whole([site], sites) for site in sites}
+        # A layer with a single site has nothing in addition.
+        self._rest = {
+            layer: budget.cost.whole(of_layer, sites) - sum(self._whole[site.key] for site in of_layer)
+            for layer, of_layer in layers.items()
+        }
         self._units = {site.key: (site.num_groups, site.unit_parameters) for site in sites}
         # The cost of the prunable sites of every pool, by kind.
         self._pools: dict[int, dict[str, int]] = {}
@@ -60,8 +68,14 @@ class Rounds:
         return self._budget.amount / sum(int(costs[-1]) for costs in self._costs.values())
 
     def removed(self, kept: Mapping[SiteKey, int]) -> int:
-        """Return the cost that is removed if sites keep these numbers of units."""
-        return sum(int(self._costs[key][-1] - self._costs[key][units]) for key, units in kept.items())
+        """Return the cost that is removed if sites keep these numbers of units, and the others all of theirs."""
+        of_sites = (
+            int(self._costs[key][-1] - self._costs[key][units]) if units else self._whole[key]
+            for key, units in kept.items()
+        )
+        gone = {key for key, units in kept.items() if not units}
+        left = {layer for layer, _ in self._costs.keys() - gone}
+        return sum(of_sites) + sum(rest for layer, rest in self._rest.items() if layer not in left)
 
     def request(self, sites: Sequence[Site], number: int) -> tuple[PruningConfig, Budget]:
         """Return the request and the budget of a round.

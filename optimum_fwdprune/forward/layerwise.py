@@ -100,7 +100,7 @@ class LayerRunner:
             # All batches of a shape have the same arguments, unless they have padding.
             shape = tuple(input_ids.shape)
             if mask is not None or shape not in arguments:
-                arguments[shape] = self._arguments(input_ids, mask)
+                arguments[shape] = self.arguments(input_ids, mask)
             batches.append(Batch(input_ids, mask, arguments[shape]))
         return batches
 
@@ -146,7 +146,12 @@ class LayerRunner:
             for place, layer in enumerate(self.layers):
                 self._container[place] = layer
 
-    def _arguments(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[tuple, dict[str, Any]]]:
+    @torch.no_grad()
+    def arguments(
+        self, input_ids: torch.Tensor, mask: torch.Tensor | None = None, **inputs
+    ) -> list[tuple[tuple, dict[str, Any]]]:
+        """Return the arguments of every layer except for hidden states, if the model is called with `input_ids`, a
+        mask and the other `inputs`, such as a KV cache."""
         calls: list[tuple[tuple, dict[str, Any]]] = []
 
         def record(*args, **kwargs):
@@ -160,16 +165,16 @@ class LayerRunner:
 
         try:
             with self._standing_in(record):
-                self._forward(input_ids, mask)
+                self._forward(input_ids, mask, **inputs)
         except _TakesTuples:
             self._as_tuple = True
-            return self._arguments(input_ids, mask)
+            return self.arguments(input_ids, mask, **inputs)
         return calls
 
-    def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor | None, **inputs) -> None:
         device = self.device
         self._model.base_model(
             input_ids=input_ids.to(device),
             attention_mask=None if mask is None else mask.to(device),
-            **PLAIN_OUTPUTS,
+            **{**PLAIN_OUTPUTS, **inputs},
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +26,7 @@ from ..loading.subject import Sizes, Subject
 from ..reconstruction.bias import added_parameters
 from ..request.choices import ReconstructionKind
 from ..request.config import PruningConfig
+from ..request.speed import shares_of_phases
 from ..runs import ranks
 from ..runs.clock import StageClock
 from ..runs.progress import announce, progress
@@ -37,7 +37,7 @@ from .latency import LatencyCost, LatencyTable, at_measured_widths, speed_budget
 from .make_plan import keeper, make_plan, replayed
 from .settling import forecast, settle, warn_of_rounding
 from .stock_layout import STOCK, check_stock_layout, check_stock_request
-from .timing import load_or_measure, prefill_seconds
+from .timing import load_or_measure, measured_speedup, phase_seconds
 
 
 class Run:
@@ -55,7 +55,8 @@ class Run:
 
     Attributes:
         scores (`Scores`, *optional*): the last scores; if a later stage fails, another request can use them.
-        speedup (`tuple[float, float]`, *optional*): the predicted and the measured speed-up, if one was requested.
+        speedup (`tuple[float, float | None]`, *optional*): the predicted and the measured speed-up, if one was
+            requested; the measured one is `None` where another program measured the latencies.
         clock (`StageClock`): the seconds of every stage.
         calibrated_on (`str`, *optional*): source of the calibration tokens.
     """
@@ -73,7 +74,7 @@ class Run:
         self._inplace, self._finished = inplace, finished
         self.latencies = latencies
         self.scores: Scores | None = None
-        self.speedup: tuple[float, float] | None = None
+        self.speedup: tuple[float, float | None] | None = None
         self.clock = StageClock()
         self.calibrated_on: str | None = None
 
@@ -111,7 +112,7 @@ class Run:
         """
         with self.clock.stage("measure latencies"):
             config, budget = self._settled(config)
-            dense_seconds = _prefill_seconds(self._subject.model, config)
+            dense_seconds = self._phase_seconds(self._subject.model, config)
         rounds = Rounds(self._subject.sites, config, budget)
         done: Cut | None = None
         numbers = range(1, config.rounds + 1)
@@ -121,8 +122,11 @@ class Run:
         assert done is not None and self.scores is not None
         self.calibrated_on = self.scores.calibrated_on.get("source")
         if config.target_speedup is not None and isinstance(budget.cost, LatencyCost):
-            with self.clock.stage("measure latencies"):
-                measured = dense_seconds / _prefill_seconds(done.model, config)
+            measured = None
+            if dense_seconds:
+                with self.clock.stage("measure latencies"):
+                    seconds = self._phase_seconds(done.model, config)
+                measured = measured_speedup(dense_seconds, seconds, shares_of_phases(config.speed_of))
             removed = rounds.removed({key: len(units) for key, units in done.plan.kept.items()})
             self.speedup = budget.cost.speedup(removed), measured
         return done
@@ -149,7 +153,8 @@ class Run:
             if request.target_speedup is None:
                 return request, removal_budget(request, sites, dense.parameters, dense.file_bytes, added(request))
             self.latencies = load_or_measure(subject, request, self.latencies)
-            return at_measured_widths(sites, request), speed_budget(self.latencies, request.target_speedup)
+            latencies = self.latencies.combined(shares_of_phases(request.speed_of))
+            return at_measured_widths(sites, request), speed_budget(latencies, request.target_speedup)
 
         def check(request: PruningConfig) -> None:
             if request.layout == STOCK:
@@ -209,8 +214,10 @@ class Run:
         inplace = self._inplace or done is not None
         return cut(subject, plan, evidence, job, InMemory(subject, plan, job, evidence.calibration, inplace, finished))
 
-
-def _prefill_seconds(model: PreTrainedModel, config: PruningConfig) -> float:
-    if config.target_speedup is None:
-        return math.nan
-    return ranks.from_main(lambda: prefill_seconds(model, config.latency_tokens))
+    def _phase_seconds(self, model: PreTrainedModel, config: PruningConfig) -> dict[str, float]:
+        """Return the seconds of a model in every phase that the request asks for; empty where it asks for none, or for
+        those of another program."""
+        if config.target_speedup is None or self.latencies is None or not self.latencies.is_of_this_program:
+            return {}
+        phases = shares_of_phases(config.speed_of)
+        return ranks.from_main(lambda: {phase: phase_seconds(model, config, phase) for phase in phases})

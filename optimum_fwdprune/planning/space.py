@@ -9,7 +9,7 @@ import torch
 
 from ..allocation.budgets import Budget, OutOfReach
 from ..allocation.constraints import fewest_units
-from ..allocation.depth import DepthUnit, can_go, depth_units, open_units, removed_units
+from ..allocation.depth import DepthUnit, can_go, depth_units, open_units, removed_units, saved_by
 from ..architectures import Site, SiteKey
 from ..request.config import PruningConfig
 from ..scoring.learning.policies import Ratios, Variables, budgets_of, even_rates
@@ -121,7 +121,7 @@ class Space:
         """Whether the budget can be met without these layers or sublayers, and leaves a layer with attention."""
         units = [self.units[place] for place in gone]
         # A share of the parameters was rounded to whole ones.
-        if sum(unit.saves(self.cost) for unit in units) > self._budget.amount + 1:
+        if saved_by(units, self.every_site, self.cost) > self._budget.amount + 1:
             return False
         try:
             return can_go(self.every_site, units) and self.budgets(gone) is not None
@@ -131,7 +131,10 @@ class Space:
     def saves(self, place: int, choice: Choice) -> int:
         """Return what the removal of a layer or sublayer still saves in a choice. For one that is gone this is
         negative: what its return in full costs."""
-        unit, saved = self.units[place], self.units[place].saves(self.cost)
+        unit = self.units[place]
+        others = [self.units[other] for other in choice.gone if other != place]
+        # A sublayer saves more where the other sublayer of its layer is gone.
+        saved = saved_by([*others, unit], self.every_site, self.cost) - saved_by(others, self.every_site, self.cost)
         if place in choice.gone:
             return -saved
         for site, rate in zip(self.sites, choice.rates.tolist()):

@@ -4,41 +4,37 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
+from transformers import __version__ as transformers_version
 
 from ..allocation.constraints import levels_of
 from ..architectures import Site
-from ..cutting.surgery import pruned_config
-from ..data.calibration import Calibration
 from ..files import check_output_file
-from ..forward.layerwise import Batch, LayerRunner
 from ..loading.offloading import is_offloaded
 from ..loading.state import evaluating
 from ..loading.subject import Subject
-from ..models.resizing import resize_layer
+from ..request.choices import Phase
 from ..request.config import PruningConfig
+from ..request.speed import shares_of_phases
 from ..runs import ranks
 from ..runs.clock import median_seconds
 from ..runs.loggers import get_logger
 from ..runs.progress import progress
-from .latency import LatencyTable, at_measured_widths, shape_of
+from .latency import HERE, Latencies, LatencyTable, at_measured_widths, shape_of
+from .timed_layers import Calls, TimedRun, filled_cache, timed_runs
 
 
 logger = get_logger(__name__)
 
 # How often every width is timed; the widths take turns.
 REPEATS = 7
-
-
-# Tensors start at multiples of this number of elements.
-ALIGNMENT = 64
-
 
 # The largest ratio between the sum of the layers' latencies and that of the whole model that causes no warning.
 AGREEMENT = 1.25
@@ -47,14 +43,16 @@ AGREEMENT = 1.25
 def load_or_measure(subject: Subject, config: PruningConfig, known: LatencyTable | None = None) -> LatencyTable:
     """Return the table in the file `config.latency_table` if it exists; otherwise measure one and write it there.
 
-    If there are several processes, the main one measures while the others wait.
+    A phase that the table lacks is measured and added. If there are several processes, the main one measures while the
+    others wait.
 
-    One layer of every shape of site is timed with all widths that the request allows at the table's resolution. The
-    weights of all widths are views of one buffer of random numbers, so that the memory of two layers is sufficient.
+    One layer of every shape of site is timed with all widths that the request allows at the table's resolution,
+    without the sublayer, and without both sublayers. The weights of all widths are views of one buffer of random
+    numbers.
 
     Args:
         subject (`Subject`): the dense model, which is not changed, with all its sites.
-        config (`PruningConfig`): `latency_tokens` and `latency_table`.
+        config (`PruningConfig`): `speed_of`, `latency_tokens`, `latency_context` and `latency_table`.
         known (`LatencyTable`, *optional*): a table that was measured before, which is used if it fits.
 
     Raises:
@@ -66,146 +64,165 @@ def load_or_measure(subject: Subject, config: PruningConfig, known: LatencyTable
             "target_speedup times layers on the device that runs them, and parts of this model are offloaded. Load it "
             "without device_map on a device that holds all of it, or use target_bytes."
         )
-    return LatencyTable.from_dict(ranks.from_main(lambda: vars(_load_or_measure(subject, config, known))))
+    for phase in shares_of_phases(config.speed_of):
+        check_length(subject.model, config, phase)
+    return LatencyTable.from_dict(ranks.from_main(lambda: _load_or_measure(subject, config, known).to_dict()))
 
 
 def _load_or_measure(subject: Subject, config: PruningConfig, known: LatencyTable | None) -> LatencyTable:
-    model, sites = subject.model, subject.sites
+    widest = widest_sites(subject.sites)
+    config = at_measured_widths(subject.sites, replace(config, min_units_per_site=1))
+    measured_on = circumstances(subject.model, widest, config)
+    path = None if config.latency_table is None else check_output_file(config.latency_table)
+    if path is not None and path.exists():
+        table = LatencyTable.load(path, measured_on)
+    elif known is not None and known.fits(measured_on) is None:
+        table = known
+    else:
+        table = LatencyTable({}, measured_on)
+    missing = [phase for phase in shares_of_phases(config.speed_of) if not _holds(table, phase, config, path)]
+    for phase in missing:
+        table = replace(table, phases={**table.phases, phase: _measure(subject, widest, config, phase)})
+    if path is not None and (missing or not path.exists()):
+        table.save(path)
+    return table
+
+
+def _holds(table: LatencyTable, phase: str, config: PruningConfig, path: Path | None) -> bool:
+    """Return whether a table holds the latencies of a phase that the request asks for.
+
+    Raises:
+        ValueError: where the file holds them for another number of tokens, or another program must measure them.
+    """
+    wanted, latencies = config.phase_tokens[phase], table.phases.get(phase)
+    if latencies is not None and latencies.tokens == wanted:
+        return True
+    if path is not None and path.exists() and (latencies is not None or not table.is_of_this_program):
+        option = "latency_tokens" if phase == Phase.PREFILL else "latency_context"
+        held = "none" if latencies is None else f"those of {option}={latencies.tokens}"
+        raise ValueError(
+            f"{path} was measured under other conditions: of the latencies of {phase} it holds {held}, and this "
+            f"request is for {option}={wanted}. Name another file, or delete it."
+        )
+    return False
+
+
+def widest_sites(sites: Sequence[Site]) -> dict[str, Site]:
+    """Return the site with the most units of every shape."""
     widest: dict[str, Site] = {}
     for site in sites:
         shape = shape_of(site)
         if shape not in widest or site.num_units > widest[shape].num_units:
             widest[shape] = site
-    config = at_measured_widths(sites, replace(config, min_units_per_site=1))
-    measured_on = _circumstances(model, widest, config)
-    path = None if config.latency_table is None else check_output_file(config.latency_table)
-    if path is not None and path.exists():
-        return LatencyTable.load(path, measured_on)
-    table = known
-    if table is None or table.measured_on != measured_on:
-        table = _measure(subject, widest, config, measured_on)
-    if path is not None:
-        table.save(path)
-    return table
+    return widest
 
 
 @torch.no_grad()
-def _measure(
-    subject: Subject,
-    widest: dict[str, Site],
-    config: PruningConfig,
-    measured_on: dict[str, Any],
-) -> LatencyTable:
-    model = subject.model
+def _measure(subject: Subject, widest: Mapping[str, Site], config: PruningConfig, phase: str) -> Latencies:
+    model, tokens = subject.model, config.phase_tokens[phase]
     with evaluating(model):
-        batch, embedded = _prompt(model, config.latency_tokens)
-        layer_seconds = {}
-        for shape, site in progress(widest.items(), "Timing widths", unit="shape"):
+        calls = Calls.of(model, phase, _prompt_ids(model, tokens))
+        site_seconds, of_layers = {}, []
+        for shape, site in progress(widest.items(), f"Timing widths ({phase})", unit="shape"):
             equal_scores = torch.zeros(site.num_units, dtype=torch.float32)
-            kept = [*reversed(levels_of(site, equal_scores, config)), list(range(site.num_units))]
-            layers = _variants(subject, site, kept)
-            runs = [_run_of(layer, site.layer, batch, embedded) for layer in layers]
-            seconds = median_seconds(runs, REPEATS, site.projection.weight.device)
-            layer_seconds[shape] = [(len(units), taken) for units, taken in zip(kept, seconds)]
-        table = LatencyTable(prefill_seconds(model, config.latency_tokens), layer_seconds, measured_on)
-    warn_of_disagreement(table, subject.sites)
-    return table
+            kept = [[], *reversed(levels_of(site, equal_scores, config)), list(range(site.num_units))]
+            runs = timed_runs(subject, site, kept, calls)
+            measured = median_seconds(runs, REPEATS, site.projection.weight.device)
+            *seconds, of_layer = (taken / run.times for run, taken in zip(runs, measured))
+            of_layers.append(of_layer)
+            site_seconds[shape] = [(len(units), taken - seconds[0]) for units, taken in zip(kept, seconds)]
+        latencies = Latencies(tokens, phase_seconds(model, config, phase), statistics.median(of_layers), site_seconds)
+        without_head: Any = model.base_model
+        warn_of_disagreement(latencies, subject.sites, phase_seconds(without_head, config, phase))
+    return latencies
 
 
-def warn_of_disagreement(table: LatencyTable, sites: Sequence[Site]) -> None:
-    """Warn where the latencies of a table's layers do not add up to that of the whole model."""
-    for kind in sorted({site.kind for site in sites}):
-        layers = sum(table.seconds(site) for site in sites if site.kind == kind)
-        if not 1 / AGREEMENT < layers / table.model_seconds < AGREEMENT:
-            logger.warning(
-                "The layers' latencies add up to %.3g s and the whole model's is %.3g s: the machine was busy, or the "
-                "layers are too small to be timed one by one. Speed-ups may differ from the prediction. Measure again "
-                "when the machine is idle, after deleting the latency_table if there is one.",
-                layers,
-                table.model_seconds,
-            )
-            return
+def warn_of_disagreement(latencies: Latencies, sites: Sequence[Site], whole: float) -> None:
+    """Warn where the latencies of the layers do not add up to `whole`, the seconds of the model without its head."""
+    layers = sum(map(latencies.seconds, sites)) + len({site.layer for site in sites}) * latencies.layer_seconds
+    if not 1 / AGREEMENT < layers / whole < AGREEMENT:
+        logger.warning(
+            "The layers' latencies add up to %.3g s and the model's is %.3g s: the machine was busy, or the "
+            "layers are too small to be timed one by one. Speed-ups may differ from the prediction. Measure again "
+            "when the machine is idle, after deleting the latency_table if there is one.",
+            layers,
+            whole,
+        )
 
 
 @torch.no_grad()
-def prefill_seconds(model: PreTrainedModel, tokens: int) -> float:
-    """Return the median seconds of a forward pass over a prompt of `tokens` tokens, without computing logits."""
-    prompt = _prompt_ids(model, tokens).to(model.device)
+def phase_seconds(model: PreTrainedModel, config: PruningConfig, phase: str) -> float:
+    """Return the median seconds of a phase: of a forward pass over a prompt without logits, or over one new token with
+    a KV cache and, if the model has a head, logits."""
+    prompt = _prompt_ids(model, config.phase_tokens[phase]).to(model.device)
     with evaluating(model):
-        run = lambda: model.base_model(input_ids=prompt, use_cache=False)  # noqa: E731
-        return median_seconds([run], REPEATS, model.device)[0]
+        if phase == Phase.PREFILL:
+            call = lambda: model.base_model(input_ids=prompt, use_cache=False)  # noqa: E731
+        else:
+            cache, token = filled_cache(model, prompt), prompt[:, -1:]
+            filled = cache.layers
+
+            def call() -> Any:
+                # The same tokens are in the cache before every run.
+                cache.layers = list(map(copy.copy, filled))
+                return model(input_ids=token, past_key_values=cache, use_cache=True)
+
+        return median_seconds([TimedRun(model, 1, call)], REPEATS, model.device)[0]
 
 
-def _circumstances(model: PreTrainedModel, widest: dict[str, Site], config: PruningConfig) -> dict[str, Any]:
+def measured_speedup(before: Mapping[str, float], after: Mapping[str, float], shares: Mapping[str, float]) -> float:
+    """Return the speed-up by the seconds of every phase before and after, and the shares of the time before."""
+    return 1 / sum(share * after[phase] / before[phase] for phase, share in shares.items())
+
+
+def circumstances(model: PreTrainedModel, widest: Mapping[str, Site], config: PruningConfig) -> dict[str, Any]:
+    """Return the circumstances of a measurement of a model in this process (see [`LatencyTable`])."""
     on_cpu = model.device.type == "cpu"
-    return {
+    machine = {
         "device": _name_of(model.device),
         "threads": torch.get_num_threads() if on_cpu else None,
-        "torch": torch.__version__,
         "dtype": str(model.dtype),
         "attention": model.config.get_text_config()._attn_implementation,
-        "tokens": config.latency_tokens,
-        "multiple_of": config.multiple_of,
+        "torch": torch.__version__,
+        "transformers": transformers_version,
+    }
+    shape = {
+        "model_type": model.config.model_type,
+        "layers": model.config.get_text_config().num_hidden_layers,
         "shapes": {shape: site.num_units for shape, site in widest.items()},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
+    return {"runtime": HERE, "machine": machine, "model": shape, "multiple_of": config.multiple_of}
 
 
 def _name_of(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_processor()}".rstrip()
+
+
+def _processor() -> str:
+    """Return the name of the processor; empty where the system does not tell it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor())
+
+
+def check_length(model: PreTrainedModel, config: PruningConfig, phase: str) -> None:
+    """Raise `ValueError` where the tokens of a phase are more than the positions of the model."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    option, needed = "latency_tokens", config.phase_tokens[phase]
+    if phase == Phase.DECODE:
+        option, needed = "latency_context" if config.latency_context is not None else option, needed + 1
+    if longest is not None and needed > longest:
+        new = " and the new token" if phase == Phase.DECODE else ""
+        verb = "are" if new else "is"
+        raise ValueError(
+            f"{option}={config.phase_tokens[phase]}{new} {verb} more than the {longest} positions of the model."
+        )
 
 
 def _prompt_ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and tokens > longest:
-        raise ValueError(f"latency_tokens={tokens} is more than the {longest} positions of the model.")
     vocab_size = model.config.get_text_config().vocab_size
     return torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
-
-
-def _prompt(model: PreTrainedModel, tokens: int) -> tuple[Batch, torch.Tensor]:
-    runner = LayerRunner(model)
-    (batch,) = runner.batches(Calibration(_prompt_ids(model, tokens)), 1)
-    return batch, runner.embed(batch)
-
-
-def _run_of(layer: nn.Module, index: int, batch: Batch, embedded: torch.Tensor) -> Callable[[], Any]:
-    args, kwargs = batch.arguments[index]
-    return lambda: layer(embedded, *args, **kwargs)
-
-
-def _variants(subject: Subject, site: Site, kept: list[list[int]]) -> list[nn.Module]:
-    """Return copies of the site's layer that keep the units of each list, with all weights in the same memory."""
-    model, architecture = subject.model, subject.architecture
-    original = architecture.layers(model)[site.layer][1]
-    weight = site.projection.weight
-    size = sum(_aligned(parameter.numel()) for parameter in original.parameters())
-    generator = torch.Generator(weight.device).manual_seed(0)
-    buffer = torch.randn(size, generator=generator, dtype=torch.float32, device=weight.device)
-    buffer = buffer.mul_(0.02).to(weight.dtype)
-    skeleton = copy.deepcopy(original).to("meta")
-    everything = {other.key: list(range(other.num_units)) for other in subject.sites}
-    layers = []
-    for units in kept:
-        config: Any = pruned_config(subject, everything | {site.key: units}, set())
-        layer = copy.deepcopy(skeleton)
-        resize_layer(layer, architecture.layout, config.per_layer_config[site.layer])
-        # Within a layer the weights do not overlap: overlapping ones would be read from a cache.
-        start = 0
-        for name, parameter in list(layer.named_parameters()):
-            parent, _, leaf = name.rpartition(".")
-            values = buffer[start : start + parameter.numel()].view(parameter.shape)
-            setattr(layer.get_submodule(parent), leaf, nn.Parameter(values, requires_grad=False))
-            start += _aligned(parameter.numel())
-        for name, _ in list(layer.named_buffers()):
-            parent, _, leaf = name.rpartition(".")
-            setattr(layer.get_submodule(parent), leaf, original.get_buffer(name))
-        layers.append(layer.eval())
-    return layers
-
-
-def _aligned(count: int) -> int:
-    """Return the smallest multiple of `ALIGNMENT` that is at least `count`."""
-    return -(-count // ALIGNMENT) * ALIGNMENT

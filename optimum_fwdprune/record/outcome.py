@@ -12,17 +12,32 @@ from ..architectures.site import SiteKey, keyed_by_site
 
 @dataclass(frozen=True)
 class Speedup:
-    """Speed-ups of the prefill that `target_speedup` refers to.
+    """Speed-ups that `target_speedup` refers to.
 
     Args:
         requested (`float`): the target.
         predicted (`float`): prediction from the latencies of single layers, which the plan is based on.
-        measured (`float`): measurement of the whole models, one after the other.
+        measured (`float`, *optional*): measurement of the whole models, one after the other; `None` where the
+            latencies are those of another program.
+        of (`str`, defaults to `"prefill"`): what became faster: `"prefill"`, `"decode"` or shares of both.
     """
 
     requested: float
     predicted: float
-    measured: float
+    measured: float | None
+    of: str = "prefill"
+
+    @property
+    def label(self) -> str:
+        """What the speed-up is one of, for tables."""
+        return {"prefill": "speed-up of the prefill", "decode": "speed-up of decoding"}.get(
+            self.of, f"speed-up ({self.of})"
+        )
+
+    @property
+    def measured_text(self) -> str:
+        """The measured speed-up for tables."""
+        return "not measured" if self.measured is None else f"measured {self.measured:.2f}"
 
 
 @dataclass(frozen=True)

@@ -154,8 +154,8 @@ def _sizes(outcome: Outcome | None) -> str:
         ),
         ("weights, MB", f"{outcome.bytes_before / 1e6:,.1f}", f"{outcome.bytes_after / 1e6:,.1f}"),
     ]
-    if outcome.speedup is not None:
-        rows.append(("speed-up of the prefill", "1.00", f"{outcome.speedup.measured:.2f}"))
+    if outcome.speedup is not None and outcome.speedup.measured is not None:
+        rows.append((outcome.speedup.label, "1.00", f"{outcome.speedup.measured:.2f}"))
     return "## Size\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

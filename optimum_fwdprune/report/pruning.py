@@ -94,10 +94,10 @@ class PruningReport(Outcome):
         if self.speedup is not None:
             rows.append(
                 (
-                    "Speed-up of the prefill",
+                    self.speedup.label.capitalize(),
                     f"requested {self.speedup.requested:.2f}",
                     f"predicted {self.speedup.predicted:.2f}",
-                    f"measured {self.speedup.measured:.2f}",
+                    self.speedup.measured_text,
                 )
             )
         # A model that was pruned before is compared with its state before this pruning, and not with the dense model.

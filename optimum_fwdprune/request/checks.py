@@ -11,16 +11,15 @@ from ..words import did_you_mean
 from .choices import Layout, ReconstructionKind, ReconstructionOrder, ReconstructionTarget, Scope, UnitKind
 from .depth import check_depth
 from .fields import field_type
-from .options import Options
+from .options import TARGETS, Options
+from .speed import shares_of_phases
 
-
-# Budgets for the whole model.
-_TARGETS = ("target_parameters", "target_bytes", "target_speedup")
 
 _AT_LEAST_ONE = (
     "search_windows",
     "rounds",
     "latency_tokens",
+    "latency_context",
     "n_samples",
     "seq_len",
     "batch_size",
@@ -60,8 +59,10 @@ def check_values(config: Options) -> None:
                 f"{name} must be in [0, 1); got {value}. It is the fraction of the prunable parameters to remove."
             )
     for name in _AT_LEAST_ONE:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}.")
+    shares_of_phases(config.speed_of)
     if config.ridge is not None and config.ridge < 0:
         raise ValueError(f"ridge must be at least 0; got {config.ridge}.")
     least_squares = config.reconstruction == ReconstructionKind.LEAST_SQUARES
@@ -94,7 +95,7 @@ def check_values(config: Options) -> None:
         raise ValueError(f"resume_seconds must be at least 0; got {config.resume_seconds}.")
     if config.seed < 0:
         raise ValueError(f"seed must be at least 0; got {config.seed}.")
-    targets = [name for name in _TARGETS if getattr(config, name) is not None]
+    targets = [name for name in TARGETS if getattr(config, name) is not None]
     for name in targets:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")

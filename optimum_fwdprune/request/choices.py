@@ -43,6 +43,13 @@ class Scope(Choice):
     SEARCH = "search"
 
 
+class Phase(Choice):
+    """Parts of a generation: the pass over the prompt, and the passes over one new token each."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
 class BudgetSharing(Choice):
     """Values of `budget`: attention and MLP have a budget each, or compete for one budget."""
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from .choices import DepthKind, Layout, Scope
-from .options import Options
+from .options import TARGETS, Options
 from .registry import METHODS, get_method
 
 
@@ -65,7 +65,6 @@ def _check_limits(config: Options) -> None:
             config.rounds > 1,
             "leave out rounds; method='removal_loss' measures again after every removal",
         ),
-        "target_speedup": (config.target_speedup is not None, "set sparsity or target_parameters instead"),
         f"scope={config.scope!r}": (
             alone and config.scope is not None,
             "scope divides heads and channels; leave it out, and let method='removal_loss' search among them"
@@ -93,7 +92,7 @@ def depth_request(config: Any) -> Any:
         return config
     config_class = get_method(config.resolved_depth_method).config_class
     shared = {declared.name: getattr(config, declared.name) for declared in dataclasses.fields(Options)}
-    for name in ("depth_sparsity", "depth_method", "attention_sparsity", "mlp_sparsity", "scope", "target_parameters"):
+    for name in ("depth_sparsity", "depth_method", "attention_sparsity", "mlp_sparsity", "scope", *TARGETS):
         shared[name] = None
     return config_class(
         **{
@@ -102,7 +101,6 @@ def depth_request(config: Any) -> Any:
             "kinds": [config.depth_kind],
             # Where their number is open, their order matters up to what the budget could take.
             "sparsity": config.sparsity if config.depth_is_open else config.share_of_depth,
-            "target_bytes": None,
         }
     )
 

@@ -9,6 +9,7 @@ from .choices import (
     BudgetSharing,
     DepthKind,
     Layout,
+    Phase,
     ReconstructionKind,
     ReconstructionOrder,
     ReconstructionTarget,
@@ -21,6 +22,9 @@ from .registry import METHODS
 
 DEFAULT_METHOD = "wanda_sp"
 DEFAULT_DEPTH_METHOD = "block_influence"
+
+# Options that are budgets for the whole model.
+TARGETS = ("target_parameters", "target_bytes", "target_speedup")
 
 
 @dataclass
@@ -47,16 +51,29 @@ class Options:
     )
     target_speedup: float | None = option(
         None,
-        "Smallest speed-up of the prefill over the dense model, such as 1.5, according to latencies of layers that "
-        "are measured on this machine. Replaces sparsity.",
+        "Smallest speed-up over the dense model, such as 1.5, according to latencies of layers that are measured on "
+        "this machine. speed_of names what becomes faster. Replaces sparsity.",
+        group=Heading.BUDGET,
+    )
+    speed_of: str = option(
+        Phase.PREFILL,
+        "What target_speedup refers to: the pass over a prompt (prefill), a pass over one new token with a KV cache "
+        "(decode), or the sum of both, with the shares of the dense model's time that each takes "
+        "(prefill:0.3,decode:0.7).",
         group=Heading.BUDGET,
     )
     latency_tokens: int = option(
         512, "Tokens of the prompt that target_speedup refers to; its batch size is 1.", group=Heading.BUDGET
     )
+    latency_context: int | None = option(
+        None,
+        "Tokens in the KV cache in front of the new token, with speed_of=decode. Default: latency_tokens.",
+        group=Heading.BUDGET,
+    )
     latency_table: str | None = option(
         None,
-        "File for the latencies that target_speedup measures. If it exists, they are read and not measured again.",
+        "File for the latencies that target_speedup measures. If it exists, they are read and not measured again. It "
+        "may hold latencies of another program, such as llama.cpp.",
         group=Heading.BUDGET,
     )
     attention_sparsity: float | None = option(
@@ -247,7 +264,13 @@ class Options:
     @property
     def has_target(self) -> bool:
         """Whether the request is for a target of the whole model, and not for a sparsity."""
-        return any(target is not None for target in (self.target_parameters, self.target_bytes, self.target_speedup))
+        return any(getattr(self, name) is not None for name in TARGETS)
+
+    @property
+    def phase_tokens(self) -> dict[str, int]:
+        """The tokens of the prompt, and those in the KV cache of a decoding step, by phase."""
+        context = self.latency_tokens if self.latency_context is None else self.latency_context
+        return {Phase.PREFILL: self.latency_tokens, Phase.DECODE: context}
 
     @property
     def has_budget_per_kind(self) -> bool:

@@ -109,7 +109,7 @@ def removal_order(inputs: ScoringInputs) -> UnitScores:
 def _enough(inputs: ScoringInputs, units: Sequence[DepthUnit], state: RemovalState) -> bool:
     """Return whether all units that the request removes are determined."""
     config = inputs.config
-    if config.target_parameters is None and config.target_bytes is None:
+    if not config.has_target:
         return len(state.order) >= number_removed(inputs.sites[:], config)
     gone = {site.key for place in state.order for site in units[place].sites}
     return gone >= {key for key, kept in inputs.keep(state.scores(units)).items() if not kept}

@@ -246,10 +246,6 @@ class TestRefusals:
                 {"kinds": ["layer"], "method": "random", "scope": "layer"},
                 "scope='layer' cannot be combined with 'layer'",
             ),
-            (
-                {"kinds": ["layer"], "method": "random", "target_speedup": 1.5},
-                "target_speedup cannot be combined with",
-            ),
             ({"kinds": ["sublayer"], "method": "random", "layout": "stock"}, "use 'layer' instead of 'sublayer'"),
             ({"kinds": ["heads"]}, "kinds must be one of attention, mlp, layer, sublayer"),
             (
