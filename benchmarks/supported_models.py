@@ -60,6 +60,10 @@ STOCK_HEADS = "Its stock classes take the width of a head from the number of hea
 STOCK_CHANNELS = "Its stock classes take the number of channels from the hidden size."
 LLAMA_HEADS = "llama.cpp takes all heads together to be as wide as the hidden size."
 BLOOM_HEADS = "llama.cpp works the ALiBi slopes out of the number of heads."
+FIRST_LAYERS = (
+    "The first layers, after each of which features of images are added to the residual stream (DeepStack), are not "
+    "removed whole. Their attention or their MLP can be removed."
+)
 NORMALIZED = "Not from models whose layers normalize the residual stream itself."
 
 
@@ -101,12 +105,12 @@ def prunable(architecture, notes):
     heads, letters = support["heads"], {}
     if heads.possible:
         letters["H"] = ""
-    elif heads.key is not None:
-        letters["H"] = notes.mark(f"Not from models with `{heads.key}`: {heads.reason}")
-    letters["C"] = "" if heads.possible or heads.key else notes.mark(f"No heads: {heads.reason}")
+    letters["C"] = "" if heads.possible else notes.mark(f"No heads: {heads.reason}")
     letters |= {"U": "", "L": "", "S": ""}
     if architecture.layout.normalizes_stream is not DecoderLayout.normalizes_stream:
         letters["L"] = notes.mark(NORMALIZED)
+    if architecture.layout.first_layers is not DecoderLayout.first_layers:
+        letters["L"] = notes.mark(FIRST_LAYERS)
     return [f"{letter}{mark}" for letter, mark in letters.items()]
 
 
@@ -116,7 +120,7 @@ def stock(architecture, notes):
         subject = Subject.of(tiny_model(architecture.model_type))
     halves = {kind: {site.key: half(site) for site in subject.sites if site.kind == kind} for kind in UnitKind}
     letters = {}
-    if architecture.support["heads"].possible or architecture.support["heads"].key:
+    if architecture.support["heads"].possible:
         letters["H"] = (STOCK_HEADS, halves[UnitKind.ATTENTION])
     letters["C"] = (STOCK_CHANNELS, halves[UnitKind.MLP])
     letters["L"] = ("", {site.key: [] for site in subject.sites if site.layer == subject.sites[-1].layer})

@@ -143,7 +143,7 @@ CONFIGS = {
 }
 
 # No single head of these can be removed.
-FIXED_HEADS = ("cohere_query_norms", "olmo2", "olmo3", "stablelm_parallel_query_norms")
+FIXED_HEADS = ("olmo2", "olmo3")
 
 # One of every layout: grouped-query attention with rotary positions, learned positions, ALiBi with fused sources,
 # norms after the projections, and attention and MLP side by side. Tests of all combinations run on these.
@@ -179,9 +179,9 @@ def make_model(name, auto_class=transformers.AutoModelForCausalLM, seed=0, dtype
     # Not `.to(dtype)`, which rounds the rotary frequencies that from_pretrained keeps in float32.
     model = auto_class.from_config(make_config(name, **changes), dtype=dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter_name, parameter in model.named_parameters():
             # Initial biases are zero and norms one, which would hide a bias or a norm that is cut wrongly.
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or "norm" in parameter_name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
                 parameter.mul_(5)

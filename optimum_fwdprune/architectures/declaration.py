@@ -118,6 +118,7 @@ def _layout(layout: RecognisedLayout) -> str:
     if layout.attributes:
         entries = "".join(f'    "{name}": {expression},\n' for name, expression in layout.attributes.items())
         parts.append(f"attributes=lambda config: {{\n{entries}}},")
+    parts += [f"{name}={expression}," for name, expression in layout.options.items()]
     if layout.whole:
         parts.append(f"whole={_text(layout.whole)},")
     return f"layout = DecoderLayout(\n{textwrap.indent(chr(10).join(parts), '    ')}\n)"

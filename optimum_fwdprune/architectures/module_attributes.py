@@ -67,6 +67,22 @@ class HeadSizes:
         return f"{own} * config.head_dim" if value == (features or self.query_features) else None
 
 
+def head_dim_attribute(module: nn.Module, sizes: HeadSizes) -> str:
+    """Return the attribute of an attention with the number of features of a head.
+
+    Raises:
+        ValueError: where it has none.
+    """
+    names = [name for name, value in vars(module).items() if type(value) is int and value == sizes.head_dim]
+    named = [name for name in names if re.search("head_?(dim|size)|(dim|size|channels)_?(per_)?(head|kv)|kv_", name)]
+    if not named:
+        raise ValueError(
+            f"A {type(module).__name__} has no attribute with the number of features of a head, {sizes.head_dim}, "
+            f"which a layout names as head_dim."
+        )
+    return min(named, key=lambda name: name != "head_dim")
+
+
 def size_attributes(module: nn.Module, name: str, expression_of: Callable[[str, int], str | None]) -> dict[str, str]:
     """Return the attributes of a module that follow its sizes, by their names inside the decoder layer, each with an
     expression of the layer's `config`.

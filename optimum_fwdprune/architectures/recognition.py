@@ -1,4 +1,4 @@
-"""The layout of a family that is not supported yet, recognised by the shapes, positions and names of its linears.
+"""The layout of a family that is not supported yet, recognised by the shapes, positions and names of its modules.
 
 What cannot be told from these, such as the order of the rows of a fused projection, is guessed and noted. The check of
 every pruning, masked against cut, tells whether a guess was right.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..models.layout import AttentionLayout, MLPLayout
-from .module_attributes import HeadSizes, reads_config, size_attributes
+from .module_attributes import HeadSizes, head_dim_attribute, reads_config, size_attributes
+from .recognised_norms import is_head_norm, recognise_surroundings, with_head_norms
 
 
 # The letter in the name of a query, key or value projection: q_proj, to_k, wv, query, linear_v.
@@ -51,6 +52,7 @@ class RecognisedLayout:
         attention (`AttentionLayout`): where a layer keeps its heads.
         mlp (`MLPLayout`): where a layer keeps its channels.
         attributes (`dict[str, str]`): attributes that modules keep of their sizes -> expressions of a `config`.
+        options (`dict[str, str]`): other arguments of the `DecoderLayout` as expressions, by their names.
         whole (`tuple[str, ...]`): linears whose sizes depend on neither.
         linears (`dict[str, LinearShape]`): all linears of a layer.
         width (`int`): channels of a layer.
@@ -61,6 +63,7 @@ class RecognisedLayout:
     attention: AttentionLayout
     mlp: MLPLayout
     attributes: dict[str, str]
+    options: dict[str, str]
     whole: tuple[str, ...]
     linears: dict[str, LinearShape]
     width: int
@@ -82,7 +85,8 @@ class RecognisedLayout:
 
 
 def recognise_layout(model: PreTrainedModel) -> RecognisedLayout:
-    """Recognise the layout of a decoder-only model by names and shapes alone, so that it may be on the meta device.
+    """Recognise the layout of a decoder-only model by names, shapes and a forward pass whose values do not matter, so
+    that it may be on the meta device.
 
     Args:
         model (`PreTrainedModel`): a dense model of any family.
@@ -99,14 +103,17 @@ def recognise_layout(model: PreTrainedModel) -> RecognisedLayout:
     sizes = HeadSizes.of(attention_module, config)
     notes: list[str] = []
     attention = _attention_layout(attention_name, _linears(attention_module), sizes, notes)
+    attention = replace(attention, head_dim=head_dim_attribute(attention_module, sizes))
     parts = (attention.output, attention.query, attention.key, attention.value, attention.fused)
     named = {f"{attention_name}.{linear}" for linear in parts}
     rest = {linear: shape for linear, shape in linears.items() if linear not in named}
     mlp, width = _mlp_layout(rest, sizes.hidden, config, notes)
     whole = tuple(linear for linear in rest if linear not in (*mlp.sources, mlp.output))
     _check_whole({linear: linears[linear] for linear in whole}, sizes, width)
-    _note_norms(layer, attention_name, sizes, notes)
+    attention = with_head_norms(attention, attention_module, sizes)
+    around = recognise_surroundings(model, layer, attention, mlp, notes)
     attributes = size_attributes(attention_module, attention_name, sizes.expression_of)
+    attributes.pop(f"{attention_name}.{attention.head_dim}", None)
     if reads_config(attention_module, {"num_attention_heads", sizes.heads_key, "num_key_value_heads"}):
         attributes[f"{attention_name}.config"] = "config"
     mlp_name = mlp.output.rpartition(".")[0]
@@ -115,7 +122,17 @@ def recognise_layout(model: PreTrainedModel) -> RecognisedLayout:
         mlp_name,
         lambda attribute, value: f"config.{mlp.width_key}" if value == width and "hidden" not in attribute else None,
     )
-    return RecognisedLayout(name, attention, mlp, attributes, whole, linears, width, tuple(notes))
+    return RecognisedLayout(
+        layers=name,
+        attention=around.attention,
+        mlp=around.mlp,
+        attributes=attributes,
+        options=around.options,
+        whole=whole,
+        linears=linears,
+        width=width,
+        notes=tuple(notes),
+    )
 
 
 def _decoder_layers(base: nn.Module, number: int) -> tuple[str, nn.ModuleList]:
@@ -156,7 +173,7 @@ def _check_layers(layers: nn.ModuleList, linears: Mapping[str, LinearShape]) -> 
             )
     for name, parameter in layers[0].named_parameters():
         owner = name.rpartition(".")[0]
-        if parameter.dim() >= 2 and owner not in linears:
+        if parameter.dim() >= 2 and owner not in linears and not is_head_norm(layers[0].get_submodule(owner)):
             raise ValueError(
                 f"{name} of a decoder layer is a tensor {list(parameter.shape)} that no linear holds (experts, or a "
                 f"convolution), and a layout describes linears only."
@@ -281,18 +298,3 @@ def _check_whole(linears: Mapping[str, LinearShape], sizes: HeadSizes, width: in
                 f"its size follows heads or channels, so that it would have to be cut with them. A layout cannot "
                 f"declare that."
             )
-
-
-def _note_norms(layer: nn.Module, attention: str, sizes: HeadSizes, notes: list[str]) -> None:
-    """Note norms that make heads depend on each other, and norms that may follow a projection."""
-    for name, parameter in layer.get_submodule(attention).named_parameters():
-        if "norm" in name and parameter.numel() in (sizes.query_features, sizes.key_features) and sizes.heads > 1:
-            notes.append(
-                f"{attention}.{name} spans all heads, so that no single head can be removed: prune kinds=['mlp']."
-            )
-    norms = [name for name, module in layer.named_children() if "norm" in type(module).__name__.lower()]
-    if len(norms) > 2:
-        notes.append(
-            f"A layer has the norms {', '.join(norms)}. Where a norm follows a projection, the residual stream is not "
-            f"the sum of what projections write: declare residual_adds_up=lambda config: False."
-        )

@@ -30,14 +30,12 @@ class Support(NamedTuple):
     """Whether the models of a family can be pruned in one way.
 
     Args:
-        possible (`bool`): whether all of them can be pruned.
+        possible (`bool`): whether they can be pruned.
         reason (`str`, *optional*): the reason why they cannot be pruned, as a clause.
-        key (`str`, *optional*): config key of the models that cannot be pruned; by default it is all of the family.
     """
 
     possible: bool
     reason: str = ""
-    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class Architecture:
     def support(self) -> dict[str, Support]:
         """Whether `"heads"`, `"channels"` and `"uneven layers"`, layers of different sizes, can be pruned."""
         attention = self.layout.attention
-        heads = Support(not attention.fixed, attention.fixed, attention.fixed_key)
+        heads = Support(not attention.fixed, attention.fixed)
         # All families resize every layer to its own entry in the config.
         return {"heads": heads, "channels": Support(True), "uneven layers": Support(True)}
 
@@ -132,12 +130,11 @@ class Architecture:
         check_no_adapters(model, "cannot be cut")
         _check_layer_count(model, len(self.layers(model)))
         sites, skipped = [], skipped_sublayers(model.config)
-        fixed = self.layout.attention.why_fixed(model.config.get_text_config())
         for index, (path, layer) in enumerate(self.layers(model)):
             try:
                 if (index, UnitKind.ATTENTION) not in skipped:
                     attention = attention_site(self.layout.attention, index, path, layer, attention_unit)
-                    sites.append(replace(attention, fixed=fixed))
+                    sites.append(replace(attention, fixed=self.layout.attention.fixed))
                 if (index, UnitKind.MLP) not in skipped:
                     sites.append(mlp_site(self.layout.mlp, index, path, layer))
             except AttributeError as error:

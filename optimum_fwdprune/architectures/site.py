@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -138,6 +138,32 @@ class Coupling:
 
 
 @dataclass(frozen=True, eq=False)
+class HeadNorm:
+    """A norm of queries or keys with weights for every head, which units of attention own.
+
+    Args:
+        name (`str`): name of the module inside the model.
+        module (`Module`): a norm whose weight is `[heads, head_dim]`, or a list with a norm for every head.
+        heads (`int`): number of consecutive heads that a unit owns.
+    """
+
+    name: str
+    module: nn.Module
+    heads: int
+
+    @property
+    def unit_parameters(self) -> int:
+        """The number of parameters that a unit owns."""
+        parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        one: Any = self.module if isinstance(self.module, nn.ModuleList) else self.module.weight
+        return self.heads * parameters // len(one)
+
+    def kept_heads(self, kept: Sequence[int]) -> list[int]:
+        """Return the heads that are kept with the units `kept`."""
+        return [unit * self.heads + head for unit in kept for head in range(self.heads)]
+
+
+@dataclass(frozen=True, eq=False)
 class Site:
     """A (layer, kind): the projection that writes to the residual stream, and the units of its input that can be cut.
 
@@ -156,6 +182,7 @@ class Site:
         pointwise (`bool`, defaults to `False`): whether the feature of a unit depends on the rows of the unit in the
             sources and on one token only.
         fixed (`str`, *optional*): the reason why no single unit can be removed, if there is one, as a clause.
+        norms (`tuple[HeadNorm, ...]`, *optional*): norms of queries and keys with weights that units own.
         layer_stays (`bool`, defaults to `False`): whether the layer of the site cannot be removed whole.
     """
 
@@ -169,6 +196,7 @@ class Site:
     shared: tuple[Coupling, ...] = ()
     pointwise: bool = False
     fixed: str = ""
+    norms: tuple[HeadNorm, ...] = ()
     layer_stays: bool = False
 
     @property
@@ -187,11 +215,12 @@ class Site:
 
     @property
     def unit_parameters(self) -> int:
-        """The number of parameters that a unit owns, including biases."""
-        return sum(
+        """The number of parameters that a unit owns, including biases and norms."""
+        of_linears = sum(
             coupling.owned_width() * (parameter.numel() // parameter.shape[coupling.axis])
             for coupling, parameter in self.owned_parameters()
         )
+        return of_linears + sum(norm.unit_parameters for norm in self.norms)
 
     @property
     def num_parameters(self) -> int:
@@ -202,10 +231,11 @@ class Site:
     def all_parameters(self) -> int:
         """Parameters of its projection and sources, those that no unit owns included. All go with the whole site."""
         linears = {id(coupling.linear): coupling.linear for coupling in (*self.couplings, *self.shared)}
-        return sum(parameter.numel() for linear in linears.values() for parameter in linear.parameters())
+        modules = [*linears.values(), *(norm.module for norm in self.norms)]
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
     def owned_parameters(self) -> list[tuple[Coupling, torch.Tensor]]:
-        """Return the parameters that units own a part of, with the coupling that describes this part."""
+        """Return the parameters of linears that units own a part of, with the coupling that describes this part."""
         return [(coupling, parameter) for coupling in self.couplings for _, parameter in coupling.parameters()]
 
     def sum_owned(self, coupling: Coupling, parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

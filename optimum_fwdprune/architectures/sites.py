@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..models.layout import AttentionLayout, MLPLayout
+from ..models.layout import AttentionLayout, MLPLayout, has_submodule
 from ..request.choices import AttentionUnit, UnitKind
-from .site import Coupling, Segment, Site
+from .site import Coupling, HeadNorm, Segment, Site
 from .transposed import as_linear
 
 
@@ -76,6 +76,8 @@ def attention_site(layout: AttentionLayout, layer_index: int, path: str, layer: 
     else:
         sources = [coupling(layout.fused, 0, query, shared, shared)]
     output = coupling(layout.output, 1, query)
+    # Keys that query heads share keep all their weights.
+    of_norms = {layout.query_norms: 1 if single_heads else per_group, layout.key_norms: 0 if single_heads else 1}
     return Site(
         layer=layer_index,
         kind=UnitKind.ATTENTION,
@@ -85,6 +87,11 @@ def attention_site(layout: AttentionLayout, layer_index: int, path: str, layer: 
         couplings=(*sources, output),
         num_groups=kv_heads if single_heads else layout.blocks,
         shared=tuple(whole),
+        norms=tuple(
+            HeadNorm(f"{path}.{layout.module}.{name}", module.get_submodule(name), of_unit)
+            for name, of_unit in of_norms.items()
+            if of_unit and has_submodule(module, name)
+        ),
     )
 
 

@@ -47,6 +47,10 @@ def plan_cuts(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]]) -> Cuts:
             for parameter, _ in coupling.parameters():
                 axis = stored_axis(coupling.linear, parameter, coupling.axis)
                 cuts.setdefault(f"{coupling.name}.{parameter}", []).append((axis, index))
+        for norm in site.norms:
+            # A list of norms loses modules, which are renamed.
+            for parameter, _ in () if isinstance(norm.module, nn.ModuleList) else norm.module.named_parameters():
+                cuts[f"{norm.name}.{parameter}"] = [(0, torch.tensor(norm.kept_heads(units)))]
     return cuts
 
 

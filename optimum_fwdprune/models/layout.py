@@ -45,8 +45,10 @@ class AttentionLayout:
             It is built with the index of the layer.
         fixed (`str`, *optional*): the reason why no single head can be removed, as a clause. Errors and the table of
             supported families quote it.
-        fixed_key (`str`, *optional*): config key of the models for which `fixed` holds; by default it holds for all
-            models of the family.
+        query_norms (`str`, *optional*): name, inside the attention module, of the norm of queries if it has weights
+            for every head: a module whose weight is `[heads, head_dim]`, or a list with a norm for every head. Models
+            without this module have no such norm.
+        key_norms (`str`, *optional*): name of the norm of keys, if it has weights for every KV head.
     """
 
     module: str
@@ -65,7 +67,8 @@ class AttentionLayout:
     norms: tuple[str, ...] = ()
     skipped_class: type[nn.Module] = SkippedAttention
     fixed: str = ""
-    fixed_key: str | None = None
+    query_norms: str = ""
+    key_norms: str = ""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -77,9 +80,10 @@ class AttentionLayout:
         layer_idx: Any = layer.get_submodule(self.module).layer_idx
         layer.set_submodule(self.module, self.skipped_class(layer_idx))
 
-    def why_fixed(self, config: Any) -> str:
-        """Return why no single head of a model with `config` can be removed; empty where heads can be removed."""
-        return self.fixed if self.fixed_key is None or getattr(config, self.fixed_key) else ""
+    def norm_sizes(self, config: Any) -> dict[str, int]:
+        """Return the number of heads of every norm with weights by head, by its name inside the decoder layer."""
+        heads = {self.query_norms: self.heads_key, self.key_norms: self.kv_heads_key or self.heads_key}
+        return {f"{self.module}.{name}": getattr(config, key) for name, key in heads.items() if name}
 
     def linear_sizes(self, config: Any) -> dict[str, dict[str, Any]]:
         """Return how to resize every linear, by its name inside the decoder layer, at the sizes of its `config`."""
@@ -142,6 +146,11 @@ class MLPLayout:
         }
 
 
+def has_submodule(module: nn.Module, name: str) -> bool:
+    """Return whether a module has a submodule with this name; none has the empty name."""
+    return bool(name) and any(name == known for known, _ in module.named_modules())
+
+
 def _no_attributes(config: Any) -> dict[str, Any]:
     return {}
 
@@ -187,6 +196,8 @@ class DecoderLayout:
         output_norm (`bool`, defaults to `False`): whether the output of every projection is normalized before it is
             added to the residual stream (Gemma 2). With `reconstruction_target="dense"`, the target of a projection is
             then its output in the dense model, before the norm.
+        shares_norms (`Callable[[PreTrainedConfig], bool]`, *optional*): whether, under a config, attention and MLP
+            read the same norm, which then stays when one of them is removed. By default they never do.
         first_layers (`Callable[[PreTrainedConfig], int]`, *optional*): how many of the first decoder layers cannot be
             removed whole, under the config of the whole model: those after which something else is added to the
             residual stream by their number (DeepStack). By default none.
@@ -201,6 +212,7 @@ class DecoderLayout:
     normalizes_stream: Callable[[Any], bool] = _never
     residual_multiplier: Callable[[Any], float] = _one
     output_norm: bool = False
+    shares_norms: Callable[[Any], bool] = _never
     first_layers: Callable[[Any], int] = _none
 
     def has_dense_target(self, config: Any) -> bool:
@@ -211,7 +223,8 @@ class DecoderLayout:
         """Return the names of the modules inside a decoder layer that are removed with its `"attention"` or its
         `"mlp"`, for a config."""
         part = self.sublayer(kind)
-        return part.modules if self.normalizes_stream(config) else (*part.modules, *part.norms)
+        stay = self.normalizes_stream(config) or self.shares_norms(config)
+        return part.modules if stay else (*part.modules, *part.norms)
 
     def sublayer(self, kind: str) -> AttentionLayout | MLPLayout:
         """Return the layout of the `"attention"` or the `"mlp"`."""
@@ -251,6 +264,5 @@ NORMS_AROUND_LAYOUT = replace(
     output_norm=True,
 )
 
-# Reasons why no single head of some families can be removed.
+# The reason why no single head of some families can be removed.
 NORM_OVER_HEADS = "its query and key norms take their mean over all heads, so that the kept heads would change."
-NORM_PER_HEAD = "its query and key norms have weights for every head, which cannot be cut."

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.cohere import modeling_cohere as stock
 from transformers.models.cohere.configuration_cohere import CohereConfig
 
-from .layout import LLAMA_LAYOUT, NORM_PER_HEAD
+from .layout import LLAMA_LAYOUT
 from .per_layer import PerLayerConfigMixin, PerLayerMixin
 
 
@@ -20,7 +20,7 @@ class PrunedCohereMixin(PerLayerMixin):
     layout = replace(
         LLAMA_LAYOUT,
         # Attention and MLP read the same norm, which stays when one of them goes.
-        attention=replace(LLAMA_LAYOUT.attention, norms=(), fixed=NORM_PER_HEAD, fixed_key="use_qk_norm"),
+        attention=replace(LLAMA_LAYOUT.attention, norms=(), query_norms="q_norm", key_norms="k_norm"),
         mlp=replace(LLAMA_LAYOUT.mlp, norms=()),
     )
 

@@ -47,15 +47,24 @@ class PrunedFalconMixin(PerLayerMixin):
             kv_heads_key="kv_heads",
             kept_heads_key="kept_heads",
             pruned_class=PrunedFalconAttention,
+            norms=("input_layernorm", "ln_attn"),
         ),
-        # Which norms a layer has, and which of them both sublayers read, depends on the config. All of them stay.
-        MLPLayout(sources=("mlp.dense_h_to_4h",), output="mlp.dense_4h_to_h", width_key="ffn_hidden_size"),
+        MLPLayout(
+            sources=("mlp.dense_h_to_4h",),
+            output="mlp.dense_4h_to_h",
+            width_key="ffn_hidden_size",
+            norms=("post_attention_layernorm", "ln_mlp"),
+        ),
         layers="h",
         attributes=lambda config: {
             "self_attention.num_heads": config.num_attention_heads,
             "self_attention.num_kv_heads": config.kv_heads,
             "self_attention.kept_heads": config.kept_heads,
         },
+        shares_norms=lambda config: (
+            config.parallel_attn
+            and not (config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2))
+        ),
     )
 
 

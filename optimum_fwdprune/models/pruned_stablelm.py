@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.stablelm import modeling_stablelm as stock
 from transformers.models.stablelm.configuration_stablelm import StableLmConfig
 
-from .layout import LLAMA_LAYOUT, NORM_PER_HEAD
+from .layout import LLAMA_LAYOUT
 from .per_layer import PerLayerConfigMixin, PerLayerMixin
 
 
@@ -19,9 +19,8 @@ class PrunedStableLmMixin(PerLayerMixin):
     config_class = PrunedStableLmConfig
     layout = replace(
         LLAMA_LAYOUT,
-        # Attention and MLP may read the same norm, which stays when one of them goes.
-        attention=replace(LLAMA_LAYOUT.attention, norms=(), fixed=NORM_PER_HEAD, fixed_key="qk_layernorm"),
-        mlp=replace(LLAMA_LAYOUT.mlp, norms=()),
+        attention=replace(LLAMA_LAYOUT.attention, query_norms="q_layernorm.norms", key_norms="k_layernorm.norms"),
+        shares_norms=lambda config: config.use_parallel_residual,
         attributes=lambda config: {
             **LLAMA_LAYOUT.attributes(config),
             "self_attn.num_heads": config.num_attention_heads,

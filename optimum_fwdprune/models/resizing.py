@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .layout import SUBLAYERS, DecoderLayout
+from .layout import ATTENTION, SUBLAYERS, DecoderLayout, has_submodule
 
 
 # Classes of linears that a decoder layer may hold; GPT-2 stores the weights of its own transposed.
@@ -37,6 +37,9 @@ def resize_layer(layer: nn.Module, layout: DecoderLayout, config: PreTrainedConf
             sizes |= layout.sublayer(kind).linear_sizes(config)
     for name, changes in sizes.items():
         layer.set_submodule(name, _resized(layer.get_submodule(name), **changes))
+    for name, heads in {} if ATTENTION in skipped else layout.attention.norm_sizes(config).items():
+        if has_submodule(layer, name):
+            _resize_norm(layer, name, heads)
     for name, module in layer.named_modules():
         if isinstance(module, LINEARS) and name not in sizes and name not in layout.whole:
             raise ValueError(
@@ -55,8 +58,18 @@ def _skip(kind: str, layer: nn.Module, layout: DecoderLayout, config: PreTrained
     part = layout.sublayer(kind)
     part.skip_in(layer)
     for name in layout.modules_of(kind, config):
-        if name in part.norms:
+        if name in part.norms and has_submodule(layer, name):
             layer.set_submodule(name, nn.Identity())
+
+
+def _resize_norm(layer: nn.Module, name: str, heads: int) -> None:
+    """Give a norm with weights by head, or a list of norms, the weights of fewer heads."""
+    norm: Any = layer.get_submodule(name)
+    if isinstance(norm, nn.ModuleList):
+        layer.set_submodule(name, norm[:heads])
+        return
+    for parameter_name, parameter in norm.named_parameters():
+        setattr(norm, parameter_name, nn.Parameter(parameter.new_empty(heads, *parameter.shape[1:])))
 
 
 def _resized(

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 
+import made_up_family
 import pytest
 import tiny
 import torch
@@ -10,6 +11,7 @@ import transformers
 
 from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.architectures import registry
+from optimum_fwdprune.models.layout import NORM_OVER_HEADS
 
 
 SIZES = {"vocab_size": tiny.VOCAB, "hidden_size": 48, "num_hidden_layers": 3, "pad_token_id": 0, "bos_token_id": 1}
@@ -24,6 +26,31 @@ UNSUPPORTED = {
     "vaultgemma": (transformers.VaultGemmaConfig, {**HEADS, "intermediate_size": 64}),
     "xglm": (transformers.XGLMConfig, {"attention_heads": 6, "ffn_dim": 64}),
 }
+# Norms of the outputs, scaled outputs, and query and key norms: with weights for every head, and over all heads.
+made_up_family.register()
+UNSUPPORTED |= {
+    f"made_up_{name}": (made_up_family.MadeUpConfig, {**HEADS, "intermediate_size": 64, **values})
+    for name, values in {
+        "norms_after": {"norms_after": True},
+        "residual_scale": {"residual_scale": 0.3},
+        "head_norms": {"use_qk_norm": True},
+        "norms_over_heads": {"norms_over_heads": True},
+    }.items()
+}
+DECLARED = {
+    "made_up_norms_after": (
+        'norms=("norm_1", "norm_2"),\n',
+        'norms=("norm_3", "norm_4"),\n',
+        "    output_norm=True,\n",
+    ),
+    "made_up_residual_scale": (
+        'norms=("norm_1",),\n',
+        'norms=("norm_3",),\n',
+        "    residual_multiplier=lambda config: config.residual_scale,\n",
+    ),
+    "made_up_norms_over_heads": (f'fixed="{NORM_OVER_HEADS}",\n',),
+    "made_up_head_norms": ('query_norms="q_norm",\n', 'key_norms="k_norm",\n'),
+}
 
 
 def unsupported(name, folder):
@@ -35,7 +62,12 @@ def unsupported(name, folder):
     config.eos_token_id = 2
     config.save_pretrained(folder)
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            # Equal weights would hide a norm that is cut wrongly.
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model.eval()
 
 
 @torch.no_grad()
@@ -43,10 +75,13 @@ def unsupported(name, folder):
 def test_the_printed_declaration_prunes_the_family(name, cli, tokens, tmp_path, monkeypatch):
     dense = unsupported(name, tmp_path / "dense")
     monkeypatch.setattr(registry, "_ARCHITECTURES", dict(registry._ARCHITECTURES))
-    with pytest.raises(ValueError, match=rf"'{name}' is not supported.*optimum-cli fwdprune inspect MODEL"):
+    with pytest.raises(
+        ValueError, match=rf"'{dense.config.model_type}' is not supported.*optimum-cli fwdprune inspect MODEL"
+    ):
         FwdPruner(dense)
     code, printed, _ = cli("inspect", tmp_path / "dense")
     assert code == 0 and "This layout is recognised" in printed
+    assert all(line in printed for line in DECLARED.get(name, ()))
 
     file = tmp_path / f"family_{name}.py"
     file.write_text(printed[printed.index('"""') :])
@@ -55,10 +90,12 @@ def test_the_printed_declaration_prunes_the_family(name, cli, tokens, tmp_path, 
     monkeypatch.setitem(sys.modules, file.stem, module)
     spec.loader.exec_module(module)
     pruner = FwdPruner(dense)
-    pruned = pruner.prune(tiny.request("random", sparsity=0.4, reconstruction="none"), tokens, inplace=False)
+    kinds = ["mlp"] if name == "made_up_norms_over_heads" else ["attention", "mlp"]
+    request = tiny.request("random", sparsity=0.4, reconstruction="none", kinds=kinds)
+    pruned = pruner.prune(request, tokens, inplace=False)
     expected = tiny.masked_by_hand(dense, pruner.plan)(tokens[:4]).logits
 
-    assert all(pruner.plan.removed((1, kind)) for kind in ("attention", "mlp"))
+    assert all(pruner.plan.removed((1, kind)) for kind in kinds)
     assert (pruned(tokens[:4]).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert (dense(tokens[:4]).logits - expected).abs().max() > 1e-2 * expected.abs().max()
     pruner.save_pretrained(tmp_path / "pruned")

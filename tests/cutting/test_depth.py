@@ -124,6 +124,29 @@ def test_norms_of_a_skipped_sublayer_are_gone(llama):
     assert {"model.layers.0.post_attention_layernorm.weight", "model.layers.1.input_layernorm.weight"} <= names.keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "gone", "stay"),
+    [
+        ("falcon_grouped", ["0.ln_attn", "1.ln_mlp"], ["0.ln_mlp", "1.ln_attn"]),
+        (
+            "falcon_alibi",
+            ["0.input_layernorm", "1.post_attention_layernorm"],
+            ["0.post_attention_layernorm", "1.input_layernorm"],
+        ),
+        ("falcon_multi_query", [], ["0.input_layernorm", "1.input_layernorm"]),
+        ("stablelm", ["0.input_layernorm", "1.post_attention_layernorm"], ["1.input_layernorm"]),
+        ("stablelm_parallel_query_norms", [], ["0.input_layernorm", "1.input_layernorm"]),
+    ],
+)
+def test_a_norm_that_both_sublayers_read_stays_where_the_config_says_that_they_do(name, gone, stay):
+    dense = tiny.make_model(name)
+    path = find_sites(dense)[0].projection_name.partition("0.")[0]
+    pruned = pruned_by(dense, plan_without(dense, [(0, "attention"), (1, "mlp")])).model
+    names = {parameter.removeprefix(path).removesuffix(".weight") for parameter, _ in pruned.named_parameters()}
+
+    assert names.issuperset(stay) and names.isdisjoint(gone)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", tiny.REPRESENTATIVE)
 def test_a_site_is_silent_in_the_sequences_in_which_all_its_gates_are_closed(name, tokens):

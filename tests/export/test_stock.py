@@ -15,9 +15,9 @@ from optimum_fwdprune.export import export_gguf, export_stock
 
 
 # Their stock classes work the width of a head out of the number of heads, or no head of them can be removed.
-NO_STOCK_HEADS = {"opt_pre_norm", "opt_post_norm_projected", "opt_no_biases", "helium", "phi", "stablelm"}
+NO_STOCK_HEADS = {"opt_pre_norm", "opt_post_norm_projected", "opt_no_biases", "helium", "phi"}
 NO_STOCK_HEADS |= {"codegen", "gpt2", "gpt_neox", "gpt_neox_sequential", "gptj", "persimmon_third_party"}
-NO_STOCK_HEADS |= {name for name in tiny.CONFIGS if name.startswith("falcon")}
+NO_STOCK_HEADS |= {name for name in tiny.CONFIGS if name.startswith(("falcon", "stablelm"))}
 NO_STOCK_HEADS |= set(tiny.FIXED_HEADS)
 HOLDABLE = [name for name in tiny.CONFIGS if name != "bloom"]
 
