@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from ..architectures import is_pruned
 from ..architectures.wrapping import check_no_adapters, is_peft_model
-from ..cutting.on_disk import files_of
+from ..cutting.layered import files_of
 from ..files import check_output_folder, folder_moved_into_place
 from ..loading.offloading import is_offloaded
 from ..loading.saving import check_savable, generation_config_as_it_is, naming_base, save_offloaded

@@ -19,6 +19,10 @@ from .hooks import stopped_before
 from .losses import PLAIN_OUTPUTS
 
 
+# The arguments of every layer except for hidden states, by the shape of a batch.
+Arguments = dict[tuple[int, ...], list[tuple[tuple, dict[str, Any]]]]
+
+
 @dataclass
 class Batch:
     """A batch of windows, with the arguments of every layer.
@@ -93,16 +97,26 @@ class LayerRunner:
     @torch.no_grad()
     def batches(self, calibration: Calibration, batch_size: int) -> list[Batch]:
         """Return the windows as batches, with the arguments of every layer."""
-        batches = []
-        arguments: dict[tuple[int, ...], list] = {}
-        for windows in torch.arange(len(calibration.input_ids)).split(batch_size):
-            input_ids, mask = calibration.windows(windows)
-            # All batches of a shape have the same arguments, unless they have padding.
-            shape = tuple(input_ids.shape)
-            if mask is not None or shape not in arguments:
-                arguments[shape] = self.arguments(input_ids, mask)
-            batches.append(Batch(input_ids, mask, arguments[shape]))
-        return batches
+        arguments: Arguments = {}
+        places = torch.arange(len(calibration.input_ids)).split(batch_size)
+        return [self.batch(*calibration.windows(windows), arguments) for windows in places]
+
+    @torch.no_grad()
+    def batch(self, input_ids: torch.Tensor, mask: torch.Tensor | None, known: Arguments) -> Batch:
+        """Return windows as a batch, with the arguments of every layer.
+
+        Args:
+            input_ids (`Tensor[windows, tokens]`, int64): the tokens.
+            mask (`Tensor[windows, tokens]`, *optional*): 0 where a token is padding.
+            known (`dict`): arguments of batches by their shape, to which those of this batch are added.
+        """
+        # All batches of a shape have the same arguments, unless they have padding.
+        shape = tuple(input_ids.shape)
+        if mask is not None:
+            return Batch(input_ids, mask, self.arguments(input_ids, mask))
+        if shape not in known:
+            known[shape] = self.arguments(input_ids, None)
+        return Batch(input_ids, None, known[shape])
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> torch.Tensor:
