@@ -72,6 +72,13 @@ class RecoverCommand(Command):
             help="Any other argument of transformers.TrainingArguments, such as weight_decay=0.1 fsdp=full_shard.",
         )
         add_tokenizer_option(parser)
+        parser.add_argument(
+            "--low-memory",
+            "--low_memory",
+            action="store_true",
+            help="Leave the decoder layers on disk, with --mode block_distill. The trained ones are written to new "
+            "files beside OUTPUT.",
+        )
         add_loading_options(parser)
         add_hub_options(parser)
 
@@ -96,6 +103,8 @@ class RecoverCommand(Command):
         arguments = self._arguments(own)
         with naming_the_model(self.args.model):
             options = loading_options(self.args) | {"tokenizer": self.args.tokenizer}
+            if self.args.low_memory:
+                options |= {"low_memory": True, "offload_folder": Path(self.args.output).absolute().parent}
             pruner = FwdPruner.from_pretrained(self.args.model, **options)
         pruner.check_saving(self.args.output, overwrite=self.args.overwrite)
         pruner.recover(self.args.dataset, arguments)

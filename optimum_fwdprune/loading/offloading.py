@@ -17,11 +17,15 @@ from ..architectures import Site, get_architecture
 from ..runs.devices import compute_device, hooks_of
 
 
-def device_map_on_disk(config: PreTrainedConfig, auto_class: Any) -> dict[str, str]:
-    """Return a `device_map` that leaves the decoder layers on disk and puts all other modules on the accelerator, or
-    on the CPU where there is none."""
+def device_map_on_disk(
+    config: PreTrainedConfig, auto_class: Any, device: torch.device | None = None
+) -> dict[str, str]:
+    """Return a `device_map` that leaves the decoder layers on disk and puts all other modules on `device`, by default
+    the accelerator, or the CPU where there is none."""
     with torch.device("meta"):
         model = auto_class.from_config(config)
+    if device is not None:
+        return on_disk(model, device)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return on_disk(model, accelerator or "cpu")
 

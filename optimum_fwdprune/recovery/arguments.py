@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
-from .options import LEARNING_RATES, RecoveryOptions
+from .options import BLOCK_DISTILL, EPOCHS, LEARNING_RATES, TAUGHT, RecoveryOptions
 
 
 @dataclass
 class RecoveryArguments(RecoveryOptions, TrainingArguments):
     """Arguments of `FwdPruner.recover`: those of [`RecoveryOptions`], and all of `transformers.TrainingArguments`.
 
-    These defaults differ from those of `TrainingArguments`: `learning_rate` is 1e-4 for adapters and 2e-5 for all
-    weights; training takes one epoch, warms up over 3 % of the steps, logs every tenth step, and uses bfloat16 where
-    the accelerator supports it.
+    These defaults differ from those of `TrainingArguments`: `learning_rate` and `num_train_epochs` depend on what is
+    trained (see `LEARNING_RATES` and `EPOCHS`); training warms up over 3 % of the steps, logs every tenth step, and
+    uses bfloat16 where the accelerator supports it.
 
     Raises:
         ValueError: on a value out of range; the message names the value and the way out.
     """
 
     learning_rate: float | None = None  # type: ignore[assignment]
-    num_train_epochs: float = 1.0
+    num_train_epochs: float | None = None  # type: ignore[assignment]
     warmup_steps: float = 0.03
     logging_steps: float = 10
     bf16: bool | None = None  # type: ignore[assignment]
@@ -32,10 +34,37 @@ class RecoveryArguments(RecoveryOptions, TrainingArguments):
 
     def __post_init__(self):
         self.check()
+        self._asked_epochs = self.num_train_epochs
         if self.learning_rate is None:
-            self.learning_rate = LEARNING_RATES[self.trains_adapters]
+            self.learning_rate = LEARNING_RATES[self.trained]
+        if self.num_train_epochs is None:
+            self.num_train_epochs = EPOCHS[self.trained]
         if self.fp16:
             raise ValueError("fp16 overflows where bfloat16 does not; use bf16=True, or neither.")
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
+
+    def stages(self) -> list[RecoveryArguments]:
+        """Return the arguments of every stage of the training: those of the blocks and, if `then` is set, those of the
+        whole model, with the default learning rate of its mode."""
+        if self.mode != BLOCK_DISTILL or self.then is None:
+            return [self]
+        blocks = replace(self, then=None, adapters=None, teacher_cache=None)
+        whole = replace(
+            self,
+            mode=self.then,
+            then=None,
+            teacher=self.teacher if self.then in TAUGHT else None,
+            learning_rate=None,
+            num_train_epochs=self._asked_epochs,
+            resume_from_checkpoint=self._resumed_after_blocks(),
+        )
+        return [blocks, whole]
+
+    def _resumed_after_blocks(self) -> str | None:
+        """Return the Trainer's checkpoint to resume the second stage from, if there is one."""
+        folder = str(self.output_dir)
+        if str(self.resume_from_checkpoint).lower() != "true" or not Path(folder).is_dir():
+            return None
+        return get_last_checkpoint(folder)

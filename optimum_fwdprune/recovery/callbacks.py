@@ -71,3 +71,21 @@ def check_evaluations(args: RecoveryArguments, eval_dataset: Any, callbacks: Ite
             f"metric_for_best_model={metric!r} is not measured; an evaluation during training measures "
             f"{', '.join(MEASURED)}."
         )
+
+
+def check_block_stages(stages: list[RecoveryArguments], eval_dataset: Any, callbacks: list[TrainerCallback]) -> None:
+    """Raise `ValueError` where a training by blocks, and what follows it, cannot follow its arguments.
+
+    Args:
+        stages (`list[RecoveryArguments]`): the arguments of the blocks and, if there is one, of the stage after them.
+        eval_dataset (*optional*): held-out data.
+        callbacks (`list[TrainerCallback]`): the Trainer's callbacks.
+    """
+    if len(stages) > 1:
+        check_evaluations(stages[-1], eval_dataset, callbacks)
+        return
+    if callbacks or IntervalStrategy(stages[0].eval_strategy) != IntervalStrategy.NO:
+        raise ValueError(
+            "callbacks and eval_strategy are the Trainer's, which does not train blocks: every block is judged on "
+            "held-out data before and after it is trained. Leave them out, or set then='distill'."
+        )

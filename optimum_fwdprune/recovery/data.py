@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,13 @@ class TrainingTexts:
     def name(self) -> str:
         """The name of the data in a record, without a path of this machine."""
         return public_name(str(self.dataset)) if isinstance(self.dataset, (str, Path)) else "data in memory"
+
+    def kept_for_reading_again(self) -> TrainingTexts:
+        """Return the same data, with the items of generators in lists, so that it can be read several times."""
+        dataset, eval_dataset = (
+            list(source) if isinstance(source, Iterator) else source for source in (self.dataset, self.eval_dataset)
+        )
+        return replace(self, dataset=dataset, eval_dataset=eval_dataset)
 
 
 def training_data(

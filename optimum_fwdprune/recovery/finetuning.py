@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from .callbacks import check_evaluations, checked_callbacks
 from .data import TrainingTexts, training_data
 from .distillation import Teacher, identity_of_teacher, keep_predictions, kept_predictions
 from .options import DISTILL
+from .precision import trained_in_float32
 from .restoring import ModelState, left_as_it_was, removed_where_unused
 from .resuming import check_resumable, checkpoint_of
 from .teachers import TeacherSource, find_teacher
@@ -86,7 +86,7 @@ def train(
     check_evaluations(args, texts.eval_dataset, callbacks)
     if texts.eval_dataset is not None and args.mode == DISTILL and args.teacher_cache is not None:
         raise ValueError("teacher_cache keeps no predictions for eval_dataset; leave one of them out.")
-    _check_weights(model, args)
+    check_weights(model, args)
     resumed = checkpoint_of(args)
     source = find_teacher(model, args, teacher, access)
     adapters_stay = args.trains_adapters and not args.merge_adapters
@@ -107,7 +107,7 @@ def train(
                 check_resumable(resumed, trained, args)
             trainer = _trainer(model, trained, texts, args, source, callbacks)
             assert trainer.model is not None
-            with _steps_reach_the_weights(trainer.model):
+            with trained_in_float32(trainer.model):
                 trainer.train(resume_from_checkpoint=resumed)
             trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
             if args.trains_adapters and args.merge_adapters:
@@ -119,7 +119,7 @@ def train(
     return trained.eval(), trainer
 
 
-def _check_weights(model: PreTrainedModel, args: RecoveryArguments) -> None:
+def check_weights(model: PreTrainedModel, args: RecoveryArguments) -> None:
     """Raise `ValueError` where training could change no weight."""
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
@@ -174,22 +174,6 @@ def _trainer(
         processing_class=texts.tokenizer,
         callbacks=callbacks,
     )
-
-
-@contextmanager
-def _steps_reach_the_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Keep trained parameters in float32 while the context is open, since 16 bits round most updates to zero."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    dtypes = [parameter.dtype for parameter in trained]
-    # Buffers are not changed: those such as rotary frequencies are float32 whatever the model's dtype.
-    for parameter in trained:
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, dtype in zip(trained, dtypes):
-            parameter.data = parameter.data.to(dtype)
 
 
 def _sequences_of(args: RecoveryArguments) -> int | None:

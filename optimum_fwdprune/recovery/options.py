@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from ..request.fields import option
 
 
-LORA, FULL, DISTILL = "lora", "full", "distill"
+LORA, FULL, DISTILL, BLOCK_DISTILL = "lora", "full", "distill", "block_distill"
+
+# Modes that train the whole model at once, with the Trainer.
+WHOLE = (LORA, FULL, DISTILL)
+
+# Modes that need a teacher.
+TAUGHT = (DISTILL, BLOCK_DISTILL)
 
 # Headings of the command line's help. They are not in the fields' metadata, which `HfArgumentParser` passes on.
 HEADINGS = {
-    "recovery": ("mode", "adapters"),
+    "recovery": ("mode", "then", "adapters"),
     "adapters": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "merge_adapters"),
+    "distillation by blocks, with --mode block_distill": ("layers_per_block", "hidden_states_gb"),
     "distillation, with --mode distill": (
         "teacher",
         "teacher_dtype",
@@ -26,9 +33,14 @@ HEADINGS = {
     "data": ("max_length", "dataset_config", "dataset_split", "dataset_column"),
 }
 
-# By whether adapters are trained. The rate of adapters is LLM-Pruner's (arXiv 2305.11627); all weights need a smaller
-# one.
-LEARNING_RATES = {True: 1e-4, False: 2e-5}
+# What is trained: adapters, all weights at once, or those of one block after the other.
+ADAPTERS, WEIGHTS, BLOCKS = "adapters", "weights", "blocks"
+
+# The rate of adapters is LLM-Pruner's (arXiv 2305.11627); all weights need a smaller one.
+LEARNING_RATES = {ADAPTERS: 1e-4, WEIGHTS: 2e-5, BLOCKS: 1e-4}
+
+# Passes over the data.
+EPOCHS = {ADAPTERS: 1.0, WEIGHTS: 1.0, BLOCKS: 1.0}
 
 
 @dataclass
@@ -42,11 +54,21 @@ class RecoveryOptions:
     mode: str = option(
         LORA,
         "lora: train adapters on the text. full: train all weights on the text. distill: train on the text and "
-        "towards the dense model's predictions.",
-        (LORA, FULL, DISTILL),
+        "towards the dense model's predictions. block_distill: train one decoder layer after the other towards the "
+        "dense model's hidden states after it, in the memory of one layer.",
+        (*WHOLE, BLOCK_DISTILL),
+    )
+    then: str | None = option(
+        None, "Mode in which the whole model is trained after block_distill. Default: it is not.", WHOLE
     )
     adapters: bool | None = option(
-        None, "Train LoRA adapters and not all weights. Default: true in modes lora and distill, false in mode full."
+        None, "Train LoRA adapters and not all weights. Default: true in modes lora and distill, false in others."
+    )
+    layers_per_block: int = option(1, "Decoder layers that are trained together.")
+    hidden_states_gb: float | None = option(
+        None,
+        "Memory for hidden states of the training data, in GiB; larger ones are in files of output_dir. Default: half "
+        "of the available memory.",
     )
     lora_r: int = option(8, "Rank of the adapters.")
     lora_alpha: int = option(16, "Scale of the adapters: their output is multiplied by lora_alpha / lora_r.")
@@ -90,9 +112,10 @@ class RecoveryOptions:
 
     def check(self) -> None:
         """Raise `ValueError` on a value out of range."""
-        modes = (LORA, FULL, DISTILL)
+        modes = (*WHOLE, BLOCK_DISTILL)
         if self.mode not in modes:
             raise ValueError(f"mode must be one of {', '.join(modes)}; got {self.mode!r}.")
+        self._check_blocks()
         if isinstance(self.lora_targets, str):
             self.lora_targets = [self.lora_targets]
         if self.mode == LORA and self.adapters is False:
@@ -105,7 +128,7 @@ class RecoveryOptions:
                 "adapters=True cannot be combined with mode='full', which trains all weights; for adapters use "
                 "mode='lora' or mode='distill'."
             )
-        for name in ("lora_r", "lora_alpha", "teacher_top_k"):
+        for name in ("lora_r", "lora_alpha", "teacher_top_k", "layers_per_block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.max_length is not None and self.max_length < 2:
@@ -119,10 +142,40 @@ class RecoveryOptions:
             raise ValueError(f"hidden_weight must be at least 0; got {self.hidden_weight}.")
         if self.hidden_weight and self.teacher_cache:
             raise ValueError("hidden_weight needs the teacher's hidden states, which teacher_cache does not store.")
-        if self.mode != DISTILL and (self.teacher or self.teacher_cache):
-            raise ValueError(f"A teacher is used with mode='distill' only; the mode is {self.mode!r} here.")
+        if self.mode not in TAUGHT and (self.teacher or self.teacher_cache):
+            raise ValueError(
+                f"A teacher is used with mode='distill' or 'block_distill' only; the mode is {self.mode!r} here."
+            )
+
+    def _check_blocks(self) -> None:
+        if self.mode != BLOCK_DISTILL:
+            if self.then is not None:
+                raise ValueError(f"then={self.then!r} needs mode='block_distill'; the mode is {self.mode!r} here.")
+            return
+        if self.then not in (None, *WHOLE):
+            raise ValueError(f"then must be one of {', '.join(WHOLE)}; got {self.then!r}.")
+        if self.then is None and self.adapters:
+            raise ValueError(
+                "adapters=True cannot be combined with mode='block_distill', which trains all weights of a block, "
+                "unless then='lora' or then='distill' trains adapters afterwards."
+            )
+        if self.then is None and self.teacher_cache:
+            raise ValueError(
+                "teacher_cache stores predictions, and mode='block_distill' compares hidden states. Leave it out."
+            )
+        if self.hidden_states_gb is not None and self.hidden_states_gb < 0:
+            raise ValueError(f"hidden_states_gb must be at least 0; got {self.hidden_states_gb}.")
+
+    @property
+    def trained(self) -> str:
+        """What is trained: `"adapters"`, all `"weights"` at once, or those of `"blocks"`."""
+        if self.mode == BLOCK_DISTILL:
+            return BLOCKS
+        return ADAPTERS if self.trains_adapters else WEIGHTS
 
     @property
     def trains_adapters(self) -> bool:
         """Whether LoRA adapters are trained and not all weights."""
+        if self.mode == BLOCK_DISTILL:
+            return False
         return self.mode != FULL if self.adapters is None else self.adapters

@@ -11,15 +11,18 @@ from transformers import PreTrainedModel
 
 from ..architectures import is_pruned
 from ..architectures.wrapping import check_no_adapters, is_peft_model
-from ..loading.offloading import is_offloaded
+from ..loading.offloading import is_offloaded, lies_on_disk
 from ..loading.origin import Origin
 from ..loading.source import Source
 from ..loading.state import check_not_consumed, forward_state_kept
 from ..record.record import Record
 from .arguments import RecoveryArguments
-from .callbacks import checked_callbacks
+from .block_distillation import BlockDistillation
+from .callbacks import check_block_stages, checked_callbacks
 from .data import TrainingTexts
 from .finetuning import train
+from .options import BLOCK_DISTILL, TAUGHT
+from .resuming import asks_to_resume
 from .trainer import RecoveryTrainer, StepCounter, frozen_share
 
 
@@ -58,7 +61,7 @@ class Recovery:
         Args:
             texts (`TrainingTexts`): training data.
             args (`RecoveryArguments`, *optional*): arguments of the training; by default those with all defaults.
-            teacher (`PreTrainedModel`, `str`, `Path` or `Origin`, *optional*): for `mode="distill"`; by default the
+            teacher (`PreTrainedModel`, `str`, `Path` or `Origin`, *optional*): for modes that distill; by default the
                 model that was pruned.
             callbacks (`TrainerCallback` or iterable of these, *optional*): callbacks of the Trainer.
 
@@ -69,15 +72,52 @@ class Recovery:
         """
         check_trainable(self.model)
         args = _checked_arguments(args)
-        callbacks = checked_callbacks(callbacks)
-        keeps_adapters = args.trains_adapters and not args.merge_adapters
-        if keeps_adapters and self.source.saved_as is None:
+        stages, callbacks = args.stages(), checked_callbacks(callbacks)
+        check_placement(self.model, stages, self.source.low_memory)
+        self._check_adapters(stages)
+        if teacher is None and self.record.plan is not None:
+            teacher = Origin.of_plan(self.record.plan.metadata, self.source.folders)
+        if stages[0].mode != BLOCK_DISTILL:
+            self._train_whole(texts, args, teacher, callbacks)
+            return
+        check_block_stages(stages, texts.eval_dataset, callbacks)
+        # The data is read once for every stage.
+        texts = texts.kept_for_reading_again()
+        self._train_blocks(texts, stages[0], teacher)
+        for stage in stages[1:]:
+            self._train_whole(texts, stage, teacher if stage.mode in TAUGHT else None, callbacks)
+
+    def _check_adapters(self, stages: list[RecoveryArguments]) -> None:
+        """Raise `ValueError` where adapters would be saved without the weights that they belong to."""
+        last = stages[-1]
+        if not last.trains_adapters or last.merge_adapters:
+            return
+        if len(stages) > 1:
+            raise ValueError(
+                f"merge_adapters=False saves adapters without their base, whose weights mode={BLOCK_DISTILL!r} "
+                f"changes. Leave it on, or train and save in two steps."
+            )
+        if self.source.saved_as is None:
             raise ValueError(
                 "Adapters are saved without their base, and the pruned model has not been saved yet: call "
                 "save_pretrained first, or leave merge_adapters on."
             )
-        if teacher is None and self.record.plan is not None:
-            teacher = Origin.of_plan(self.record.plan.metadata, self.source.folders)
+
+    def _train_blocks(self, texts: TrainingTexts, args: RecoveryArguments, teacher: Any) -> None:
+        distillation = BlockDistillation(self.model, self.record.plan, self.source)
+        try:
+            with forward_state_kept(self.model):
+                distillation.run(texts, args, teacher)
+        except BaseException as error:
+            if distillation.has_changed_weights:
+                stopped = {**distillation.summary(), "dataset": texts.name, "interrupted by": type(error).__name__}
+                self._note(stopped, args)
+            raise
+        self.model = distillation.model
+        self._note({**distillation.summary(), "dataset": texts.name}, args)
+
+    def _train_whole(self, texts: TrainingTexts, args: RecoveryArguments, teacher: Any, callbacks: list[Any]) -> None:
+        keeps_adapters = args.trains_adapters and not args.merge_adapters
         counter = StepCounter()
         access = self.source.access
         try:
@@ -90,20 +130,37 @@ class Recovery:
                 # The steps before the error changed the weights, so that the record must not claim what was measured.
                 stopped = {"mode": args.mode, "adapters": False, **frozen_share(self.model, trains_adapters=False)}
                 stopped |= {"steps": counter.steps, "dataset": texts.name}
-                self._note({**stopped, "interrupted by": type(error).__name__})
+                self._note({**stopped, "interrupted by": type(error).__name__}, args)
             raise
         summary = {**self.trainer.summary(), "dataset": texts.name}
         if keeps_adapters:
             self.model.peft_config["default"].base_model_name_or_path = self.source.saved_as
-        self._note(summary, has_new_weights=not keeps_adapters)
+        self._note(summary, args, has_new_weights=not keeps_adapters)
 
-    def _note(self, summary: Mapping[str, Any], has_new_weights: bool = True) -> None:
+    def _note(self, summary: Mapping[str, Any], args: RecoveryArguments, has_new_weights: bool = True) -> None:
         """Record how the model was trained, and drop the measurements and the saved place of the former weights."""
         self.has_changed = True
-        self.record = replace(self.record, recovery=dict(summary), comparison=None)
+        recovery = followed_by(self.record.recovery, dict(summary), is_resumed=asks_to_resume(args))
+        self.record = replace(self.record, recovery=recovery, comparison=None)
         if has_new_weights:
             self.source = self.source.not_saved()
             self.record.leave_with(self.model)
+
+
+def followed_by(before: Mapping[str, Any] | None, now: dict[str, Any], is_resumed: bool) -> dict[str, Any]:
+    """Return the record of a training, with those before it under `"earlier"`.
+
+    Args:
+        before (mapping, *optional*): the record of the training before.
+        now (`dict`): the record of this training.
+        is_resumed (`bool`): whether this training resumed one of the same mode, which it then replaces.
+    """
+    if before is None:
+        return now
+    earlier = list(before.get("earlier", ()))
+    if not (is_resumed and before.get("mode") == now["mode"]):
+        earlier.append({name: value for name, value in before.items() if name != "earlier"})
+    return {**now, "earlier": earlier} if earlier else now
 
 
 def check_trainable(model: Any) -> None:
@@ -125,12 +182,30 @@ def check_trainable(model: Any) -> None:
             f"recover trains with the next-token loss, and a {type(model).__name__} predicts no tokens. Train it "
             f"with transformers.Trainer and the labels of its task, then call save_pretrained of this pruner."
         )
-    if is_offloaded(model):
+
+
+def check_placement(model: PreTrainedModel, stages: list[RecoveryArguments], low_memory: bool) -> None:
+    """Raise `ValueError` where training could not change the layers of a model, since they are offloaded.
+
+    Args:
+        model (`PreTrainedModel`): the pruned model.
+        stages (`list[RecoveryArguments]`): the arguments of every stage.
+        low_memory (`bool`): whether the model was opened with `low_memory`, so that training by blocks writes new
+            files of its layers.
+    """
+    by_blocks = all(stage.mode == BLOCK_DISTILL for stage in stages)
+    if not is_offloaded(model) or (by_blocks and low_memory and lies_on_disk(model)):
+        return
+    if stages[0].mode == BLOCK_DISTILL and low_memory:
         raise ValueError(
-            "Layers of this model are offloaded to the disk or to the CPU, where training would not change them. "
-            "Save the model with save_pretrained and load it without low_memory, and without a device_map that "
-            "offloads; then call recover."
+            f"then={stages[-1].mode!r} trains the whole model, and layers of this model are on disk. Leave it out; or "
+            f"save the model with save_pretrained, load it without low_memory, and then call recover."
         )
+    raise ValueError(
+        "Layers of this model are offloaded to the disk or to the CPU, where training would not change them. Save the "
+        "model with save_pretrained and load it without low_memory, and without a device_map that offloads; then call "
+        "recover. mode='block_distill' also trains models that are loaded with low_memory=True."
+    )
 
 
 def _checked_arguments(args: Any) -> RecoveryArguments:

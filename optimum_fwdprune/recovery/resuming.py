@@ -21,9 +21,9 @@ def checkpoint_of(args: RecoveryArguments) -> str | None:
     Raises:
         ValueError: where there is no such checkpoint, or its record of the run is damaged.
     """
-    asked: Any = args.resume_from_checkpoint
-    if asked is None or str(asked).lower() == "false":
+    if not asks_to_resume(args):
         return None
+    asked: Any = args.resume_from_checkpoint
     if str(asked).lower() == "true":
         folder = str(args.output_dir)
         checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
@@ -35,6 +35,12 @@ def checkpoint_of(args: RecoveryArguments) -> str | None:
         raise ValueError(f"There is no checkpoint {checkpoint} to resume from.")
     _check_state(Path(checkpoint) / TRAINER_STATE_NAME)
     return checkpoint
+
+
+def asks_to_resume(args: RecoveryArguments) -> bool:
+    """Return whether the arguments ask to resume an earlier run."""
+    asked: Any = args.resume_from_checkpoint
+    return asked is not None and str(asked).lower() != "false"
 
 
 def check_resumable(folder: str, model: Any, args: RecoveryArguments) -> None:

@@ -13,20 +13,22 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..architectures.wrapping import adapted_module, is_peft_model, model_inside
+from ..loading.integrity import weight_files
 from ..loading.models import (
     FOLDER_OTHERWISE,
     WHERE,
     adapter_config,
+    language_model_class,
     load_causal_lm,
 )
 from ..loading.offline import naming_offline
+from ..loading.offloading import device_map_on_disk
 from ..loading.origin import Origin
-from ..loading.state import check_not_consumed
 from ..runs.resume import digest_of
 from ..words import is_no_repository
-from .data import sequence_length
 from .distillation import check_kept
-from .options import DISTILL, RecoveryOptions
+from .options import BLOCK_DISTILL, TAUGHT, RecoveryOptions
+from .teacher_checks import check_teacher
 
 
 # Values of a device map that accelerate accepts beside names of devices.
@@ -59,9 +61,20 @@ class TeacherSource:
         """
         if self.model is not None:
             return self.model
-        model = _loaded(self, dtype=options.teacher_dtype, device_map=options.teacher_device_map)
+        device_map: Any = options.teacher_device_map
+        if device_map is None and options.mode == BLOCK_DISTILL:
+            device_map = self._layers_on_disk(device)
+        model = _loaded(self, dtype=options.teacher_dtype, device_map=device_map)
         check_teacher(model, student, options)
-        return model if options.teacher_device_map else model.to(device)  # type: ignore[arg-type]
+        return model if device_map else model.to(device)  # type: ignore[arg-type]
+
+    def _layers_on_disk(self, device: torch.device) -> dict[str, str] | None:
+        """Return a device map that leaves the decoder layers in their files; `None` where they are not safetensors."""
+        if not weight_files(str(self.name), _where(self)):
+            return None
+        known = {key: value for key, value in self.access.items() if key in (*WHERE, "trust_remote_code")}
+        config = AutoConfig.from_pretrained(str(self.name), **known)
+        return device_map_on_disk(config, language_model_class(config), device)
 
 
 def find_teacher(
@@ -81,9 +94,11 @@ def find_teacher(
         OSError: where the teacher cannot be loaded.
     """
     named = None if isinstance(teacher, Origin) else teacher
-    if options.mode != DISTILL:
+    if options.mode not in TAUGHT:
         if named is not None:
-            raise ValueError(f"A teacher is used with mode='distill' only; the mode is {options.mode!r} here.")
+            raise ValueError(
+                f"A teacher is used with mode='distill' or 'block_distill' only; the mode is {options.mode!r} here."
+            )
         return None
     if named is not None and options.teacher is not None and str(named) != options.teacher:
         raise ValueError(
@@ -99,63 +114,10 @@ def find_teacher(
     if isinstance(teacher, Origin) and options.teacher is None:
         source = _located(source, teacher)
     if not source.name:
-        raise ValueError("mode='distill' needs the dense model; name it with teacher=...")
+        raise ValueError(f"mode={options.mode!r} needs the dense model; name it with teacher=...")
     source = TeacherSource(source.identity, None, source.name, {**(access or {}), **source.access})
     _check_without_weights(source, student, options)
     return source
-
-
-def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, options: RecoveryOptions) -> None:
-    """Raise `ValueError` where a student cannot learn from a teacher.
-
-    Args:
-        teacher (`PreTrainedModel`): the teacher; its weights may be on the meta device.
-        student (`PreTrainedModel`): the model that is trained.
-        options (`RecoveryOptions`): `hidden_weight` and `max_length`.
-    """
-    check_not_consumed(teacher)
-    own, wanted = student.config.get_text_config(), teacher.config.get_text_config()
-    if not teacher.can_generate() or wanted.is_encoder_decoder:
-        raise ValueError(
-            f"The teacher is a {type(teacher).__name__}, which predicts no next token; name a causal language model, "
-            f"such as one of AutoModelForCausalLM."
-        )
-    if _share_weights(teacher, student):
-        raise ValueError(
-            "The teacher shares weights with the model that is trained, so that training would change it too. Load "
-            "the dense model again, or name its folder as teacher."
-        )
-    if wanted.vocab_size != own.vocab_size:
-        raise ValueError(
-            f"The teacher's vocabulary has {wanted.vocab_size} tokens and the student's {own.vocab_size}; "
-            f"distillation compares predictions token by token, so the teacher must use the same tokenizer."
-        )
-    if options.hidden_weight:
-        _check_hidden_states(own, wanted)
-    longest = getattr(wanted, "max_position_embeddings", None)
-    length = sequence_length(options, getattr(own, "max_position_embeddings", None))
-    if longest is not None and length > longest:
-        raise ValueError(
-            f"The teacher has {longest} positions, and training sequences have {length} tokens; set "
-            f"max_length={longest}, or name another teacher."
-        )
-
-
-def _check_hidden_states(own: Any, wanted: Any) -> None:
-    for name, what in (("num_hidden_layers", "layers"), ("hidden_size", "hidden features")):
-        sizes = getattr(wanted, name), getattr(own, name)
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"hidden_weight compares hidden states layer by layer, and the teacher has {sizes[0]} {what} and the "
-                f"student {sizes[1]}. Leave hidden_weight at 0, or name another teacher."
-            )
-
-
-def _share_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
-    """Return whether the models share a weight in memory, so that training would change the teacher too."""
-    places = {parameter.data_ptr() for parameter in student.parameters() if not parameter.is_meta}
-    own = (parameter for parameter in teacher.parameters() if not parameter.is_meta and parameter.numel())
-    return teacher is student or any(parameter.data_ptr() in places for parameter in own)
 
 
 def _in_memory(teacher: Any) -> PreTrainedModel:

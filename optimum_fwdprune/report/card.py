@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +191,22 @@ def _reproduction(name: str, record: Record, base: Base | None) -> str:
         f"same units, and refits weights if `--reconstruction` is set too."
     )
     if recovery := record.recovery:
-        lines = "\n".join(f"- {name}: {value}" for name, value in recovery.items())
-        text += f"\n\nAfter pruning, the model was trained as `optimum-cli fwdprune recover` does:\n\n{lines}"
+        text += "\n\nAfter pruning, the model was trained as `optimum-cli fwdprune recover` does:"
+        for stage in (*recovery.get("earlier", ()), recovery):
+            text += "\n\n" + "\n".join(f"- {name}: {value}" for name, value in _figures_of(stage))
     return text
+
+
+def _figures_of(recovery: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the figures of one stage of training, with those of all blocks in one."""
+    for name, value in recovery.items():
+        if name == "blocks":
+            before, after = "held-out error before", "held-out error after"
+            last, changed = value[-1], sum(block[after] is not None for block in value)
+            yield "trained blocks", f"{changed} of {len(value)}"
+            yield "held-out error after the last block", f"{last[before]} before, {last[after] or last[before]} after"
+        elif name != "earlier":
+            yield name, value
 
 
 def _python_of(name: str, repository: str | None) -> str:

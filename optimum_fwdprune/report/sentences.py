@@ -10,7 +10,7 @@ from ..allocation.losses import ATTENTION_NAMES, layers_named, removed_depth
 from ..allocation.plan import PruningPlan
 from ..record.record import Record
 from ..record.reproduction import INPUTS
-from ..recovery.options import DISTILL
+from ..recovery.options import BLOCK_DISTILL, DISTILL
 from ..request.choices import ReconstructionKind, ReconstructionOrder, Scope, UnitKind
 from ..scoring.methods import get_method
 from .numbers import calibration_in_words
@@ -105,13 +105,27 @@ def how_it_was_trained(record: Record) -> Iterator[str]:
     yield f"Afterwards it was trained {_training_in_words(recovery)}."
 
 
+# What a model is trained towards, by mode, besides its data.
+TOWARDS = {
+    DISTILL: ", towards the predictions of the dense model",
+    BLOCK_DISTILL: ", towards the hidden states of the dense model",
+}
+
+
 def _training_in_words(recovery: Mapping[str, Any]) -> str:
+    return "; then ".join(_stage_in_words(stage) for stage in (*recovery.get("earlier", ()), recovery))
+
+
+def _stage_in_words(recovery: Mapping[str, Any]) -> str:
     what = "with LoRA adapters, which are merged into the weights," if recovery.get("adapters") else "in all weights"
+    if recovery.get("mode") == BLOCK_DISTILL:
+        what = "layer by layer"
     if frozen := recovery.get("frozen"):
         what = f"in part, with {frozen} frozen,"
-    steps = f" for {recovery['steps']} steps" if "steps" in recovery else ""
+    per_layer = " each" if recovery.get("mode") == BLOCK_DISTILL else ""
+    steps = f" for {recovery['steps']} steps{per_layer}" if "steps" in recovery else ""
     data = f" on `{recovery['dataset']}`" if "dataset" in recovery else ""
-    towards = ", towards the predictions of the dense model" if recovery.get("mode") == DISTILL else ""
+    towards = TOWARDS.get(recovery.get("mode", ""), "")
     return f"{what}{steps}{data}{towards}"
 
 

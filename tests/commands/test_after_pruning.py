@@ -33,10 +33,10 @@ TRAIN = ["--max_length", 16, "--max_steps", 6, "--per_device_train_batch_size", 
 
 
 class TestRecover:
-    @pytest.mark.parametrize("mode", ["lora", "full", "distill"])
+    @pytest.mark.parametrize("mode", ["lora", "full", "distill", "block_distill"])
     def test_a_recovered_checkpoint_is_a_plain_pruned_one(self, cli, folder, tmp_path, mode):
         output = tmp_path / "recovered"
-        teacher = ["--teacher", folder / "dense"] if mode == "distill" else []
+        teacher = ["--teacher", folder / "dense"] if "distill" in mode else []
         command = ["recover", folder / "pruned", output, "--dataset", folder / "text.txt", "--mode", mode]
         code, out, err = cli(*command, *teacher, "--learning_rate", "1e-2", *TRAIN)
 
@@ -82,7 +82,7 @@ class TestRecover:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--mode", "lore"], "'lore' is not one of lora, full, distill. Did you mean lora?"),
+            (["--mode", "lore"], "'lore' is not one of lora, full, distill, block_distill. Did you mean lora?"),
             (["--lora_dropout", 2], "error: --lora_dropout must be in [0, 1]; got 2.0."),
             (["--dataset_column", "body"], "has no column 'body'; it has the columns text."),
             (["--max_length", 100000], "--max_length 100000 is more than the 128 positions"),
@@ -109,7 +109,7 @@ class TestRecover:
             (["--push-to-hub", "someone/model/too"], "'someone/model/too' is no valid name of a repository"),
             (["--set", "weight_decay"], "--set takes NAME=VALUE; got 'weight_decay'."),
             (["--resume_from_checkpoint", "true"], "There is no checkpoint to resume from"),
-            (["--mode", "full", "--teacher", "dense"], "A teacher is used with --mode distill only"),
+            (["--mode", "full", "--teacher", "dense"], "A teacher is used with --mode distill or"),
             (
                 ["--learning_rate", "fast"],
                 "error: argument --learning_rate/--learning-rate: invalid float value: 'fast'",
