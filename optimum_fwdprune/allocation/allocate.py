@@ -85,7 +85,8 @@ def _without_units(
     left = [site for site in sites if site.key not in gone]
     if not config.width_kinds:
         return kept | {site.key: list(range(site.num_units)) for site in left}
-    return kept | _narrowed(left, scores, config, replace(budget, amount=max(0, budget.amount - spent)), additive)
+    rest = replace(budget, amount=max(0, budget.amount - spent), spent=spent)
+    return kept | _narrowed(left, scores, config, rest, additive)
 
 
 def _narrowed(
@@ -107,7 +108,7 @@ def _narrowed(
             )
             parts.append(([key for key in steps if key.kind == kind], part, of_kind))
     else:
-        parts = [(list(steps), budget, sum(cost.total(site) for site in sites))]
+        parts = [(list(steps), budget, budget.spent + sum(cost.total(site) for site in sites))]
 
     cuts = dict.fromkeys(steps, 0)
     for keys, part, total in parts:
@@ -192,10 +193,11 @@ def _check_reachable(pools: list[_Pool], part: Budget, total: int, config: Pruni
     # All pools lose the same share, which is limited by the pool that can lose least.
     share, layer = min(shares, default=(0.0, 0))
     where = f"layer {layer}" if config.resolved_scope == Scope.LAYER and shares else "the model"
+    asked, most = part.spent + part.amount, part.spent + share * part.amount
     raise OutOfReach(
-        f"{part.cost.asked(part.amount, total)} is more than {where} can lose with "
-        f"{', '.join(named_constraints(config, num_layers))}: the largest possible "
-        f"{part.cost.most(share * part.amount, total)}. Reduce the budget, or relax the constraint."
+        f"{part.cost.asked(asked, total)} is more than {where} can lose with "
+        f"{', '.join(named_constraints(config, num_layers))}: the largest possible {part.cost.most(most, total)}. "
+        f"Reduce the budget, or relax the constraint."
     )
 
 

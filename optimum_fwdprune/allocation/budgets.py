@@ -109,6 +109,7 @@ class Budget:
         at_least, at_most (`bool`, default to `False`): round up, for a target that the model must fit into, or down,
             for rounds before such a target is met. By default the nearest number that whole units allow is removed.
         cost (`Cost`): how units are counted, by default by their parameters.
+        spent (`int`, defaults to 0): the cost that removed layers and sublayers have saved already, for messages.
         as_far_as_possible (`bool`, defaults to `False`): remove less if the constraints do not allow the amount.
         heads (`int`, *optional*): the part of it that heads lose with `budget="separate"`; by default their share of
             the cost.
@@ -121,6 +122,7 @@ class Budget:
     at_least: bool = False
     at_most: bool = False
     cost: Cost = PARAMETERS
+    spent: int = 0
     as_far_as_possible: bool = False
     heads: int | None = None
     by_pool: dict[int, tuple[int, int]] | None = None

@@ -104,10 +104,14 @@ def removed_units(
         first_layers = f", and so must the first {len(staying)} layers" if staying else ""
         field = "depth_sparsity" if config.width_kinds else "sparsity"
         largest = int(len(removed) / total * 1e4) / 1e4
-        way_out = f"The largest possible {field} is {largest:g}." if by_number else "Choose a larger target."
+        if by_number:
+            most = f"{field} is {largest:g}"
+        else:
+            total_cost = sum(budget.cost.total(site) for site in sites)
+            most = budget.cost.most(saved_by(removed, sites, budget.cost), total_cost)
         raise OutOfReach(
             f"Removing {asked} {config.depth_kind}s is more than the model can lose: a layer with attention must be "
-            f"kept{first_layers}{skipped}, so that only {len(removed)} can be removed. {way_out}"
+            f"kept{first_layers}{skipped}, so that only {len(removed)} can be removed. The largest possible {most}."
         )
     return removed
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..allocation.budgets import Budget, removal_budget
-from ..allocation.fitting import check_fits
+from ..allocation.fitting import check_fits, check_without_layers
 from ..allocation.job import Job, resume_of
 from ..allocation.losses import losses_by_kind
 from ..allocation.plan import PruningPlan
@@ -111,7 +111,7 @@ class Run:
             `Cut`: the model after the last round, with a plan that combines all rounds.
         """
         with self.clock.stage("measure latencies"):
-            config, budget = self._settled(config)
+            config, budget = self._settled(config, may_remove_layers=scores is None)
             dense_seconds = self._phase_seconds(self._subject.model, config)
         rounds = Rounds(self._subject.sites, config, budget)
         done: Cut | None = None
@@ -139,7 +139,7 @@ class Run:
         with evaluating(model):
             return load_calibration(config, model, self._tokenizer, self._dataset, resume)
 
-    def _settled(self, config: PruningConfig) -> tuple[PruningConfig, Budget]:
+    def _settled(self, config: PruningConfig, may_remove_layers: bool = True) -> tuple[PruningConfig, Budget]:
         """Return the settled request and its budget, and log a forecast of the result."""
         subject, sites = self._subject, self._subject.sites
         dense = Sizes.of(subject.model, sites)
@@ -159,8 +159,11 @@ class Run:
         def check(request: PruningConfig) -> None:
             if request.layout == STOCK:
                 check_stock_request(subject, request)
+            if request.depth_kind is not None:
+                # The check is the same for all layers.
+                check_without_layers(subject.model, range(len(subject.layers) - 1))
 
-        config, budget = settle(sites, config, budget_of, check)
+        config, budget = settle(sites, config, budget_of, check, may_remove_layers)
         outcome = forecast(sites, config, budget, dense.parameters, dense.bytes, added(config))
         announce(str(outcome))
         if config.rounds == 1:

@@ -72,6 +72,45 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(monkeypatc
             pruner.prune(dataset=torch.zeros(4, 8, dtype=torch.long), **request)
 
 
+@pytest.mark.parametrize("budget", [{"sparsity": 0.93}, {"target_parameters": 40_000}])
+def test_a_budget_that_heads_and_channels_cannot_meet_takes_layers(budget, tokens, caplog):
+    model = tiny.make_model("llama_gqa_biases", num_hidden_layers=6, vocab_size=tiny.VOCAB)
+    sites = find_sites(model)
+    smallest = sum(site.num_groups * site.unit_parameters for site in sites)
+    pruner = FwdPruner(model)
+    pruner.prune(dataset=tokens, reconstruction="none", inplace=False, **budget)
+    left = sum(len(pruner.plan.kept[site.key]) * site.unit_parameters for site in sites)
+    assert left < smallest and "whole layers are removed too" in caplog.text
+    if "sparsity" in budget:
+        assert pruner.report.sparsity == pytest.approx(budget["sparsity"], abs=0.01)
+    else:
+        assert pruner.report.parameters_after <= budget["target_parameters"]
+    # As few layers as possible: with one layer more, the others could not meet the budget.
+    gone = len({key.layer for key, kept in pruner.plan.kept.items() if not kept})
+    assert gone == 6 - pruner.model.config.num_hidden_layers >= 1
+    fields = {"kinds": ["attention", "mlp", "layer"], "depth_sparsity": (gone - 1) / 6}
+    with pytest.raises(ValueError, match="the largest possible"):
+        FwdPruner(model).prune(PruningConfig(**budget, **fields), tokens)
+
+
+def test_layers_are_named_where_they_could_meet_a_budget_of_other_kinds(tokens):
+    model = tiny.make_model("llama_gqa_biases", num_hidden_layers=6)
+    with pytest.raises(ValueError, match=r"the largest possible sparsity is 0\.6.* kinds=\['mlp', 'layer'\] and depth_"):
+        FwdPruner(model).prune(dataset=tokens, sparsity=0.8, kinds=["mlp"])
+    with pytest.raises(ValueError, match=r"largest possible .*target_parameters=\d+.* kinds=\['mlp', 'layer'\]\."):
+        FwdPruner(model).prune(dataset=tokens, target_parameters=40_000, kinds=["mlp"])
+    # Without the last layer and attention, it could not be met either.
+    with pytest.raises(ValueError, match=r"largest possible .*target_parameters=\d+\.$"):
+        FwdPruner(model).prune(dataset=tokens, target_parameters=1_000, kinds=["layer"], method="magnitude")
+
+
+def test_given_scores_have_none_of_layers(tokens):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases", num_hidden_layers=6))
+    scores = pruner.score(dataset=tokens, sparsity=0.5)
+    with pytest.raises(ValueError, match="the largest possible"):
+        pruner.prune(scores=scores, sparsity=0.99)
+
+
 @pytest.mark.parametrize("name", ["llama_gqa_biases", "opt_pre_norm", "bloom"])
 def test_what_is_announced_is_what_happens(name, tokens):
     model = tiny.make_model(name)
