@@ -23,7 +23,8 @@ LEVELS = 16
 
 
 def prunable_sites(sites: Iterable[Site], config: PruningConfig) -> list[Site]:
-    """Return the sites that the request may prune: those of its kinds, except for the layers that it skips.
+    """Return the sites that the request may prune: those of its kinds, except for the layers that it skips and sites
+    of which no single unit can be removed.
 
     Raises:
         ValueError: where a skipped layer does not exist.
@@ -35,7 +36,7 @@ def prunable_sites(sites: Iterable[Site], config: PruningConfig) -> list[Site]:
         if not -num_layers <= layer < num_layers:
             raise ValueError(f"skip_layers names layer {layer}; the model has layers 0 to {num_layers - 1}.")
     skipped = {layer % num_layers for layer in skip_layers}
-    return [site for site in sites if site.kind in config.width_kinds and site.layer not in skipped]
+    return [site for site in sites if site.kind in config.width_kinds and site.layer not in skipped and not site.fixed]
 
 
 def _layers_to_skip(config: PruningConfig, num_layers: int) -> list[int]:

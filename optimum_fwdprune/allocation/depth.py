@@ -83,7 +83,8 @@ def removed_units(
         OutOfReach: where no layer with attention would be left; the message names the largest possible share.
     """
     units, total = open_units(sites, config), len(depth_units(sites, str(config.depth_kind)))
-    by_number = number is not None or bool(config.width_kinds) or not budget.at_least
+    to_target = budget.at_least or budget.at_most
+    by_number = number is not None or bool(config.width_kinds) or not to_target
     wanted = number_removed(sites, config) if number is None else number
     removed = list[DepthUnit]()
 
@@ -95,9 +96,12 @@ def removed_units(
     for unit in sorted(units, key=lambda unit: float(scores[unit.key]) if unit.key in scores else 0.0):
         if enough():
             break
+        if not by_number and budget.at_most and saved_by([*removed, unit], sites, budget.cost) > budget.amount:
+            # The next round decides whether it is removed.
+            break
         if can_go(sites, [*removed, unit]):
             removed.append(unit)
-    if not enough():
+    if not enough() and not budget.as_far_as_possible:
         asked = f"{wanted} of {total}" if by_number else "as many as the target requires of"
         skipped = f" and skip_layers={config.skip_layers}" if config.skip_layers else ""
         staying = {site.layer for site in sites if site.layer_stays}

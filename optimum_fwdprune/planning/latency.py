@@ -191,10 +191,16 @@ class LatencyCost:
             picoseconds_of[shape] = units, np.maximum.accumulate(seconds.astype(float)) * PICOSECONDS
         return picoseconds_of
 
+    def _curve(self, site: Site) -> tuple[np.ndarray, np.ndarray]:
+        """Return the numbers of units of a site and their picoseconds. A site that lost units in earlier rounds may
+        have a shape that was not timed, which counts as taking no time."""
+        untimed = np.array([0, site.num_units]), np.zeros(2)
+        return self._picoseconds.get(shape_of(site), untimed)
+
     def of(self, site: Site, units: torch.Tensor) -> torch.Tensor:
         """Return the cost of the units of a site, as the time in addition to that of its smallest width: what is left
         of a sublayer at this width goes only with the sublayer (`whole`)."""
-        widths, picoseconds = self._picoseconds[shape_of(site)]
+        widths, picoseconds = self._curve(site)
         narrowest = picoseconds[1] if widths[0] == 0 else picoseconds[0]
         costs = np.maximum(np.interp(units.numpy(), widths, picoseconds) - narrowest, 0)
         # An extra picosecond per unit: units that save no time would otherwise cost nothing, and are removed last now.
@@ -208,7 +214,7 @@ class LatencyCost:
         layers = {site.layer for site in gone} - {layer for layer, _ in left}
         saved = len(layers) * round(self.latencies.layer_seconds * PICOSECONDS)
         for site in gone:
-            widths, picoseconds = self._picoseconds[shape_of(site)]
+            widths, picoseconds = self._curve(site)
             saved += round(float(np.interp(site.num_units, widths, picoseconds))) + site.num_units
         return saved
 

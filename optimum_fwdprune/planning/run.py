@@ -33,9 +33,10 @@ from ..runs.progress import announce, progress
 from ..runs.resume import Resume
 from ..scoring.score_units import check_scoring, needs_calibration, score_units
 from ..scoring.scores import Scores
+from .forecast import forecast, warn_of_overshoot, warn_of_rounding
 from .latency import LatencyCost, LatencyTable, at_measured_widths, speed_budget
 from .make_plan import keeper, make_plan, replayed
-from .settling import forecast, settle, warn_of_rounding
+from .settling import settle
 from .stock_layout import STOCK, check_stock_layout, check_stock_request
 from .timing import load_or_measure, measured_speedup, phase_seconds
 
@@ -186,12 +187,16 @@ class Run:
                 plan, scores = make_plan(subject, scores, rounds, job)
         if job.config.layout == STOCK:
             check_stock_layout(subject, plan, job.config.reconstruction)
+        if number == job.config.rounds:
+            whole_plan = plan if done is None else done.plan.followed_by(plan)
+            warn_of_overshoot(rounds.config, rounds.overshoot(whole_plan))
         # Later rounds use the same tokens, which the dense model may have generated.
         self._dataset = scores.calibration or self._dataset
         now = self._cut(subject, plan, scores.evidence, job, done)
         # Gram matrices are large, and are not needed once the weights are cut.
         self.scores = dataclasses.replace(scores, grams={})
         now = now if done is None else now.after(done)
+        rounds.follow(now.plan)
         self._finished(now)
         return now
 

@@ -61,10 +61,6 @@ def _check_limits(config: Options) -> None:
     alone = not config.width_kinds
     learns = config.method in METHODS and METHODS[config.method].learns_split
     refused = {
-        f"rounds={config.rounds}": (
-            config.rounds > 1,
-            "leave out rounds; method='removal_loss' measures again after every removal",
-        ),
         f"scope={config.scope!r}": (
             alone and config.scope is not None,
             "scope divides heads and channels; leave it out, and let method='removal_loss' search among them"

@@ -228,3 +228,74 @@ def test_heads_give_their_part_where_a_head_is_more_than_that_of_a_round(rounds,
         }
     assert kept[1]["attention"] == 18
     assert kept[rounds]["attention"] == 18 and abs(kept[rounds]["mlp"] - kept[1]["mlp"]) <= 1
+
+
+def gone(plan):
+    return {(key.layer, key.kind) for key, kept in plan.kept.items() if not kept}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "fields", "removed_units"),
+    [
+        (["layer"], {"method": "block_influence", "sparsity": 0.5}, 6),
+        (["sublayer"], {"method": "removal_loss", "sparsity": 0.5}, 6),
+        (["sublayer", "mlp"], {"depth_sparsity": 0.25, "sparsity": 0.4, "skip_layers": [2, -1]}, 3),
+    ],
+)
+def test_layers_and_sublayers_go_in_rounds(kinds, fields, removed_units, tokens):
+    """In every round a part of them, by the model that the last round left; in all as many as in one round."""
+    dense = tiny.make_model("llama_gqa_biases", num_hidden_layers=6)
+    sites = find_sites(dense)
+    once, pruner = FwdPruner(dense), FwdPruner(dense)
+    request = {"kinds": kinds, "reconstruction": "none", "inplace": False, **fields}
+    once.prune(dataset=tokens, **request)
+    pruned = pruner.prune(dataset=tokens, rounds=3, **request)
+
+    assert len(gone(pruner.plan)) == len(gone(once.plan)) == removed_units
+    if "mlp" in kinds:
+        whole = sum(site.num_parameters for site in sites)
+        assert removed(pruner.plan, sites) == pytest.approx(0.4 * whole, rel=0.02)
+        assert all(len(pruner.plan.kept[layer, "mlp"]) == 64 for layer in (2, 5))
+        assert not gone(pruner.plan) & {(layer, kind) for layer in (2, 5) for kind in ("attention", "mlp")}
+    replayed = FwdPruner(dense).prune(plan=pruner.plan, inplace=False)
+    for name, parameter in replayed.named_parameters():
+        assert torch.equal(parameter, pruned.get_parameter(name)), name
+    assert "layer" in str(pruner.report) and pruner.report.masked_difference < 1e-4
+
+
+def test_later_rounds_choose_layers_by_the_model_that_is_left(tokens, monkeypatch):
+    dense = tiny.make_model("llama_gqa_biases", num_hidden_layers=6)
+    layers = []
+    score_units = run_module.score_units
+
+    def watched(subject, job, calibration, keep):
+        layers.append(len({site.layer for site in subject.sites}))
+        found = score_units(subject, job, calibration, keep)
+        # The middle layer of the present model scores lowest.
+        for key, value in found.values.items():
+            value.fill_(abs(key.layer - layers[-1] // 2))
+        return found
+
+    monkeypatch.setattr(run_module, "score_units", watched)
+    pruner = FwdPruner(dense)
+    pruner.prune(dataset=tokens, kinds=["layer"], method="block_influence", sparsity=0.5, rounds=3)
+    assert layers == [6, 5, 4]
+    assert {layer for layer, _ in gone(pruner.plan)} == {2, 3, 4}
+
+
+@pytest.mark.parametrize("kinds", [["layer"], ["layer", "mlp"]])
+def test_a_target_is_met_by_layers_in_rounds(kinds, tokens):
+    dense = tiny.make_model("llama_gqa_biases", num_hidden_layers=6)
+    pruner = FwdPruner(dense)
+    fields = {"method": "random"} if kinds == ["layer"] else {"depth_sparsity": 0.2, "depth_method": "random"}
+    pruner.prune(dataset=tokens, kinds=kinds, target_parameters=75_000, rounds=2, reconstruction="none", **fields)
+    after = pruner.report.parameters_after
+    # A layer has 14 thousand parameters, and a channel 150.
+    assert 75_000 - (14_500 if kinds == ["layer"] else 300) < after <= 75_000
+
+
+def test_layers_that_are_more_than_the_budget_are_told(tokens, caplog):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases", num_hidden_layers=6))
+    pruner.prune(dataset=tokens, kinds=["layer", "mlp"], depth_sparsity=0.5, sparsity=0.4)
+    assert pruner.report.sparsity == pytest.approx(0.5)
+    assert "depth_sparsity=0.5 removes are 1.25 times the whole budget" in caplog.text

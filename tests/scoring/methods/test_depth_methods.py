@@ -237,7 +237,6 @@ class TestRefusals:
             ({"kinds": ["layer", "mlp"], "depth_sparsity": 1.0}, r"depth_sparsity must be in \[0, 1\)"),
             ({"kinds": ["layer", "mlp"], "depth_sparsity": 0.2, "depth_method": "flap"}, "depth_method='flap' scores"),
             ({"kinds": ["layer", "mlp"], "depth_sparsity": 0.2, "depth_method": "flab"}, "Did you mean flap"),
-            ({"kinds": ["layer"], "method": "random", "rounds": 2}, "rounds=2 cannot be combined with 'layer'"),
             (
                 {"kinds": ["layer"], "method": "random", "scope": "search"},
                 "scope='search' cannot be combined with 'layer'",

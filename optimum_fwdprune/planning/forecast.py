@@ -1,0 +1,199 @@
+"""A forecast of the result of a request, before any work, and warnings where the result is not what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..allocation.budgets import Budget
+from ..allocation.constraints import prunable_sites
+from ..allocation.depth import depth_units, number_removed
+from ..allocation.losses import losses_by_kind
+from ..architectures import Site, SiteKey
+from ..request.choices import Layout, Scope, UnitKind
+from ..request.config import PruningConfig
+from ..runs.loggers import get_logger
+from .settling import kept_by_equal_scores
+
+
+logger = get_logger(__name__)
+
+# A warning is logged where rounding to whole units misses a sparsity by a larger fraction of it.
+FAR_OFF = 0.05
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A forecast of the sizes after a pruning.
+
+    Args:
+        parameters (`int`): parameters of the model before pruning.
+        bytes (`int`): size of its weights before pruning.
+        removed_parameters (`int`): parameters that will be removed.
+        removed_bytes (`int`): bytes that will be removed.
+        added_parameters (`int`): biases that the reconstruction will add.
+        losses (`dict[str, str]`): a sentence on every kind of units.
+        removed_by_kind (`dict[str, int]`): parameters that will be removed, by kind.
+    """
+
+    parameters: int
+    bytes: int
+    removed_parameters: int
+    removed_bytes: int
+    added_parameters: int
+    losses: dict[str, str]
+    removed_by_kind: dict[str, int]
+
+    def __str__(self) -> str:
+        parameters = self.parameters - self.removed_parameters + self.added_parameters
+        item_size = self.removed_bytes / self.removed_parameters if self.removed_parameters else 0
+        size = self.bytes - self.removed_bytes + item_size * self.added_parameters
+        share = 1 - parameters / self.parameters
+        return "\n".join(
+            [
+                f"The pruned model will have {_written(parameters)} of {_written(self.parameters)} parameters "
+                f"({-share:+.1%}) and {size / 1e6:,.1f} of {self.bytes / 1e6:,.1f} MB of weights.",
+                *self.losses.values(),
+            ]
+        )
+
+
+def forecast(
+    sites: Sequence[Site], config: PruningConfig, budget: Budget, parameters: int, size: int, added_parameters: int
+) -> Forecast:
+    """Return a forecast of the sizes after a settled request.
+
+    Args:
+        sites (sequence of `Site`): sites of the dense model.
+        config (`PruningConfig`): the settled request.
+        budget (`Budget`): its budget.
+        parameters (`int`): parameters of the dense model.
+        size (`int`): size of its weights in bytes.
+        added_parameters (`int`): biases that the reconstruction will add.
+    """
+    kept = kept_by_equal_scores(sites, config, budget)
+    by_site = {
+        site.key: (site.num_units - len(kept[site.key])) * site.unit_parameters
+        if kept[site.key]
+        else site.all_parameters
+        for site in sites
+    }
+    removed = sum(by_site.values())
+    item_size = sites[0].projection.weight.element_size()
+    losses = _losses(sites, config, kept, by_site)
+    by_kind: dict[str, int] = {
+        kind: sum(by_site[site.key] for site in sites if site.kind == kind) for kind in UnitKind
+    }
+    return Forecast(parameters, size, removed, removed * item_size, added_parameters, losses, by_kind)
+
+
+def warn_of_rounding(sites: Sequence[Site], config: PruningConfig, budget: Budget, outcome: Forecast) -> None:
+    """Warn where rounding to whole units removes nothing, or leads to a sparsity far from the requested one.
+
+    Args:
+        sites (sequence of `Site`): sites of the dense model.
+        config (`PruningConfig`): the settled request.
+        budget (`Budget`): its budget.
+        outcome (`Forecast`): the forecast.
+    """
+    if budget.amount > 0 and outcome.removed_parameters == 0:
+        logger.warning(
+            "This request removes nothing, because %s, and the budget is less than half of the smallest step that "
+            "this allows. Raise the budget, or relax these constraints.",
+            _why_rounded(config),
+        )
+        return
+    for field, asked, removed in _sparsities(sites, config, budget, outcome):
+        if abs(removed - asked) > FAR_OFF * asked:
+            logger.warning(
+                "%s=%.4g becomes %.4g for this model, because %s. Choose another %s, or relax these constraints.",
+                field,
+                asked,
+                removed,
+                _why_rounded(config),
+                field,
+            )
+
+
+def warn_of_overshoot(config: PruningConfig, times: float) -> None:
+    """Warn where removed layers or sublayers alone are more than the whole budget, of which heads and channels give
+    the rest otherwise.
+
+    Args:
+        config (`PruningConfig`): the request.
+        times (`float`): how many times its budget the plan removes.
+    """
+    if config.width_kinds and config.depth_sparsity and times > 1 + FAR_OFF:
+        logger.warning(
+            "The %ss that depth_sparsity=%.4g removes are %.2f times the whole budget, so that no heads or channels "
+            "are removed, and the model becomes smaller than requested. Lower depth_sparsity, or raise the budget.",
+            config.depth_kind,
+            config.depth_sparsity,
+            times,
+        )
+
+
+def _sparsities(
+    sites: Sequence[Site], config: PruningConfig, budget: Budget, outcome: Forecast
+) -> Iterator[tuple[str, float, float]]:
+    """Yield every sparsity of a request: its field, its requested value, and the forecast value."""
+    prunable: dict[str, int] = {
+        kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in UnitKind
+    }
+    if config.has_budget_per_kind:
+        for kind in config.width_kinds:
+            if prunable[kind]:
+                removed = outcome.removed_by_kind[kind] / prunable[kind]
+                yield config.field_of(kind), config.sparsity_of(kind), removed
+    elif config.depth_kind is not None and not config.width_kinds:
+        total = len(depth_units(sites, config.depth_kind))
+        if not budget.at_least:
+            yield "sparsity", config.sparsity, number_removed(sites, config) / total
+    elif not budget.at_least and config.depth_kind is None:
+        yield "sparsity", config.sparsity, outcome.removed_parameters / sum(prunable.values())
+
+
+def _why_rounded(config: PruningConfig) -> str:
+    reasons = ["units are removed whole"]
+    if config.multiple_of > 1 and UnitKind.MLP in config.resolved_kinds:
+        reasons.append(f"MLP widths are rounded to multiple_of={config.multiple_of}")
+    if config.layout == Layout.STOCK:
+        reasons.append("layout='stock' cuts every layer alike")
+    return " and ".join(reasons)
+
+
+def _losses(
+    sites: Sequence[Site], config: PruningConfig, kept: Mapping[SiteKey, list[int]], by_site: Mapping[SiteKey, int]
+) -> dict[str, str]:
+    depth = _depth_losses(sites, config, kept)
+    if not config.width_kinds:
+        return depth
+    if config.resolved_scope == Scope.LAYER and not depth:
+        return losses_by_kind(kept, {site.key: site.num_units for site in sites}, config.attention_unit)
+    # How much each layer loses depends on the scores.
+    open_sites = prunable_sites(sites, config)
+    named: dict[str, str] = {UnitKind.ATTENTION: "attention heads", UnitKind.MLP: "MLP channels"}
+    names = " and ".join(named[kind] for kind in sorted({site.kind for site in open_sites}))
+    total = sum(site.num_parameters for site in open_sites)
+    share = sum(by_site[site.key] for site in open_sites if kept[site.key]) / max(1, total)
+    average = f"On average {share:.1%} of the parameters of {names} will be removed"
+    if config.resolved_scope == Scope.LAYER:
+        return depth | {"all": f"{average} in the other layers."}
+    return depth | {
+        "all": f"{average}. Layers compete for the budget (scope={config.resolved_scope!r}), so the scores decide how "
+        f"much each layer loses."
+    }
+
+
+def _depth_losses(sites: Sequence[Site], config: PruningConfig, kept: Mapping[SiteKey, list[int]]) -> dict[str, str]:
+    if config.depth_kind is None:
+        return {}
+    units = depth_units(sites, config.depth_kind)
+    gone = sum(not any(kept[site.key] for site in unit.sites) for unit in units)
+    if config.resolved_scope == Scope.SEARCH and config.depth_is_open:
+        return {"depth": f"The search decides which of the {len(units)} {config.depth_kind}s are removed."}
+    return {"depth": f"{gone} of {len(units)} {config.depth_kind}s are removed; the scores determine which."}
+
+
+def _written(number: int) -> str:
+    return f"{number / 1e6:,.1f} million" if number >= 10**6 else f"{number:,}"
