@@ -65,7 +65,7 @@ def follow_layer(
     norms = {name: module for name, module in layer.named_modules() if _is_norm(name, module, linears)}
     trace = _Trace()
     with _hooks(layer, norms, sources, outputs, trace):
-        _run(model, trace)
+        _run(_around(model, layer), trace)
     return trace.result(list(norms), tuple(outputs))
 
 
@@ -249,26 +249,31 @@ def _first(values: Any) -> torch.Tensor:
     return next(value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
 
 
+def _around(model: PreTrainedModel, layer: nn.Module) -> PreTrainedModel:
+    """Return the innermost model that has the layer: the language model of a multimodal one."""
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return next(part for part in reversed(parts) if any(module is layer for module in part.modules()))
+
+
 def _run(model: PreTrainedModel, trace: _Trace) -> None:
-    """Run the base model on four tokens until the layer has been run."""
+    """Run a model on four tokens until the layer has been run."""
     tokens = torch.zeros(1, 4, dtype=torch.int64, device=model.device)
     # Values cannot be read on the meta device, as the making of a mask does. Most models take one that is made. Others
     # work with a mask of tokens, or without any.
     masks = (torch.zeros(1, 1, 4, 4, dtype=model.dtype, device=model.device), torch.ones_like(tokens), None)
-    base: Any = model.base_model
-    was_training = base.training
-    base.eval()
+    was_training = model.training
+    model.eval()
     reasons: list[str] = []
     try:
         for mask in masks:
             trace.restart()
             try:
                 with torch.no_grad(), trace:
-                    base(input_ids=tokens, attention_mask=mask, use_cache=False)
+                    model(input_ids=tokens, attention_mask=mask, use_cache=False)
             except _Finished:
                 return
             except Exception as error:  # Any code may run here, that of a repository included.
                 reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
     finally:
-        base.train(was_training)
+        model.train(was_training)
     raise ValueError(reasons[0] if reasons else "the layer was not run")

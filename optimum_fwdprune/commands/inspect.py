@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class InspectCommand(Command):
     USAGE = "MODEL"
     DESCRIPTION = (
-        "Show what each layer of a pruned checkpoint kept. For a dense model, show its units. For a model of a family "
+        "Show the units of a model, and of a pruned checkpoint what each layer kept. For a model of a family "
         "that is not supported, show the layout that is recognised and a declaration to register the family with."
     )
     EXAMPLES = (
@@ -57,6 +57,9 @@ class InspectCommand(Command):
         print(f"{plan.model_type} pruned by {method or 'hand'}" + (f", from {source}" if source else ""))
         print(plan_table(plan))
         if not self.args.history and not self.args.plot:
+            if str(file) != self.args.checkpoint:
+                print()
+                self._show_model()
             return
 
         from optimum_fwdprune.report import history_table, plot_history
@@ -72,8 +75,8 @@ class InspectCommand(Command):
             print(f"Drawn into {self.args.plot}.")
 
     def _show_model(self) -> None:
-        """Show what a model without a plan has to prune."""
-        from optimum_fwdprune.architectures import is_supported
+        """Show what a model has to prune, or what is left to prune of a pruned one."""
+        from optimum_fwdprune.architectures import get_architecture, is_supported
         from optimum_fwdprune.architectures.sizes import ModelSizes
         from optimum_fwdprune.loading.models import build_without_weights
         from optimum_fwdprune.report.layouts import units_table
@@ -85,6 +88,8 @@ class InspectCommand(Command):
             )
         print(f"{type(model).__name__} ({model.config.model_type}), {ModelSizes.of(model).parameters:,} parameters")
         if is_supported(model.config):
+            # This refuses a language model that cannot be pruned inside its multimodal model.
+            get_architecture(model.config).pruned_class(model)
             print(units_table(model))
         else:
             self._declare(model)
@@ -98,11 +103,17 @@ class InspectCommand(Command):
         from optimum_fwdprune.report.layouts import linears_table
 
         layout = recognise_layout(model)
-        text = declaration_of(model, layout)
         print(f"Models of type {model.config.model_type!r} are not supported. This layout is recognised:")
         print(linears_table(layout))
         for note in layout.notes:
             print(f"\n{note}")
+        if model.config.get_text_config() is not model.config:
+            print(
+                "\nThe declaration of a multimodal family is written by hand: docs/add_an_architecture.md "
+                "explains it, and models/pruned_llava.py is an example."
+            )
+            return
+        text = declaration_of(model, layout)
         explained = "The family is registered when this file is imported; docs/add_an_architecture.md explains it."
         if self.args.declaration is None:
             print(f"\n{explained}\n\n{text}")

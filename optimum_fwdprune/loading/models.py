@@ -157,7 +157,13 @@ def build_without_weights(model_id: str | Path, **kwargs: Any) -> PreTrainedMode
     """
     with naming_offline(model_id, FOLDER_OTHERWISE):
         config = AutoConfig.from_pretrained(model_id, **kwargs)
-        auto_class = auto_class_of(config) if is_supported(config) else AutoModelForCausalLM
+        auto_class: Any = AutoModelForCausalLM
+        if is_supported(config):
+            auto_class = auto_class_of(config)
+        elif type(config) not in auto_class._model_mapping:
+            # Remote code names its own classes, and neither mapping has its config.
+            is_multimodal = type(config) in AutoModelForImageTextToText._model_mapping
+            auto_class = AutoModelForImageTextToText if is_multimodal else auto_class
         try:
             with torch.device("meta"):
                 return auto_class.from_config(config, trust_remote_code=kwargs.get("trust_remote_code"))

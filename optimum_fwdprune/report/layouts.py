@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..architectures import Site, find_sites
+from ..allocation.depth import DepthUnit, depth_units
+from ..architectures import Site, find_sites, get_architecture
 from ..architectures.site import unit_name
 from ..architectures.sizes import ModelSizes
-from ..request.choices import AttentionUnit, UnitKind
+from ..request.choices import AttentionUnit, DepthKind, UnitKind
 from ..words import render_table
 
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def units_table(model: PreTrainedModel) -> str:
-    """Return tables of the units of a supported model and of the linears that they are parts of.
+    """Return tables of the units of a supported model and of the linears that they are parts of, with a sentence on
+    what cannot be removed.
 
     Args:
         model (`PreTrainedModel`): dense or pruned; it may be on the meta device.
@@ -27,14 +29,47 @@ def units_table(model: PreTrainedModel) -> str:
     total = ModelSizes.of(model).parameters
     rows: list[tuple[str, ...]] = []
     for unit in AttentionUnit:
-        sites = find_sites(model, unit, (UnitKind.ATTENTION,))
+        sites = [site for site in find_sites(model, unit, (UnitKind.ATTENTION,)) if not site.fixed]
         rows += _unit_rows(sites, unit_name(UnitKind.ATTENTION, unit), total)
     sites = find_sites(model, AttentionUnit.KV_GROUP)
     channels = [site for site in sites if site.kind == UnitKind.MLP]
     rows += _unit_rows(channels, unit_name(UnitKind.MLP, AttentionUnit.KV_GROUP), total)
+    sublayers = depth_units(sites, DepthKind.SUBLAYER)
+    for kind, name in ((UnitKind.ATTENTION, "whole attentions"), (UnitKind.MLP, "whole MLPs")):
+        rows += _depth_row([unit for unit in sublayers if unit.sites[0].kind == kind], name, total)
+    rows += _depth_row(_removable_layers(model, sites), "whole layers", total)
     units = render_table(("unit", "sites", "per site", "parameters of one", "of all", "of the model"), rows)
     linears = render_table(("linear of a layer", "layers", "features", "of a unit"), _linear_rows(sites))
-    return f"{units}\n{linears}"
+    return "\n".join([units, *_reasons(model, sites), linears])
+
+
+def _removable_layers(model: PreTrainedModel, sites: Sequence[Site]) -> list[DepthUnit]:
+    if _normalizes_stream(model):
+        return []
+    return [unit for unit in depth_units(sites, DepthKind.LAYER) if not unit.sites[0].layer_stays]
+
+
+def _normalizes_stream(model: PreTrainedModel) -> bool:
+    return get_architecture(model.config).layout.normalizes_stream(model.config.get_text_config())
+
+
+def _reasons(model: PreTrainedModel, sites: Sequence[Site]) -> list[str]:
+    """Return sentences on what cannot be removed from a model."""
+    sentences = [f"No single head can be removed: {reason}" for reason in {site.fixed for site in sites if site.fixed}]
+    staying = sorted({site.layer for site in sites if site.layer_stays})
+    if _normalizes_stream(model):
+        sentences.append("No whole layer can be removed: the layers normalize the residual stream itself.")
+    elif staying:
+        sentences.append(f"The layers {_ranges(staying)} cannot be removed whole.")
+    return sentences
+
+
+def _depth_row(units: Sequence[DepthUnit], name: str, total: int) -> list[tuple[str, ...]]:
+    """Return the row of the layers or sublayers; none where none can be removed."""
+    if not units:
+        return []
+    sizes = [sum(site.all_parameters for site in unit.sites) for unit in units]
+    return [(name, str(len(units)), "1", _span(sizes), f"{sum(sizes):,}", f"{sum(sizes) / total:.1%}")]
 
 
 def _unit_rows(sites: Sequence[Site], name: str, total: int) -> list[tuple[str, ...]]:

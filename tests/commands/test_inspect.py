@@ -6,6 +6,7 @@ import sys
 import made_up_family
 import pytest
 import tiny
+import tiny_multimodal
 import torch
 import transformers
 
@@ -124,7 +125,74 @@ def test_a_supported_model_shows_its_units_and_linears(cli, tmp_path):
     group = 2 * (48 * 8 + 8) + 2 * (48 * 8 + 8) + 2 * 48 * 8
     assert rows["KV groups"][2:6] == ["3", "3", f"{group:,}", f"{9 * group:,}"]
     assert rows["MLP channels"][2:6] == ["3", "64", str(3 * 48 + 2), f"{192 * (3 * 48 + 2):,}"]
+    # Two query heads of 8 features are wide as a key and a value head; there are three such groups in three layers.
+    layer = 3 * group + 48 + 64 * (3 * 48 + 2) + 48
+    assert rows["whole layers"][2:6] == ["3", "1", f"{layer:,}", f"{3 * layer:,}"]
+    assert rows["whole attentions"][2:4] == rows["whole MLPs"][2:4] == ["3", "1"]
     assert rows["mlp.down_proj"] == ["mlp.down_proj", "0-2", "64", "->", "48", "1", "of", "64", "inputs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "sentence"),
+    [
+        ("olmo2", ["KV groups", "query heads"], f"No single head can be removed: {NORM_OVER_HEADS}"),
+        (
+            "opt_post_norm_projected",
+            ["whole layers"],
+            "No whole layer can be removed: the layers normalize the",
+        ),
+    ],
+)
+def test_units_that_cannot_be_removed_are_left_out_with_the_reason(name, missing, sentence, cli, tmp_path):
+    tiny.make_config(name).save_pretrained(tmp_path)
+    code, shown, _ = cli("inspect", tmp_path)
+
+    assert code == 0 and sentence in shown and "whole attentions" in shown
+    assert not any(unit in shown.replace(sentence, "") for unit in missing)
+
+
+def test_a_multimodal_model_shows_the_units_of_its_language_model(cli, tmp_path):
+    tiny_multimodal.CONFIGS["qwen3_vl"]().save_pretrained(tmp_path)
+    code, shown, _ = cli("inspect", tmp_path)
+    rows = {line.split("  ")[1].strip(): line.split() for line in shown.splitlines() if line.startswith("  ")}
+
+    assert code == 0 and "Qwen3VLForConditionalGeneration (qwen3_vl)" in shown
+    assert rows["MLP channels"][2:4] == ["4", "64"] and rows["whole layers"][2] == "2"
+    assert "The layers 0-1 cannot be removed whole." in shown
+
+
+def test_a_pruned_checkpoint_shows_what_was_kept_and_what_is_left(cli, tokens, tmp_path):
+    pruner = FwdPruner(tiny.make_model("llama_mqa"))
+    pruner.prune(tiny.request("random", kinds=["mlp"], sparsity=0.5, reconstruction="none"), tokens)
+    pruner.save_pretrained(tmp_path / "pruned")
+    kept = len(pruner.plan.kept[(0, "mlp")])
+    # As remote code it is loaded by files that lie beside the weights, here without the plan.
+    pruner.model.save_pretrained(tmp_path / "remote")
+    for file in (tmp_path / "remote").glob("fwdprune_*"):
+        file.unlink()
+
+    code, shown, _ = cli("inspect", tmp_path / "pruned")
+    assert code == 0 and f"{kept} / 64" in shown
+    remote = [cli("inspect", tmp_path / "remote", *more)[1] for more in ([], ["--trust_remote_code"])]
+    for output in (shown, *remote):
+        rows = {line.split("  ")[1].strip(): line.split() for line in output.splitlines() if line.startswith("  ")}
+        parameters = sum(parameter.numel() for parameter in pruner.model.parameters())
+        assert f"PrunedLlamaForCausalLM (pruned_llama), {parameters:,} parameters" in output
+        assert rows["MLP channels"][2:5] == ["3", str(kept), "144"]
+
+
+def test_multimodal_models_that_cannot_be_pruned_are_described_without_a_declaration(cli, tmp_path):
+    vision = {"embed_dim": 32, "hidden_size": 48, "depth": 1, "num_heads": 2, "patch_size": 4}
+    unknown = transformers.Qwen2VLConfig(text_config=tiny_multimodal._QWEN_TEXT, vision_config=vision)
+    unknown.save_pretrained(tmp_path / "unknown")
+    code, shown, _ = cli("inspect", tmp_path / "unknown")
+    assert code == 0 and "mlp.down_proj" in shown and "declaration of a multimodal family is written by hand" in shown
+
+    known = tiny_multimodal.CONFIGS["llava_llama"]()
+    known.text_config = tiny.make_config("qwen2")
+    known.save_pretrained(tmp_path / "known")
+    code, _, error = cli("inspect", tmp_path / "known")
+    assert code == 1 and "type 'qwen2', which cannot be pruned inside it. Supported are llama, mistral" in error
 
 
 @pytest.mark.parametrize(
