@@ -23,6 +23,7 @@ from ..runs.devices import compute_device
 from ..runs.progress import progress
 from ..runs.resume import Resume
 from ..runs.shelves import Shelf
+from .gaps import gap_sums, gaps_of
 from .least_squares import NormalEquations, refit
 from .sequential import (
     Refitted,
@@ -39,10 +40,13 @@ HELD_OUT_EVERY = 8
 def refit_independently(
     subject: Subject, kept: Mapping[SiteKey, list[int]], config: PruningConfig, evidence: Evidence, shelf: Shelf
 ) -> Iterator[Refitted]:
-    """Refit every site of a subject on its inputs in the dense model, layer by layer.
+    """Refit every site that loses units on its inputs in the dense model, layer by layer.
+
+    A site directly before removed sites also takes over their output, if outputs are added to the residual stream as
+    they are.
 
     Args:
-        subject (`Subject`): the dense model, which is not changed, with the sites that lose units.
+        subject (`Subject`): the dense model, which is not changed, with all its sites.
         kept (mapping of site key to `list[int]`): the kept units.
         config (`PruningConfig`): the request, for `ridge` and `batch_size`.
         evidence (`Evidence`): the tokens, and the Gram matrices if they were collected before.
@@ -50,14 +54,18 @@ def refit_independently(
     """
     assert evidence.calibration is not None
     grams, total = evidence.grams, len(subject.layers)
+    texts = fit_and_held_out(evidence.calibration)
+    gaps = gaps_of(subject.sites, kept) if takes_over(subject) else {}
+    sums = gap_sums(subject, gaps, texts, config.batch_size) if gaps else []
+    subject = subject.looking_at(
+        site for site in subject.sites if 0 < len(kept[site.key]) < site.num_units or site.key in gaps
+    )
     measured: Iterable
     if grams:
         by_layer = [[site for site in subject.sites if site.layer == number] for number in range(total)]
         measured = ((of_layer, grams) for of_layer in by_layer)
     else:
-        measured = statistics_by_layer(
-            subject, fit_and_held_out(evidence.calibration), config.batch_size, (GRAM,), shelf
-        )
+        measured = statistics_by_layer(subject, texts, config.batch_size, (GRAM,), shelf)
     for of_layer, of_texts in progress(measured, "Reconstructing", total=total, unit="layer"):
         projections, refits = {}, {}
         for site in of_layer:
@@ -68,9 +76,20 @@ def refit_independently(
             equations = [
                 NormalEquations.of_removed(_gram(of_text), of_text.count, weight, columns) for of_text in statistics
             ]
+            if site.key in gaps:
+                equations = [
+                    of_text.pop(site.key).joined(own, weight, columns) for of_text, own in zip(sums, equations)
+                ]
             refits[site.key] = refit(equations[0], equations[1] if len(equations) > 1 else None, config.ridge)
             projections[site.key] = refits[site.key].projection(kept_projection(site, kept[site.key]))
         yield projections, refits
+
+
+def takes_over(subject: Subject) -> bool:
+    """Return whether a projection can take over the output of removed sites after it: whether the outputs of
+    projections are added to the residual stream, all times the same number."""
+    layout = subject.architecture.layout
+    return layout.residual_adds_up(subject.text_config) and not layout.output_norm
 
 
 def fit_and_held_out(calibration: Calibration) -> list[Calibration]:

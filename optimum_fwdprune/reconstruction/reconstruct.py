@@ -23,7 +23,7 @@ from ..request.config import PruningConfig
 from ..runs.loggers import get_logger
 from ..runs.shelves import Shelf
 from .bias import compensate_bias
-from .independent import fit_and_held_out, refit_independently
+from .independent import fit_and_held_out, refit_independently, takes_over
 from .reconstruction import Reconstruction
 from .sequential import (
     Refitted,
@@ -84,8 +84,8 @@ def reconstruct_by_layer(
         return
     kind, losing, shelf = config.reconstruction, subject.losing(kept), shelf or Shelf()
     in_order = config.reconstruction_order != ReconstructionOrder.INDEPENDENT
-    if kind == ReconstructionKind.LEAST_SQUARES and in_order:
-        # Sites after a removed site can compensate for it, too.
+    if kind == ReconstructionKind.LEAST_SQUARES:
+        # Sites before and, in sequence, after a removed site can compensate for it.
         losing += [site for site in subject.sites if not kept[site.key]]
     # Biases need the means only.
     has_means = kind == ReconstructionKind.BIAS and bool(evidence.statistics)
@@ -100,7 +100,7 @@ def reconstruct_by_layer(
     warn_of_few_tokens(losing, kept, evidence.calibration)
     refitted: Iterable[Refitted]
     if not in_order:
-        refitted = refit_independently(subject.looking_at(losing), kept, config, evidence, shelf)
+        refitted = refit_independently(subject, kept, config, evidence, shelf)
     else:
         texts = fit_and_held_out(evidence.calibration)
         refitted = refit_in_sequence(subject, kept, texts, _sequential_fit(subject, config), shelf, done)
@@ -113,13 +113,13 @@ def reconstruct_by_layer(
 
 
 def _warn_of_gaps(subject: Subject, kept: Mapping[SiteKey, list[int]]) -> None:
-    """Warn that independent least squares does not compensate for removed layers and sublayers."""
+    """Warn where independent least squares does not compensate for removed layers and sublayers."""
     gone = sum(not kept[site.key] for site in subject.sites)
-    if gone:
+    if gone and not takes_over(subject):
         logger.warning(
-            "Independent least squares fits every projection to the output of its own removed units, so that none "
-            "compensates for the %d sublayers that are removed as a whole. Use reconstruction_order='sequential', "
-            "which does.",
+            "The outputs of projections are normalized on their way into the residual stream of this %s, so that no "
+            "projection compensates for the %d sublayers that are removed as a whole.",
+            subject.model.config.model_type,
             gone,
         )
 
