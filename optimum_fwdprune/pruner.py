@@ -30,6 +30,7 @@ from .report import PruningReport
 from .runs.devices import host_by_default
 from .scoring.methods import PruningConfig
 from .scoring.scores import Scores
+from .sweep.sweeps import Sweeps
 
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from .recovery.recovering import Recovery
 
 
-class FwdPruner(WritesCheckpoints):
+class FwdPruner(WritesCheckpoints, Sweeps):
     """Prunes a causal language model, or any other task head of a supported family, with forward passes only.
 
     ```python
@@ -86,8 +87,7 @@ class FwdPruner(WritesCheckpoints):
         self.trainer: RecoveryTrainer | None = None
         self._record = Record()
         self._source = Source()
-        # Latencies of the current model, which are measured once for scoring and pruning.
-        self._latencies: LatencyTable | None = None
+        self._latencies: LatencyTable | None = None  # Of the current model, measured once for all of its requests.
 
     @classmethod
     def from_pretrained(

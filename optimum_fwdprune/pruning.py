@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .allocation.composing import EarlierPruning
-from .allocation.job import resume_held
+from .allocation.job import resume_held, resume_of
 from .allocation.plan import PruningPlan
 from .architectures import find_sites, is_pruned
 from .architectures.sizes import ModelSizes
 from .cutting.cut import Cut
+from .data.calibration import Calibration
 from .data.load_calibration import load_calibration
+from .forward.evidence import Evidence
 from .loading.offloading import check_readable
 from .loading.origin import FINGERPRINT, NAME, REVISION
 from .loading.source import Source
@@ -31,6 +33,7 @@ from .record.record import Record
 from .record.reproduction import IN_MEMORY, INPUTS, inputs_of
 from .request.config import PruningConfig
 from .runs.loggers import get_logger
+from .scoring.score_units import check_scoring
 from .scoring.scores import Scores
 
 
@@ -69,18 +72,45 @@ class Pruning:
         self.has_changed = False
         self._tokenizer, self._dataset = tokenizer, dataset
 
-    def score(self, config: PruningConfig) -> Scores:
-        """Score the units of the model; the model is not changed."""
+    def check(self, config: PruningConfig) -> None:
+        """Raise the errors of a request that can be foreseen, so that they are not raised after other work."""
+        subject = self._subject(config)
+        check_request(subject, config)
+        check_scoring(subject.model, config)
+        with self._running(subject) as run:
+            run.check(config)
+
+    def score(self, config: PruningConfig, evidence: Evidence | None = None) -> Scores:
+        """Score the units of the model; the model is not changed.
+
+        Args:
+            config (`PruningConfig`): the request.
+            evidence (`Evidence`, *optional*): tokens and statistics that [`evidence`] returned.
+        """
         subject = self._subject(config)
         check_model(subject)
-        run = Run(subject, self._tokenizer, self._dataset, latencies=self.latencies)
-        try:
-            with resume_held(config):
-                scores = run.score(config)
-        finally:
-            self.latencies = run.latencies
+        with self._running(subject) as run, resume_held(config):
+            scores = run.score(config, evidence)
         self.record = dataclasses.replace(self.record, scores=scores)
         return scores
+
+    def evidence(self, requests: Sequence[PruningConfig], calibration: Calibration | None) -> Evidence:
+        """Return the tokens with the statistics that the scores and reconstructions of several requests need, which
+        are collected in one pass; the model is not changed.
+
+        Args:
+            requests (sequence of `PruningConfig`): requests with the same calibration and the same units.
+            calibration (`Calibration`, *optional*): the tokens that [`calibration`] returned.
+        """
+        subject = self._subject(requests[0])
+        check_model(subject)
+        with self._running(subject) as run, resume_held(requests[0]):
+            return run.evidence(requests, calibration)
+
+    def calibration(self, config: PruningConfig) -> Calibration:
+        """Return the calibration tokens of a request."""
+        with self._running(self._subject(config)) as run:
+            return run.calibration(config, resume=resume_of(config, self.model))
 
     def prune(
         self,
@@ -129,6 +159,15 @@ class Pruning:
             outcome = _outcome(before, done, run, config)
             self.record = dataclasses.replace(self.record, scores=run.scores, outcome=outcome)
             self.record.leave_with(self.model)
+
+    @contextmanager
+    def _running(self, subject: Subject) -> Iterator[Run]:
+        """Start a run that does not change the model, and keep the latencies that it measures."""
+        run = Run(subject, self._tokenizer, self._dataset, latencies=self.latencies)
+        try:
+            yield run
+        finally:
+            self.latencies = run.latencies
 
     def _subject(self, config: PruningConfig) -> Subject:
         """Return the model in its current state, with all its sites in the units of the request."""

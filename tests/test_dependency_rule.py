@@ -16,6 +16,7 @@ PACKAGE = Path(optimum_fwdprune.__file__).parent
 ROOMS = [
     "commands",
     "pruner",
+    "sweep",
     "pruning",
     "export",
     "checkpoint",

@@ -41,7 +41,7 @@ PRUNED = {
     "serving.md": ("smollm2-recovered", "pruned"),
 }
 # Options of commands whose defaults would time tiny models for long.
-QUICKER = dict.fromkeys(("benchmark", "compare"), ("--repeats", "1", "--new_tokens", "2"))
+QUICKER = dict.fromkeys(("benchmark", "compare", "sweep"), ("--repeats", "1", "--new_tokens", "2"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

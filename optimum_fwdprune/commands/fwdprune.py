@@ -18,6 +18,7 @@ from .parser import HelpFormatter, Parser
 from .prune import PruneCommand
 from .recover import RecoverCommand
 from .report import ReportCommand
+from .sweep import SweepCommand
 
 
 class FwdPruneCommand(BaseOptimumCLICommand):
@@ -26,6 +27,7 @@ class FwdPruneCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="fwdprune", help="Structured pruning of language models with forward passes only.")
     SUBCOMMANDS = (
         CommandInfo(name="prune", help="Prune a model and save it as a checkpoint.", subcommand_class=PruneCommand),
+        CommandInfo(name="sweep", help="Prune a model to many sizes and measure them.", subcommand_class=SweepCommand),
         CommandInfo(
             name="inspect",
             help="Show what each layer of a checkpoint kept, or what a dense model has to prune.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -133,22 +133,7 @@ def push_to_hub(pruner: FwdPruner, args: Namespace) -> None:
 def add_evaluation_options(parser: ArgumentParser) -> None:
     """Add the options of quality measurements."""
     quality = parser.add_argument_group("quality")
-    quality.add_argument(
-        "--text",
-        nargs="+",
-        default=[],
-        help="Texts to measure perplexity on: .txt, .json, .jsonl or .parquet files, wikitext2, builtin (Python's "
-        "documentation), or datasets of the Hub.",
-    )
-    quality.add_argument("--text_split", default="test", help="Split of Hub datasets (default: test).")
-    quality.add_argument("--text_config", help="Configuration name of Hub datasets.")
-    quality.add_argument("--text_column", help="Text column. Default: text, or the only string column.")
-    quality.add_argument(
-        "--max_length",
-        type=int,
-        metavar="N",
-        help="Tokens per window. Default: 512, or the model's number of positions if that is smaller.",
-    )
+    add_text_options(quality)
     quality.add_argument(
         "--stride",
         type=int,
@@ -178,8 +163,28 @@ def add_evaluation_options(parser: ArgumentParser) -> None:
     )
 
 
-def evaluation_options(args: Namespace) -> dict[str, Any]:
-    """Return the options of quality measurements, with the texts read, for `evaluate` and `compare`."""
+def add_text_options(group: _ArgumentGroup) -> None:
+    """Add the options that name texts to measure on."""
+    group.add_argument(
+        "--text",
+        nargs="+",
+        default=[],
+        help="Texts to measure perplexity on: .txt, .json, .jsonl or .parquet files, wikitext2, builtin (Python's "
+        "documentation), or datasets of the Hub.",
+    )
+    group.add_argument("--text_split", default="test", help="Split of Hub datasets (default: test).")
+    group.add_argument("--text_config", help="Configuration name of Hub datasets.")
+    group.add_argument("--text_column", help="Text column. Default: text, or the only string column.")
+    group.add_argument(
+        "--max_length",
+        type=int,
+        metavar="N",
+        help="Tokens per window. Default: 512, or the model's number of positions if that is smaller.",
+    )
+
+
+def read_texts(args: Namespace) -> dict[str, list[str]]:
+    """Return the texts that the options name, by their names."""
     from optimum_fwdprune.data.texts import open_texts
 
     opened = [open_texts(source, args.text_config, args.text_split, args.text_column) for source in args.text]
@@ -187,9 +192,13 @@ def evaluation_options(args: Namespace) -> dict[str, Any]:
     # Two files of the same name in different folders are told apart by their paths.
     labels = [source if short.count(name) > 1 else name for source, name in zip(args.text, short)]
     check_different(labels, "--text")
-    texts = {label: list(pieces) for label, (_, pieces) in zip(labels, opened)}
+    return {label: list(pieces) for label, (_, pieces) in zip(labels, opened)}
+
+
+def evaluation_options(args: Namespace) -> dict[str, Any]:
+    """Return the options of quality measurements, with the texts read, for `evaluate` and `compare`."""
     names = ("tasks", "max_length", "stride", "batch_size", "num_fewshot", "limit", "apply_chat_template")
-    return {"texts": texts} | {name: getattr(args, name) for name in names}
+    return {"texts": read_texts(args)} | {name: getattr(args, name) for name in names}
 
 
 def check_different(names: Sequence[str], where: str) -> None:
@@ -245,6 +254,7 @@ def add_config_options(
     known: set[str],
     heading_of: Callable[[dataclasses.Field], str],
     groups: dict[str, _ArgumentGroup],
+    several: Collection[str] = (),
 ) -> set[str]:
     """Add an option for every field of a config dataclass that is not `known` yet, and return the names added.
 
@@ -256,6 +266,7 @@ def add_config_options(
         known (`set[str]`): names that are options already.
         heading_of (`Callable`): returns the heading of the help that a field belongs under.
         groups (`dict[str, _ArgumentGroup]`): groups by heading; new ones are added to it.
+        several (collection of `str`, *optional*): fields whose options take several values.
     """
     hints = typing.get_type_hints(config_class)
     added = set()
@@ -276,7 +287,7 @@ def add_config_options(
             many = "*" if default is None else "+"
             choices = field.metadata.get("choices")
             options = choice(choices) if choices else {"type": kind, "metavar": kind.__name__.upper()}
-            options["nargs"] = many if is_list else None
+            options["nargs"] = "+" if field.name in several else many if is_list else None
         title = heading_of(field)
         if title not in groups:
             groups[title] = parser.add_argument_group(title)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, ArgumentParser
-from functools import partial
-from typing import Any
+from argparse import ArgumentParser
 
 from .base import Command
 from .options import (
-    add_config_options,
     add_hub_options,
     add_loading_options,
     add_output_folder,
@@ -18,7 +15,7 @@ from .options import (
     naming_the_model,
     push_to_hub,
 )
-from .parser import choice, listed
+from .requests import add_request_options, check_owned, request_options
 
 
 class PruneCommand(Command):
@@ -35,17 +32,6 @@ class PruneCommand(Command):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
-        from optimum_fwdprune.request.config import DEFAULT_PRESET
-        from optimum_fwdprune.request.fields import Heading
-        from optimum_fwdprune.request.options import DEFAULT_METHOD
-        from optimum_fwdprune.scoring.methods import (
-            PruningConfig,
-            get_method,
-            get_preset,
-            registered_methods,
-            registered_presets,
-        )
-
         parser.add_argument("-m", "--model", required=True, help="Hub repository or folder of the model to prune.")
         add_output_folder(parser, "pruned")
         parser.add_argument(
@@ -58,63 +44,24 @@ class PruneCommand(Command):
             "--plan", help="Keep the units of this plan (a JSON file or a pruned checkpoint) instead of scoring them."
         )
 
-        presets, methods = registered_presets(), registered_methods()
-        parser.add_argument_group(
-            "preset", listed({name: get_preset(name).described() for name in presets})
-        ).add_argument(
-            "--preset",
-            **choice(presets),
-            help=f"Named set of options, listed above; options on the command line override it (default: "
-            f"{DEFAULT_PRESET}).",
-        )
-        request = parser.add_argument_group(
-            Heading.METHOD, listed({name: get_method(name).summary for name in methods})
-        )
-        request.add_argument(
-            "--method",
-            **choice(methods),
-            default=SUPPRESS,
-            help=f"How units are scored (default: {DEFAULT_METHOD}).",
-        )
-        groups: dict[str, Any] = {Heading.METHOD: request}
-        known = {"method"} | add_config_options(
-            parser, PruningConfig, {"method"}, lambda field: field.metadata["group"], groups
-        )
-        for name in methods:
-            config_class = get_method(name).config_class
-            known |= add_config_options(parser, config_class, known, partial(_of_method, name), groups)
+        add_request_options(parser)
         add_tokenizer_option(parser)
         add_loading_options(parser)
         add_hub_options(parser)
 
     def execute(self) -> None:
-        import dataclasses
-
         from optimum_fwdprune.allocation.plan import PruningPlan
         from optimum_fwdprune.files import check_output_folder
         from optimum_fwdprune.request.options import DEFAULT_METHOD
-        from optimum_fwdprune.scoring.methods import (
-            PruningConfig,
-            get_method,
-            get_preset,
-            registered_methods,
-        )
+        from optimum_fwdprune.scoring.methods import PruningConfig, get_preset
 
-        arguments = vars(self.args)
+        options = request_options(self.args)
         preset = get_preset(self.args.preset).fields if self.args.preset else {}
-        method = arguments.get("method", preset.get("method", DEFAULT_METHOD))
+        method = options.get("method", preset.get("method", DEFAULT_METHOD))
         if method != preset.get("method", method):
             raise ValueError(f"--preset {self.args.preset} is for method {preset['method']}; leave out --method.")
-        config_class = get_method(method).config_class
-        fields = {field.name for field in dataclasses.fields(config_class)}
         # The request is checked before a model is loaded.
-        for name in registered_methods():
-            for field in dataclasses.fields(get_method(name).config_class):
-                if field.name in arguments and field.name not in fields:
-                    raise ValueError(
-                        f"--{field.name} is an option of method {name}; the method asked for is {config_class.method}."
-                    )
-        options = {name: value for name, value in arguments.items() if name in fields}
+        check_owned(options, [method])
         config = PruningConfig.of(self.args.preset, replays=self.args.plan is not None, **options)
         output = check_output_folder(self.args.output, self.args.overwrite)
         check_hub_options(self.args)
@@ -134,7 +81,3 @@ class PruneCommand(Command):
         print(pruner.report)
         push_to_hub(pruner, self.args)
         print(f"Saved to {self.args.output}. `optimum-cli fwdprune inspect {self.args.output}` shows every layer.")
-
-
-def _of_method(name: str, _field: Any) -> str:
-    return f"method {name}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..architectures import SiteKey
 from ..data.calibration import Calibration
+from ..runs.shelves import Shelf
 from .statistics import SiteStatistics
 
 
@@ -22,8 +23,12 @@ class Evidence:
         calibration (`Calibration`, *optional*): the tokens; `None` where none are needed.
         statistics (mapping of site key to `SiteStatistics`): moments, if they were collected.
         grams (`Grams`): Gram matrices for independent least squares, if they were collected with the statistics.
+        dense_stream (`Shelf`, *optional*): storage for the dense model's hidden states on the tokens, if several
+            reconstructions share them; the first one that needs them computes them. By default each computes its own,
+            and stores those of few layers at a time.
     """
 
     calibration: Calibration | None = None
     statistics: Mapping[SiteKey, SiteStatistics] = field(default_factory=dict)
     grams: Grams = field(default_factory=dict)
+    dense_stream: Shelf | None = None

@@ -27,16 +27,21 @@ def model_nll(
     Raises:
         ValueError: where the model predicts no tokens.
     """
-    if not model.can_generate():
-        raise ValueError(
-            f"{type(model).__name__} does not predict the next token, and the loss needs a causal language model. "
-            f"Prune its causal counterpart, and replay the plan on this model."
-        )
+    check_predicts(model)
     device = input_device(model)
     input_ids = input_ids.to(device)
     attention_mask = None if attention_mask is None else attention_mask.to(device)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, **PLAIN_OUTPUTS).logits
     return next_token_nll(logits, input_ids, attention_mask, first)
+
+
+def check_predicts(model: PreTrainedModel) -> None:
+    """Raise `ValueError` where a model predicts no tokens."""
+    if not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} does not predict the next token, and the loss needs a causal language model. "
+            f"Prune its causal counterpart, and replay the plan on this model."
+        )
 
 
 def next_token_nll(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..allocation.budgets import Budget, removal_budget
+from ..allocation.budgets import Budget, OutOfReach, removal_budget
 from ..allocation.fitting import check_fits, check_without_layers
 from ..allocation.job import Job, resume_of
 from ..allocation.losses import losses_by_kind
@@ -31,12 +31,12 @@ from ..runs import ranks
 from ..runs.clock import StageClock
 from ..runs.progress import announce, progress
 from ..runs.resume import Resume
-from ..scoring.score_units import check_scoring, needs_calibration, score_units
+from ..scoring.score_units import check_scoring, gather_evidence, needs_calibration, score_units
 from ..scoring.scores import Scores
 from .forecast import forecast, warn_of_overshoot, warn_of_rounding
 from .latency import LatencyCost, LatencyTable, at_measured_widths, speed_budget
 from .make_plan import keeper, make_plan, replayed
-from .settling import settle
+from .settling import settle, settled_request
 from .stock_layout import STOCK, check_stock_layout, check_stock_request
 from .timing import load_or_measure, measured_speedup, phase_seconds
 
@@ -73,18 +73,46 @@ class Run:
     ):
         self._subject, self._tokenizer, self._dataset = subject, tokenizer, dataset
         self._inplace, self._finished = inplace, finished
+        # Surgery consumes the dense model.
+        self._sizes = Sizes.of(subject.model, subject.sites)
         self.latencies = latencies
         self.scores: Scores | None = None
         self.speedup: tuple[float, float | None] | None = None
         self.clock = StageClock()
         self.calibrated_on: str | None = None
 
-    def score(self, config: PruningConfig) -> Scores:
-        """Score the units of the model; the model is not changed."""
-        config, budget = self._settled(config)
+    def check(self, config: PruningConfig) -> None:
+        """Raise an error where the constraints of a request do not allow its budget, or where only whole layers that
+        the request does not name could meet it; nothing is logged."""
+        settled, _, _ = settled_request(self._subject.sites, config, self._budget_of, self._check_allowed)
+        if settled.depth_kind != config.depth_kind:
+            raise OutOfReach(
+                f"{config.resolved_kinds} cannot meet the budget alone, and all models need the same scores. Set "
+                f"kinds={settled.resolved_kinds} for all of them, or choose a smaller budget."
+            )
+
+    def score(self, config: PruningConfig, evidence: Evidence | None = None) -> Scores:
+        """Score the units of the model; the model is not changed.
+
+        Args:
+            config (`PruningConfig`): the request.
+            evidence (`Evidence`, *optional*): tokens and statistics that were gathered before.
+        """
+        config, budget = self._settled(config, is_announced=evidence is None)
         with evaluating(self._subject.model):
             rounds = Rounds(self._subject.sites, config, budget)
-            return self._scored(self._subject, rounds, self._job(self._subject, rounds, 1))
+            return self._scored(self._subject, rounds, self._job(self._subject, rounds, 1), evidence)
+
+    def evidence(self, requests: Sequence[PruningConfig], calibration: Calibration | None) -> Evidence:
+        """Return the tokens with the statistics that the scores and reconstructions of several requests need.
+
+        Args:
+            requests (sequence of `PruningConfig`): requests with the same calibration and the same folder of states.
+            calibration (`Calibration`, *optional*): the tokens; by default none.
+        """
+        with evaluating(self._subject.model):
+            resume = resume_of(requests[0], self._subject.model)
+            return gather_evidence(self._subject, requests, calibration, resume)
 
     def replay(self, plan: PruningPlan, config: PruningConfig) -> Cut:
         """Cut the model by a plan, with the reconstruction of the request."""
@@ -140,36 +168,41 @@ class Run:
         with evaluating(model):
             return load_calibration(config, model, self._tokenizer, self._dataset, resume)
 
-    def _settled(self, config: PruningConfig, may_remove_layers: bool = True) -> tuple[PruningConfig, Budget]:
-        """Return the settled request and its budget, and log a forecast of the result."""
-        subject, sites = self._subject, self._subject.sites
-        dense = Sizes.of(subject.model, sites)
-
-        def added(request: PruningConfig) -> int:
-            return added_parameters(
-                (site for site in sites if site.kind in request.width_kinds), request.reconstruction
-            )
-
-        def budget_of(request: PruningConfig) -> tuple[PruningConfig, Budget]:
-            if request.target_speedup is None:
-                return request, removal_budget(request, sites, dense.parameters, dense.file_bytes, added(request))
-            self.latencies = load_or_measure(subject, request, self.latencies)
-            latencies = self.latencies.combined(shares_of_phases(request.speed_of))
-            return at_measured_widths(sites, request), speed_budget(latencies, request.target_speedup)
-
-        def check(request: PruningConfig) -> None:
-            if request.layout == STOCK:
-                check_stock_request(subject, request)
-            if request.depth_kind is not None:
-                # The check is the same for all layers.
-                check_without_layers(subject.model, range(len(subject.layers) - 1))
-
-        config, budget = settle(sites, config, budget_of, check, may_remove_layers)
-        outcome = forecast(sites, config, budget, dense.parameters, dense.bytes, added(config))
+    def _settled(
+        self, config: PruningConfig, may_remove_layers: bool = True, is_announced: bool = True
+    ) -> tuple[PruningConfig, Budget]:
+        """Return the settled request and its budget, and log a forecast of the result if it `is_announced`."""
+        sites, dense = self._subject.sites, self._sizes
+        if not is_announced:
+            return settled_request(sites, config, self._budget_of, self._check_allowed, may_remove_layers)[:2]
+        config, budget = settle(sites, config, self._budget_of, self._check_allowed, may_remove_layers)
+        outcome = forecast(sites, config, budget, dense.parameters, dense.bytes, self._added(config))
         announce(str(outcome))
         if config.rounds == 1:
             warn_of_rounding(sites, config, budget, outcome)
         return config, budget
+
+    def _budget_of(self, config: PruningConfig) -> tuple[PruningConfig, Budget]:
+        """Return a request with its constraints adapted, and its budget."""
+        sites, dense = self._subject.sites, self._sizes
+        if config.target_speedup is None:
+            return config, removal_budget(config, sites, dense.parameters, dense.file_bytes, self._added(config))
+        self.latencies = load_or_measure(self._subject, config, self.latencies)
+        latencies = self.latencies.combined(shares_of_phases(config.speed_of))
+        return at_measured_widths(sites, config), speed_budget(latencies, config.target_speedup)
+
+    def _added(self, config: PruningConfig) -> int:
+        """Return the number of parameters that the reconstruction of a request adds."""
+        pruned = (site for site in self._subject.sites if site.kind in config.width_kinds)
+        return added_parameters(pruned, config.reconstruction)
+
+    def _check_allowed(self, config: PruningConfig) -> None:
+        """Raise `ValueError` where the model does not allow a request."""
+        if config.layout == STOCK:
+            check_stock_request(self._subject, config)
+        if config.depth_kind is not None:
+            # The check is the same for all layers.
+            check_without_layers(self._subject.model, range(len(self._subject.layers) - 1))
 
     def _job(self, subject: Subject, rounds: Rounds, number: int) -> Job:
         config, budget = rounds.request(subject.sites, number)
@@ -204,12 +237,14 @@ class Run:
         sites = find_sites(done.model, config.attention_unit)
         return dataclasses.replace(self._subject, model=done.model, sites=sites)
 
-    def _scored(self, subject: Subject, rounds: Rounds, job: Job) -> Scores:
+    def _scored(self, subject: Subject, rounds: Rounds, job: Job, evidence: Evidence | None = None) -> Scores:
         check_scoring(subject.model, job.config)
-        calibration = None
-        if needs_calibration(job.config):
-            calibration = self.calibration(job.config, subject.model, job.resume)
-        return score_units(subject, job, calibration, keeper(rounds, subject.sites, job))
+        if evidence is None:
+            calibration = None
+            if needs_calibration(job.config):
+                calibration = self.calibration(job.config, subject.model, job.resume)
+            evidence = gather_evidence(subject, [job.config], calibration, job.resume)
+        return score_units(subject, job, evidence, keeper(rounds, subject.sites, job))
 
     def _cut(self, subject: Subject, plan: PruningPlan, evidence: Evidence, job: Job, done: Cut | None = None) -> Cut:
         """Cut a model on disk or in memory; models of earlier rounds are always cut in place."""

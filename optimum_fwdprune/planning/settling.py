@@ -35,12 +35,28 @@ def settle(
     check: Callable[[PruningConfig], None] = lambda _config: None,
     may_remove_layers: bool = True,
 ) -> tuple[PruningConfig, Budget]:
-    """Return the request with the defaults that depend on the model filled in, and its budget.
+    """Return the request with the defaults that depend on the model filled in, and its budget; log what is pruned in
+    addition to the defaults. The arguments and errors are those of [`settled_request`]."""
+    settled, budget, message = settled_request(sites, config, budget_of, check, may_remove_layers)
+    for line in message:
+        logger.warning(line)
+    return settled, budget
+
+
+def settled_request(
+    sites: Sequence[Site],
+    config: PruningConfig,
+    budget_of: BudgetOf,
+    check: Callable[[PruningConfig], None] = lambda _config: None,
+    may_remove_layers: bool = True,
+) -> tuple[PruningConfig, Budget, list[str]]:
+    """Return the request with the defaults that depend on the model filled in, its budget, and what is pruned in
+    addition to the defaults.
 
     Where the MLP channels of the inner layers cannot meet the budget, or would lose more than `MOST_BY_DEFAULT` of
     their parameters, the first and last layers are pruned too, and after that query heads. Where these cannot meet the
-    budget either, as few whole layers as possible are removed. Each of these steps is logged, and taken only where
-    `skip_layers` or `kinds` are not set.
+    budget either, as few whole layers as possible are removed. Each of these steps is taken only where `skip_layers`
+    or `kinds` are not set.
 
     Args:
         sites (sequence of `Site`): sites of the dense model.
@@ -83,10 +99,7 @@ def settle(
         if config.kinds is not None:
             raise OutOfReach(f"{out_of_reach} {_way_out(with_layers[0])}") from out_of_reach
         met = *with_layers, [*message, _LAYERS_TOO]
-    settled, budget, message = met
-    for line in message:
-        logger.warning(line)
-    return settled, budget
+    return met
 
 
 _LAYERS_TOO = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,7 +104,8 @@ def reconstruct_by_layer(
         refitted = refit_independently(subject, kept, config, evidence, shelf)
     else:
         texts = fit_and_held_out(evidence.calibration)
-        refitted = refit_in_sequence(subject, kept, texts, _sequential_fit(subject, config), shelf, done)
+        fit = replace(_sequential_fit(subject, config), dense_stream=evidence.dense_stream)
+        refitted = refit_in_sequence(subject, kept, texts, fit, shelf, done)
     for number, (projections, refits) in enumerate(refitted):
         if number < len(done):
             yield done[number].placed_like(subject.sites)

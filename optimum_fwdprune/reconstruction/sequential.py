@@ -47,12 +47,16 @@ class SequentialFit:
             projection is fitted once more. This takes about three more passes. The memory of the host holds two more
             hidden states of all windows and, for one pointwise site at a time, the inputs of its sources, their
             slopes, and the residual at all tokens in float32.
+        dense_stream (`Shelf`, *optional*): storage for the dense model's hidden states that other fits to the same
+            tokens share, for the target `"dense"`. Layers that the dense model has run for another fit do not run
+            again.
     """
 
     target: str
     ridge: float | None
     batch_size: int
     refit_sources: bool = False
+    dense_stream: Shelf | None = None
 
 
 @torch.no_grad()
@@ -93,7 +97,8 @@ def refit_in_sequence(
         if (share := text.own_share()) is not None:
             for number, batch in enumerate(runner.batches(share, fit.batch_size)):
                 name = f"{held}.{number}"
-                streams[held].append(Stream(name, batch, runner, shelf, joining, fit.refit_sources, aims))
+                stream = Stream(name, batch, runner, shelf, joining, fit.refit_sources, aims, fit.dense_stream)
+                streams[held].append(stream)
     every_stream = [stream for of_text in streams for stream in of_text]
     behind = {site.key for site in sites[_first_fitted(sites, kept) :]}
     if shelf.settled == 0:
@@ -108,9 +113,13 @@ def refit_in_sequence(
         layer = _Layer(of_layer, streams, fit.ridge, fit.refit_sources)
         with resident(runner.layers[number]):
             for ahead in range(aims.layers_run(number - 1), aims.layers_run(number)):
+                if fit.dense_stream is not None and ahead < fit.dense_stream.settled:
+                    continue
                 with resident(runner.layers[ahead]):
                     for stream in every_stream:
                         stream.enter(layers[ahead])
+                if fit.dense_stream is not None:
+                    fit.dense_stream.settle(ahead + 1)
             if number < len(done):
                 layer.projections |= done[number].placed_like(of_layer).projections
             for place, site in enumerate([] if number < len(done) else of_layer):

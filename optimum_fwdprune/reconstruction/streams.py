@@ -48,20 +48,22 @@ class Joining:
 class Stream:
     """A batch in the pruned model and, if the target needs it, in the dense model.
 
-    The shelf holds the hidden states before layer `l`, `"<l>.<name>.pruned"` and `"<l>.<name>.dense"`. For layers that
-    the dense model has run, it also holds `"<l>.<name>.<place>"`, the stream before the site with this index (from 1),
-    or, where a norm follows the projection, `"<l>.<name>.<place>.output"`, the output of the projection; and
+    The shelves hold the hidden states before layer `l`, `"<l>.<name>.pruned"` and `"<l>.<name>.dense"`. For layers
+    that the dense model has run, they also hold `"<l>.<name>.<place>"`, the stream before the site with this index
+    (from 1), or, where a norm follows the projection, `"<l>.<name>.<place>.output"`, the output of the projection; and
     `"<l>.<name>.<place>.inputs"`, the inputs of the sources of the site.
 
     Args:
         name (`str`): the name of the batch on the shelf.
         batch (`Batch`): the windows.
         runner (`LayerRunner`): the runner of the dense model.
-        shelf (`Shelf`): storage for hidden states.
+        shelf (`Shelf`): storage for hidden states of the pruned model.
         joining (`Joining`, *optional*): how outputs are added to the stream, if the target is the dense model; `None`
             if it is the output of the unpruned projection.
         follows_inputs (`bool`): whether inputs of sources in the dense model are stored, too.
         aims (`Aims`): the places in the dense model's stream that are the targets of projections.
+        shared (`Shelf`, *optional*): storage for states of the dense model that other reconstructions use too, so that
+            they are kept. By default they are stored in `shelf`, and removed after their last use.
     """
 
     name: str
@@ -71,33 +73,35 @@ class Stream:
     joining: Joining | None
     follows_inputs: bool
     aims: Aims
+    shared: Shelf | None = None
 
     def start(self) -> None:
         """Store the hidden states of the batch before the first layer."""
         embedded = on_host(self.runner.embed(self.batch))
         self.shelf[f"0.{self.name}.pruned"] = embedded
         if self.joining is not None:
-            self.shelf[f"0.{self.name}.dense"] = embedded
+            self._dense[f"0.{self.name}.dense"] = embedded
 
     def enter(self, sites: Sequence[Site]) -> None:
         """Run the layer of `sites` in the dense model."""
         if self.joining is None:
             return
-        layer = sites[0].layer
-        stream = self.shelf.pop(f"{layer}.{self.name}.dense").to(self.runner.device_of(layer), non_blocking=True)
+        layer, before = sites[0].layer, f"{sites[0].layer}.{self.name}.dense"
+        stream = self._dense[before].to(self.runner.device_of(layer), non_blocking=True)
+        self._forget_dense(before)
         readers = [site.sources[0].linear for site in sites] if self.follows_inputs else []
         with outputs_of(site.projection for site in sites) as outputs, inputs_of(readers) as inputs:
             after = self.runner.run(layer, self.batch, stream)
         for place, read in enumerate(inputs):
-            self.shelf[f"{layer}.{self.name}.{place}.inputs"] = read
+            self._dense[f"{layer}.{self.name}.{place}.inputs"] = read
         if self.joining.normalized:
             for place, output in enumerate(outputs):
-                self.shelf[f"{layer}.{self.name}.{place}.output"] = output
+                self._dense[f"{layer}.{self.name}.{place}.output"] = output
         else:
             for place, output in enumerate(outputs[:-1], start=1):
                 stream = stream + self.joining.multiplier * output.view_as(stream).to(stream.device)
-                self.shelf[f"{layer}.{self.name}.{place}"] = stream
-        self.shelf[f"{layer + 1}.{self.name}.dense"] = after
+                self._dense[f"{layer}.{self.name}.{place}"] = stream
+        self._dense[f"{layer + 1}.{self.name}.dense"] = after
 
     def observe(
         self, sites: Sequence[Site], place: int, projections: Projections
@@ -111,7 +115,7 @@ class Stream:
         """Return the inputs of the sources of a site in the pruned model, and their difference from those in the dense
         model: both `[tokens, in_features]`."""
         inputs, _ = self._run_before(sites[place].sources[0].linear, sites, place, projections)
-        dense = self.shelf[f"{sites[place].layer}.{self.name}.{place}.inputs"].to(inputs.device)
+        dense = self._dense[f"{sites[place].layer}.{self.name}.{place}.inputs"].to(inputs.device)
         return self.batch.tokens(inputs), self.batch.tokens(dense).float() - self.batch.tokens(inputs).float()
 
     def linearize(self, sites: Sequence[Site], place: int, projections: Projections) -> Linearized:
@@ -145,11 +149,20 @@ class Stream:
             self.shelf[f"{layer + 1}.{self.name}.pruned"] = self.runner.run(layer, self.batch, pruned)
         for place in range(len(sites)):
             if self.joining is not None and self.joining.normalized:
-                self.shelf.forget(f"{layer}.{self.name}.{place}.output")
+                self._forget_dense(f"{layer}.{self.name}.{place}.output")
             elif self.joining is not None and place:
-                self.shelf.forget(f"{layer}.{self.name}.{place}")
+                self._forget_dense(f"{layer}.{self.name}.{place}")
             if self.follows_inputs:
-                self.shelf.forget(f"{layer}.{self.name}.{place}.inputs")
+                self._forget_dense(f"{layer}.{self.name}.{place}.inputs")
+
+    @property
+    def _dense(self) -> Shelf:
+        """The storage for states of the dense model."""
+        return self.shelf if self.shared is None else self.shared
+
+    def _forget_dense(self, name: str) -> None:
+        if self.shared is None:
+            self.shelf.forget(name)
 
     def _run_before(
         self, module: nn.Module, sites: Sequence[Site], place: int, projections: Projections
@@ -175,7 +188,7 @@ class Stream:
     def _target(self, sites, place, written, joining: Joining) -> torch.Tensor:
         """Return the output that the projection of a site should have for the pruned model's inputs, in float32."""
         if joining.normalized:
-            return self.shelf[f"{sites[place].layer}.{self.name}.{place}.output"].float()
+            return self._dense[f"{sites[place].layer}.{self.name}.{place}.output"].float()
         site = sites[place]
         device = site.projection.weight.device
         pruned = self.shelf[f"{site.layer}.{self.name}.pruned"]
@@ -187,8 +200,8 @@ class Stream:
     def _dense_target(self, site: Site) -> torch.Tensor:
         aim = self.aims.of(site)
         if aim.is_last:
-            return self.shelf[f"{aim.layer + 1}.{self.name}.dense"]
-        return self.shelf[f"{aim.layer}.{self.name}.{aim.place + 1}"]
+            return self._dense[f"{aim.layer + 1}.{self.name}.dense"]
+        return self._dense[f"{aim.layer}.{self.name}.{aim.place + 1}"]
 
 
 def _in_float32_at_most(values: torch.Tensor) -> torch.Tensor:

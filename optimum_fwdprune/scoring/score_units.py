@@ -1,8 +1,8 @@
-"""Scoring every unit; statistics for the request's reconstruction are collected in the same forward passes."""
+"""Scoring every unit; the statistics for scores and reconstructions are collected in one pass over the tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,16 +12,16 @@ from transformers import PreTrainedModel
 from ..allocation.job import Job
 from ..architectures import Site, SiteKey, keyed_by_site
 from ..data.calibration import Calibration
-from ..forward.evidence import Grams
+from ..forward.evidence import Evidence
 from ..forward.gathering import gather_statistics
-from ..forward.statistics import PlacedStatistics, SiteStatistics
+from ..forward.statistics import PlacedStatistics
 from ..loading.offloading import InTurn, is_offloaded
 from ..loading.subject import Subject
 from ..reconstruction.independent import grams_fit, statistics_with_grams
 from ..reconstruction.kinds import STATISTICS_OF
 from ..request.choices import ReconstructionKind, ReconstructionOrder
 from ..request.depth import depth_request, width_request
-from ..runs.resume import State
+from ..runs.resume import Resume, State
 from .methods import (
     PruningConfig,
     ScoringInputs,
@@ -49,37 +49,56 @@ def check_scoring(model: PreTrainedModel, config: PruningConfig) -> None:
         )
 
 
+def gather_evidence(
+    subject: Subject, requests: Sequence[PruningConfig], calibration: Calibration | None, resume: Resume
+) -> Evidence:
+    """Return the tokens with all statistics that the scores and reconstructions of requests need, without changing the
+    model.
+
+    Args:
+        subject (`Subject`): the dense model, in eval mode, with all its sites.
+        requests (sequence of `PruningConfig`): requests with the same calibration.
+        calibration (`Calibration`, *optional*): the tokens, required if a request `needs_calibration`.
+        resume (`Resume`): the folder for sums so far.
+
+    Raises:
+        ValueError: where weights or activations contain NaN or infinity; the message names the place.
+    """
+    _check_finite(subject.model)
+    needed = set[str]().union(*map(_needed, requests))
+    if not needed or calibration is None:
+        return Evidence(calibration)
+    batch_size = requests[0].batch_size
+    if any(map(_will_refit_independently, requests)) and grams_fit(subject.sites):
+        return Evidence(calibration, *statistics_with_grams(subject, calibration, batch_size, needed, resume))
+    (statistics,) = gather_statistics(subject, [calibration], batch_size, needed, resume)
+    return Evidence(calibration, statistics)
+
+
 def score_units(
     subject: Subject,
     job: Job,
-    calibration: Calibration | None,
+    evidence: Evidence,
     keep: Callable[[Mapping[SiteKey, torch.Tensor]], dict[SiteKey, list[int]]],
 ) -> Scores:
-    """Score every unit, and collect the statistics for the request's reconstruction, without changing the model.
+    """Score every unit, without changing the model.
 
     Args:
         subject (`Subject`): the dense model, in eval mode, with all its sites.
         job (`Job`): the request, and the folder for states of long stages.
-        calibration (`Calibration`, *optional*): the tokens, required if the request `needs_calibration`.
+        evidence (`Evidence`): the tokens and statistics that the request needs; see [`gather_evidence`].
         keep (`Callable`): returns the units that the request would keep, from scores of every unit.
 
     Raises:
-        ValueError: where weights, activations or scores contain NaN; the message names the place.
+        ValueError: where scores contain NaN or infinity; the message names the place.
     """
     model, sites, config, resume = subject.model, subject.sites, job.config, job.resume
-    _check_finite(model)
-    needed = _needed(config)
-    statistics: dict[SiteKey, SiteStatistics] = {}
-    grams: Grams = {}
-    if needed and calibration is not None and _will_refit_independently(config) and grams_fit(sites):
-        statistics, grams = statistics_with_grams(subject, calibration, config.batch_size, needed, resume)
-    elif needed and calibration is not None:
-        (statistics,) = gather_statistics(subject, [calibration], config.batch_size, needed, resume)
+    calibration = evidence.calibration
     # Scores are stored for resuming, since units of equal score could change places on another device.
     stage = resume.stage("scores", calibration)
     scored = stage.load(_scores_of)
     if scored is None:
-        placed = PlacedStatistics(sites, statistics)
+        placed = PlacedStatistics(sites, evidence.statistics)
 
         def keep_in_memory(scores: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, list[int]]:
             return keep({key: values.cpu() for key, values in scores.items()})
@@ -98,12 +117,13 @@ def score_units(
     return Scores(
         config,
         dict(scored.values),
-        statistics,
+        dict(evidence.statistics),
         calibration,
         standard_errors=dict(scored.standard_errors),
         details=scored.details,
         history=dict(scored.history),
-        grams=grams,
+        grams=evidence.grams,
+        dense_stream=evidence.dense_stream,
         model_type=subject.architecture.model_type,
     )
 

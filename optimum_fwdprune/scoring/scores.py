@@ -24,6 +24,7 @@ from ..forward.statistics import SiteStatistics
 from ..request.choices import ReconstructionKind, Scope
 from ..request.fields import Heading
 from ..runs.loggers import get_logger
+from ..runs.shelves import Shelf
 from ..words import html_table
 from .methods import (
     PruningConfig,
@@ -50,6 +51,8 @@ class Scores:
         history (`dict[str, Tensor]`): values of every step of a method that learns.
         grams (`Grams`): Gram matrices for independent least squares, if they were collected with the statistics; they
             are not saved.
+        dense_stream (`Shelf`, *optional*): storage for the dense model's hidden states that several reconstructions
+            share; it is not saved.
         calibrated_on (`dict[str, str]`): `source` and `fingerprint` of the tokens, also if the tokens themselves were
             not saved; empty where there were none.
         model_type (`str`, *optional*): family of the model; `None` in files of earlier versions.
@@ -63,6 +66,7 @@ class Scores:
     details: dict[str, Any] = field(default_factory=dict)
     history: dict[str, torch.Tensor] = field(default_factory=dict)
     grams: Grams = field(default_factory=dict, repr=False)
+    dense_stream: Shelf | None = field(default=None, repr=False)
     calibrated_on: dict[str, str] = field(default_factory=dict)
     model_type: str | None = None
 
@@ -78,7 +82,7 @@ class Scores:
     @property
     def evidence(self) -> Evidence:
         """The tokens and their statistics, for the reconstruction."""
-        return Evidence(self.calibration, self.statistics, self.grams)
+        return Evidence(self.calibration, self.statistics, self.grams, self.dense_stream)
 
     def calibrated_with(self, calibration: Calibration) -> Scores:
         """Return the same scores with tokens, for stages that run them; warn if they were made on other tokens."""

@@ -41,10 +41,10 @@ def test_later_rounds_score_what_the_earlier_ones_left_on_the_same_tokens(tokens
     seen = []
     score_units = run_module.score_units
 
-    def watched(subject, job, calibration, keep):
-        found = score_units(subject, job, calibration, keep)
+    def watched(subject, job, evidence, keep):
+        found = score_units(subject, job, evidence, keep)
         units = sum(site.num_units for site in subject.sites)
-        seen.append((subject.model, units, calibration.fingerprint, found))
+        seen.append((subject.model, units, evidence.calibration.fingerprint, found))
         return found
 
     monkeypatch.setattr(run_module, "score_units", watched)
