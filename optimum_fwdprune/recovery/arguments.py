@@ -35,6 +35,7 @@ class RecoveryArguments(RecoveryOptions, TrainingArguments):
     def __post_init__(self):
         self.check()
         self._asked_epochs = self.num_train_epochs
+        self._check_one_length()
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.trained]
         if self.num_train_epochs is None:
@@ -45,12 +46,20 @@ class RecoveryArguments(RecoveryOptions, TrainingArguments):
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
 
+    def _check_one_length(self) -> None:
+        """Raise `ValueError` where the length of the training is set in several ways."""
+        budgets = [name for name in ("tokens", "time") if getattr(self, name) is not None]
+        others = ["max_steps"] if self.max_steps > 0 else []
+        others += ["num_train_epochs"] if self.num_train_epochs is not None else []
+        if budgets and others:
+            raise ValueError(f"{budgets[0]} and {others[0]} are both set; leave one of them out.")
+
     def stages(self) -> list[RecoveryArguments]:
         """Return the arguments of every stage of the training: those of the blocks and, if `then` is set, those of the
         whole model, with the default learning rate of its mode."""
         if self.mode != BLOCK_DISTILL or self.then is None:
             return [self]
-        blocks = replace(self, then=None, adapters=None, teacher_cache=None)
+        blocks = replace(self, then=None, adapters=None, teacher_cache=None, num_train_epochs=self._asked_epochs)
         whole = replace(
             self,
             mode=self.then,

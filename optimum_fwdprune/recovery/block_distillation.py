@@ -6,6 +6,7 @@ the same layer. Only one block, its optimizer and a layer of the dense model nee
 
 from __future__ import annotations
 
+import math
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,11 +28,13 @@ from ..runs.loggers import get_logger
 from ..runs.progress import progress
 from ..runs.randomness import random_states_kept
 from ..runs.resume import digest_of
+from .amounts import Wanted
 from .arguments import RecoveryArguments
 from .block_states import BlockStates, resumed_folder
 from .block_streams import Sequences, streams_of
 from .block_training import BlockTrainer, Fitted
 from .blocks import Block, blocks_of
+from .budgets import tokens_of
 from .data import TrainingTexts, training_data
 from .finetuning import check_weights
 from .restoring import ModelState, left_as_it_was, removed_where_unused
@@ -127,6 +130,7 @@ class BlockDistillation:
         folder = Path(str(args.output_dir)) / "hidden_states"
         pruned, dense = streams_of(student, teacher, sequences, args.train_batch_size, args.hidden_states_gb, folder)
         trainer = BlockTrainer(args, sequences, pruned, dense)
+        # A budget that the data cannot fill is refused here.
         self._summary = _summary_of_run(student, args, sequences, trainer)
         written = None
         if is_offloaded(student):
@@ -203,14 +207,15 @@ def check_arguments(args: RecoveryArguments) -> None:
 def _sequences(texts: TrainingTexts, student: PreTrainedModel, args: RecoveryArguments) -> Sequences:
     config = student.config.get_text_config()
     limits = {"longest": getattr(config, "max_position_embeddings", None), "vocab_size": config.vocab_size}
-    wanted = None
-    if args.max_steps > 0:
-        wanted = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
-    held_out = None
+    held_out, more = None, 1 + 1 / (HELD_OUT_EVERY - 1)
     if texts.eval_dataset is not None:
-        held_out = training_data(texts.eval_dataset, texts.tokenizer, args, **limits)
-    elif wanted is not None:
-        wanted += -(-wanted // (HELD_OUT_EVERY - 1))
+        held_out, more = training_data(texts.eval_dataset, texts.tokenizer, args, **limits), 1.0
+    wanted = Wanted()
+    if args.max_steps > 0:
+        sequences = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
+        wanted = Wanted(sequences=math.ceil(more * sequences))
+    elif args.tokens is not None:
+        wanted = Wanted(tokens=math.ceil(more * tokens_of(args.tokens)))
     data = training_data(texts.dataset, texts.tokenizer, args, wanted, **limits)
     return Sequences.of(data, held_out, HELD_OUT_EVERY)
 

@@ -38,6 +38,7 @@ DECIDING = (
     "num_train_epochs",
     "per_device_train_batch_size",
     "seed",
+    "tokens",
     "warmup_steps",
     "weight_decay",
 )

@@ -17,6 +17,7 @@ from ..runs.randomness import seeded_generator
 from .arguments import RecoveryArguments
 from .block_streams import Sequences, Stream
 from .blocks import Block
+from .budgets import steps_for_tokens, tokens_of
 from .precision import float32_while_trained
 
 
@@ -61,6 +62,10 @@ class BlockTrainer:
         """The number of optimizer steps per block."""
         if self._args.max_steps > 0:
             return self._args.max_steps
+        if self._args.tokens is not None:
+            available = sum(len(self._sequences.ids[row]) for row in self._sequences.training)
+            per_step = self.sequences_per_step * available / len(self._sequences.training)
+            return steps_for_tokens(tokens_of(self._args.tokens), available, per_step).steps
         per_epoch = -(-len(self._sequences.training) // self.sequences_per_step)
         return max(1, math.ceil(float(self._args.num_train_epochs or 0) * per_epoch))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..data.tokens import Tokens
 from ..runs.loggers import get_logger
 from ..runs.progress import progress
 from ..words import public_name
+from .amounts import Wanted
 from .options import RecoveryOptions
 
 
@@ -63,7 +63,7 @@ def training_data(
     source: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     options: RecoveryOptions,
-    wanted: int | None = None,
+    wanted: Wanted | int | None = None,
     longest: int | None = None,
     vocab_size: int | None = None,
 ) -> Dataset:
@@ -87,7 +87,7 @@ def training_data(
             ids, a mapping of columns such as a tokenizer returns, or a tensor or array of token ids.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): required unless the data are token ids.
         options (`RecoveryOptions`): `max_length` and the `dataset_*` fields.
-        wanted (`int`, *optional*): largest number of sequences to read; by default all.
+        wanted (`Wanted` or `int`, *optional*): how much to read, or the largest number of sequences; by default all.
         longest (`int`, *optional*): the model's number of positions.
         vocab_size (`int`, *optional*): size of the model's vocabulary.
 
@@ -95,6 +95,7 @@ def training_data(
         ValueError: where the data is empty or too short, a named column is missing (the message lists the columns), no
             row can be used (with the reason), or tokens are beyond the vocabulary.
     """
+    wanted = wanted if isinstance(wanted, Wanted) else Wanted(wanted)
     length = sequence_length(options, longest)
     if longest is not None and length > longest:
         raise ValueError(f"max_length={length} is more than the {longest} positions of the model.")
@@ -121,7 +122,7 @@ def sequence_length(options: RecoveryOptions, longest: int | None) -> int:
     return min(MAX_LENGTH, longest or MAX_LENGTH) if options.max_length is None else options.max_length
 
 
-def _tokens(data: Data, length: int, wanted: int | None) -> Dataset:
+def _tokens(data: Data, length: int, wanted: Wanted) -> Dataset:
     def sequences_of(row: Tokens) -> Iterator[dict[str, Any]]:
         # Padding that makes a row too long is cut off first.
         fits = len(row.input_ids) <= length
@@ -131,7 +132,7 @@ def _tokens(data: Data, length: int, wanted: int | None) -> Dataset:
             raise UnusableRow("it has no token to predict: all of them are padding or have labels that do not count")
         yield from counted
 
-    taken = list(islice(data.converted(sequences_of), wanted))
+    taken = list(wanted.taken(data.converted(sequences_of)))
     data.report()
     padded = any(not row["attention_mask"].all() for row in taken)
     names = ("input_ids", "labels", "attention_mask") if padded else ("input_ids", "labels")
@@ -148,7 +149,8 @@ def _labelled(tokens: Tokens) -> dict[str, np.ndarray]:
     }
 
 
-def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted: int | None) -> Dataset:
+def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted: Wanted) -> Dataset:
+    most = wanted.of_length(length)
     # An array takes four bytes per token, a list nine times as much.
     tokens = array("i")
     for text in progress(data, "Tokenizing", unit="text"):
@@ -156,10 +158,10 @@ def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted:
         tokens.extend(ids)
         if ids and tokenizer.eos_token_id is not None:
             tokens.append(tokenizer.eos_token_id)
-        if wanted and len(tokens) >= wanted * length:
+        if most and len(tokens) >= most * length:
             break
     data.report()
-    count = min(len(tokens) // length, wanted or len(tokens))
+    count = min(len(tokens) // length, most or len(tokens))
     if not count:
         raise ValueError(
             f"{data.name} is too short: it has {len(tokens)} tokens, and a training sequence has {length}. Lower "
@@ -169,7 +171,7 @@ def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted:
     return Dataset.from_dict({"input_ids": sequences, "labels": sequences})
 
 
-def _answers(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted: int | None) -> Dataset:
+def _answers(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted: Wanted) -> Dataset:
     check_template(tokenizer)
     # For every chat that is used: the tokens of its answers, and how many of them are beyond the length.
     counted: list[tuple[int, int]] = []
@@ -191,7 +193,7 @@ def _answers(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted
         ]
 
     sequences = progress(data.converted(sequences_of), "Tokenizing", unit="chat")
-    taken = list(islice(sequences, wanted))
+    taken = list(wanted.taken(sequences))
     data.report()
     if cut := sum(1 for _, beyond in counted if beyond):
         logger.warning(

@@ -14,13 +14,15 @@ from ..runs.locks import held, taking_turns
 from ..runs.randomness import random_states_kept
 from .adapters import merged, with_adapters
 from .arguments import RecoveryArguments
+from .budgeting import Budget, TimeLimit, resumed_with_same_steps
+from .budgets import seconds_of
 from .callbacks import check_evaluations, checked_callbacks
 from .data import TrainingTexts, training_data
 from .distillation import Teacher, identity_of_teacher, keep_predictions, kept_predictions
 from .options import DISTILL
 from .precision import trained_in_float32
 from .restoring import ModelState, left_as_it_was, removed_where_unused
-from .resuming import check_resumable, checkpoint_of
+from .resuming import asks_to_resume, check_resumable, checkpoint_of
 from .teachers import TeacherSource, find_teacher
 from .trainer import RecoveryTrainer
 
@@ -88,6 +90,7 @@ def train(
         raise ValueError("teacher_cache keeps no predictions for eval_dataset; leave one of them out.")
     check_weights(model, args)
     resumed = checkpoint_of(args)
+    args = resumed_with_same_steps(args, resumed)
     source = find_teacher(model, args, teacher, access)
     adapters_stay = args.trains_adapters and not args.merge_adapters
     before = ModelState(model)
@@ -155,14 +158,21 @@ def _trainer(
     callbacks: list[TrainerCallback],
 ) -> RecoveryTrainer:
     """Read the data, load the teacher or its stored predictions, and return the trainer."""
+    live = None
+    if source is not None and args.teacher_cache is None and (args.tokens is not None or args.time is not None):
+        # It takes part in the steps that are measured.
+        live = _teacher(model, args, source)
+    budget = Budget(trained, args, live)
     longest = getattr(model.config, "max_position_embeddings", None)
     limits = {"longest": longest, "vocab_size": model.config.get_text_config().vocab_size}
-    data = training_data(texts.dataset, texts.tokenizer, args, _sequences_of(args), **limits)
+    data = training_data(texts.dataset, texts.tokenizer, args, budget.wanted(), **limits)
     held_out = None
     if texts.eval_dataset is not None:
         held_out = training_data(texts.eval_dataset, texts.tokenizer, args, **limits)
-    live = None
-    if source is not None:
+    args = budget.spent_on(data)
+    if args.time is not None and not asks_to_resume(args):
+        callbacks = [*callbacks, TimeLimit(seconds_of(args.time))]
+    if source is not None and live is None:
         data, live = _taught(data, model, args, source)
     return RecoveryTrainer(
         model=trained,
@@ -176,11 +186,8 @@ def _trainer(
     )
 
 
-def _sequences_of(args: RecoveryArguments) -> int | None:
-    """Return how many sequences `max_steps` read, so that a stream is not read further; `None` for all."""
-    if args.max_steps <= 0:
-        return None
-    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+def _teacher(student: PreTrainedModel, args: RecoveryArguments, source: TeacherSource) -> Teacher:
+    return Teacher(source.load(student, args, args.device), hidden_states=args.hidden_weight > 0)
 
 
 def _taught(
@@ -188,7 +195,7 @@ def _taught(
 ) -> tuple[Dataset, Teacher | None]:
     """Return the data with the teacher's stored predictions and `None`, or the data as it is and the teacher."""
     if args.teacher_cache is None:
-        return data, Teacher(source.load(student, args, args.device), hidden_states=args.hidden_weight > 0)
+        return data, _teacher(student, args, source)
     identity = identity_of_teacher(data, source.identity, args.teacher_top_k)
     # One process stores the predictions, and the others read them.
     with args.main_process_first(desc="predicting with the teacher"):

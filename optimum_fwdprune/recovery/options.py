@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..request.fields import option
+from .budgets import seconds_of, tokens_of
 
 
 LORA, FULL, DISTILL, BLOCK_DISTILL = "lora", "full", "distill", "block_distill"
@@ -17,7 +18,7 @@ TAUGHT = (DISTILL, BLOCK_DISTILL)
 
 # Headings of the command line's help. They are not in the fields' metadata, which `HfArgumentParser` passes on.
 HEADINGS = {
-    "recovery": ("mode", "then", "adapters"),
+    "recovery": ("mode", "then", "adapters", "tokens", "time"),
     "adapters": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "merge_adapters"),
     "distillation by blocks, with --mode block_distill": ("layers_per_block", "hidden_states_gb"),
     "distillation, with --mode distill": (
@@ -63,6 +64,16 @@ class RecoveryOptions:
     )
     adapters: bool | None = option(
         None, "Train LoRA adapters and not all weights. Default: true in modes lora and distill, false in others."
+    )
+    tokens: str | None = option(
+        None,
+        "Number of tokens to train on, such as 500K or 1M, in the place of max_steps and num_train_epochs. Data with "
+        "fewer tokens is repeated up to four times.",
+    )
+    time: str | None = option(
+        None,
+        "Time to train for, such as 30m or 2h, in the place of max_steps and num_train_epochs. The training ends "
+        "earlier after four passes over the data.",
     )
     layers_per_block: int = option(1, "Decoder layers that are trained together.")
     hidden_states_gb: float | None = option(
@@ -116,6 +127,7 @@ class RecoveryOptions:
         if self.mode not in modes:
             raise ValueError(f"mode must be one of {', '.join(modes)}; got {self.mode!r}.")
         self._check_blocks()
+        self._check_budget()
         if isinstance(self.lora_targets, str):
             self.lora_targets = [self.lora_targets]
         if self.mode == LORA and self.adapters is False:
@@ -146,6 +158,16 @@ class RecoveryOptions:
             raise ValueError(
                 f"A teacher is used with mode='distill' or 'block_distill' only; the mode is {self.mode!r} here."
             )
+
+    def _check_budget(self) -> None:
+        if self.tokens is not None:
+            tokens_of(self.tokens)
+        if self.time is not None:
+            seconds_of(self.time)
+        if self.tokens is not None and self.time is not None:
+            raise ValueError("tokens and time are both set; leave one of them out.")
+        if self.time is not None and self.mode == BLOCK_DISTILL:
+            raise ValueError("time cannot be combined with mode='block_distill', whose budget is set by tokens.")
 
     def _check_blocks(self) -> None:
         if self.mode != BLOCK_DISTILL:
