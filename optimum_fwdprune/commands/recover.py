@@ -54,8 +54,10 @@ class RecoverCommand(Command):
         parser.add_argument(
             "--dataset",
             required=True,
+            nargs="+",
             help="Training data: a .txt, .json, .jsonl or .parquet file, wikitext2, c4, builtin (Python's "
-            "documentation), or a dataset of the Hub. Its rows are text, chat messages, or questions with answers.",
+            "documentation), self (text that the teacher writes), or a dataset of the Hub. Its rows are text, chat "
+            "messages, or questions with answers. Several are mixed by their weights: wikitext2 chats.jsonl:0.5.",
         )
         parser.add_argument("--output_dir", help="Folder for the Trainer's checkpoints. Default: OUTPUT-training.")
         headings = {name: heading for heading, names in HEADINGS.items() for name in names}
@@ -107,7 +109,8 @@ class RecoverCommand(Command):
                 options |= {"low_memory": True, "offload_folder": Path(self.args.output).absolute().parent}
             pruner = FwdPruner.from_pretrained(self.args.model, **options)
         pruner.check_saving(self.args.output, overwrite=self.args.overwrite)
-        pruner.recover(self.args.dataset, arguments)
+        sources = self.args.dataset
+        pruner.recover(sources[0] if len(sources) == 1 else _mixture(sources), arguments)
         if arguments.should_save:
             pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
             push_to_hub(pruner, self.args)
@@ -167,3 +170,20 @@ class RecoverCommand(Command):
                 f"Leave it out, or pass eval_dataset to FwdPruner.recover in Python."
             )
         return parsed
+
+
+def _mixture(sources: list[str]) -> Any:
+    """Return a mixture of several sources.
+
+    Raises:
+        ValueError: where one of them is no name of a source.
+    """
+    from optimum_fwdprune.recovery import Mixture
+
+    for source in sources:
+        if Mixture.of([source]) is None:
+            raise ValueError(
+                f"--dataset {source!r} is no source of data in a mixture; name a file (.txt, .json, .jsonl, "
+                f".parquet), wikitext2, c4, builtin, self or a dataset of the Hub, each with :WEIGHT if it is not 1."
+            )
+    return Mixture.of(sources)

@@ -16,7 +16,7 @@ from ..runs.resume import Resume
 from .calibration import Calibration, counted_targets
 from .chats import chat_text, check_template
 from .rows import CHAT, TOKENS, Data
-from .sampling import sample_from_model
+from .sampling import Sampling, sample_from_model
 from .tables import POOL_FACTOR, drawn, longest, table_of, windows_of_rows, windows_of_table
 from .texts import (
     PRESETS,
@@ -91,7 +91,8 @@ def _from_rows(
         source = ranks.from_main(_default_source)
     if isinstance(source, str) and source == SELF:
         _check_length(config.seq_len, model)
-        return Calibration(sample_from_model(model, tokenizer, config, resume or Resume()), source=SELF)
+        sampling = Sampling(config.n_samples, config.seq_len, config.batch_size, config.seed)
+        return Calibration(sample_from_model(model, tokenizer, sampling, resume or Resume()), source=SELF)
 
     def needed_tokenizer() -> PreTrainedTokenizerBase:
         if tokenizer is None:

@@ -1,9 +1,10 @@
-"""Calibration text that the model generates itself."""
+"""Text that a model generates itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,25 +21,43 @@ from .texts import SELF
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..request.config import PruningConfig
+
+@dataclass(frozen=True)
+class Sampling:
+    """How much text a model generates.
+
+    Args:
+        n_samples (`int`): number of windows.
+        seq_len (`int`): tokens per window.
+        batch_size (`int`): windows per forward pass of scoring; several times as many are generated together.
+        seed (`int`): seed of the text.
+        with_first_tokens (`bool`, defaults to `False`): whether the windows of every second batch begin with a random
+            token, so that they are more varied.
+    """
+
+    n_samples: int
+    seq_len: int
+    batch_size: int
+    seed: int
+    with_first_tokens: bool = False
 
 
 @torch.no_grad()
 def sample_from_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    config: PruningConfig,
+    wanted: Sampling,
     resume: Resume,
 ) -> torch.Tensor:
-    """Let the model generate `n_samples` windows of `seq_len` tokens, from its BOS token at temperature 1.
+    """Let the model generate windows of tokens from its BOS token at temperature 1: int64 `[n_samples, seq_len]`.
 
     Every batch has its own seed, so that several processes generate the same tokens as one.
     """
     if not model.can_generate():
-        raise ValueError(f"{type(model).__name__} cannot generate text for calibration={SELF!r}; name another source.")
+        raise ValueError(f"{type(model).__name__} cannot generate text for {SELF!r}; name another source.")
     if lies_on_disk(model):
         raise ValueError(
-            f"calibration={SELF!r} would read the whole model from disk for every token that it generates; name "
+            f"{SELF!r} would read the whole model from disk for every token that it generates; name "
             f"another source, such as a text file."
         )
     start = None
@@ -48,12 +67,12 @@ def sample_from_model(
             if start is None and value is not None:
                 start = value[0] if isinstance(value, list) else value
     if start is None:
-        raise ValueError(f"The model has no BOS or EOS token to start from; calibration={SELF!r} needs one.")
+        raise ValueError(f"The model has no BOS or EOS token to start from; {SELF!r} needs one.")
 
     device = input_device(model)
-    windows = torch.zeros(config.n_samples, config.seq_len, dtype=torch.int64)
+    windows = torch.zeros(wanted.n_samples, wanted.seq_len, dtype=torch.int64)
     # Batches are larger than in scoring, since a decoding step takes about as long for 32 sequences as for 8.
-    size = 4 * config.batch_size
+    size = 4 * wanted.batch_size
     batches = ranks.own(list(enumerate(windows.split(size))))
     stage = resume.stage("calibration", own=True, size=size)
 
@@ -62,27 +81,44 @@ def sample_from_model(
         return numbers["batches"]
 
     done = stage.load(restored) or 0
-    # With equal lengths EOS is never generated, and every sequence fills its window.
-    length = {"min_new_tokens": config.seq_len, "max_new_tokens": config.seq_len}
-    with _own_random_state(device) as seed_generators, _plain_sampling(model, pad_token_id=start, **length) as plain:
+    with _own_random_state(device) as seed_generators, _plain_sampling(model, pad_token_id=start) as plain:
         remaining = batches[done:]
-        bar = progress(remaining, "Sampling calibration text", total=len(batches), unit="batch", initial=done)
+        bar = progress(remaining, "Sampling text", total=len(batches), unit="batch", initial=done)
         for number, batch in bar:
-            seed_generators(seeded_generator(config.seed, number).initial_seed())
+            prompts = torch.full((len(batch), 1), start)
+            if wanted.with_first_tokens and number % 2:
+                prompts = torch.cat([prompts, _first_tokens(model, tokenizer, len(batch), (wanted.seed, number))], 1)
+            # With equal lengths EOS is never generated, and every sequence fills its window.
+            plain.min_new_tokens = plain.max_new_tokens = wanted.seq_len + 1 - prompts.shape[1]
+            seed_generators(seeded_generator(wanted.seed, number).initial_seed())
             written = model.generate(  # type: ignore[operator]
-                torch.full((len(batch), 1), start, device=device),
-                attention_mask=torch.ones((len(batch), 1), dtype=torch.int64, device=device),
+                prompts.to(device),
+                attention_mask=torch.ones_like(prompts, device=device),
                 generation_config=plain,
             )[:, 1:]
             if written.shape != batch.shape:
                 raise ValueError(
                     f"{type(model).__name__}.generate() returned {list(written.shape)} tokens, but "
-                    f"{list(batch.shape)} were requested; use another source than calibration={SELF!r}."
+                    f"{list(batch.shape)} were requested; use another source than {SELF!r}."
                 )
             batch[:] = written
             done += 1
             stage.save_now_and_then(lambda: ({"windows": windows}, {"batches": done}))  # noqa: B023  called at once
     return ranks.summed(windows)
+
+
+def _first_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, count: int, seed: tuple[int, int]
+) -> torch.Tensor:
+    """Return random tokens that are not special, int64 `[count, 1]`."""
+    vocab_size = model.config.get_text_config().vocab_size
+    special = set() if tokenizer is None else set(tokenizer.all_special_ids)
+    if tokenizer is not None:
+        # The embeddings may have more rows than there are tokens.
+        vocab_size = min(vocab_size, len(tokenizer))
+    allowed = torch.tensor([token for token in range(vocab_size) if token not in special])
+    drawn = torch.randint(0, len(allowed), (count, 1), generator=seeded_generator(*seed, 1))
+    return allowed[drawn]
 
 
 @contextmanager

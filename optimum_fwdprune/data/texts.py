@@ -80,8 +80,8 @@ def open_rows(
             return BUILTIN, _builtin_rows()
         if source == SELF:
             raise ValueError(
-                f"{SELF!r} is text that the model generates itself, which is supported for calibration only; name a "
-                f"file (.txt, .json, .jsonl, .parquet), {BUILTIN!r} or a dataset of the Hub."
+                f"{SELF!r} is text that a model generates itself, for calibration and for training with a teacher; "
+                f"name a file (.txt, .json, .jsonl, .parquet), {BUILTIN!r} or a dataset of the Hub."
             )
         if source in PRESETS:
             return str(source), _shuffled(load_rows(**PRESETS[str(source)], split=split), seed)

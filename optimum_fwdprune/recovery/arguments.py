@@ -52,7 +52,10 @@ class RecoveryArguments(RecoveryOptions, TrainingArguments):
         others = ["max_steps"] if self.max_steps > 0 else []
         others += ["num_train_epochs"] if self.num_train_epochs is not None else []
         if budgets and others:
-            raise ValueError(f"{budgets[0]} and {others[0]} are both set; leave one of them out.")
+            raise ValueError(
+                f"{budgets[0]}={getattr(self, budgets[0])!r} cannot be combined with "
+                f"{others[0]}={getattr(self, others[0])!r}; leave one of them out."
+            )
 
     def stages(self) -> list[RecoveryArguments]:
         """Return the arguments of every stage of the training: those of the blocks and, if `then` is set, those of the

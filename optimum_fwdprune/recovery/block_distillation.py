@@ -38,6 +38,7 @@ from .budgets import tokens_of
 from .data import TrainingTexts, training_data
 from .finetuning import check_weights
 from .restoring import ModelState, left_as_it_was, removed_where_unused
+from .self_written import check_self_written
 from .teachers import TeacherSource, find_teacher
 from .trainer import frozen_share
 
@@ -92,6 +93,7 @@ class BlockDistillation:
         check_savable(model, texts.tokenizer)
         check_weights(model, args)
         check_arguments(args)
+        check_self_written(texts.is_self_written, args)
         resumed_folder(args)
         source = find_teacher(model, args, teacher, self._source.access)
         assert source is not None
@@ -117,8 +119,11 @@ class BlockDistillation:
         if not is_offloaded(student) and len(set((getattr(student, "hf_device_map", None) or {}).values())) < 2:
             student.to(args.device)  # type: ignore[arg-type]
         # Layers of a teacher that is loaded by its name are read from disk when they are needed.
-        teacher = source.load(student, args, args.device).eval()
+        teacher = source.load(student, args, args.device, on_disk=True).eval()
         blocks = blocks_of(student, teacher, self._plan, args.layers_per_block)
+        if texts.is_self_written:
+            # A teacher on disk would be read as a whole for every token that it writes.
+            texts = texts.written_by(source.load(student, args, args.device), source.identity, args)
         sequences = _sequences(texts, student, args)
         identity = {
             "teacher": source.identity,

@@ -21,9 +21,9 @@ from ..runs.randomness import random_states_kept, seeded_generator
 from .amounts import Wanted
 from .arguments import RecoveryArguments
 from .budgets import in_words, seconds_of, steps_for_time, steps_for_tokens, tokens_of
-from .data import sequence_length
 from .distillation import Teacher
 from .precision import trained_in_float32
+from .sequences import sequence_length
 from .trainer import RecoveryTrainer
 
 

@@ -23,6 +23,7 @@ from .options import DISTILL
 from .precision import trained_in_float32
 from .restoring import ModelState, left_as_it_was, removed_where_unused
 from .resuming import asks_to_resume, check_resumable, checkpoint_of
+from .self_written import check_self_written
 from .teachers import TeacherSource, find_teacher
 from .trainer import RecoveryTrainer
 
@@ -85,6 +86,7 @@ def train(
     """
     check_savable(model, texts.tokenizer)
     callbacks = checked_callbacks(callbacks)
+    check_self_written(texts.is_self_written, args)
     check_evaluations(args, texts.eval_dataset, callbacks)
     if texts.eval_dataset is not None and args.mode == DISTILL and args.teacher_cache is not None:
         raise ValueError("teacher_cache keeps no predictions for eval_dataset; leave one of them out.")
@@ -159,9 +161,13 @@ def _trainer(
 ) -> RecoveryTrainer:
     """Read the data, load the teacher or its stored predictions, and return the trainer."""
     live = None
-    if source is not None and args.teacher_cache is None and (args.tokens is not None or args.time is not None):
-        # It takes part in the steps that are measured.
+    has_budget = args.tokens is not None or args.time is not None
+    if source is not None and (texts.is_self_written or (has_budget and args.teacher_cache is None)):
+        # It writes text, or takes part in the steps that are measured.
         live = _teacher(model, args, source)
+        texts = texts.written_by(live.model, source.identity, args)
+        if args.teacher_cache is not None:
+            live = None
     budget = Budget(trained, args, live)
     longest = getattr(model.config, "max_position_embeddings", None)
     limits = {"longest": longest, "vocab_size": model.config.get_text_config().vocab_size}

@@ -165,9 +165,13 @@ class RecoveryOptions:
         if self.time is not None:
             seconds_of(self.time)
         if self.tokens is not None and self.time is not None:
-            raise ValueError("tokens and time are both set; leave one of them out.")
+            raise ValueError(
+                f"tokens={self.tokens!r} cannot be combined with time={self.time!r}; leave one of them out."
+            )
         if self.time is not None and self.mode == BLOCK_DISTILL:
-            raise ValueError("time cannot be combined with mode='block_distill', whose budget is set by tokens.")
+            raise ValueError(
+                f"time={self.time!r} cannot be combined with mode='block_distill'; set tokens, such as tokens='1M'."
+            )
 
     def _check_blocks(self) -> None:
         if self.mode != BLOCK_DISTILL:

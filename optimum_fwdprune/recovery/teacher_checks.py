@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from ..architectures import is_supported
 from ..loading.state import check_not_consumed
-from .data import sequence_length
 from .options import BLOCK_DISTILL, RecoveryOptions
+from .sequences import sequence_length
 
 
 def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, options: RecoveryOptions) -> None:

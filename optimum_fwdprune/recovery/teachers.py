@@ -27,7 +27,7 @@ from ..loading.origin import Origin
 from ..runs.resume import digest_of
 from ..words import is_no_repository
 from .distillation import check_kept
-from .options import BLOCK_DISTILL, TAUGHT, RecoveryOptions
+from .options import TAUGHT, RecoveryOptions
 from .teacher_checks import check_teacher
 
 
@@ -52,8 +52,11 @@ class TeacherSource:
     name: str | None = None
     access: Mapping[str, Any] = field(default_factory=dict)
 
-    def load(self, student: PreTrainedModel, options: RecoveryOptions, device: torch.device) -> PreTrainedModel:
-        """Return the teacher, loaded in the dtype and on the devices of the options, by default on `device`.
+    def load(
+        self, student: PreTrainedModel, options: RecoveryOptions, device: torch.device, on_disk: bool = False
+    ) -> PreTrainedModel:
+        """Return the teacher, loaded in the dtype and on the devices of the options, by default on `device`, or with
+        its layers `on_disk`.
 
         Raises:
             ValueError: where the student cannot learn from it.
@@ -62,7 +65,7 @@ class TeacherSource:
         if self.model is not None:
             return self.model
         device_map: Any = options.teacher_device_map
-        if device_map is None and options.mode == BLOCK_DISTILL:
+        if device_map is None and on_disk:
             device_map = self._layers_on_disk(device)
         model = _loaded(self, dtype=options.teacher_dtype, device_map=device_map)
         check_teacher(model, student, options)

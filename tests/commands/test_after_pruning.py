@@ -83,6 +83,7 @@ class TestRecover:
         ("arguments", "message"),
         [
             (["--mode", "lore"], "'lore' is not one of lora, full, distill, block_distill. Did you mean lora?"),
+            (["--dataset", "wikitext2", "text.doc"], "--dataset 'text.doc' is no source of data in a mixture"),
             (["--lora_dropout", 2], "error: --lora_dropout must be in [0, 1]; got 2.0."),
             (["--dataset_column", "body"], "has no column 'body'; it has the columns text."),
             (["--max_length", 100000], "--max_length 100000 is more than the 128 positions"),

@@ -48,10 +48,10 @@ def test_times_are_read_as_users_write_them(text, seconds):
         ({"tokens": "0"}, "is no number of tokens"),
         ({"time": "30"}, "time='30' is no time; write 90s, 30m"),
         ({"time": ""}, "is no time"),
-        ({"time": "30m", "tokens": "1M"}, "tokens and time are both set"),
-        ({"time": "30m", "max_steps": 3}, "time and max_steps are both set"),
-        ({"tokens": "1M", "num_train_epochs": 2}, "tokens and num_train_epochs are both set"),
-        ({"time": "30m", "mode": "block_distill"}, "time cannot be combined with mode='block_distill'"),
+        ({"time": "30m", "tokens": "1M"}, "tokens='1M' cannot be combined with time='30m'"),
+        ({"time": "30m", "max_steps": 3}, "time='30m' cannot be combined with max_steps=3"),
+        ({"tokens": "1M", "num_train_epochs": 2}, "tokens='1M' cannot be combined with num_train_epochs=2"),
+        ({"time": "30m", "mode": "block_distill"}, "time='30m' cannot be combined with mode='block_distill'"),
     ],
 )
 def test_what_is_no_budget_is_refused(tmp_path, changes, message):

@@ -45,7 +45,7 @@ def chatty(tokenizer):
 def warnings(monkeypatch):
     """Warnings of what is left out."""
     said = []
-    for module in ("data.rows", "recovery.data"):
+    for module in ("data.rows", "recovery.sequences"):
         monkeypatch.setattr(f"optimum_fwdprune.{module}.logger.warning", lambda text, *args: said.append(text % args))
     return said
 
@@ -338,7 +338,7 @@ def test_batches_are_padded_behind_their_end_and_only_where_they_must():
         ([{"messages": [{"who": "me", "says": "x"}]}], {}, "one in 'messages' has who, says"),
         ([{"turns": ["x", "y"]}], {"dataset_column": "turns"}, "one in 'turns' has a str"),
         ("nowhere.txt", {}, "There is no file nowhere.txt"),
-        ("self", {}, "'self' is text that the model generates itself, which is supported for calibration only"),
+        ("self", {}, "'self' is text that a model generates itself, for calibration and for training with a teacher"),
         (3.5, {}, "Cannot read a float"),
     ],
 )

@@ -123,7 +123,7 @@ STAGES = {
     "taylor": ["Back-propagating"],
     "magnitude": ["Scoring"],
     "search": ["Reconstructing levels", "Running the dense model", "Searching sites, sweep 1", "Comparing widths"],
-    "self": ["Sampling calibration text"],
+    "self": ["Sampling text"],
     "rounds": ["Pruning in rounds"],
     "speed": ["Timing widths"],
 }

@@ -1,0 +1,168 @@
+"""Training sequences of one source: packed text, the answers of chats, or token ids."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..data.chats import IGNORED, check_template, encoded_chat
+from ..data.messages import Chat, UnusableRow
+from ..data.rows import CHAT, TOKENS, Data
+from ..data.texts import always_text, detokenize, open_rows
+from ..data.tokens import Tokens
+from ..runs.loggers import get_logger
+from ..runs.progress import progress
+from .amounts import Wanted
+from .options import RecoveryOptions
+
+
+logger = get_logger(__name__)
+
+# Tokens per sequence by default.
+MAX_LENGTH = 512
+
+
+def sequences_of(
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: RecoveryOptions,
+    wanted: Wanted,
+    longest: int | None = None,
+    vocab_size: int | None = None,
+) -> Dataset:
+    """Return the training sequences of one source; see [`~optimum_fwdprune.recovery.training_data`]."""
+    length = sequence_length(options, longest)
+    if longest is not None and length > longest:
+        raise ValueError(f"max_length={length} is more than the {longest} positions of the model.")
+
+    def check_tokenizer(name: str) -> None:
+        if tokenizer is None:
+            raise ValueError(f"Training on {name} needs a tokenizer: FwdPruner(model, tokenizer).")
+
+    if always_text(source):
+        check_tokenizer(str(source))
+    data = Data(*open_rows(source, options.dataset_config, options.dataset_split), options.dataset_column)
+    if data.kind == TOKENS:
+        sequences = _tokens(data, length, wanted)
+    else:
+        check_tokenizer(data.name)
+        assert tokenizer is not None
+        sequences = (_answers if data.kind == CHAT else _packed)(data, tokenizer, length, wanted)
+    _check_vocabulary(sequences, data.name, vocab_size)
+    return sequences
+
+
+def sequence_length(options: RecoveryOptions, longest: int | None) -> int:
+    """Return the tokens of a training sequence: `max_length`, or by default the model's positions, but at most 512."""
+    return min(MAX_LENGTH, longest or MAX_LENGTH) if options.max_length is None else options.max_length
+
+
+def _tokens(data: Data, length: int, wanted: Wanted) -> Dataset:
+    def sequences_of(row: Tokens) -> Iterator[dict[str, Any]]:
+        # Padding that makes a row too long is cut off first.
+        fits = len(row.input_ids) <= length
+        pieces = [_labelled(piece) for piece in (row if fits else row.without_padding()).pieces(length)]
+        counted = [piece for piece in pieces if (piece["labels"][1:] != IGNORED).any()]
+        if not counted:
+            raise UnusableRow("it has no token to predict: all of them are padding or have labels that do not count")
+        yield from counted
+
+    taken = list(wanted.taken(data.converted(sequences_of)))
+    data.report()
+    padded = any(not row["attention_mask"].all() for row in taken)
+    names = ("input_ids", "labels", "attention_mask") if padded else ("input_ids", "labels")
+    return Dataset.from_list([{name: row[name] for name in names} for row in taken])
+
+
+def _labelled(tokens: Tokens) -> dict[str, np.ndarray]:
+    """Return a training sequence whose padding does not count in the loss."""
+    labels = tokens.input_ids if tokens.labels is None else tokens.labels
+    return {
+        "input_ids": tokens.input_ids,
+        "labels": np.where(tokens.mask, labels, IGNORED),
+        "attention_mask": tokens.mask.astype(np.int64),
+    }
+
+
+def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted: Wanted) -> Dataset:
+    most = wanted.of_length(length)
+    # An array takes four bytes per token, a list nine times as much.
+    tokens = array("i")
+    for text in progress(data, "Tokenizing", unit="text"):
+        ids = tokenizer(detokenize(text), add_special_tokens=False, verbose=False)["input_ids"]
+        tokens.extend(ids)
+        if ids and tokenizer.eos_token_id is not None:
+            tokens.append(tokenizer.eos_token_id)
+        if most and len(tokens) >= most * length:
+            break
+    data.report()
+    count = min(len(tokens) // length, most or len(tokens))
+    if not count:
+        raise ValueError(
+            f"{data.name} is too short: it has {len(tokens)} tokens, and a training sequence has {length}. Lower "
+            f"max_length, or train on more text."
+        )
+    sequences = np.frombuffer(tokens, dtype=np.int32)[: count * length].reshape(count, length)
+    return Dataset.from_dict({"input_ids": sequences, "labels": sequences})
+
+
+def _answers(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted: Wanted) -> Dataset:
+    check_template(tokenizer)
+    # For every chat that is used: the tokens of its answers, and how many of them are beyond the length.
+    counted: list[tuple[int, int]] = []
+
+    def sequences_of(chat: Chat) -> Iterable[dict[str, list[int]]]:
+        encoded = encoded_chat(chat, tokenizer)
+        # The first token is never predicted.
+        total = sum(_counted(labels[1:]) for _, labels in encoded)
+        kept = sum(_counted(labels[1:length]) for _, labels in encoded)
+        if not total:
+            raise UnusableRow("the chat template marks no token of it as the assistant's")
+        if not kept:
+            raise UnusableRow(f"it has no answer of the assistant within its first max_length={length} tokens")
+        counted.append((total, total - kept))
+        return [
+            {"input_ids": ids[:length], "labels": labels[:length]}
+            for ids, labels in encoded
+            if _counted(labels[1:length])
+        ]
+
+    sequences = progress(data.converted(sequences_of), "Tokenizing", unit="chat")
+    taken = list(wanted.taken(sequences))
+    data.report()
+    if cut := sum(1 for _, beyond in counted if beyond):
+        logger.warning(
+            "%d of %d chats of %s are longer than max_length=%d tokens. They are cut to this length, so that %d of "
+            "the %d tokens of all answers are not trained on. Raise max_length to keep them.",
+            cut,
+            len(counted),
+            data.name,
+            length,
+            sum(beyond for _, beyond in counted),
+            sum(total for total, _ in counted),
+        )
+    return Dataset.from_list(taken)
+
+
+def _counted(labels: list[int]) -> int:
+    return sum(label != IGNORED for label in labels)
+
+
+def _check_vocabulary(sequences: Dataset, name: str, vocab_size: int | None) -> None:
+    """Raise `ValueError` on tokens beyond the vocabulary, which would end the training with an index error."""
+    if vocab_size is None:
+        return
+    for column, lowest in (("input_ids", 0), ("labels", IGNORED)):
+        for ids in sequences.with_format("numpy")[column]:
+            # The loss ignores a single negative number, in the labels.
+            wrong = (ids < 0) & (ids != lowest)
+            if wrong.any() or int(ids.max()) >= vocab_size:
+                raise ValueError(
+                    f"{column} of {name} has values from {ids.min()} to {ids.max()}, and the model's vocabulary has "
+                    f"{vocab_size} tokens, from 0; were they made by another tokenizer?"
+                )
