@@ -52,7 +52,7 @@ class PruneCommand(Command):
     def execute(self) -> None:
         from optimum_fwdprune.allocation.plan import PruningPlan
         from optimum_fwdprune.files import check_output_folder
-        from optimum_fwdprune.request.options import DEFAULT_METHOD
+        from optimum_fwdprune.request.budget_options import DEFAULT_METHOD
         from optimum_fwdprune.scoring.methods import PruningConfig, get_preset
 
         options = request_options(self.args)

@@ -19,9 +19,9 @@ def add_request_options(parser: ArgumentParser, several: Collection[str] = ()) -
         parser (`ArgumentParser`): the parser that gets the options.
         several (collection of `str`, *optional*): options that take several values.
     """
+    from optimum_fwdprune.request.budget_options import DEFAULT_METHOD
     from optimum_fwdprune.request.config import DEFAULT_PRESET
     from optimum_fwdprune.request.fields import Heading
-    from optimum_fwdprune.request.options import DEFAULT_METHOD
     from optimum_fwdprune.scoring.methods import (
         PruningConfig,
         get_method,

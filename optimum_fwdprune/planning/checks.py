@@ -11,6 +11,7 @@ from ..allocation.fitting import check_without_layers
 from ..allocation.plan import PruningPlan
 from ..architectures.site import unit_name
 from ..cutting.verification import check_counterpart
+from ..forward.losses import check_predicts
 from ..loading.placement import warn_of_placement
 from ..loading.saving import check_savable
 from ..loading.subject import Subject
@@ -67,6 +68,14 @@ def check_request(
     if plan is None and config.resolved_scope == Scope.SEARCH:
         check_search(subject.model, config)
     check_model(subject)
+    if scores is not None and config.limits_of_quality:
+        (limit,) = config.limits_of_quality
+        raise ValueError(
+            f"{limit} measures on calibration windows that are held out, which scores made before may be based on. "
+            f"Leave scores out."
+        )
+    if config.limits_of_quality:
+        check_predicts(subject.model)
     if scores is not None:
         scores.check_matches(subject.sites, config, subject.architecture.model_type)
 
@@ -93,6 +102,7 @@ def check_streamable(config: PruningConfig) -> None:
         "scope='search'": config.resolved_scope == Scope.SEARCH,
         f"rounds={config.rounds}": config.rounds > 1,
         "target_speedup": config.target_speedup is not None,
+        **dict.fromkeys(config.limits_of_quality, True),
     }
     for name, is_set in runs_whole_models.items():
         if is_set:

@@ -8,22 +8,21 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..allocation.budgets import Budget, OutOfReach, removal_budget
-from ..allocation.fitting import check_fits, check_without_layers
+from ..allocation.fitting import check_fits
 from ..allocation.job import Job, resume_of
 from ..allocation.losses import losses_by_kind
 from ..allocation.plan import PruningPlan
 from ..allocation.rounds import Rounds
-from ..architectures import find_sites
+from ..architectures import SiteKey, find_sites
 from ..cutting.cut import Cut, cut
 from ..cutting.in_memory import InMemory
 from ..cutting.on_disk import OnDisk
 from ..data.calibration import Calibration
+from ..data.held_out import windows_and_held_out
 from ..data.load_calibration import load_calibration
 from ..forward.evidence import Evidence
 from ..loading.state import evaluating
-from ..loading.subject import Sizes, Subject
-from ..reconstruction.bias import added_parameters
+from ..loading.subject import Subject
 from ..request.choices import ReconstructionKind
 from ..request.config import PruningConfig
 from ..request.speed import shares_of_phases
@@ -33,12 +32,14 @@ from ..runs.progress import announce, progress
 from ..runs.resume import Resume
 from ..scoring.score_units import check_scoring, gather_evidence, needs_calibration, score_units
 from ..scoring.scores import Scores
-from .forecast import forecast, warn_of_overshoot, warn_of_rounding
-from .latency import LatencyCost, LatencyTable, at_measured_widths, speed_budget
+from .forecast import warn_of_overshoot
+from .latency import LatencyCost, LatencyTable
 from .make_plan import keeper, make_plan, replayed
-from .settling import settle, settled_request
-from .stock_layout import STOCK, check_stock_layout, check_stock_request
-from .timing import load_or_measure, measured_speedup, phase_seconds
+from .quality import QualityChoice, largest_sparsity
+from .settler import Settler
+from .sharing import shared_dense_stream
+from .stock_layout import STOCK, check_stock_layout
+from .timing import measured_speedup, phase_seconds
 
 
 class Run:
@@ -73,23 +74,20 @@ class Run:
     ):
         self._subject, self._tokenizer, self._dataset = subject, tokenizer, dataset
         self._inplace, self._finished = inplace, finished
-        # Surgery consumes the dense model.
-        self._sizes = Sizes.of(subject.model, subject.sites)
-        self.latencies = latencies
+        self._settler = Settler(subject, latencies)
         self.scores: Scores | None = None
         self.speedup: tuple[float, float | None] | None = None
         self.clock = StageClock()
         self.calibrated_on: str | None = None
 
+    @property
+    def latencies(self) -> LatencyTable | None:
+        """Latencies of the model, if they were measured."""
+        return self._settler.latencies
+
     def check(self, config: PruningConfig) -> None:
-        """Raise an error where the constraints of a request do not allow its budget, or where only whole layers that
-        the request does not name could meet it; nothing is logged."""
-        settled, _, _ = settled_request(self._subject.sites, config, self._budget_of, self._check_allowed)
-        if settled.depth_kind != config.depth_kind:
-            raise OutOfReach(
-                f"{config.resolved_kinds} cannot meet the budget alone, and all models need the same scores. Set "
-                f"kinds={settled.resolved_kinds} for all of them, or choose a smaller budget."
-            )
+        """Raise an error where the constraints of a request do not allow its budget with scores of its units."""
+        self._settler.check(config)
 
     def score(self, config: PruningConfig, evidence: Evidence | None = None) -> Scores:
         """Score the units of the model; the model is not changed.
@@ -98,7 +96,7 @@ class Run:
             config (`PruningConfig`): the request.
             evidence (`Evidence`, *optional*): tokens and statistics that were gathered before.
         """
-        config, budget = self._settled(config, is_announced=evidence is None)
+        config, budget = self._settler.announced(config) if evidence is None else self._settler.settled(config)
         with evaluating(self._subject.model):
             rounds = Rounds(self._subject.sites, config, budget)
             return self._scored(self._subject, rounds, self._job(self._subject, rounds, 1), evidence)
@@ -139,8 +137,11 @@ class Run:
         Returns:
             `Cut`: the model after the last round, with a plan that combines all rounds.
         """
+        if config.limits_of_quality:
+            with self.clock.stage("choose the size"):
+                config, scores = self._within_limit(config)
         with self.clock.stage("measure latencies"):
-            config, budget = self._settled(config, may_remove_layers=scores is None)
+            config, budget = self._settler.announced(config, may_remove_layers=scores is None)
             dense_seconds = self._phase_seconds(self._subject.model, config)
         rounds = Rounds(self._subject.sites, config, budget)
         done: Cut | None = None
@@ -168,41 +169,34 @@ class Run:
         with evaluating(model):
             return load_calibration(config, model, self._tokenizer, self._dataset, resume)
 
-    def _settled(
-        self, config: PruningConfig, may_remove_layers: bool = True, is_announced: bool = True
-    ) -> tuple[PruningConfig, Budget]:
-        """Return the settled request and its budget, and log a forecast of the result if it `is_announced`."""
-        sites, dense = self._subject.sites, self._sizes
-        if not is_announced:
-            return settled_request(sites, config, self._budget_of, self._check_allowed, may_remove_layers)[:2]
-        config, budget = settle(sites, config, self._budget_of, self._check_allowed, may_remove_layers)
-        outcome = forecast(sites, config, budget, dense.parameters, dense.bytes, self._added(config))
-        announce(str(outcome))
-        if config.rounds == 1:
-            warn_of_rounding(sites, config, budget, outcome)
-        return config, budget
+    def _within_limit(self, config: PruningConfig) -> tuple[PruningConfig, Scores]:
+        """Return the request with the largest sparsity within its limit of quality instead, and the scores."""
+        subject, (limit,) = self._subject, config.limits_of_quality
+        resume = resume_of(config, subject.model)
 
-    def _budget_of(self, config: PruningConfig) -> tuple[PruningConfig, Budget]:
-        """Return a request with its constraints adapted, and its budget."""
-        sites, dense = self._subject.sites, self._sizes
-        if config.target_speedup is None:
-            return config, removal_budget(config, sites, dense.parameters, dense.file_bytes, self._added(config))
-        self.latencies = load_or_measure(self._subject, config, self.latencies)
-        latencies = self.latencies.combined(shares_of_phases(config.speed_of))
-        return at_measured_widths(sites, config), speed_budget(latencies, config.target_speedup)
+        def of(sparsity: float) -> PruningConfig:
+            changes: dict[str, Any] = {limit: None, "sparsity": sparsity}
+            return dataclasses.replace(config, **changes)
 
-    def _added(self, config: PruningConfig) -> int:
-        """Return the number of parameters that the reconstruction of a request adds."""
-        pruned = (site for site in self._subject.sites if site.kind in config.width_kinds)
-        return added_parameters(pruned, config.reconstruction)
+        calibration, held_out = windows_and_held_out(config, lambda more: self.calibration(more, resume=resume))
+        # The model that is made is calibrated on the same windows.
+        self._dataset = calibration
+        largest = largest_sparsity(lambda sparsity: self._settler.settled(of(sparsity), may_remove_layers=False))
+        with evaluating(subject.model):
+            evidence = gather_evidence(subject, [of(largest)], calibration, resume)
+            stream = shared_dense_stream(subject.model, [config], calibration, resume)
+            scores = self.score(of(largest), dataclasses.replace(evidence, dense_stream=stream))
 
-    def _check_allowed(self, config: PruningConfig) -> None:
-        """Raise `ValueError` where the model does not allow a request."""
-        if config.layout == STOCK:
-            check_stock_request(self._subject, config)
-        if config.depth_kind is not None:
-            # The check is the same for all layers.
-            check_without_layers(self._subject.model, range(len(self._subject.layers) - 1))
+            def kept_of(sparsity: float) -> dict[SiteKey, list[int]]:
+                settled, budget = self._settler.settled(of(sparsity), may_remove_layers=False)
+                rounds = Rounds(subject.sites, settled, budget)
+                return keeper(rounds, subject.sites, Job(settled, budget))(scores.values)
+
+            stage = resume.stage("quality", calibration)
+            choice = QualityChoice(subject, config, scores.evidence, held_out, stage)
+            sparsity = choice.run(kept_of, largest)
+        details = scores.details | {"quality": choice.details(sparsity)}
+        return of(sparsity), dataclasses.replace(scores, details=details)
 
     def _job(self, subject: Subject, rounds: Rounds, number: int) -> Job:
         config, budget = rounds.request(subject.sites, number)

@@ -8,10 +8,12 @@ import numbers
 import typing
 
 from ..words import did_you_mean
+from .budget_options import LIMITS, TARGETS
 from .choices import Layout, ReconstructionKind, ReconstructionOrder, ReconstructionTarget, Scope, UnitKind
 from .depth import check_depth
 from .fields import field_type
-from .options import TARGETS, Options
+from .options import Options
+from .registry import METHODS
 from .speed import shares_of_phases
 
 
@@ -99,6 +101,8 @@ def check_values(config: Options) -> None:
     for name in targets:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}.")
+    _check_limits_of_quality(config)
+    targets += config.limits_of_quality
     if len(targets) > 1:
         raise ValueError(f"{' and '.join(targets)} are two budgets; set one of them.")
     if config.kinds is not None and not config.kinds:
@@ -115,3 +119,24 @@ def check_values(config: Options) -> None:
                 near = did_you_mean(str(item), choices)
                 raise ValueError(f"{declared.name} must be one of {', '.join(choices)}; got {item!r}.{near}")
     check_depth(config)
+
+
+def _check_limits_of_quality(config: Options) -> None:
+    """Raise `ValueError` where a limit of quality is out of range, or cannot be combined with other options."""
+    for name, worst in zip(LIMITS, (1.0, 0.0)):
+        value = getattr(config, name)
+        if value is not None and value <= worst:
+            raise ValueError(f"{name} must be more than {worst:g}, the value of the dense model; got {value}.")
+    method = METHODS.get(config.method)
+    refused = {
+        f"rounds={config.rounds}.": config.rounds > 1,
+        "scope='search'.": config.scope == Scope.SEARCH,
+        f"method={config.method!r}, which learns for a budget.": method is not None and method.learns_split,
+    }
+    for name in config.limits_of_quality:
+        for option, is_set in refused.items():
+            if is_set:
+                raise ValueError(
+                    f"{name} tries several sizes with the same scores, and cannot be combined with {option} Set "
+                    f"sparsity instead, or leave that out."
+                )

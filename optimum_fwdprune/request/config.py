@@ -12,6 +12,7 @@ from typing import Any
 
 from ..files import as_path, write_text_atomically
 from ..words import did_you_mean
+from .budget_options import DEFAULT_METHOD
 from .checks import check_types, check_values
 from .choices import ReconstructionKind
 from .fields import Heading
@@ -23,7 +24,7 @@ from .files import (
     known_options,
     read_values,
 )
-from .options import DEFAULT_METHOD, Options
+from .options import Options
 from .registry import METHODS, Method, get_method, get_preset, registered_methods
 
 

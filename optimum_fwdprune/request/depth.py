@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from .budget_options import LIMITS, TARGETS
 from .choices import DepthKind, Layout, Scope
-from .options import TARGETS, Options
+from .options import Options
 from .registry import METHODS, get_method
 
 
@@ -88,7 +89,7 @@ def depth_request(config: Any) -> Any:
         return config
     config_class = get_method(config.resolved_depth_method).config_class
     shared = {declared.name: getattr(config, declared.name) for declared in dataclasses.fields(Options)}
-    for name in ("depth_sparsity", "depth_method", "attention_sparsity", "mlp_sparsity", "scope", *TARGETS):
+    for name in ("depth_sparsity", "depth_method", "attention_sparsity", "mlp_sparsity", "scope", *TARGETS, *LIMITS):
         shared[name] = None
     return config_class(
         **{

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .budget_options import DEFAULT_DEPTH_METHOD, LIMITS, TARGETS, BudgetOptions
 from .choices import (
     AttentionUnit,
     BudgetSharing,
@@ -20,75 +21,10 @@ from .fields import Heading, option
 from .registry import METHODS
 
 
-DEFAULT_METHOD = "wanda_sp"
-DEFAULT_DEPTH_METHOD = "block_influence"
-
-# Options that are budgets for the whole model.
-TARGETS = ("target_parameters", "target_bytes", "target_speedup")
-
-
 @dataclass
-class Options:
+class Options(BudgetOptions):
     """The options that requests of all methods share."""
 
-    method: str = option(DEFAULT_METHOD, "How units are scored.", group=Heading.METHOD)
-    depth_method: str | None = option(
-        None,
-        "Method that scores layers or sublayers if kinds includes attention or mlp too. Default: block_influence.",
-        group=Heading.METHOD,
-    )
-    sparsity: float = option(
-        0.2,
-        "Fraction of the prunable parameters (all that heads and channels own) to remove. If kinds is only layer or "
-        "only sublayer: fraction of the layers or sublayers to remove.",
-        group=Heading.BUDGET,
-    )
-    target_parameters: int | None = option(
-        None, "Largest number of parameters of the whole pruned model. Replaces sparsity.", group=Heading.BUDGET
-    )
-    target_bytes: int | None = option(
-        None, "Largest size of the pruned weights on disk, in bytes. Replaces sparsity.", group=Heading.BUDGET
-    )
-    target_speedup: float | None = option(
-        None,
-        "Smallest speed-up over the dense model, such as 1.5, according to latencies of layers that are measured on "
-        "this machine. speed_of names what becomes faster. Replaces sparsity.",
-        group=Heading.BUDGET,
-    )
-    speed_of: str = option(
-        Phase.PREFILL,
-        "What target_speedup refers to: the pass over a prompt (prefill), a pass over one new token with a KV cache "
-        "(decode), or the sum of both, with the shares of the dense model's time that each takes "
-        "(prefill:0.3,decode:0.7).",
-        group=Heading.BUDGET,
-    )
-    latency_tokens: int = option(
-        512, "Tokens of the prompt that target_speedup refers to; its batch size is 1.", group=Heading.BUDGET
-    )
-    latency_context: int | None = option(
-        None,
-        "Tokens in the KV cache in front of the new token, with speed_of=decode. Default: latency_tokens.",
-        group=Heading.BUDGET,
-    )
-    latency_table: str | None = option(
-        None,
-        "File for the latencies that target_speedup measures. If it exists, they are read and not measured again. It "
-        "may hold latencies of another program, such as llama.cpp.",
-        group=Heading.BUDGET,
-    )
-    attention_sparsity: float | None = option(
-        None, "Sparsity of the attention units, where it differs from that of the MLP channels.", group=Heading.BUDGET
-    )
-    mlp_sparsity: float | None = option(
-        None, "Sparsity of the MLP channels, where it differs from that of the attention units.", group=Heading.BUDGET
-    )
-    depth_sparsity: float | None = option(
-        None,
-        "If kinds includes layer or sublayer in addition to attention or mlp: fraction of the layers or sublayers to "
-        "remove. Heads and channels lose the rest of the budget. Default: scope=search finds it, and with a target "
-        "as few are removed as possible.",
-        group=Heading.BUDGET,
-    )
     scope: str | None = option(
         None,
         "Whether every layer loses the same share (layer), layers compete for one budget (global), or the loss of "
@@ -265,6 +201,11 @@ class Options:
     def has_target(self) -> bool:
         """Whether the request is for a target of the whole model, and not for a sparsity."""
         return any(getattr(self, name) is not None for name in TARGETS)
+
+    @property
+    def limits_of_quality(self) -> list[str]:
+        """The limits of quality that the request has; at most one."""
+        return [name for name in LIMITS if getattr(self, name) is not None]
 
     @property
     def phase_tokens(self) -> dict[str, int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..request.axes import BUDGETS, OTHERS
-from ..request.options import DEFAULT_METHOD
+from ..request.budget_options import DEFAULT_METHOD, LIMITS
 from ..scoring.methods import PruningConfig, get_method, get_preset
 
 
@@ -53,7 +53,8 @@ class Grid:
                 no valid request.
         """
         asked = [name for name in BUDGETS if fields.get(name) is not None]
-        own = [name for name in BUDGETS if name != "sparsity" and getattr(request, name, None) is not None]
+        others = (*(name for name in BUDGETS if name != "sparsity"), *LIMITS)
+        own = [name for name in others if getattr(request, name, None) is not None or fields.get(name) is not None]
         if len({*asked, *own}) > 1:
             raise ValueError(f"{' and '.join(dict.fromkeys([*asked, *own]))} are two budgets; set one of them.")
         if not asked:

@@ -14,29 +14,21 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..checkpoint.pruned_checkpoint import PrunedCheckpoint
 from ..data.calibration import Calibration
+from ..data.held_out import windows_and_held_out
 from ..loading.offloading import read_parameter
+from ..planning.sharing import shared_dense_stream
 from ..pruning import Pruning
 from ..record.record import Record
-from ..request.choices import ReconstructionKind, ReconstructionOrder, ReconstructionTarget
-from ..request.config import PruningConfig
 from ..request.registry import get_method
 from ..runs.locks import held
 from ..runs.progress import announce
 from ..runs.resume import Resume, digest_of
-from ..runs.shelves import Shelf
 from ..scoring.score_units import needs_calibration
 from ..scoring.scores import Scores
 from .folder import SweepFolder
 from .grid import Cell, Grid
 from .measuring import HELD_OUT, Measures, Meter
 from .result import SweepResult, SweepRow
-
-
-# Where no text is named, this share of further calibration windows is drawn to measure on, and at least so many.
-HELD_OUT_SHARE, FEWEST_HELD_OUT = 8, 8
-
-# Hidden states of the dense model that take more bytes are stored in files.
-BYTES_IN_MEMORY = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -123,23 +115,10 @@ class Sweep:
 
     def _measures_on_held_out(self, windows: dict[str, list[Calibration]]) -> None:
         """Draw calibration windows, of which some are held out to measure on; the others replace the dataset."""
-        config = self._grid.cells[0].config
-        more = max(FEWEST_HELD_OUT, config.n_samples // HELD_OUT_SHARE)
         state = str(self._folder.state("calibration"))
-        try:
-            drawn = self._main.calibration(
-                dataclasses.replace(config, n_samples=config.n_samples + more, resume=state)
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"{error} {more} of these windows are held out, since no text to measure on is named."
-            ) from error
-        number = max(1, round(len(drawn) * more / (config.n_samples + more)))
-        if number == len(drawn):
-            raise ValueError("There is only one calibration window, so that none can be held out; name a text.")
-        calibrated, held_out = (
-            Calibration(*drawn.windows(part), drawn.source)
-            for part in (slice(0, len(drawn) - number), slice(len(drawn) - number, None))
+        calibrated, held_out = windows_and_held_out(
+            self._grid.cells[0].config,
+            lambda config: self._main.calibration(dataclasses.replace(config, resume=state)),
         )
         windows[HELD_OUT] = [held_out]
         self._main = self._workplace.prunings(calibrated)
@@ -167,7 +146,9 @@ class Sweep:
         if calibration is not None:
             self._folder.check_calibration(result, seed, calibration)
         evidence = self._main.evidence(requests, calibration)
-        if shelf := self._shelf(cells, calibration, state):
+        if len(cells) > 1:
+            resume = Resume(state, {"weights": self._digest})
+            shelf = shared_dense_stream(self._main.model, [cell.config for cell in cells], calibration, resume)
             evidence = dataclasses.replace(evidence, dense_stream=shelf)
         for method, of_method in groupby(cells, key=lambda cell: cell.config.method):
             scores: Scores | None = None
@@ -199,32 +180,8 @@ class Sweep:
         self._folder.store(result, cell.name, plan)
         announce(f"{len(result.rows)} of {max(len(order), len(rows))} models are measured, the last is {cell.name}.")
 
-    def _shelf(self, cells: Sequence[Cell], calibration: Calibration | None, state: Path) -> Shelf | None:
-        """Return storage for the hidden states of the dense model, if several reconstructions use them."""
-        fitted = [cell.config for cell in cells if _follows_the_dense_model(cell.config)]
-        if calibration is None or len(fitted) < 2:
-            return None
-        model = self._main.model
-        hidden = model.config.get_text_config().hidden_size
-        per_layer = 4 if any(config.refit_sources for config in fitted) else 2
-        layers = model.config.get_text_config().num_hidden_layers
-        size = calibration.input_ids.numel() * hidden * model.dtype.itemsize * (1 + per_layer * layers)
-        if size <= BYTES_IN_MEMORY:
-            return Shelf()
-        identity = {"weights": self._digest, "batch_size": fitted[0].batch_size, "states": per_layer}
-        return Shelf(Resume(state, identity).folder("dense-stream", calibration))
-
     @cached_property
     def _digest(self) -> str:
         """A fingerprint of the model's weights."""
         model = self._main.model
         return digest_of((name, read_parameter(model, name)) for name, _ in model.named_parameters())
-
-
-def _follows_the_dense_model(config: PruningConfig) -> bool:
-    """Return whether the reconstruction of a request fits the hidden states of the dense model."""
-    return (
-        config.reconstruction == ReconstructionKind.LEAST_SQUARES
-        and config.reconstruction_order != ReconstructionOrder.INDEPENDENT
-        and config.reconstruction_target != ReconstructionTarget.LAYER
-    )

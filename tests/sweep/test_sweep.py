@@ -167,6 +167,7 @@ def test_the_folder_of_another_sweep_is_refused_and_left_as_it_was(pruner, token
 
 BAD = {
     "sparsity and target_bytes are two budgets": {"sparsity": [0.2], "target_bytes": [10**5]},
+    "sparsity and max_divergence are two budgets": {"sparsity": [0.2], "max_divergence": 0.1},
     "A sweep needs sizes": {},
     "sparsity has no value": {"sparsity": []},
     "sparsity names 0.2 twice": {"sparsity": [0.2, 0.3, 0.2]},

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from ...request.budget_options import DEFAULT_DEPTH_METHOD, DEFAULT_METHOD
 from ...request.choices import BudgetSharing, Layout, Scope
 from ...request.config import PruningConfig, register_method
 from ...request.fields import option
-from ...request.options import DEFAULT_DEPTH_METHOD, DEFAULT_METHOD
 from ...request.registry import get_method, register_preset, registered_methods
 from ..choices import Estimator, Initialization, Parametrization
 from .scoring import EVERY_KIND, ScoringInputs, UnitScores

@@ -1,0 +1,89 @@
+"""Settling requests for one model: budgets in every unit, checks of the model, and the forecast of the result."""
+
+from __future__ import annotations
+
+from ..allocation.budgets import Budget, OutOfReach, removal_budget
+from ..allocation.fitting import check_without_layers
+from ..loading.subject import Sizes, Subject
+from ..reconstruction.bias import added_parameters
+from ..request.config import PruningConfig
+from ..request.speed import shares_of_phases
+from ..runs.progress import announce
+from .forecast import forecast, warn_of_rounding
+from .latency import LatencyTable, at_measured_widths, speed_budget
+from .settling import settle, settled_request
+from .stock_layout import STOCK, check_stock_request
+from .timing import load_or_measure
+
+
+class Settler:
+    """Settles requests for a model.
+
+    Args:
+        subject (`Subject`): the dense model with all its sites.
+        latencies (`LatencyTable`, *optional*): latencies of the model, if they were measured before.
+
+    Attributes:
+        latencies (`LatencyTable`, *optional*): latencies, which are measured for the first request that needs them.
+    """
+
+    def __init__(self, subject: Subject, latencies: LatencyTable | None):
+        self._subject = subject
+        # Surgery consumes the dense model.
+        self._sizes = Sizes.of(subject.model, subject.sites)
+        self.latencies = latencies
+
+    def check(self, config: PruningConfig) -> None:
+        """Raise an error where the constraints of a request do not allow its budget, or where only whole layers that
+        the request does not name could meet it; nothing is logged."""
+        settled, _, _ = settled_request(self._subject.sites, config, self._budget_of, self._check_allowed)
+        if settled.depth_kind != config.depth_kind:
+            raise OutOfReach(
+                f"{config.resolved_kinds} cannot meet the budget alone, and all models need the same scores. Set "
+                f"kinds={settled.resolved_kinds} for all of them, or choose a smaller budget."
+            )
+
+    def settled(self, config: PruningConfig, may_remove_layers: bool = True) -> tuple[PruningConfig, Budget]:
+        """Return the settled request and its budget; nothing is logged. The arguments are those of [`announced`]."""
+        settled, budget, _ = settled_request(
+            self._subject.sites, config, self._budget_of, self._check_allowed, may_remove_layers
+        )
+        return settled, budget
+
+    def announced(self, config: PruningConfig, may_remove_layers: bool = True) -> tuple[PruningConfig, Budget]:
+        """Return the settled request and its budget, and log a forecast of the result.
+
+        Args:
+            config (`PruningConfig`): the request.
+            may_remove_layers (`bool`, defaults to `True`): whether layers can be scored where the request does not
+                name them.
+        """
+        sites, dense = self._subject.sites, self._sizes
+        config, budget = settle(sites, config, self._budget_of, self._check_allowed, may_remove_layers)
+        outcome = forecast(sites, config, budget, dense.parameters, dense.bytes, self._added(config))
+        announce(str(outcome))
+        if config.rounds == 1:
+            warn_of_rounding(sites, config, budget, outcome)
+        return config, budget
+
+    def _budget_of(self, config: PruningConfig) -> tuple[PruningConfig, Budget]:
+        """Return a request with its constraints adapted, and its budget."""
+        sites, dense = self._subject.sites, self._sizes
+        if config.target_speedup is None:
+            return config, removal_budget(config, sites, dense.parameters, dense.file_bytes, self._added(config))
+        self.latencies = load_or_measure(self._subject, config, self.latencies)
+        latencies = self.latencies.combined(shares_of_phases(config.speed_of))
+        return at_measured_widths(sites, config), speed_budget(latencies, config.target_speedup)
+
+    def _added(self, config: PruningConfig) -> int:
+        """Return the number of parameters that the reconstruction of a request adds."""
+        pruned = (site for site in self._subject.sites if site.kind in config.width_kinds)
+        return added_parameters(pruned, config.reconstruction)
+
+    def _check_allowed(self, config: PruningConfig) -> None:
+        """Raise `ValueError` where the model does not allow a request."""
+        if config.layout == STOCK:
+            check_stock_request(self._subject, config)
+        if config.depth_kind is not None:
+            # The check is the same for all layers.
+            check_without_layers(self._subject.model, range(len(self._subject.layers) - 1))

@@ -1,0 +1,94 @@
+"""The first options of every request: the methods, and the budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .choices import Phase
+from .fields import Heading, option
+
+
+DEFAULT_METHOD = "wanda_sp"
+DEFAULT_DEPTH_METHOD = "block_influence"
+
+# Options that are budgets for the whole model.
+TARGETS = ("target_parameters", "target_bytes", "target_speedup")
+
+# Options that are limits of quality, within which the smallest model is searched for.
+LIMITS = ("max_perplexity_ratio", "max_divergence")
+
+
+@dataclass
+class BudgetOptions:
+    """The options for the methods and budgets of a request."""
+
+    method: str = option(DEFAULT_METHOD, "How units are scored.", group=Heading.METHOD)
+    depth_method: str | None = option(
+        None,
+        "Method that scores layers or sublayers if kinds includes attention or mlp too. Default: block_influence.",
+        group=Heading.METHOD,
+    )
+    sparsity: float = option(
+        0.2,
+        "Fraction of the prunable parameters (all that heads and channels own) to remove. If kinds is only layer or "
+        "only sublayer: fraction of the layers or sublayers to remove.",
+        group=Heading.BUDGET,
+    )
+    target_parameters: int | None = option(
+        None, "Largest number of parameters of the whole pruned model. Replaces sparsity.", group=Heading.BUDGET
+    )
+    target_bytes: int | None = option(
+        None, "Largest size of the pruned weights on disk, in bytes. Replaces sparsity.", group=Heading.BUDGET
+    )
+    target_speedup: float | None = option(
+        None,
+        "Smallest speed-up over the dense model, such as 1.5, according to latencies of layers that are measured on "
+        "this machine. speed_of names what becomes faster. Replaces sparsity.",
+        group=Heading.BUDGET,
+    )
+    speed_of: str = option(
+        Phase.PREFILL,
+        "What target_speedup refers to: the pass over a prompt (prefill), a pass over one new token with a KV cache "
+        "(decode), or the sum of both, with the shares of the dense model's time that each takes "
+        "(prefill:0.3,decode:0.7).",
+        group=Heading.BUDGET,
+    )
+    latency_tokens: int = option(
+        512, "Tokens of the prompt that target_speedup refers to; its batch size is 1.", group=Heading.BUDGET
+    )
+    latency_context: int | None = option(
+        None,
+        "Tokens in the KV cache in front of the new token, with speed_of=decode. Default: latency_tokens.",
+        group=Heading.BUDGET,
+    )
+    latency_table: str | None = option(
+        None,
+        "File for the latencies that target_speedup measures. If it exists, they are read and not measured again. It "
+        "may hold latencies of another program, such as llama.cpp.",
+        group=Heading.BUDGET,
+    )
+    max_perplexity_ratio: float | None = option(
+        None,
+        "Largest perplexity, as a multiple of the dense model's, on calibration windows that are held out, such as "
+        "1.1; the smallest model within it is made. Replaces sparsity.",
+        group=Heading.BUDGET,
+    )
+    max_divergence: float | None = option(
+        None,
+        "Largest divergence from the dense model's next-token distribution on calibration windows that are held out, "
+        "in nats per token; the smallest model within it is made. Replaces sparsity.",
+        group=Heading.BUDGET,
+    )
+    attention_sparsity: float | None = option(
+        None, "Sparsity of the attention units, where it differs from that of the MLP channels.", group=Heading.BUDGET
+    )
+    mlp_sparsity: float | None = option(
+        None, "Sparsity of the MLP channels, where it differs from that of the attention units.", group=Heading.BUDGET
+    )
+    depth_sparsity: float | None = option(
+        None,
+        "If kinds includes layer or sublayer in addition to attention or mlp: fraction of the layers or sublayers to "
+        "remove. Heads and channels lose the rest of the budget. Default: scope=search finds it, and with a target "
+        "as few are removed as possible.",
+        group=Heading.BUDGET,
+    )
