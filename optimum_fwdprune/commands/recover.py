@@ -164,10 +164,11 @@ class RecoverCommand(Command):
         except ArgumentError as error:
             # The message alone: argparse would add the usage of every training argument.
             raise ValueError(str(error)) from error
-        if (strategy := IntervalStrategy(parsed.eval_strategy)) != IntervalStrategy.NO:
+        strategy = IntervalStrategy(parsed.eval_strategy)
+        if strategy != IntervalStrategy.NO and parsed.held_out is None:
             raise ValueError(
-                f"--set eval_strategy={strategy.value} needs data to evaluate on, which this command does not take. "
-                f"Leave it out, or pass eval_dataset to FwdPruner.recover in Python."
+                f"--set eval_strategy={strategy.value} needs data to evaluate on: set --held_out to a share of the "
+                f"data, such as 0.05, or pass eval_dataset to FwdPruner.recover in Python."
             )
         return parsed
 

@@ -38,3 +38,25 @@ class Wanted:
         limits = [] if self.sequences is None else [self.sequences]
         limits += [] if self.tokens is None else [-(-self.tokens // length)]
         return min(limits, default=None)
+
+
+def held_out_evenly(count: int, share: float | None) -> tuple[list[int], list[int]]:
+    """Return the indices of sequences to train on, and of those that are held out, which are evenly spread.
+
+    Args:
+        count (`int`): number of sequences.
+        share (`float`, *optional*): share of the sequences to hold out; by default none.
+
+    Raises:
+        ValueError: where there are too few sequences to hold one out.
+    """
+    if share is None:
+        return list(range(count)), []
+    if count < 2:
+        raise ValueError(
+            f"held_out={share} holds sequences of the training data out, and there is {count} of them. Train on more "
+            f"text, lower max_length, or pass an eval_dataset."
+        )
+    every = max(2, round(1 / share))
+    held_out = list(range(every - 1, count, every)) or [count - 1]
+    return sorted(set(range(count)) - set(held_out)), held_out

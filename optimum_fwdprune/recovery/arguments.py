@@ -7,9 +7,13 @@ from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
 
 from .options import BLOCK_DISTILL, EPOCHS, LEARNING_RATES, TAUGHT, RecoveryOptions
+
+
+# Steps between two evaluations where there is held-out data and `eval_strategy` is not set.
+EVAL_STEPS = 50
 
 
 @dataclass
@@ -18,7 +22,8 @@ class RecoveryArguments(RecoveryOptions, TrainingArguments):
 
     These defaults differ from those of `TrainingArguments`: `learning_rate` and `num_train_epochs` depend on what is
     trained (see `LEARNING_RATES` and `EPOCHS`); training warms up over 3 % of the steps, logs every tenth step, and
-    uses bfloat16 where the accelerator supports it.
+    uses bfloat16 where the accelerator supports it. With `held_out` or `early_stopping`, the model is evaluated every
+    50 steps; and where it is evaluated and saved, the best state is loaded at the end.
 
     Raises:
         ValueError: on a value out of range; the message names the value and the way out.
@@ -29,17 +34,20 @@ class RecoveryArguments(RecoveryOptions, TrainingArguments):
     warmup_steps: float = 0.03
     logging_steps: float = 10
     bf16: bool | None = None  # type: ignore[assignment]
+    load_best_model_at_end: bool | None = None  # type: ignore[assignment]
     # The data has no unused columns, and the Trainer would remove a teacher's predictions, which the model ignores.
     remove_unused_columns: bool = False
 
     def __post_init__(self):
         self.check()
         self._asked_epochs = self.num_train_epochs
+        self._asked_best = self.load_best_model_at_end
         self._check_one_length()
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.trained]
         if self.num_train_epochs is None:
             self.num_train_epochs = EPOCHS[self.trained]
+        self._choose_the_best()
         if self.fp16:
             raise ValueError("fp16 overflows where bfloat16 does not; use bf16=True, or neither.")
         if self.bf16 is None:
@@ -57,14 +65,42 @@ class RecoveryArguments(RecoveryOptions, TrainingArguments):
                 f"{others[0]}={getattr(self, others[0])!r}; leave one of them out."
             )
 
+    def _choose_the_best(self) -> None:
+        """Set the arguments for keeping the best state where there is held-out data, unless the user set them."""
+        if self.mode == BLOCK_DISTILL:
+            self.load_best_model_at_end = bool(self.load_best_model_at_end)
+            return
+        evaluates = IntervalStrategy(self.eval_strategy) != IntervalStrategy.NO
+        if not evaluates and (self.held_out is not None or self.early_stopping is not None):
+            evaluates, self.eval_strategy = True, IntervalStrategy.STEPS
+            self.eval_steps = self.eval_steps or EVAL_STEPS
+        saves = SaveStrategy(self.save_strategy) != SaveStrategy.NO
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = evaluates and saves
+            if self.load_best_model_at_end:
+                # A checkpoint is written whenever the loss is lower than before.
+                self.save_strategy = SaveStrategy.BEST
+        if evaluates and self.early_stopping is not None and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
+
     def stages(self) -> list[RecoveryArguments]:
         """Return the arguments of every stage of the training: those of the blocks and, if `then` is set, those of the
         whole model, with the default learning rate of its mode."""
         if self.mode != BLOCK_DISTILL or self.then is None:
             return [self]
-        blocks = replace(self, then=None, adapters=None, teacher_cache=None, num_train_epochs=self._asked_epochs)
+        blocks = replace(
+            self,
+            then=None,
+            adapters=None,
+            teacher_cache=None,
+            early_stopping=None,
+            eval_strategy="no",
+            load_best_model_at_end=False,
+            num_train_epochs=self._asked_epochs,
+        )
         whole = replace(
             self,
+            load_best_model_at_end=self._asked_best,
             mode=self.then,
             then=None,
             teacher=self.teacher if self.then in TAUGHT else None,

@@ -45,8 +45,8 @@ from .trainer import frozen_share
 
 logger = get_logger(__name__)
 
-# One in this many sequences is held out where there is no held-out data.
-HELD_OUT_EVERY = 16
+# The share of the sequences that is held out by default.
+HELD_OUT = 1 / 16
 
 
 class BlockDistillation:
@@ -212,7 +212,8 @@ def check_arguments(args: RecoveryArguments) -> None:
 def _sequences(texts: TrainingTexts, student: PreTrainedModel, args: RecoveryArguments) -> Sequences:
     config = student.config.get_text_config()
     limits = {"longest": getattr(config, "max_position_embeddings", None), "vocab_size": config.vocab_size}
-    held_out, more = None, 1 + 1 / (HELD_OUT_EVERY - 1)
+    share = HELD_OUT if args.held_out is None else args.held_out
+    held_out, more = None, 1 / (1 - share)
     if texts.eval_dataset is not None:
         held_out, more = training_data(texts.eval_dataset, texts.tokenizer, args, **limits), 1.0
     wanted = Wanted()
@@ -222,7 +223,7 @@ def _sequences(texts: TrainingTexts, student: PreTrainedModel, args: RecoveryArg
     elif args.tokens is not None:
         wanted = Wanted(tokens=math.ceil(more * tokens_of(args.tokens)))
     data = training_data(texts.dataset, texts.tokenizer, args, wanted, **limits)
-    return Sequences.of(data, held_out, HELD_OUT_EVERY)
+    return Sequences.of(data, held_out, share)
 
 
 def _summary_of_run(
@@ -236,6 +237,12 @@ def _summary_of_run(
         "steps": trainer.steps,
         "sequences per step": trainer.sequences_per_step,
         "learning rate": args.learning_rate,
+        "trained parameters": sum(
+            parameter.numel()
+            for layer in decoder_layers(student)
+            for parameter in layer.parameters()
+            if parameter.requires_grad
+        ),
         "sequences": len(sequences.training),
         "tokens": sum(lengths[row] for row in sequences.training),
         "held-out tokens": sum(lengths[row] for row in sequences.held_out),

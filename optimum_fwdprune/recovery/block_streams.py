@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..forward.layerwise import Arguments, Batch, LayerRunner
+from .amounts import held_out_evenly
 from .hidden_states import HiddenStates, goes_to_files
 
 
@@ -34,13 +35,13 @@ class Sequences:
     held_out: list[int]
 
     @classmethod
-    def of(cls, data: Dataset, held_out: Dataset | None, every: int) -> Sequences:
+    def of(cls, data: Dataset, held_out: Dataset | None, share: float) -> Sequences:
         """Return the sequences of training data.
 
         Args:
             data (`Dataset`): sequences with `input_ids`, and `attention_mask` where some are padded.
-            held_out (`Dataset`, *optional*): held-out data of the same form; by default every `every`-th sequence.
-            every (`int`): see `held_out`.
+            held_out (`Dataset`, *optional*): held-out data of the same form; by default a share of the sequences.
+            share (`float`): see `held_out`.
 
         Raises:
             ValueError: where there are fewer than two sequences.
@@ -49,13 +50,7 @@ class Sequences:
         if held_out is not None:
             others = _without_padding(held_out)
             return cls(ids + others, list(range(len(ids))), list(range(len(ids), len(ids) + len(others))))
-        if len(ids) < 2:
-            raise ValueError(
-                f"mode='block_distill' holds out one of {every} sequences to judge the result, and the data has "
-                f"{len(ids)} of them. Train on more text, lower max_length, or pass an eval_dataset."
-            )
-        last = list(range(every - 1, len(ids), every)) or [len(ids) - 1]
-        return cls(ids, sorted(set(range(len(ids))) - set(last)), last)
+        return cls(ids, *held_out_evenly(len(ids), share))
 
     @property
     def lengths(self) -> list[int]:

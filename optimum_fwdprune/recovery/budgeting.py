@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,16 @@ class Budget:
 
     def wanted(self) -> Wanted:
         """Return how much of the data is read."""
+        # Held-out sequences are not trained on.
+        more = 1 / (1 - (self._args.held_out or 0.0))
         if not self.is_set:
-            return Wanted(sequences=self._args.max_steps * self._sequences if self._args.max_steps > 0 else None)
+            steps = self._args.max_steps
+            return Wanted(sequences=math.ceil(more * steps * self._sequences) if steps > 0 else None)
         if self._args.tokens is not None:
-            return Wanted(tokens=tokens_of(self._args.tokens))
+            return Wanted(tokens=math.ceil(more * tokens_of(self._args.tokens)))
         # Every sequence is at most as long as those that the step was measured on.
         steps = int(seconds_of(str(self._args.time)) / self._seconds)
-        return Wanted(tokens=max(1, steps) * self._sequences * self._length)
+        return Wanted(tokens=math.ceil(more * max(1, steps) * self._sequences * self._length))
 
     def spent_on(self, data: Dataset) -> RecoveryArguments:
         """Return the arguments with the number of steps that the budget pays for, and show the estimate.

@@ -56,8 +56,13 @@ def check_evaluations(args: RecoveryArguments, eval_dataset: Any, callbacks: Ite
         callbacks (iterable of `TrainerCallback`): the Trainer's callbacks.
     """
     strategy, metric = IntervalStrategy(args.eval_strategy), args.metric_for_best_model
-    if eval_dataset is None and strategy != IntervalStrategy.NO:
-        raise ValueError(f"eval_strategy={strategy.value!r} needs an eval_dataset.")
+    if eval_dataset is None and args.held_out is None and strategy != IntervalStrategy.NO:
+        raise ValueError(
+            f"eval_strategy={strategy.value!r} needs an eval_dataset, or held_out=0.05, which holds out a share of "
+            f"the data."
+        )
+    if eval_dataset is not None and args.held_out is not None:
+        raise ValueError(f"held_out={args.held_out} cannot be combined with an eval_dataset; leave one of them out.")
     if any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks) and (
         strategy == IntervalStrategy.NO or metric is None
     ):

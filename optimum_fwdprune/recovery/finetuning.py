@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from ..loading.saving import check_savable
 from ..runs.locks import held, taking_turns
 from ..runs.randomness import random_states_kept
 from .adapters import merged, with_adapters
+from .amounts import held_out_evenly
 from .arguments import RecoveryArguments
 from .budgeting import Budget, TimeLimit, resumed_with_same_steps
 from .budgets import seconds_of
@@ -172,21 +173,24 @@ def _trainer(
     longest = getattr(model.config, "max_position_embeddings", None)
     limits = {"longest": longest, "vocab_size": model.config.get_text_config().vocab_size}
     data = training_data(texts.dataset, texts.tokenizer, args, budget.wanted(), **limits)
-    held_out = None
-    if texts.eval_dataset is not None:
-        held_out = training_data(texts.eval_dataset, texts.tokenizer, args, **limits)
-    args = budget.spent_on(data)
+    training, held_out = held_out_evenly(len(data), args.held_out)
+    args = budget.spent_on(data.select(training))
     if args.time is not None and not asks_to_resume(args):
         callbacks = [*callbacks, TimeLimit(seconds_of(args.time))]
     if source is not None and live is None:
         data, live = _taught(data, model, args, source)
+    evaluated = data.select(held_out) if held_out else None
+    if texts.eval_dataset is not None:
+        evaluated = training_data(texts.eval_dataset, texts.tokenizer, args, **limits)
+    if args.early_stopping is not None:
+        callbacks = [*callbacks, EarlyStoppingCallback(args.early_stopping)]
     return RecoveryTrainer(
         model=trained,
         args=args,
         teacher=live,
         distills=source is not None,
-        train_dataset=data.with_format("torch"),
-        eval_dataset=None if held_out is None else held_out.with_format("torch"),
+        train_dataset=data.select(training).with_format("torch"),
+        eval_dataset=None if evaluated is None else evaluated.with_format("torch"),
         processing_class=texts.tokenizer,
         callbacks=callbacks,
     )

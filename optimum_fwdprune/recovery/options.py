@@ -32,6 +32,7 @@ HEADINGS = {
         "hidden_weight",
     ),
     "data": ("max_length", "dataset_config", "dataset_split", "dataset_column"),
+    "choosing the best": ("held_out", "early_stopping"),
 }
 
 # What is trained: adapters, all weights at once, or those of one block after the other.
@@ -121,6 +122,15 @@ class RecoveryOptions:
         None, "Column of the text, the chat messages or the token ids. Default: detected by its name."
     )
 
+    held_out: float | None = option(
+        None,
+        "Share of the training data, such as 0.05, that is held out to choose the best state by. Default: none, and "
+        "one sixteenth in mode block_distill.",
+    )
+    early_stopping: int | None = option(
+        None, "End the training after this number of evaluations on held-out data without a lower loss."
+    )
+
     def check(self) -> None:
         """Raise `ValueError` on a value out of range."""
         modes = (*WHOLE, BLOCK_DISTILL)
@@ -128,6 +138,7 @@ class RecoveryOptions:
             raise ValueError(f"mode must be one of {', '.join(modes)}; got {self.mode!r}.")
         self._check_blocks()
         self._check_budget()
+        self._check_held_out()
         if isinstance(self.lora_targets, str):
             self.lora_targets = [self.lora_targets]
         if self.mode == LORA and self.adapters is False:
@@ -171,6 +182,17 @@ class RecoveryOptions:
         if self.time is not None and self.mode == BLOCK_DISTILL:
             raise ValueError(
                 f"time={self.time!r} cannot be combined with mode='block_distill'; set tokens, such as tokens='1M'."
+            )
+
+    def _check_held_out(self) -> None:
+        if self.held_out is not None and not 0 < self.held_out <= 0.5:
+            raise ValueError(f"held_out must be above 0 and at most 0.5; got {self.held_out}.")
+        if self.early_stopping is not None and self.early_stopping < 1:
+            raise ValueError(f"early_stopping must be at least 1; got {self.early_stopping}.")
+        if self.early_stopping is not None and self.mode == BLOCK_DISTILL and self.then is None:
+            raise ValueError(
+                f"early_stopping={self.early_stopping} cannot be combined with mode='block_distill', which judges "
+                f"every block before and after its training, unless then trains the whole model afterwards."
             )
 
     def _check_blocks(self) -> None:

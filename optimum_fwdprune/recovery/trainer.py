@@ -30,6 +30,11 @@ class RecoveryTrainer(Trainer):
         loss = self._distillation_loss if distills else None
         super().__init__(args=args, data_collator=collate, compute_loss_func=loss, **kwargs)
         self._teacher = teacher
+        # Adapters are merged when the record is written.
+        assert self.model is not None
+        self._trained_parameters = sum(
+            int(parameter.numel()) for parameter in self.model.parameters() if parameter.requires_grad
+        )
         self._distills = distills
         # The teacher's predictions of the current batch.
         self._predicted: tuple[Any, ...] = ()
@@ -70,8 +75,23 @@ class RecoveryTrainer(Trainer):
             * self.args.gradient_accumulation_steps
             * self.args.world_size,
             "learning rate": self.args.learning_rate,
+            **self._amounts(),
             **logged,
         }
+
+    def _amounts(self) -> dict[str, Any]:
+        """Return how much of what data the model was trained and evaluated on, and the best state, for the record."""
+        lengths = [len(row) for row in self.train_dataset.with_format("numpy")["input_ids"]]  # type: ignore[union-attr]
+        amounts: dict[str, Any] = {
+            "trained parameters": self._trained_parameters,
+            "sequences": len(lengths),
+            "tokens": sum(lengths),
+            "passes over the data": round(float(self.state.epoch or 0), 2),
+        }
+        if self.args.load_best_model_at_end and self.state.best_metric is not None:
+            amounts["best held-out loss"] = round(self.state.best_metric, 4)
+            amounts["best step"] = self.state.best_global_step
+        return amounts
 
     def _distillation_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """(1 - w) · cross-entropy + w · divergence from the teacher + h · error of hidden states, by counted token."""

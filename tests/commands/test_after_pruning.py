@@ -95,7 +95,7 @@ class TestRecover:
                 ["--set", "foo=1"],
                 "--set takes arguments of transformers.TrainingArguments, which has no 'foo'. (--debug",
             ),
-            (["--set", "eval_strategy=steps"], "--set eval_strategy=steps needs data to evaluate on, which this"),
+            (["--set", "eval_strategy=steps"], "--set eval_strategy=steps needs data to evaluate on: set --held_out"),
             (
                 ["--adapters", "--mode", "full"],
                 "--adapters cannot be combined with --mode full, which trains",

@@ -326,5 +326,5 @@ def test_the_whole_model_on_disk_is_not_trained_afterwards(tokens, tmp_path):
 
 
 def test_too_few_sequences_are_refused(tokens, tmp_path):
-    with pytest.raises(ValueError, match="holds out one of 16 sequences to judge the result, and the data has 1"):
+    with pytest.raises(ValueError, match="holds sequences of the training data out, and there is 1 of them"):
         recover(pruner_of(), tmp_path, tokens[:1])
