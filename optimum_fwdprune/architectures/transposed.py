@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,6 +64,24 @@ class TransposedLinear(nn.Module):
 def as_linear(module: Any) -> Any:
     """Return a module of a decoder layer with the attributes of a linear."""
     return TransposedLinear(module) if isinstance(module, Conv1D) else module
+
+
+@contextmanager
+def forward_replaced(linear: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, compute `forward` in the place of a linear, without another change of the model.
+
+    Hooks of the linear are called as before, but not those of accelerate, which are part of its own `forward`.
+    """
+    module = linear.module if isinstance(linear, TransposedLinear) else linear
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def stored_axis(linear: Any, parameter: str, axis: int) -> int:

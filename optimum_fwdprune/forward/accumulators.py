@@ -7,6 +7,7 @@ from torch import nn
 
 from ..runs import ranks
 from ..runs.devices import compute_device, precise, precise_device
+from .products import add_products, mirror
 from .statistics import SiteStatistics
 
 
@@ -36,7 +37,7 @@ class Accumulator:
             if self.with_gram:
                 self.gram = values.new_zeros(values.shape[1], values.shape[1])
         if self.gram is not None:
-            self.gram.addmm_(values.T, values)
+            add_products(self.gram, values)
         deviations = values - self.shift.to(values.device)
         self.sum += (ones @ deviations).to(self.sum.device)
         self.squares += torch.linalg.vecdot(deviations, deviations, dim=0).to(self.sum.device)
@@ -75,7 +76,8 @@ class Accumulator:
         mean_deviation = self.sum / self.count
         variance = (self.squares / self.count - mean_deviation.square()).clamp_(min=0)
         mean, device = precise(self.shift) + mean_deviation, self.shift.device
-        return SiteStatistics(self.count, mean.float().to(device), variance.float().to(device), self.gram)
+        gram = None if self.gram is None else mirror(self.gram)
+        return SiteStatistics(self.count, mean.float().to(device), variance.float().to(device), gram)
 
 
 class SquareSums:

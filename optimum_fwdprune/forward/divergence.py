@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from ..architectures import SiteKey
 from ..data.calibration import Calibration
-from ..forward.gates import Projection, replaced_projections
+from ..forward.gates import Projection
 from ..forward.layerwise import Batch, LayerRunner
 from ..forward.losses import LOGITS_AT_ONCE
+from ..forward.narrowing import narrowed
 from ..loading.subject import Subject
 from ..runs.devices import on_host, precise_sum
 from ..runs.progress import progress
@@ -81,7 +82,7 @@ class Divergence:
     def _measure(self, projections: Mapping[SiteKey, Projection], first: int, record: bool) -> float:
         # The host reads it once, after the last batch.
         total: torch.Tensor | float = 0.0
-        with replaced_projections(self._sites, projections):
+        with narrowed(self._sites, projections):
             empty = {key for key, projection in projections.items() if not projection.kept}
             self._gone = {
                 layer

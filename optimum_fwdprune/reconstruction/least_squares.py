@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..forward.gates import Projection
+from ..forward.products import add_products, mirror
 from ..runs import ranks
 from ..runs.devices import (
     back_to,
@@ -25,7 +26,7 @@ LAST_RIDGES = (1e-6, 1e-4, 1e-2)
 
 # Ridges are compared on this many random mixtures of the outputs if there are several times as many outputs. Solving
 # for all outputs takes most of the time, and the best ridge depends on the features.
-MIXTURES = 256
+MIXTURES = 64
 
 # The ridge if no window can be held out.
 DEFAULT_RIDGE = 1e-2
@@ -70,9 +71,12 @@ class NormalEquations:
         return cls(gram[kept][:, kept], lost @ rows[:, kept], energy, count)
 
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
-        """Add tokens: `inputs`, `[tokens, kept]`, and `residual`, `[tokens, out_features]`, in any float dtype."""
+        """Add tokens: `inputs`, `[tokens, kept]`, and `residual`, `[tokens, out_features]`, in any float dtype.
+
+        The sums are complete in the result of [`pooled`].
+        """
         inputs, residual = inputs.float(), residual.float()
-        self.gram.addmm_(inputs.T, inputs)
+        add_products(self.gram, inputs)
         self.cross.addmm_(residual.T, inputs)
         self.energy += precise_sum(residual.square())
         self.count += len(inputs)
@@ -84,6 +88,7 @@ class NormalEquations:
 
     def pooled(self) -> NormalEquations:
         """Return the sums over the tokens of all processes of a run, in the memory of these sums."""
+        mirror(self.gram)
         if ranks.world_size() == 1:
             return self
         count = self.energy.new_tensor(self.count)

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..architectures import Site, SiteKey
-from ..forward.gates import Projection, replaced_projections
+from ..forward.gates import Projection
 from ..forward.hooks import inputs_of, outputs_of, stopped_before
 from ..forward.layerwise import Batch, LayerRunner
+from ..forward.narrowing import is_narrow, narrowed
 from ..loading.subject import Subject
 from ..runs.devices import on_host
 from ..runs.shelves import Shelf
@@ -129,10 +130,10 @@ class Stream:
             leaves = [outputs[linear] for linear in linears]
             # A feature depends on its own row only, so that the gradient of their sum has the derivatives of all.
             derivatives = torch.autograd.grad(features, leaves, torch.ones_like(features), materialize_grads=True)
-        slopes = [
-            self.batch.tokens(derivative)[:, source.kept_index(site.num_units, kept).to(derivative.device)]
-            for source, derivative in zip(site.sources, derivatives)
-        ]
+        slopes = [self.batch.tokens(derivative) for derivative in derivatives]
+        if not is_narrow(site, projections):
+            rows = [source.kept_index(site.num_units, kept) for source in site.sources]
+            slopes = [slope[:, of_source.to(slope.device)] for slope, of_source in zip(slopes, rows)]
         # A source may hold the rows of several linears, one after the other, as its segments.
         by_row = [segment for slope in slopes for segment in slope.split(len(kept), dim=1)]
         _, residual = self._kept_and_left(sites, place, projections, features.detach(), written)
@@ -145,7 +146,7 @@ class Stream:
         """Run the layer of `sites` in the pruned model, and drop the states of the layer."""
         layer = sites[0].layer
         pruned = self.shelf.pop(f"{layer}.{self.name}.pruned")
-        with replaced_projections(sites, projections):
+        with narrowed(sites, projections):
             self.shelf[f"{layer + 1}.{self.name}.pruned"] = self.runner.run(layer, self.batch, pruned)
         for place in range(len(sites)):
             if self.joining is not None and self.joining.normalized:
@@ -168,8 +169,11 @@ class Stream:
         self, module: nn.Module, sites: Sequence[Site], place: int, projections: Projections
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the layer in the pruned model up to `module`, and return its inputs and the outputs of earlier sites."""
+        if self.joining is None:
+            # The target is computed from the features of removed units.
+            projections = {key: new for key, new in projections.items() if key != sites[place].key}
         with (
-            replaced_projections(sites, projections),
+            narrowed(sites, projections),
             outputs_of(earlier.projection for earlier in sites[:place]) as written,
             stopped_before(module) as stop,
         ):
@@ -179,9 +183,9 @@ class Stream:
     def _kept_and_left(self, sites, place, projections, inputs, written) -> tuple[torch.Tensor, torch.Tensor]:
         site, inputs = sites[place], self.batch.tokens(inputs)
         new, columns = projections[site.key], site.kept_features(projections[site.key].kept)
-        kept = inputs[:, columns]
         if self.joining is None:
-            return kept, F.linear(inputs[:, ~columns], site.projection.weight[:, ~columns])
+            return inputs[:, columns], F.linear(inputs[:, ~columns], site.projection.weight[:, ~columns])
+        kept = inputs if is_narrow(site, projections) else inputs[:, columns]
         target = self._target(sites, place, written, self.joining).to(new.weight.device)
         return kept, self.batch.tokens(target) - F.linear(kept, new.weight, new.bias).float()
 
