@@ -72,7 +72,7 @@ def forward_replaced(linear: Any, forward: Callable[..., Any]) -> Iterator[None]
 
     Hooks of the linear are called as before, but not those of accelerate, which are part of its own `forward`.
     """
-    module = linear.module if isinstance(linear, TransposedLinear) else linear
+    module: Any = linear.module if isinstance(linear, TransposedLinear) else linear
     before = vars(module).get("forward")
     module.forward = forward
     try:

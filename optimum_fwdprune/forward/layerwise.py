@@ -79,7 +79,7 @@ class LayerRunner:
     """Runs single decoder layers of `model` with the arguments that the whole model would call them with."""
 
     def __init__(self, model: PreTrainedModel):
-        self._model = model
+        self.model = model
         self.layers = decoder_layers(model)
         first, _ = get_architecture(model.config).layers(model)[0]
         self._container: Any = model.get_submodule(first.rpartition(".")[0])
@@ -88,7 +88,7 @@ class LayerRunner:
     @property
     def device(self) -> torch.device:
         """The device of the model's inputs."""
-        return input_device(self._model)
+        return input_device(self.model)
 
     def device_of(self, layer: int) -> torch.device:
         """Return the device on which layer number `layer` runs."""
@@ -147,7 +147,7 @@ class LayerRunner:
             for values in (batch.input_ids, batch.attention_mask)
         )
         with self._standing_in(lambda *_args, **_kwargs: output):
-            return self._model(input_ids=input_ids, attention_mask=mask, **PLAIN_OUTPUTS)[0]
+            return self.model(input_ids=input_ids, attention_mask=mask, **PLAIN_OUTPUTS)[0]
 
     @contextmanager
     def _standing_in(self, output: Callable[..., Any]) -> Iterator[None]:
@@ -187,7 +187,7 @@ class LayerRunner:
 
     def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor | None, **inputs) -> None:
         device = self.device
-        self._model.base_model(
+        self.model.base_model(
             input_ids=input_ids.to(device),
             attention_mask=None if mask is None else mask.to(device),
             **{**PLAIN_OUTPUTS, **inputs},

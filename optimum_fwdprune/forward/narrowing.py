@@ -22,7 +22,7 @@ def narrowed(sites: Iterable[Site], replacements: Mapping[SiteKey, Projection]) 
     (`Site.pointwise`). The inputs of a projection are then the features of its kept units only.
 
     Args:
-        sites (iterable of `Site`): the sites of the model. Those whose weights are not in memory are computed as within
+        sites (iterable of `Site`): the sites of the model. Those without weights in memory are computed as within
             [`replaced_projections`].
         replacements (mapping of site key to `Projection`): the new parameters. Other sites are not changed.
     """

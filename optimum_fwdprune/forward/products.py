@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -35,4 +36,4 @@ def _blocks(features: int) -> Iterator[tuple[int, int]]:
     """Yield the first feature of every block and the one after its last."""
     count = max(1, min(BLOCKS, features // SMALLEST_BLOCK))
     bounds = [features * block // count for block in range(count + 1)]
-    yield from zip(bounds, bounds[1:])
+    yield from itertools.pairwise(bounds)

@@ -120,14 +120,17 @@ def refit_in_sequence(
                         stream.enter(layers[ahead])
                 if fit.dense_stream is not None:
                     fit.dense_stream.settle(ahead + 1)
-            if number < len(done):
+            is_done = number < len(done)
+            if is_done:
                 layer.projections |= done[number].placed_like(of_layer).projections
-            for place, site in enumerate([] if number < len(done) else of_layer):
-                if not kept[site.key]:
+            for place, site in enumerate(of_layer):
+                if not is_done and not kept[site.key]:
                     # A removed site has no output, and the sites after it compensate for its loss.
                     layer.projections[site.key] = kept_projection(site, [])
-                elif site.key in behind and (towards_dense or len(kept[site.key]) < site.num_units):
+                elif not is_done and site.key in behind and (towards_dense or len(kept[site.key]) < site.num_units):
                     layer.settle(place, kept_projection(site, kept[site.key]))
+                for stream in every_stream:
+                    stream.settle(of_layer, place)
             for stream in every_stream:
                 stream.leave(of_layer, layer.projections)
             yield layer.projections, layer.refits
@@ -180,7 +183,7 @@ class _Layer:
         site = self.sites[place]
         now = self.projections[site.key]
         fitted = self._solved(
-            site, now.weight.shape, lambda stream: stream.observe(self.sites, place, self.projections)
+            site, now.weight.shape, lambda stream: stream.observe(self.sites, place, self.projections, keeps=True)
         )
         self.projections[site.key] = fitted.projection(now)
         return fitted

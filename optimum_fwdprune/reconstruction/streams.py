@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..architectures import Site, SiteKey
+from ..architectures.transposed import forward_replaced
 from ..forward.gates import Projection
 from ..forward.hooks import inputs_of, outputs_of, stopped_before
 from ..forward.layerwise import Batch, LayerRunner
 from ..forward.narrowing import is_narrow, narrowed
+from ..forward.replaying import PassedOn, passed_on, sublayer_of
 from ..loading.subject import Subject
 from ..runs.devices import on_host
 from ..runs.shelves import Shelf
@@ -52,7 +54,9 @@ class Stream:
     The shelves hold the hidden states before layer `l`, `"<l>.<name>.pruned"` and `"<l>.<name>.dense"`. For layers
     that the dense model has run, they also hold `"<l>.<name>.<place>"`, the stream before the site with this index
     (from 1), or, where a norm follows the projection, `"<l>.<name>.<place>.output"`, the output of the projection; and
-    `"<l>.<name>.<place>.inputs"`, the inputs of the sources of the site.
+    `"<l>.<name>.<place>.inputs"`, the inputs of the sources of the site. For sites that are final, they may hold
+    `"<l>.<name>.<place>.features"`, the inputs of the projection in the pruned model, so that the rest of the layer
+    runs without computing them again.
 
     Args:
         name (`str`): the name of the batch on the shelf.
@@ -75,6 +79,9 @@ class Stream:
     follows_inputs: bool
     aims: Aims
     shared: Shelf | None = None
+    _passed_on: dict[SiteKey, PassedOn] = field(default_factory=dict)
+    # The sites of the current layer whose features are on the shelf.
+    _with_features: set[SiteKey] = field(default_factory=set)
 
     def start(self) -> None:
         """Store the hidden states of the batch before the first layer."""
@@ -91,8 +98,17 @@ class Stream:
         stream = self._dense[before].to(self.runner.device_of(layer), non_blocking=True)
         self._forget_dense(before)
         readers = [site.sources[0].linear for site in sites] if self.follows_inputs else []
-        with outputs_of(site.projection for site in sites) as outputs, inputs_of(readers) as inputs:
+        sublayers = [sublayer_of(self.runner.model, site) for site in sites]
+        with (
+            outputs_of(site.projection for site in sites) as outputs,
+            outputs_of(sublayers) as whole,
+            inputs_of(readers) as inputs,
+        ):
             after = self.runner.run(layer, self.batch, stream)
+        if len(outputs) == len(whole):
+            found = zip(sites, sublayers, outputs, whole)
+            forms = {site.key: passed_on(sublayer, output, result) for site, sublayer, output, result in found}
+            self._passed_on.update({key: form for key, form in forms.items() if form is not None})
         for place, read in enumerate(inputs):
             self._dense[f"{layer}.{self.name}.{place}.inputs"] = read
         if self.joining.normalized:
@@ -105,11 +121,21 @@ class Stream:
         self._dense[f"{layer + 1}.{self.name}.dense"] = after
 
     def observe(
-        self, sites: Sequence[Site], place: int, projections: Projections
+        self, sites: Sequence[Site], place: int, projections: Projections, keeps: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the kept inputs of a projection of the pruned model, `[tokens, kept]`, and the difference between its
-        target and its present output, `[tokens, out_features]`."""
+        target and its present output, `[tokens, out_features]`.
+
+        If `keeps` is set, the inputs are stored for the rest of the layer, where the site can be left out then.
+        """
         inputs, written = self._run_before(sites[place].projection, sites, place, projections)
+        # Those of the last site are by far the largest, and only one more run would use them.
+        site = sites[place]
+        if keeps and site.key in self._passed_on and place + 1 < len(sites):
+            is_cut = is_narrow(site, projections)
+            features = inputs if is_cut else inputs[..., site.kept_features(projections[site.key].kept)]
+            self.shelf[f"{site.layer}.{self.name}.{place}.features"] = features
+            self._with_features.add(site.key)
         return self._kept_and_left(sites, place, projections, inputs, written)
 
     def read(self, sites: Sequence[Site], place: int, projections: Projections) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,19 +168,26 @@ class Stream:
         )
         return Linearized(on_host(inputs), on_host(by_source), on_host(residual.float()))
 
+    def settle(self, sites: Sequence[Site], place: int) -> None:
+        """Drop what was stored for the target of a site, which is final."""
+        layer, is_last = sites[0].layer, place + 1 == len(sites)
+        if self.joining is not None and self.joining.normalized:
+            self._forget_dense(f"{layer}.{self.name}.{place}.output")
+        elif self.joining is not None and not is_last:
+            self._forget_dense(f"{layer}.{self.name}.{place + 1}")
+        if self.follows_inputs:
+            self._forget_dense(f"{layer}.{self.name}.{place}.inputs")
+
     def leave(self, sites: Sequence[Site], projections: Projections) -> None:
-        """Run the layer of `sites` in the pruned model, and drop the states of the layer."""
+        """Run the layer of `sites` in the pruned model, and drop its inputs."""
         layer = sites[0].layer
         pruned = self.shelf.pop(f"{layer}.{self.name}.pruned")
-        with narrowed(sites, projections):
+        with narrowed(sites, projections), self._replayed(sites, projections):
             self.shelf[f"{layer + 1}.{self.name}.pruned"] = self.runner.run(layer, self.batch, pruned)
-        for place in range(len(sites)):
-            if self.joining is not None and self.joining.normalized:
-                self._forget_dense(f"{layer}.{self.name}.{place}.output")
-            elif self.joining is not None and place:
-                self._forget_dense(f"{layer}.{self.name}.{place}")
-            if self.follows_inputs:
-                self._forget_dense(f"{layer}.{self.name}.{place}.inputs")
+        for place, site in enumerate(sites):
+            if site.key in self._with_features:
+                self.shelf.forget(f"{layer}.{self.name}.{place}.features")
+        self._with_features.clear()
 
     @property
     def _dense(self) -> Shelf:
@@ -172,13 +205,31 @@ class Stream:
         if self.joining is None:
             # The target is computed from the features of removed units.
             projections = {key: new for key, new in projections.items() if key != sites[place].key}
+        earlier = sites[:place]
+        computed = [site.projection for site in earlier if site.key not in self._with_features]
         with (
             narrowed(sites, projections),
-            outputs_of(earlier.projection for earlier in sites[:place]) as written,
+            outputs_of(computed) as written,
+            self._replayed(earlier, projections) as known,
             stopped_before(module) as stop,
         ):
             self.runner.run(sites[0].layer, self.batch, self.shelf[f"{sites[0].layer}.{self.name}.pruned"])
-        return stop.inputs, written
+        return stop.inputs, [*known, *written]
+
+    @contextmanager
+    def _replayed(self, sites: Sequence[Site], projections: Projections) -> Iterator[list[torch.Tensor]]:
+        """Within the context, leave out the sublayers whose features are stored; yields the outputs of these sites."""
+        outputs: list[torch.Tensor] = []
+        with ExitStack() as stack:
+            for place, site in enumerate(sites):
+                if site.key not in self._with_features:
+                    continue
+                new = projections[site.key]
+                features = self.shelf[f"{site.layer}.{self.name}.{place}.features"]
+                outputs.append(F.linear(features.to(new.weight.device, non_blocking=True), new.weight, new.bias))
+                form = self._passed_on[site.key]
+                stack.enter_context(forward_replaced(form.sublayer, form.forward(outputs[-1])))
+            yield outputs
 
     def _kept_and_left(self, sites, place, projections, inputs, written) -> tuple[torch.Tensor, torch.Tensor]:
         site, inputs = sites[place], self.batch.tokens(inputs)

@@ -42,7 +42,7 @@ def test_narrow_sites_compute_what_whole_sites_do(name):
         features = {}
         handles = [
             site.projection.register_forward_pre_hook(
-                lambda _module, args, key=site.key: features.update({key: args[0].shape[-1]})
+                lambda _module, args, key=site.key, found=features: found.update({key: args[0].shape[-1]})
             )
             for site in sites
         ]

@@ -18,7 +18,7 @@ from optimum_fwdprune import (
 from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.forward.hooks import outputs_of, stopped_before
 from optimum_fwdprune.forward.layerwise import LayerRunner
-from optimum_fwdprune.reconstruction import independent, least_squares
+from optimum_fwdprune.reconstruction import independent, least_squares, streams
 from optimum_fwdprune.reconstruction.least_squares import (
     RIDGES,
     NormalEquations,
@@ -440,3 +440,27 @@ def test_a_refit_that_follows_another_is_told_as_one():
     kept = first.followed_by(useless)
     assert kept.change is first.change and (kept.error_before, kept.error_after) == (4.0, 2.5)
     assert useless.followed_by(second).change is second.change
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama_gqa_biases", "bloom"])
+def test_attention_that_is_fitted_is_not_computed_again_in_its_layer(name, monkeypatch):
+    """Bloom's attention adds the residual stream itself, so that it is computed again."""
+    model, tokens = tiny.make_model(name), torch.randint(3, tiny.VOCAB, (12, 9))
+    sites = find_sites(model)
+    calls = []
+    for site in sites:
+        if site.kind == "attention":
+            site.sources[0].linear.register_forward_hook(lambda *_args, layer=site.layer: calls.append(layer))
+    pruner = FwdPruner(model)
+    pruner.prune(tiny.request(sparsity=0.3, batch_size=6), tokens, inplace=False)
+    with_replay = [calls.count(site.layer) for site in sites[::2]]
+    calls.clear()
+    monkeypatch.setattr(streams, "passed_on", lambda *_args: None)
+    again = FwdPruner(model)
+    again.prune(tiny.request(sparsity=0.3, batch_size=6), tokens, inplace=False)
+    saved = [calls.count(site.layer) - before for site, before in zip(sites[::2], with_replay)]
+    # Two runs of three batches: before the MLP is fitted, and for the stream behind the layer.
+    assert saved == [0 if name == "bloom" else 2 * 3] * 3
+    for one, other in zip(pruner.model.parameters(), again.model.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
