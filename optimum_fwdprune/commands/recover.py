@@ -22,7 +22,7 @@ from .options import (
 
 # The Trainer's arguments that most runs set, with their help; --set takes all others.
 TRAINING = {
-    "learning_rate": "Peak learning rate. Default: 1e-4 for adapters, 2e-5 for all weights.",
+    "learning_rate": "Peak learning rate. Default: 1e-3 for adapters and blocks, 1e-4 for all weights at once.",
     "max_steps": "Optimizer steps. Default: as many as num_train_epochs takes.",
     "num_train_epochs": "Passes over the data (default: 1).",
     "per_device_train_batch_size": "Sequences per forward pass (default: 8).",

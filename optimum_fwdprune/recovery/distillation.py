@@ -106,7 +106,9 @@ class Teacher:
         self._hidden_states = hidden_states
 
     @torch.inference_mode()
-    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any]:
         """Return logits `[batch_size, seq_len, vocab_size]`, and hidden states of all layers or `None`."""
         device = input_device(self.model)
         outputs = self.model(
@@ -114,6 +116,7 @@ class Teacher:
             attention_mask=None if attention_mask is None else attention_mask.to(device),
             use_cache=False,
             output_hidden_states=self._hidden_states,
+            **({} if position_ids is None else {"position_ids": position_ids.to(device)}),
         )
         return outputs.logits.to(input_ids.device), outputs.hidden_states
 

@@ -20,6 +20,7 @@ from .budgets import seconds_of
 from .callbacks import check_evaluations, checked_callbacks
 from .data import TrainingTexts, training_data
 from .distillation import Teacher, identity_of_teacher, keep_predictions, kept_predictions
+from .documents import check_separates_documents
 from .options import DISTILL
 from .precision import trained_in_float32
 from .restoring import ModelState, left_as_it_was, removed_where_unused
@@ -169,6 +170,11 @@ def _trainer(
         texts = texts.written_by(live.model, source.identity, args)
         if args.teacher_cache is not None:
             live = None
+    if args.separate_documents:
+        check_separates_documents(model, "the pruned model")
+        if source is not None:
+            live = live or _teacher(model, args, source)
+            check_separates_documents(live.model, "the teacher")
     budget = Budget(trained, args, live)
     longest = getattr(model.config, "max_position_embeddings", None)
     limits = {"longest": longest, "vocab_size": model.config.get_text_config().vocab_size}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from ..data.texts import BUILTIN, FILE_LOADERS, PRESETS, SELF
@@ -126,13 +127,16 @@ def _first(data: Dataset, tokens: float) -> Dataset:
 
 def _joined(parts: list[Dataset]) -> Dataset:
     """Return the sequences of several datasets as one, with the mask that some of them have."""
-    masked = any("attention_mask" in part.column_names for part in parts)
-    names = ["input_ids", "labels", *(["attention_mask"] if masked else [])]
+    optional = ("attention_mask", "position_ids")
+    present = [name for name in optional if any(name in part.column_names for part in parts)]
+    names = ["input_ids", "labels", *present]
     features = Features(dict.fromkeys(names, _NUMBERS))
     whole = []
     for part in parts:
         columns = {name: part[name] for name in names if name in part.column_names}
-        if masked and "attention_mask" not in columns:
-            columns["attention_mask"] = [[1] * len(row) for row in part["input_ids"]]
+        for name in present:
+            if name not in columns:
+                values = np.arange if name == "position_ids" else np.ones  # type: ignore[assignment]
+                columns[name] = [values(len(row), dtype=np.int32) for row in part["input_ids"]]  # type: ignore[operator]
         whole.append(Dataset.from_dict(columns, features=features))
     return concatenate_datasets(whole)

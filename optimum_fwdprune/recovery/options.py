@@ -31,15 +31,15 @@ HEADINGS = {
         "distill_weight",
         "hidden_weight",
     ),
-    "data": ("max_length", "dataset_config", "dataset_split", "dataset_column"),
+    "data": ("max_length", "separate_documents", "dataset_config", "dataset_split", "dataset_column"),
     "choosing the best": ("held_out", "early_stopping"),
 }
 
 # What is trained: adapters, all weights at once, or those of one block after the other.
 ADAPTERS, WEIGHTS, BLOCKS = "adapters", "weights", "blocks"
 
-# The rate of adapters is LLM-Pruner's (arXiv 2305.11627); all weights need a smaller one.
-LEARNING_RATES = {ADAPTERS: 1e-4, WEIGHTS: 2e-5, BLOCKS: 1e-4}
+# Chosen by short runs on SmolLM2-135M (docs/recovery.md). All weights need a smaller rate than adapters and blocks.
+LEARNING_RATES = {ADAPTERS: 1e-3, WEIGHTS: 1e-4, BLOCKS: 1e-3}
 
 # Passes over the data.
 EPOCHS = {ADAPTERS: 1.0, WEIGHTS: 1.0, BLOCKS: 1.0}
@@ -116,6 +116,9 @@ class RecoveryOptions:
     max_length: int | None = option(
         None, "Tokens per training sequence. Default: 512, or the model's number of positions if that is smaller."
     )
+    separate_documents: bool = option(
+        False, "Let no token of packed text attend to those of other texts. Default: texts are joined by EOS."
+    )
     dataset_config: str | None = option(None, "Configuration name of a Hub dataset.")
     dataset_split: str = option("train", "Split of a Hub dataset.")
     dataset_column: str | None = option(
@@ -139,6 +142,7 @@ class RecoveryOptions:
         self._check_blocks()
         self._check_budget()
         self._check_held_out()
+        self._check_documents()
         if isinstance(self.lora_targets, str):
             self.lora_targets = [self.lora_targets]
         if self.mode == LORA and self.adapters is False:
@@ -182,6 +186,17 @@ class RecoveryOptions:
         if self.time is not None and self.mode == BLOCK_DISTILL:
             raise ValueError(
                 f"time={self.time!r} cannot be combined with mode='block_distill'; set tokens, such as tokens='1M'."
+            )
+
+    def _check_documents(self) -> None:
+        if not self.separate_documents:
+            return
+        if self.mode == BLOCK_DISTILL:
+            raise ValueError("separate_documents=True cannot be combined with mode='block_distill'.")
+        if self.teacher_cache:
+            raise ValueError(
+                f"separate_documents=True cannot be combined with teacher_cache={self.teacher_cache!r}, which does "
+                f"not store where documents begin."
             )
 
     def _check_held_out(self) -> None:

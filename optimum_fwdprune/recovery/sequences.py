@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.chats import IGNORED, check_template, encoded_chat
 from ..data.messages import Chat, UnusableRow
-from ..data.rows import CHAT, TOKENS, Data
-from ..data.texts import always_text, detokenize, open_rows
+from ..data.rows import CHAT, TEXT, TOKENS, Data
+from ..data.texts import KINDS, always_text, detokenize, open_rows
 from ..data.tokens import Tokens
 from ..runs.loggers import get_logger
 from ..runs.progress import progress
 from .amounts import Wanted
+from .documents import positions_and_labels
 from .options import RecoveryOptions
 
 
@@ -47,12 +48,20 @@ def sequences_of(
     if always_text(source):
         check_tokenizer(str(source))
     data = Data(*open_rows(source, options.dataset_config, options.dataset_split), options.dataset_column)
+    if options.separate_documents and data.kind != TEXT:
+        raise ValueError(
+            f"separate_documents=True is for text, which is packed, and {data.name} holds {KINDS[data.kind]}, whose "
+            f"rows are not joined. Leave it out."
+        )
     if data.kind == TOKENS:
         sequences = _tokens(data, length, wanted)
     else:
         check_tokenizer(data.name)
         assert tokenizer is not None
-        sequences = (_answers if data.kind == CHAT else _packed)(data, tokenizer, length, wanted)
+        if data.kind == CHAT:
+            sequences = _answers(data, tokenizer, length, wanted)
+        else:
+            sequences = _packed(data, tokenizer, length, wanted, options.separate_documents)
     _check_vocabulary(sequences, data.name, vocab_size)
     return sequences
 
@@ -89,12 +98,15 @@ def _labelled(tokens: Tokens) -> dict[str, np.ndarray]:
     }
 
 
-def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted: Wanted) -> Dataset:
+def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted: Wanted, separated: bool) -> Dataset:
     most = wanted.of_length(length)
     # An array takes four bytes per token, a list nine times as much.
     tokens = array("i")
+    starts: list[int] | None = [] if separated else None
     for text in progress(data, "Tokenizing", unit="text"):
         ids = tokenizer(detokenize(text), add_special_tokens=False, verbose=False)["input_ids"]
+        if starts is not None and ids:
+            starts.append(len(tokens))
         tokens.extend(ids)
         if ids and tokenizer.eos_token_id is not None:
             tokens.append(tokenizer.eos_token_id)
@@ -108,7 +120,10 @@ def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted:
             f"max_length, or train on more text."
         )
     sequences = np.frombuffer(tokens, dtype=np.int32)[: count * length].reshape(count, length)
-    return Dataset.from_dict({"input_ids": sequences, "labels": sequences})
+    if starts is None:
+        return Dataset.from_dict({"input_ids": sequences, "labels": sequences})
+    positions, labels = positions_and_labels(sequences, starts)
+    return Dataset.from_dict({"input_ids": sequences, "labels": labels, "position_ids": positions})
 
 
 def _answers(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted: Wanted) -> Dataset:

@@ -46,7 +46,9 @@ class RecoveryTrainer(Trainer):
             ids, logits = inputs.pop(TEACHER_IDS, None), inputs.pop(TEACHER_LOGARITHMS, None)
             hidden = None
             if logits is None and self._teacher is not None:
-                logits, hidden = self._teacher(inputs["input_ids"], inputs.get("attention_mask"))
+                logits, hidden = self._teacher(
+                    inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
+                )
             self._predicted = (logits, ids, hidden, inputs.get("attention_mask"))
             inputs = {**inputs, "output_hidden_states": hidden is not None}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -258,7 +258,7 @@ def test_the_whole_model_is_trained_afterwards_and_both_are_recorded(tokens, tmp
     recover(pruner, tmp_path, tokens, then="distill", adapters=False)
     pruner.save_pretrained(tmp_path / "saved")
 
-    assert pruner.recovery["mode"] == "distill" and pruner.recovery["learning rate"] == 2e-5
+    assert pruner.recovery["mode"] == "distill" and pruner.recovery["learning rate"] == 1e-4
     (blocks,) = pruner.recovery["earlier"]
     assert blocks["mode"] == "block_distill" and len(blocks["blocks"]) == 3
     card = (tmp_path / "saved" / "README.md").read_text()
