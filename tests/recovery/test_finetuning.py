@@ -440,7 +440,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"mode": "lore"}, "mode must be one of lora, full, distill; got 'lore'"),
+            ({"mode": "lore"}, "mode must be one of lora, full, distill, block_distill; got 'lore'"),
             ({"mode": "lora", "adapters": False}, "cannot be combined with mode='lora', which trains adapters"),
             ({"mode": "full", "adapters": True}, "cannot be combined with mode='full', which trains all weights"),
             ({"fp16": True}, "fp16 overflows"),
@@ -449,7 +449,7 @@ class TestBadInput:
             ({"distill_weight": -0.1, "mode": "distill"}, "distill_weight must be in"),
             ({"temperature": 0.0, "mode": "distill"}, "temperature must be above 0"),
             ({"max_length": 1}, "max_length must be at least 2"),
-            ({"teacher": "someone/dense"}, "A teacher is used with mode='distill' only"),
+            ({"teacher": "someone/dense"}, "A teacher is used with mode='distill' or 'block_distill' only"),
             ({"mode": "distill", "hidden_weight": 1.0, "teacher_cache": "x"}, "which teacher_cache does not store"),
         ],
     )

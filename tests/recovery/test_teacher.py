@@ -191,7 +191,7 @@ class TestTeachersThatAreRefused:
         self.refused(tmp_path, "'flux:0' is no device", str(tmp_path / "dense"), teacher_device_map="flux:0")
 
     def test_where_none_or_another_one_is_asked_for(self, tmp_path):
-        self.refused(tmp_path, "A teacher is used with mode='distill' only", "dense", mode="lora")
+        self.refused(tmp_path, "A teacher is used with mode='distill' or 'block_distill' only", "dense", mode="lora")
         self.refused(tmp_path, "leave one of them out", "dense", teacher="other")
 
     def test_with_a_cache_of_something_else(self, tmp_path):
