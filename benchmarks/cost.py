@@ -4,10 +4,10 @@
     python benchmarks/cost.py --model FOLDER --text CALIBRATION_TEXT  # presets of a real model alone
 
 The first uses a model of SmolLM2-135M's shape with random weights. Targets: scoring at most 1.2 x the plain forward
-passes over the same tokens; a mask for every sequence at most 1.15 x the plain forward pass of the batch; surgery's peak
-at most the dense model plus one layer; the presets at most 2, 4.5 and 8 x the plain forward passes. Presets remove 40 %
-and calibrate on 128 windows of 256 tokens, in bfloat16. Their ratios are of processor time, and plain forward passes
-are those of the base model, without its head.
+passes over the same tokens; a mask for every sequence at most 1.15 x the plain forward pass of the batch; surgery's
+peak at most the dense model plus one layer; the presets at most 2, 4.5 and 8 x the plain forward passes. Presets
+remove 40 % and calibrate on 128 windows of 256 tokens, in bfloat16. Their ratios are of processor time, and plain
+forward passes are those of the base model, without its head.
 """
 
 import argparse
