@@ -38,6 +38,7 @@ PRUNED = {
     "gguf.md": ("pruned",),
     "report.md": ("pruned", "pruned-20", "pruned-40"),
     "recovery.md": ("smollm2-pruned",),
+    "recovery_recipes.md": ("smollm2-pruned",),
     "serving.md": ("smollm2-recovered", "pruned"),
 }
 # Options of commands whose defaults would time tiny models for long.
