@@ -203,15 +203,8 @@ def test_the_first_layers_of_qwen3_vl_are_not_removed_whole(tokens):
 
 
 def test_a_processor_is_saved_with_the_model_and_loaded_with_it(tokens, tmp_path):
-    tokenizer = tiny.make_tokenizer()
-    images = transformers.Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
-    special = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
-    tokenizer.add_special_tokens({"additional_special_tokens": list(special.values())})
-    for name, token in special.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
-    processor = transformers.Gemma3Processor(images, tokenizer, image_seq_length=tiny_multimodal.IMAGE_TOKENS)
-
+    processor = tiny_multimodal.make_processor("gemma3")
+    tokenizer = processor.tokenizer
     pruner = FwdPruner(tiny_multimodal.make_model("gemma3"), processor)
     assert pruner.tokenizer is tokenizer
     pruner.prune(None, tokens, sparsity=0.3)

@@ -1,5 +1,7 @@
 """Tiny models of every multimodal family, with an image made by hand."""
 
+from unittest import mock
+
 import tiny
 import torch
 import transformers
@@ -112,3 +114,50 @@ def prompt(name, seed=0):
 def text_tokens():
     """Calibration tokens without an image: 16 windows of 24."""
     return torch.randint(0, END, (16, 24), generator=torch.Generator().manual_seed(1))
+
+
+# The tokens IMAGE, START and END of every family.
+_MARKS = {
+    "gemma3": {"image_token": "<image_soft_token>", "boi_token": "<boi>", "eoi_token": "<eoi>"},
+    "llava": {"image_token": "<image>", "start": "<start>", "end": "<end>"},
+    "qwen": {
+        "image_token": "<|image_pad|>",
+        "vision_bos_token": "<|vision_start|>",
+        "vision_eos_token": "<|vision_end|>",
+    },
+}
+PLACE_OF_IMAGE = {
+    "gemma3": "<boi>",
+    "llava_llama": "<image>",
+    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+}
+
+
+def make_processor(name):
+    """Build a processor of a family whose tokens are those of its tiny model."""
+    tokenizer = tiny.make_tokenizer()
+    marks = _MARKS[name if name == "gemma3" else name.partition("_")[0].rstrip("2")]
+    tokenizer.add_tokens([f"<unused {number}>" for number in range(len(tokenizer), END)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unused 290>",
+        # Added in their order, and saved with their names.
+        model_specific_special_tokens=dict(reversed(marks.items())),
+    )
+    assert tokenizer.convert_tokens_to_ids(list(marks.values())) == [IMAGE, START, END]
+    if name == "gemma3":
+        images = transformers.Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+        return transformers.Gemma3Processor(images, tokenizer, image_seq_length=IMAGE_TOKENS)
+    if name.startswith("llava"):
+        images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+        return transformers.LlavaProcessor(
+            images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        )
+    images = transformers.Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, size={"shortest_edge": 256, "longest_edge": 256}
+    )
+    # Its processor of videos needs torchvision.
+    with mock.patch.object(transformers.ProcessorMixin, "check_argument_for_proper_class"):
+        return transformers.Qwen2_5_VLProcessor(images, tokenizer, None)

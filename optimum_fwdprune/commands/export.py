@@ -10,6 +10,7 @@ from .options import (
     add_loading_options,
     add_tokenizer_option,
     load_model,
+    load_processor,
     load_tokenizer,
 )
 from .parser import choice
@@ -62,11 +63,13 @@ class ExportCommand(Command):
 
         from optimum_fwdprune.export import export_gguf, export_stock
 
-        tokenizer = load_tokenizer(self.args.model, self.args)
-        model = load_model(self.args.model, self.args)
         if is_file:
+            tokenizer = load_tokenizer(self.args.model, self.args)
+            model = load_model(self.args.model, self.args)
             options = (self.args.outtype, self.args.overwrite, self.args.pre_tokenizer)
             print(f"Written to {export_gguf(model, tokenizer, self.args.output, *options)}.")
         else:
-            written = export_stock(model, tokenizer, self.args.output, self.args.overwrite)
+            processor = load_processor(self.args.model, self.args)
+            model = load_model(self.args.model, self.args)
+            written = export_stock(model, processor, self.args.output, self.args.overwrite)
             print(f"Written to {written}; its logits equal those of {self.args.model}.")

@@ -15,7 +15,7 @@ from .parser import choice
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     from optimum_fwdprune.pruner import FwdPruner
 
@@ -89,6 +89,19 @@ def load_tokenizer(model: str, args: Namespace) -> PreTrainedTokenizerBase:
         check_is_there(model, **access, **version)
         raise ValueError(f"{model} has no tokenizer; name one with --tokenizer.")
     return tokenizer
+
+
+def load_processor(model: str, args: Namespace) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """Load the processor of a multimodal model. Models without one, and models whose tokenizer `--tokenizer` replaces,
+    have their tokenizer alone."""
+    from optimum_fwdprune.loading.tokenizers import load_processor
+
+    processor = None
+    if args.tokenizer is None:
+        options = loading_options(args)
+        names = ("token", "trust_remote_code", "revision")
+        processor = load_processor(model, **{name: options[name] for name in names if name in options})
+    return processor or load_tokenizer(model, args)
 
 
 def add_hub_options(parser: ArgumentParser) -> None:

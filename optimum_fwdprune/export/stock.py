@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..architectures import get_architecture
 from ..architectures.stock_form import stock_form
@@ -26,7 +26,7 @@ from ..runs.progress import one_step
 
 def export_stock(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
     folder: str | Path,
     overwrite: bool = False,
 ) -> Path:
@@ -37,7 +37,7 @@ def export_stock(
 
     Args:
         model (`PreTrainedModel`): the pruned model, of any task class, whose layers were cut alike.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): written too, with its chat template.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): written too, with its chat template.
         folder (`str` or `Path`): folder to write, new or empty.
         overwrite (`bool`, defaults to `False`): replace a folder that is not empty.
 
