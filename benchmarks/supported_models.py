@@ -16,7 +16,8 @@ from transformers.utils import logging
 from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.architectures.stock_form import NoStockForm, find_stock_form
 from optimum_fwdprune.cutting.surgery import pruned_config
-from optimum_fwdprune.export.gguf_families import FAMILIES
+from optimum_fwdprune.export import gguf_fields as fields
+from optimum_fwdprune.export.gguf_families import FAMILIES, REASONS
 from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.models.families import family_modules
 from optimum_fwdprune.models.layout import DecoderLayout
@@ -60,6 +61,7 @@ STOCK_HEADS = "Its stock classes take the width of a head from the number of hea
 STOCK_CHANNELS = "Its stock classes take the number of channels from the hidden size."
 LLAMA_HEADS = "llama.cpp takes all heads together to be as wide as the hidden size."
 BLOOM_HEADS = "llama.cpp works the ALiBi slopes out of the number of heads."
+FIXED_PATTERN = "Only so that every fourth of the layers that are left is one without rotary embeddings."
 FIRST_LAYERS = (
     "The first layers, after each of which features of images are added to the residual stream (DeepStack), are not "
     "removed whole. Their attention or their MLP can be removed."
@@ -157,11 +159,12 @@ def holds(subject, kept):
 def gguf(architecture, notes):
     family = FAMILIES.get(architecture.model_type)
     if family is None:
-        return ["no"]
+        return [f"no{notes.mark(REASONS[architecture.model_type])}"]
     reason = architecture.support["heads"].reason
-    note = "" if reason else notes.mark(BLOOM_HEADS if not family.ropes else LLAMA_HEADS)
+    note = "" if reason else notes.mark(BLOOM_HEADS if architecture.model_type == "bloom" else LLAMA_HEADS)
     letters = [f"C{note}"] if family.all_heads else ["H", "C"]
-    return [*letters, *(["U", "L", "S"] if family.per_layer else ["L"])]
+    layers = notes.mark(FIXED_PATTERN) if fields.layers_without_rope in family.fields else ""
+    return [*letters, *(["U", "L", "S"] if family.per_layer else [f"L{layers}"])]
 
 
 def vllm(architecture):

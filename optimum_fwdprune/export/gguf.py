@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from ..architectures import get_architecture, is_pruned
 from ..architectures.depth import layer_configs
@@ -20,7 +22,7 @@ from ..loading.state import check_not_consumed
 from ..models.layout import DecoderLayout
 from ..models.per_layer import stock_config
 from ..runs.loggers import get_logger
-from .gguf_families import FAMILIES, GGUFFamily, LayerSizes
+from .gguf_families import FAMILIES, REASONS, GGUFFamily, LayerSizes
 from .gguf_fields import context_length, head_dim_of, rope_tensors, rope_type
 from .gguf_skipped import sizes_in_file, stand_ins
 from .gguf_tensors import GGUFTensor, write_tensors
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+
+# Config keys of the activation of the MLP.
+ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
 # The file type that a file declares, by the dtype of its matrices.
 DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -126,8 +131,8 @@ def _family_of(config: Any, model: PreTrainedModel) -> GGUFFamily:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ValueError(
-            f"There is no GGUF export for {config.model_type}; there is one for {', '.join(FAMILIES)}. llama.cpp does "
-            f"not support OPT."
+            f"There is no GGUF export for {config.model_type}; there is one for {', '.join(FAMILIES)}. "
+            f"{REASONS.get(config.model_type, '')}".rstrip()
         )
     if not model.can_generate():
         raise ValueError(f"GGUF files hold causal language models; this is a {type(model).__name__}.")
@@ -150,17 +155,18 @@ def _check_computation(family: GGUFFamily, config: Any) -> None:
             f"Rotary embeddings of type {kind!r} cannot be exported for {config.model_type}; those of type "
             f"{', '.join(family.ropes)} can be."
         )
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    activation = next((getattr(config, key) for key in ACTIVATIONS if getattr(config, key, None) is not None), None)
     if activation is not None and activation not in family.activations:
         raise ValueError(
             f"The MLPs of this model have the activation {activation!r}, and llama.cpp's {family.uniform} computes "
             f"{family.activations[0]!r}. Only a stock checkpoint holds it (--format stock)."
         )
-    if family.bias_key is not None and not getattr(config, family.bias_key):
-        raise ValueError(
-            f"llama.cpp's {family.uniform} needs biases, and this model has {family.bias_key}=False. Only a stock "
-            f"checkpoint holds it (--format stock)."
-        )
+    for key, value in family.requires.items():
+        if getattr(config, key) != value:
+            raise ValueError(
+                f"llama.cpp's {family.uniform} computes with {key}={value}, and this model has "
+                f"{key}={getattr(config, key)}. Only a stock checkpoint holds it (--format stock)."
+            )
 
 
 def _name_of(family: GGUFFamily, layers: list[LayerSizes]) -> str:
@@ -225,8 +231,9 @@ def _tensors(model: PreTrainedModel, conversion: Conversion) -> Iterator[GGUFTen
     names = gguf.get_tensor_name_map(architecture, len(conversion.layers))
     # Tied weights are one tensor of the file. Offloaded ones are two parameters of the model.
     tied = getattr(model, "all_tied_weights_keys", {})
+    lists = tuple(f"{path}." for path in _lists_of_norms(model, conversion))
     for source, parameter in model.named_parameters():
-        if source in tied:
+        if source in tied or source.startswith(lists):
             continue
         # For some families, gguf lists the names without the prefix of the base model.
         short = source.removeprefix(f"{model.base_model_prefix}.")
@@ -234,16 +241,43 @@ def _tensors(model: PreTrainedModel, conversion: Conversion) -> Iterator[GGUFTen
         if target is None or (target.endswith(("attn_output.bias", "ffn_down.bias")) and not family.output_biases):
             raise ValueError(f"llama.cpp's {name} has no tensor for {source}.")
         make = partial(_converted, model, source, conversion)
-        yield GGUFTensor(target, tuple(parameter.shape), make)
+        shape = tuple(reversed(parameter.shape)) if _is_transposed(model, source) else tuple(parameter.shape)
+        yield GGUFTensor(target, shape, make)
         if target == "token_embd.weight" and tied and family.own_output:
-            yield GGUFTensor("output.weight", tuple(parameter.shape), make)
+            yield GGUFTensor("output.weight", shape, make)
+    for path in lists:
+        # One tensor of the file has the norms of all heads.
+        norms: Any = model.get_submodule(path[:-1])
+        target = names.get_name(path.rpartition(".")[0].rpartition(".")[0])
+        shape = (len(norms), *norms[0].weight.shape)
+        yield GGUFTensor(f"{target}.weight", shape, partial(_stacked, model, path, len(norms)))
     yield from stand_ins(list(conversion.layers.values()), conversion.config)
     for target, tensor in rope_tensors(conversion.config).items():
         yield GGUFTensor(target, tuple(tensor.shape), partial(torch.clone, tensor))
+
+
+def _lists_of_norms(model: PreTrainedModel, conversion: Conversion) -> list[str]:
+    """Return the names of lists with a norm for every head."""
+    attention = conversion.layout.attention
+    norms = [f".{attention.module}.{name}" for name in (attention.query_norms, attention.key_norms) if name]
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return [f"{path}{norm}" for path in conversion.layers for norm in norms if f"{path}{norm}" in names]
+
+
+def _stacked(model: PreTrainedModel, path: str, heads: int) -> torch.Tensor:
+    """Return the weights of a list of norms, `[heads, head_dim]`."""
+    return torch.stack([read_parameter(model, f"{path}{head}.weight") for head in range(heads)])
+
+
+def _is_transposed(model: PreTrainedModel, source: str) -> bool:
+    """Whether a parameter is a weight that is stored transposed (GPT-2)."""
+    owner, _, name = source.rpartition(".")
+    return name == "weight" and isinstance(model.get_submodule(owner), Conv1D)
 
 
 def _converted(model: PreTrainedModel, source: str, conversion: Conversion) -> torch.Tensor:
     """Return a parameter of the model in llama.cpp's form."""
     sizes = next((sizes for path, sizes in conversion.layers.items() if source.startswith(f"{path}.")), None)
     values = read_parameter(model, source)
+    values = values.T if _is_transposed(model, source) else values
     return conversion.family.convert(source, values, sizes, conversion.config, conversion.layout)

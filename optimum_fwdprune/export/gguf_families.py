@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..architectures import head_counts
+from ..architectures import as_linear, head_counts
 from ..models.layout import ATTENTION, MLP, DecoderLayout
 from . import gguf_fields as fields
 from .gguf_tensors import interleaved, separated, with_scaled_queries
@@ -34,8 +34,7 @@ class LayerSizes(NamedTuple):
         heads, kv_heads = (0, 0) if ATTENTION in skipped else head_counts(layout.attention, layer)
         if MLP in skipped:
             return cls(heads, kv_heads, 0)
-        output: Any = layer.get_submodule(layout.mlp.output)
-        return cls(heads, kv_heads, output.in_features)
+        return cls(heads, kv_heads, as_linear(layer.get_submodule(layout.mlp.output)).in_features)
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class GGUFFamily:
         all_heads (`bool`): llama.cpp takes the heads together to be as wide as the hidden size, so that the model must
             have all its heads.
         output_biases (`bool`): whether the projections that write to the residual stream can have biases.
-        bias_key (`str`, *optional*): config key of biases that llama.cpp cannot do without.
+        requires (`dict[str, Any]`): values of the config that llama.cpp's code takes for granted, by their keys.
         rotates_pairs (`bool`): whether llama.cpp rotates pairs of neighbouring features; transformers rotates halves.
         adds_one (`bool`): the weights of norms are added to one in transformers, and used as they are in llama.cpp.
         scales_queries (`str`, *optional*): end of the name of the parameter that takes the factor by which llama.cpp
@@ -65,7 +64,7 @@ class GGUFFamily:
     per_layer: str | None = None
     all_heads: bool = False
     output_biases: bool = False
-    bias_key: str | None = None
+    requires: Mapping[str, Any] = field(default_factory=dict)
     rotates_pairs: bool = False
     adds_one: bool = False
     scales_queries: str | None = None
@@ -93,7 +92,8 @@ class GGUFFamily:
             return values
         attention = layout.attention
         if attention.fused:
-            return separated(values, sizes.heads) if attention.interleaved and attention.fused in name else values
+            is_fused = attention.interleaved and attention.fused in name
+            return separated(values, sizes.heads, sizes.kv_heads) if is_fused else values
         if self.scales_queries is not None and name.endswith(self.scales_queries):
             values = with_scaled_queries(values, config, sizes.heads)
         if self.rotates_pairs and f".{attention.query}." in name:
@@ -110,6 +110,7 @@ GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA,
+    "ministral": LLAMA,
     "qwen2": GGUFFamily("qwen2", all_heads=True),
     "qwen3": GGUFFamily("qwen3"),
     "gemma2": GGUFFamily(
@@ -140,7 +141,7 @@ FAMILIES = {
         "starcoder2",
         all_heads=True,
         output_biases=True,
-        bias_key="use_bias",
+        requires={"use_bias": True},
         activations=GELU_TANH,
         fields=(fields.layer_norm, fields.rope),
     ),
@@ -148,7 +149,7 @@ FAMILIES = {
         "gptneox",
         all_heads=True,
         output_biases=True,
-        bias_key="attention_bias",
+        requires={"attention_bias": True},
         own_output=True,
         # llama.cpp approximates GELU with tanh, as it does for every model.
         activations=("gelu", *GELU_TANH),
@@ -157,4 +158,82 @@ FAMILIES = {
     "bloom": GGUFFamily(
         "bloom", all_heads=True, output_biases=True, activations=(), ropes=(), fields=(fields.layer_norm,)
     ),
+    "gemma": GGUFFamily("gemma", adds_one=True, activations=("gelu", *GELU_TANH)),
+    "arcee": GGUFFamily("arcee", rotates_pairs=True, activations=("relu2",)),
+    "cohere": GGUFFamily(
+        "command-r",
+        all_heads=True,
+        fields=(fields.layer_norm, fields.head_dim, fields.rope, fields.logit_scale, fields.head_norms_of_command_r),
+    ),
+    "cohere2": GGUFFamily(
+        "cohere2",
+        all_heads=True,
+        slides=True,
+        fields=(fields.layer_norm, fields.head_dim, fields.rope, fields.logit_scale, fields.sliding_windows),
+    ),
+    "smollm3": GGUFFamily(
+        "smollm3",
+        rotates_pairs=True,
+        fields=(fields.rms_norm, fields.head_dim, fields.rope, fields.layers_without_rope),
+    ),
+    "exaone4": GGUFFamily(
+        "exaone4", all_heads=True, ropes=("default", "linear", "llama3"), requires={"sliding_window": None}
+    ),
+    "olmo": GGUFFamily(
+        "olmo", all_heads=True, rotates_pairs=True, fields=(fields.fixed_layer_norm, fields.rope, fields.clamp)
+    ),
+    "olmo3": GGUFFamily(
+        "olmo2",
+        all_heads=True,
+        own_output=True,
+        slides=True,
+        fields=(fields.rms_norm, fields.head_dim, fields.rope, fields.sliding_windows),
+    ),
+    "glm": GGUFFamily("chatglm"),
+    "glm4": GGUFFamily("glm4"),
+    "seed_oss": GGUFFamily("seed_oss"),
+    "ernie4_5": GGUFFamily("ernie4_5"),
+    "hunyuan_v1_dense": GGUFFamily("hunyuan-dense"),
+    "gpt2": GGUFFamily(
+        "gpt2", all_heads=True, output_biases=True, activations=GELU_TANH, ropes=(), fields=(fields.layer_norm,)
+    ),
+    "falcon": GGUFFamily(
+        "falcon",
+        all_heads=True,
+        requires={"alibi": False, "parallel_attn": True, "bias": False},
+        activations=("gelu", *GELU_TANH),
+        fields=(fields.layer_norm, fields.rope),
+    ),
+    "nemotron": GGUFFamily(
+        "nemotron",
+        all_heads=True,
+        adds_one=True,
+        output_biases=True,
+        own_output=True,
+        activations=("relu2",),
+        fields=(fields.layer_norm, fields.head_dim, fields.rope),
+    ),
+    "stablelm": GGUFFamily(
+        "stablelm", all_heads=True, own_output=True, fields=(fields.layer_norm, fields.rope, fields.parallel_blocks)
+    ),
+    "phi": GGUFFamily(
+        "phi2",
+        all_heads=True,
+        output_biases=True,
+        own_output=True,
+        requires={"qk_layernorm": False},
+        activations=("gelu", *GELU_TANH),
+        fields=(fields.layer_norm, fields.rope),
+    ),
+}
+
+_NO_CODE = "llama.cpp has no code for this family."
+_PARTS = "llama.cpp reads the language model and the vision model from two files, which the export does not write."
+
+# Why there is no export of other families, as sentences.
+REASONS = {
+    **dict.fromkeys(("codegen", "gptj", "helium", "opt"), _NO_CODE),
+    **dict.fromkeys(("gemma3", "llava", "qwen2_5_vl", "qwen3_vl"), _PARTS),
+    "apertus": "The export does not write the parameters of its activation (xIELU).",
+    "ministral3": "The export does not write its rotary embeddings (YaRN) and its scaling of queries by position.",
 }

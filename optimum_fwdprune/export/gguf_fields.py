@@ -13,7 +13,16 @@ if TYPE_CHECKING:
 
 
 # Of every so many layers, the last one attends to everything, where the file does not list the layers.
-SLIDING_PERIODS = {"gemma2": 2, "gemma3_text": 6}
+SLIDING_PERIODS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4}
+
+# The last one of every so many layers has no rotary embeddings in llama.cpp's smollm3.
+PERIOD_WITHOUT_ROPE = 4
+
+# From so many layers on, llama.cpp's command-r normalizes queries and keys.
+LAYERS_WITH_HEAD_NORMS = 64
+
+# The epsilon of OLMo's norms is no entry of its config.
+EPSILON_OF_OLMO = 1e-5
 
 
 def context_length(config: Any) -> int:
@@ -57,7 +66,7 @@ def rms_norm(writer: GGUFWriter, config: Any) -> None:
 
 def layer_norm(writer: GGUFWriter, config: Any) -> None:
     """Add the epsilon of norms by mean and variance."""
-    names = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+    names = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
     writer.add_layer_norm_eps(next(getattr(config, name) for name in names if hasattr(config, name)))
 
 
@@ -107,6 +116,43 @@ def no_soft_caps(writer: GGUFWriter, config: Any) -> None:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, key) is not None:
             raise ValueError(f"{key} is {getattr(config, key)}, and llama.cpp's {writer.arch} computes without it.")
+
+
+def fixed_layer_norm(writer: GGUFWriter, config: Any) -> None:
+    """Add the epsilon of OLMo's norms by mean and variance."""
+    writer.add_layer_norm_eps(EPSILON_OF_OLMO)
+
+
+def clamp(writer: GGUFWriter, config: Any) -> None:
+    """Add the bound of queries, keys and values; 0 is none."""
+    writer.add_clamp_kqv(config.clip_qkv or 0.0)
+
+
+def logit_scale(writer: GGUFWriter, config: Any) -> None:
+    """Add the number by which logits are multiplied."""
+    writer.add_logit_scale(config.logit_scale)
+
+
+def head_norms_of_command_r(writer: GGUFWriter, config: Any) -> None:
+    """Check that llama.cpp expects norms of queries and keys where the model has them, which it tells by the number
+    of layers."""
+    if config.use_qk_norm != (config.num_hidden_layers >= LAYERS_WITH_HEAD_NORMS):
+        raise ValueError(
+            f"llama.cpp's {writer.arch} has norms of queries and keys in models of at least {LAYERS_WITH_HEAD_NORMS} "
+            f"layers alone, and this model has {config.num_hidden_layers} layers and use_qk_norm="
+            f"{config.use_qk_norm}. Only a stock checkpoint holds it (--format stock)."
+        )
+
+
+def layers_without_rope(writer: GGUFWriter, config: Any) -> None:
+    """Check that the layers without rotary embeddings are those of which llama.cpp takes it."""
+    for number, has_rope in enumerate(config.no_rope_layers):
+        if bool(has_rope) != ((number + 1) % PERIOD_WITHOUT_ROPE != 0):
+            raise ValueError(
+                f"llama.cpp's {writer.arch} has no rotary embeddings in every {PERIOD_WITHOUT_ROPE}th layer, and "
+                f"layer {number} of this model differs. Prune heads or channels, or whole groups of "
+                f"{PERIOD_WITHOUT_ROPE} layers. Only a stock checkpoint holds it as it is (--format stock)."
+            )
 
 
 def granite_scales(writer: GGUFWriter, config: Any) -> None:

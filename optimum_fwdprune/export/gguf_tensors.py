@@ -35,14 +35,17 @@ def interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).flatten(0, 2)
 
 
-def separated(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder rows that hold query, key and value head by head to all queries, then all keys, then all values.
+def separated(rows: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+    """Reorder rows that hold the queries, the key and the value of one KV head after the other, to all queries, all
+    keys and all values.
 
     Args:
-        rows (`Tensor[heads * 3 * head_dim, ...]`): rows of a layer's projection.
-        heads (`int`): number of heads of this layer.
+        rows (`Tensor[(heads + 2 * kv_heads) * head_dim, ...]`): rows of a layer's projection.
+        heads (`int`): number of query heads of this layer.
+        kv_heads (`int`): number of KV heads.
     """
-    return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+    groups = rows.unflatten(0, (kv_heads, heads // kv_heads + 2, -1))
+    return torch.cat([part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])])
 
 
 # Of models with so many layers, which it takes to be of the 27B size, llama.cpp scales queries by the hidden size per
@@ -72,7 +75,9 @@ def write_tensors(writer: GGUFWriter, tensors: list[GGUFTensor], dtype: str) -> 
     kinds: list[GGMLQuantizationType] = []
     for tensor in tensors:
         shape = tensor.shape
-        kind = gguf.GGMLQuantizationType[dtype.upper()] if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+        # llama.cpp multiplies by norms in float32, also by those with weights for every head.
+        matrix = len(shape) > 1 and not tensor.name.endswith("_norm.weight")
+        kind = gguf.GGMLQuantizationType[dtype.upper()] if matrix else gguf.GGMLQuantizationType.F32
         if kind is gguf.GGMLQuantizationType.Q8_0 and shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = gguf.GGMLQuantizationType.F16
         kinds.append(kind)

@@ -31,7 +31,22 @@ LONG_ROPE = {
 LONG_CONTEXT = {"max_position_embeddings": 1024, "original_max_position_embeddings": 256}
 SHORT_CONTEXT = {"max_position_embeddings": 1024, "original_max_position_embeddings": 4}
 # llama.cpp's architectures with SiLU, which it computes as it is.
-EXACT = ("llama", "deci", "qwen2", "qwen3", "olmo2", "granite", "phi3")
+EXACT = ("llama", "deci", "qwen2", "qwen3", "olmo2", "granite", "phi3", "arcee", "glm4", "smollm3", "command-r")
+EXACT += ("chatglm", "seed_oss", "ernie4_5", "hunyuan-dense", "cohere2", "exaone4", "olmo", "nemotron", "stablelm")
+# Changes that make tiny models of some families ones that llama.cpp holds.
+NO_WINDOWS = {"sliding_window": None, "layer_types": ["full_attention"] * 3}
+ALL_ROTATED = {"no_rope_layers": [1, 1, 1], "use_sliding_window": False, "sliding_window": None}
+HOLDABLE = {
+    "arcee": {"mlp_bias": False},
+    "ernie4_5": {"use_bias": False},
+    "exaone4": NO_WINDOWS,
+    "ministral": {"sliding_window": 128},
+    "falcon_grouped": {"bias": False},
+    "gemma2": NO_CAPS,
+    "phi": {"qk_layernorm": False},
+    "smollm3": ALL_ROTATED,
+    "starcoder2": {"sliding_window": None},
+}
 
 
 def pruned(name, tokens, changes=None, **fields):
@@ -87,6 +102,27 @@ def check_llama_cpp_agrees(model, file, tokens, tolerance, places=8):
         ("phi3", {"rope_parameters": LONG_ROPE, **SHORT_CONTEXT}, {"scope": "layer", "kinds": ["mlp"]}, "phi3"),
         ("gpt_neox", {}, {"scope": "layer", "kinds": ["mlp"]}, "gptneox"),
         ("gpt_neox_sequential", {"tie_word_embeddings": True}, {"scope": "layer", "kinds": ["mlp"]}, "gptneox"),
+        ("gemma", {}, {"scope": "layer"}, "gemma"),
+        ("arcee", {"mlp_bias": False}, {"scope": "layer"}, "arcee"),
+        ("glm", {}, {"scope": "layer"}, "chatglm"),
+        ("glm4", {}, {"scope": "layer"}, "glm4"),
+        ("seed_oss", {}, {"scope": "layer"}, "seed_oss"),
+        ("ernie4_5", {"use_bias": False}, {"scope": "layer"}, "ernie4_5"),
+        ("hunyuan_v1_dense", {}, {"scope": "layer"}, "hunyuan-dense"),
+        ("ministral", {"sliding_window": 128}, {}, "deci"),
+        ("smollm3", ALL_ROTATED, {"scope": "layer"}, "smollm3"),
+        ("cohere", {}, {"scope": "layer", "kinds": ["mlp"]}, "command-r"),
+        ("cohere2", {}, {"scope": "layer", "kinds": ["mlp"]}, "cohere2"),
+        ("exaone4", NO_WINDOWS, {"scope": "layer", "kinds": ["mlp"]}, "exaone4"),
+        ("olmo", {}, {"scope": "layer", "kinds": ["mlp"]}, "olmo"),
+        ("olmo3", {}, {"scope": "layer", "kinds": ["mlp"]}, "olmo2"),
+        ("gpt2", {}, {"scope": "layer", "kinds": ["mlp"]}, "gpt2"),
+        ("falcon_multi_query", {}, {"scope": "layer", "kinds": ["mlp"]}, "falcon"),
+        ("falcon_grouped", {"bias": False}, {"scope": "layer", "kinds": ["mlp"]}, "falcon"),
+        ("nemotron", {}, {"scope": "layer", "kinds": ["mlp"]}, "nemotron"),
+        ("stablelm", {}, {"scope": "layer", "kinds": ["mlp"]}, "stablelm"),
+        ("stablelm_parallel_query_norms", {}, {"scope": "layer", "kinds": ["mlp"]}, "stablelm"),
+        ("phi", {"qk_layernorm": False}, {"scope": "layer", "kinds": ["mlp"]}, "phi2"),
     ],
 )
 def test_llama_cpp_computes_what_transformers_does(name, changes, fields, architecture, tokens, tokenizer, tmp_path):
@@ -241,8 +277,18 @@ class TestRefusals:
         [
             ("qwen2", {"head_dim": 16}, r"divides the hidden size 48 by the number of heads 6.*have 16 features"),
             ("starcoder2", {"hidden_act": "gelu"}, r"activation 'gelu', and llama\.cpp's starcoder2 computes"),
-            ("starcoder2", {"use_bias": False}, r"starcoder2 needs biases, and this model has use_bias=False"),
-            ("gpt_neox", {"attention_bias": False}, r"gptneox needs biases, and this model has attention_bias=False"),
+            ("starcoder2", {"use_bias": False}, r"starcoder2 computes with use_bias=True, and this .* use_bias=False"),
+            ("gpt_neox", {"attention_bias": False}, r"gptneox computes with attention_bias=True, and this model has"),
+            ("exaone4", {}, r"exaone4 computes with sliding_window=None, and this model has sliding_window=8"),
+            ("falcon_alibi", {}, r"falcon computes with alibi=False, and this model has alibi=True"),
+            ("falcon_grouped", {}, r"falcon computes with bias=False, and this model has bias=True"),
+            ("phi", {}, r"phi2 computes with qk_layernorm=False, and this model has qk_layernorm=True"),
+            (
+                "cohere_query_norms",
+                {},
+                r"of at least 64 layers alone, and this model has 3 layers and use_qk_norm",
+            ),
+            ("smollm3", {}, r"no rotary embeddings in every 4th layer, and layer 1 of this model differs"),
             ("gemma2", {"tie_word_embeddings": False}, r"gemma2 has no tensor for lm_head\.weight"),
             ("gemma3_text", {"attention_bias": True}, r"gemma3 has no tensor for model\.layers\.0.*o_proj\.bias"),
             ("gemma3_text", {"final_logit_softcapping": 9.0}, r"final_logit_softcapping is 9\.0.*computes without it"),
@@ -356,12 +402,15 @@ def test_files_of_other_families_hold_no_layer_without_its_mlp(tokens, tokenizer
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "starcoder2", "gpt_neox", "bloom"],
+    [
+        *("qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "starcoder2", "gpt_neox", "bloom"),
+        *("gemma", "arcee", "glm4", "smollm3", "cohere", "cohere2", "exaone4", "olmo", "olmo3", "gpt2"),
+        *("falcon_grouped", "nemotron", "stablelm", "phi", "glm", "seed_oss", "ernie4_5", "hunyuan_v1_dense"),
+        "ministral",
+    ],
 )
 def test_llama_cpp_runs_models_without_whole_layers(name, tokens, tokenizer, tmp_path):
-    changes = {"sliding_window": None} if name == "starcoder2" else {}
-    changes = NO_CAPS if name == "gemma2" else changes
-    model = pruned(name, tokens, changes, kinds=["layer"], scope=None)
+    model = pruned(name, tokens, HOLDABLE.get(name, {}), kinds=["layer"], scope=None)
     file = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype="f32")
 
     architecture = gguf.GGUFReader(file).fields["general.architecture"].contents()
