@@ -189,7 +189,7 @@ FAMILIES = {
         slides=True,
         fields=(fields.rms_norm, fields.head_dim, fields.rope, fields.sliding_windows),
     ),
-    "glm": GGUFFamily("chatglm"),
+    "glm": GGUFFamily("chatglm", all_heads=True),
     "glm4": GGUFFamily("glm4"),
     "seed_oss": GGUFFamily("seed_oss"),
     "ernie4_5": GGUFFamily("ernie4_5"),
