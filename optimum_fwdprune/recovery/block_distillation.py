@@ -7,7 +7,6 @@ the same layer. Only one block, its optimizer and a layer of the dense model nee
 from __future__ import annotations
 
 import math
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from ..runs.resume import digest_of
 from .amounts import Wanted
 from .arguments import RecoveryArguments
 from .block_states import BlockStates, resumed_folder
-from .block_streams import Sequences, streams_of
+from .block_streams import Sequences, remove_files, streams_of
 from .block_training import BlockTrainer, Fitted
 from .blocks import Block, blocks_of
 from .budgets import tokens_of
@@ -44,6 +43,9 @@ from .trainer import frozen_share
 
 
 logger = get_logger(__name__)
+
+# The folder in `output_dir` of hidden states that are too large for the memory.
+HIDDEN_STATES = "hidden_states"
 
 # The share of the sequences that is held out by default.
 HELD_OUT = 1 / 16
@@ -109,7 +111,7 @@ class BlockDistillation:
                 trained = self._train(texts, args, source)
             finally:
                 before.put_back()
-                shutil.rmtree(folder / "hidden_states", ignore_errors=True)
+                remove_files(folder / HIDDEN_STATES)
         for parameter, own in zip(trained.parameters(), model.parameters(), strict=True):
             parameter.requires_grad_(own.requires_grad)
         self.model = trained.eval()
@@ -132,7 +134,7 @@ class BlockDistillation:
         }
         layers = decoder_layers(student)
         states = BlockStates(args, identity, layers, blocks)
-        folder = Path(str(args.output_dir)) / "hidden_states"
+        folder = Path(str(args.output_dir)) / HIDDEN_STATES
         pruned, dense = streams_of(student, teacher, sequences, args.train_batch_size, args.hidden_states_gb, folder)
         trainer = BlockTrainer(args, sequences, pruned, dense)
         # A budget that the data cannot fill is refused here.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from operator import itemgetter
@@ -87,7 +86,9 @@ class BlockStates:
         is_saved = args.save_strategy != SaveStrategy.NO
         folder = resumed or (Path(str(args.output_dir)) / FOLDER if is_saved else None)
         if folder is not None and resumed is None:
-            shutil.rmtree(folder, ignore_errors=True)
+            # Those of an earlier run; other files in a folder of this name are the user's.
+            for file in (*folder.glob("block-*.safetensors"), folder / "model.safetensors"):
+                file.unlink(missing_ok=True)
         decided = {name: getattr(args, name) for name in DECIDING}
         decided |= {"optim": str(args.optim), "lr_scheduler_type": str(args.lr_scheduler_type)}
         self._resume = Resume(folder, {"arguments": decided, **identity})

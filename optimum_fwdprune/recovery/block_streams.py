@@ -16,6 +16,9 @@ from .amounts import held_out_evenly
 from .hidden_states import HiddenStates, goes_to_files
 
 
+# The files of the hidden states of the pruned and of the dense model.
+FILES = ("pruned.hidden", "dense.hidden")
+
 # Sequences are padded to a multiple of this length, so that there are few shapes of batches, whose arguments are kept.
 PADDED_TO = 64
 
@@ -188,8 +191,16 @@ def streams_of(
     """
     per_token = sum(model.config.get_text_config().hidden_size * model.dtype.itemsize for model in (student, teacher))
     in_files = goes_to_files(per_token * sum(sequences.lengths), limit, folder)
-    files = [folder / f"{name}.hidden" if in_files else None for name in ("pruned", "dense")]
+    files = [folder / name if in_files else None for name in FILES]
     pruned, dense = (
         Stream(model, sequences, batch_size, file) for model, file in zip((student, teacher), files, strict=True)
     )
     return pruned, dense
+
+
+def remove_files(folder: Path) -> None:
+    """Remove the files of hidden states from a folder, and the folder if it is empty then."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -149,6 +149,19 @@ class Interruption:
         self.calls = calls
 
 
+def test_files_of_the_user_stay(tokens, tmp_path):
+    own = [tmp_path / "training" / folder / "notes.txt" for folder in ("blocks", "hidden_states")]
+    for file in own:
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+    for _ in range(2):
+        recover(pruner_of(), tmp_path, tokens, save_strategy="steps", hidden_states_gb=0.0, max_steps=1)
+
+    assert [file.read_text() for file in own] == ["mine", "mine"]
+    assert {file.name for file in own[1].parent.iterdir()} == {"notes.txt"}
+    assert len(list(own[0].parent.iterdir())) == 5
+
+
 @pytest.mark.parametrize("loaded_again", [False, True])
 def test_a_run_that_was_interrupted_resumes_as_if_it_had_not_been(loaded_again, tokens, tmp_path, monkeypatch):
     expected = recover(pruner_of(), tmp_path, tokens).state_dict()
