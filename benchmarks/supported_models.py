@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.architectures.stock_form import NoStockForm, find_stock_form
-from optimum_fwdprune.cutting.surgery import pruned_config
+from optimum_fwdprune.cutting.form import pruned_config, stays_stock
 from optimum_fwdprune.export import gguf_fields as fields
 from optimum_fwdprune.export.gguf_families import FAMILIES, REASONS
 from optimum_fwdprune.loading.subject import Subject
@@ -26,6 +26,7 @@ from optimum_fwdprune.request.choices import UnitKind
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
+import tiny_mixtures
 import tiny_multimodal
 from vllm_agreement import CASES, REFUSED
 
@@ -43,6 +44,7 @@ pruned model. A cell lists what may have been removed from the model:
 | U | heads or channels, another number in every layer |
 | L | whole layers |
 | S | the attention or the MLP of single layers |
+| E | experts of a mixture, equally many in every layer |
 
 - The **plugin** is this package beside transformers.
 - **Remote code** is `trust_remote_code=True` without this package.
@@ -107,8 +109,14 @@ def prunable(architecture, notes):
     heads, letters = support["heads"], {}
     if heads.possible:
         letters["H"] = ""
-    letters["C"] = "" if heads.possible else notes.mark(f"No heads: {heads.reason}")
-    letters |= {"U": "", "L": "", "S": ""}
+    no_heads = "" if heads.possible else notes.mark(f"No heads: {heads.reason}")
+    if support["channels"].possible:
+        letters |= {"C": no_heads, "U": ""}
+    elif heads.possible:
+        letters["U"] = ""
+    letters |= {"L": "", "S": ""}
+    if support["experts"].possible:
+        letters["E"] = no_heads
     if architecture.layout.normalizes_stream is not DecoderLayout.normalizes_stream:
         letters["L"] = notes.mark(NORMALIZED)
     if architecture.layout.first_layers is not DecoderLayout.first_layers:
@@ -124,14 +132,20 @@ def stock(architecture, notes):
     letters = {}
     if architecture.support["heads"].possible:
         letters["H"] = (STOCK_HEADS, halves[UnitKind.ATTENTION])
-    letters["C"] = (STOCK_CHANNELS, halves[UnitKind.MLP])
+    if architecture.support["channels"].possible:
+        letters["C"] = (STOCK_CHANNELS, halves[UnitKind.MLP])
     letters["L"] = ("", {site.key: [] for site in subject.sites if site.layer == subject.sites[-1].layer})
+    if architecture.support["experts"].possible:
+        letters["E"] = ("", halves[UnitKind.EXPERT])
     held = [letter for letter, (_, kept) in letters.items() if holds(subject, kept)]
     marks = [notes.mark(note) for letter, (note, _) in letters.items() if letter not in held]
     return [*held[:-1], held[-1] + "".join(marks)]
 
 
 def tiny_model(model_type):
+    for config_class, values in tiny_mixtures.CONFIGS.values():
+        if config_class.model_type == model_type:
+            return AutoModelForCausalLM.from_config(config_class(**values))
     for name, (config_class, _) in tiny.CONFIGS.items():
         if config_class.model_type == model_type:
             return AutoModelForCausalLM.from_config(tiny.make_config(name))
@@ -148,6 +162,8 @@ def half(site):
 def holds(subject, kept):
     """Whether a stock checkpoint holds a model that keeps the units `kept` of some sites and all of the others."""
     everything = {site.key: list(range(site.num_units)) for site in subject.sites}
+    if stays_stock(subject, everything | kept):
+        return True
     try:
         config = pruned_config(subject, everything | kept, set())
         find_stock_form(config, subject.architecture.pruned_class(subject.model))

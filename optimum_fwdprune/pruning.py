@@ -24,13 +24,15 @@ from .loading.origin import FINGERPRINT, NAME, REVISION
 from .loading.source import Source
 from .loading.state import check_not_consumed, evaluating, is_consumed
 from .loading.subject import Sizes, Subject
-from .planning.checks import check_model, check_request
+from .planning.checks import check_kinds, check_model, check_request
+from .planning.defaults import with_default_kinds
 from .planning.latency import LatencyTable
 from .planning.make_plan import request_of_replay
 from .planning.run import Run
 from .record.outcome import Outcome, Speedup
 from .record.record import Record
 from .record.reproduction import IN_MEMORY, INPUTS, inputs_of
+from .request.choices import UnitKind
 from .request.config import PruningConfig
 from .runs.loggers import get_logger
 from .scoring.score_units import check_scoring
@@ -88,6 +90,8 @@ class Pruning:
             evidence (`Evidence`, *optional*): tokens and statistics that [`evidence`] returned.
         """
         subject = self._subject(config)
+        config = with_default_kinds(config, subject.sites)
+        check_kinds(subject, config)
         check_model(subject)
         with self._running(subject) as run, resume_held(config):
             scores = run.score(config, evidence)
@@ -132,6 +136,8 @@ class Pruning:
         if plan is not None:
             config = dataclasses.replace(config, attention_unit=plan.attention_unit)
         subject = self._subject(config)
+        if plan is None:
+            config = with_default_kinds(config, subject.sites)
         check_request(subject, config, plan, scores)
         if scores is not None:
             config = scores.options_into(config, chosen)
@@ -180,12 +186,13 @@ class Pruning:
         """Return the inputs of a pruning besides the request as JSON values; warn of a dataset without an effect."""
         dataset = self._dataset
         in_memory = dataset is not None and not isinstance(dataset, (str, Path))
+        was_pruned = self.record.plan is not None or is_pruned(self.model.config)
         if scores is not None and not scores.reads_anew(config):
             if dataset is not None:
                 with evaluating(self.model):
                     scores.check_dataset(load_calibration(config, self.model, self._tokenizer, dataset))
             in_memory = scores.calibrated_on.get("source") in IN_MEMORY
-        return inputs_of(self.source.arguments, self.model.dtype, is_pruned(self.model.config), in_memory)
+        return inputs_of(self.source.arguments, self.model.dtype, was_pruned, in_memory)
 
     @contextmanager
     def _noting_what_is_left(self, run: Run) -> Iterator[None]:
@@ -233,7 +240,7 @@ def _outcome(before: Sizes, done: Cut, run: Run, config: PruningConfig) -> Outco
         parameters_after=after.parameters,
         bytes_before=before.bytes,
         bytes_after=after.bytes,
-        prunable_parameters=before.prunable,
+        prunable_parameters=_prunable(before, done.plan),
         removed_parameters=sum(len(done.plan.removed(key)) * size for key, size in before.per_unit.items()),
         requested_sparsity=done.plan.metadata.get("requested_sparsity"),
         masked_difference=done.difference,
@@ -242,6 +249,18 @@ def _outcome(before: Sizes, done: Cut, run: Run, config: PruningConfig) -> Outco
         speedup=speedup,
         unit_parameters=before.per_unit,
     )
+
+
+def _prunable(before: Sizes, plan: PruningPlan) -> int:
+    """Return the parameters that the share of removed parameters refers to: those of experts where a plan removes
+    experts, and those of heads and channels where it removes these or nothing."""
+    removed = {key.kind for key in plan.kept if plan.removed(key)}
+    by_experts: dict[bool, int] = {True: 0, False: 0}
+    for key, size in before.per_unit.items():
+        by_experts[key.kind == UnitKind.EXPERT] += plan.num_units[key] * size
+    if UnitKind.EXPERT not in removed:
+        return by_experts[False]
+    return by_experts[True] if removed == {UnitKind.EXPERT} else before.prunable
 
 
 def _ignore(_cut: Cut) -> None:

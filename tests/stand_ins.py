@@ -3,6 +3,7 @@
 import shutil
 
 import tiny
+import tiny_mixtures
 from datasets import Dataset
 
 from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
@@ -14,6 +15,7 @@ from optimum_fwdprune.request import options, registry
 
 # A checkpoint names a folder that it was made from by its last part.
 DENSE = ("MODEL", "dense", "HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M")
+MIXTURE = "Qwen/Qwen3-30B-A3B"
 # The same requests, made smaller where they would take long.
 SMALLER = {"n_samples": 8, "seq_len": 32, "batch_size": 8, "steps": 3, "draws": 3, "search_windows": 20}
 
@@ -23,6 +25,9 @@ def save_checkpoints(folder, tokenizer):
     model = tiny.make_model("llama_gqa_biases", max_position_embeddings=2048, attention_bias=False, mlp_bias=False)
     model.save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
+    mixture = tiny_mixtures.make_mixture("qwen3_moe", max_position_embeddings=2048, eos_token_id=1, bos_token_id=0)
+    mixture.save_pretrained(folder / "mixture")
+    tokenizer.save_pretrained(folder / "mixture")
     pruner = FwdPruner.from_pretrained(folder / "dense")
     pruner.prune(tiny.request(method="random", scope="global", sparsity=0.3, kinds=["mlp"], multiple_of=4))
     pruner.save_pretrained(folder / "pruned")
@@ -33,6 +38,7 @@ def install(monkeypatch, folder, checkpoints):
     monkeypatch.chdir(folder)
     for name in DENSE:
         shutil.copytree(checkpoints / "dense", name)
+    shutil.copytree(checkpoints / "mixture", MIXTURE)
     # A block's own method would be known to the next one.
     known = dict(registry.METHODS)
     monkeypatch.setattr(registry, "METHODS", known)

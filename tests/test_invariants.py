@@ -5,7 +5,6 @@ import tiny
 import torch
 
 from optimum_fwdprune import FwdPruner, find_sites
-from optimum_fwdprune.request.registry import registered_methods
 
 
 RECONSTRUCTIONS = ("none", "bias", "least_squares")
@@ -98,7 +97,7 @@ def test_reported_sizes_are_those_of_the_model(dense, tokens):
     assert pruner.report.sparsity == pytest.approx(0.3, abs=0.02)
 
 
-@pytest.mark.parametrize("method", registered_methods())
+@pytest.mark.parametrize("method", tiny.methods_of_dense_models())
 def test_same_seed_gives_the_same_plan(method, tokenizer):
     def plan(seed):
         pruner = FwdPruner(tiny.make_model("llama_gqa_biases"), tokenizer)

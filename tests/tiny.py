@@ -192,9 +192,15 @@ def make_model(name, auto_class=transformers.AutoModelForCausalLM, seed=0, dtype
 PUBLISHED_RECONSTRUCTION = {"flap": "bias", "magnitude": "none", "random": "none"}
 
 
+def methods_of_dense_models():
+    """The methods that score units of models without experts."""
+    return sorted(name for name, method in METHODS.items() if method.kinds != ("expert",))
+
+
 def kinds_scored_by(method):
-    """Heads and channels, or layers for a method that does not score these."""
-    return ["layer"] if method in METHODS and "mlp" not in METHODS[method].kinds else ["attention", "mlp"]
+    """Heads and channels, or layers or experts for a method that does not score these."""
+    own = METHODS[method].kinds if method in METHODS else ()
+    return ["attention", "mlp"] if "mlp" in own or not own else [own[0]]
 
 
 def request(method="wanda_sp", **fields):

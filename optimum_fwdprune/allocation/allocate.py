@@ -21,6 +21,7 @@ from .budgets import (
 )
 from .constraints import named_constraints, prunable_sites
 from .depth import DepthUnit, open_units, removed_units
+from .experts import kept_experts
 from .steps import Steps
 
 
@@ -39,7 +40,7 @@ def allocate(
     which are small, make up for the rounding to whole heads. With `"joint"` both compete. `attention_sparsity` and
     `mlp_sparsity` are two separate budgets. Layers and sublayers are removed first, and heads and channels of the
     other layers meet the rest of the budget. If the request leaves open how many layers or sublayers are removed, as
-    few are removed as the budget allows.
+    few are removed as the budget allows. Of experts, every layer loses the same number.
 
     Args:
         sites (`list[Site]`): every site of the model.
@@ -55,6 +56,8 @@ def allocate(
     Raises:
         OutOfReach: where the constraints do not allow the budget. The message names them and the largest sparsity.
     """
+    if config.prunes_experts:
+        return kept_experts(sites, scores, config, budget)
     if config.depth_kind is None:
         return _narrowed(sites, scores, config, budget, additive)
     if not config.depth_is_open:

@@ -13,6 +13,10 @@ from ..architectures import Site
 from ..request.config import PruningConfig
 
 
+# The unit of target_active_parameters: parameters that one token uses.
+ACTIVE = "active_parameters"
+
+
 class OutOfReach(ValueError):
     """The constraints of a request do not allow its budget."""
 
@@ -72,7 +76,7 @@ class TargetCost(ParameterCost):
     Args:
         target, size (`int`): the size that the model may have, and its size with all units.
         per_parameter (`int`): the size of a parameter.
-        unit (`str`): the unit of sizes, `"parameters"` or `"bytes"`.
+        unit (`str`): the unit of sizes, `"parameters"`, `"active_parameters"` or `"bytes"`.
     """
 
     target: int = 0
@@ -82,7 +86,8 @@ class TargetCost(ParameterCost):
 
     def whole(self, gone: Collection[Site], sites: Collection[Site]) -> int:
         # The target is for the whole model, and not only for what units own.
-        return sum(site.all_parameters for site in gone)
+        idle = sum(site.idle_parameters for site in gone) if self.unit == ACTIVE else 0
+        return sum(site.all_parameters for site in gone) - idle
 
     def asked(self, amount: int, total: int) -> str:
         return f"target_{self.unit}={self.target}, which removes {amount / total:.4g} of the prunable parameters,"
@@ -134,6 +139,19 @@ class Budget:
         return {key: rounded(self.amount * size / total) for key, size in sizes.items()}
 
 
+def counted_sites(sites: Iterable[Site], config: PruningConfig) -> list[Site]:
+    """Return the sites whose parameters the sparsity of a request refers to.
+
+    For heads and channels these are all attentions and MLPs, for experts the mixtures. The dense MLPs that some layers
+    of a mixture have, whose channels cannot be removed, are left out. For layers or sublayers alone, all are returned.
+    """
+    sites = list(sites)
+    if not config.unit_kinds:
+        return sites
+    has_experts = any(site.routing is not None for site in sites)
+    return [site for site in sites if site.kind in config.unit_kinds and not (has_experts and site.fixed)]
+
+
 def removal_budget(
     config: PruningConfig, sites: Iterable[Site], model_parameters: int, model_bytes: int, added_parameters: int = 0
 ) -> Budget:
@@ -150,18 +168,20 @@ def removal_budget(
         ValueError: where the target is larger than the model.
     """
     sites = list(sites)
-    prunable = sum(site.num_parameters for site in sites)
-    item_size = sites[0].projection.weight.element_size()
+    item_size = sites[0].weight.element_size()
     if config.target_parameters is not None:
         target, size, per_parameter, unit = config.target_parameters, model_parameters, 1, "parameters"
+    elif config.target_active_parameters is not None:
+        active = model_parameters - sum(site.idle_parameters for site in sites)
+        target, size, per_parameter, unit = config.target_active_parameters, active, 1, ACTIVE
     elif config.target_bytes is not None:
         target, size, per_parameter, unit = config.target_bytes, model_bytes, item_size, "bytes"
     else:
-        return Budget(round(config.sparsity * prunable))
+        return Budget(round(config.sparsity * sum(site.num_parameters for site in counted_sites(sites, config))))
     if target > size:
         raise ValueError(
-            f"target_{unit} is {target:,}, and the model has only {size:,} {unit}, so that nothing would be pruned. "
-            f"Choose a smaller target."
+            f"target_{unit} is {target:,}, and the model has only {size:,} {unit.replace('_', ' ')}, so that nothing "
+            f"would be pruned. Choose a smaller target."
         )
     size += added_parameters * per_parameter
     cost = TargetCost(target=target, size=size, per_parameter=per_parameter, unit=unit)

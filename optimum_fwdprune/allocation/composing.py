@@ -13,7 +13,6 @@ from ..architectures import (
     SiteKey,
     get_architecture,
     head_counts,
-    is_pruned,
 )
 from ..request.choices import AttentionUnit, UnitKind
 from .plan import PruningPlan
@@ -56,9 +55,9 @@ class EarlierPruning:
             recovery (`dict`, *optional*): how it was trained since.
         """
         architecture = get_architecture(model.config)
-        if plan is None or not is_pruned(model.config) or plan.model_type != architecture.model_type:
+        if plan is None or plan.model_type != architecture.model_type:
             return None
-        # A pruned config holds the dense sizes at its top level.
+        # A pruned config holds the dense sizes of attention at its top level.
         sizes, attention = model.config.get_text_config().to_dict(), architecture.layout.attention
         heads = sizes[attention.heads_key]
         groups = heads if attention.kv_heads_key is None else sizes[attention.kv_heads_key]

@@ -47,7 +47,12 @@ def _layers_to_skip(config: PruningConfig, num_layers: int) -> list[int]:
 
 def spares_ends(config: PruningConfig, num_layers: int) -> bool:
     """Return whether the first and last two layers of a model are not pruned by default."""
-    by_default = config.skip_layers is None and config.resolved_scope == Scope.LAYER and config.layout == Layout.ANY
+    by_default = (
+        bool(config.width_kinds)
+        and config.skip_layers is None
+        and config.resolved_scope == Scope.LAYER
+        and config.layout == Layout.ANY
+    )
     return by_default and num_layers >= FEWEST_WITH_ENDS
 
 

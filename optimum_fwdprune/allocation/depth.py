@@ -38,7 +38,7 @@ def depth_units(sites: Iterable[Site], kind: str) -> list[DepthUnit]:
     """
     units: dict[SiteKey, list[Site]] = {}
     for site in sites:
-        of_site = DepthKind.LAYER if kind == DepthKind.LAYER else f"{site.kind}_{DepthKind.SUBLAYER}"
+        of_site = DepthKind.LAYER if kind == DepthKind.LAYER else f"{site.key.sublayer}_{DepthKind.SUBLAYER}"
         units.setdefault(SiteKey(site.layer, of_site), []).append(site)
     return [DepthUnit(key, of_unit) for key, of_unit in units.items()]
 

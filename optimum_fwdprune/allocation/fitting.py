@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import get_architecture, layers_left
 from ..architectures.depth import values_of_layers
+from ..architectures.experts import check_experts
 from ..architectures.site import unit_name
 from ..loading.subject import Subject
 from .plan import PruningPlan
@@ -27,6 +28,7 @@ def check_fits(plan: PruningPlan, subject: Subject) -> None:
                 f"The plan removes some {unit_name(site.kind, plan.attention_unit)} of the {site}, which this "
                 f"{plan.model_type} cannot lose: {site.fixed} The plan must keep all {site.num_units} of them or none."
             )
+    check_experts(subject.sites, plan.kept)
     left = layers_left(plan.kept)
     staying = sorted({site.layer for site in subject.sites if site.layer_stays})
     if not set(staying) <= set(left):

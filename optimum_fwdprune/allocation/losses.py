@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..architectures.depth import layers_left
-from ..architectures.site import SiteKey
+from ..architectures.site import SiteKey, unit_name
+from ..models.layout import SUBLAYERS
 from ..request.choices import AttentionUnit, DepthKind, UnitKind
+from .plan import PruningPlan
 
+
+# The key in the metadata of a plan for the numbers of calibration tokens that are routed to every expert.
+ROUTING = "routing"
 
 ATTENTION_NAMES: dict[str, str] = {AttentionUnit.QUERY_HEAD: "attention heads", AttentionUnit.KV_GROUP: "KV groups"}
 
@@ -25,7 +30,6 @@ def losses_by_kind(
         attention_unit (`str`): the kind of attention units, `"kv_group"` or `"query_head"`.
     """
     sentences = depth_losses(kept)
-    names = {UnitKind.ATTENTION: ATTENTION_NAMES[attention_unit], UnitKind.MLP: "MLP channels"}
     for kind in UnitKind:
         sites = [key for key in sorted(num_units) if key.kind == kind]
         left = [key for key in sites if kept[key]]
@@ -34,7 +38,9 @@ def losses_by_kind(
         total, remaining = sum(num_units[key] for key in left), sum(len(kept[key]) for key in left)
         layers = {key.layer: 1 - len(kept[key]) / num_units[key] for key in left}
         by_layer = {layer: share for layer, share in layers.items() if share}
-        name = _capitalised(names[kind]) + (" of the other layers" if len(left) < len(sites) else "")
+        name = _capitalised(losses_name(kind, attention_unit)) + (
+            " of the other layers" if len(left) < len(sites) else ""
+        )
         if not by_layer:
             sentences[kind] = f"{name}: none is removed."
             continue
@@ -47,6 +53,32 @@ def losses_by_kind(
         rest = f", none in {layers_named(whole)}" if whole else ""
         sentences[kind] = f"{name}: {1 - remaining / total:.1%} are removed, {shares}{rest}."
     return sentences
+
+
+def rerouted(plan: PruningPlan) -> str | None:
+    """Return a sentence on the choices of experts that have to change since their experts are removed; `None` where
+    the routing of calibration tokens was not counted, or only after an earlier pruning."""
+    shares: dict[int, float] = {}
+    lost = total = 0
+    for name, counts in (plan.metadata.get(ROUTING) or {}).items():
+        key = SiteKey.parse(name)
+        if not plan.kept.get(key) or plan.num_units[key] != len(counts) or not sum(counts):
+            continue
+        of_layer = sum(counts) - sum(counts[expert] for expert in plan.kept[key])
+        shares[key.layer] = of_layer / sum(counts)
+        lost, total = lost + of_layer, total + sum(counts)
+    if not lost:
+        return None
+    most = max(shares, key=shares.__getitem__)
+    return (
+        f"Of the experts that the routers chose for the calibration tokens, {lost / total:.1%} are removed, most in "
+        f"layer {most} ({shares[most]:.1%}). Other experts take their place."
+    )
+
+
+def losses_name(kind: str, attention_unit: str) -> str:
+    """Return the name of units of a kind, in the plural, in sentences on what is removed."""
+    return ATTENTION_NAMES[attention_unit] if kind == UnitKind.ATTENTION else unit_name(kind, attention_unit)
 
 
 def depth_losses(kept: Mapping[SiteKey, Sequence[int]]) -> dict[str, str]:
@@ -77,8 +109,8 @@ def removed_depth(kept: Mapping[SiteKey, Sequence[int]]) -> tuple[list[int], dic
     left = set(layers_left(kept))
     layers = sorted({layer for layer, _ in kept} - left)
     sublayers: dict[str, list[int]] = {}
-    for kind in UnitKind:
-        numbers = sorted(key.layer for key, units in kept.items() if key.kind == kind and not units)
+    for kind in SUBLAYERS:
+        numbers = sorted(key.layer for key, units in kept.items() if key.sublayer == kind and not units)
         if numbers := [layer for layer in numbers if layer in left]:
             sublayers[kind] = numbers
     return layers, sublayers

@@ -37,9 +37,9 @@ class PruningPlan:
     A plan can be inspected, edited (`dataclasses.replace`), saved as JSON, and replayed on the same dense model.
 
     Args:
-        kept (`dict[tuple[int, str], list[int]]`): site, as `(layer, "attention")` or `(layer, "mlp")`, to the sorted
-            indices of the units that are kept. A sublayer without units is removed, and so is a layer without
-            sublayers.
+        kept (`dict[tuple[int, str], list[int]]`): site, as `(layer, "attention")`, `(layer, "mlp")` or
+            `(layer, "expert")`, to the sorted indices of the units that are kept. A sublayer without units is removed,
+            and so is a layer without sublayers.
         num_units (`dict[tuple[int, str], int]`): number of units of every site before pruning.
         model_type (`str`): `config.model_type` of the model that the plan was made for.
         attention_unit (`str`): the kind of attention units, `"kv_group"` or `"query_head"`.
@@ -81,16 +81,23 @@ class PruningPlan:
         object.__setattr__(self, "num_units", keyed_by_site(self.num_units))
 
     def _repr_html_(self) -> str:
-        rows = []
+        rows, kinds = [], self.kinds
         for layer in sorted({layer for layer, _ in self.kept}):
             row = [str(layer)]
-            for kind in UnitKind:
+            for kind in kinds:
                 key = SiteKey(layer, kind)
                 total, kept = self.num_units.get(key, 0), len(self.kept.get(key, []))
                 gone = total and not kept
                 row += [f"{kept} / {total}", "removed" if gone else f"{kept / total if total else 1:.0%}"]
             rows.append(row)
-        return html_table(("layer", unit_name(UnitKind.ATTENTION, self.attention_unit), "", "MLP channels", ""), rows)
+        names = (name for kind in kinds for name in (unit_name(kind, self.attention_unit), ""))
+        return html_table(("layer", *names), rows)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of its sites: attention, and MLP channels, experts or both, in this order."""
+        present = {key.kind for key in self.kept}
+        return [kind for kind in UnitKind if kind in present]
 
     def removed(self, key: SiteKey) -> list[int]:
         """Return the units of a site that are removed, sorted."""
@@ -148,8 +155,8 @@ class PruningPlan:
                 counts[unit // per_group] += 1
             if len(set(counts)) > 1:
                 raise ValueError(
-                    f"The plan keeps {counts} query heads per KV group in the {site}; every group of a layer must "
-                    f"keep the same number."
+                    f"The plan keeps {counts} {_in_groups(site)} in the {site}; every group of a layer must keep the "
+                    f"same number."
                 )
         for kind, what in ((None, "layer"), (UnitKind.ATTENTION, "layer with attention")):
             if not any(units for key, units in self.kept.items() if kind in (None, key.kind)):
@@ -211,6 +218,10 @@ class PruningPlan:
                 f"{path} is not a pruning plan: {_why(error)}. Pass the folder of a pruned checkpoint, or its "
                 f"{PLAN_NAME}."
             ) from error
+
+
+def _in_groups(site: Site) -> str:
+    return "query heads per KV group" if site.kind == UnitKind.ATTENTION else "experts per group"
 
 
 def _why(error: Exception) -> str:

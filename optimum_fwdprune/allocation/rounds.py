@@ -16,7 +16,7 @@ from ..architectures import (
 from ..request.choices import UnitKind
 from ..request.config import PruningConfig
 from .allocate import allocate, pool_of
-from .budgets import Budget, ParameterCost
+from .budgets import Budget, ParameterCost, counted_sites
 from .constraints import prunable_sites
 from .depth import depth_units, number_removed
 from .plan import PruningPlan
@@ -54,6 +54,8 @@ class Rounds:
             layer: budget.cost.whole(of_layer, sites) - sum(self._whole[site.key] for site in of_layer)
             for layer, of_layer in layers.items()
         }
+        # The sites that the sparsity refers to.
+        self._counted = {site.key for site in counted_sites(sites, config)}
         self._units = {site.key: (site.num_groups, site.unit_parameters) for site in sites}
         # The cost of the prunable sites of every pool, by kind.
         self._pools: dict[int, dict[str, int]] = {}
@@ -79,7 +81,7 @@ class Rounds:
         """The requested fraction of the prunable parameters; `None` where the request has another kind of budget."""
         if self.config.has_budget_per_kind or not isinstance(self._budget.cost, ParameterCost):
             return None
-        return self._budget.amount / sum(int(costs[-1]) for costs in self._costs.values())
+        return self._budget.amount / sum(int(self._costs[key][-1]) for key in self._counted)
 
     def removed(self, kept: Mapping[SiteKey, int]) -> int:
         """Return the cost that is removed if sites keep these numbers of units, and the others all of theirs."""

@@ -1,6 +1,7 @@
 """Model families: the registry, and the sites of a loaded model."""
 
 from ..models.layout import AttentionLayout, DecoderLayout, MLPLayout
+from .coupling import Coupling, Segment
 from .depth import layers_left
 from .registry import (
     Architecture,
@@ -13,8 +14,6 @@ from .registry import (
     supported_architectures,
 )
 from .site import (
-    Coupling,
-    Segment,
     Site,
     SiteKey,
     keyed_by_site,

@@ -44,6 +44,12 @@ def layers_left(kept: Mapping[SiteKey, Sequence[int]]) -> list[int]:
     return sorted({layer for (layer, _), units in kept.items() if len(units)})
 
 
+def sublayers_left(kept: Mapping[SiteKey, Sequence[int]]) -> set[SiteKey]:
+    """Return the sublayers that are kept if the sites of a model keep the units `kept`: `(3, "mlp")` is the MLP of
+    layer 3, or the mixture of experts in its place."""
+    return {SiteKey(key.layer, key.sublayer) for key, units in kept.items() if len(units)}
+
+
 def values_of_layers(config: PreTrainedConfig, left: Iterable[int]) -> dict[str, Any]:
     """Return the entries of a config with the number of layers or with indices of layers, for the layers `left`.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import transformers
 from torch import nn
@@ -12,30 +12,18 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..models.adapter_defaults import add_adapter_defaults
 from ..models.families import family_modules, import_family
-from ..models.layout import DecoderLayout
+from ..models.layout import SUBLAYERS, DecoderLayout
 from ..models.per_layer import stock_config_class
 from ..request.choices import AttentionUnit, UnitKind
 from ..runs.loggers import get_logger
-from .depth import layers_left, skipped_sublayers
-from .site import Site
-from .sites import attention_site, attention_sizes, mlp_site
-from .transposed import TransposedLinear
+from .depth import layers_left, skipped_sublayers, sublayers_left
+from .site import Site, keyed_by_site
+from .sites import attention_site, attention_sizes, check_couplings, site_after_attention
+from .support import Support, support_of
 from .wrapping import check_no_adapters
 
 
 logger = get_logger(__name__)
-
-
-class Support(NamedTuple):
-    """Whether the models of a family can be pruned in one way.
-
-    Args:
-        possible (`bool`): whether they can be pruned.
-        reason (`str`, *optional*): the reason why they cannot be pruned, as a clause.
-    """
-
-    possible: bool
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,11 +83,13 @@ class Architecture:
 
     @property
     def support(self) -> dict[str, Support]:
-        """Whether `"heads"`, `"channels"` and `"uneven layers"`, layers of different sizes, can be pruned."""
-        attention = self.layout.attention
-        heads = Support(not attention.fixed, attention.fixed)
-        # All families resize every layer to its own entry in the config.
-        return {"heads": heads, "channels": Support(True), "uneven layers": Support(True)}
+        """Whether the models of the family can be pruned in a way; see [`support_of`]."""
+        return support_of(self.layout)
+
+    @property
+    def may_stay_stock(self) -> bool:
+        """Whether pruned models of the family may have its stock class: those that lost experts only."""
+        return self.layout.experts is not None
 
     def pruned_class(self, model: PreTrainedModel) -> type[PreTrainedModel]:
         """Return the pruned class for the task of `model`, dense or pruned."""
@@ -129,28 +119,21 @@ class Architecture:
             raise ValueError(f"attention_unit must be one of {', '.join(AttentionUnit)}; got {attention_unit!r}.")
         check_no_adapters(model, "cannot be cut")
         _check_layer_count(model, len(self.layers(model)))
-        sites, skipped = [], skipped_sublayers(model.config)
+        sites, skipped, config = [], skipped_sublayers(model.config), model.config.get_text_config()
         for index, (path, layer) in enumerate(self.layers(model)):
             try:
                 if (index, UnitKind.ATTENTION) not in skipped:
                     attention = attention_site(self.layout.attention, index, path, layer, attention_unit)
                     sites.append(replace(attention, fixed=self.layout.attention.fixed))
                 if (index, UnitKind.MLP) not in skipped:
-                    sites.append(mlp_site(self.layout.mlp, index, path, layer))
+                    sites.append(site_after_attention(self.layout, config, index, path, layer))
             except AttributeError as error:
                 raise ValueError(
                     f"{path} of this {type(model).__name__} is not built like a decoder layer of {self.model_type}: "
                     f"{error}. Restore the modules that were replaced in it, or load the model again."
                 ) from error
         sites = [replace(site, layer_stays=site.layer < self.layout.first_layers(model.config)) for site in sites]
-        for site in sites:
-            for coupling in (*site.couplings, *site.shared):
-                linear = coupling.linear
-                if not isinstance(linear, (nn.Linear, TransposedLinear)) or not linear.weight.is_floating_point():
-                    raise ValueError(
-                        f"{coupling.name} is a {type(linear).__name__} with {linear.weight.dtype} weights, which "
-                        f"cannot be cut. Load the model unquantized."
-                    )
+        check_couplings(sites)
         return sites
 
     def layer_sizes(self, model: PreTrainedModel, sites: list[Site], kept: dict) -> dict[int, dict]:
@@ -162,10 +145,11 @@ class Architecture:
             units = kept[site.key]
             if units and site.kind == UnitKind.ATTENTION:
                 sizes[site.layer] |= attention_sizes(self.layout.attention, layers[site.layer], site, units)
-            elif units:
+            elif units and site.routing is None and self.layout.mlp is not None:
                 sizes[site.layer][self.layout.mlp.width_key] = len(units)
+        left = sublayers_left(keyed_by_site(kept))
         for index, of_layer in sizes.items():
-            if skipped := sorted(kind for kind in UnitKind if not kept.get((index, kind))):
+            if skipped := sorted(kind for kind in SUBLAYERS if (index, kind) not in left):
                 of_layer["skip"] = skipped
         return {number: sizes[index] for number, index in enumerate(layers_left(kept))}
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from ..request.choices import AttentionUnit, UnitKind
+from .coupling import Coupling
+from .routing import Routing
 
 
 T = TypeVar("T")
@@ -21,11 +23,16 @@ class SiteKey(NamedTuple):
 
     Args:
         layer (`int`): index of the decoder layer.
-        kind (`str`): `"attention"` or `"mlp"`.
+        kind (`str`): `"attention"`, `"mlp"` or `"expert"`.
     """
 
     layer: int
     kind: str
+
+    @property
+    def sublayer(self) -> str:
+        """The sublayer of the site, `"attention"` or `"mlp"`. A mixture of experts is in the place of the MLP."""
+        return self.kind if self.kind == UnitKind.ATTENTION else UnitKind.MLP
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.kind}"
@@ -48,93 +55,10 @@ def keyed_by_site(values: Mapping[Key, T]) -> dict[SiteKey, T]:
 
 def unit_name(kind: str, attention_unit: str) -> str:
     """Return the name of units of a kind, in the plural; `attention_unit` is an [`AttentionUnit`]."""
-    if kind == UnitKind.MLP:
-        return "MLP channels"
+    names: dict[str, str] = {UnitKind.MLP: "MLP channels", UnitKind.EXPERT: "experts"}
+    if kind in names:
+        return names[kind]
     return "KV groups" if attention_unit == AttentionUnit.KV_GROUP else "query heads"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive blocks along one axis of a linear.
-
-    Args:
-        width (`int`): number of rows or columns of a block; an owned segment has one block per unit.
-        units (`range`, *optional*): the units that own a block, in their order; by default all units of the site.
-        owned (`bool`, defaults to `True`): `False` for a single block of rows that no unit owns and that are always
-            kept, such as the key and value rows of a fused projection if query heads are the units.
-    """
-
-    width: int
-    units: range | None = None
-    owned: bool = True
-
-    def owners(self, num_units: int) -> range:
-        """Return the units that own a block, of a site with `num_units` units."""
-        if not self.owned:
-            return range(0)
-        return range(num_units) if self.units is None else self.units
-
-    def length(self, num_units: int) -> int:
-        """Return the size of the segment along the axis, for a site with `num_units` units."""
-        return self.width * len(self.owners(num_units)) if self.owned else self.width
-
-
-@dataclass(frozen=True, eq=False)
-class Coupling:
-    """The part of a linear that the units of a site own: unit `u` owns its block of every segment that has one.
-
-    Args:
-        name (`str`): name of the linear inside the model.
-        linear (`nn.Linear`): the linear, or a `TransposedLinear`, which has the same attributes.
-        axis (`int`): 0 for output rows (weight and bias), 1 for input columns (weight only).
-        segments (`tuple[Segment, ...]`): the segments of the axis, first to last. All units own an equal part of it.
-    """
-
-    name: str
-    linear: nn.Linear
-    axis: int
-    segments: tuple[Segment, ...]
-
-    def kept_index(self, num_units: int, kept: Sequence[int]) -> torch.Tensor:
-        """Return the indices along the axis that are kept with the units `kept`, as an int64 tensor."""
-        units = torch.as_tensor(kept, dtype=torch.int64)
-        pieces, start = [], 0
-        for segment in self.segments:
-            if segment.owned:
-                owners = segment.owners(num_units)
-                own = units[(units >= owners.start) & (units < owners.stop)] - owners.start
-                blocks = start + own[:, None] * segment.width + torch.arange(segment.width)
-                pieces.append(blocks.flatten())
-            else:
-                pieces.append(torch.arange(start, start + segment.width))
-            start += segment.length(num_units)
-        return torch.cat(pieces)
-
-    def parameters(self) -> list[tuple[str, torch.Tensor]]:
-        """Return the parameters with this axis: the weight and, for output rows, the bias if there is one."""
-        if self.axis == 0 and self.linear.bias is not None:
-            return [("weight", self.linear.weight), ("bias", self.linear.bias)]
-        return [("weight", self.linear.weight)]
-
-    def owned_width(self) -> int:
-        """Return the number of indices along the axis that a unit owns."""
-        return sum(
-            segment.width
-            for segment in self.segments
-            if segment.owned and (segment.units is None or 0 in segment.units)
-        )
-
-    def sum_per_unit(self, num_units: int, values: torch.Tensor) -> torch.Tensor:
-        """Sum `values`, `[..., size of the axis]`, over the indices that a unit owns: `[..., num_units]`."""
-        total = values.new_zeros(*values.shape[:-1], num_units)
-        start = 0
-        for segment in self.segments:
-            owners, length = segment.owners(num_units), segment.length(num_units)
-            if owners:
-                blocks = values[..., start : start + length].unflatten(-1, (len(owners), segment.width))
-                total[..., owners.start : owners.stop] += blocks.sum(-1)
-            start += length
-        return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,18 +89,21 @@ class HeadNorm:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A (layer, kind): the projection that writes to the residual stream, and the units of its input that can be cut.
+    """A (layer, kind): the module that writes to the residual stream, and the units before it that can be cut.
+
+    This module is the output projection of an attention or an MLP, or a whole mixture of experts (`routing`).
 
     Args:
         layer (`int`): index of the decoder layer.
-        kind (`str`): `"attention"` or `"mlp"`.
-        projection_name (`str`): name of the output projection inside the model.
-        projection (`nn.Linear`): the output projection, or a `TransposedLinear`; unit `u` is block `u` of its input
-            features.
+        kind (`str`): `"attention"`, `"mlp"` or `"expert"`.
+        output_name (`str`): name inside the model of the module that writes to the residual stream.
+        output (`nn.Module`): this module: the output projection, a linear or a `TransposedLinear`, of which unit `u`
+            is block `u` of its input features; or a mixture.
         num_units (`int`): number of units of the site.
         couplings (`tuple[Coupling, ...]`): every tensor that the units own a part of, including the projection.
+        modules (`tuple[nn.Module, ...]`): the modules that are removed with the whole site, norms left out.
         num_groups (`int`, defaults to 1): number of equal groups of consecutive units, which must all keep the same
-            number of units (query heads that share keys and values).
+            number of units (query heads that share keys and values, or groups of experts).
         shared (`tuple[Coupling, ...]`, *optional*): linears with the same inputs as the sources that no unit owns a
             part of, so that they are not cut (keys and values of query heads that share them).
         pointwise (`bool`, defaults to `False`): whether the feature of a unit depends on the rows of the unit in the
@@ -184,20 +111,34 @@ class Site:
         fixed (`str`, *optional*): the reason why no single unit can be removed, if there is one, as a clause.
         norms (`tuple[HeadNorm, ...]`, *optional*): norms of queries and keys with weights that units own.
         layer_stays (`bool`, defaults to `False`): whether the layer of the site cannot be removed whole.
+        routing (`Routing`, *optional*): router and experts of a site whose units are experts.
     """
 
     layer: int
     kind: str
-    projection_name: str
-    projection: nn.Linear
+    output_name: str
+    output: nn.Module
     num_units: int
     couplings: tuple[Coupling, ...]
+    modules: tuple[nn.Module, ...]
     num_groups: int = 1
     shared: tuple[Coupling, ...] = ()
     pointwise: bool = False
     fixed: str = ""
     norms: tuple[HeadNorm, ...] = ()
     layer_stays: bool = False
+    routing: Routing | None = None
+
+    @property
+    def projection(self) -> Any:
+        """The output projection, a linear or a `TransposedLinear`, of a site without experts."""
+        assert self.routing is None, f"The {self} have no single projection."
+        return self.output
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A weight of the site, for its dtype and device: that of its first coupling."""
+        return self.couplings[0].parameters()[0][1]
 
     @property
     def key(self) -> SiteKey:
@@ -211,7 +152,8 @@ class Site:
     @property
     def sources(self) -> list[Coupling]:
         """The linears that compute the features of units, all from the same input."""
-        return [*(coupling for coupling in self.couplings if coupling.axis == 0), *self.shared]
+        owned = (coupling for coupling in self.couplings if coupling.is_linear and coupling.axis == 0)
+        return [*owned, *self.shared]
 
     @property
     def unit_parameters(self) -> int:
@@ -229,18 +171,34 @@ class Site:
 
     @property
     def all_parameters(self) -> int:
-        """Parameters of its projection and sources, those that no unit owns included. All go with the whole site."""
-        linears = {id(coupling.linear): coupling.linear for coupling in (*self.couplings, *self.shared)}
-        modules = [*linears.values(), *(norm.module for norm in self.norms)]
-        return sum(parameter.numel() for module in modules for parameter in module.parameters())
+        """The parameters that are removed with the whole site, those that no unit owns included."""
+        return sum(parameter.numel() for module in self.modules for parameter in module.parameters())
+
+    @property
+    def idle_parameters(self) -> int:
+        """The parameters of the experts that a token does not use; 0 of a site without experts."""
+        if self.routing is None:
+            return 0
+        per_expert = sum(parameter.numel() for parameter in self.routing.experts.parameters()) // self.num_units
+        return (self.num_units - self.routing.chosen) * per_expert
+
+    @property
+    def fewest_units(self) -> int:
+        """The smallest number of units with which the site can compute, if any are left."""
+        return 1 if self.routing is None else self.routing.fewest
 
     def owned_parameters(self) -> list[tuple[Coupling, torch.Tensor]]:
         """Return the parameters of linears that units own a part of, with the coupling that describes this part."""
         return [(coupling, parameter) for coupling in self.couplings for _, parameter in coupling.parameters()]
 
+    def owned_weights(self) -> list[tuple[Coupling, torch.Tensor]]:
+        """Return the same of linears only."""
+        return [entry for entry in self.owned_parameters() if entry[0].is_linear]
+
     def sum_owned(self, coupling: Coupling, parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Sum `values`, `[..., *parameter.shape]`, over the entries that a unit owns: `[..., num_units]`."""
-        along_axis = values.sum(-1 if coupling.axis == 0 else -2) if parameter.dim() == 2 else values
+        others = [axis - parameter.dim() for axis in range(parameter.dim()) if axis != coupling.axis]
+        along_axis = values.sum(others) if others else values
         return coupling.sum_per_unit(self.num_units, along_axis)
 
     def unit_mask(self, kept: Sequence[int]) -> torch.Tensor:
@@ -264,4 +222,4 @@ class Site:
         return values.view(self.num_units, self.unit_width).sum(1)
 
     def __str__(self) -> str:
-        return f"{self.kind} of layer {self.layer}"
+        return f"{'experts' if self.routing is not None else self.kind} of layer {self.layer}"

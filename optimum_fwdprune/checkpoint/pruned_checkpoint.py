@@ -130,7 +130,7 @@ class PrunedCheckpoint:
         is_pushed: bool = False,
     ) -> None:
         check_not_consumed(self.model)
-        if not is_pruned(self.model.config):
+        if self.record.plan is None and not is_pruned(self.model.config):
             raise ValueError("There is nothing to save yet; call prune() first.")
         self._check_adapters()
         whole = not is_peft_model(self.model)

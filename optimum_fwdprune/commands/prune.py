@@ -52,12 +52,13 @@ class PruneCommand(Command):
     def execute(self) -> None:
         from optimum_fwdprune.allocation.plan import PruningPlan
         from optimum_fwdprune.files import check_output_folder
-        from optimum_fwdprune.request.budget_options import DEFAULT_METHOD
+        from optimum_fwdprune.request.budget_options import default_method
         from optimum_fwdprune.scoring.methods import PruningConfig, get_preset
 
         options = request_options(self.args)
         preset = get_preset(self.args.preset).fields if self.args.preset else {}
-        method = options.get("method", preset.get("method", DEFAULT_METHOD))
+        kinds = options.get("kinds", preset.get("kinds"))
+        method = options.get("method", preset.get("method", default_method(kinds)))
         if method != preset.get("method", method):
             raise ValueError(f"--preset {self.args.preset} is for method {preset['method']}; leave out --method.")
         # The request is checked before a model is loaded.

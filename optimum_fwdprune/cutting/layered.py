@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ..architectures import get_architecture
 from ..files import save_weights_atomically, write_text_atomically
 from ..loading.offloading import on_disk, read_parameter
 from ..loading.saving import generation_config_as_it_is
+from ..loading.workspace import Workspace
 from ..models.per_layer import attention_implementations
 from .renaming import Renaming
 from .surgery import Cuts, slice_tensor
@@ -23,29 +23,6 @@ from .surgery import Cuts, slice_tensor
 
 # The name of the checkpoint in the workspace.
 CHECKPOINT = "checkpoint"
-
-
-class Workspace:
-    """A folder for the files of a pruned model that is read from disk.
-
-    Args:
-        parent (`str` or `Path`, *optional*): the folder in which a temporary folder is created, which is removed with
-            this object; by default the system's folder for temporary files.
-        kept (`Path`, *optional*): a folder to use instead, which is not removed.
-    """
-
-    def __init__(self, parent: str | Path | None = None, kept: Path | None = None):
-        if kept is not None:
-            self.folder = kept
-            return
-        if parent is not None:
-            Path(parent).mkdir(parents=True, exist_ok=True)
-        self._temporary = tempfile.TemporaryDirectory(prefix=".fwdprune-", dir=parent)
-        self.folder = Path(self._temporary.name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
-        # Copies of a model read the same files.
-        return self
 
 
 def files_of(model: PreTrainedModel) -> Path | None:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..architectures import SiteKey, layers_left
+from ..architectures.depth import sublayers_left
 from ..loading.subject import Subject
-from ..request.choices import UnitKind
+from ..models.layout import SUBLAYERS
 
 
 class Renaming:
@@ -23,11 +24,11 @@ class Renaming:
         layout, config = subject.architecture.layout, subject.text_config
         names = [name for name, _ in subject.architecture.layers(subject.model)]
         self._layers = f"{names[0].rpartition('.')[0]}."
-        self._left = layers_left(kept)
+        self._left, sublayers = layers_left(kept), sublayers_left(kept)
         # The removed modules of every layer.
         self._gone: dict[int, tuple[str, ...]] = {}
         for layer in self._left:
-            empty = [kind for kind in UnitKind if not kept.get(SiteKey(layer, kind))]
+            empty = [kind for kind in SUBLAYERS if (layer, kind) not in sublayers]
             self._gone[layer] = tuple(f"{module}." for kind in empty for module in layout.modules_of(kind, config))
         # The heads that lists with a norm for every head keep.
         self._norms = {

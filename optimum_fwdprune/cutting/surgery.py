@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..allocation.fitting import check_fits
 from ..allocation.plan import PruningPlan
@@ -16,27 +16,24 @@ from ..architectures import (
     Site,
     SiteKey,
     as_stored,
-    layers_left,
     stored_axis,
 )
-from ..architectures.depth import values_of_layers
 from ..forward.gates import Projection
 from ..loading.dispatching import OffloadFiles, Placement
 from ..loading.offloading import read_parameter
 from ..loading.state import forget_lengths, mark_consumed
 from ..loading.subject import Subject
-from ..models.per_layer import attention_implementations
-from ..request.choices import UnitKind
 from ..runs.progress import progress
+from .form import pruned_config, stays_stock, stock_pruned_config
 from .renaming import Renaming
 
 
-# The cuts of every parameter, by its name: (axis, int64 indices that are kept).
+# The cuts of every parameter and buffer, by its name: (axis, int64 indices that are kept).
 Cuts = dict[str, list[tuple[int, torch.Tensor]]]
 
 
 def plan_cuts(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]]) -> Cuts:
-    """Convert the kept units of sites into kept indices along the axes of parameters."""
+    """Convert the kept units of sites into kept indices along the axes of parameters and buffers."""
     cuts: Cuts = {}
     for site in sites:
         units = kept[site.key]
@@ -44,9 +41,9 @@ def plan_cuts(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]]) -> Cuts:
             continue
         for coupling in site.couplings:
             index = coupling.kept_index(site.num_units, units)
-            for parameter, _ in coupling.parameters():
-                axis = stored_axis(coupling.linear, parameter, coupling.axis)
-                cuts.setdefault(f"{coupling.name}.{parameter}", []).append((axis, index))
+            for name, _ in coupling.own_tensors():
+                axis = stored_axis(coupling.module, name, coupling.axis)
+                cuts.setdefault(f"{coupling.name}.{name}", []).append((axis, index))
         for norm in site.norms:
             # A list of norms loses modules, which are renamed.
             for parameter, _ in () if isinstance(norm.module, nn.ModuleList) else norm.module.named_parameters():
@@ -55,46 +52,16 @@ def plan_cuts(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]]) -> Cuts:
 
 
 def slice_tensor(name: str, tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
-    """Return the kept part of the parameter `name`: `tensor` itself if nothing is cut, and otherwise a new tensor."""
+    """Return the kept part of the parameter or buffer `name`: `tensor` itself if nothing is cut, and otherwise a new
+    tensor."""
     for axis, index in cuts.get(name, ()):
         tensor = tensor.index_select(axis, index.to(tensor.device))
     return tensor
 
 
-def pruned_config(subject: Subject, kept: Mapping[SiteKey, list[int]], with_bias: set[str]) -> PreTrainedConfig:
-    """Build the config of the pruned model.
-
-    Args:
-        subject (`Subject`): the dense model with all its sites.
-        kept (mapping of site key to `list[int]`): the units that the sites keep.
-        with_bias (`set[str]`): kinds of sites whose projections get a bias that the family does not have.
-    """
-    model, architecture = subject.model, subject.architecture
-    values = _values_of(subject.text_config)
-    # A second pruning keeps the biases that the first one added.
-    values["attention_output_bias"] = values.get("attention_output_bias", False) or UnitKind.ATTENTION in with_bias
-    values["mlp_output_bias"] = values.get("mlp_output_bias", False) or UnitKind.MLP in with_bias
-    values |= values_of_layers(subject.text_config, layers_left(kept))
-    values["per_layer_config"] = architecture.layer_sizes(model, subject.sites, dict(kept))
-    if subject.text_config is not model.config:
-        text_config = {**values, "model_type": architecture.pruned_text_type(subject.text_config)}
-        values = _values_of(model.config) | {"text_config": text_config}
-    values["architectures"] = [architecture.pruned_class(model).__name__]
-    config = architecture.config_class.from_dict(values)
-    config._attn_implementation = attention_implementations(model.config)
-    config._name_or_path = model.config._name_or_path
-    return config
-
-
-def _values_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the values of a config that a pruned one takes over."""
-    own = ("model_type", "per_layer_config", "auto_map", "quantization_config", "transformers_version")
-    return {key: value for key, value in config.to_dict().items() if key not in own}
-
-
 def empty_pruned_model(subject: Subject, kept: Mapping[SiteKey, list[int]], with_bias: set[str]) -> PreTrainedModel:
     """Build the pruned counterpart of a model without weights, on the meta device; the arguments are those of
-    `pruned_config`.
+    `pruned_config`. Its class is a stock class where that can hold what experts are left.
 
     Raises:
         ValueError: where the weights of the model do not match its class and config.
@@ -103,7 +70,10 @@ def empty_pruned_model(subject: Subject, kept: Mapping[SiteKey, list[int]], with
     _check_tie(model)
     pruned_class: Any = subject.architecture.pruned_class(model)
     try:
-        config = pruned_config(subject, kept, with_bias)
+        if stays_stock(subject, kept):
+            pruned_class, config = type(model), stock_pruned_config(subject, kept)
+        else:
+            config = pruned_config(subject, kept, with_bias)
         with torch.device("meta"):
             pruned = pruned_class(config)
     except Exception as error:  # Stock classes raise many kinds of errors for sizes that contradict each other.
@@ -148,11 +118,17 @@ def replaced_parameters(sites: Iterable[Site], projections: Mapping[SiteKey, Pro
     replaced = {}
     for site in sites:
         # A projection without units is removed.
-        if site.key in projections and projections[site.key].kept:
-            projection = projections[site.key]
-            replaced[f"{site.projection_name}.weight"] = as_stored(site.projection, projection.weight)
+        if site.key not in projections or not projections[site.key].kept:
+            continue
+        projection = projections[site.key]
+        if site.routing is not None:
+            # Without a new weight, the model's own is cut.
+            if projection.weight.numel():
+                replaced[f"{site.routing.experts_name}.{site.routing.output_name}"] = projection.weight
+        else:
+            replaced[f"{site.output_name}.weight"] = as_stored(site.projection, projection.weight)
             if projection.bias is not None:
-                replaced[f"{site.projection_name}.bias"] = projection.bias
+                replaced[f"{site.output_name}.bias"] = projection.bias
             replaced |= projection.sources
             for source in site.sources if projection.sources else ():
                 name = f"{source.name}.weight"
@@ -229,7 +205,8 @@ def prune_model(
             continue
         parent, _, leaf = new_name.rpartition(".")
         buffer = read_parameter(model, name) if buffer.is_meta else buffer
-        setattr(pruned.get_submodule(parent), leaf, buffer if inplace else buffer.clone())
+        kept = slice_tensor(name, buffer, cuts)
+        setattr(pruned.get_submodule(parent), leaf, kept if inplace or kept is not buffer else buffer.clone())
     # Buffers of the dense model may depend on the length of earlier inputs.
     forget_lengths(pruned)
     pruned.tie_weights()  # type: ignore[operator]

@@ -79,7 +79,7 @@ def check_counterpart(subject: Subject) -> None:
     share_tensors(model, whole)
     probe = probe_batch(model, None)
     calls = dict.fromkeys(everything, 0)
-    handles = [site.projection.register_forward_pre_hook(partial(_count, calls, site.key)) for site in sites]
+    handles = [site.output.register_forward_pre_hook(partial(_count, calls, site.key)) for site in sites]
     try:
         own = logits(model, probe)
     finally:

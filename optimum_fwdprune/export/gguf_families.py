@@ -34,6 +34,7 @@ class LayerSizes(NamedTuple):
         heads, kv_heads = (0, 0) if ATTENTION in skipped else head_counts(layout.attention, layer)
         if MLP in skipped:
             return cls(heads, kv_heads, 0)
+        assert layout.mlp is not None
         return cls(heads, kv_heads, as_linear(layer.get_submodule(layout.mlp.output)).in_features)
 
 
@@ -231,7 +232,19 @@ _NO_CODE = "llama.cpp has no code for this family."
 _PARTS = "llama.cpp reads the language model and the vision model from two files, which the export does not write."
 
 # Why there is no export of other families, as sentences.
+_MIXTURES = (
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "mixtral",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_moe",
+)
 REASONS = {
+    **dict.fromkeys(_MIXTURES, "The export does not write mixtures of experts."),
     **dict.fromkeys(("codegen", "gptj", "helium", "opt"), _NO_CODE),
     **dict.fromkeys(("gemma3", "llava", "qwen2_5_vl", "qwen3_vl"), _PARTS),
     "apertus": "The export does not write the parameters of its activation (xIELU).",

@@ -16,14 +16,13 @@ class Accumulator:
 
     # The vectors are allocated in advance. If they were allocated between the large temporary tensors of a layer, the
     # memory would be fragmented, and the peak would grow layer by layer.
-    def __init__(self, linear: nn.Linear, with_gram: bool):
-        device = compute_device(linear)
+    def __init__(self, features: int, device: torch.device, with_gram: bool = False):
         self.with_gram = with_gram
         self.count = 0
         self.gram: torch.Tensor | None = None
-        self.shift = torch.zeros(linear.in_features, dtype=torch.float32, device=device)
+        self.shift = torch.zeros(features, dtype=torch.float32, device=device)
         # Batches are summed in float32, and their sums in float64, which is cheap for a vector per site.
-        self.sum = torch.zeros(linear.in_features, dtype=torch.float64, device=precise_device(device))
+        self.sum = torch.zeros(features, dtype=torch.float64, device=precise_device(device))
         self.squares = torch.zeros_like(self.sum)
 
     def add(self, inputs: torch.Tensor) -> None:

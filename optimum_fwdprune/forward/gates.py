@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -12,13 +13,15 @@ from torch.utils.hooks import RemovableHandle
 
 from ..architectures import Coupling, Site, SiteKey
 from ..runs.devices import compute_device
+from .routing import gate_experts, replace_experts
 
 
 @contextmanager
 def gated(sites: Iterable[Site], masks: Mapping[SiteKey, torch.Tensor]) -> Iterator[None]:
     """Within the context, multiply the inputs of the projections of sites by the gates of their units.
 
-    A site whose gates are all 0 is removed: the output of its projection is 0, including the bias.
+    Experts with a gate of 0 are not chosen by their router, so that other experts take their place. A site whose gates
+    are all 0 is removed: the output of its projection is 0, including the bias, and so is that of its mixture.
 
     Args:
         sites (iterable of `Site`): the sites of the model.
@@ -34,9 +37,9 @@ def gated(sites: Iterable[Site], masks: Mapping[SiteKey, torch.Tensor]) -> Itera
         for site in sites:
             if site.key in masks:
                 calls[site.key] = 0
-                handles.append(site.projection.register_forward_pre_hook(_gate(site, masks[site.key], calls)))
+                handles += _gates(site, masks[site.key], calls)
                 if not (is_left := masks[site.key].bool().any(-1)).all():
-                    handles.append(site.projection.register_forward_hook(_silencer(site, is_left)))
+                    handles.append(site.output.register_forward_hook(_silencer(site, is_left)))
         yield
     finally:
         for handle in handles:
@@ -44,16 +47,26 @@ def gated(sites: Iterable[Site], masks: Mapping[SiteKey, torch.Tensor]) -> Itera
     if any(calls.values()) and not all(calls.values()):
         bypassed = next(key for key, count in calls.items() if count == 0)
         raise RuntimeError(
-            f"The forward pass bypassed the projection of site {bypassed}, so that its gates had no effect."
+            f"The forward pass bypassed the module with the gates of site {bypassed}, so that these had no effect."
         )
 
 
-def _gate(site: Site, mask: torch.Tensor, calls: dict[SiteKey, int]):
+def _gates(site: Site, mask: torch.Tensor, calls: dict[SiteKey, int]) -> list[RemovableHandle]:
     if mask.shape[-1] != site.num_units or mask.dim() > 2:
         raise ValueError(
             f"The mask of the {site} has shape {tuple(mask.shape)}; it must be [{site.num_units}] or "
             f"[batch_size, {site.num_units}]."
         )
+    if site.routing is not None:
+        return gate_experts(site, mask, partial(_count, calls, site.key))
+    return [site.output.register_forward_pre_hook(_gate(site, mask, calls))]
+
+
+def _count(calls: dict[SiteKey, int], key: SiteKey) -> None:
+    calls[key] += 1
+
+
+def _gate(site: Site, mask: torch.Tensor, calls: dict[SiteKey, int]):
     # Gates of features are computed once, outside the forward pass.
     features = site.feature_mask(mask)
     rounded = features.to(site.projection.weight.dtype)
@@ -80,11 +93,15 @@ def _gate(site: Site, mask: torch.Tensor, calls: dict[SiteKey, int]):
 
 
 def _silencer(site: Site, is_left: torch.Tensor):
-    """Return a hook that sets the output of a site's projection to 0 in sequences without units of the site."""
-    gates = is_left.to(site.projection.weight.dtype).to(compute_device(site.projection))
+    """Return a hook that sets the output of a site to 0 in sequences without units of the site."""
+    gates = is_left.to(site.weight.dtype).to(compute_device(site.output))
+
+    def silenced(output: torch.Tensor) -> torch.Tensor:
+        return _per_sequence(output, gates.to(output.device)[:, None]) if gates.dim() else torch.zeros_like(output)
 
     def hook(_module, _args, output):
-        return _per_sequence(output, gates.to(output.device)[:, None]) if gates.dim() else torch.zeros_like(output)
+        # Some mixtures return the weights of their experts, too.
+        return (silenced(output[0]), *output[1:]) if isinstance(output, tuple) else silenced(output)
 
     return hook
 
@@ -100,11 +117,12 @@ def _per_sequence(values: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
 class Projection:
     """New parameters of an output projection, and of the sources of its features if these change too.
 
-    The output of a projection without units is 0.
+    The output of a projection without units is 0, and so is that of a mixture without experts.
 
     Args:
         kept (`list[int]`): the kept units.
-        weight (`Tensor[out_features, kept features]`): the weight in the projection's dtype.
+        weight (`Tensor[out_features, kept features]`): the weight in the projection's dtype. For experts it is that of
+            their output projections as the model stores it, the kept experts first, or empty where none changes.
         bias (`Tensor[out_features]`, *optional*): the bias; `None` where the projection has and needs none.
         sources (mapping of `str` to `Tensor[kept rows, ...]`): all weights and biases of the linears that compute the
             features, by the names of the parameters, if these change; otherwise empty.
@@ -124,6 +142,8 @@ class Projection:
 
 def kept_projection(site: Site, kept: list[int]) -> Projection:
     """Return the unchanged projection of `site` for the units `kept`; without units, it has no bias."""
+    if site.routing is not None:
+        return Projection(kept, site.weight.new_empty(0), None)
     bias = site.projection.bias if kept else None
     return Projection(kept, site.projection.weight[:, site.kept_features(kept)], bias)
 
@@ -150,6 +170,9 @@ def replaced_projections(sites: Iterable[Site], replacements: Mapping[SiteKey, P
         for site in sites:
             if site.key in replacements:
                 new = replacements[site.key]
+                if site.routing is not None:
+                    handles += _kept_experts(site, new)
+                    continue
                 handles += [_replaced_source(site, source, new) for source in site.sources if new.sources]
                 columns = site.feature_mask(site.unit_mask(new.kept)).nonzero().flatten().to(new.weight.device)
 
@@ -161,6 +184,15 @@ def replaced_projections(sites: Iterable[Site], replacements: Mapping[SiteKey, P
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _kept_experts(site: Site, new: Projection) -> list[RemovableHandle]:
+    """Let a router choose from the kept experts only, and these use their new output projections; without any, the
+    output of the mixture is 0."""
+    if not new.kept:
+        return [site.output.register_forward_hook(_silencer(site, torch.tensor(False)))]
+    handles = [] if len(new.kept) == site.num_units else gate_experts(site, site.unit_mask(new.kept), lambda: None)
+    return handles + (replace_experts(site, new.kept, new.weight) if new.weight.numel() else [])
 
 
 def _replaced_source(site: Site, source: Coupling, new: Projection) -> RemovableHandle:

@@ -108,6 +108,8 @@ def _packed(gathered: list[dict[SiteKey, SiteStatistics]]) -> State:
             site = f"{text}.{key}"
             tensors |= {f"{site}.mean": of_site.mean, f"{site}.variance": of_site.variance}
             tensors |= {f"{site}.norm.{name}": norm for name, norm in of_site.source_norms.items()}
+            if of_site.routed is not None:
+                tensors[f"{site}.routed"] = of_site.routed
     return tensors, {"counts": counts}
 
 
@@ -123,7 +125,11 @@ def _unpacked(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> list
                 if key.startswith(f"{site}norm.")
             }
             statistics = SiteStatistics(
-                numbers["counts"][int(text)], tensors[name], tensors[f"{site}variance"], source_norms=norms
+                numbers["counts"][int(text)],
+                tensors[name],
+                tensors[f"{site}variance"],
+                source_norms=norms,
+                routed=tensors.get(f"{site}routed"),
             )
             gathered[int(text)][SiteKey(int(layer), kind)] = statistics
     return gathered

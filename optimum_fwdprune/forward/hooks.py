@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,10 +42,21 @@ def stopped_before(module: nn.Module) -> Iterator[Stop]:
         handle.remove()
 
 
-def outputs_of(modules: Iterable[nn.Module]) -> AbstractContextManager[list[torch.Tensor]]:
+def outputs_of(modules: Iterable[nn.Module]) -> AbstractContextManager[list[Any]]:
     """Within the context, collect the outputs of modules, in the order of their calls."""
     return _gathering(
         modules, lambda module, seen: module.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    )
+
+
+def written_by(modules: Iterable[nn.Module]) -> AbstractContextManager[list[torch.Tensor]]:
+    """Within the context, collect what modules write to the residual stream: their outputs, or, of mixtures that
+    return the weights of their experts too, the first of these."""
+    return _gathering(
+        modules,
+        lambda module, seen: module.register_forward_hook(
+            lambda _module, _args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        ),
     )
 
 

@@ -22,15 +22,15 @@ def narrowed(sites: Iterable[Site], replacements: Mapping[SiteKey, Projection]) 
     (`Site.pointwise`). The inputs of a projection are then the features of its kept units only.
 
     Args:
-        sites (iterable of `Site`): the sites of the model. Those without weights in memory are computed as within
-            [`replaced_projections`].
+        sites (iterable of `Site`): the sites of the model. Those without weights in memory, and mixtures of experts,
+            are computed as within [`replaced_projections`].
         replacements (mapping of site key to `Projection`): the new parameters. Other sites are not changed.
     """
     with ExitStack() as stack:
         for site in sites:
             if site.key not in replacements:
                 continue
-            if any(coupling.linear.weight.is_meta for coupling in site.couplings):
+            if site.routing is not None or not _is_in_memory(site):
                 stack.enter_context(replaced_projections([site], replacements))
                 continue
             for linear, forward in _forwards(site, replacements[site.key]):
@@ -41,8 +41,11 @@ def narrowed(sites: Iterable[Site], replacements: Mapping[SiteKey, Projection]) 
 def is_narrow(site: Site, replacements: Mapping[SiteKey, Projection]) -> bool:
     """Return whether the inputs of the projection of a site are the features of its kept units alone within
     [`narrowed`]."""
-    in_memory = not any(coupling.linear.weight.is_meta for coupling in site.couplings)
-    return site.pointwise and site.key in replacements and in_memory
+    return site.pointwise and site.key in replacements and _is_in_memory(site)
+
+
+def _is_in_memory(site: Site) -> bool:
+    return not any(parameter.is_meta for _, parameter in site.owned_parameters())
 
 
 def _forwards(site: Site, new: Projection) -> Iterator[tuple[torch.nn.Module, Callable]]:

@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..architectures import Site, SiteKey
 from ..runs import ranks
+from ..runs.devices import compute_device
 from .accumulators import Accumulator, SquareSums
+from .routing import contributions
 from .statistics import GRAM, SOURCE_NORMS, SiteStatistics
 
 
@@ -27,19 +30,30 @@ class Observer:
 
     def __init__(self, sites: Iterable[Site], kinds: Iterable[str]):
         self._sites, kinds = list(sites), set(kinds)
-        self._accumulators = {site.key: Accumulator(site.projection, GRAM in kinds) for site in self._sites}
+        self._accumulators = {site.key: _accumulator(site, GRAM in kinds) for site in self._sites}
+        # How many tokens are routed to every expert.
+        self._routed = {
+            site.key: torch.zeros_like(self._accumulators[site.key].sum)
+            for site in self._sites
+            if site.routing is not None
+        }
         self._sources = {
             coupling.name: (coupling.linear, SquareSums(coupling.linear))
             for site in self._sites
             for coupling in site.couplings
-            if SOURCE_NORMS in kinds and coupling.axis == 0
+            if SOURCE_NORMS in kinds and coupling.is_linear and coupling.axis == 0
         }
         self.attention_mask: torch.Tensor | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Collect statistics of all forward passes within the context."""
-        watched = [(site.projection, self._adds_to(self._accumulators[site.key])) for site in self._sites]
+        watched: list[tuple[nn.Module, Any]] = []
+        for site in self._sites:
+            if site.routing is None:
+                watched.append((site.projection, self._adds_to(self._accumulators[site.key])))
+            else:
+                watched.append((site.routing.experts, self._adds_experts(site)))
         watched += [(linear, self._adds_to(squares)) for linear, squares in self._sources.values()]
         with _pre_hooks(watched):
             yield
@@ -53,9 +67,21 @@ class Observer:
 
         return hook
 
+    def _adds_experts(self, site: Site):
+        def hook(experts, args):
+            hidden, indices, weights = args[:3]
+            if self.attention_mask is not None:
+                is_token = self.attention_mask.bool().flatten().to(hidden.device)
+                hidden, indices, weights = hidden[is_token], indices[is_token], weights[is_token]
+            self._accumulators[site.key].add(contributions(experts, hidden, indices, weights, site.num_units))
+            self._routed[site.key] += indices.flatten().bincount(minlength=site.num_units).to(self._routed[site.key])
+
+        return hook
+
     def sums(self) -> dict[str, torch.Tensor]:
         """Return the sums so far, for [`take_up`]."""
-        sums = {f"squares.{name}": squares.squares for name, (_, squares) in self._sources.items()}
+        sums = {f"routed.{key}": routed for key, routed in self._routed.items()}
+        sums |= {f"squares.{name}": squares.squares for name, (_, squares) in self._sources.items()}
         for key, accumulator in self._accumulators.items():
             sums |= {f"{key}.{name}": value for name, value in accumulator.state().items()}
         return sums
@@ -64,6 +90,8 @@ class Observer:
         """Resume from `sums` that were collected before, and return the number of their windows."""
         for name, (_, squares) in self._sources.items():
             squares.squares.copy_(sums[f"squares.{name}"])
+        for key, routed in self._routed.items():
+            routed.copy_(sums[f"routed.{key}"])
         for key, accumulator in self._accumulators.items():
             prefix = f"{key}."
             own = {name.removeprefix(prefix): value for name, value in sums.items() if name.startswith(prefix)}
@@ -77,6 +105,7 @@ class Observer:
                 accumulator.pool()
             for _, squares in self._sources.values():
                 squares.pool()
+            self._routed = {key: ranks.summed(routed) for key, routed in self._routed.items()}
 
     def statistics(self) -> dict[SiteKey, SiteStatistics]:
         """Return the statistics of every site.
@@ -90,13 +119,21 @@ class Observer:
             result = self._accumulators[site.key].result()
             if not (result.mean.isfinite().all() and result.variance.isfinite().all()):
                 raise ValueError(
-                    f"The activations before {site.projection_name} ({site}) contain NaN or infinity. Check the "
+                    f"The activations before {site.output_name} ({site}) contain NaN or infinity. Check the "
                     f"weights up to this layer, or load a float16 model that overflows in bfloat16 or float32."
                 )
+            if site.key in self._routed:
+                result.routed = self._routed[site.key].float().to(result.mean.device)
             names = [coupling.name for coupling in site.couplings if coupling.name in self._sources]
             result.source_norms = {name: self._sources[name][1].norm() for name in names}
             statistics[site.key] = result
         return statistics
+
+
+def _accumulator(site: Site, with_gram: bool) -> Accumulator:
+    if site.routing is not None:
+        return Accumulator(site.num_units, compute_device(site.routing.experts))
+    return Accumulator(site.projection.in_features, compute_device(site.projection), with_gram)
 
 
 @contextmanager
@@ -113,6 +150,6 @@ def check_called(site: Site, calls: int) -> None:
     """Raise `ValueError` where the number of calls of the projection of `site` is 0."""
     if calls == 0:
         raise ValueError(
-            f"The forward pass never called {site.projection_name}, so that the {site} cannot be measured or cut. A "
+            f"The forward pass never called {site.output_name}, so that the {site} cannot be measured or cut. A "
             f"fused implementation of attention may bypass it. Load the model with its plain implementation."
         )

@@ -19,6 +19,9 @@ KINDS_OF_STATISTICS = (MOMENTS, GRAM, SOURCE_NORMS)
 class SiteStatistics:
     """Statistics of one projection's input features over the calibration tokens.
 
+    Experts have one feature each: the router weight times the L2 norm of the expert's output, and 0 at tokens that are
+    not routed to it.
+
     Args:
         count (`int`): number of tokens.
         mean (`Tensor[in_features]`, float32): mean of every feature.
@@ -26,6 +29,7 @@ class SiteStatistics:
         gram (`Tensor[in_features, in_features]`, float32, *optional*): sum over tokens of x xᵀ.
         source_norms (`dict[str, Tensor[in_features]]`): ‖X_j‖₂ of the inputs of source linears, by the name of the
             linear, float32.
+        routed (`Tensor[num_units]`, float32, *optional*): the number of tokens that are routed to every expert.
     """
 
     count: int
@@ -33,6 +37,7 @@ class SiteStatistics:
     variance: torch.Tensor
     gram: torch.Tensor | None = None
     source_norms: dict[str, torch.Tensor] = field(default_factory=dict)
+    routed: torch.Tensor | None = None
 
     def with_more(self, other: SiteStatistics) -> SiteStatistics:
         """Return the statistics over the tokens of both, without Gram matrices."""
@@ -42,13 +47,15 @@ class SiteStatistics:
         between = share * (1 - share) * (other.mean - self.mean).square()
         variance = (1 - share) * self.variance + share * other.variance + between
         norms = {name: torch.hypot(norm, other.source_norms[name]) for name, norm in self.source_norms.items()}
-        return SiteStatistics(count, mean, variance, source_norms=norms)
+        routed = None if self.routed is None or other.routed is None else self.routed + other.routed
+        return SiteStatistics(count, mean, variance, source_norms=norms, routed=routed)
 
     def to(self, device: torch.device) -> SiteStatistics:
         """Return the statistics on a device."""
         gram = None if self.gram is None else self.gram.to(device)
         norms = {name: norm.to(device) for name, norm in self.source_norms.items()}
-        return SiteStatistics(self.count, self.mean.to(device), self.variance.to(device), gram, norms)
+        routed = None if self.routed is None else self.routed.to(device)
+        return SiteStatistics(self.count, self.mean.to(device), self.variance.to(device), gram, norms, routed)
 
     @property
     def norm(self) -> torch.Tensor:
@@ -65,11 +72,11 @@ class PlacedStatistics(Mapping[SiteKey, SiteStatistics]):
     """
 
     def __init__(self, sites: Iterable[Site], statistics: Mapping[SiteKey, SiteStatistics]):
-        self._projections = {site.key: site.projection for site in sites}
+        self._outputs = {site.key: site.output for site in sites}
         self._statistics = statistics
 
     def __getitem__(self, key: SiteKey) -> SiteStatistics:
-        return self._statistics[key].to(compute_device(self._projections[key]))
+        return self._statistics[key].to(compute_device(self._outputs[key]))
 
     def __iter__(self) -> Iterator[SiteKey]:
         return iter(self._statistics)

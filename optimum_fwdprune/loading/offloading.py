@@ -92,12 +92,11 @@ def resident(module: nn.Module) -> Iterator[None]:
 
 
 class InTurn(list):
-    """A list of sites; iterating over it keeps the linears of the current site in memory."""
+    """A list of sites; iterating over it keeps the modules of the current site in memory."""
 
     def __iter__(self) -> Iterator[Site]:
         for site in super().__iter__():
-            linears = [site.projection, *(coupling.linear for coupling in site.couplings)]
-            with resident(nn.ModuleList(linears)):
+            with resident(nn.ModuleList([site.output, *(coupling.module for coupling in site.couplings)])):
                 yield site
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from ..architectures import get_architecture
+from ..files import naming_what_is_full
 from ..runs.loggers import get_logger
 from ..words import public_name
 from .models import (
@@ -24,6 +26,7 @@ from .offloading import device_map_on_disk
 from .placement import placed
 from .source import Source
 from .tokenizers import load_processor, load_tokenizer, named_tokenizer
+from .workspace import Workspace
 
 
 logger = get_logger(__name__)
@@ -47,7 +50,7 @@ def open_model(
     """
     options = {"dtype": "auto", **arguments}
     check_is_model(model_id, {name: options[name] for name in WHERE if name in options})
-    shared = {name: options[name] for name in (*WHERE, "trust_remote_code", "gguf_file") if name in options}
+    shared = _shared(options)
     auto_class: Any = AutoModelForCausalLM
     # Reading the config of a GGUF file takes as long as reading the whole file.
     if "gguf_file" not in options:
@@ -66,10 +69,27 @@ def open_model(
     opened_tokenizer: Any = _tokenizer(model_id, tokenizer, options, shared)
     if tokenizer is None and "gguf_file" not in options and config.get_text_config() is not config:
         opened_tokenizer = load_processor(model_id, **shared) or opened_tokenizer
-    model = load_for_task(model_id, auto_class, **placed(options))
+    model = _loaded(model_id, auto_class, options, low_memory)
     # A tokenizer that was passed in memory has no name.
     tokenizer_name = {"tokenizer": public_name(str(tokenizer))} if isinstance(tokenizer, (str, Path)) else {}
     return model, opened_tokenizer, Source.opened(model_id, {**options, **tokenizer_name}, low_memory)
+
+
+def _loaded(model_id: str | Path, auto_class: Any, options: Mapping[str, Any], low_memory: bool) -> PreTrainedModel:
+    """Load a model. The files of a mixture of experts hold one tensor per expert, and its class has one for all, so
+    that with `low_memory` a copy of the weights is written that layers are read from. It is removed with the model."""
+    if not low_memory or not get_architecture(AutoConfig.from_pretrained(model_id, **_shared(options))).may_stay_stock:
+        return load_for_task(model_id, auto_class, **placed(options))
+    workspace = Workspace(options.get("offload_folder"))
+    with naming_what_is_full(workspace.folder):
+        model = load_for_task(model_id, auto_class, **{**options, "offload_folder": str(workspace.folder)})
+    vars(model)["_converted"] = workspace
+    return model
+
+
+def _shared(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that configs and tokenizers are read with, too."""
+    return {name: options[name] for name in (*WHERE, "trust_remote_code", "gguf_file") if name in options}
 
 
 def _tokenizer(

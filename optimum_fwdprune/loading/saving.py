@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from ..architectures import get_architecture
+from ..architectures import get_architecture, is_pruned
 from ..architectures.sizes import ModelSizes
 from ..architectures.wrapping import plain_model
 from ..files import (
@@ -101,9 +102,17 @@ def save_offloaded(
     parts = [[name for name in state if not name.startswith(tuple(prefixes))]]
     parts += [[name for name in state if name.startswith(prefix)] for prefix in prefixes]
     weight_map: dict[str, str] = {}
+    # Stock checkpoints of mixtures hold one tensor per expert.
+    like = _per_expert(written_as) if get_architecture(model.config).may_stay_stock else None
     for number, part in enumerate(parts, 1):
         file = folder / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         tensors = {name: state[name] for name in part}
+        if like is not None:
+            values = {name: _value(model, name, tensor) for name, tensor in tensors.items()}
+            stored = revert_weight_conversion(like, values)
+            save_weights_atomically(file, {name: tensor.contiguous() for name, tensor in stored.items()})
+            weight_map |= dict.fromkeys(stored, file.name)
+            continue
         source = _unchanged_file(model, tensors, files)
         if source is None:
             save_weights_atomically(file, {name: _value(model, name, tensor) for name, tensor in tensors.items()})
@@ -119,6 +128,16 @@ def save_offloaded(
     }
     index = {"metadata": metadata, "weight_map": weight_map}
     write_text_atomically(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def _per_expert(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Return a model without weights of the class and config of a mixture, by which transformers converts weights to
+    the form of stock checkpoints; `None` for a pruned class, whose checkpoints hold the tensors of the model."""
+    if is_pruned(model.config):
+        return None
+    # A model that was loaded would be converted back to the form of the files that it was loaded from.
+    with torch.device("meta"):
+        return type(model)(model.config)
 
 
 def _unchanged_file(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], files: Path | None) -> Path | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .experts import ExpertsLayout
 from .skipped import SkippedAttention, SkippedMLP
 
 
@@ -22,7 +23,8 @@ class AttentionLayout:
     Args:
         module (`str`): name of the attention module inside the decoder layer.
         output (`str`): name of the output projection inside it.
-        query (`str`): name of the query projection, if the three are separate.
+        query (`str`): name of the query projection, if the three are separate. Without it and without `fused`, no
+            single head can be removed, and `fixed` has the reason.
         key (`str`): name of the key projection.
         value (`str`): name of the value projection.
         fused (`str`): name of a single linear instead of these three.
@@ -37,6 +39,8 @@ class AttentionLayout:
             `None` where every head has its own keys and values.
         kept_heads_key (`str`, *optional*): config key for the original ids of the kept heads, for models whose heads
             differ by their position (ALiBi). The pruned attention module carries them as `kept_heads`.
+        per_head (`tuple[str, ...]`, *optional*): parameters of the attention module with one number per query head,
+            such as attention sinks.
         pruned_class (`type`, *optional*): subclass of the stock attention class that resized layers use instead, where
             the stock forward pass cannot compute with other sizes. Other attention classes of the family stay.
         norms (`tuple[str, ...]`, *optional*): norms inside the decoder layer that only the attention uses. They are
@@ -63,6 +67,7 @@ class AttentionLayout:
     heads_key: str = "num_attention_heads"
     kv_heads_key: str | None = "num_key_value_heads"
     kept_heads_key: str | None = None
+    per_head: tuple[str, ...] = ()
     pruned_class: type[nn.Module] | None = None
     norms: tuple[str, ...] = ()
     skipped_class: type[nn.Module] = SkippedAttention
@@ -87,6 +92,8 @@ class AttentionLayout:
 
     def linear_sizes(self, config: Any) -> dict[str, dict[str, Any]]:
         """Return how to resize every linear, by its name inside the decoder layer, at the sizes of its `config`."""
+        if not (self.query or self.fused):
+            return {f"{self.module}.{self.output}": {"add_bias": config.attention_output_bias}}
         query_features = getattr(config, self.heads_key) * config.head_dim
         key_features = getattr(config, self.kv_heads_key or self.heads_key) * config.head_dim
         if self.fused:
@@ -177,7 +184,9 @@ class DecoderLayout:
 
     Args:
         attention (`AttentionLayout`): the layout of heads.
-        mlp (`MLPLayout`): the layout of channels.
+        mlp (`MLPLayout`, *optional*): the layout of channels; of a family with experts, the layout of the dense MLPs
+            that some layers may have instead.
+        experts (`ExpertsLayout`, *optional*): the layout of experts, of a family that has them.
         layers (`str`, defaults to `"layers"`): name of the list of decoder layers inside the base model.
         attributes (`Callable[[PreTrainedConfig], dict[str, Any]]`, *optional*): function of the layer's own config
             that returns the attributes of modules with sizes, by their names inside the layer, such as
@@ -204,7 +213,8 @@ class DecoderLayout:
     """
 
     attention: AttentionLayout
-    mlp: MLPLayout
+    mlp: MLPLayout | None = None
+    experts: ExpertsLayout | None = None
     layers: str = "layers"
     attributes: Callable[[Any], dict[str, Any]] = _no_attributes
     whole: tuple[str, ...] = ()
@@ -226,9 +236,17 @@ class DecoderLayout:
         stay = self.normalizes_stream(config) or self.shares_norms(config)
         return part.modules if stay else (*part.modules, *part.norms)
 
-    def sublayer(self, kind: str) -> AttentionLayout | MLPLayout:
-        """Return the layout of the `"attention"` or the `"mlp"`."""
-        return self.attention if kind == ATTENTION else self.mlp
+    def sublayer(self, kind: str) -> AttentionLayout | MLPLayout | ExpertsLayout:
+        """Return the layout of the `"attention"` or the `"mlp"`, which is that of the experts if there are any."""
+        if kind == ATTENTION:
+            return self.attention
+        part = self.experts or self.mlp
+        assert part is not None, "A layout has channels, experts or both."
+        return part
+
+    def is_whole(self, name: str) -> bool:
+        """Return whether the linear `name` of a decoder layer keeps its size, whatever heads and channels are left."""
+        return name in self.whole or (self.experts is not None and name.startswith(f"{self.experts.module}."))
 
 
 def grouped_attention(config: Any) -> dict[str, Any]:

@@ -41,11 +41,13 @@ def resize_layer(layer: nn.Module, layout: DecoderLayout, config: PreTrainedConf
         if has_submodule(layer, name):
             _resize_norm(layer, name, heads)
     for name, module in layer.named_modules():
-        if isinstance(module, LINEARS) and name not in sizes and name not in layout.whole:
+        if isinstance(module, LINEARS) and name not in sizes and not layout.is_whole(name):
             raise ValueError(
                 f"{name} is a linear of a {type(layer).__name__}, and the layout of its family does not name it. Name "
                 f"it as a source, or in `whole` if its size depends on neither heads nor channels."
             )
+    if ATTENTION not in skipped:
+        _resize_per_head(layer.get_submodule(layout.attention.module), layout, config)
     pruned_class, attention = layout.attention.pruned_class, layer.get_submodule(layout.attention.module)
     if pruned_class is not None and type(attention) is pruned_class.__base__:
         attention.__class__ = pruned_class
@@ -70,6 +72,14 @@ def _resize_norm(layer: nn.Module, name: str, heads: int) -> None:
         return
     for parameter_name, parameter in norm.named_parameters():
         setattr(norm, parameter_name, nn.Parameter(parameter.new_empty(heads, *parameter.shape[1:])))
+
+
+def _resize_per_head(attention: nn.Module, layout: DecoderLayout, config: PreTrainedConfig) -> None:
+    """Replace the parameters of an attention with a number per head by empty ones of the size in the config."""
+    for name in layout.attention.per_head:
+        parameter = getattr(attention, name)
+        resized = parameter.new_empty(getattr(config, layout.attention.heads_key))
+        setattr(attention, name, nn.Parameter(resized, requires_grad=parameter.requires_grad))
 
 
 def _resized(

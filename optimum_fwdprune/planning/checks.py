@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..allocation.fitting import check_without_layers
+from ..allocation.fitting import check_fits, check_without_layers
 from ..allocation.plan import PruningPlan
 from ..architectures.site import unit_name
 from ..cutting.verification import check_counterpart
@@ -16,7 +16,7 @@ from ..loading.placement import warn_of_placement
 from ..loading.saving import check_savable
 from ..loading.subject import Subject
 from ..reconstruction.reconstruct import check_reconstruction
-from ..request.choices import Scope, UnitKind
+from ..request.choices import DepthKind, ReconstructionKind, Scope, UnitKind
 from ..request.config import PruningConfig
 from ..runs import ranks
 from ..scoring.scores import Scores
@@ -60,8 +60,12 @@ def check_request(
         # The pruned model is written during the run.
         check_savable(subject.model, None)
     check_reconstruction(subject.model, config)
+    if config.prunes_experts:
+        check_refittable(subject, config)
     if plan is None:
         check_kinds(subject, config)
+    else:
+        check_fits(plan, subject)
     if plan is None and config.depth_kind is not None:
         # The check is the same for all layers.
         check_without_layers(subject.model, range(len(subject.layers) - 1))
@@ -82,13 +86,48 @@ def check_request(
 
 def check_kinds(subject: Subject, config: PruningConfig) -> None:
     """Raise `ValueError` where a request prunes units of a kind that the model cannot lose."""
+    present = {site.kind for site in subject.sites}
+    for kind in config.resolved_kinds:
+        if kind in list(UnitKind) and kind not in present:
+            units = unit_name(kind, config.attention_unit)
+            others = [other for other in present if other not in config.resolved_kinds and not _fixed(subject, other)]
+            raise ValueError(
+                f"kinds={config.resolved_kinds} asks for {units}, which this {subject.model.config.model_type} does "
+                f"not have{_why_missing(kind)}. Use kinds={sorted(others) or [DepthKind.LAYER.value]}."
+            )
     for site in subject.sites:
         if site.fixed and site.kind in config.resolved_kinds:
-            others = [kind for kind in config.resolved_kinds if kind != site.kind] or [UnitKind.MLP.value]
+            others = [kind for kind in config.resolved_kinds if kind != site.kind] or [
+                kind for kind in present if not _fixed(subject, kind)
+            ]
             raise ValueError(
                 f"kinds={config.resolved_kinds} asks for {unit_name(site.kind, config.attention_unit)}, which this "
                 f"{subject.model.config.model_type} cannot lose: {site.fixed} Use kinds={others}."
             )
+
+
+def check_refittable(subject: Subject, config: PruningConfig) -> None:
+    """Raise `ValueError` where a request refits experts that are not built like those of transformers."""
+    for site in subject.sites:
+        if site.routing is None or site.routing.can_be_refitted or config.reconstruction == ReconstructionKind.NONE:
+            continue
+        raise ValueError(
+            f"The {site} cannot be refitted: {type(site.routing.experts).__name__} does not compute them as the "
+            f"experts of transformers do. Set reconstruction='none'."
+        )
+
+
+def _fixed(subject: Subject, kind: str) -> bool:
+    """Return whether no single unit of a kind can be removed."""
+    return any(site.fixed for site in subject.sites if site.kind == kind)
+
+
+def _why_missing(kind: str) -> str:
+    reasons: dict[str, str] = {
+        UnitKind.MLP: ": its layers have experts, whose channels must be equally many in all experts",
+        UnitKind.EXPERT: ": its layers have one MLP each, and no mixture of experts",
+    }
+    return reasons.get(kind, "")
 
 
 def check_streamable(config: PruningConfig) -> None:

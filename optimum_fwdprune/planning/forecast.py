@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..allocation.budgets import Budget
+from ..allocation.budgets import Budget, counted_sites
 from ..allocation.constraints import prunable_sites
 from ..allocation.depth import depth_units, number_removed
 from ..allocation.losses import losses_by_kind
@@ -79,7 +79,7 @@ def forecast(
         for site in sites
     }
     removed = sum(by_site.values())
-    item_size = sites[0].projection.weight.element_size()
+    item_size = sites[0].weight.element_size()
     losses = _losses(sites, config, kept, by_site)
     by_kind: dict[str, int] = {
         kind: sum(by_site[site.key] for site in sites if site.kind == kind) for kind in UnitKind
@@ -150,7 +150,8 @@ def _sparsities(
         if not budget.at_least:
             yield "sparsity", config.sparsity, number_removed(sites, config) / total
     elif not budget.at_least and config.depth_kind is None:
-        yield "sparsity", config.sparsity, outcome.removed_parameters / sum(prunable.values())
+        counted = sum(site.num_parameters for site in counted_sites(sites, config))
+        yield "sparsity", config.sparsity, outcome.removed_parameters / counted
 
 
 def _why_rounded(config: PruningConfig) -> str:
@@ -159,6 +160,8 @@ def _why_rounded(config: PruningConfig) -> str:
         reasons.append(f"MLP widths are rounded to multiple_of={config.multiple_of}")
     if config.layout == Layout.STOCK:
         reasons.append("layout='stock' cuts every layer alike")
+    if config.prunes_experts:
+        reasons.append("every layer, and every group of its experts, loses the same number")
     return " and ".join(reasons)
 
 
@@ -166,10 +169,13 @@ def _losses(
     sites: Sequence[Site], config: PruningConfig, kept: Mapping[SiteKey, list[int]], by_site: Mapping[SiteKey, int]
 ) -> dict[str, str]:
     depth = _depth_losses(sites, config, kept)
+    num_units = {site.key: site.num_units for site in sites}
+    if config.prunes_experts:
+        return {UnitKind.EXPERT: losses_by_kind(kept, num_units, config.attention_unit)[UnitKind.EXPERT]}
     if not config.width_kinds:
         return depth
     if config.resolved_scope == Scope.LAYER and not depth:
-        return losses_by_kind(kept, {site.key: site.num_units for site in sites}, config.attention_unit)
+        return losses_by_kind(kept, num_units, config.attention_unit)
     # How much each layer loses depends on the scores.
     open_sites = prunable_sites(sites, config)
     named: dict[str, str] = {UnitKind.ATTENTION: "attention heads", UnitKind.MLP: "MLP channels"}

@@ -12,6 +12,7 @@ from transformers import __version__ as transformers_version
 
 from ..allocation.composing import EARLIER
 from ..allocation.job import Job
+from ..allocation.losses import ROUTING
 from ..allocation.plan import PruningPlan
 from ..allocation.rounds import Rounds
 from ..architectures import Site, SiteKey
@@ -125,7 +126,18 @@ def _metadata(model: PreTrainedModel, scores: Scores, rounds: Rounds, config: Pr
             for key, value in scores.values.items()
         },
         "scoring": scores.details,
+        **_routing(scores),
         "calibration": scores.calibrated_on or None,
         "seed": config.seed,
         "versions": _versions(),
     }
+
+
+def _routing(scores: Scores) -> dict[str, Any]:
+    """Return how many calibration tokens the routers of the dense model send to every expert, if this was counted."""
+    routed = {
+        str(key): [int(number) for number in statistics.routed.tolist()]
+        for key, statistics in scores.statistics.items()
+        if statistics.routed is not None
+    }
+    return {ROUTING: routed} if routed else {}

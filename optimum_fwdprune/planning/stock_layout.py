@@ -5,10 +5,10 @@ from __future__ import annotations
 from ..allocation.plan import PruningPlan
 from ..architectures import Site
 from ..architectures.stock_form import find_stock_form
-from ..cutting.surgery import pruned_config
+from ..cutting.form import pruned_config
 from ..loading.subject import Subject
 from ..reconstruction.bias import kinds_gaining_bias
-from ..request.choices import ReconstructionKind, UnitKind
+from ..request.choices import WIDTH_KINDS, ReconstructionKind
 from ..request.config import PruningConfig
 
 
@@ -41,7 +41,7 @@ def check_stock_request(subject: Subject, config: PruningConfig) -> None:
                 f"layout='stock' cannot be combined with reconstruction={config.reconstruction!r} for this model. "
                 f"{reason} Set reconstruction='least_squares' or reconstruction='none', which add no parameters."
             )
-        others = [other for other in UnitKind if other != kind and _allows(subject, config, other)]
+        others = [other for other in WIDTH_KINDS if other != kind and _allows(subject, config, other)]
         way_out = f"Set kinds={others}, or leave out layout." if others else "Leave out layout."
         raise ValueError(f"layout='stock' does not allow pruning {kind} of this model. {reason} {way_out}")
 

@@ -16,7 +16,7 @@ def added_parameters(sites: Iterable[Site], kind: str) -> int:
     """Return the number of parameters that a reconstruction adds to the model: biases of projections without one."""
     if kind != ReconstructionKind.BIAS:
         return 0
-    return sum(site.projection.out_features for site in sites if site.projection.bias is None)
+    return sum(site.projection.out_features for site in sites if _lacks_bias(site))
 
 
 def kinds_gaining_bias(sites: Sequence[Site], kept: Mapping[SiteKey, list[int]], reconstruction: str) -> set[str]:
@@ -30,7 +30,11 @@ def kinds_gaining_bias(sites: Sequence[Site], kept: Mapping[SiteKey, list[int]],
     if reconstruction != ReconstructionKind.BIAS:
         return set()
     losing = {site.kind for site in sites if 0 < len(kept[site.key]) < site.num_units}
-    return {site.kind for site in sites if site.kind in losing and site.projection.bias is None}
+    return {site.kind for site in sites if site.kind in losing and _lacks_bias(site)}
+
+
+def _lacks_bias(site: Site) -> bool:
+    return site.routing is None and site.projection.bias is None
 
 
 def compensate_bias(site: Site, kept: list[int], statistics: SiteStatistics) -> Projection:

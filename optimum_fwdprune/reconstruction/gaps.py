@@ -9,7 +9,7 @@ import torch
 
 from ..architectures import Site, SiteKey
 from ..data.calibration import Calibration
-from ..forward.hooks import inputs_of, outputs_of
+from ..forward.hooks import inputs_of, written_by
 from ..forward.layerwise import Batch, LayerRunner
 from ..loading.offloading import resident
 from ..loading.subject import Subject
@@ -73,7 +73,8 @@ def gaps_of(sites: Sequence[Site], kept: Mapping[SiteKey, Sequence[int]]) -> dic
     before: Site | None = None
     for site in sites:
         if kept[site.key]:
-            before = site
+            # Experts take over nothing.
+            before = site if site.routing is None else None
         elif before is not None:
             gaps.setdefault(before.key, []).append(site)
     return gaps
@@ -130,7 +131,7 @@ class _Tokens:
         after = [site for site in sites if site.key in gone]
         with (
             inputs_of(site.projection for site in before) as inputs,
-            outputs_of(site.projection for site in after) as outputs,
+            written_by(site.output for site in after) as outputs,
         ):
             self._hidden = on_host(self._runner.run(number, self._batch, self._hidden))
         for site, read in zip(before, inputs):

@@ -10,7 +10,7 @@ import torch
 from ..architectures import Site, SiteKey
 from ..data.calibration import Calibration
 from ..forward.evidence import Evidence, Grams
-from ..forward.gates import kept_projection
+from ..forward.gates import Projection, kept_projection
 from ..forward.gathering import gather_statistics, statistics_by_layer
 from ..forward.statistics import (
     GRAM,
@@ -23,8 +23,9 @@ from ..runs.devices import compute_device
 from ..runs.progress import progress
 from ..runs.resume import Resume
 from ..runs.shelves import Shelf
+from .experts import ExpertRefit
 from .gaps import gap_sums, gaps_of
-from .least_squares import NormalEquations, refit
+from .least_squares import NormalEquations, Refit, refit
 from .sequential import (
     Refitted,
 )
@@ -67,7 +68,8 @@ def refit_independently(
     else:
         measured = statistics_by_layer(subject, texts, config.batch_size, (GRAM,), shelf)
     for of_layer, of_texts in progress(measured, "Reconstructing", total=total, unit="layer"):
-        projections, refits = {}, {}
+        projections: dict[SiteKey, Projection] = {}
+        refits: dict[SiteKey, Refit | ExpertRefit] = {}
         for site in of_layer:
             weight, columns = site.projection.weight, site.kept_features(kept[site.key])
             # New statistics are removed from their mapping, so that Gram matrices are freed after their use.
@@ -80,8 +82,9 @@ def refit_independently(
                 equations = [
                     of_text.pop(site.key).joined(own, weight, columns) for of_text, own in zip(sums, equations)
                 ]
-            refits[site.key] = refit(equations[0], equations[1] if len(equations) > 1 else None, config.ridge)
-            projections[site.key] = refits[site.key].projection(kept_projection(site, kept[site.key]))
+            fitted = refit(equations[0], equations[1] if len(equations) > 1 else None, config.ridge)
+            refits[site.key] = fitted
+            projections[site.key] = fitted.projection(kept_projection(site, kept[site.key]))
         yield projections, refits
 
 

@@ -172,13 +172,15 @@ def refit(fit: NormalEquations, held_out: NormalEquations | None, ridge: float |
     if held_out is None:
         ridge = DEFAULT_RIDGE if ridge is None else ridge
         return Refit(fit.change(ridge), ridge)
-    best = _best_ridge(fit.mixed(), held_out.mixed()) if ridge is None else ridge
+    best = best_ridge(fit, held_out) if ridge is None else ridge
     error, energy = held_out.error(fit.change(best)), float(held_out.energy)
     change = (fit + held_out).change(best) if error < energy else None
     return Refit(change, best, energy / held_out.count, error / held_out.count)
 
 
-def _best_ridge(fit: NormalEquations, held_out: NormalEquations) -> float:
+def best_ridge(fit: NormalEquations, held_out: NormalEquations) -> float:
+    """Return the ridge with the smallest error on held-out tokens."""
+    fit, held_out = fit.mixed(), held_out.mixed()
     errors = {candidate: held_out.error(fit.change(candidate)) for candidate in RIDGES}
     return min(errors, key=lambda candidate: errors[candidate])
 

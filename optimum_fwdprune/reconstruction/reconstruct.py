@@ -63,8 +63,8 @@ def reconstruct_by_layer(
     `"bias"` adds the mean output of the removed features, `b + W_r E[x_r]` (FLAP, arXiv 2312.11983, eq. 5).
     `"least_squares"` refits the kept columns over the calibration tokens, with a penalty on changes,
     `W_k + Σ r xᵀ (Σ x xᵀ + λI)⁻¹`: x are the kept features and r is the output that the kept columns fail to
-    reproduce. Every eighth window is held out. The ridge λ with the smallest error on these windows is used; columns
-    are not changed if the error does not fall.
+    reproduce. Of mixtures, it refits the output projections of the kept experts. Every eighth window is held out. The
+    ridge λ with the smallest error on these windows is used; columns are not changed if the error does not fall.
 
     Args:
         subject (`Subject`): the dense model, which is not changed, with all its sites.
@@ -83,7 +83,8 @@ def reconstruct_by_layer(
     if len(done) == len(subject.layers):
         yield from (layer.placed_like(subject.sites) for layer in done)
         return
-    kind, losing, shelf = config.reconstruction, subject.losing(kept), shelf or Shelf()
+    kind, shelf = config.reconstruction, shelf or Shelf()
+    losing = subject.losing(kept)
     in_order = config.reconstruction_order != ReconstructionOrder.INDEPENDENT
     if kind == ReconstructionKind.LEAST_SQUARES:
         # Sites before and, in sequence, after a removed site can compensate for it.
@@ -100,7 +101,7 @@ def reconstruct_by_layer(
     assert evidence.calibration is not None
     warn_of_few_tokens(losing, kept, evidence.calibration)
     refitted: Iterable[Refitted]
-    if not in_order:
+    if not in_order and all(site.routing is None for site in subject.losing(kept)):
         refitted = refit_independently(subject, kept, config, evidence, shelf)
     else:
         texts = fit_and_held_out(evidence.calibration)
@@ -129,7 +130,8 @@ def _warn_of_gaps(subject: Subject, kept: Mapping[SiteKey, list[int]]) -> None:
 def _sequential_fit(subject: Subject, config: PruningConfig) -> SequentialFit:
     """Return how the request fits projections one after the other; warn where the family does not allow all of it."""
     by_default = ReconstructionTarget.DENSE if subject.has_dense_target else ReconstructionTarget.LAYER
-    target = config.reconstruction_target or by_default
+    on_dense = config.reconstruction_order == ReconstructionOrder.INDEPENDENT
+    target = ReconstructionTarget.LAYER if on_dense else config.reconstruction_target or by_default
     with_sources = config.refit_sources and target == ReconstructionTarget.DENSE
     if config.refit_sources and not with_sources:
         logger.warning(
@@ -137,7 +139,7 @@ def _sequential_fit(subject: Subject, config: PruningConfig) -> SequentialFit:
             "normalizes in between, so that only projections are refitted.",
             subject.model.config.model_type,
         )
-    return SequentialFit(target, config.ridge, config.batch_size, with_sources)
+    return SequentialFit(target, config.ridge, config.batch_size, with_sources, on_dense=on_dense)
 
 
 def _biases_by_layer(
@@ -181,7 +183,7 @@ def warn_of_unchanged(sites: Iterable[Site], kept: Mapping[SiteKey, list[int]], 
 
 
 def warn_of_few_tokens(sites: list[Site], kept: Mapping[SiteKey, list[int]], calibration: Calibration) -> None:
-    widest = max(len(kept[site.key]) * site.unit_width for site in sites)
+    widest = max((len(kept[site.key]) * site.unit_width for site in sites if site.routing is None), default=0)
     if calibration.num_tokens < widest:
         windows, length = calibration.input_ids.shape
         logger.warning(

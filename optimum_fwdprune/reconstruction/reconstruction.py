@@ -44,7 +44,7 @@ class Reconstruction:
         placed = {}
         for site in sites:
             if site.key in self.projections:
-                move = methodcaller("to", compute_device(site.projection))
+                move = methodcaller("to", compute_device(site.output))
                 placed[site.key] = self.projections[site.key].mapped(move)
         return Reconstruction(placed, self.details)
 

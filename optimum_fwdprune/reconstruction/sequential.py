@@ -18,17 +18,19 @@ from ..runs.devices import back_to, precise
 from ..runs.progress import progress
 from ..runs.shelves import Shelf
 from .aims import Aims
+from .experts import ExpertRefit, refit_experts
 from .gauss_newton import LeastSquares, gauss_newton_changes, summed_squares
+from .joining import Joining
 from .least_squares import NormalEquations, Refit, refit
 from .reconstruction import Reconstruction
-from .streams import Joining, Stream
+from .streams import Stream
 
 
 # The parts of a Gauss-Newton step that are tried. The whole step suits activations with little curvature.
 PARTS = (1.0, 0.5, 0.25)
 
 # The projections of a layer, and how they were determined.
-Refitted = tuple[dict[SiteKey, Projection], dict[SiteKey, Refit]]
+Refitted = tuple[dict[SiteKey, Projection], dict[SiteKey, Refit | ExpertRefit]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class SequentialFit:
         dense_stream (`Shelf`, *optional*): storage for the dense model's hidden states that other fits to the same
             tokens share, for the target `"dense"`. Layers that the dense model has run for another fit do not run
             again.
+        on_dense (`bool`, defaults to `False`): fit all layers on the hidden states of the dense model, and not on
+            those of the layers that are pruned already; for the target `"layer"`.
     """
 
     target: str
@@ -57,6 +61,7 @@ class SequentialFit:
     batch_size: int
     refit_sources: bool = False
     dense_stream: Shelf | None = None
+    on_dense: bool = False
 
 
 @torch.no_grad()
@@ -93,14 +98,19 @@ def refit_in_sequence(
     joining = Joining.of(subject) if towards_dense else None
     aims = Aims(sites, kept, over_gaps=joining is not None and not joining.normalized)
     streams: list[list[Stream]] = [[] for _ in texts]
+    follows = fit.refit_sources, fit.on_dense
     for held, text in enumerate(texts):
         if (share := text.own_share()) is not None:
             for number, batch in enumerate(runner.batches(share, fit.batch_size)):
                 name = f"{held}.{number}"
-                stream = Stream(name, batch, runner, shelf, joining, fit.refit_sources, aims, fit.dense_stream)
+                stream = Stream(name, batch, runner, shelf, joining, *follows, aims, fit.dense_stream)
                 streams[held].append(stream)
     every_stream = [stream for of_text in streams for stream in of_text]
-    behind = {site.key for site in sites[_first_fitted(sites, kept) :]}
+    losing = {site.key for site in sites if len(kept[site.key]) < site.num_units}
+    behind = {site.key for site in sites[_first_fitted(sites, kept) :] if towards_dense or site.key in losing}
+    # Projections of attention make up for no expert that is removed.
+    if all(site.routing is not None for site in sites if site.key in losing):
+        behind = set()
     if shelf.settled == 0:
         for stream in every_stream:
             stream.start()
@@ -127,7 +137,9 @@ def refit_in_sequence(
                 if not is_done and not kept[site.key]:
                     # A removed site has no output, and the sites after it compensate for its loss.
                     layer.projections[site.key] = kept_projection(site, [])
-                elif not is_done and site.key in behind and (towards_dense or len(kept[site.key]) < site.num_units):
+                elif not is_done and site.routing is not None:
+                    layer.settle_experts(place, kept_projection(site, kept[site.key]))
+                elif not is_done and site.key in behind:
                     layer.settle(place, kept_projection(site, kept[site.key]))
                 for stream in every_stream:
                     stream.settle(of_layer, place)
@@ -161,7 +173,18 @@ class _Layer:
     ridge: float | None
     refit_sources: bool
     projections: dict[SiteKey, Projection] = field(default_factory=dict)
-    refits: dict[SiteKey, Refit] = field(default_factory=dict)
+    refits: dict[SiteKey, Refit | ExpertRefit] = field(default_factory=dict)
+
+    def settle_experts(self, place: int, projection: Projection) -> None:
+        """Fit the output projections of the kept experts of a mixture, if it loses any."""
+        site = self.sites[place]
+        self.projections[site.key] = projection
+        if len(projection.kept) < site.num_units:
+            texts = [
+                [stream.observe_experts(self.sites, place, self.projections) for stream in streams]
+                for streams in self.streams
+            ]
+            self.projections[site.key], self.refits[site.key] = refit_experts(site, projection.kept, texts, self.ridge)
 
     def settle(self, place: int, projection: Projection) -> None:
         """Fit the parameters of a site, starting from those of `projection`."""
@@ -215,7 +238,7 @@ class _Layer:
         sums = [equations.pooled() for equations in sums]
         if not (sums[0].gram.isfinite().all() and sums[0].cross.isfinite().all()):
             raise ValueError(
-                f"The activations before {site.projection_name} ({site}) contain NaN or infinity once the layers "
+                f"The activations before {site.output_name} ({site}) contain NaN or infinity once the layers "
                 f"before it are pruned. Load a float16 model that overflows in bfloat16 or float32."
             )
         return refit(sums[0], sums[1] if len(sums) > 1 else None, self.ridge)

@@ -13,38 +13,19 @@ from torch.nn import functional as F
 from ..architectures import Site, SiteKey
 from ..architectures.transposed import forward_replaced
 from ..forward.gates import Projection
-from ..forward.hooks import inputs_of, outputs_of, stopped_before
+from ..forward.hooks import inputs_of, outputs_of, stopped_before, written_by
 from ..forward.layerwise import Batch, LayerRunner
 from ..forward.narrowing import is_narrow, narrowed
 from ..forward.replaying import PassedOn, passed_on, sublayer_of
-from ..loading.subject import Subject
-from ..runs.devices import on_host
+from ..runs.devices import compute_device, on_host
 from ..runs.shelves import Shelf
 from .aims import Aims
+from .experts import RoutedTokens
 from .gauss_newton import Linearized
+from .joining import Joining
 
 
 Projections = Mapping[SiteKey, Projection]
-
-
-@dataclass(frozen=True)
-class Joining:
-    """How the outputs of projections are added to the residual stream.
-
-    Args:
-        normalized (`bool`, defaults to `False`): whether they pass a norm before, so that the target of a projection
-            is its output in the dense model instead of the dense model's stream.
-        multiplier (`float`, defaults to 1.0): the number that they are multiplied by before they are added.
-    """
-
-    normalized: bool = False
-    multiplier: float = 1.0
-
-    @classmethod
-    def of(cls, subject: Subject) -> Joining:
-        """Return the values that the layout of a model declares."""
-        layout, config = subject.architecture.layout, subject.text_config
-        return cls(layout.output_norm, layout.residual_multiplier(config))
 
 
 @dataclass(frozen=True)
@@ -66,6 +47,8 @@ class Stream:
         joining (`Joining`, *optional*): how outputs are added to the stream, if the target is the dense model; `None`
             if it is the output of the unpruned projection.
         follows_inputs (`bool`): whether inputs of sources in the dense model are stored, too.
+        stays_dense (`bool`): whether layers are run without their new projections, so that all of them are fitted on
+            the dense model's hidden states.
         aims (`Aims`): the places in the dense model's stream that are the targets of projections.
         shared (`Shelf`, *optional*): storage for states of the dense model that other reconstructions use too, so that
             they are kept. By default they are stored in `shelf`, and removed after their last use.
@@ -77,6 +60,7 @@ class Stream:
     shelf: Shelf
     joining: Joining | None
     follows_inputs: bool
+    stays_dense: bool
     aims: Aims
     shared: Shelf | None = None
     _passed_on: dict[SiteKey, PassedOn] = field(default_factory=dict)
@@ -100,7 +84,7 @@ class Stream:
         readers = [site.sources[0].linear for site in sites] if self.follows_inputs else []
         sublayers = [sublayer_of(self.runner.model, site) for site in sites]
         with (
-            outputs_of(site.projection for site in sites) as outputs,
+            written_by(site.output for site in sites) as outputs,
             outputs_of(sublayers) as whole,
             inputs_of(readers) as inputs,
         ):
@@ -137,6 +121,35 @@ class Stream:
             self.shelf[f"{site.layer}.{self.name}.{place}.features"] = features
             self._with_features.add(site.key)
         return self._kept_and_left(sites, place, projections, inputs, written)
+
+    def observe_experts(self, sites: Sequence[Site], place: int, projections: Projections) -> RoutedTokens:
+        """Return the tokens before a mixture of the pruned model, with the difference between its target and its
+        output, in the memory of the host."""
+        site = sites[place]
+        assert site.routing is not None
+        calls: list[tuple[torch.Tensor, ...]] = []
+        handle = site.routing.experts.register_forward_pre_hook(lambda _module, args: calls.append(args[:3]))
+        try:
+            with (
+                narrowed(sites, projections),
+                inputs_of([site.output]) as read,
+                written_by(earlier.output for earlier in sites[: place + 1]) as written,
+            ):
+                self.runner.run(site.layer, self.batch, self.shelf[f"{site.layer}.{self.name}.pruned"])
+        finally:
+            handle.remove()
+        *before, output = written
+        if self.joining is None:
+            with written_by([site.output]) as whole:
+                site.output(read[0])
+            target = whole[0].float()
+        else:
+            target = self._target(sites, place, before, self.joining)
+        residual = self.batch.tokens(target) - self.batch.tokens(output).to(target.device).float()
+        # Mixtures flatten the tokens of a batch.
+        windows = read[0].shape[:2]
+        hidden, indices, weights = (self.batch.tokens(values.view(*windows, -1)) for values in calls[0])
+        return RoutedTokens(*(on_host(values) for values in (hidden, indices, weights, residual)))
 
     def read(self, sites: Sequence[Site], place: int, projections: Projections) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the inputs of the sources of a site in the pruned model, and their difference from those in the dense
@@ -182,6 +195,7 @@ class Stream:
         """Run the layer of `sites` in the pruned model, and drop its inputs."""
         layer = sites[0].layer
         pruned = self.shelf.pop(f"{layer}.{self.name}.pruned")
+        projections = {} if self.stays_dense else projections
         with narrowed(sites, projections), self._replayed(sites, projections):
             self.shelf[f"{layer + 1}.{self.name}.pruned"] = self.runner.run(layer, self.batch, pruned)
         for place, site in enumerate(sites):
@@ -206,10 +220,10 @@ class Stream:
             # The target is computed from the features of removed units.
             projections = {key: new for key, new in projections.items() if key != sites[place].key}
         earlier = sites[:place]
-        computed = [site.projection for site in earlier if site.key not in self._with_features]
+        computed = [site.output for site in earlier if site.key not in self._with_features]
         with (
             narrowed(sites, projections),
-            outputs_of(computed) as written,
+            written_by(computed) as written,
             self._replayed(earlier, projections) as known,
             stopped_before(module) as stop,
         ):
@@ -245,7 +259,7 @@ class Stream:
         if joining.normalized:
             return self._dense[f"{sites[place].layer}.{self.name}.{place}.output"].float()
         site = sites[place]
-        device = site.projection.weight.device
+        device = compute_device(site.output)
         pruned = self.shelf[f"{site.layer}.{self.name}.pruned"]
         target = (self._dense_target(site).to(device).float() - pruned.to(device).float()) / joining.multiplier
         for output in written:

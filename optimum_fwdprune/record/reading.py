@@ -21,7 +21,8 @@ from .record import Record
 def read_record(model: PreTrainedModel, model_id: str | Path, source: Source) -> tuple[Record, Source]:
     """Return the record in a pruned model's checkpoint, and its source completed by the record.
 
-    Of a dense model, the record is empty and the source stays the same.
+    Of a dense model, the record is empty and the source stays the same. A mixture of experts that was pruned may have
+    a stock class, so that the files of its checkpoint tell whether it was.
 
     Args:
         model (`PreTrainedModel`): the opened model; from now on its `save_pretrained` writes the record too.
@@ -31,9 +32,12 @@ def read_record(model: PreTrainedModel, model_id: str | Path, source: Source) ->
     Raises:
         ValueError: where a file of the record is damaged, or the plan does not fit the weights.
     """
-    if not is_pruned(model.config):
+    pruned = is_pruned(model.config)
+    if not pruned and not get_architecture(model.config).may_stay_stock:
         return Record(), source
     record = Record.of_checkpoint(model_id, **source.where)
+    if not pruned and record.plan is None:
+        return Record(), source
     if record.plan is not None:
         record.plan.check_left(find_sites(model, record.plan.attention_unit))
     record = with_outcome(record, model)
@@ -87,15 +91,21 @@ def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
         ValueError: where the config is not that of a pruned model.
     """
     architecture = get_architecture(config)
+    classes: list[Any] = list(architecture.model_classes)
     if not is_pruned(config):
-        raise ValueError(f"model_type {config.model_type!r} is that of a dense model, but the checkpoint has a plan.")
+        if not architecture.may_stay_stock:
+            raise ValueError(
+                f"model_type {config.model_type!r} is that of a dense model, but the checkpoint has a plan."
+            )
+        classes = [model_class.__bases__[-1] for model_class in classes]
     names = config.architectures or ()
-    named = [model_class for model_class in architecture.model_classes if model_class.__name__ in names]
+    named = [model_class for model_class in classes if model_class.__name__ in names]
     with torch.device("meta"):
-        return (named or architecture.model_classes)[0]._from_config(config)
+        return (named or classes)[0]._from_config(config)
 
 
 def _dense_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     stock: Any = get_architecture(model.config).pruned_class(model).__bases__[-1]
+    config = stock_config(model.config) if is_pruned(model.config) else model.config
     with torch.device("meta"):
-        return stock._from_config(stock_config(model.config))
+        return stock._from_config(config)

@@ -70,7 +70,7 @@ class Recovery:
             ValueError: before training starts, where the model, the data, the teacher or a checkpoint to resume from
                 does not fit.
         """
-        check_trainable(self.model)
+        check_trainable(self.model, self.record)
         args = _checked_arguments(args)
         stages, callbacks = args.stages(), checked_callbacks(callbacks)
         check_placement(self.model, stages, self.source.low_memory)
@@ -163,7 +163,7 @@ def followed_by(before: Mapping[str, Any] | None, now: dict[str, Any], is_resume
     return {**now, "earlier": earlier} if earlier else now
 
 
-def check_trainable(model: Any) -> None:
+def check_trainable(model: Any, record: Record) -> None:
     """Raise `ValueError` where recovery cannot train a model, or could not save it afterwards."""
     check_not_consumed(model)
     if is_peft_model(model):
@@ -172,7 +172,7 @@ def check_trainable(model: Any) -> None:
             "pruner.model = pruner.model.merge_and_unload()."
         )
     check_no_adapters(model, "recover would train instead of its own")
-    if not is_pruned(model.config):
+    if record.plan is None and not is_pruned(model.config):
         raise ValueError(
             f"recover trains a pruned model, and this {type(model).__name__} is dense: call prune() first. "
             f"transformers.Trainer trains dense models."

@@ -19,6 +19,7 @@ PALETTE = {
     "track": "#e6e9ef",
     "attention": "#3a6fd8",
     "mlp": "#d5742b",
+    "expert": "#8a4fbf",
     "removed": "#a9b2c0",
     "accent": "#12866f",
     "paper": "#fefefe",

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
 from ..allocation.plan import PLAN_NAME
+from ..architectures import get_architecture, is_pruned
 from ..evaluation import Comparison
 from ..loading.base import CARD_NAME, Base
 from ..record.outcome import Outcome
@@ -110,8 +111,27 @@ def _introduction(name: str, record: Record, base: Base | None) -> str:
 
 
 def _loading(name: str, model: PreTrainedModel) -> str:
-    auto = model.config.auto_map or {}
-    auto_class = next((name for name in auto if name.endswith(type(model).__name__.rpartition("For")[2])), "AutoModel")
+    auto_class = get_architecture(model.config).pruned_class(model)._auto_class
+    further = f"""```python
+from optimum_fwdprune import FwdPruner
+
+pruner = FwdPruner.from_pretrained("{name}")
+```"""
+    if not is_pruned(model.config):
+        return f"""## Load it
+
+This is a checkpoint of the stock model class, which every program for this family loads:
+
+```python
+from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+With optimum-fwdprune, it can be pruned further, recovered or evaluated:
+
+{further}"""
     return f"""## Load it
 
 ```python

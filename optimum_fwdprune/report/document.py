@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
-from ..allocation.losses import depth_losses
+from ..allocation.losses import depth_losses, rerouted
 from ..allocation.plan import PLAN_NAME, PruningPlan
 from ..architectures import find_sites
 from ..architectures.site import SiteKey
@@ -109,6 +109,12 @@ def describe_checkpoint(
     return describe(name, with_outcome(record, model), comparison or record.comparison)
 
 
+def kinds_of(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Return the kinds of units in the layers of a checkpoint, as [`describe`] returns it."""
+    rows = checkpoint["layers"] or [{}]
+    return [kind.value for kind in UnitKind if kind in rows[0]]
+
+
 def describe(name: str, record: Record, comparison: Comparison | None = None) -> dict[str, Any]:
     """Return the record of a pruned model as JSON values; `None` stands for what is not known.
 
@@ -139,6 +145,7 @@ def describe(name: str, record: Record, comparison: Comparison | None = None) ->
         "sizes": _sizes(outcome) if outcome else None,
         "pruning": _pruning(outcome) if outcome else None,
         "depth": list(depth_losses(plan.kept).values()) if plan else [],
+        "routing": rerouted(plan) if plan else None,
         "layers": _layers(plan, outcome) if plan else None,
         "scores": _scores(scores, plan) if scores else None,
         "learning": _learning(scores),
@@ -187,7 +194,7 @@ def _layers(plan: PruningPlan, outcome: Outcome | None) -> list[dict[str, Any]]:
     rows = []
     for layer in sorted({layer for layer, _ in plan.kept}):
         row: dict[str, Any] = {"layer": layer}
-        for kind in UnitKind:
+        for kind in plan.kinds:
             key = SiteKey(layer, kind)
             kept, units, size = len(plan.kept.get(key, [])), plan.num_units.get(key, 0), per_unit.get(key)
             parameters = None if size is None else {"before": units * size, "after": kept * size}

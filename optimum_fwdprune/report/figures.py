@@ -12,6 +12,7 @@ from ..architectures.site import unit_name
 from ..request.choices import UnitKind
 from . import pictures
 from .canvas import PALETTE, drawing, new_figure
+from .document import kinds_of
 from .numbers import is_quality, is_speed
 
 
@@ -84,7 +85,11 @@ def pictures_of_all(document: Mapping[str, Any], models: Sequence[Mapping[str, A
                     )
                 )
     checkpoints = [checkpoint for checkpoint in document["checkpoints"] if checkpoint["layers"]]
-    return drawings + ([_kept_of_all(checkpoints, kind) for kind in UnitKind] if len(checkpoints) > 1 else [])
+    if len(checkpoints) < 2:
+        return drawings
+    present = [kinds_of(checkpoint) for checkpoint in checkpoints]
+    shared = [kind for kind in present[0] if all(kind in kinds for kinds in present)]
+    return drawings + [_kept_of_all(checkpoints, kind) for kind in shared]
 
 
 def _kept_of_all(checkpoints: Sequence[Mapping[str, Any]], kind: str) -> Picture:
@@ -98,32 +103,35 @@ def _kept_of_all(checkpoints: Sequence[Mapping[str, Any]], kind: str) -> Picture
         pictures.draw_kept_of_several(axis, layers, shares, labels)
         axis.set_xlabel("layer")
 
-    title = "Kept MLP channels" if kind == UnitKind.MLP else "Kept attention units"
+    titles: dict[str, str] = {UnitKind.MLP: "Kept MLP channels", UnitKind.EXPERT: "Kept experts"}
+    title = titles.get(kind, "Kept attention units")
     return _draw(f"all-kept-{kind}", title, "Each line is a checkpoint, labelled with its number.", [draw], 2.6)
 
 
 def _of_layers(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
     rows = checkpoint["layers"]
-    layers = [row["layer"] for row in rows]
+    layers, kinds = [row["layer"] for row in rows], kinds_of(checkpoint)
 
     def kept(kind: str) -> Callable[[Axes], None]:
         counts, units = ([row[kind][which] for row in rows] for which in ("kept", "units"))
 
         def draw(axis: Axes) -> None:
             pictures.draw_kept(axis, kind, layers, counts, units, unit_name(kind, checkpoint["attention_unit"]))
-            if kind == UnitKind.MLP:
+            if kind == kinds[-1]:
                 axis.set_xlabel("layer")
 
         return draw
 
-    drawn = [kept(kind) for kind in UnitKind]
+    drawn = [kept(kind) for kind in kinds]
     text = "The share of its units that each layer kept."
     if checkpoint["depth"]:
         text += " Hatched bars stand for an attention or an MLP that was removed."
-    drawings = [_draw(f"{name}-kept", "Kept units", text, drawn, 3.6, sharex=True)]
-    if all(row[kind]["parameters"] for row in rows for kind in UnitKind):
-        before = [sum(row[kind]["parameters"]["before"] for kind in UnitKind) for row in rows]
-        after: dict[str, list[int]] = {kind: [row[kind]["parameters"]["after"] for row in rows] for kind in UnitKind}
+    drawings = [_draw(f"{name}-kept", "Kept units", text, drawn, 1.8 * len(kinds), sharex=True)]
+    # A layer of a mixture has a dense MLP or experts.
+    if all(row[kind]["parameters"] or not row[kind]["units"] for row in rows for kind in kinds):
+        sizes = {kind: [row[kind]["parameters"] or {"before": 0, "after": 0} for row in rows] for kind in kinds}
+        before = [sum(of_layer["before"] for of_layer in of_kinds) for of_kinds in zip(*sizes.values())]
+        after = {kind: [of_layer["after"] for of_layer in of_kind] for kind, of_kind in sizes.items()}
 
         def parameters(axis: Axes) -> None:
             pictures.draw_parameters(axis, layers, before, after)

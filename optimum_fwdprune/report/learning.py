@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.site import SiteKey
-from ..request.choices import UnitKind
+from ..request.choices import WIDTH_KINDS
 
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def learning_of(history: Mapping[str, Tensor], points: int = 400) -> dict[str, A
     lasts = [min(first + stretch, steps) for first in range(0, steps, stretch)]
     window = max(1, steps // 20)
     loss = history["loss"].double()
-    keep_rates: dict[str, dict[str, list[float]]] = {str(kind): {} for kind in UnitKind}
+    keep_rates: dict[str, dict[str, list[float]]] = {str(kind): {} for kind in WIDTH_KINDS}
     for name, values in history.items():
         if name.startswith("keep_rate."):
             key = SiteKey.parse(name.removeprefix("keep_rate."))

@@ -13,7 +13,7 @@ from typing import Any
 from ..files import as_path, check_output_file, write_text_atomically
 from ..runs.progress import progress
 from .canvas import NO_MATPLOTLIB, PALETTE
-from .document import models_of
+from .document import kinds_of, models_of
 from .figures import pictures_of, pictures_of_all
 from .numbers import calibration_in_words, figure_label, figure_way, headline, is_quality, is_speed, shown_as
 
@@ -26,6 +26,7 @@ DARK = {
     "track": "#303948",
     "attention": "#7aa5f7",
     "mlp": "#eb9a58",
+    "expert": "#bd93e6",
     "removed": "#596476",
     "accent": "#43bfa3",
     "paper": "#12161e",
@@ -86,6 +87,7 @@ def render_page(document: Mapping[str, Any]) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(
+        kinds_of=kinds_of,
         shown=partial(shown_as, document),
         label=figure_label,
         way=figure_way,

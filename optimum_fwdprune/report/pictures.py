@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..allocation.plan import PruningPlan
 from ..architectures.site import SiteKey, unit_name
-from ..request.choices import UnitKind
+from ..request.choices import WIDTH_KINDS, UnitKind
 from .canvas import PALETTE, add_legend, drawing, new_figure, number_layers, save_figure
 from .learning import learning_of
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 def plot_plan(plan: PruningPlan, file: str | Path) -> None:
     """Write a picture of the share of its units that each layer kept to a file (.svg, .png or .pdf)."""
-    layers = sorted({layer for layer, _ in plan.kept})
-    figure = new_figure(8, 3.8)
+    layers, kinds = sorted({layer for layer, _ in plan.kept}), plan.kinds
+    figure = new_figure(8, 1.9 * len(kinds))
     with drawing():
-        for axis, kind in zip(figure.subplots(2, 1, sharex=True), UnitKind):
+        for axis, kind in zip(figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0], kinds):
             keys = [SiteKey(layer, kind) for layer in layers]
             kept = [len(plan.kept.get(key, [])) for key in keys]
             units = [plan.num_units.get(key, 0) for key in keys]
@@ -50,7 +50,7 @@ def plot_history(history: Mapping[str, Tensor], file: str | Path) -> None:
         (losses, masks), rates = figure.subplots(2, 2, sharex=True)
         draw_loss(losses, learning)
         draw_masks(masks, learning)
-        for axis, kind in zip(rates, UnitKind):
+        for axis, kind in zip(rates, WIDTH_KINDS):
             draw_rates(axis, kind, learning)
             axis.set_xlabel("step")
         save_figure(figure, file)
@@ -89,11 +89,12 @@ def draw_parameters(
         axis (`Axes`): axes to draw on.
         layers (sequence of `int`): numbers of the layers.
         before (sequence of `int`): parameters of all kinds together before pruning.
-        after (mapping of kind to sequence of `int`): parameters of each kind after pruning.
+        after (mapping of kind to sequence of `int`): parameters of each kind after pruning, attention first.
     """
     axis.bar(layers, [count / 1e6 for count in before], width=0.74, color=PALETTE["track"], label="removed")
     floor = [0.0] * len(layers)
-    for kind, label in ((UnitKind.MLP, "MLP"), (UnitKind.ATTENTION, "attention")):
+    for kind in reversed(list(after)):
+        label = kind_name(kind)
         height = [count / 1e6 for count in after[kind]]
         axis.bar(layers, height, width=0.74, bottom=floor, color=PALETTE[kind], label=label)
         floor = [low + more for low, more in zip(floor, height)]
@@ -230,7 +231,8 @@ def draw_kept_of_several(
 
 def kind_name(kind: str) -> str:
     """Return the name of a sublayer of a kind."""
-    return "MLP" if kind == UnitKind.MLP else "attention"
+    names: dict[str, str] = {UnitKind.MLP: "MLP", UnitKind.EXPERT: "experts"}
+    return names.get(kind, "attention")
 
 
 def _floats(values: Sequence[float | None]) -> list[float]:

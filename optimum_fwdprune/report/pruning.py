@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..allocation.composing import EARLIER
-from ..allocation.losses import losses_by_kind
+from ..allocation.losses import losses_by_kind, rerouted
 from ..evaluation import Comparison
 from ..record.outcome import Outcome
 from ..record.record import Record
@@ -38,7 +38,8 @@ class PruningReport(Outcome):
         plan = self.record.plan if self.record else None
         if plan is None:
             return []
-        return list(losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values())
+        losses = list(losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values())
+        return [*losses, *filter(None, [rerouted(plan)])]
 
     def save(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..allocation.composing import EARLIER
-from ..allocation.losses import ATTENTION_NAMES, layers_named, removed_depth
+from ..allocation.losses import layers_named, losses_name, removed_depth, rerouted
 from ..allocation.plan import PruningPlan
 from ..record.record import Record
 from ..record.reproduction import INPUTS
@@ -23,7 +23,7 @@ def what_was_removed(plan: PruningPlan | None) -> Iterator[str]:
     depth = list(_what_depth_was_removed(plan))
     yield from depth
     left = [key for key, units in plan.kept.items() if units]
-    names = {UnitKind.ATTENTION: ATTENTION_NAMES[plan.attention_unit], UnitKind.MLP: "MLP channels"}
+    names = {str(kind): losses_name(kind, plan.attention_unit) for kind in UnitKind}
     removed = [kind for kind in UnitKind if any(plan.removed(key) for key in left if key.kind == kind)]
     kept = [kind for kind in UnitKind if kind not in removed and any(key.kind == kind for key in left)]
     if removed:
@@ -31,6 +31,8 @@ def what_was_removed(plan: PruningPlan | None) -> Iterator[str]:
         where = " of other layers" if depth else ""
         rest = f", and all {names[kept[0]]} were kept" if kept and not depth else ""
         yield f"{text[0].upper()}{text[1:]}{where} were removed{rest}."
+        if sentence := rerouted(plan):
+            yield sentence
     elif not depth:
         yield "No unit was removed: every layer keeps its size."
 

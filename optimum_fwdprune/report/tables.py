@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..allocation.losses import depth_losses
+from ..allocation.losses import depth_losses, rerouted
 from ..allocation.plan import PruningPlan
 from ..architectures.site import SiteKey, unit_name
-from ..request.choices import UnitKind
+from ..request.choices import WIDTH_KINDS
 from ..words import render_table
-from .document import models_of
+from .document import kinds_of, models_of
 from .learning import learning_of
 from .numbers import figure_label, figure_way, is_quality, is_speed, written
 
@@ -25,15 +25,16 @@ def plan_table(plan: PruningPlan) -> str:
     rows = []
     for layer in layers:
         row = [str(layer)]
-        for kind in UnitKind:
+        for kind in plan.kinds:
             key = SiteKey(layer, kind)
             total, kept = plan.num_units.get(key, 0), len(plan.kept.get(key, []))
             share = kept / total if total else 1.0
             share_text = f"{'removed':<25}" if total and not kept else f"{'█' * round(share * 20):<20} {share:4.0%}"
             row += [f"{kept} / {total}", share_text]
         rows.append(tuple(row))
-    header = ("layer", unit_name(UnitKind.ATTENTION, plan.attention_unit), "", "MLP channels", "")
-    return "\n".join([render_table(header, rows), *depth_losses(plan.kept).values()])
+    header = ("layer", *(name for kind in plan.kinds for name in (unit_name(kind, plan.attention_unit), "")))
+    sentences = [*depth_losses(plan.kept).values(), rerouted(plan)]
+    return "\n".join([render_table(header, rows), *filter(None, sentences)])
 
 
 def report_table(document: Mapping[str, Any]) -> str:
@@ -69,7 +70,7 @@ def history_table(history: Mapping[str, Tensor], rows: int = 10) -> str:
     for place, last in enumerate(learning["steps"]):
         first = 1 + (learning["steps"][place - 1] if place else 0)
         rates = []
-        for kind in UnitKind:
+        for kind in WIDTH_KINDS:
             now = [values[place] for values in learning["keep_rates"][kind].values()]
             rates.append(f"{min(now):.2f} to {max(now):.2f}" if now else "")
         loss = learning["loss"][place]
@@ -109,12 +110,13 @@ def _checkpoint(checkpoint: Mapping[str, Any]) -> str:
     sections = [title + (checkpoint["method"] or "hand")]
     rows = [*_sizes(checkpoint["sizes"]), *_measured(checkpoint["measured"])]
     sections.append(render_table(("", "before", "after", "change"), rows) if rows else "Sizes were not recorded.")
-    units = unit_name(UnitKind.ATTENTION, checkpoint["attention_unit"])
+    kinds = kinds_of(checkpoint)
+    names = (name for kind in kinds for name in (unit_name(kind, checkpoint["attention_unit"]), "parameters"))
     layers = [
-        (str(row["layer"]), *(text for kind in UnitKind for text in _site(row[kind]))) for row in checkpoint["layers"]
+        (str(row["layer"]), *(text for kind in kinds for text in _site(row[kind]))) for row in checkpoint["layers"]
     ]
-    sections.append(render_table(("layer", units, "parameters", "MLP channels", "parameters"), layers))
-    sections.append("\n".join(checkpoint["depth"]))
+    sections.append(render_table(("layer", *names), layers))
+    sections.append("\n".join(filter(None, [*checkpoint["depth"], checkpoint["routing"]])))
     if checkpoint["command"]:
         sections.append(f"Made by: {checkpoint['command']}")
     sections += ["\n".join(note.replace("`", "") for note in checkpoint["command_notes"])]

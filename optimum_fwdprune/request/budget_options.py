@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .choices import Phase
+from .choices import Phase, UnitKind
 from .fields import Heading, option
 
 
 DEFAULT_METHOD = "wanda_sp"
 DEFAULT_DEPTH_METHOD = "block_influence"
+DEFAULT_EXPERT_METHOD = "reap"
 
 # Options that are budgets for the whole model.
-TARGETS = ("target_parameters", "target_bytes", "target_speedup")
+TARGETS = ("target_parameters", "target_active_parameters", "target_bytes", "target_speedup")
 
 # Options that are limits of quality, within which the smallest model is searched for.
 LIMITS = ("max_perplexity_ratio", "max_divergence")
+
+
+def default_method(kinds: object) -> str:
+    """Return the method of a request that names none, by its `kinds`."""
+    of_experts = isinstance(kinds, (list, tuple)) and list(kinds) == [UnitKind.EXPERT]
+    return DEFAULT_EXPERT_METHOD if of_experts else DEFAULT_METHOD
 
 
 @dataclass
@@ -31,11 +38,17 @@ class BudgetOptions:
     sparsity: float = option(
         0.2,
         "Fraction of the prunable parameters (all that heads and channels own) to remove. If kinds is only layer or "
-        "only sublayer: fraction of the layers or sublayers to remove.",
+        "only sublayer: fraction of the layers or sublayers to remove. If it is expert: fraction of the experts.",
         group=Heading.BUDGET,
     )
     target_parameters: int | None = option(
         None, "Largest number of parameters of the whole pruned model. Replaces sparsity.", group=Heading.BUDGET
+    )
+    target_active_parameters: int | None = option(
+        None,
+        "Largest number of parameters of the whole pruned model that a token uses: all but those of the experts that "
+        "it is not routed to. Replaces sparsity.",
+        group=Heading.BUDGET,
     )
     target_bytes: int | None = option(
         None, "Largest size of the pruned weights on disk, in bytes. Replaces sparsity.", group=Heading.BUDGET

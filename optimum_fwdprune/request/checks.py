@@ -9,8 +9,9 @@ import typing
 
 from ..words import did_you_mean
 from .budget_options import LIMITS, TARGETS
-from .choices import Layout, ReconstructionKind, ReconstructionOrder, ReconstructionTarget, Scope, UnitKind
+from .choices import WIDTH_KINDS, Layout, ReconstructionKind, ReconstructionOrder, ReconstructionTarget, Scope
 from .depth import check_depth
+from .experts import check_experts
 from .fields import field_type
 from .options import Options
 from .registry import METHODS
@@ -106,8 +107,8 @@ def check_values(config: Options) -> None:
     if len(targets) > 1:
         raise ValueError(f"{' and '.join(targets)} are two budgets; set one of them.")
     if config.kinds is not None and not config.kinds:
-        raise ValueError("kinds must name at least one of attention, mlp, layer and sublayer; got none.")
-    for kind in UnitKind:
+        raise ValueError("kinds must name at least one of attention, mlp, expert, layer and sublayer; got none.")
+    for kind in WIDTH_KINDS:
         if getattr(config, f"{kind}_sparsity") is not None and kind not in config.resolved_kinds:
             raise ValueError(f"{kind}_sparsity is a budget for {kind}, which kinds={config.kinds} excludes.")
     if config.has_budget_per_kind and targets:
@@ -118,6 +119,7 @@ def check_values(config: Options) -> None:
             if choices is not None and item is not None and item not in choices:
                 near = did_you_mean(str(item), choices)
                 raise ValueError(f"{declared.name} must be one of {', '.join(choices)}; got {item!r}.{near}")
+    check_experts(config)
     check_depth(config)
 
 

@@ -18,6 +18,11 @@ class UnitKind(Choice):
 
     ATTENTION = "attention"
     MLP = "mlp"
+    EXPERT = "expert"
+
+
+# The kinds of units whose removal makes sites narrower: heads and channels.
+WIDTH_KINDS = (UnitKind.ATTENTION, UnitKind.MLP)
 
 
 class DepthKind(Choice):

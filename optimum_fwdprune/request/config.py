@@ -12,7 +12,7 @@ from typing import Any
 
 from ..files import as_path, write_text_atomically
 from ..words import did_you_mean
-from .budget_options import DEFAULT_METHOD
+from .budget_options import DEFAULT_METHOD, default_method
 from .checks import check_types, check_values
 from .choices import ReconstructionKind
 from .fields import Heading
@@ -47,7 +47,7 @@ class PruningConfig(Options):
         if cls is PruningConfig:
             if isinstance(method, numbers.Real):
                 raise TypeError(f"method must be a name; got {method!r}. Options are named: sparsity={method!r}.")
-            cls = get_method(DEFAULT_METHOD if method is None else method).config_class
+            cls = get_method(default_method(kwargs.get("kinds")) if method is None else method).config_class
         known = inspect.signature(cls.__init__).parameters
         for name in kwargs:
             if name not in known:
@@ -131,7 +131,8 @@ class PruningConfig(Options):
             ValueError: where there is no such preset, or it is one of another method.
         """
         preset = get_preset(name).fields
-        asked = fields.get("method", preset.get("method", DEFAULT_METHOD))
+        kinds = fields.get("kinds", preset.get("kinds"))
+        asked = fields.get("method", preset.get("method", default_method(kinds)))
         method = asked if cls is PruningConfig else cls.method
         if preset.get("method", method) != method:
             raise ValueError(f"Preset {name!r} is for method {preset['method']!r}, not for {method!r}.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .budget_options import DEFAULT_DEPTH_METHOD, LIMITS, TARGETS, BudgetOptions
 from .choices import (
+    WIDTH_KINDS,
     AttentionUnit,
     BudgetSharing,
     DepthKind,
@@ -49,9 +50,10 @@ class Options(BudgetOptions):
     )
     kinds: list[str] | None = option(
         None,
-        "Which kinds of units to prune: attention heads, channels of the mlp, whole layers, or sublayers, which are "
-        "the attention or the MLP of a layer. Default: mlp, and query heads too where attention_sparsity asks for "
-        "them or the layers would lose more than 90 % of their channels.",
+        "Which kinds of units to prune: attention heads, channels of the mlp, each expert of a mixture, whole layers, "
+        "or sublayers, which are the attention or the MLP of a layer. Default: expert for mixtures of experts; mlp "
+        "for other models, and query heads too where attention_sparsity asks for them or the layers would lose more "
+        "than 90 % of their channels.",
         (*UnitKind, *DepthKind),
         group=Heading.UNITS,
     )
@@ -83,7 +85,7 @@ class Options(BudgetOptions):
         group=Heading.UNITS,
     )
     min_units_per_site: int = option(
-        1, "Smallest number of heads, and of channels, that every layer keeps.", group=Heading.UNITS
+        1, "Smallest number of heads, of channels and of experts that every layer keeps.", group=Heading.UNITS
     )
     reconstruction: str = option(
         ReconstructionKind.LEAST_SQUARES,
@@ -154,7 +156,7 @@ class Options(BudgetOptions):
         `"layer"`."""
         if self.scope is not None:
             return self.scope
-        if self.layout == Layout.STOCK:
+        if self.layout == Layout.STOCK or self.prunes_experts:
             return Scope.LAYER
         if not self.width_kinds:
             return Scope.GLOBAL
@@ -170,12 +172,25 @@ class Options(BudgetOptions):
         method = METHODS.get(self.method)
         if method is not None and UnitKind.MLP not in method.kinds:
             return [method.kinds[0]]
-        return [UnitKind.MLP] if self.attention_sparsity is None else list(UnitKind)
+        return [UnitKind.MLP] if self.attention_sparsity is None else list(WIDTH_KINDS)
 
     @property
     def width_kinds(self) -> list[str]:
         """The kinds of units whose removal makes sites narrower: any of `"attention"` and `"mlp"`."""
-        return [kind for kind in self.resolved_kinds if kind in list(UnitKind)]
+        return [kind for kind in self.resolved_kinds if kind in WIDTH_KINDS]
+
+    @property
+    def prunes_experts(self) -> bool:
+        """Whether the request removes experts of mixtures."""
+        return UnitKind.EXPERT in self.resolved_kinds
+
+    @property
+    def unit_kinds(self) -> tuple[str, ...]:
+        """The kinds of units that the method scores: heads and channels, or experts; none if the request is for
+        layers or sublayers alone. The sparsity refers to their parameters."""
+        if self.prunes_experts:
+            return (UnitKind.EXPERT,)
+        return WIDTH_KINDS if self.width_kinds else ()
 
     @property
     def depth_kind(self) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..words import did_you_mean
-from .choices import UnitKind
+from .choices import WIDTH_KINDS
 
 
 T = TypeVar("T")
@@ -27,9 +27,10 @@ class Method:
         additive (`bool` or `Callable[[PruningConfig], bool]`): whether the scores of several units add up to the score
             of their joint removal. If so, units of unequal size compete by score per parameter, otherwise by score
             alone. It is a function where it depends on the options.
-        kinds (`tuple[str, ...]`): the kinds that it scores, any of `"attention"`, `"mlp"`, `"layer"` and
+        kinds (`tuple[str, ...]`): the kinds that it scores, any of `"attention"`, `"mlp"`, `"expert"`, `"layer"` and
             `"sublayer"`. The default is the first two. Layers and sublayers have their own keys and one score each
-            (`optimum_fwdprune.allocation.depth`). A request for them that the method receives has no other kinds.
+            (`optimum_fwdprune.allocation.depth`). A request for them, or for experts, that the method receives has no
+            other kinds.
         learns_split (`bool`): whether it learns how the budget is split over the layers; `scope=None` then means
             `"global"`.
         differentiates (`Callable[[PruningConfig], bool]`): whether it back-propagates under the options of a config,
@@ -41,7 +42,7 @@ class Method:
     statistics: tuple[str, ...] = ()
     calibrated: bool = False
     additive: bool | Callable[[Any], bool] = True
-    kinds: tuple[str, ...] = tuple(UnitKind)
+    kinds: tuple[str, ...] = WIDTH_KINDS
     learns_split: bool = False
     differentiates: Callable[[Any], bool] = lambda _config: False
 

@@ -69,10 +69,21 @@ def gather_evidence(
     if not needed or calibration is None:
         return Evidence(calibration)
     batch_size = requests[0].batch_size
-    if any(map(_will_refit_independently, requests)) and grams_fit(subject.sites):
-        return Evidence(calibration, *statistics_with_grams(subject, calibration, batch_size, needed, resume))
-    (statistics,) = gather_statistics(subject, [calibration], batch_size, needed, resume)
+    wanted = [scored_sites(subject, request) for request in requests]
+    keys = {site.key for sites in wanted for site in sites}
+    measured = subject.looking_at(site for site in subject.sites if site.key in keys)
+    have_grams = all(site.routing is None for site in measured.sites) and grams_fit(measured.sites)
+    if any(map(_will_refit_independently, requests)) and have_grams:
+        return Evidence(calibration, *statistics_with_grams(measured, calibration, batch_size, needed, resume))
+    (statistics,) = gather_statistics(measured, [calibration], batch_size, needed, resume)
     return Evidence(calibration, statistics)
+
+
+def scored_sites(subject: Subject, config: PruningConfig) -> list[Site]:
+    """Return the sites whose units a request scores; for layers and sublayers alone these are all sites."""
+    if not config.unit_kinds:
+        return subject.sites
+    return [site for site in subject.sites if site.kind in config.unit_kinds]
 
 
 def score_units(
@@ -92,8 +103,10 @@ def score_units(
     Raises:
         ValueError: where scores contain NaN or infinity; the message names the place.
     """
-    model, sites, config, resume = subject.model, subject.sites, job.config, job.resume
+    model, config, resume = subject.model, job.config, job.resume
     calibration = evidence.calibration
+    # Layers and sublayers are scored by all of their sites.
+    sites = scored_sites(subject, config)
     # Scores are stored for resuming, since units of equal score could change places on another device.
     stage = resume.stage("scores", calibration)
     scored = stage.load(_scores_of)
@@ -104,7 +117,8 @@ def score_units(
             return keep({key: values.cpu() for key, values in scores.items()})
 
         def scored_for(request: PruningConfig) -> UnitScores:
-            inputs = ScoringInputs(model, InTurn(sites), placed, calibration, request, keep_in_memory, resume)
+            of_request = sites if request.unit_kinds else subject.sites
+            inputs = ScoringInputs(model, InTurn(of_request), placed, calibration, request, keep_in_memory, resume)
             return _in_memory(get_method(request.method).score(inputs))
 
         scored = scored_for(width_request(config) if config.width_kinds else config)
@@ -112,7 +126,7 @@ def score_units(
             depth = scored_for(depth_request(config))
             details = scored.details | {"depth": depth.details} if depth.details else scored.details
             scored = replace(scored, values={**scored.values, **depth.values}, details=details)
-        _check_scores(scored, sites, config)
+        _check_scores(scored, subject.sites, config)
         stage.save(lambda: _state_of(scored))
     return Scores(
         config,

@@ -124,8 +124,7 @@ class Scores:
                 raise ValueError(
                     f"These scores were made with {name}={made_for!r}, and the request has {name}={asked!r}."
                 )
-        made_for, asked = self.config.depth_kind, config.depth_kind
-        if (made_for, bool(self.config.width_kinds)) != (asked, bool(config.width_kinds)):
+        if (self.config.depth_kind, self.config.unit_kinds) != (config.depth_kind, config.unit_kinds):
             raise ValueError(
                 f"These scores were made with kinds={self.config.resolved_kinds}, and the request has "
                 f"kinds={config.resolved_kinds}."
@@ -214,6 +213,7 @@ class Scores:
         for key, statistics in self.statistics.items():
             tensors[f"mean.{key}"] = statistics.mean
             tensors[f"variance.{key}"] = statistics.variance
+            tensors |= {} if statistics.routed is None else {f"routed.{key}": statistics.routed}
         for key, error in self.standard_errors.items():
             tensors[f"standard_error.{key}"] = error
         tensors |= {f"history.{name}": values for name, values in self.history.items()}
@@ -241,7 +241,7 @@ class Scores:
         path = as_path(path, "path")
         path = path / SCORES_NAME if path.is_dir() else path
         groups: dict[str, dict[SiteKey, torch.Tensor]] = {
-            name: {} for name in ("scores", "mean", "variance", "standard_error")
+            name: {} for name in ("scores", "mean", "variance", "routed", "standard_error")
         }
         tokens, history = {}, {}
         try:
@@ -256,7 +256,7 @@ class Scores:
                     tokens[name] = tensor
             config = PruningConfig.from_dict(metadata["config"])
             statistics = {
-                key: SiteStatistics(metadata["count"], mean, groups["variance"][key])
+                key: SiteStatistics(metadata["count"], mean, groups["variance"][key], routed=groups["routed"].get(key))
                 for key, mean in groups["mean"].items()
             }
             # Earlier versions stored the source only.
@@ -294,7 +294,7 @@ def scored_units(sites: Iterable[Site], config: PruningConfig) -> dict[SiteKey, 
         config (`PruningConfig`): the request.
     """
     sites = list(sites)
-    units = {site.key: (site.num_units, str(site)) for site in sites if config.width_kinds}
+    units = {site.key: (site.num_units, str(site)) for site in sites if site.kind in config.unit_kinds}
     if config.depth_kind is not None:
         units |= {unit.key: (1, str(unit)) for unit in depth_units(sites, config.depth_kind)}
     return units

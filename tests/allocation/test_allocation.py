@@ -12,12 +12,13 @@ from optimum_fwdprune.allocation.allocate import allocate
 from optimum_fwdprune.allocation.budgets import Budget, removal_budget
 from optimum_fwdprune.allocation.steps import convex
 from optimum_fwdprune.architectures import SiteKey
-from optimum_fwdprune.request.choices import UnitKind
+from optimum_fwdprune.request.choices import WIDTH_KINDS
 
 
-ATTENTION, MLP = UnitKind
+ATTENTION, MLP = WIDTH_KINDS
 
 HEAD_COST, CHANNEL_COST = 40, 9
+OTHERS = {"routing": None, "fixed": "", "idle_parameters": 0}
 
 
 def make_site(layer, kind, num_units, num_groups=1):
@@ -25,7 +26,9 @@ def make_site(layer, kind, num_units, num_groups=1):
     cost = HEAD_COST if kind == ATTENTION else CHANNEL_COST
     linear = torch.nn.Linear(num_units, 1, bias=False)
     site = SimpleNamespace(layer=layer, kind=kind, num_units=num_units, unit_parameters=cost, num_groups=num_groups)
-    return SimpleNamespace(**vars(site), num_parameters=num_units * cost, key=SiteKey(layer, kind), projection=linear)
+    return SimpleNamespace(
+        **vars(site), num_parameters=num_units * cost, key=SiteKey(layer, kind), weight=linear.weight, **OTHERS
+    )
 
 
 @st.composite

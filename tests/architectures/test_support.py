@@ -59,5 +59,5 @@ def test_every_family_says_what_it_supports():
     assert {"olmo2", "olmo3"} <= fixed
     assert not fixed & {"llama", "gemma2", "cohere", "stablelm"}
     for architecture in registered_architectures():
-        assert architecture.support.keys() == {"heads", "channels", "uneven layers"}
+        assert architecture.support.keys() == {"heads", "channels", "uneven layers", "experts"}
         assert all(support.possible or support.reason for support in architecture.support.values())

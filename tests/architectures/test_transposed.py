@@ -11,11 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_fwdprune import FwdPruner, find_sites
 from optimum_fwdprune.forward.gates import gated
-from optimum_fwdprune.request.registry import registered_methods
 
 
 REQUESTS = {
-    **{method: {"method": method, **tiny.SHORT.get(method, {})} for method in registered_methods()},
+    **{method: {"method": method, **tiny.SHORT.get(method, {})} for method in tiny.methods_of_dense_models()},
     "taylor, by element": {"method": "taylor", "salience": "element"},
     "mini_llm, exact": {"method": "mini_llm", "gradient": "exact"},
     "mini_llm, units": {"method": "mini_llm", "draws": 3, "perturb": "units"},

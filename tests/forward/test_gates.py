@@ -9,7 +9,6 @@ from optimum_fwdprune.cutting.probe import Probe
 from optimum_fwdprune.cutting.verification import relative_difference
 from optimum_fwdprune.forward.gates import gated
 from optimum_fwdprune.loading.subject import Subject
-from optimum_fwdprune.request.registry import registered_methods
 from optimum_fwdprune.runs.shelves import Shelf
 
 
@@ -46,7 +45,7 @@ def test_open_gates_change_nothing_and_leave_nothing(dense, tokens):
     assert torch.equal(dense(tokens).logits, expected)
 
 
-@pytest.mark.parametrize("method", registered_methods())
+@pytest.mark.parametrize("method", tiny.methods_of_dense_models())
 def test_scoring_leaves_every_dense_weight_bit_identical(dense, tokens, method):
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     FwdPruner(dense.train()).score(tiny.request(method=method, **tiny.SHORT.get(method, {})), tokens)
@@ -115,7 +114,7 @@ def test_a_gate_that_has_no_effect_is_an_error(tokens, monkeypatch):
     sites = find_sites(model)
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda hidden: hidden)
     with (
-        pytest.raises(RuntimeError, match=r"bypassed the projection of site 1\.mlp"),
+        pytest.raises(RuntimeError, match=r"bypassed the module with the gates of site 1\.mlp"),
         gated(sites, random_masks(sites)),
     ):
         model(tokens)

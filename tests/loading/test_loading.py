@@ -170,7 +170,7 @@ def test_the_copied_files_are_the_packages_own(name, tmp_path, tokens):
     copied = sorted(path.name for path in tmp_path.glob("*.py"))
 
     family = f"pruned_{tiny.make_config(name).model_type}.py"
-    assert copied == ["layout.py", "per_layer.py", family, "resizing.py", "skipped.py"]
+    assert copied == ["experts.py", "layout.py", "per_layer.py", family, "resizing.py", "skipped.py"]
     assert all(filecmp.cmp(tmp_path / name, sources / name, shallow=False) for name in copied)
 
 

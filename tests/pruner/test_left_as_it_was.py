@@ -27,7 +27,6 @@ from optimum_fwdprune.evaluation import benchmark, perplexity, text_loss
 from optimum_fwdprune.files import folder_moved_into_place, write_text_atomically
 from optimum_fwdprune.planning import checks, run
 from optimum_fwdprune.reconstruction import reconstruct
-from optimum_fwdprune.scoring.methods import registered_methods
 
 
 # Frequencies that depend on the length of the text.
@@ -289,7 +288,7 @@ def test_a_consumed_model_is_freed_with_its_last_reference(tokens):
         gc.enable()
 
 
-@pytest.mark.parametrize("method", registered_methods())
+@pytest.mark.parametrize("method", tiny.methods_of_dense_models())
 def test_a_run_leaves_the_process_as_it_was(method, tokenizer, tmp_path):
     own = {**tiny.SHORT.get(method, {}), "calibration": "self", "n_samples": 4, "seq_len": 12}
     random.seed(1)

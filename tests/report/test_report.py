@@ -22,7 +22,6 @@ from optimum_fwdprune.report.figures import pictures_of, pictures_of_all
 from optimum_fwdprune.report.learning import learning_of
 from optimum_fwdprune.report.numbers import WAYS
 from optimum_fwdprune.report.page import DARK, render_page, to_json, write_page
-from optimum_fwdprune.scoring.methods import registered_methods
 from optimum_fwdprune.scoring.scores import SCORES_NAME
 
 
@@ -357,7 +356,7 @@ def test_every_architecture_is_described(dense, tokens, tmp_path):
     assert describe_checkpoint(tmp_path / "out")["sizes"] == with_outcome["sizes"]
 
 
-@pytest.mark.parametrize("method", registered_methods())
+@pytest.mark.parametrize("method", tiny.methods_of_dense_models())
 def test_every_method_is_described(method, tokens):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     pruner.prune(tiny.request(method=method, sparsity=0.3, **tiny.SHORT.get(method, {})), tokens)

@@ -23,7 +23,8 @@ from optimum_fwdprune.scoring.methods import FlapConfig, RandomConfig, TaylorCon
 @pytest.mark.parametrize("name", registered_methods())
 def test_the_method_picks_the_subclass_and_survives_the_disk(name, tmp_path):
     kinds = tiny.kinds_scored_by(name)[-1:]
-    config = PruningConfig(method=name, sparsity=0.3, skip_layers=[0, -1], kinds=kinds, seed=7)
+    skipped = [] if kinds == ["expert"] else [0, -1]
+    config = PruningConfig(method=name, sparsity=0.3, skip_layers=skipped, kinds=kinds, seed=7)
     config.save_pretrained(tmp_path)
 
     assert type(config) is get_method(name).config_class
@@ -81,7 +82,7 @@ def test_attention_is_pruned_where_it_has_a_budget_of_its_own():
     ("name", "value", "error", "message"),
     [
         ("sparsity", 7, ValueError, r"sparsity must be in \[0, 1\); got 7"),
-        ("kinds", ["heads"], ValueError, "kinds must be one of attention, mlp, layer, sublayer; got 'heads'"),
+        ("kinds", ["heads"], ValueError, "kinds must be one of attention, mlp, expert, layer, sublayer; got 'heads'"),
         ("n_samples", "8", ValueError, "n_samples must be an int; got '8'"),
         ("reconstruction_target", "layer", ValueError, "reconstruction_order is 'independent' here"),
         ("method", "flap", ValueError, "for 'flap' use PruningConfig"),
@@ -217,8 +218,8 @@ def test_unknown_keys_warn_with_the_version_that_wrote_them(tmp_path, caplog):
         ({"target_parameters": -5}, "target_parameters must be at least 1; got -5"),
         ({"target_parameters": 5, "target_bytes": 5}, "set one of them"),
         ({"target_parameters": 5, "mlp_sparsity": 0.1}, "two budgets; set one of them"),
-        ({"kinds": []}, "must name at least one of attention, mlp, layer"),
-        ({"kinds": ["heads"]}, "kinds must be one of attention, mlp, layer, sublayer; got 'heads'"),
+        ({"kinds": []}, "must name at least one of attention, mlp, expert, layer"),
+        ({"kinds": ["heads"]}, "kinds must be one of attention, mlp, expert, layer, sublayer; got 'heads'"),
         ({"kinds": ["mlp"], "attention_sparsity": 0.1}, r"attention_sparsity .* kinds=\['mlp'\] excludes"),
         ({"scope": "local"}, "scope must be one of layer, global, search; got 'local'"),
         ({"reconstruction": "magic"}, "reconstruction must be one of none, bias, least_squares; got 'magic'"),

@@ -104,7 +104,7 @@ class WeightPerturbation:
         self._owners: list[nn.Linear] = []
         self._dtypes: list[torch.dtype] = []
         self.shapes: list[torch.Size] = []
-        for coupling in (coupling for site in sites for coupling in site.couplings):
+        for coupling in (coupling for site in sites for coupling in site.couplings if coupling.is_linear):
             indices = []
             for _, parameter in coupling.parameters():
                 indices.append(len(self.shapes))

@@ -59,7 +59,7 @@ class WeightSensitivity:
         index = 0
         for site in progress(self._sites, "Summing up draws", unit="site"):
             total: Any = 0.0
-            for coupling, parameter in site.owned_parameters():
+            for coupling, parameter in site.owned_weights():
                 parts = [self._owned(site, coupling, parameter.detach(), estimate) for estimate in gradient(index)]
                 total = total + torch.stack(parts)
                 index += 1

@@ -10,11 +10,13 @@ from ...request.registry import (
 )
 from . import presets  # noqa: F401  each registers itself
 from .block_influence import BlockInfluenceConfig
+from .expert_frequency import ExpertFrequencyConfig
 from .flap import FlapConfig
 from .magnitude import MagnitudeConfig
 from .mini_llm import MiniLlmConfig
 from .policy_gradient import PolicyGradientConfig
 from .random import RandomConfig
+from .reap import ReapConfig
 from .removal_loss import RemovalLossConfig
 from .scoring import ScoringInputs, UnitScores
 from .taylor import TaylorConfig
@@ -23,12 +25,14 @@ from .wanda_sp import WandaSpConfig
 
 __all__ = [
     "BlockInfluenceConfig",
+    "ExpertFrequencyConfig",
     "FlapConfig",
     "MagnitudeConfig",
     "MiniLlmConfig",
     "PolicyGradientConfig",
     "PruningConfig",
     "RandomConfig",
+    "ReapConfig",
     "RemovalLossConfig",
     "ScoringInputs",
     "TaylorConfig",

@@ -138,7 +138,7 @@ def _known_gradient(inputs: ScoringInputs, perturbation) -> Callable:
         gates = unit_gradients(inputs.model, inputs.sites, inputs.calibration, config.batch_size)
         vector = torch.cat([gates[site.key].cpu() for site in inputs.sites])
         return lambda index: [vector]
-    parameters = [parameter for site in inputs.sites for _, parameter in site.owned_parameters()]
+    parameters = [parameter for site in inputs.sites for _, parameter in site.owned_weights()]
     gradients = weight_gradients(inputs.model, parameters, inputs.calibration, config.batch_size)
     return lambda index: [gradients[index]]
 

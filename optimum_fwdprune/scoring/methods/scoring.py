@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # The kinds that methods may score. Requests for layers or sublayers that a method scores have no other kinds.
 DEPTH_KINDS = tuple(map(str, DepthKind))
+EXPERT_KINDS = (str(UnitKind.EXPERT),)
 EVERY_KIND = (*map(str, UnitKind), *DEPTH_KINDS)
 
 

@@ -246,7 +246,7 @@ class TestRefusals:
                 "scope='layer' cannot be combined with 'layer'",
             ),
             ({"kinds": ["sublayer"], "method": "random", "layout": "stock"}, "use 'layer' instead of 'sublayer'"),
-            ({"kinds": ["heads"]}, "kinds must be one of attention, mlp, layer, sublayer"),
+            ({"kinds": ["heads"]}, "kinds must be one of attention, mlp, expert, layer, sublayer"),
             (
                 {"kinds": ["layer", "mlp"], "depth_sparsity": 0.2, "method": "policy_gradient"},
                 "method='policy_gradient' cannot be combined with 'layer'",
