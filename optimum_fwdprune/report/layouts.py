@@ -32,15 +32,18 @@ def units_table(model: PreTrainedModel) -> str:
         sites = [site for site in find_sites(model, unit, (UnitKind.ATTENTION,)) if not site.fixed]
         rows += _unit_rows(sites, unit_name(UnitKind.ATTENTION, unit), total)
     sites = find_sites(model, AttentionUnit.KV_GROUP)
-    channels = [site for site in sites if site.kind == UnitKind.MLP]
-    rows += _unit_rows(channels, unit_name(UnitKind.MLP, AttentionUnit.KV_GROUP), total)
+    for kind in (UnitKind.MLP, UnitKind.EXPERT):
+        of_kind = [site for site in sites if site.kind == kind and not site.fixed]
+        rows += _unit_rows(of_kind, unit_name(kind, AttentionUnit.KV_GROUP), total)
     sublayers = depth_units(sites, DepthKind.SUBLAYER)
     for kind, name in ((UnitKind.ATTENTION, "whole attentions"), (UnitKind.MLP, "whole MLPs")):
-        rows += _depth_row([unit for unit in sublayers if unit.sites[0].kind == kind], name, total)
+        rows += _depth_row([unit for unit in sublayers if unit.sites[0].key.sublayer == kind], name, total)
     rows += _depth_row(_removable_layers(model, sites), "whole layers", total)
     units = render_table(("unit", "sites", "per site", "parameters of one", "of all", "of the model"), rows)
     linears = render_table(("linear of a layer", "layers", "features", "of a unit"), _linear_rows(sites))
-    return "\n".join([units, *_reasons(model, sites), linears])
+    active = total - sum(site.idle_parameters for site in sites)
+    routed = [f"A token uses {active:,} of the {total:,} parameters ({active / total:.1%})."] if active < total else []
+    return "\n".join([units, *routed, *_reasons(model, sites), linears])
 
 
 def _removable_layers(model: PreTrainedModel, sites: Sequence[Site]) -> list[DepthUnit]:
@@ -55,7 +58,9 @@ def _normalizes_stream(model: PreTrainedModel) -> bool:
 
 def _reasons(model: PreTrainedModel, sites: Sequence[Site]) -> list[str]:
     """Return sentences on what cannot be removed from a model."""
-    sentences = [f"No single head can be removed: {reason}" for reason in {site.fixed for site in sites if site.fixed}]
+    named: dict[str, str] = {UnitKind.ATTENTION: "head", UnitKind.MLP: "channel"}
+    fixed = dict.fromkeys((site.kind, site.fixed) for site in sites if site.fixed)
+    sentences = [f"No single {named[kind]} can be removed: {reason}" for kind, reason in fixed]
     staying = sorted({site.layer for site in sites if site.layer_stays})
     if _normalizes_stream(model):
         sentences.append("No whole layer can be removed: the layers normalize the residual stream itself.")
@@ -90,11 +95,17 @@ def _unit_rows(sites: Sequence[Site], name: str, total: int) -> list[tuple[str, 
 
 
 def _linear_rows(sites: Sequence[Site]) -> list[tuple[str, ...]]:
-    """Return one row per linear that units are parts of, and per shape that it has in some layers."""
+    """Return one row per linear or other tensor that units are parts of, and per shape that it has in some layers."""
     layers: dict[tuple[str, str, str], list[int]] = {}
     for site in sites:
         for coupling in site.couplings:
             name = coupling.name.partition(f".{site.layer}.")[2]
+            for tensor_name, tensor in () if coupling.is_linear else coupling.own_tensors():
+                share = f"{coupling.owned_width()} of {tensor.shape[coupling.axis]}"
+                shape = " x ".join(map(str, tensor.shape))
+                layers.setdefault((f"{name}.{tensor_name}", shape, share), []).append(site.layer)
+            if not coupling.is_linear:
+                continue
             inputs, outputs = coupling.linear.in_features, coupling.linear.out_features
             cut = f"{outputs} outputs" if coupling.axis == 0 else f"{inputs} inputs"
             features, share = f"{inputs} -> {outputs}", f"{coupling.owned_width()} of {cut}"

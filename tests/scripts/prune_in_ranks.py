@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
+import tiny_mixtures
 from accelerate import cpu_offload
 
 from optimum_fwdprune import FwdPruner
@@ -39,6 +40,7 @@ CASES = {
     "self": {"calibration": "self", "n_samples": 19, "seq_len": 12, "batch_size": 2, "reconstruction": "none"},
     "builtin": {"calibration": "builtin", "n_samples": 8, "seq_len": 12, "reconstruction": "none"},
     "offloaded": {"reconstruction_order": "independent"},
+    "experts": {"method": "reap", "kinds": ["expert"], "reconstruction": "least_squares"},
     "speedup": {"target_speedup": 1.1, "latency_tokens": 16, "scope": "global", "reconstruction": "none"},
 }
 
@@ -76,7 +78,8 @@ def dataset_of(name):
 
 def run(name, **fields):
     """Return a pruner that has pruned, and how many windows went through the last layer of the dense model."""
-    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"), tiny.make_tokenizer())
+    model = tiny_mixtures.make_mixture("mixtral") if name == "experts" else tiny.make_model("llama_gqa_biases")
+    pruner = FwdPruner(model, tiny.make_tokenizer())
     if name == "offloaded":
         cpu_offload(pruner.model, torch.device("cpu"))
     passed = []
