@@ -118,7 +118,7 @@ def test_options_of_recovery_stand_under_headings(root):
         (["prune", "-m", "x", "out", "--skip-layers", "0"], "Did you mean --skip_layers?"),
         (
             ["prune", "-m", "x", "out", "--method", "wandasp"],
-            "'wandasp' is not one of block_influence, flap, magnitude,",
+            "'wandasp' is not one of block_influence, expert_frequency, flap, magnitude,",
         ),
         (["prune", "-m", "x", "out", "--method", "wandasp"], "Did you mean wanda_sp?"),
         (["prune", "-m", "x", "out", "--preset", "balance"], "Did you mean balanced?"),
