@@ -231,7 +231,6 @@ FAMILIES = {
 _NO_CODE = "llama.cpp has no code for this family."
 _PARTS = "llama.cpp reads the language model and the vision model from two files, which the export does not write."
 
-# Why there is no export of other families, as sentences.
 _MIXTURES = (
     "deepseek_v3",
     "glm4_moe",
@@ -243,6 +242,8 @@ _MIXTURES = (
     "qwen2_moe",
     "qwen3_moe",
 )
+
+# Why there is no export of other families, as sentences.
 REASONS = {
     **dict.fromkeys(_MIXTURES, "The export does not write mixtures of experts."),
     **dict.fromkeys(("codegen", "gptj", "helium", "opt"), _NO_CODE),
