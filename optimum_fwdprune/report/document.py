@@ -20,7 +20,7 @@ from ..record.outcome import Outcome
 from ..record.reading import skeleton_of, with_outcome
 from ..record.record import Record
 from ..record.reproduction import reproduction_of
-from ..request.choices import AttentionUnit, UnitKind
+from ..request.choices import AttentionUnit, DepthKind, UnitKind
 from ..scoring.scores import Scores
 from ..version import __version__
 from .learning import learning_of
@@ -148,6 +148,7 @@ def describe(name: str, record: Record, comparison: Comparison | None = None) ->
         "routing": rerouted(plan) if plan else None,
         "layers": _layers(plan, outcome) if plan else None,
         "scores": _scores(scores, plan) if scores else None,
+        "depth_scores": _depth_scores(scores, plan) if scores else [],
         "learning": _learning(scores),
         "measured": measured_of(comparison),
     }
@@ -237,6 +238,24 @@ def _scores(scores: Scores, plan: PruningPlan | None) -> dict[str, Any]:
             ],
         }
     return spreads
+
+
+def _depth_scores(scores: Scores, plan: PruningPlan | None) -> list[dict[str, Any]]:
+    """Return the score of every layer or sublayer, with its kind, `"layer"`, `"attention"` or `"mlp"`, and layer.
+
+    After several rounds, whether it was removed is `None`: the last round numbers the layers that were left.
+    """
+    sites_of: dict[str, tuple[str, list[str]]] = {DepthKind.LAYER: (DepthKind.LAYER, list(UnitKind))}
+    sites_of |= {f"{kind}_{DepthKind.SUBLAYER}": (kind, [kind]) for kind in UnitKind}
+    rows = []
+    for key, value in sorted(scores.values.items()):
+        if key.kind in sites_of:
+            kind, parts = sites_of[key.kind]
+            removed = None
+            if plan is not None and plan.metadata.get("rounds") == 1:
+                removed = not any(plan.kept.get(SiteKey(key.layer, part)) for part in parts)
+            rows.append({"kind": str(kind), "layer": key.layer, "score": float(value), "removed": removed})
+    return rows
 
 
 def _learning(scores: Scores | None) -> dict[str, Any] | None:

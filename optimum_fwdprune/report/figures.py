@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.site import unit_name
-from ..request.choices import UnitKind
+from ..request.choices import DepthKind, UnitKind
 from . import pictures
 from .canvas import PALETTE, drawing, new_figure
 from .document import kinds_of
@@ -47,7 +47,10 @@ def pictures_of(checkpoint: Mapping[str, Any], name: str) -> dict[str, list[Pict
     """
     return {
         "layers": _of_layers(checkpoint, name) if checkpoint["layers"] else [],
-        "scores": _of_scores(checkpoint, name) if checkpoint["scores"] else [],
+        "scores": [
+            *(_of_scores(checkpoint, name) if checkpoint["scores"] else []),
+            *(_of_depth(checkpoint["depth_scores"], name) if checkpoint["depth_scores"] else []),
+        ],
         "learning": _of_learning(checkpoint["learning"], name) if checkpoint["learning"] else [],
     }
 
@@ -177,6 +180,23 @@ def _of_scores(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
             sharex=True,
         ),
     ]
+
+
+def _of_depth(rows: Sequence[Mapping[str, Any]], name: str) -> list[Picture]:
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+
+    def of_kind(kind: str) -> Callable[[Axes], None]:
+        def draw(axis: Axes) -> None:
+            pictures.draw_depth_scores(axis, kind, [row for row in rows if row["kind"] == kind])
+            if kind == kinds[-1]:
+                axis.set_xlabel("layer")
+
+        return draw
+
+    title = "Scores of layers" if kinds == [DepthKind.LAYER] else "Scores of sublayers"
+    text = "The lowest scores are removed first. Hatched bars stand for what was removed."
+    panels = [of_kind(kind) for kind in kinds]
+    return [_draw(f"{name}-depth-scores", title, text, panels, 1.5 + 1.15 * len(kinds), sharex=True)]
 
 
 def _of_learning(learning: Mapping[str, Any], name: str) -> list[Picture]:

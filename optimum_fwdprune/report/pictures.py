@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..allocation.plan import PruningPlan
 from ..architectures.site import SiteKey, unit_name
-from ..request.choices import WIDTH_KINDS, UnitKind
+from ..request.choices import WIDTH_KINDS, DepthKind, UnitKind
 from .canvas import PALETTE, add_legend, drawing, new_figure, number_layers, save_figure
 from .learning import learning_of
 
@@ -66,13 +66,7 @@ def draw_kept(
     axis.bar(where, [1.0] * len(where), width=0.74, color=PALETTE["track"])
     axis.bar(where, [kept[place] / units[place] for place in present], width=0.74, color=PALETTE[kind])
     if gone := [layers[place] for place, total in enumerate(units) if total and not kept[place]]:
-        hatched: dict[str, Any] = {
-            "facecolor": "none",
-            "edgecolor": PALETTE["removed"],
-            "linewidth": 0.8,
-            "hatch": "/////",
-        }
-        axis.bar(gone, [1.0] * len(gone), width=0.7, label=f"no {kind_name(kind)}", **hatched)
+        axis.bar(gone, [1.0] * len(gone), width=0.7, label=f"no {kind_name(kind)}", **_hatched())
         add_legend(axis)
     axis.set_title(f"{name}, {sum(kept):,} of {sum(units):,} kept")
     axis.set_ylim(0, 1)
@@ -146,6 +140,32 @@ def draw_spread_by_layer(axis: Axes, kind: str, rows: Sequence[Mapping[str, floa
     axis.set_title(name)
     axis.set_ylabel("score")
     number_layers(axis, layers)
+
+
+def draw_depth_scores(axis: Axes, kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw a bar per layer: the score of the layer, or of its attention or MLP, hatched where it was removed.
+
+    Args:
+        axis (`Axes`): axes to draw on.
+        kind (`str`): `"layer"`, or the kind of the sublayers.
+        rows (sequence of mappings): `layer`, `score`, and `removed`.
+    """
+    name = "layer" if kind == DepthKind.LAYER else kind_name(kind)
+    color = PALETTE["accent" if kind == DepthKind.LAYER else kind]
+    left, gone = ([row for row in rows if bool(row["removed"]) == removed] for removed in (False, True))
+    axis.bar([row["layer"] for row in left], [row["score"] for row in left], width=0.74, color=color)
+    if gone:
+        scores = [row["score"] for row in gone]
+        axis.bar([row["layer"] for row in gone], scores, width=0.7, label=f"removed {name}", **_hatched())
+        add_legend(axis)
+    axis.set_title(f"score of the {name}")
+    axis.set_ylabel("score")
+    number_layers(axis, [int(row["layer"]) for row in rows])
+
+
+def _hatched() -> dict[str, Any]:
+    """Return how bars of what was removed are drawn."""
+    return {"facecolor": "none", "edgecolor": PALETTE["removed"], "linewidth": 0.8, "hatch": "/////"}
 
 
 def draw_loss(axis: Axes, learning: Mapping[str, Any]) -> None:

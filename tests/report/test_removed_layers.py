@@ -85,3 +85,24 @@ def test_a_bar_is_hatched_where_no_unit_is_kept():
     assert [round(bar.get_x() + bar.get_width() / 2) for bar in hatched] == [1, 3]
     assert [round(bar.get_x() + bar.get_width() / 2) for bar in bars] == [0, 2, 0, 2]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["no MLP"]
+
+
+@pytest.mark.parametrize(("kind", "panels"), [("layer", 1), ("sublayer", 2)])
+def test_scores_of_layers_are_drawn(kind, panels, tokens, tmp_path, monkeypatch):
+    """A bar for every layer or sublayer, hatched for those that were removed."""
+    drawn = []
+    draw = pictures.draw_depth_scores
+    monkeypatch.setattr(pictures, "draw_depth_scores", lambda *what: (drawn.append(what[1:]), draw(*what)))
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases", num_hidden_layers=4))
+    pruner.prune(dataset=tokens, method="block_influence", kinds=[kind], sparsity=0.25)
+    pruner.save_pretrained(tmp_path / kind)
+    document = document_of([describe_checkpoint(tmp_path / kind)])
+    page = render_page(document)
+
+    rows = document["checkpoints"][0]["depth_scores"]
+    assert len(rows) == 4 * panels and len(drawn) == panels
+    scores = {(key.layer, key.kind.removesuffix("_sublayer")): float(v) for key, v in pruner.scores.values.items()}
+    assert {(row["layer"], row["kind"]): row["score"] for row in rows} == pytest.approx(scores)
+    removed = sorted(rows, key=lambda row: row["score"])[:panels]
+    assert [row for row in rows if row["removed"]] == sorted(removed, key=rows.index)
+    assert f"Scores of {kind}s" in page and "hatch" in page.lower()

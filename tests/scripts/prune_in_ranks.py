@@ -41,6 +41,9 @@ CASES = {
     "builtin": {"calibration": "builtin", "n_samples": 8, "seq_len": 12, "reconstruction": "none"},
     "offloaded": {"reconstruction_order": "independent"},
     "experts": {"method": "reap", "kinds": ["expert"], "reconstruction": "least_squares"},
+    "block_influence": {"method": "block_influence", "kinds": ["sublayer"], "sparsity": 0.5},
+    "removal_loss": {"method": "removal_loss", "kinds": ["sublayer"], "sparsity": 0.5, "removal_windows": 16},
+    "gaps": {"method": "block_influence", "kinds": ["layer"], "reconstruction_order": "independent"},
     "speedup": {"target_speedup": 1.1, "latency_tokens": 16, "scope": "global", "reconstruction": "none"},
 }
 
