@@ -89,14 +89,13 @@ def removal_order(inputs: ScoringInputs) -> UnitScores:
             break
         if divergence is None:
             divergence = Divergence(Subject(inputs.model, sites), calibration, config.batch_size)
-        losses = _measured(divergence, gone, [units[place] for place in candidates])
+        losses, windows = _measured(divergence, gone, [units[place] for place in candidates])
         for place, loss in zip(candidates, losses):
             state.left[place] = loss
         best = losses.index(min(losses))
         state.order.append(candidates[best])
         state.losses.append(losses[best])
-        state.windows += divergence.windows
-        divergence.windows = 0.0
+        state.windows += windows
         stage.save(state.state)
     details = {
         "removed": [str(units[place]) for place in state.order],
@@ -115,15 +114,21 @@ def _enough(inputs: ScoringInputs, units: Sequence[DepthUnit], state: RemovalSta
     return gone >= {key for key, kept in inputs.keep(state.scores(units)).items() if not kept}
 
 
-def _measured(divergence: Divergence, gone: Sequence[DepthUnit], candidates: Sequence[DepthUnit]) -> list[float]:
-    """Return the divergence without the units in `gone` and one of the candidates, for every candidate."""
+def _measured(
+    divergence: Divergence, gone: Sequence[DepthUnit], candidates: Sequence[DepthUnit]
+) -> tuple[list[float], float]:
+    """Return the divergence without the units in `gone` and one of the candidates, for every candidate, and the number
+    of passes of a window through all layers in all processes. Passes that every process makes count once."""
     divergence.settle(_emptied(gone))
+    shared, divergence.windows = divergence.windows, 0.0
     losses = torch.zeros(len(candidates), dtype=torch.float64)
     stage = f"Measuring removal {len(gone) + 1}"
     for place in progress(ranks.own(range(len(candidates))), stage, unit="candidate"):
         unit = candidates[place]
         losses[place] = divergence.of(_emptied([*gone, unit]), first=unit.key.layer)
-    return ranks.summed(losses).tolist()
+    own = torch.tensor(divergence.windows, dtype=torch.float64)
+    divergence.windows = 0.0
+    return ranks.summed(losses).tolist(), shared + float(ranks.summed(own))
 
 
 def _emptied(units: Iterable[DepthUnit]) -> dict[SiteKey, Projection]:

@@ -263,7 +263,9 @@ def test_layers_and_sublayers_go_in_rounds(kinds, fields, removed_units, tokens)
     assert "layer" in str(pruner.report) and pruner.report.masked_difference < 1e-4
 
 
-def test_later_rounds_choose_layers_by_the_model_that_is_left(tokens, monkeypatch):
+@pytest.mark.parametrize(("skip_layers", "expected"), [(None, {0, 1, 2}), ([2], {0, 1, 3}), ([-6], {1, 2, 3})])
+def test_later_rounds_choose_layers_by_the_model_that_is_left(skip_layers, expected, tokens, monkeypatch):
+    """The first layer of the present model scores lowest, and `skip_layers` names layers of the dense one."""
     dense = tiny.make_model("llama_gqa_biases", num_hidden_layers=6)
     layers = []
     score_units = run_module.score_units
@@ -271,16 +273,16 @@ def test_later_rounds_choose_layers_by_the_model_that_is_left(tokens, monkeypatc
     def watched(subject, job, calibration, keep):
         layers.append(len({site.layer for site in subject.sites}))
         found = score_units(subject, job, calibration, keep)
-        # The middle layer of the present model scores lowest.
         for key, value in found.values.items():
-            value.fill_(abs(key.layer - layers[-1] // 2))
+            value.fill_(key.layer)
         return found
 
     monkeypatch.setattr(run_module, "score_units", watched)
     pruner = FwdPruner(dense)
-    pruner.prune(dataset=tokens, kinds=["layer"], method="block_influence", sparsity=0.5, rounds=3)
+    request = {"kinds": ["layer"], "method": "block_influence", "sparsity": 0.5, "reconstruction": "none"}
+    pruner.prune(dataset=tokens, rounds=3, skip_layers=skip_layers, **request)
     assert layers == [6, 5, 4]
-    assert {layer for layer, _ in gone(pruner.plan)} == {2, 3, 4}
+    assert {layer for layer, _ in gone(pruner.plan)} == expected
 
 
 @pytest.mark.parametrize("kinds", [["layer"], ["layer", "mlp"]])

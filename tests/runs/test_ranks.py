@@ -108,7 +108,8 @@ def test_each_process_passes_its_share_of_the_windows(folders, alone, name):
     """Beside a few that all pass: the probes of the checks before and after surgery, what a search settles on."""
     _, expected = alone(name)
     passed = [json.loads((folder / "passed.json").read_text())[name] for folder in folders]
-    common = 10 + (expected / 2 if name == "search" else 0)
+    # Removals are measured beside the model without those before, which every process runs: 16 windows, four times.
+    common = 10 + (expected / 2 if name == "search" else 64 if name == "removal_loss" else 0)
 
     assert sum(passed) >= expected
     assert max(passed) <= common + 1.3 * (expected - common) / len(folders), (passed, expected)
