@@ -92,7 +92,7 @@ def test_what_is_empty_is_named(words, cli, folder):
         (("prune", "-m", "dense", "out", "--calibration", "rows.jsonl"), "set --dataset_column to one of text or"),
         (
             ("recover", "pruned", "out", "--dataset", "self"),
-            "'self' is text that the model generates itself, which is supported for",
+            "self is text that the teacher writes, and --mode lora has no teacher",
         ),
         (("report", "pruned", "--json", "text.txt"), "pass --overwrite to replace it"),
     ],
