@@ -21,11 +21,9 @@ ORDERS = {
     "plugin_then_auto_model": "import optimum_fwdprune; from transformers import AutoModelForCausalLM",
     "auto_model_then_plugin": "from transformers import AutoModelForCausalLM; import optimum_fwdprune",
     "plugin_then_config_only": "import optimum_fwdprune; from transformers import AutoConfig",
-    "plugin_then_tokenizer": "import optimum_fwdprune; from transformers import AutoTokenizer",
     "plugin_then_a_modelling_file": "import optimum_fwdprune; from transformers import LlamaForCausalLM",
     "plugin_then_auto_factory": "import optimum_fwdprune; import transformers.models.auto.auto_factory",
     "mixins_first": "import optimum_fwdprune.models.per_layer; from transformers import AutoModelForCausalLM",
-    "layouts_first": "import optimum_fwdprune.models.layout; from transformers import AutoModelForCausalLM",
     "a_family_first": "import optimum_fwdprune.models.pruned_llama; from transformers import AutoModelForCausalLM",
 }
 LOAD = """

@@ -41,7 +41,6 @@ def test_every_table_has_the_pruned_family_where_it_has_the_stock_one(family):
     "first",
     [
         "import optimum_fwdprune; assert 'peft' not in sys.modules; import peft",
-        "import peft, optimum_fwdprune",
         "from optimum_fwdprune import FwdPruner; assert 'peft.utils.constants' not in sys.modules; import peft",
     ],
 )

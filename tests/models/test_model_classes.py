@@ -190,10 +190,10 @@ def test_gradient_checkpointing_changes_no_gradient(architecture_name, tokens):
         torch.testing.assert_close(checkpointed[name], value)
 
 
-# Every class once: what a graph holds does not depend on the sizes.
+# One of every kind of layer: what a graph holds does not depend on the sizes.
 @pytest.mark.parametrize(
     "architecture_name",
-    [*tiny.REPRESENTATIVE, "mistral_sliding_window", "qwen3", "phi3", "phi", "codegen", "falcon_alibi", "gpt2"],
+    [*tiny.REPRESENTATIVE, "mistral_sliding_window", "phi3", "falcon_alibi", "gpt2"],
 )
 @torch.no_grad()
 def test_the_forward_compiles_into_one_graph(architecture_name, tokens):
