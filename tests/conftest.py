@@ -1,5 +1,6 @@
 """Shared fixtures: tiny random models, a tiny tokenizer, and no network."""
 
+import base64
 import os
 import sys
 import sysconfig
@@ -18,6 +19,11 @@ import torch
 from fresh import FreshProcesses
 from hypothesis import settings
 
+
+# A picture, PNG.
+ONE_PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 
 # By hand, or every night: `make fuzz`.
 settings.register_profile("nightly", max_examples=1000)
@@ -63,6 +69,14 @@ def remembered(tmp_path_factory):
     from optimum_fwdprune.loading import origin as origins
 
     origins.REMEMBERED = str(tmp_path_factory.mktemp("remembered"))
+
+
+@pytest.fixture(autouse=True)
+def no_pictures_of_plans(request, monkeypatch):
+    """Drawing the card's picture takes longer than all else that saving a tiny model does; the tests of reports and of
+    the examples look at real ones."""
+    if request.path.parent.name != "report" and request.path.name != "test_examples.py":
+        monkeypatch.setattr("optimum_fwdprune.report.card.plot_plan", lambda _plan, file: file.write_bytes(ONE_PIXEL))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from ..allocation.fitting import check_fits
 from ..allocation.plan import PruningPlan
@@ -74,8 +75,10 @@ def empty_pruned_model(subject: Subject, kept: Mapping[SiteKey, list[int]], with
             pruned_class, config = type(model), stock_pruned_config(subject, kept)
         else:
             config = pruned_config(subject, kept, with_bias)
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             pruned = pruned_class(config)
+        # Without initial values, transformers leaves out the ties too.
+        pruned.tie_weights()
     except Exception as error:  # Stock classes raise many kinds of errors for sizes that contradict each other.
         raise ValueError(
             f"The config of this {type(model).__name__} describes no model: {type(error).__name__}: {error} Set in "
