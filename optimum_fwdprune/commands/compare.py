@@ -6,17 +6,14 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 from .base import Command
-from .options import (
+from .measuring_options import (
     add_evaluation_options,
-    add_loading_options,
     add_speed_options,
-    add_tokenizer_option,
     check_different,
     evaluation_options,
-    load_model,
-    load_tokenizer,
     speed_options,
 )
+from .options import add_loading_options, add_tokenizer_option, load_model, load_tokenizer
 
 
 if TYPE_CHECKING:

@@ -6,14 +6,8 @@ from argparse import ArgumentParser
 
 from .base import Command
 from .compare import add_output_option
-from .options import (
-    add_evaluation_options,
-    add_loading_options,
-    add_tokenizer_option,
-    evaluation_options,
-    load_model,
-    load_tokenizer,
-)
+from .measuring_options import add_evaluation_options, evaluation_options
+from .options import add_loading_options, add_tokenizer_option, load_model, load_tokenizer
 
 
 class EvaluateCommand(Command):

@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING
 
 from .base import Command
 from .compare import compare_models
-from .options import (
-    add_evaluation_options,
-    add_loading_options,
-    add_speed_options,
-    add_tokenizer_option,
-    loading_options,
-)
+from .measuring_options import add_evaluation_options, add_speed_options
+from .options import add_loading_options, add_tokenizer_option, loading_options
 
 
 if TYPE_CHECKING:

@@ -5,16 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser
 
 from .base import Command
-from .options import (
-    add_loading_options,
-    add_speed_options,
-    add_text_options,
-    add_tokenizer_option,
-    loading_options,
-    naming_the_model,
-    read_texts,
-    speed_options,
-)
+from .measuring_options import add_speed_options, add_text_options, read_texts, speed_options
+from .options import add_loading_options, add_tokenizer_option, loading_options, naming_the_model
 from .requests import add_request_options, check_owned, request_options
 
 
