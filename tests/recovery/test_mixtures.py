@@ -95,10 +95,11 @@ def pruner_of(tokenizer):
 def test_the_teacher_writes_the_text_once(mode, tokenizer, tmp_path, monkeypatch):
     dense = tiny.make_model("llama_gqa_biases")
     options = {"mode": mode, "tokens": "216", "learning_rate": 1e-3}
-    first, written = pruner_of(tokenizer), []
+    first, written, prompts = pruner_of(tokenizer), [], []
     generate = type(dense).generate
 
     def counted(self, *args, **kwargs):
+        prompts.append(args[0].shape[1])
         written.append(generate(self, *args, **kwargs))
         return written[-1]
 
@@ -111,6 +112,7 @@ def test_the_teacher_writes_the_text_once(mode, tokenizer, tmp_path, monkeypatch
     assert calls > 1 and len(written) == calls
     assert first.recovery["dataset"] == "self"
     assert all(torch.equal(*pair) for pair in zip(first.model.parameters(), again.model.parameters()))
+    assert prompts == [1, 2, 1][: len(prompts)] and len(prompts) > 1
     # The second batch begins with random tokens, which are not special.
     ids = torch.cat([batch[:, 1:3] for batch in written[1:2]])
     assert len(set(ids[:, 0].tolist())) > 1 and not set(ids[:, 0].tolist()) & set(tokenizer.all_special_ids)
