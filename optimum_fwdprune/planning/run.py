@@ -36,6 +36,7 @@ from .forecast import warn_of_overshoot
 from .latency import LatencyCost, LatencyTable
 from .make_plan import keeper, make_plan, replayed
 from .quality import QualityChoice, largest_sparsity
+from .serving import with_memory
 from .settler import Settler
 from .sharing import shared_dense_stream
 from .stock_layout import STOCK, check_stock_layout
@@ -150,6 +151,8 @@ class Run:
             subject = self._subject if done is None else self._left_by(done, config)
             done = self._round(subject, rounds, number, done, scores if number == 1 else None)
         assert done is not None and self.scores is not None
+        if config.target_memory is not None:
+            done = dataclasses.replace(done, plan=with_memory(done, config))
         self.calibrated_on = self.scores.calibrated_on.get("source")
         if config.target_speedup is not None and isinstance(budget.cost, LatencyCost):
             measured = None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..allocation.budgets import Budget, OutOfReach, removal_budget
 from ..allocation.fitting import check_without_layers
+from ..forward.memory import Memory
 from ..loading.subject import Sizes, Subject
 from ..reconstruction.bias import added_parameters
 from ..request.config import PruningConfig
@@ -11,6 +14,7 @@ from ..request.speed import shares_of_phases
 from ..runs.progress import announce
 from .forecast import forecast, warn_of_rounding
 from .latency import LatencyTable, at_measured_widths, speed_budget
+from .serving import Serving
 from .settling import settle, settled_request
 from .stock_layout import STOCK, check_stock_request
 from .timing import load_or_measure
@@ -32,6 +36,7 @@ class Settler:
         # Surgery consumes the dense model.
         self._sizes = Sizes.of(subject.model, subject.sites)
         self.latencies = latencies
+        self._memories: dict[Any, Memory] = {}
 
     def check(self, config: PruningConfig) -> None:
         """Raise an error where the constraints of a request do not allow its budget, or where only whole layers that
@@ -69,6 +74,8 @@ class Settler:
     def _budget_of(self, config: PruningConfig) -> tuple[PruningConfig, Budget]:
         """Return a request with its constraints adapted, and its budget."""
         sites, dense = self._subject.sites, self._sizes
+        if config.target_memory is not None:
+            return config, Serving(self._subject, config, self._memories).budget()
         if config.target_speedup is None:
             return config, removal_budget(config, sites, dense.parameters, dense.file_bytes, self._added(config))
         self.latencies = load_or_measure(self._subject, config, self.latencies)

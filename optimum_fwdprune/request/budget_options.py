@@ -13,7 +13,10 @@ DEFAULT_DEPTH_METHOD = "block_influence"
 DEFAULT_EXPERT_METHOD = "reap"
 
 # Options that are budgets for the whole model.
-TARGETS = ("target_parameters", "target_active_parameters", "target_bytes", "target_speedup")
+TARGETS = ("target_parameters", "target_active_parameters", "target_bytes", "target_memory", "target_speedup")
+
+# Options that are sizes in bytes, which may be written with a unit.
+SIZES = ("target_bytes", "target_memory")
 
 # Options that are limits of quality, within which the smallest model is searched for.
 LIMITS = ("max_perplexity_ratio", "max_divergence")
@@ -53,6 +56,16 @@ class BudgetOptions:
     target_bytes: int | None = option(
         None, "Largest size of the pruned weights on disk, in bytes. Replaces sparsity.", group=Heading.BUDGET
     )
+    target_memory: int | None = option(
+        None,
+        "Largest memory of the pruned model while it serves, such as 6GB or a number of bytes: weights, KV cache, and "
+        "the largest activations of a prefill, for serving_batch prompts of context_tokens tokens. Replaces sparsity.",
+        group=Heading.BUDGET,
+    )
+    context_tokens: int = option(
+        2048, "Tokens of every prompt that target_memory refers to, new tokens included.", group=Heading.BUDGET
+    )
+    serving_batch: int = option(1, "Number of prompts at a time that target_memory refers to.", group=Heading.BUDGET)
     target_speedup: float | None = option(
         None,
         "Smallest speed-up over the dense model, such as 1.5, according to latencies of layers that are measured on "

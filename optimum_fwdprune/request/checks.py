@@ -8,13 +8,14 @@ import numbers
 import typing
 
 from ..words import did_you_mean
-from .budget_options import LIMITS, TARGETS
+from .budget_options import LIMITS, SIZES, TARGETS
 from .choices import WIDTH_KINDS, Layout, ReconstructionKind, ReconstructionOrder, ReconstructionTarget, Scope
 from .depth import check_depth
 from .experts import check_experts
 from .fields import field_type
 from .options import Options
 from .registry import METHODS
+from .sizes import bytes_of
 from .speed import shares_of_phases
 
 
@@ -22,6 +23,8 @@ _AT_LEAST_ONE = (
     "search_windows",
     "rounds",
     "latency_tokens",
+    "context_tokens",
+    "serving_batch",
     "latency_context",
     "n_samples",
     "seq_len",
@@ -39,6 +42,8 @@ def check_types(config: Options) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
         kind, is_list, is_optional = field_type(hint)
         value = getattr(config, name)
+        if name in SIZES and isinstance(value, str):
+            value = bytes_of(value)
         if kind not in _ACCEPTED or (is_optional and value is None):
             continue
         items = value if is_list else [value]

@@ -71,11 +71,12 @@ class Grid:
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values))
             shown = [name for name in axes if len(axes[name]) > 1 or name == budget]
-            label = "-".join(_shown(name, chosen[name]) for name in shown)
             options = _owned(single, chosen.get("method") or _method_of(request)) | chosen
             if isinstance(request, PruningConfig) and chosen.get("method") == request.method:
                 options.pop("method")
-            cells.append(Cell(label, chosen[budget], PruningConfig.of(request, **options)))
+            config = PruningConfig.of(request, **options)
+            label = "-".join(_shown(name, getattr(config, name)) for name in shown)
+            cells.append(Cell(label, getattr(config, budget), config))
         return cls(budget, cells)
 
     def most(self, cells: Iterable[Cell]) -> Cell:

@@ -60,8 +60,9 @@ class Sweeps:
             measures (`Measures`, *optional*): the texts to measure loss and divergence on, and what is timed. By
                 default these are an eighth more calibration windows, which are not calibrated on.
             keep (iterable of `float`): sizes whose models are saved as checkpoints.
-            fields: options of `PruningConfig` by name. One of `sparsity`, `target_parameters`, `target_bytes` and
-                `target_speedup` has a list of sizes; `method`, `seed` and `reconstruction` may have lists too.
+            fields: options of `PruningConfig` by name. One of `sparsity`, `target_parameters`, `target_bytes`,
+                `target_memory` and `target_speedup` has a list of sizes; `method`, `seed` and `reconstruction` may
+                have lists too.
 
         Returns:
             `SweepResult`: the figures of every model.

@@ -1,0 +1,34 @@
+"""Sizes in bytes that users write with a unit."""
+
+from __future__ import annotations
+
+import re
+
+
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def bytes_of(size: str) -> int:
+    """Return the number of bytes that a size stands for, such as `"6GB"` (10⁹ bytes each), `"512 MiB"` or `"1e9"`.
+
+    Raises:
+        ValueError: where it is no size.
+    """
+    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([a-z]*)\s*", size, flags=re.IGNORECASE)
+    try:
+        if match is None:
+            raise ValueError
+        return round(float(match[1]) * UNITS[match[2].upper()])
+    except (KeyError, ValueError):
+        raise ValueError(f"{size!r} is no size in bytes; write 6GB, 500MB, 2GiB or a number of bytes.") from None
