@@ -49,7 +49,7 @@ def scoring_ratios(model, repeats, windows=8, seq_len=256):
     calibration = Calibration(torch.randint(0, 49152, (windows, seq_len)))
 
     def plain():
-        for input_ids, _ in calibration.batches(8):
+        for input_ids, *_ in calibration.batches(8):
             model.base_model(input_ids=input_ids, use_cache=False)
 
     for method in RECONSTRUCTIONS:
@@ -125,7 +125,7 @@ def preset_ratios(model, repeats, preset, calibration):
     """Return the processor time of prune(), all of it, over that of the plain forward passes over its tokens."""
 
     def plain():
-        for input_ids, _ in calibration.batches(8):
+        for input_ids, *_ in calibration.batches(8):
             model.base_model(input_ids=input_ids, use_cache=False)
 
     def prune():

@@ -52,7 +52,7 @@ def tokens():
 
 @torch.no_grad()
 def plain(model, calibration):
-    for input_ids, _ in calibration.batches(8):
+    for input_ids, *_ in calibration.batches(8):
         model(input_ids=input_ids, use_cache=False)
 
 

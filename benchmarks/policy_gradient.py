@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from study import WINDOW, Study, difference, digest_of, file_name, in_dtype, log, table
 
-from optimum_fwdprune import Calibration, FwdPruner, PruningConfig
+from optimum_fwdprune import FwdPruner, PruningConfig
 from optimum_fwdprune.allocation.allocate import allocate
 from optimum_fwdprune.allocation.budgets import removal_budget
 from optimum_fwdprune.files import write_text_atomically
@@ -84,7 +84,7 @@ class PolicyGradientStudy(Study):
         if not file.exists():
             tokens = self.calibration
             if name in METRICS:
-                tokens = Calibration(*tokens.windows(slice(METRIC_WINDOWS)), tokens.source)
+                tokens = tokens.part(slice(METRIC_WINDOWS))
             start = time.perf_counter()
             with in_dtype(self.model, torch.bfloat16):
                 found = FwdPruner(self.model).score(config, tokens)

@@ -14,6 +14,7 @@ from .allocation.plan import PruningPlan
 from .architectures import get_architecture
 from .architectures.wrapping import check_plain, is_peft_model, plain_model
 from .checkpoint.writing import WritesCheckpoints
+from .data.images import with_processor
 from .evaluation import Comparison
 from .loading.opening import open_model
 from .loading.origin import Origin
@@ -166,8 +167,7 @@ class FwdPruner(WritesCheckpoints, Sweeps):
         Args:
             config (`PruningConfig` or `str`, *optional*): method and calibration, or the name of a preset; by default
                 those of `prune()`.
-            dataset (*optional*): calibration text or tokens, which replace `config.calibration`; see
-                [`~optimum_fwdprune.data.load_calibration.load_calibration`].
+            dataset (*optional*): calibration data instead of `config.calibration`; see `load_calibration`.
             fields: options of `PruningConfig` by name, which override those of `config`.
 
         Returns:
@@ -279,7 +279,8 @@ class FwdPruner(WritesCheckpoints, Sweeps):
     @contextmanager
     def _pruning(self, dataset: Any) -> Iterator[Pruning]:
         """Start a pruning of the model, and keep its results, also if it fails."""
-        pruning = Pruning(self.model, self.tokenizer, dataset, self._record, self._source, self._latencies)
+        data = with_processor(dataset, self.model, self.processor)
+        pruning = Pruning(self.model, self.tokenizer, data, self._record, self._source, self._latencies)
         try:
             yield pruning
         finally:
@@ -289,8 +290,7 @@ class FwdPruner(WritesCheckpoints, Sweeps):
     def _take_over(self, work: Pruning | Recovery, trainer: RecoveryTrainer | None = None) -> None:
         """Keep the model, record and source that a pruning or a recovery has produced."""
         self._model, self._record, self._source = work.model, work.record, work.source
-        if work.has_changed:
-            self.trainer = trainer
+        self.trainer = trainer if work.has_changed else self.trainer
 
 
 def _check_supported(model: Any) -> None:

@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 
+import numpy as np
 import pytest
 import tiny
 import tiny_multimodal
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
@@ -215,12 +217,104 @@ def test_a_processor_is_saved_with_the_model_and_loaded_with_it(tokens, tmp_path
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "pruned").get_vocab() == tokenizer.get_vocab()
 
 
-def test_data_with_images_is_refused(tokens):
-    pruner = FwdPruner(tiny_multimodal.make_model("llava_llama"))
-    image = tiny_multimodal.prompt("llava_llama")
-    for dataset in (image, [{key: value[0] for key, value in image.items()}]):
-        with pytest.raises(ValueError, match="The data has pixel_values beside input_ids"):
-            pruner.prune(None, dataset)
+IMAGE_FAMILIES = ("llava_llama", "gemma3", "qwen2_5_vl")
+
+
+def rows_with_images(name, count=4):
+    """Rows of text with an image of random pixels each; every second one has more text."""
+    pixels = np.random.default_rng(0).integers(0, 255, (count, 16, 16, 3), dtype=np.uint8)
+    place = tiny_multimodal.PLACE_OF_IMAGE[name]
+    return [
+        {
+            "text": f"the quick {place} brown fox" + " jumps over the dog" * (number % 2),
+            "image": Image.fromarray(values),
+        }
+        for number, values in enumerate(pixels)
+    ]
+
+
+def processed(processor, row):
+    return dict(processor(text=[row["text"]], images=[[row["image"]]], return_tensors="pt"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", IMAGE_FAMILIES)
+def test_statistics_count_the_positions_of_text_and_images(name, dense):
+    processor, rows = tiny_multimodal.make_processor(name), rows_with_images(name)
+    scores = FwdPruner(dense, processor).score(dataset=rows, method="wanda_sp", kinds=["mlp"], batch_size=3)
+    seen = []
+    site = next(site for site in find_sites(dense) if site.key == (2, "mlp"))
+    handle = site.projection.register_forward_pre_hook(lambda _module, args: seen.append(args[0].flatten(0, -2)))
+    # One row at a time, so that none has padding.
+    lengths = [len(dense(**processed(processor, row)).logits[0]) for row in rows]
+    handle.remove()
+    inputs = torch.cat(seen).double()
+
+    assert lengths[1] > lengths[0] and scores.statistics[site.key].count == sum(lengths)
+    assert torch.allclose(scores.statistics[site.key].mean.double(), inputs.mean(0), atol=1e-5)
+    assert scores.calibration.num_tokens == sum(lengths)
+    # The images matter.
+    others = [{**row, "image": rows[0]["image"]} for row in rows]
+    same_text = FwdPruner(dense, processor).score(dataset=others, method="wanda_sp", kinds=["mlp"])
+    assert not torch.allclose(same_text.statistics[site.key].mean.double(), inputs.mean(0), atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", IMAGE_FAMILIES)
+def test_a_model_is_pruned_and_refitted_on_images(name, dense, tmp_path):
+    processor, rows = tiny_multimodal.make_processor(name), rows_with_images(name, 8)
+    request = {
+        "method": "wanda_sp",
+        "kinds": ["mlp"],
+        "sparsity": 0.4,
+        "reconstruction": "least_squares",
+        "batch_size": 3,
+    }
+    batches = [processed(processor, row) for row in rows]
+    pruned = {
+        fit: FwdPruner(copy.deepcopy(dense), processor).prune(dataset=data, **{**request, "reconstruction": fit})
+        for fit, data in (("none", rows), ("least_squares", batches))
+    }
+
+    def error(model):
+        wanted, actual = ([model(**batch).logits for batch in batches] for model in (dense, model.eval()))
+        return sum((one - other).square().sum() for one, other in zip(wanted, actual))
+
+    assert error(pruned["least_squares"]) < error(pruned["none"])
+    # Layer by layer from the disk.
+    dense.save_pretrained(tmp_path / "dense")
+    pruner = FwdPruner.from_pretrained(tmp_path / "dense", tokenizer=processor, low_memory=True)
+    from_disk = pruner.prune(dataset=rows, **request)
+    assert is_close(from_disk(**batches[0]).logits, pruned["least_squares"](**batches[0]).logits)
+
+
+def test_rows_with_images_that_cannot_be_read_are_refused():
+    dense, processor = tiny_multimodal.make_model("llava_llama"), tiny_multimodal.make_processor("llava_llama")
+    rows = rows_with_images("llava_llama")
+    batch = dict(processor(text=[row["text"] for row in rows[::2]], images=[[r["image"]] for r in rows[::2]]))
+    cases = [
+        (None, rows, {}, "needs the processor of the model"),
+        (processor, rows, {"seq_len": 4}, r"4 of 4 rows with images have more than seq_len=4 tokens; the longest has"),
+        (processor, [{"image": rows[0]["image"], "label": 3}], {}, r"cannot read row 0.*columns image, label"),
+        (processor, [batch], {}, "Row 0 is a batch of 2 texts, whose images cannot be told apart"),
+    ]
+    for tool, dataset, fields, message in cases:
+        with pytest.raises(ValueError, match=message):
+            FwdPruner(dense, tool).prune(method="wanda_sp", dataset=dataset, **fields)
+    with pytest.raises(ValueError, match="qwen3_vl adds features of images to the residual stream between its layers"):
+        FwdPruner(tiny_multimodal.make_model("qwen3_vl"), processor).prune(method="wanda_sp", dataset=rows)
+
+
+def test_the_loss_is_computed_of_text_alone():
+    dense, processor = tiny_multimodal.make_model("llava_llama"), tiny_multimodal.make_processor("llava_llama")
+    with pytest.raises(ValueError, match=r"the data has pixel_values\. Use a method that measures"):
+        FwdPruner(dense, processor).prune(method="taylor", dataset=rows_with_images("llava_llama"))
+
+
+def test_images_beside_tokens_are_refused_where_text_is_read(tokens):
+    text_model = FwdPruner(tiny.make_model("llama_mqa"))
+    with pytest.raises(ValueError, match=r"The data has pixel_values beside input_ids\. Images are"):
+        text_model.prune(None, [{"input_ids": [1, 2, 3], "pixel_values": torch.zeros(3, 4, 4)}])
 
 
 def test_a_language_model_that_the_family_does_not_support_is_refused():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 
@@ -14,8 +14,18 @@ from .messages import refusing_all
 from .tokens import check_table, present_tokens
 
 
-if TYPE_CHECKING:
-    pass
+class Windows(NamedTuple):
+    """Windows as the inputs of a model.
+
+    Args:
+        input_ids (`Tensor[windows, tokens]`, int64): the tokens.
+        attention_mask (`Tensor[windows, tokens]`, *optional*): 0 where a token is padding.
+        inputs (`dict[str, Tensor]`): other inputs, such as pixel values.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    inputs: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,11 +37,14 @@ class Calibration:
         attention_mask (`Tensor[n_samples, seq_len]`, *optional*): a mask that is 0 where a token is padding; any dtype
             is converted to int64.
         source (`str`): name of their source, for the record.
+        inputs (`tuple[Mapping[str, Tensor], ...]`, *optional*): other inputs of a multimodal model for every window,
+            such as the pixel values of its images. A batch joins them along their first axis.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None = None
     source: str = "tokens"
+    inputs: tuple[Mapping[str, torch.Tensor], ...] = ()
 
     def __post_init__(self):
         for name in ("input_ids", "attention_mask"):
@@ -63,14 +76,26 @@ class Calibration:
             present_tokens(self.attention_mask)
         object.__setattr__(self, "attention_mask", self.attention_mask.long())
 
-    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Yield `(input_ids, attention_mask)` of at most `batch_size` windows each."""
-        masks = [None] * len(self.input_ids) if self.attention_mask is None else self.attention_mask.split(batch_size)
-        return zip(self.input_ids.split(batch_size), masks)
+    def batches(self, batch_size: int) -> Iterator[Windows]:
+        """Yield the windows, at most `batch_size` at a time."""
+        return (self.windows(places) for places in torch.arange(len(self)).split(batch_size))
 
-    def windows(self, which: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return `(input_ids, attention_mask)` of some windows."""
-        return self.input_ids[which], None if self.attention_mask is None else self.attention_mask[which]
+    def windows(self, which: torch.Tensor | slice) -> Windows:
+        """Return some windows as the inputs of a model."""
+        inputs = self._inputs_of(which)
+        names = dict.fromkeys(name for of_window in inputs for name in of_window)
+        joined = {name: torch.cat([of_window[name] for of_window in inputs if name in of_window]) for name in names}
+        mask = None if self.attention_mask is None else self.attention_mask[which]
+        return Windows(self.input_ids[which], mask, joined)
+
+    def part(self, which: torch.Tensor | slice) -> Calibration:
+        """Return some of the windows."""
+        mask = None if self.attention_mask is None else self.attention_mask[which]
+        return Calibration(self.input_ids[which], mask, self.source, self._inputs_of(which))
+
+    def _inputs_of(self, which: torch.Tensor | slice) -> tuple[Mapping[str, torch.Tensor], ...]:
+        places = torch.arange(len(self))[which].tolist() if self.inputs else ()
+        return tuple(self.inputs[place] for place in places)
 
     def split(self, every: int) -> tuple[Calibration, Calibration | None]:
         """Return the windows without every `every`-th one, and these; `None` instead of these if there is only one."""
@@ -82,20 +107,20 @@ class Calibration:
             return self, None
         held_out = torch.zeros(len(self.input_ids), dtype=torch.bool)
         held_out[which.to(held_out.device)] = True
-        most, others = (Calibration(*self.windows(part), self.source) for part in (~held_out, held_out))
+        most, others = (self.part(which) for which in (~held_out, held_out))
         return most, others
 
     def own_share(self) -> Calibration | None:
         """Return the windows that this process measures; `None` where there are too few for all processes."""
         which = slice(ranks.rank(), None, ranks.world_size())
-        return Calibration(*self.windows(which), self.source) if which.start < len(self.input_ids) else None
+        return self.part(which) if which.start < len(self.input_ids) else None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def after(self, count: int) -> Calibration:
         """Return the windows after the first `count`."""
-        return Calibration(*self.windows(slice(count, None)), self.source)
+        return self.part(slice(count, None))
 
     @property
     def num_tokens(self) -> int:
@@ -108,6 +133,9 @@ class Calibration:
         digest = hashlib.sha256(self.input_ids.to(torch.int64).cpu().numpy().tobytes())
         if self.attention_mask is not None:
             digest.update(self.attention_mask.bool().cpu().numpy().tobytes())
+        for of_window in self.inputs:
+            for name, values in of_window.items():
+                digest.update(name.encode() + values.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

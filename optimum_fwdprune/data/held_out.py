@@ -37,4 +37,4 @@ def windows_and_held_out(
     if number == len(drawn):
         raise ValueError("There is only one calibration window, so that none can be held out; use longer texts.")
     first, second = slice(0, len(drawn) - number), slice(len(drawn) - number, None)
-    return (Calibration(*drawn.windows(first), drawn.source), Calibration(*drawn.windows(second), drawn.source))
+    return drawn.part(first), drawn.part(second)

@@ -15,6 +15,7 @@ from ..runs.loggers import get_logger
 from ..runs.resume import Resume
 from .calibration import Calibration, counted_targets
 from .chats import chat_text, check_template
+from .images import ImageRows
 from .rows import CHAT, TOKENS, Data
 from .sampling import Sampling, sample_from_model
 from .tables import POOL_FACTOR, drawn, longest, table_of, windows_of_rows, windows_of_table
@@ -62,7 +63,8 @@ def load_calibration(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): required for every source but tokens and `"self"`.
         dataset (*optional*): a `str` (as `config.calibration`); text, chats or rows in lists, generators, datasets or
             pandas; or token ids: a tensor or array `[tokens]` or `[sequences, tokens]`, a tokenizer's batch with its
-            `attention_mask`, rows with `input_ids`, lists of any lengths. A `Calibration` is used unchanged.
+            `attention_mask`, rows with `input_ids`, lists of any lengths. A `Calibration` is used unchanged. For a
+            multimodal model also rows with images (see [`~optimum_fwdprune.data.images.ImageRows`]).
         resume (`Resume`, *optional*): folder for the state of text that the model generates.
 
     Raises:
@@ -71,6 +73,8 @@ def load_calibration(
     """
     if isinstance(dataset, Calibration):
         calibration = dataset
+    elif isinstance(dataset, ImageRows):
+        calibration = dataset.calibration(config, model)
     elif (table := table_of(dataset)) is not None:
         calibration = windows_of_table(table, config)
     else:

@@ -75,7 +75,7 @@ def windows_of_table(table: Calibration, config: PruningConfig) -> Calibration:
         len(input_ids),
         config.n_samples,
     )
-    return Calibration(*table.windows(drawn(len(input_ids), config).to(input_ids.device)), table.source)
+    return table.part(drawn(len(input_ids), config).to(input_ids.device))
 
 
 def windows_of_rows(data: Data, config: PruningConfig) -> Calibration:

@@ -51,8 +51,8 @@ def check_only_text(row: Mapping) -> None:
     for column in NOT_TEXT:
         if row.get(column) is not None:
             raise ValueError(
-                f"The data has {column} beside input_ids, and multimodal models are calibrated and trained on text "
-                f"alone. Leave out the rows with images, videos or sound, or pass text."
+                f"The data has {column} beside input_ids. Images are read for calibration alone, of rows in a list or "
+                f"a datasets.Dataset. Leave out the rows with images, videos or sound, or pass text."
             )
 
 

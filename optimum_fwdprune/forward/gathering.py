@@ -12,7 +12,7 @@ import torch
 
 from ..architectures import Site, SiteKey
 from ..data.calibration import Calibration
-from ..loading.offloading import input_device, is_offloaded, resident
+from ..loading.offloading import input_device, inputs_of_model, is_offloaded, resident
 from ..loading.subject import Subject
 from ..runs.progress import progress
 from ..runs.resume import Resume, State
@@ -166,12 +166,13 @@ def collect_statistics(
         batches = list(share.after(done).batches(batch_size)) if share is not None and done < len(share) else []
         before = -(-done // batch_size)
         bar = progress(batches, "Calibrating", total=before + len(batches), unit="batch", initial=before)
-        for input_ids, attention_mask in bar:
+        for input_ids, attention_mask, inputs in bar:
             observer.attention_mask = attention_mask
             # The base model stops before the vocabulary projection, which no site needs.
             model.base_model(
                 input_ids=input_ids.to(device),
                 attention_mask=None if attention_mask is None else attention_mask.to(device),
+                **inputs_of_model(model, inputs),
                 use_cache=False,
             )
             done += len(input_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures import get_architecture
-from ..data.calibration import Calibration
-from ..loading.offloading import input_device
+from ..data.calibration import Calibration, Windows
+from ..loading.offloading import input_device, inputs_of_model
 from ..runs.devices import compute_device
 from .hooks import stopped_before
 from .losses import PLAIN_OUTPUTS
@@ -31,11 +31,13 @@ class Batch:
         input_ids (`Tensor[windows, tokens]`, int64): the tokens.
         attention_mask (`Tensor[windows, tokens]`, *optional*): 0 where a token is padding.
         arguments (`list[tuple[tuple, dict]]`): the arguments of every layer except for hidden states.
+        inputs (`dict[str, Tensor]`): other inputs of the model, such as pixel values.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     arguments: list[tuple[tuple, dict[str, Any]]]
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def tokens(self, values: torch.Tensor) -> torch.Tensor:
         """Return `[windows, tokens, features]`, or values that are flat already, as `[tokens, features]` without
@@ -99,21 +101,22 @@ class LayerRunner:
         """Return the windows as batches, with the arguments of every layer."""
         arguments: Arguments = {}
         places = torch.arange(len(calibration.input_ids)).split(batch_size)
-        return [self.batch(*calibration.windows(windows), arguments) for windows in places]
+        return [self.batch(calibration.windows(windows), arguments) for windows in places]
 
     @torch.no_grad()
-    def batch(self, input_ids: torch.Tensor, mask: torch.Tensor | None, known: Arguments) -> Batch:
+    def batch(self, windows: Windows, known: Arguments) -> Batch:
         """Return windows as a batch, with the arguments of every layer.
 
         Args:
-            input_ids (`Tensor[windows, tokens]`, int64): the tokens.
-            mask (`Tensor[windows, tokens]`, *optional*): 0 where a token is padding.
+            windows (`Windows`): the inputs of the model.
             known (`dict`): arguments of batches by their shape, to which those of this batch are added.
         """
-        # All batches of a shape have the same arguments, unless they have padding.
+        # All batches of a shape have the same arguments, unless they have padding or images.
+        input_ids, mask, inputs = windows
         shape = tuple(input_ids.shape)
-        if mask is not None:
-            return Batch(input_ids, mask, self.arguments(input_ids, mask))
+        if mask is not None or inputs:
+            inputs = inputs_of_model(self.model, inputs)
+            return Batch(input_ids, mask, self.arguments(input_ids, mask, **inputs), inputs)
         if shape not in known:
             known[shape] = self.arguments(input_ids, None)
         return Batch(input_ids, None, known[shape])
@@ -122,7 +125,7 @@ class LayerRunner:
     def embed(self, batch: Batch) -> torch.Tensor:
         """Return the inputs of the first layer: `[windows, tokens, hidden]`."""
         with stopped_before(self.layers[0]) as stop:
-            self._forward(batch.input_ids, batch.attention_mask)
+            self._forward(batch.input_ids, batch.attention_mask, **batch.inputs)
         return stop.inputs
 
     def run(self, layer: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -20,14 +22,23 @@ LOGITS_AT_ONCE = 2**23
 
 
 def model_nll(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, first: int = 1
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    first: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a batch through `model` and return [`next_token_nll`] of its logits.
 
     Raises:
-        ValueError: where the model predicts no tokens.
+        ValueError: where the model predicts no tokens, or where there are other inputs than tokens, such as images.
     """
     check_predicts(model)
+    if inputs:
+        raise ValueError(
+            f"The loss is computed of text alone, and the data has {', '.join(inputs)}. Use a method that measures "
+            f"activations, such as wanda_sp or flap, or calibrate on text."
+        )
     device = input_device(model)
     input_ids = input_ids.to(device)
     attention_mask = None if attention_mask is None else attention_mask.to(device)

@@ -62,6 +62,14 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return compute_device(embeddings)
 
 
+def inputs_of_model(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return inputs such as pixel values on the device of the tokens, and floats in the dtype of the model."""
+    device = input_device(model)
+    return {
+        name: values.to(device, model.dtype if values.is_floating_point() else None) for name, values in inputs.items()
+    }
+
+
 def check_readable(model: PreTrainedModel) -> None:
     """Raise `ValueError` where a parameter of `model` has no values anywhere."""
     if is_offloaded(model) and not any(_offloading_hooks(module) for module in model.modules()):

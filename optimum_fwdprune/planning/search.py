@@ -243,4 +243,4 @@ def _as_many_as_allowed(
         )
     sweeps = 2 * SWEEPS if starts > 1 else SWEEPS
     allowed = int(config.search_windows / (sweeps * price + first))
-    return Calibration(*judging.windows(slice(max(1, allowed))), judging.source)
+    return judging.part(slice(max(1, allowed)))

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from ..data.calibration import Windows
 from ..forward.layerwise import Arguments, Batch, LayerRunner
 from .amounts import held_out_evenly
 from .hidden_states import HiddenStates, goes_to_files
@@ -154,7 +155,7 @@ class Stream:
         ids = torch.zeros(len(rows), self._sequences.padded_length(rows), dtype=torch.long)
         for place, row in enumerate(rows):
             ids[place, : len(self._sequences.ids[row])] = self._sequences.ids[row]
-        return self._runner.batch(ids, None, self._arguments)
+        return self._runner.batch(Windows(ids, None, {}), self._arguments)
 
 
 def _in_float32(values: Any, known: dict[int, Any]) -> Any:

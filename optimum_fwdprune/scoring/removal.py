@@ -10,7 +10,6 @@ import torch
 
 from ..allocation.depth import DepthUnit, can_go, number_removed, open_units
 from ..architectures import SiteKey
-from ..data.calibration import Calibration
 from ..forward.divergence import Divergence
 from ..forward.gates import Projection, kept_projection
 from ..loading.subject import Subject
@@ -73,8 +72,7 @@ def removal_order(inputs: ScoringInputs) -> UnitScores:
     config, sites = inputs.config, inputs.sites[:]
     units = inputs.depth_units
     is_open = {unit.key for unit in open_units(sites, config)}
-    input_ids, mask = inputs.calibration.windows(slice(None, config.removal_windows))
-    calibration = Calibration(input_ids, mask, inputs.calibration.source)
+    calibration = inputs.calibration.part(slice(None, config.removal_windows))
     stage = inputs.resume.stage("removal", calibration)
     state = stage.load(RemovalState.of) or RemovalState([float("inf")] * len(units))
     divergence: Divergence | None = None

@@ -224,7 +224,8 @@ class Scores:
             metadata["count"] = next(iter(self.statistics.values())).count
         if self.calibrated_on:
             metadata["calibrated_on"] = self.calibrated_on
-        if self.calibration is not None and tokens:
+        # Scores of images are stored with their fingerprint only.
+        if self.calibration is not None and tokens and not self.calibration.inputs:
             tensors["input_ids"] = self.calibration.input_ids
             if self.calibration.attention_mask is not None:
                 tensors["attention_mask"] = self.calibration.attention_mask

@@ -93,8 +93,8 @@ def _batch_losses(
 ) -> Iterator[tuple[torch.Tensor, float]]:
     """Yield the mean loss of every batch with its share of all tokens. Sums would overflow gradients in 16 bit."""
     total = int(counted_targets(calibration.input_ids, calibration.attention_mask).sum())
-    for input_ids, attention_mask in progress(list(calibration.batches(batch_size)), "Back-propagating", unit="batch"):
-        sums, counts = model_nll(model, input_ids, attention_mask)
+    for windows in progress(list(calibration.batches(batch_size)), "Back-propagating", unit="batch"):
+        sums, counts = model_nll(model, *windows)
         yield sums.sum() / counts.sum(), int(counts.sum()) / total
 
 

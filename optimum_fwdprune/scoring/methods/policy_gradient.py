@@ -203,7 +203,6 @@ def score(inputs: ScoringInputs) -> UnitScores:
 
 def _metric_scores(inputs: ScoringInputs) -> dict:
     """Return the metric's scores, computed with its own config and statistics, from which the probabilities start."""
-    from ...data.calibration import Calibration
     from ...forward.gathering import gather_statistics
     from ...forward.statistics import PlacedStatistics
     from ...loading.subject import Subject
@@ -211,8 +210,7 @@ def _metric_scores(inputs: ScoringInputs) -> dict:
     method = get_method(inputs.config.resolved_metric)
     shared = {field.name for field in dataclasses.fields(PruningConfig)} - {"method"}
     config = method.config_class(**{name: getattr(inputs.config, name) for name in shared})
-    input_ids, attention_mask = inputs.calibration.windows(slice(inputs.config.metric_samples))
-    tokens = Calibration(input_ids, attention_mask, inputs.calibration.source)
+    tokens = inputs.calibration.part(slice(inputs.config.metric_samples))
     gathered: dict = {}
     if method.statistics:
         (gathered,) = gather_statistics(
