@@ -139,7 +139,7 @@ class PolicyGradientStudy(Study):
         with in_dtype(self.model, torch.bfloat16):
             for step in range(VARIANCE_STEPS):
                 draws = policy.draw(rates, masks, (0, step), False)
-                input_ids, _ = self.calibration.windows(slice(step * windows, (step + 1) * windows))
+                input_ids, *_ = self.calibration.windows(slice(step * windows, (step + 1) * windows))
                 gates = draws.masks.float().repeat_interleave(windows, 0).split([s.num_units for s in self.sites], 1)
                 with gated(self.sites, {site.key: gate for site, gate in zip(self.sites, gates)}):
                     sums, counts = model_nll(self.model, input_ids.repeat(masks, 1), None)

@@ -205,7 +205,7 @@ class Scores:
         Args:
             path (`str` or `Path`): the file.
             tokens (`bool`, defaults to `True`): include the calibration tokens. They can be decoded with the
-                tokenizer, so that checkpoints include their fingerprint only.
+                tokenizer, so that checkpoints include their fingerprint only. So do scores of rows with images.
         """
         tensors = {}
         for key, value in self.values.items():
@@ -224,7 +224,6 @@ class Scores:
             metadata["count"] = next(iter(self.statistics.values())).count
         if self.calibrated_on:
             metadata["calibrated_on"] = self.calibrated_on
-        # Scores of images are stored with their fingerprint only.
         if self.calibration is not None and tokens and not self.calibration.inputs:
             tensors["input_ids"] = self.calibration.input_ids
             if self.calibration.attention_mask is not None:
