@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 
+import datasets
 import numpy as np
 import pytest
 import tiny
@@ -85,7 +86,7 @@ def test_what_is_not_the_language_model_stays_whole(name, dense, tokens):
     after = {key: value for key, value in pruned.state_dict().items() if ".language_model." not in key}
 
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert all(".language_model." in site.projection_name for site in find_sites(pruned))
+    assert all(".language_model." in site.output_name for site in find_sites(pruned))
     assert pruner.report.parameters_before == total
 
 
@@ -288,14 +289,32 @@ def test_a_model_is_pruned_and_refitted_on_images(name, dense, tmp_path):
     assert is_close(from_disk(**batches[0]).logits, pruned["least_squares"](**batches[0]).logits)
 
 
+@pytest.mark.parametrize("name", ["llava_llama", "qwen2_5_vl"])
+def test_a_dataset_is_read_before_and_after_a_processor_was_mapped_over_it(name, dense):
+    processor, rows = tiny_multimodal.make_processor(name), rows_with_images(name)
+    data = datasets.Dataset.from_list(rows)
+    # Some inputs of Qwen2.5-VL have no axis of rows. The columns of the text and the image are still there.
+    flat = ("input_ids", "attention_mask", "image_grid_thw", *(["pixel_values"] if name == "llava_llama" else []))
+
+    def without_axis(row):
+        return {key: value[0] if key in flat else value for key, value in processed(processor, row).items()}
+
+    made = [data, data.map(lambda row: processed(processor, row)), data.map(without_axis)]
+    request = {"method": "wanda_sp", "kinds": ["mlp"]}
+    wanted, *scores = (FwdPruner(dense, processor).score(dataset=each, **request) for each in (rows, *made))
+    assert all(torch.equal(each.values[key], wanted.values[key]) for each in scores for key in wanted.values)
+
+
 def test_rows_with_images_that_cannot_be_read_are_refused():
     dense, processor = tiny_multimodal.make_model("llava_llama"), tiny_multimodal.make_processor("llava_llama")
     rows = rows_with_images("llava_llama")
+    row = processed(processor, rows[0])
     batch = dict(processor(text=[row["text"] for row in rows[::2]], images=[[r["image"]] for r in rows[::2]]))
     cases = [
         (None, rows, {}, "needs the processor of the model"),
         (processor, rows, {"seq_len": 4}, r"4 of 4 rows with images have more than seq_len=4 tokens; the longest has"),
         (processor, [{"image": rows[0]["image"], "label": 3}], {}, r"cannot read row 0.*columns image, label"),
+        (processor, [{**row, "input_ids": "the"}], {}, "Row 0 has values that are no tensors"),
         (processor, [batch], {}, "Row 0 is a batch of 2 texts, whose images cannot be told apart"),
     ]
     for tool, dataset, fields, message in cases:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ class ImageRows:
         chosen = drawn(len(rows), config).tolist() if len(rows) > config.n_samples else list(range(len(rows)))
         windows, longest = [], 0
         for number in progress(chosen, "Reading images", unit="row"):
-            window = _window(rows[number], number, self.processor)
+            window = _window(rows[number], number, self.processor, model)
             tokens = window["input_ids"].shape[1]
             longest = max(longest, tokens)
             if tokens <= config.seq_len:
@@ -116,12 +117,19 @@ def _parts_with_images(row: Mapping) -> list[Any]:
     return [part for part in parts if isinstance(part, Mapping) and part.get("type") == "image"]
 
 
-def _window(row: Any, number: int, processor: ProcessorMixin | None) -> Window:
+def _window(row: Any, number: int, processor: ProcessorMixin | None, model: PreTrainedModel) -> Window:
     """Return the tensors of a row, each with a first axis that batches are joined along."""
     if not isinstance(row, Mapping):
         raise ValueError(f"Row {number} is a {type(row).__name__}, and rows with images are mappings.")
-    made = row if "input_ids" in row else _processed(row, number, processor)
-    tensors = {name: torch.as_tensor(values) for name, values in made.items() if values is not None}
+    # A dataset that a processor was mapped over may still have its other columns, such as the text.
+    is_made = row.get("input_ids") is not None
+    made = _inputs_among(row, model) if is_made else _processed(row, number, processor)
+    try:
+        tensors = {name: torch.as_tensor(values) for name, values in made.items() if values is not None}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Row {number} has values that are no tensors: {error}. Pass what the processor returned for the row."
+        ) from error
     input_ids = tensors["input_ids"]
     if input_ids.dim() == 1:
         # A row of a dataset that a processor was mapped over has no axis of rows.
@@ -133,6 +141,12 @@ def _window(row: Any, number: int, processor: ProcessorMixin | None) -> Window:
         )
     tensors.pop("labels", None)
     return tensors
+
+
+def _inputs_among(row: Mapping, model: PreTrainedModel) -> dict[str, Any]:
+    """Return the columns of a row that are inputs of the model."""
+    known = inspect.signature(type(model.base_model).forward).parameters
+    return {name: values for name, values in row.items() if name in known}
 
 
 def _with_axis(name: str, values: torch.Tensor, tokens: int) -> torch.Tensor:
