@@ -140,7 +140,7 @@ def test_norms_of_a_skipped_sublayer_are_gone(llama):
 )
 def test_a_norm_that_both_sublayers_read_stays_where_the_config_says_that_they_do(name, gone, stay):
     dense = tiny.make_model(name)
-    path = find_sites(dense)[0].projection_name.partition("0.")[0]
+    path = find_sites(dense)[0].output_name.partition("0.")[0]
     pruned = pruned_by(dense, plan_without(dense, [(0, "attention"), (1, "mlp")])).model
     names = {parameter.removeprefix(path).removesuffix(".weight") for parameter, _ in pruned.named_parameters()}
 

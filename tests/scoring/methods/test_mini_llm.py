@@ -135,9 +135,9 @@ def test_unit_scores_are_gate_gradients_times_activation_norms(dense, tokens, un
     exact = score(dense, tokens, unit, gradient="exact", perturb="units").values
     known = numpy_of(dense, tokens, unit)
     for site in find_sites(dense, unit):
-        weight, gradient = known[site.projection_name]["weight"]
+        weight, gradient = known[site.output_name]["weight"]
         columns = (weight * gradient).sum(0).reshape(site.num_units, -1).sum(1)
-        norms = np.linalg.norm(known[site.projection_name]["norm"].reshape(site.num_units, -1), axis=1)
+        norms = np.linalg.norm(known[site.output_name]["norm"].reshape(site.num_units, -1), axis=1)
         expected = np.abs(columns) * norms
         np.testing.assert_allclose(exact[site.key], expected, rtol=2e-2, atol=1e-3 * max(expected))
 
