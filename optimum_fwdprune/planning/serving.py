@@ -138,8 +138,15 @@ class Serving:
                 high, activations = (middle, memory.total), memory.activations
             else:
                 low = (middle, memory.total)
-        # Other scores may remove units of other sizes, which must save as much.
-        return _removing(dense.weights + dense.cache + activations - target, cost)
+        # Other scores may remove units of other sizes, which must save as much. This may leave other layers wider, so
+        # that the activations are larger.
+        for _ in range(MOST_STEPS):
+            budget = _removing(dense.weights + dense.cache + activations - target, cost)
+            memory = self._predicted(dense, kept_by_equal_scores(sites, config, budget))
+            if memory.total <= target:
+                break
+            activations = max(activations, memory.activations)
+        return budget
 
     def _predicted(self, dense: Memory, kept: Mapping[SiteKey, Sequence[int]]) -> Memory:
         memory = self.memory(kept)

@@ -45,8 +45,12 @@ def test_a_budget_that_the_channels_cannot_meet_leaves_such_heads_alone(name, to
     others.prune(None, tokens, sparsity=0.75, reconstruction="none")
     assert any(others.plan.removed((layer, "attention")) for layer in range(3))
 
+    pruner = FwdPruner(tiny.make_model(name))
     with pytest.raises(ValueError, match=r"the largest possible sparsity is 0\.[56]"):
-        FwdPruner(tiny.make_model(name)).prune(None, tokens, sparsity=0.75, reconstruction="none")
+        pruner.prune(None, tokens, sparsity=0.75, kinds=["mlp"], reconstruction="none")
+    # Where kinds are not set, whole layers go.
+    pruner.prune(None, tokens, sparsity=0.75, reconstruction="none")
+    assert not any(0 < len(kept) < 6 for (_, kind), kept in pruner.plan.kept.items() if kind == "attention")
 
 
 def test_every_family_says_what_it_supports():

@@ -198,7 +198,7 @@ def test_multimodal_models_that_cannot_be_pruned_are_described_without_a_declara
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (transformers.MixtralConfig(**HEADS, intermediate_size=64, num_local_experts=2, **SIZES), "experts"),
+        (transformers.Dots1Config(**HEADS, **SIZES, n_routed_experts=2, n_shared_experts=1), "experts"),
         (transformers.MambaConfig(**SIZES), "mixer.A_log of a decoder layer"),
     ],
     ids=["experts", "state_space"],

@@ -122,7 +122,7 @@ def in_front_of_the_second_layer(dense, tokens):
     (batch,) = runner.batches(Calibration(tokens), len(tokens))
     sites = find_sites(dense)
     aims = Aims(sites, {site.key: [0] for site in sites})
-    stream = Stream("0", batch, runner, Shelf(), joining=Joining(), follows_inputs=True, aims=aims)
+    stream = Stream("0", batch, runner, Shelf(), joining=Joining(), follows_inputs=True, aims=aims, stays_dense=False)
     stream.start()
     for layer in range(2):
         of_layer = [each for each in find_sites(dense) if each.layer == layer]

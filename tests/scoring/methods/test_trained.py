@@ -25,7 +25,7 @@ METHODS = {
     "mini_llm, exact": {"gradient": "exact"},
     "mini_llm, units": {"perturb": "units", "draws": 256},
 }
-STEPS = 200
+STEPS = 300
 
 
 @pytest.fixture(scope="module")
