@@ -35,16 +35,6 @@ def tokens():
     return tiny_multimodal.text_tokens()
 
 
-@torch.no_grad()
-def masked_by_hand(model, plan):
-    """A copy of the dense model whose projections have zero columns for the units that the plan removes."""
-    masked = copy.deepcopy(model)
-    for site in find_sites(masked, plan.attention_unit):
-        columns = site.projection.weight.view(site.projection.out_features, site.num_units, site.unit_width)
-        columns[:, plan.removed(site.key)] = 0
-    return masked
-
-
 def generated(model, prompt):
     return model.generate(**prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
 
@@ -66,7 +56,7 @@ def test_masked_equals_sliced_on_text_and_on_an_image(name, dense, tokens, scope
     pruner = FwdPruner(dense)
     request = tiny.request(sparsity=0.4, reconstruction="none", scope=scope)
     pruned = pruner.prune(request, tokens, inplace=False)
-    masked, image = masked_by_hand(dense, pruner.plan), tiny_multimodal.prompt(name)
+    masked, image = tiny.masked_by_hand(dense, pruner.plan), tiny_multimodal.prompt(name)
 
     assert all(pruner.plan.removed((layer, "mlp")) for layer in range(4))
     assert is_close(pruned(tokens[:2]).logits, masked(tokens[:2]).logits)
@@ -112,7 +102,7 @@ def test_a_reloaded_model_computes_the_same_bit_for_bit_and_generates_the_same_f
 def test_layers_and_sublayers_can_go(name, dense, tokens, tmp_path):
     gone = [(1, "attention"), (2, "mlp"), (3, "attention"), (3, "mlp")]
     plan = plan_without(dense, *gone)
-    masked = masked_by_hand(dense, plan)
+    masked = tiny.masked_by_hand(dense, plan)
     pruner = FwdPruner(dense)
     pruned = pruner.prune(plan=plan, reconstruction="none").eval()
     image = tiny_multimodal.prompt(name)

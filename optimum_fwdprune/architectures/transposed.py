@@ -67,12 +67,13 @@ def as_linear(module: Any) -> Any:
 
 
 @contextmanager
-def forward_replaced(linear: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the context, compute `forward` in the place of a linear, without another change of the model.
+def forward_replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, compute `forward` in the place of a module or `TransposedLinear`, without another change of
+    the model.
 
-    Hooks of the linear are called as before, but not those of accelerate, which are part of its own `forward`.
+    Hooks of the module are called as before, but not those of accelerate, which are part of its own `forward`.
     """
-    module: Any = linear.module if isinstance(linear, TransposedLinear) else linear
+    module = module.module if isinstance(module, TransposedLinear) else module
     before = vars(module).get("forward")
     module.forward = forward
     try:

@@ -14,7 +14,8 @@ from ..allocation.budgets import OutOfReach
 from ..architectures import SiteKey
 from ..data.calibration import Calibration
 from ..forward.evidence import Evidence
-from ..forward.gates import Projection, kept_projection, replaced_projections
+from ..forward.gates import Projection, kept_projection
+from ..forward.narrowing import narrowed
 from ..forward.reference import Reference
 from ..loading.subject import Subject
 from ..reconstruction.reconstruct import reconstruct_by_layer
@@ -162,7 +163,7 @@ class QualityChoice:
         for site in self._subject.sites:
             if site.key not in projections and len(kept[site.key]) < site.num_units:
                 projections[site.key] = kept_projection(site, kept[site.key])
-        with replaced_projections(self._subject.sites, projections):
+        with narrowed(self._subject.sites, projections):
             likeness = self._reference.compare(self._subject.model)
         measured = self._limit.measure(likeness.loss, self._reference.dense.loss, likeness.divergence)
         # NaN is beyond every limit.

@@ -1,7 +1,5 @@
 """What families with fused rows, ALiBi or parallel blocks have of their own; the invariants of all run elsewhere."""
 
-import copy
-
 import pytest
 import tiny
 import torch
@@ -24,15 +22,6 @@ ALIBI = {
 }
 
 
-@torch.no_grad()
-def masked_by_hand(dense, plan):
-    masked = copy.deepcopy(dense)
-    for site in find_sites(masked, plan.attention_unit):
-        columns = site.projection.weight.view(site.projection.out_features, site.num_units, site.unit_width)
-        columns[:, plan.removed(site.key)] = 0
-    return masked
-
-
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize(("name", "changes"), ALIBI.values(), ids=ALIBI)
 @torch.no_grad()
@@ -40,7 +29,7 @@ def test_kept_heads_of_falcon_keep_their_slopes(name, changes, implementation, t
     dense = tiny.make_model(name, alibi=True, attn_implementation=implementation, **changes)
     pruner = FwdPruner(dense)
     once = pruner.prune(tiny.request(sparsity=0.3, scope="global", reconstruction="none"), tokens, inplace=False)
-    expected = masked_by_hand(dense, pruner.plan)(tokens).logits
+    expected = tiny.masked_by_hand(dense, pruner.plan)(tokens).logits
     first = [layer.kept_heads for layer in once.config.per_layer_config]
     once.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation)
@@ -64,7 +53,7 @@ def test_kv_groups_of_falcon_keep_the_slopes_of_their_heads(tokens):
     pruner = FwdPruner(dense)
     config = tiny.request(sparsity=0.5, scope="layer", attention_unit="kv_group", reconstruction="none")
     pruned = pruner.prune(config, tokens, inplace=False)
-    expected = masked_by_hand(dense, pruner.plan)(tokens).logits
+    expected = tiny.masked_by_hand(dense, pruner.plan)(tokens).logits
 
     assert (pruned(tokens).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
     for layer, layer_config in enumerate(pruned.config.per_layer_config):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...architectures import Site
+from ...architectures.transposed import forward_replaced
 from ...forward.gates import gated
 from ...runs.devices import compute_device
 from ...runs.randomness import seeded_generator
@@ -131,21 +132,16 @@ class WeightPerturbation:
             _Run.of(list(rows)) for _, rows in groupby(zip(range(len(draws)), draws, steps), key=lambda row: row[1])
         ]
         called: set[str] = set()
-        undo: list[Callable[[], object]] = []
-        try:
+        with ExitStack() as stack:
             for name, linear, indices in self._linears:
                 noise = functools.partial(self._noise_of_linear, indices)
                 mark = functools.partial(called.add, name)
                 if _is_temporary_form_exact(linear):
                     # A hook would run the plain linear first and discard its output.
-                    linear.forward = _temporary_form(linear, noise, runs, mark)  # type: ignore[method-assign]
-                    undo.append(functools.partial(delattr, linear, "forward"))
+                    stack.enter_context(forward_replaced(linear, _temporary_form(linear, noise, runs, mark)))
                 else:
-                    undo.append(linear.register_forward_hook(_additive_form(noise, runs, mark)).remove)
+                    stack.callback(linear.register_forward_hook(_additive_form(noise, runs, mark)).remove)
             yield
-        finally:
-            for action in undo:
-                action()
         bypassed = [name for name, _, _ in self._linears if name not in called]
         if called and bypassed:
             raise RuntimeError(f"The forward pass bypassed {bypassed[0]}, so that perturbing it had no effect.")
