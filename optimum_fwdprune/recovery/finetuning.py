@@ -15,7 +15,6 @@ from ..runs.randomness import random_states_kept
 from .adapters import merged, with_adapters
 from .amounts import held_out_evenly
 from .arguments import RecoveryArguments
-from .budgeting import Budget, TimeLimit, resumed_with_same_steps
 from .budgets import seconds_of
 from .callbacks import check_evaluations, checked_callbacks
 from .data import TrainingTexts, training_data
@@ -25,6 +24,7 @@ from .options import DISTILL
 from .precision import trained_in_float32
 from .restoring import ModelState, left_as_it_was, removed_where_unused
 from .resuming import asks_to_resume, check_resumable, checkpoint_of
+from .run_length import Budget, TimeLimit, resumed_with_same_steps
 from .self_written import check_self_written
 from .teachers import TeacherSource, find_teacher
 from .trainer import RecoveryTrainer

@@ -17,7 +17,7 @@ from ..loading.source import Source
 from ..loading.state import check_not_consumed, forward_state_kept
 from ..record.record import Record
 from .arguments import RecoveryArguments
-from .block_distillation import BlockDistillation
+from .blockwise.distillation import BlockDistillation
 from .callbacks import check_block_stages, checked_callbacks
 from .data import TrainingTexts
 from .finetuning import train

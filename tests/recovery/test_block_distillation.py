@@ -12,7 +12,7 @@ from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
-from optimum_fwdprune.recovery.block_training import BlockTrainer, relative_error
+from optimum_fwdprune.recovery.blockwise.training import BlockTrainer, relative_error
 
 
 REQUEST = PruningConfig(method="magnitude", kinds=["attention", "mlp"], reconstruction="none", sparsity=0.4)

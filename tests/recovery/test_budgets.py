@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
-from optimum_fwdprune.recovery import RecoveryOptions, budgeting, training_data
+from optimum_fwdprune.recovery import RecoveryOptions, run_length, training_data
 from optimum_fwdprune.recovery.amounts import Wanted
 from optimum_fwdprune.recovery.budgets import in_words, seconds_of, steps_for_time, tokens_of
 
@@ -97,7 +97,7 @@ def test_measuring_a_step_changes_nothing(tokens, tmp_path):
 @pytest.fixture
 def slow_steps(monkeypatch):
     """Steps that are measured to take 10 seconds, on a clock that makes them."""
-    monkeypatch.setattr(budgeting.Budget, "_seconds_per_step", lambda *_args: 10.0)
+    monkeypatch.setattr(run_length.Budget, "_seconds_per_step", lambda *_args: 10.0)
 
 
 def test_a_time_pays_for_the_steps_that_fit_into_it(pruner, tokens, tmp_path, slow_steps, capfd):
@@ -115,10 +115,10 @@ def test_a_long_time_ends_after_four_passes_and_a_short_one_is_refused(pruner, t
 
 
 def test_a_training_ends_when_its_time_is_over(pruner, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(budgeting.Budget, "_seconds_per_step", lambda *_args: 1e-9)
+    monkeypatch.setattr(run_length.Budget, "_seconds_per_step", lambda *_args: 1e-9)
     clock = iter(range(0, 10**6, 20))
-    monkeypatch.setattr(budgeting.time, "monotonic", lambda: next(clock))
-    limit = budgeting.TimeLimit(50)
+    monkeypatch.setattr(run_length.time, "monotonic", lambda: next(clock))
+    limit = run_length.TimeLimit(50)
 
     class Control:
         should_training_stop = False
@@ -133,9 +133,9 @@ def test_a_training_ends_when_its_time_is_over(pruner, tokens, tmp_path, monkeyp
 
 def test_a_resumed_run_takes_as_many_steps_as_its_time_first_paid_for(pruner, tokens, tmp_path, monkeypatch):
     options = {"mode": "full", "time": "1m", "save_strategy": "steps", "save_steps": 2}
-    monkeypatch.setattr(budgeting.Budget, "_seconds_per_step", lambda *_args: 10.0)
+    monkeypatch.setattr(run_length.Budget, "_seconds_per_step", lambda *_args: 10.0)
     pruner.recover({"input_ids": tokens}, arguments(tmp_path, **options))
-    monkeypatch.setattr(budgeting.Budget, "_seconds_per_step", lambda *_args: 30.0)
+    monkeypatch.setattr(run_length.Budget, "_seconds_per_step", lambda *_args: 30.0)
     again = FwdPruner(tiny.make_model("llama_gqa_biases"))
     again.prune(REQUEST)
     checkpoint = str(tmp_path / "training" / "checkpoint-2")

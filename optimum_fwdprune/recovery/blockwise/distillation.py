@@ -14,32 +14,32 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer
 
-from ..allocation.plan import PruningPlan
-from ..cutting.layered import LayeredCheckpoint, Workspace
-from ..files import naming_what_is_full
-from ..forward.layerwise import decoder_layers
-from ..loading.offloading import is_offloaded, resident
-from ..loading.saving import check_savable
-from ..loading.source import Source
-from ..runs import ranks
-from ..runs.locks import held
-from ..runs.loggers import get_logger
-from ..runs.progress import progress
-from ..runs.randomness import random_states_kept
-from ..runs.resume import digest_of
-from .amounts import Wanted
-from .arguments import RecoveryArguments
-from .block_states import BlockStates, resumed_folder
-from .block_streams import Sequences, remove_files, streams_of
-from .block_training import BlockTrainer, Fitted
+from ...allocation.plan import PruningPlan
+from ...cutting.layered import LayeredCheckpoint, Workspace
+from ...files import naming_what_is_full
+from ...forward.layerwise import decoder_layers
+from ...loading.offloading import is_offloaded, resident
+from ...loading.saving import check_savable
+from ...loading.source import Source
+from ...runs import ranks
+from ...runs.locks import held
+from ...runs.loggers import get_logger
+from ...runs.progress import progress
+from ...runs.randomness import random_states_kept
+from ...runs.resume import digest_of
+from ..amounts import Wanted
+from ..arguments import RecoveryArguments
+from ..budgets import tokens_of
+from ..data import TrainingTexts, training_data
+from ..finetuning import check_weights
+from ..restoring import ModelState, left_as_it_was, removed_where_unused
+from ..self_written import check_self_written
+from ..teachers import TeacherSource, find_teacher
+from ..trainer import frozen_share
 from .blocks import Block, blocks_of
-from .budgets import tokens_of
-from .data import TrainingTexts, training_data
-from .finetuning import check_weights
-from .restoring import ModelState, left_as_it_was, removed_where_unused
-from .self_written import check_self_written
-from .teachers import TeacherSource, find_teacher
-from .trainer import frozen_share
+from .states import BlockStates, resumed_folder
+from .streams import Sequences, remove_files, streams_of
+from .training import BlockTrainer, Fitted
 
 
 logger = get_logger(__name__)

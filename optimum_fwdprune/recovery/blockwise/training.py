@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from transformers import Trainer, get_scheduler
 
-from ..runs.progress import progress
-from ..runs.randomness import seeded_generator
-from .arguments import RecoveryArguments
-from .block_streams import Sequences, Stream
+from ...runs.progress import progress
+from ...runs.randomness import seeded_generator
+from ..arguments import RecoveryArguments
+from ..budgets import steps_for_tokens, tokens_of
+from ..precision import float32_while_trained
 from .blocks import Block
-from .budgets import steps_for_tokens, tokens_of
-from .precision import float32_while_trained
+from .streams import Sequences, Stream
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ..data.calibration import Windows
-from ..forward.layerwise import Arguments, Batch, LayerRunner
-from .amounts import held_out_evenly
+from ...data.calibration import Windows
+from ...forward.layerwise import Arguments, Batch, LayerRunner
+from ..amounts import held_out_evenly
 from .hidden_states import HiddenStates, goes_to_files
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..allocation.plan import PruningPlan
-from ..architectures.depth import layers_left
+from ...allocation.plan import PruningPlan
+from ...architectures.depth import layers_left
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from transformers.trainer_utils import SaveStrategy
 
-from ..loading.offloading import resident
-from ..runs.resume import Resume, Stage, digest_of
-from .arguments import RecoveryArguments
-from .block_training import Fitted
+from ...loading.offloading import resident
+from ...runs.resume import Resume, Stage, digest_of
+from ..arguments import RecoveryArguments
+from ..resuming import asks_to_resume
 from .blocks import Block
-from .resuming import asks_to_resume
+from .training import Fitted
 
 
 # The folder of these states in `output_dir`.
