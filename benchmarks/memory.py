@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py MODEL --targets 300MB 260MB 220MB --context_tokens 2048
 
-Every target is pruned with magnitudes, since the weights do not matter, and saved. Another process loads the checkpoint
-and generates a token after a prompt of the context's length. Its peak is what its resident size exceeds that of the
-same process before it loaded anything. The C library keeps some of the memory that was freed, so that the peak differs
-from run to run: every target is measured several times, once more with blocks that are returned at once
+Every target is pruned with magnitudes, since the weights do not matter, and saved. Another process loads the
+checkpoint and generates a token after a prompt of the context's length. Its peak is what its resident size exceeds
+that of the same process before it loaded anything. The C library keeps some of the memory that was freed, so that the
+peak differs from run to run: every target is measured several times, once more with blocks that are returned at once
 (MALLOC_MMAP_THRESHOLD_).
 """
 

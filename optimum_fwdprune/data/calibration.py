@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from ..runs import ranks
 from .messages import refusing_all
@@ -145,3 +146,23 @@ def counted_targets(input_ids: torch.Tensor, attention_mask: torch.Tensor | None
         return torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
     mask = attention_mask.bool()
     return mask[:, 1:] & mask[:, :-1]
+
+
+def joined(parts: Sequence[Calibration], source: str, seed: int) -> Calibration:
+    """Return the windows of several calibrations, shuffled by a seed; shorter windows are padded at their end.
+
+    Args:
+        parts (sequence of [`Calibration`]): the windows, which are those of text or tokens.
+        source (`str`): name of their source.
+        seed (`int`): the seed.
+    """
+    length = max(part.input_ids.shape[1] for part in parts)
+    tokens, masks = [], []
+    for part in parts:
+        padding = (0, length - part.input_ids.shape[1])
+        mask = torch.ones_like(part.input_ids) if part.attention_mask is None else part.attention_mask
+        tokens.append(pad(part.input_ids, padding))
+        masks.append(pad(mask, padding))
+    order = torch.randperm(sum(map(len, parts)), generator=torch.Generator().manual_seed(seed))
+    mask = torch.cat(masks)[order]
+    return Calibration(torch.cat(tokens)[order], None if mask.all() else mask, source)

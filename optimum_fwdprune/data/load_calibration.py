@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,9 +14,10 @@ from ..loading.offline import offline_variable
 from ..runs import ranks
 from ..runs.loggers import get_logger
 from ..runs.resume import Resume
-from .calibration import Calibration, counted_targets
+from .calibration import Calibration, counted_targets, joined
 from .chats import chat_text, check_template
 from .images import ImageRows
+from .mixtures import Mixture
 from .rows import CHAT, TOKENS, Data
 from .sampling import Sampling, sample_from_model
 from .tables import POOL_FACTOR, drawn, longest, table_of, windows_of_rows, windows_of_table
@@ -63,8 +65,10 @@ def load_calibration(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): required for every source but tokens and `"self"`.
         dataset (*optional*): a `str` (as `config.calibration`); text, chats or rows in lists, generators, datasets or
             pandas; or token ids: a tensor or array `[tokens]` or `[sequences, tokens]`, a tokenizer's batch with its
-            `attention_mask`, rows with `input_ids`, lists of any lengths. A `Calibration` is used unchanged. For a
-            multimodal model also rows with images (see [`~optimum_fwdprune.data.images.ImageRows`]).
+            `attention_mask`, rows with `input_ids`, lists of any lengths. A `Calibration` is used unchanged. A
+            [`Mixture`], or a list of names such as `["wikitext2", "code.jsonl:0.5"]`, divides `n_samples` among
+            several sources by their weights. For a multimodal model also rows with images (see
+            [`~optimum_fwdprune.data.images.ImageRows`]).
         resume (`Resume`, *optional*): folder for the state of text that the model generates.
 
     Raises:
@@ -75,12 +79,54 @@ def load_calibration(
         calibration = dataset
     elif isinstance(dataset, ImageRows):
         calibration = dataset.calibration(config, model)
+    elif (mixture := _mixture(config, dataset)) is not None:
+        calibration = _from_mixture(mixture, config, model, tokenizer, resume)
     elif (table := table_of(dataset)) is not None:
         calibration = windows_of_table(table, config)
     else:
         calibration = _from_rows(config, model, tokenizer, dataset, resume)
     _check_tokens(calibration, model)
     return calibration
+
+
+def _mixture(config: PruningConfig, dataset: Any) -> Mixture | None:
+    """Return the mixture that `dataset`, or else the request, names; `None` where it names one source."""
+    if dataset is None and isinstance(config.calibration, list):
+        return Mixture.of_names(config.calibration)
+    return Mixture.of(dataset)
+
+
+def _from_mixture(
+    mixture: Mixture,
+    config: PruningConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    resume: Resume | None,
+) -> Calibration:
+    """Return the windows of all sources in an order that the seed determines; every source has its share of them."""
+    counts, parts = mixture.divided(config.n_samples), {}
+    # Text that the model generates takes minutes, so that errors of other sources come before it.
+    for number in sorted(range(len(counts)), key=lambda number: _is_self(mixture.sources[number])):
+        source, count = mixture.sources[number], counts[number]
+        name = str(source) if isinstance(source, (str, Path)) else f"source {number + 1}"
+        own = dataclasses.replace(config, n_samples=count)
+        try:
+            part = load_calibration(own, model, tokenizer, source, resume)
+        except ValueError as error:
+            raise ValueError(f"Of the mixture ({mixture}), {name} cannot be used: {error}") from error
+        if part.inputs:
+            raise ValueError(f"Rows with images cannot be mixed with other data; calibrate on {name} alone.")
+        if len(part) < count:
+            raise ValueError(
+                f"Of the mixture ({mixture}), {name} has {len(part)} windows, and its share of n_samples is {count}. "
+                f"Lower n_samples or its weight."
+            )
+        parts[number] = part.part(slice(count))
+    return joined([parts[number] for number in range(len(counts))], str(mixture), config.seed)
+
+
+def _is_self(source: Any) -> bool:
+    return isinstance(source, str) and source == SELF
 
 
 def _from_rows(
@@ -93,7 +139,7 @@ def _from_rows(
     source = config.calibration if dataset is None else dataset
     if source is None:
         source = ranks.from_main(_default_source)
-    if isinstance(source, str) and source == SELF:
+    if _is_self(source):
         _check_length(config.seq_len, model)
         sampling = Sampling(config.n_samples, config.seq_len, config.batch_size, config.seed)
         return Calibration(sample_from_model(model, tokenizer, sampling, resume or Resume()), source=SELF)

@@ -33,7 +33,8 @@ def command_of(
     words = ["optimum-cli", "fwdprune", "prune", "-m", model, output]
     replays = plan is not None and plan.metadata.get("replayed")
     values = config.to_dict()
-    if calibration is not None:
+    # The name of a mixture is a phrase, and the request lists its sources.
+    if calibration is not None and not isinstance(values["calibration"], list):
         values["calibration"] = calibration
     # The values that the command uses where an option is left out.
     defaults = type(config)().to_dict()

@@ -14,6 +14,7 @@ from ..data.texts import FILE_LOADERS
 from ..request.config import PruningConfig
 from ..request.fields import Heading
 from ..runs.loggers import LIBRARY
+from ..words import name_and_weight
 from .command import command_of
 from .record import Record
 
@@ -155,7 +156,11 @@ def _request_notes(record: Record, config: PruningConfig, calibration: str | Non
         yield f"`{PLAN_NAME}` is a file of this checkpoint; run the command in its folder."
     elif config.target_speedup is not None:
         yield "`--target_speedup` measures latencies of layers, so another run or machine may keep other units."
-    if calibration is not None and Path(calibration).suffix in FILE_LOADERS:
-        yield f"`{calibration}` is the file that the model was calibrated on; replace it by the path of your copy."
+    if calibration is not None:
+        sources = config.calibration if isinstance(config.calibration, list) else [calibration]
+        for source in sources:
+            name, _ = name_and_weight(source)
+            if Path(name).suffix in FILE_LOADERS:
+                yield f"`{name}` is a file that the model was calibrated on; replace it by the path of your copy."
     if record.recovery:
         yield "The command reproduces the pruned model before training."

@@ -15,12 +15,10 @@ if TYPE_CHECKING:
     from .data import training_data as training_data
     from .distillation import Teacher as Teacher
     from .finetuning import recover as recover
-    from .mixtures import Mixture as Mixture
     from .options import RecoveryOptions as RecoveryOptions
     from .trainer import RecoveryTrainer as RecoveryTrainer
 
 _MODULES = {
-    "Mixture": "mixtures",
     "RecoveryArguments": "arguments",
     "RecoveryOptions": "options",
     "RecoveryTrainer": "trainer",

@@ -13,11 +13,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.chats import IGNORED
+from ..data.mixtures import Mixture
 from ..data.texts import SELF
 from ..words import public_name
 from .amounts import Wanted
 from .arguments import RecoveryArguments
-from .mixtures import Mixture
+from .mixtures import read_mixture
 from .options import RecoveryOptions
 from .self_written import SelfWritten
 from .sequences import sequence_length, sequences_of
@@ -119,7 +120,9 @@ def training_data(
     wanted = wanted if isinstance(wanted, Wanted) else Wanted(wanted)
     if mixture is not None:
         length = sequence_length(options, longest)
-        return mixture.read(wanted, length, lambda part, few: training_data(part, tokenizer, options, few, **limits))
+        return read_mixture(
+            mixture, wanted, length, lambda part, few: training_data(part, tokenizer, options, few, **limits)
+        )
     if isinstance(source, SelfWritten):
         return source.read(wanted, sequence_length(options, longest))
     return sequences_of(source, tokenizer, options, wanted, **limits)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from datasets import Dataset
@@ -69,8 +70,8 @@ class SelfWritten:
     batch_size: int
     seed: int
 
-    def __str__(self) -> str:
-        return SELF
+    # The name of the data in a record.
+    source: ClassVar[str] = SELF
 
     def read(self, wanted: Wanted, length: int) -> Dataset:
         """Return sequences of this text with `input_ids` and `labels`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from ..record.reproduction import IN_MEMORY
 def _rounded(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
+
+# The name of a mixture of sources, each with its share.
+MIXTURE = r".+ \(\d+%\)(, .+ \(\d+%\))+"
 
 # The formats that numbers are written in.
 WAYS = {
@@ -79,6 +83,9 @@ def calibration_in_words(source: str) -> str:
         "wikitext2": "WikiText-2",
         "c4": "C4",
     }
+    if re.fullmatch(MIXTURE, source):
+        parts = (part.rpartition(" ") for part in source.split(", "))
+        return ", ".join(f"{calibration_in_words(name)} {share}" for name, _, share in parts)
     return words.get(source, "data that was passed in Python" if source in IN_MEMORY else source)
 
 

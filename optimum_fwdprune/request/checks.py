@@ -46,6 +46,8 @@ def check_types(config: Options) -> None:
             value = bytes_of(value)
         if kind not in _ACCEPTED or (is_optional and value is None):
             continue
+        # One element in the place of a list, where the annotation allows it.
+        is_list = is_list and not (isinstance(value, str) and str in typing.get_args(hint))
         items = value if is_list else [value]
         if not isinstance(items, (list, tuple)) or not all(
             isinstance(item, _ACCEPTED[kind]) and (kind is bool or not isinstance(item, bool)) for item in items

@@ -44,10 +44,13 @@ def option(default: Any, help: str, choices: Iterable[str] | None = None, group:
 
 
 def field_type(hint: Any) -> tuple[Any, bool, bool]:
-    """Return a field's element type, whether the field is a list, and whether it may be `None`, by its annotation."""
-    is_optional = isinstance(hint, types.UnionType) and types.NoneType in typing.get_args(hint)
-    if is_optional:
-        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
-    if typing.get_origin(hint) is list:
-        return typing.get_args(hint)[0], True, is_optional
-    return hint, False, is_optional
+    """Return a field's element type, whether the field may be a list, and whether it may be `None`, by its annotation.
+
+    An annotation such as `str | list[str]` allows one element or a list of them.
+    """
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    is_optional = types.NoneType in parts
+    lists = [part for part in parts if typing.get_origin(part) is list]
+    if lists:
+        return typing.get_args(lists[0])[0], True, is_optional
+    return next(part for part in parts if part is not types.NoneType), False, is_optional

@@ -11,7 +11,7 @@ from typing import Any
 from ..files import as_path
 from ..runs.loggers import get_logger
 from ..version import __version__
-from ..words import public_name
+from ..words import name_and_weight, public_name
 from .choices import ReconstructionKind
 from .options import Options
 
@@ -40,9 +40,17 @@ def json_values(config: Options) -> dict[str, Any]:
     Of a calibration file only the name is returned, not its folder.
     """
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_THE_MACHINE}
-    if config.calibration is not None:
+    if isinstance(config.calibration, list):
+        values["calibration"] = list(map(_public_name, config.calibration))
+    elif config.calibration is not None:
         values["calibration"] = public_name(config.calibration)
     return {**values, VERSION_KEY: __version__}
+
+
+def _public_name(source: str) -> str:
+    """Return a source of a mixture without its folder, and with its weight."""
+    name, weight = name_and_weight(source)
+    return public_name(name) if weight is None else f"{public_name(name)}:{weight:g}"
 
 
 def json_text(config: Options) -> str:

@@ -121,11 +121,11 @@ class Options(BudgetOptions):
         "on held-out calibration windows.",
         group=Heading.RECONSTRUCTION,
     )
-    calibration: str | None = option(
+    calibration: str | list[str] | None = option(
         None,
         "Calibration text: wikitext2, c4, self (sampled from the model), builtin (Python's documentation, for smoke "
-        "runs), a .txt, .json, .jsonl or .parquet file, or a dataset of the Hub. Default: wikitext2 if it is cached "
-        "or the Hub can be reached, else self.",
+        "runs), a .txt, .json, .jsonl or .parquet file, or a dataset of the Hub. Several of them, each with :WEIGHT "
+        "if it is not 1, share n_samples. Default: wikitext2 if it is cached or the Hub can be reached, else self.",
         group=Heading.CALIBRATION,
     )
     dataset_config: str | None = option(None, "Configuration name of a Hub dataset.", group=Heading.CALIBRATION)

@@ -5,8 +5,8 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, PruningConfig, RecoveryArguments
-from optimum_fwdprune.recovery import Mixture, RecoveryOptions, training_data
+from optimum_fwdprune import FwdPruner, Mixture, PruningConfig, RecoveryArguments
+from optimum_fwdprune.recovery import RecoveryOptions, training_data
 from optimum_fwdprune.recovery.documents import positions_and_labels
 
 
