@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..architectures import SiteKey
 from ..architectures.depth import layer_configs
 from ..data.calibration import Calibration
+from ..forward.losses import plain_outputs
 from ..forward.observer import check_called
 from ..loading.offloading import input_device, is_offloaded
 from ..loading.state import FREQUENCIES, ORIGINAL_FREQUENCIES, evaluating
@@ -183,7 +184,7 @@ def rounded(values: torch.Tensor) -> torch.Tensor:
 def logits(model: PreTrainedModel, probe: torch.Tensor) -> torch.Tensor:
     """Return the first output of `model` for the probe: logits, or hidden states of a model without a head."""
     with evaluating(model):
-        return model(input_ids=probe.to(input_device(model)), use_cache=False)[0]
+        return model(input_ids=probe.to(input_device(model)), **plain_outputs(model))[0]
 
 
 def relative_difference(expected: torch.Tensor, actual: torch.Tensor, rounding: float = 0.0) -> float:

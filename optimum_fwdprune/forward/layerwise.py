@@ -16,7 +16,7 @@ from ..data.calibration import Calibration, Windows
 from ..loading.offloading import input_device, inputs_of_model
 from ..runs.devices import compute_device
 from .hooks import stopped_before
-from .losses import PLAIN_OUTPUTS
+from .losses import plain_outputs
 
 
 # The arguments of every layer except for hidden states, by the shape of a batch.
@@ -150,7 +150,7 @@ class LayerRunner:
             for values in (batch.input_ids, batch.attention_mask)
         )
         with self._standing_in(lambda *_args, **_kwargs: output):
-            return self.model(input_ids=input_ids, attention_mask=mask, **PLAIN_OUTPUTS)[0]
+            return self.model(input_ids=input_ids, attention_mask=mask, **plain_outputs(self.model))[0]
 
     @contextmanager
     def _standing_in(self, output: Callable[..., Any]) -> Iterator[None]:
@@ -193,5 +193,5 @@ class LayerRunner:
         self.model.base_model(
             input_ids=input_ids.to(device),
             attention_mask=None if mask is None else mask.to(device),
-            **{**PLAIN_OUTPUTS, **inputs},
+            **{**plain_outputs(self.model), **inputs},
         )

@@ -21,6 +21,13 @@ PLAIN_OUTPUTS = {"use_cache": False, "output_attentions": False, "output_hidden_
 LOGITS_AT_ONCE = 2**23
 
 
+def plain_outputs(model: PreTrainedModel) -> dict[str, bool]:
+    """Return `PLAIN_OUTPUTS` for a model. A mixture leaves out the logits of its routers, too: with these, its first
+    output would be the load-balancing loss."""
+    has_routers = hasattr(model.config.get_text_config(), "output_router_logits")
+    return {**PLAIN_OUTPUTS, "output_router_logits": False} if has_routers else PLAIN_OUTPUTS
+
+
 def model_nll(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
@@ -42,7 +49,7 @@ def model_nll(
     device = input_device(model)
     input_ids = input_ids.to(device)
     attention_mask = None if attention_mask is None else attention_mask.to(device)
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, **PLAIN_OUTPUTS).logits
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, **plain_outputs(model)).logits
     return next_token_nll(logits, input_ids, attention_mask, first)
 
 
