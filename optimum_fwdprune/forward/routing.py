@@ -56,7 +56,8 @@ def gate_experts(site: Site, mask: torch.Tensor, on_call: Callable[[], None]) ->
 def replace_experts(site: Site, kept: list[int], weight: torch.Tensor) -> list[RemovableHandle]:
     """Register hooks that let the kept experts of a site use new output projections, and return their handles.
 
-    The parameter of the model is exchanged while the experts run. Its values must be in memory then.
+    The parameter of the model is exchanged while the experts run. Its values must be in memory then. The other experts
+    have the projection 0, and take no memory of the host.
 
     Args:
         site (`Site`): a site whose units are experts.
@@ -65,13 +66,17 @@ def replace_experts(site: Site, kept: list[int], weight: torch.Tensor) -> list[R
     """
     assert site.routing is not None
     experts, name = site.routing.experts, site.routing.output_name
+    changed: list[torch.nn.Parameter] = []
     replaced: list[Any] = []
 
     def enter(_module: Any, _args: Any) -> None:
-        replaced.append(experts._parameters[name])
-        changed = replaced[-1].detach().clone()
-        changed[kept] = weight.to(changed)
-        experts._parameters[name] = torch.nn.Parameter(changed, requires_grad=False)
+        own = experts._parameters[name]
+        if not changed:
+            values = torch.zeros(own.shape, dtype=own.dtype, device=own.device)
+            values[kept] = weight.to(values)
+            changed.append(torch.nn.Parameter(values, requires_grad=False))
+        replaced.append(own)
+        experts._parameters[name] = changed[0]
 
     def leave(_module: Any, _args: Any, _output: Any) -> None:
         experts._parameters[name] = replaced.pop()

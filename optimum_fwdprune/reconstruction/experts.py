@@ -77,6 +77,7 @@ def refit_experts(
         site (`Site`): the site, whose parameters are in memory.
         kept (`list[int]`): the kept experts.
         texts (sequence of sequences of `RoutedTokens`): batches to fit on and, if there are any, the held-out batches.
+            Their residuals are changed to what the new projections leave.
         ridge (`float`, *optional*): the ridge of all experts; by default the best one on held-out tokens.
     """
     assert site.routing is not None
@@ -85,28 +86,17 @@ def refit_experts(
         counts += batch.indices.flatten().bincount(minlength=site.num_units).cpu()
     counts = ranks.summed(counts)
     order = sorted((expert for expert in kept if counts[expert]), key=lambda expert: -float(counts[expert]))
-    fit, held_out = texts[0], texts[1] if len(texts) > 1 else None
     ridges = dict.fromkeys(order, DEFAULT_RIDGE if ridge is None else ridge)
     before = after = None
-    if held_out is not None:
-        trial = [_copied(text) for text in (fit, held_out)]
-        before = _mean_square(held_out)
-        ridges = {}
-        for expert in order:
-            sums, left = (_equations(site, expert, text) for text in trial)
-            if not left.count or not sums.count:
-                continue
-            best = best_ridge(sums, left) if ridge is None else ridge
-            change = sums.change(best)
-            if left.error(change) < float(left.energy):
-                ridges[expert] = best
-                _apply(site, expert, change, [batch for text in trial for batch in text])
-        after = _mean_square(trial[1])
+    if len(texts) > 1:
+        before = _mean_square(texts[1])
+        ridges, after = _helpful_ridges(site, order, texts, ridge)
     weights = {expert: site.routing.output_weight(expert) for expert in kept}
-    everything = [batch for text in texts for batch in _copied(text)]
+    everything = [batch for text in texts for batch in text]
     for expert in (expert for expert in order if expert in ridges):
-        change = _equations(site, expert, everything).change(ridges[expert])
-        _apply(site, expert, change, everything)
+        rows = [_routed(site, expert, batch) for batch in everything]
+        change = _equations(site, expert, rows).change(ridges[expert])
+        _apply(change, rows)
         weights[expert] = back_to(precise(weights[expert]) + change, weights[expert])
     # Without a change, the model's own parameter is cut.
     stacked = torch.stack([site.routing.as_stored(weights[expert]) for expert in kept]) if ridges else None
@@ -115,35 +105,63 @@ def refit_experts(
     return Projection(kept, site.weight.new_empty(0) if stacked is None else stacked, None), result
 
 
-def _copied(text: Sequence[RoutedTokens]) -> list[RoutedTokens]:
-    """Return the batches with copies of their residuals, which change."""
-    return [replace(batch, residual=batch.residual.clone()) for batch in text]
+def _helpful_ridges(
+    site: Site, order: list[int], texts: Sequence[Sequence[RoutedTokens]], ridge: float | None
+) -> tuple[dict[int, float], float]:
+    """Return the ridges of the experts whose change lowers the error on held-out tokens if it is fitted on the others,
+    and the error with all these changes. The residuals are not changed."""
+    fit, held_out = ([replace(batch, residual=batch.residual.clone()) for batch in text] for text in texts)
+    ridges = {}
+    for expert in order:
+        rows = [[_routed(site, expert, batch) for batch in text] for text in (fit, held_out)]
+        sums, left = (_equations(site, expert, of_text) for of_text in rows)
+        if not left.count or not sums.count:
+            continue
+        best = best_ridge(sums, left) if ridge is None else ridge
+        change = sums.change(best)
+        if left.error(change) < float(left.energy):
+            ridges[expert] = best
+            _apply(change, [row for of_text in rows for row in of_text])
+    return ridges, _mean_square(held_out)
 
 
-def _routed(site: Site, expert: int, batch: RoutedTokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the numbers of the tokens of an expert, and g(x) h(x) of these, `[tokens, features]` float32."""
+@dataclass(frozen=True)
+class _Rows:
+    """The tokens of an expert in a batch.
+
+    Args:
+        batch (`RoutedTokens`): the batch.
+        token (`Tensor[rows]`, int64): their numbers in the batch.
+        features (`Tensor[rows, features]`, float32): g(x) h(x), the inputs of its projection times the router weight.
+    """
+
+    batch: RoutedTokens
+    token: torch.Tensor
+    features: torch.Tensor
+
+
+def _routed(site: Site, expert: int, batch: RoutedTokens) -> _Rows:
     assert site.routing is not None
     device = compute_device(site.routing.experts)
     token, slot = torch.where(batch.indices == expert)
     features = site.routing.features(expert, batch.hidden[token].to(device))
-    return token, features.float() * batch.weights[token, slot, None].to(device).float()
+    return _Rows(batch, token, features.float() * batch.weights[token, slot, None].to(device).float())
 
 
-def _equations(site: Site, expert: int, text: Sequence[RoutedTokens]) -> NormalEquations:
+def _equations(site: Site, expert: int, rows: Sequence[_Rows]) -> NormalEquations:
     assert site.routing is not None
     outputs, width = site.routing.output_weight(expert).shape
     sums = NormalEquations.empty(width, outputs, compute_device(site.routing.experts))
-    for batch in text:
-        token, features = _routed(site, expert, batch)
-        sums.add(features, batch.residual[token].to(features.device))
+    for of_batch in rows:
+        sums.add(of_batch.features, of_batch.batch.residual[of_batch.token].to(of_batch.features.device))
     return sums.pooled()
 
 
-def _apply(site: Site, expert: int, change: torch.Tensor, text: Sequence[RoutedTokens]) -> None:
+def _apply(change: torch.Tensor, rows: Sequence[_Rows]) -> None:
     """Subtract the effect of a change of an expert's projection from the residuals of its tokens."""
-    for batch in text:
-        token, features = _routed(site, expert, batch)
-        batch.residual[token] -= (features @ change.to(features).T).to(batch.residual.device)
+    for of_batch in rows:
+        effect = of_batch.features @ change.to(of_batch.features).T
+        of_batch.batch.residual[of_batch.token] -= effect.to(of_batch.batch.residual.device)
 
 
 def _mean_square(text: Sequence[RoutedTokens]) -> float:
