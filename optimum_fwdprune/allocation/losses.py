@@ -55,15 +55,25 @@ def losses_by_kind(
     return sentences
 
 
+def dense_routing(plan: PruningPlan) -> dict[SiteKey, list[int]]:
+    """Return the numbers of calibration tokens that the routers of the dense model sent to every expert, by site.
+
+    Sites without experts that are kept, and counts of a model that had lost experts before, are left out.
+    """
+    routing = {SiteKey.parse(name): counts for name, counts in (plan.metadata.get(ROUTING) or {}).items()}
+    return {
+        key: counts
+        for key, counts in routing.items()
+        if plan.kept.get(key) and plan.num_units[key] == len(counts) and sum(counts)
+    }
+
+
 def rerouted(plan: PruningPlan) -> str | None:
     """Return a sentence on the choices of experts that have to change since their experts are removed; `None` where
     the routing of calibration tokens was not counted, or only after an earlier pruning."""
     shares: dict[int, float] = {}
     lost = total = 0
-    for name, counts in (plan.metadata.get(ROUTING) or {}).items():
-        key = SiteKey.parse(name)
-        if not plan.kept.get(key) or plan.num_units[key] != len(counts) or not sum(counts):
-            continue
+    for key, counts in dense_routing(plan).items():
         of_layer = sum(counts) - sum(counts[expert] for expert in plan.kept[key])
         shares[key.layer] = of_layer / sum(counts)
         lost, total = lost + of_layer, total + sum(counts)

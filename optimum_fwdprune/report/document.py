@@ -24,6 +24,7 @@ from ..request.choices import AttentionUnit, DepthKind, UnitKind
 from ..scoring.scores import Scores
 from ..version import __version__
 from .learning import learning_of
+from .routing import routing_of
 
 
 BINS = 32
@@ -146,6 +147,7 @@ def describe(name: str, record: Record, comparison: Comparison | None = None) ->
         "pruning": _pruning(outcome) if outcome else None,
         "depth": list(depth_losses(plan.kept).values()) if plan else [],
         "routing": rerouted(plan) if plan else None,
+        "routing_by_layer": routing_of(plan) if plan else [],
         "layers": _layers(plan, outcome) if plan else None,
         "scores": _scores(scores, plan) if scores else None,
         "depth_scores": _depth_scores(scores, plan) if scores else [],

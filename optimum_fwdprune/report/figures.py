@@ -14,6 +14,7 @@ from . import pictures
 from .canvas import PALETTE, drawing, new_figure
 from .document import kinds_of
 from .numbers import is_quality, is_speed
+from .routing import draw_removed_choices, draw_tokens_of_experts
 
 
 if TYPE_CHECKING:
@@ -142,7 +143,24 @@ def _of_layers(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:
 
         text = "Prunable parameters of each layer after pruning (coloured), compared with before."
         drawings.append(_draw(f"{name}-parameters", "Parameters", text, [parameters], 3.6))
+    if checkpoint["routing_by_layer"]:
+        drawings.append(_of_routing(checkpoint["routing_by_layer"], name))
     return drawings
+
+
+def _of_routing(rows: Sequence[Mapping[str, Any]], name: str) -> Picture:
+    def removed(axis: Axes) -> None:
+        draw_removed_choices(axis, rows)
+
+    def tokens(axis: Axes) -> None:
+        draw_tokens_of_experts(axis, rows)
+        axis.set_xlabel("layer")
+
+    text = (
+        "The share of the router's choices that other experts take over, and the tokens of the experts of each layer: "
+    )
+    text += "a thin line for all of them, a thick one for half, a dot for the median."
+    return _draw(f"{name}-routing", "Routing", text, [removed, tokens], 4.2, sharex=True)
 
 
 def _of_scores(checkpoint: Mapping[str, Any], name: str) -> list[Picture]:

@@ -95,8 +95,12 @@ def what_became_of_the_weights(record: Record) -> Iterator[str]:
         yield "Biases of the output projections replace the mean output of the removed units."
     else:
         order = " one layer after the other" if config.reconstruction_order != ReconstructionOrder.INDEPENDENT else ""
-        what = "the output projections, and the linears before them," if config.refit_sources else "output projections"
-        yield f"The kept columns of {what} were refitted by least squares{order}."
+        what = "kept columns of output projections"
+        if config.refit_sources:
+            what = "kept columns of the output projections, and the linears before them,"
+        if config.prunes_experts:
+            what = "output projections of the kept experts"
+        yield f"The {what} were refitted by least squares{order}."
 
 
 def how_it_was_trained(record: Record) -> Iterator[str]:
