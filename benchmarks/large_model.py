@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -72,29 +73,38 @@ def random_weights(shape, generator):
     return values.mul_(0.02 * 3**0.5)
 
 
-def prune(name, folder, output, windows, tokens):
-    """Prune in this process and print what it took as JSON."""
+@contextmanager
+def watched_memory():
+    """Yield a dictionary that holds, once the context is left, the peaks of this process's resident memory in bytes:
+    `rss`, and `anonymous`, without what is mapped from files, which the system takes back when it needs to."""
     process, peaks, done = psutil.Process(), {"rss": 0, "anonymous": 0}, threading.Event()
 
     def sample():
         while not done.wait(0.02):
             memory = process.memory_info()
             peaks["rss"] = max(peaks["rss"], memory.rss)
-            # What is mapped from files the system takes back when it needs to.
             peaks["anonymous"] = max(peaks["anonymous"], memory.rss - getattr(memory, "shared", 0))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
-    seconds, start = {}, time.perf_counter()
-    pruner = FwdPruner.from_pretrained(folder, low_memory=True, offload_folder=Path(output).parent)
-    seconds["load"] = time.perf_counter() - start
-    ids = torch.randint(32000, (windows, tokens), generator=torch.Generator().manual_seed(1))
-    pruner.prune(PruningConfig(**{**COMMON, **REQUESTS[name][0]}), ids)
-    start = time.perf_counter()
-    pruner.save_pretrained(output)
-    seconds |= pruner.report.seconds | {"save": time.perf_counter() - start}
-    done.set()
-    thread.join()
+    try:
+        yield peaks
+    finally:
+        done.set()
+        thread.join()
+
+
+def prune(name, folder, output, windows, tokens):
+    """Prune in this process and print what it took as JSON."""
+    with watched_memory() as peaks:
+        seconds, start = {}, time.perf_counter()
+        pruner = FwdPruner.from_pretrained(folder, low_memory=True, offload_folder=Path(output).parent)
+        seconds["load"] = time.perf_counter() - start
+        ids = torch.randint(32000, (windows, tokens), generator=torch.Generator().manual_seed(1))
+        pruner.prune(PruningConfig(**{**COMMON, **REQUESTS[name][0]}), ids)
+        start = time.perf_counter()
+        pruner.save_pretrained(output)
+        seconds |= pruner.report.seconds | {"save": time.perf_counter() - start}
     report = pruner.report
     result = {
         "request": REQUESTS[name][0],

@@ -107,3 +107,16 @@ def difference(losses, reference):
     """The paired difference of losses window by window, with its standard error, as text."""
     paired = losses - reference
     return f"{float(paired.mean()):+.3f} ± {float(paired.std()) / math.sqrt(len(paired)):.3f}"
+
+
+def finished_rows(file, settings):
+    """The rows of a file of JSON lines that were measured with these settings, by name."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            # The run was killed while it wrote this line.
+            continue
+    return {row["row"]: row for row in rows if row["settings"] == settings}
