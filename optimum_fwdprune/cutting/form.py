@@ -12,7 +12,7 @@ from ..architectures.depth import sublayers_left, values_of_layers
 from ..architectures.experts import values_of_experts
 from ..loading.subject import Subject
 from ..models.layout import SUBLAYERS
-from ..models.per_layer import attention_implementations
+from ..models.per_layer import take_implementations
 from ..request.choices import UnitKind
 
 
@@ -36,7 +36,7 @@ def pruned_config(subject: Subject, kept: Mapping[SiteKey, list[int]], with_bias
         values = _values_of(model.config) | {"text_config": text_config}
     values["architectures"] = [architecture.pruned_class(model).__name__]
     config = architecture.config_class.from_dict(values)
-    config._attn_implementation = attention_implementations(model.config)
+    take_implementations(config, model.config)
     config._name_or_path = model.config._name_or_path
     return config
 
@@ -46,7 +46,7 @@ def stock_pruned_config(subject: Subject, kept: Mapping[SiteKey, list[int]]) -> 
     model = subject.model
     values = _values_of(model.config) | _values_after(subject, kept)
     config = type(model.config).from_dict(values)
-    config._attn_implementation = attention_implementations(model.config)
+    take_implementations(config, model.config)
     config._name_or_path = model.config._name_or_path
     return config
 

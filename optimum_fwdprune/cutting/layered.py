@@ -119,6 +119,7 @@ class LayeredCheckpoint:
             device_map=on_disk(model, model.device),
             dtype=model.dtype,
             attn_implementation=attention_implementations(model.config),
+            experts_implementation=model.config.get_text_config()._experts_implementation,
         )
         # The model needs the workspace as long as it exists, also after its pruner is deleted.
         loaded.__dict__["_workspace"] = self._workspace

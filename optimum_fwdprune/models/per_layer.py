@@ -44,8 +44,15 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
         values |= {key: getattr(config, key) for key in config.sub_configs}
         values["text_config"] = stock_config(text_config)
     stock = config_class.from_dict(values)
-    stock._attn_implementation = attention_implementations(config)
+    take_implementations(stock, config)
     return stock
+
+
+def take_implementations(config: PreTrainedConfig, source: PreTrainedConfig) -> None:
+    """Set the implementations of attention and of experts in a config to those in the config of another model."""
+    config._attn_implementation = attention_implementations(source)
+    for own, other in ((config, source), (config.get_text_config(), source.get_text_config())):
+        own._experts_implementation_internal = other._experts_implementation_internal
 
 
 def attention_implementations(config: PreTrainedConfig) -> str | dict[str, str] | None:
@@ -150,10 +157,12 @@ class PerLayerMixin:
             # Parts of the model that are not pruned share their configs with `config`.
             if isinstance(module, PreTrainedModel) and type(module.config) in own_configs:
                 own_config = own_configs[type(module.config)]
-                own_config._attn_implementation_internal = module.config._attn_implementation_internal
+                for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
+                    setattr(own_config, name, getattr(module.config, name))
                 module.config = own_config
         for layer, layer_config in zip(self.decoder_layers, text_config.per_layer_config, strict=True):
-            # Attention reads its implementation from the one config that `set_attn_implementation` changes.
+            # Attention and experts read their implementation from the one config that `set_attn_implementation` and
+            # `set_experts_implementation` change.
             for module in layer.modules():
                 if hasattr(module, "config"):
                     module.config = text_config
@@ -183,7 +192,18 @@ class PerLayerMixin:
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         # transformers looks for the attention in the file of the class, and that of a pruned class has none.
-        return cls.__bases__[-1]._can_set_attn_implementation()
+        return cls._stock_class()._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # The same for experts.
+        return cls._stock_class()._can_set_experts_implementation()
+
+    @classmethod
+    def _stock_class(cls) -> type[PreTrainedModel]:
+        # Loading as remote code may add a mixin of transformers after the stock class.
+        bases = (base for base in cls.__mro__ if issubclass(base, PreTrainedModel))
+        return next(base for base in bases if not issubclass(base, PerLayerMixin))
 
     @classmethod
     def _auto_map(cls) -> dict[str, str]:

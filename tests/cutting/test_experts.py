@@ -219,3 +219,15 @@ def test_a_router_that_computes_its_scores_in_another_way_is_an_error(monkeypatc
         gated(sites, {sites[1].key: torch.ones(8)}),
     ):
         dense(tokens)
+
+
+@pytest.mark.parametrize("heads", [None, "kv_group"])
+def test_experts_run_by_the_implementation_of_the_dense_model_and_can_be_set_to_another(heads):
+    dense = tiny_mixtures.make_mixture("mixtral")
+    dense.set_experts_implementation("batched_mm")
+    pruned = FwdPruner(dense).prune(plan=plan_keeping(dense, KEPT, heads=heads))
+
+    configs = [site.routing.experts.config for site in find_sites(pruned) if site.routing]
+    assert {config._experts_implementation for config in configs} == {"batched_mm"}
+    pruned.set_experts_implementation("eager")
+    assert {config._experts_implementation for config in configs} == {"eager"}
