@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from ..architectures.wrapping import is_peft_model
@@ -16,6 +18,9 @@ from .options import RecoveryOptions
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+
+# The value of `lora_targets` for all linears.
+ALL = "all-linear"
 
 
 def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
@@ -33,32 +38,58 @@ def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError as error:
         raise ImportError('Adapters need PEFT: pip install "optimum-fwdprune[recovery]".') from error
-    _check_targets(model, options.lora_targets)
-    targets: Any = options.lora_targets[0] if options.lora_targets == ["all-linear"] else options.lora_targets
+    experts = expert_weights(model)
+    modules, weights = _checked_targets(model, options.lora_targets, experts)
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=targets,
+        # PEFT has no dropout before weights of experts, and adapts these in some families without being asked to.
+        lora_dropout=0.0 if experts else options.lora_dropout,
+        target_modules=modules,
+        target_parameters=weights or None,
         task_type=TaskType.CAUSAL_LM,
     )
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # PEFT sets ranks of fused experts itself, and then misses their names among the modules.
+            warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted module")
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"lora_targets={options.lora_targets} cannot get adapters: {error}") from error
     _check_untied(adapted)
     return adapted
 
 
-def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
-    """Raise `ValueError` on a name that no module has; the message lists the names of all linears."""
+def expert_weights(model: PreTrainedModel) -> set[str]:
+    """Return the ends of the names of weights with an axis of experts, such as `experts.down_proj`, with the module
+    that owns them; empty where the model has none."""
+    return {
+        f"{path.rpartition('.')[2]}.{name}"
+        for path, module in model.named_modules()
+        if not isinstance(module, _ConvNd)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+
+
+def _checked_targets(model: PreTrainedModel, targets: list[str], experts: set[str]) -> tuple[Any, list[str]]:
+    """Return the linears and the weights of experts that get adapters. All linears include all experts.
+
+    Raises:
+        ValueError: on a name that nothing has; the message lists the names of all linears and weights of experts.
+    """
+    if targets == [ALL]:
+        return ALL, sorted(experts)
     modules = dict(model.named_modules())
-    unknown = [] if targets == ["all-linear"] else [target for target in targets if not _has_target(modules, target)]
+    weights = {name for name in experts for target in targets if _has_target([name], target)}
+    linears = [target for target in targets if _has_target(modules, target)]
+    unknown = [target for target in targets if target not in linears and not _has_target(experts, target)]
     if targets and not unknown:
-        return
-    linears = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, LINEARS)}
+        return linears, sorted(weights)
+    names = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, LINEARS)}
+    names |= {name.rpartition(".")[2] for name in experts}
     wrong = f"No module has a name that ends in {unknown[0]!r}" if unknown else "lora_targets is empty"
-    raise ValueError(f"{wrong}; lora_targets takes all-linear, or some of {', '.join(sorted(linears))}.")
+    raise ValueError(f"{wrong}; lora_targets takes {ALL}, or some of {', '.join(sorted(names))}.")
 
 
 def _has_target(names: Iterable[str], target: str) -> bool:

@@ -84,9 +84,10 @@ class RecoveryOptions:
     )
     lora_r: int = option(8, "Rank of the adapters.")
     lora_alpha: int = option(16, "Scale of the adapters: their output is multiplied by lora_alpha / lora_r.")
-    lora_dropout: float = option(0.05, "Dropout of the adapters' inputs.")
+    lora_dropout: float = option(0.05, "Dropout of the adapters' inputs; mixtures of experts have none.")
     lora_targets: list[str] = option(
-        ["all-linear"], "Linears that get adapters: the ends of their names, such as q_proj, or all-linear."
+        ["all-linear"],
+        "Linears and weights of experts that get adapters: the ends of their names, such as q_proj, or all-linear.",
     )
     merge_adapters: bool = option(
         True, "Merge the adapters into the weights, so that the checkpoint loads without PEFT."
