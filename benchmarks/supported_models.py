@@ -3,7 +3,7 @@
     python benchmarks/supported_models.py
 
 What a family can lose is read off its layout. What a stock checkpoint holds is worked out from its stock classes. What
-a GGUF file holds is declared in export/gguf_families.py, and what vLLM runs is what vllm_agreement.py compares.
+a GGUF file holds is declared in architectures/gguf.py, and what vLLM runs is what vllm_agreement.py compares.
 """
 
 import sys
@@ -14,10 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import logging
 
 from optimum_fwdprune.architectures import get_architecture
+from optimum_fwdprune.architectures.gguf import REASONS, RULES, layers_without_rope
 from optimum_fwdprune.architectures.stock_form import NoStockForm, find_stock_form
 from optimum_fwdprune.cutting.form import pruned_config, stays_stock
-from optimum_fwdprune.export import gguf_fields as fields
-from optimum_fwdprune.export.gguf_families import FAMILIES, REASONS
 from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.models.families import family_modules
 from optimum_fwdprune.models.layout import DecoderLayout
@@ -173,14 +172,14 @@ def holds(subject, kept):
 
 
 def gguf(architecture, notes):
-    family = FAMILIES.get(architecture.model_type)
-    if family is None:
+    rules = RULES.get(architecture.model_type)
+    if rules is None:
         return [f"no{notes.mark(REASONS[architecture.model_type])}"]
     reason = architecture.support["heads"].reason
     note = "" if reason else notes.mark(BLOOM_HEADS if architecture.model_type == "bloom" else LLAMA_HEADS)
-    letters = [f"C{note}"] if family.all_heads else ["H", "C"]
-    layers = notes.mark(FIXED_PATTERN) if fields.layers_without_rope in family.fields else ""
-    return [*letters, *(["U", "L", "S"] if family.per_layer else [f"L{layers}"])]
+    letters = [f"C{note}"] if rules.all_heads else ["H", "C"]
+    layers = notes.mark(FIXED_PATTERN) if layers_without_rope in rules.checks else ""
+    return [*letters, *(["U", "L", "S"] if rules.per_layer else [f"L{layers}"])]
 
 
 def vllm(architecture):

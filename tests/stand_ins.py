@@ -16,6 +16,7 @@ from optimum_fwdprune.request import options, registry
 # A checkpoint names a folder that it was made from by its last part.
 DENSE = ("MODEL", "dense", "HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M")
 MIXTURE = "Qwen/Qwen3-30B-A3B"
+CODER = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 # The same requests, made smaller where they would take long.
 SMALLER = {"n_samples": 8, "seq_len": 32, "batch_size": 8, "steps": 3, "draws": 3, "search_windows": 20}
 
@@ -28,6 +29,10 @@ def save_checkpoints(folder, tokenizer):
     mixture = tiny_mixtures.make_mixture("qwen3_moe", max_position_embeddings=2048, eos_token_id=1, bos_token_id=0)
     mixture.save_pretrained(folder / "mixture")
     tokenizer.save_pretrained(folder / "mixture")
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2}
+    coder = tiny.make_model("qwen2", max_position_embeddings=2048, **shape)
+    coder.save_pretrained(folder / "coder")
+    tokenizer.save_pretrained(folder / "coder")
     pruner = FwdPruner.from_pretrained(folder / "dense")
     pruner.prune(tiny.request(method="random", scope="global", sparsity=0.3, kinds=["mlp"], multiple_of=4))
     pruner.save_pretrained(folder / "pruned")
@@ -39,6 +44,7 @@ def install(monkeypatch, folder, checkpoints):
     for name in DENSE:
         shutil.copytree(checkpoints / "dense", name)
     shutil.copytree(checkpoints / "mixture", MIXTURE)
+    shutil.copytree(checkpoints / "coder", CODER)
     # A block's own method would be known to the next one.
     known = dict(registry.METHODS)
     monkeypatch.setattr(registry, "METHODS", known)

@@ -12,7 +12,7 @@ from ..architectures import (
     Site,
     SiteKey,
 )
-from ..request.choices import BudgetSharing, Layout, Scope, UnitKind
+from ..request.choices import BudgetSharing, Scope, UnitKind
 from ..request.config import PruningConfig
 from .budgets import (
     Budget,
@@ -23,6 +23,7 @@ from .constraints import named_constraints, prunable_sites
 from .depth import DepthUnit, open_units, removed_units
 from .experts import kept_experts
 from .steps import Steps
+from .widths import channel_multiple
 
 
 def allocate(
@@ -97,7 +98,7 @@ def _narrowed(
 ) -> dict[SiteKey, list[int]]:
     """Choose the heads and channels that stay; the arguments are those of `allocate`."""
     cost, open_sites = budget.cost, prunable_sites(sites, config)
-    if config.layout == Layout.STOCK:
+    if config.cuts_alike:
         scores = _alike(open_sites, scores)
     steps = {site.key: Steps(site, scores[site.key], config, additive, cost) for site in open_sites}
     if config.has_budget_per_kind:
@@ -116,8 +117,8 @@ def _narrowed(
     cuts = dict.fromkeys(steps, 0)
     for keys, part, total in parts:
         pools = _pools([steps[key] for key in keys], part, config.resolved_scope)
-        _check_reachable(pools, part, total, config, 1 + max(site.layer for site in sites))
-        makes_up = _makes_up(part, config, keys)
+        _check_reachable(pools, part, total, config, sites)
+        makes_up = _makes_up(part, config, [steps[key].site for key in keys])
         surplus = 0
         for pool, target in pools:
             left = _fill(pool, replace(target, amount=target.amount - surplus), cuts, config.budget, makes_up)
@@ -128,16 +129,15 @@ def _narrowed(
     }
 
 
-def _makes_up(part: Budget, config: PruningConfig, keys: Sequence[SiteKey]) -> bool:
+def _makes_up(part: Budget, config: PruningConfig, sites: Sequence[Site]) -> bool:
     """Return whether a pool makes up for the rounding of the pools before it.
 
     If every layer rounded up, the total would exceed its target once per layer. If MLP widths are multiples, all
     layers of a shape would round in the same direction.
     """
-    if config.layout == Layout.STOCK:
+    if config.cuts_alike:
         return False
-    coarse = config.multiple_of > 1 and any(kind == UnitKind.MLP for _, kind in keys)
-    return part.at_least or (coarse and not part.at_most)
+    return part.at_least or (channel_multiple(sites, config) > 1 and not part.at_most)
 
 
 def _alike(sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, torch.Tensor]:
@@ -182,7 +182,9 @@ def _prunable(pool: list[Steps]) -> int:
     return sum(step.total for step in pool)
 
 
-def _check_reachable(pools: list[_Pool], part: Budget, total: int, config: PruningConfig, num_layers: int) -> None:
+def _check_reachable(
+    pools: list[_Pool], part: Budget, total: int, config: PruningConfig, sites: Sequence[Site]
+) -> None:
     """Raise `OutOfReach` where a pool cannot lose its share of `part`, and name the largest share for all pools."""
     shares = []
     for pool, target in pools:
@@ -199,7 +201,7 @@ def _check_reachable(pools: list[_Pool], part: Budget, total: int, config: Pruni
     asked, most = part.spent + part.amount, part.spent + share * part.amount
     raise OutOfReach(
         f"{part.cost.asked(asked, total)} is more than {where} can lose with "
-        f"{', '.join(named_constraints(config, num_layers))}: the largest possible {part.cost.most(most, total)}. "
+        f"{', '.join(named_constraints(config, sites))}: the largest possible {part.cost.most(most, total)}. "
         f"Reduce the budget, or relax the constraint."
     )
 

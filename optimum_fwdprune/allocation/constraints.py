@@ -12,6 +12,7 @@ from ..architectures import (
 from ..request.choices import Layout, Scope, UnitKind
 from ..request.config import PruningConfig
 from .steps import Steps
+from .widths import channel_multiple, named_multiples
 
 
 # The layers whose pruning harms deep models most (docs/quality.md).
@@ -69,23 +70,27 @@ def fewest_units(site: Site, config: PruningConfig) -> int:
 
 
 def coarse_multiple(sites: Sequence[Site], config: PruningConfig) -> int:
-    """Return a multiple of `multiple_of` with which the widest MLP has about `LEVELS` widths."""
+    """Return a multiple of the widths that the request allows, with which the widest MLP has about `LEVELS` widths."""
     widest = max((site.num_units for site in sites if site.kind == UnitKind.MLP), default=1)
-    return -(-widest // (LEVELS * config.multiple_of)) * config.multiple_of
+    multiple = channel_multiple(sites, config)
+    return -(-widest // (LEVELS * multiple)) * multiple
 
 
-def named_constraints(config: PruningConfig, num_layers: int) -> list[str]:
-    """Name the options that limit what can be removed: those that are set, and defaults that can be relaxed."""
-    constraints = []
-    if config.multiple_of > 1:
-        # With a speed-up as the target, these are the widths that were timed, whatever `multiple_of` is.
-        timed = f"MLP widths in multiples of {config.multiple_of}, which are those that were timed"
-        constraints.append(timed if config.target_speedup is not None else f"multiple_of={config.multiple_of}")
+def named_constraints(config: PruningConfig, sites: Sequence[Site]) -> list[str]:
+    """Name the options that limit what can be removed from the sites of a model: those that are set, and defaults that
+    can be relaxed."""
+    num_layers = 1 + max(site.layer for site in sites)
+    constraints = named_multiples(prunable_sites(sites, config), config)
+    if constraints and config.target_speedup is not None:
+        # These are the widths that were timed, whatever `multiple_of` is.
+        constraints = [
+            f"MLP widths in multiples of {channel_multiple(sites, config)}, which are those that were timed"
+        ]
     if skip_layers := _layers_to_skip(config, num_layers):
         default = " (the default here; [] skips none)" if config.skip_layers is None else ""
         constraints.append(f"skip_layers={skip_layers}{default}")
-    if config.layout == Layout.STOCK and config.kinds is None and len(config.resolved_kinds) == 1:
-        constraints.append("layout='stock', which keeps all attention heads here")
+    if config.cuts_alike and config.kinds is None and len(config.resolved_kinds) == 1:
+        constraints.append(f"{config.alike_by}, which keeps all attention heads here")
     if config.kinds is not None and len(config.kinds) == 1:
         constraints.append(f"kinds={config.kinds}")
     # A site always keeps a unit, which is the constraint to name if there are no others.

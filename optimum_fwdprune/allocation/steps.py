@@ -7,13 +7,13 @@ import torch
 from ..architectures import (
     Site,
 )
-from ..request.choices import UnitKind
 from ..request.config import PruningConfig
 from .budgets import (
     PARAMETERS,
     Cost,
     ParameterCost,
 )
+from .widths import width_step
 
 
 class Steps:
@@ -29,7 +29,7 @@ class Steps:
         # A step removes one unit of every group: [step, group], flattened.
         self.order = (ranked + offsets).T.flatten()
 
-        multiple = config.multiple_of if site.kind == UnitKind.MLP else 1
+        multiple = width_step(site, config)
         floor = -(-config.min_units_per_site // site.num_groups)
         # Kept units per group after every step, from the largest multiple below the present width down to the floor.
         largest = (per_group - 1) // multiple * multiple

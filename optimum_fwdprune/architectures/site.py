@@ -112,6 +112,8 @@ class Site:
         norms (`tuple[HeadNorm, ...]`, *optional*): norms of queries and keys with weights that units own.
         layer_stays (`bool`, defaults to `False`): whether the layer of the site cannot be removed whole.
         routing (`Routing`, *optional*): router and experts of a site whose units are experts.
+        units_before (`int`, *optional*): number of units before earlier rounds of the same pruning; by default
+            `num_units`.
     """
 
     layer: int
@@ -128,6 +130,7 @@ class Site:
     norms: tuple[HeadNorm, ...] = ()
     layer_stays: bool = False
     routing: Routing | None = None
+    units_before: int | None = None
 
     @property
     def projection(self) -> Any:

@@ -30,6 +30,8 @@ class ExportCommand(Command):
 
     @staticmethod
     def add_options(parser: ArgumentParser) -> None:
+        from optimum_fwdprune.request.gguf import GGUF_TYPES
+
         parser.add_argument("model", help="Folder or Hub repository of the pruned model, a causal language model.")
         parser.add_argument("output", help="Folder to write, new or empty; for gguf, the file to write.")
         parser.add_argument(
@@ -40,9 +42,9 @@ class ExportCommand(Command):
         gguf = parser.add_argument_group("GGUF files")
         gguf.add_argument(
             "--outtype",
-            **choice(("f32", "f16", "bf16", "q8_0")),
+            **choice(GGUF_TYPES),
             default="f16",
-            help="Dtype of the matrices (default: f16).",
+            help="Dtype of the matrices; llama-quantize must be on the PATH for those with a k (default: f16).",
         )
         gguf.add_argument(
             "--pre_tokenizer",
@@ -62,8 +64,10 @@ class ExportCommand(Command):
             check_output_folder(self.args.output, self.args.overwrite)
 
         from optimum_fwdprune.export import export_gguf, export_stock
+        from optimum_fwdprune.export.gguf_quantize import check_writable
 
         if is_file:
+            check_writable(self.args.outtype)
             tokenizer = load_tokenizer(self.args.model, self.args)
             model = load_model(self.args.model, self.args)
             options = (self.args.outtype, self.args.overwrite, self.args.pre_tokenizer)

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from optimum_fwdprune.request.budget_options import SIZES
-from optimum_fwdprune.request.fields import field_type
+from optimum_fwdprune.request.fields import AUTO, field_type, may_be_auto
 
-from .parser import choice
+from .parser import choice, number_or_auto
 
 
 if TYPE_CHECKING:
@@ -150,9 +150,13 @@ def add_output_folder(parser: ArgumentParser, kind: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace an output folder that is not empty.")
 
 
-def _type_of(name: str, kind: type) -> dict[str, Any]:
+def _type_of(name: str, hint: Any, kind: type) -> dict[str, Any]:
     """Return the arguments of `add_argument` for the type of an option. The request reads sizes, with their units."""
-    return {"type": str, "metavar": "SIZE"} if name in SIZES else {"type": kind, "metavar": kind.__name__.upper()}
+    if name in SIZES:
+        return {"type": str, "metavar": "SIZE"}
+    if may_be_auto(hint):
+        return {"type": number_or_auto, "metavar": f"{{{AUTO},N}}"}
+    return {"type": kind, "metavar": kind.__name__.upper()}
 
 
 def add_config_options(
@@ -193,7 +197,7 @@ def add_config_options(
             # Where the default is computed, an empty list is another value than the default.
             many = "*" if default is None else "+"
             choices = field.metadata.get("choices")
-            options = choice(choices) if choices else _type_of(field.name, kind)
+            options = choice(choices) if choices else _type_of(field.name, hints[field.name], kind)
             options["nargs"] = "+" if field.name in several else many if is_list else None
         title = heading_of(field)
         if title not in groups:

@@ -9,6 +9,7 @@ from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormat
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
+from optimum_fwdprune.request.fields import AUTO
 from optimum_fwdprune.words import did_you_mean
 
 
@@ -58,6 +59,14 @@ def one_of(choices: Iterable[str]) -> Callable[[str], str]:
         return word
 
     return parse
+
+
+def number_or_auto(word: str) -> int | str:
+    """Return the number that a word stands for, or `"auto"` as it is."""
+    try:
+        return AUTO if word == AUTO else int(word)
+    except ValueError:
+        raise ArgumentTypeError(f"{word!r} is neither a number nor {AUTO}.") from None
 
 
 def choice(choices: Iterable[str]) -> dict[str, Any]:

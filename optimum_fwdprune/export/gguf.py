@@ -15,15 +15,18 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import get_architecture, is_pruned
 from ..architectures.depth import layer_configs
+from ..architectures.gguf import GGUFRules, gguf_rules
 from ..architectures.wrapping import check_in_memory, check_no_adapters
 from ..files import check_output_file
 from ..loading.offloading import read_parameter
 from ..loading.state import check_not_consumed
 from ..models.layout import DecoderLayout
 from ..models.per_layer import stock_config
+from ..request.gguf import GGUF_TYPES
 from ..runs.loggers import get_logger
-from .gguf_families import FAMILIES, REASONS, GGUFFamily, LayerSizes
-from .gguf_fields import context_length, head_dim_of, rope_tensors, rope_type
+from .gguf_families import GGUFFamily, LayerSizes, family_of
+from .gguf_fields import context_length, rope_tensors
+from .gguf_quantize import find_llama_quantize
 from .gguf_skipped import sizes_in_file, stand_ins
 from .gguf_tensors import GGUFTensor, write_tensors
 from .gguf_tokenizer import add_tokenizer, name_for
@@ -35,11 +38,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-# Config keys of the activation of the MLP.
-ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
-
-# The file type that a file declares, by the dtype of its matrices.
-DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+# The dtypes of files from which llama-quantize makes others, by that of the model.
+UNQUANTIZED = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def export_gguf(
@@ -61,8 +61,9 @@ def export_gguf(
         tokenizer (`PreTrainedTokenizerBase`): a fast BPE tokenizer, byte-level or SentencePiece's; its chat template
             is written too.
         file (`str` or `Path`): file to write.
-        dtype (`str`, defaults to `"f16"`): dtype of matrices: f32, f16, bf16 or q8_0 (f16 where the length of rows is
-            no multiple of 32); vectors are written in float32.
+        dtype (`str`, defaults to `"f16"`): dtype of matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 (f16
+            where the length of rows is no multiple of 32), or a type such as q4_k_m that llama.cpp's program
+            `llama-quantize` writes, which must be on the PATH. Vectors are written in float32.
         overwrite (`bool`, defaults to `False`): replace a file that exists.
         pre_tokenizer (`str`, *optional*): llama.cpp's name for the way text is split before byte-level BPE; by default
             it is detected.
@@ -70,6 +71,8 @@ def export_gguf(
     Raises:
         ValueError: where llama.cpp cannot hold the model or its tokenizer; the message names the reason.
         FileExistsError: where the file exists.
+        FileNotFoundError: where the type needs `llama-quantize`, and it is not on the PATH.
+        RuntimeError: where it fails; the message has its last lines.
     """
     try:
         import gguf
@@ -79,28 +82,37 @@ def export_gguf(
     check_not_consumed(model)
     check_no_adapters(model, "an export cannot hold")
     file = check_output_file(file, overwrite)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    if dtype not in GGUF_TYPES:
+        raise ValueError(f"dtype must be one of {', '.join(GGUF_TYPES)}; got {dtype!r}.")
+    if GGUF_TYPES[dtype].quantize:
+        quantize = find_llama_quantize(dtype)
+        # The weights as they are.
+        dtype = UNQUANTIZED.get(model.dtype, "f32")
+    else:
+        quantize = None
     config = stock_config(model.config) if is_pruned(model.config) else model.config
-    family = _family_of(config, model)
+    rules, family = _rules_of(config, model), family_of(config.model_type)
     architecture = get_architecture(model.config)
     layers = {
         path: LayerSizes.of(layer, architecture.layout, getattr(layer_config, "skip", ()))
         for (path, layer), layer_config in zip(architecture.layers(model), layer_configs(model.config), strict=True)
     }
-    name = _name_of(family, list(layers.values()))
-    _check_heads(family, list(layers.values()), config)
-    tensors = list(_tensors(model, Conversion(config, family, architecture.layout, layers, name)))
+    name = _name_of(rules, list(layers.values()))
+    _check_heads(rules, list(layers.values()), config)
+    tensors = list(_tensors(model, Conversion(config, rules, family, architecture.layout, layers, name)))
     unfinished = file.with_name(f".{file.name}.partial")
     writer = gguf.GGUFWriter(unfinished, name)
     try:
         writer.add_name(name_for(Path(config._name_or_path).name or config.model_type, tokenizer))
-        _add_sizes(writer, config, sizes_in_file(list(layers.values())), dtype, uniform=name == family.uniform)
+        _add_sizes(writer, config, sizes_in_file(list(layers.values())), dtype, uniform=name == rules.uniform)
         for add in family.fields:
             add(writer, config)
         embeddings: Any = model.get_input_embeddings()
         add_tokenizer(writer, tokenizer, embeddings.weight.shape[0], pre_tokenizer)
         write_tensors(writer, tensors, dtype)
+        writer.close()
+        if quantize is not None:
+            quantize(unfinished)
         unfinished.replace(file)
     finally:
         writer.close()
@@ -114,94 +126,63 @@ class Conversion:
 
     Args:
         config (`PreTrainedConfig`): the stock config.
-        family (`GGUFFamily`): the model's family in llama.cpp.
+        rules (`GGUFRules`): what llama.cpp can hold of the model's family.
+        family (`GGUFFamily`): how its parameters are written.
         layout (`DecoderLayout`): where its layers keep their heads and channels.
         layers (`dict[str, LayerSizes]`): the size of every layer by its name inside the model.
         name (`str`): llama.cpp's name of the architecture.
     """
 
     config: Any
+    rules: GGUFRules
     family: GGUFFamily
     layout: DecoderLayout
     layers: dict[str, LayerSizes]
     name: str
 
 
-def _family_of(config: Any, model: PreTrainedModel) -> GGUFFamily:
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ValueError(
-            f"There is no GGUF export for {config.model_type}; there is one for {', '.join(FAMILIES)}. "
-            f"{REASONS.get(config.model_type, '')}".rstrip()
-        )
+def _rules_of(config: Any, model: PreTrainedModel) -> GGUFRules:
+    rules = gguf_rules(config)
     if not model.can_generate():
         raise ValueError(f"GGUF files hold causal language models; this is a {type(model).__name__}.")
-    _check_computation(family, config)
+    rules.check(config)
     window = getattr(config, "sliding_window", None)
-    if window is not None and window < context_length(config) and not family.slides:
+    if window is not None and window < context_length(config) and not rules.slides:
         logger.warning(
             "llama.cpp attends to the whole context, and this model to the last %d tokens. Their outputs differ for "
             "longer texts.",
             window,
         )
-    return family
+    return rules
 
 
-def _check_computation(family: GGUFFamily, config: Any) -> None:
-    """Raise `ValueError` where llama.cpp would compute something else than the model does, whatever its sizes."""
-    kind = rope_type(config)
-    if kind is not None and kind not in family.ropes:
-        raise ValueError(
-            f"Rotary embeddings of type {kind!r} cannot be exported for {config.model_type}; those of type "
-            f"{', '.join(family.ropes)} can be."
-        )
-    activation = next((getattr(config, key) for key in ACTIVATIONS if getattr(config, key, None) is not None), None)
-    if activation is not None and activation not in family.activations:
-        raise ValueError(
-            f"The MLPs of this model have the activation {activation!r}, and llama.cpp's {family.uniform} computes "
-            f"{family.activations[0]!r}. Only a stock checkpoint holds it (--format stock)."
-        )
-    for key, value in family.requires.items():
-        if getattr(config, key) != value:
-            raise ValueError(
-                f"llama.cpp's {family.uniform} computes with {key}={value}, and this model has "
-                f"{key}={getattr(config, key)}. Only a stock checkpoint holds it (--format stock)."
-            )
-
-
-def _name_of(family: GGUFFamily, layers: list[LayerSizes]) -> str:
+def _name_of(rules: GGUFRules, layers: list[LayerSizes]) -> str:
     skips = next((number for number, layer in enumerate(layers) if not all(layer)), None)
-    if skips is not None and family.per_layer is None:
+    if skips is not None and rules.per_layer is None:
         raise ValueError(
-            f"Layer {skips} lacks its attention or its MLP, which llama.cpp's {family.uniform} cannot hold. Remove "
+            f"Layer {skips} lacks its attention or its MLP, which llama.cpp's {rules.uniform} cannot hold. Remove "
             f"whole layers: kinds=['layer'] (--kinds layer)."
         )
     differing = next((number for number, layer in enumerate(layers) if layer != layers[0]), skips)
     if differing is None:
-        return family.uniform
-    if family.per_layer is None:
+        return rules.uniform
+    if rules.per_layer is None:
         raise ValueError(
-            f"llama.cpp's {family.uniform} has layers of one size, and layer {differing} differs from layer 0 "
+            f"llama.cpp's {rules.uniform} has layers of one size, and layer {differing} differs from layer 0 "
             f"({layers[differing]} and {layers[0]}). Prune every layer alike with scope='layer', skip_layers=[], "
             f"and a sparsity instead of a target (--scope layer --skip_layers --sparsity 0.3)."
         )
-    return family.per_layer
+    return rules.per_layer
 
 
-def _check_heads(family: GGUFFamily, layers: list[LayerSizes], config: Any) -> None:
-    if not family.all_heads:
+def _check_heads(rules: GGUFRules, layers: list[LayerSizes], config: Any) -> None:
+    if not rules.all_heads:
         return
-    heads, size = config.num_attention_heads, head_dim_of(config)
+    heads = config.num_attention_heads
     if layers[0].heads != heads:
         raise ValueError(
-            f"llama.cpp's {family.uniform} computes its width from the number of heads, so that it needs all {heads} "
+            f"llama.cpp's {rules.uniform} computes its width from the number of heads, so that it needs all {heads} "
             f"heads, and this model has {layers[0].heads}. Prune its MLPs alone: kinds=['mlp'] (--kinds mlp)."
-        )
-    if heads * size != config.hidden_size:
-        raise ValueError(
-            f"llama.cpp's {family.uniform} divides the hidden size {config.hidden_size} by the number of heads "
-            f"{heads}, and the heads of this model have {size} features. Only a stock checkpoint holds it (--format "
-            f"stock)."
         )
 
 
@@ -219,7 +200,7 @@ def _add_sizes(writer: GGUFWriter, config: Any, layers: list[LayerSizes], dtype:
     ]
     for add, counts in values:
         add(counts[0] if uniform else counts)
-    writer.add_file_type(getattr(gguf.LlamaFileType, DTYPES[dtype]))
+    writer.add_file_type(getattr(gguf.LlamaFileType, GGUF_TYPES[dtype].file_type))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
@@ -238,7 +219,9 @@ def _tensors(model: PreTrainedModel, conversion: Conversion) -> Iterator[GGUFTen
         # For some families, gguf lists the names without the prefix of the base model.
         short = source.removeprefix(f"{model.base_model_prefix}.")
         target = names.get_name(source, (".weight", ".bias")) or names.get_name(short, (".weight", ".bias"))
-        if target is None or (target.endswith(("attn_output.bias", "ffn_down.bias")) and not family.output_biases):
+        if target is None or (
+            target.endswith(("attn_output.bias", "ffn_down.bias")) and not conversion.rules.output_biases
+        ):
             raise ValueError(f"llama.cpp's {name} has no tensor for {source}.")
         make = partial(_converted, model, source, conversion)
         shape = tuple(reversed(parameter.shape)) if _is_transposed(model, source) else tuple(parameter.shape)

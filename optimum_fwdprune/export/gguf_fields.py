@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..architectures.gguf import head_dim_of, rope_of, rope_type
+
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -14,12 +16,6 @@ if TYPE_CHECKING:
 
 # Of every so many layers, the last one attends to everything, where the file does not list the layers.
 SLIDING_PERIODS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4}
-
-# The last one of every so many layers has no rotary embeddings in llama.cpp's smollm3.
-PERIOD_WITHOUT_ROPE = 4
-
-# From so many layers on, llama.cpp's command-r normalizes queries and keys.
-LAYERS_WITH_HEAD_NORMS = 64
 
 # The epsilon of OLMo's norms is no entry of its config.
 EPSILON_OF_OLMO = 1e-5
@@ -31,32 +27,18 @@ def context_length(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", getattr(config, "seq_length", 2048)))
 
 
-def head_dim_of(config: Any) -> int:
-    """Return the number of features of a head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def rope_type(config: Any) -> str | None:
-    """Return the type of the rotary embeddings, in the layers that attend to everything where these have their own."""
-    return _rope(config).get("rope_type", "default") if hasattr(config, "rope_parameters") else None
-
-
 def rope_tensors(config: Any) -> dict[str, torch.Tensor]:
     """Return the factors `[head_dim / 2]` that rotary frequencies are divided by, by the names of their tensors."""
     kind = rope_type(config)
     if kind == "llama3":
-        parameters, dimensions = _rope(config), head_dim_of(config)
+        parameters, dimensions = rope_of(config), head_dim_of(config)
         plain = parameters["rope_theta"] ** (-torch.arange(0, dimensions, 2).float() / dimensions)
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         return {"rope_freqs.weight": plain / scaled}
     if kind == "longrope":
-        factors = {f"rope_factors_{which}.weight": _rope(config)[f"{which}_factor"] for which in ("long", "short")}
+        factors = {f"rope_factors_{which}.weight": rope_of(config)[f"{which}_factor"] for which in ("long", "short")}
         return {name: torch.tensor(values, dtype=torch.float32) for name, values in factors.items()}
     return {}
-
-
-def _rope(config: Any, layer_type: str = "full_attention") -> dict[str, Any]:
-    return config.rope_parameters.get(layer_type, config.rope_parameters)
 
 
 def rms_norm(writer: GGUFWriter, config: Any) -> None:
@@ -80,7 +62,7 @@ def rope(writer: GGUFWriter, config: Any) -> None:
     """Add the base of the rotary embeddings, the number of features that they rotate, and their scaling."""
     import gguf
 
-    parameters = _rope(config)
+    parameters = rope_of(config)
     writer.add_rope_dimension_count(int(head_dim_of(config) * parameters.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(parameters["rope_theta"])
     kind = rope_type(config)
@@ -97,7 +79,7 @@ def sliding_windows(writer: GGUFWriter, config: Any) -> None:
     """Add the length of sliding windows, the layers that have them, and the base of their rotary embeddings."""
     slides = [kind == "sliding_attention" for kind in config.layer_types]
     writer.add_sliding_window(config.sliding_window)
-    writer.add_rope_freq_base_swa(_rope(config, "sliding_attention")["rope_theta"])
+    writer.add_rope_freq_base_swa(rope_of(config, "sliding_attention")["rope_theta"])
     period = SLIDING_PERIODS[config.model_type]
     # Only newer llama.cpp reads a list.
     if slides != [number % period < period - 1 for number in range(len(slides))]:
@@ -109,13 +91,6 @@ def soft_caps(writer: GGUFWriter, config: Any) -> None:
     where the model has none."""
     writer.add_attn_logit_softcapping(config.attn_logit_softcapping or 1e9)
     writer.add_final_logit_softcapping(config.final_logit_softcapping or 1e9)
-
-
-def no_soft_caps(writer: GGUFWriter, config: Any) -> None:
-    """Check that the model has no bounds of attention scores and logits, which llama.cpp would not apply."""
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, key) is not None:
-            raise ValueError(f"{key} is {getattr(config, key)}, and llama.cpp's {writer.arch} computes without it.")
 
 
 def fixed_layer_norm(writer: GGUFWriter, config: Any) -> None:
@@ -131,28 +106,6 @@ def clamp(writer: GGUFWriter, config: Any) -> None:
 def logit_scale(writer: GGUFWriter, config: Any) -> None:
     """Add the number by which logits are multiplied."""
     writer.add_logit_scale(config.logit_scale)
-
-
-def head_norms_of_command_r(writer: GGUFWriter, config: Any) -> None:
-    """Check that llama.cpp expects norms of queries and keys where the model has them, which it tells by the number
-    of layers."""
-    if config.use_qk_norm != (config.num_hidden_layers >= LAYERS_WITH_HEAD_NORMS):
-        raise ValueError(
-            f"llama.cpp's {writer.arch} has norms of queries and keys in models of at least {LAYERS_WITH_HEAD_NORMS} "
-            f"layers alone, and this model has {config.num_hidden_layers} layers and use_qk_norm="
-            f"{config.use_qk_norm}. Only a stock checkpoint holds it (--format stock)."
-        )
-
-
-def layers_without_rope(writer: GGUFWriter, config: Any) -> None:
-    """Check that the layers without rotary embeddings are those of which llama.cpp takes it."""
-    for number, has_rope in enumerate(config.no_rope_layers):
-        if bool(has_rope) != ((number + 1) % PERIOD_WITHOUT_ROPE != 0):
-            raise ValueError(
-                f"llama.cpp's {writer.arch} has no rotary embeddings in every {PERIOD_WITHOUT_ROPE}th layer, and "
-                f"layer {number} of this model differs. Prune heads or channels, or whole groups of "
-                f"{PERIOD_WITHOUT_ROPE} layers. Only a stock checkpoint holds it as it is (--format stock)."
-            )
 
 
 def granite_scales(writer: GGUFWriter, config: Any) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..architectures.gguf import head_dim_of
 from .gguf_families import LayerSizes
-from .gguf_fields import head_dim_of
 from .gguf_tensors import GGUFTensor
 
 

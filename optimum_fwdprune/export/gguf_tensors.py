@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..request.gguf import GGUF_TYPES
 from ..runs.progress import progress
 
 
@@ -73,13 +74,11 @@ def write_tensors(writer: GGUFWriter, tensors: list[GGUFTensor], dtype: str) -> 
     import numpy as np
 
     kinds: list[GGMLQuantizationType] = []
+    # Where there is no output matrix, the embeddings are used instead.
+    output = "output.weight" if any(tensor.name == "output.weight" for tensor in tensors) else "token_embd.weight"
     for tensor in tensors:
         shape = tensor.shape
-        # llama.cpp multiplies by norms in float32, also by those with weights for every head.
-        matrix = len(shape) > 1 and not tensor.name.endswith("_norm.weight")
-        kind = gguf.GGMLQuantizationType[dtype.upper()] if matrix else gguf.GGMLQuantizationType.F32
-        if kind is gguf.GGMLQuantizationType.Q8_0 and shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-            kind = gguf.GGMLQuantizationType.F16
+        kind = gguf.GGMLQuantizationType[_type_of(tensor, dtype, tensor.name == output).upper()]
         kinds.append(kind)
         stored = gguf.quant_shape_to_byte_shape(shape, kind)
         whole = kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
@@ -94,3 +93,15 @@ def write_tensors(writer: GGUFWriter, tensors: list[GGUFTensor], dtype: str) -> 
         if kind is gguf.GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
             raise ValueError(f"{tensor.name} has values beyond the range of float16; write bf16 or f32 instead.")
         writer.write_tensor_data(gguf.quantize(values, kind))
+
+
+def _type_of(tensor: GGUFTensor, dtype: str, is_output: bool) -> str:
+    """Return the type in which a tensor is written.
+
+    llama.cpp multiplies by norms in float32, also by those with weights for every head, and adds positions in it. The
+    matrix that computes the logits has eight bits in files of four and five, where llama-quantize takes more bits too.
+    """
+    if len(tensor.shape) < 2 or tensor.name.endswith("_norm.weight") or tensor.name == "position_embd.weight":
+        return "f32"
+    kind = "q8_0" if is_output and GGUF_TYPES[dtype].block > 1 else dtype
+    return kind if tensor.shape[-1] % GGUF_TYPES[kind].block == 0 else GGUF_TYPES[kind].instead

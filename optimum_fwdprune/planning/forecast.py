@@ -9,8 +9,9 @@ from ..allocation.budgets import Budget, counted_sites
 from ..allocation.constraints import prunable_sites
 from ..allocation.depth import depth_units, number_removed
 from ..allocation.losses import losses_by_kind
+from ..allocation.widths import channel_multiple, named_multiples
 from ..architectures import Site, SiteKey
-from ..request.choices import Layout, Scope, UnitKind
+from ..request.choices import Scope, UnitKind
 from ..request.config import PruningConfig
 from ..runs.loggers import get_logger
 from .settling import kept_by_equal_scores
@@ -100,7 +101,7 @@ def warn_of_rounding(sites: Sequence[Site], config: PruningConfig, budget: Budge
         logger.warning(
             "This request removes nothing, because %s, and the budget is less than half of the smallest step that "
             "this allows. Raise the budget, or relax these constraints.",
-            _why_rounded(config),
+            _why_rounded(sites, config),
         )
         return
     for field, asked, removed in _sparsities(sites, config, budget, outcome):
@@ -110,7 +111,7 @@ def warn_of_rounding(sites: Sequence[Site], config: PruningConfig, budget: Budge
                 field,
                 asked,
                 removed,
-                _why_rounded(config),
+                _why_rounded(sites, config),
                 field,
             )
 
@@ -154,12 +155,15 @@ def _sparsities(
         yield "sparsity", config.sparsity, outcome.removed_parameters / counted
 
 
-def _why_rounded(config: PruningConfig) -> str:
+def _why_rounded(sites: Sequence[Site], config: PruningConfig) -> str:
     reasons = ["units are removed whole"]
-    if config.multiple_of > 1 and UnitKind.MLP in config.resolved_kinds:
-        reasons.append(f"MLP widths are rounded to multiple_of={config.multiple_of}")
-    if config.layout == Layout.STOCK:
-        reasons.append("layout='stock' cuts every layer alike")
+    sites = prunable_sites(sites, config)
+    if options := named_multiples(sites, config):
+        multiple = channel_multiple(sites, config)
+        widths = f"MLP widths are multiples of {multiple}" if multiple > 1 else "heads are removed in steps"
+        reasons.append(f"{widths} ({', '.join(options)})")
+    if config.cuts_alike:
+        reasons.append(f"{config.alike_by} cuts every layer alike")
     if config.prunes_experts:
         reasons.append("every layer, and every group of its experts, loses the same number")
     return " and ".join(reasons)

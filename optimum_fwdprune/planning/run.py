@@ -33,6 +33,7 @@ from ..runs.resume import Resume
 from ..scoring.score_units import check_scoring, gather_evidence, needs_calibration, score_units
 from ..scoring.scores import Scores
 from .forecast import warn_of_overshoot
+from .gguf_layout import check_gguf_plan
 from .latency import LatencyCost, LatencyTable
 from .make_plan import keeper, make_plan, replayed
 from .quality import QualityChoice, largest_sparsity
@@ -217,6 +218,8 @@ class Run:
                 plan, scores = make_plan(subject, scores, rounds, job)
         if job.config.layout == STOCK:
             check_stock_layout(subject, plan, job.config.reconstruction)
+        if job.config.for_gguf is not None:
+            check_gguf_plan(subject, plan, job.config.reconstruction)
         if number == job.config.rounds:
             whole_plan = plan if done is None else done.plan.followed_by(plan)
             warn_of_overshoot(rounds.config, rounds.overshoot(whole_plan))
@@ -231,7 +234,9 @@ class Run:
         return now
 
     def _left_by(self, done: Cut, config: PruningConfig) -> Subject:
+        before = {now: done.plan.num_units[key] for key, now in done.plan.keys_after().items()}
         sites = find_sites(done.model, config.attention_unit)
+        sites = [dataclasses.replace(site, units_before=before[site.key]) for site in sites]
         return dataclasses.replace(self._subject, model=done.model, sites=sites)
 
     def _scored(self, subject: Subject, rounds: Rounds, job: Job, evidence: Evidence | None = None) -> Scores:

@@ -21,6 +21,7 @@ from ..allocation.constraints import (
 )
 from ..allocation.depth import open_units
 from ..allocation.job import Job
+from ..allocation.widths import channel_multiple
 from ..architectures import Site, SiteKey
 from ..data.calibration import Calibration
 from ..forward.divergence import Divergence
@@ -185,15 +186,15 @@ def _on_coarse_grid(
     sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor], config: PruningConfig, keep: KeepUnder
 ) -> PruningConfig:
     """Return the request with the largest `multiple_of` that its budget can be met with."""
-    multiple = coarse_multiple(sites, config)
-    while multiple > config.multiple_of:
+    multiple, finest = coarse_multiple(sites, config), channel_multiple(sites, config)
+    while multiple > finest:
         coarse = replace(config, multiple_of=multiple)
         try:
             keep(scores, coarse)
             return coarse
         except ValueError:
             # The budget needs a finer grid, or cannot be met at all, which the last line raises.
-            multiple = multiple // config.multiple_of // 2 * config.multiple_of
+            multiple = multiple // finest // 2 * finest
     keep(scores, config)
     return config
 

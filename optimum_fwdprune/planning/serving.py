@@ -116,10 +116,9 @@ class Serving:
         kept = kept_by_equal_scores(sites, config, most)
         least = self._predicted(dense, kept)
         if least.total > target:
-            layers = 1 + max(site.layer for site in sites)
             raise OutOfReach(
                 f"target_memory={target} is less than the model takes with "
-                f"{', '.join(named_constraints(config, layers))}: the smallest possible target_memory is "
+                f"{', '.join(named_constraints(config, sites))}: the smallest possible target_memory is "
                 f"{least.total} ({least}). {_what_shrinks(config, dense)}"
             )
         # Amounts that are too small and large enough, with what they lead to. Between them, it is nearly linear.

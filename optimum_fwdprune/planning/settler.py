@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from ..allocation.budgets import Budget, OutOfReach, removal_budget
 from ..allocation.fitting import check_without_layers
+from ..architectures import SiteKey
 from ..forward.memory import Memory
 from ..loading.subject import Sizes, Subject
 from ..reconstruction.bias import added_parameters
@@ -13,9 +17,11 @@ from ..request.config import PruningConfig
 from ..request.speed import shares_of_phases
 from ..runs.progress import announce
 from .forecast import forecast, warn_of_rounding
+from .gguf_layout import check_gguf_request, costs_of_gguf, with_gguf_layout
 from .latency import LatencyTable, at_measured_widths, speed_budget
+from .parallel import check_tensor_parallel
 from .serving import Serving
-from .settling import settle, settled_request
+from .settling import kept_by_equal_scores, settle, settled_request
 from .stock_layout import STOCK, check_stock_request
 from .timing import load_or_measure
 
@@ -41,6 +47,7 @@ class Settler:
     def check(self, config: PruningConfig) -> None:
         """Raise an error where the constraints of a request do not allow its budget, or where only whole layers that
         the request does not name could meet it; nothing is logged."""
+        config = with_gguf_layout(self._subject, config)
         settled, _, _ = settled_request(self._subject.sites, config, self._budget_of, self._check_allowed)
         if settled.depth_kind != config.depth_kind:
             raise OutOfReach(
@@ -50,6 +57,7 @@ class Settler:
 
     def settled(self, config: PruningConfig, may_remove_layers: bool = True) -> tuple[PruningConfig, Budget]:
         """Return the settled request and its budget; nothing is logged. The arguments are those of [`announced`]."""
+        config = with_gguf_layout(self._subject, config)
         settled, budget, _ = settled_request(
             self._subject.sites, config, self._budget_of, self._check_allowed, may_remove_layers
         )
@@ -63,13 +71,33 @@ class Settler:
             may_remove_layers (`bool`, defaults to `True`): whether layers can be scored where the request does not
                 name them.
         """
-        sites, dense = self._subject.sites, self._sizes
+        sites, dense, asked = self._subject.sites, self._sizes, config
+        config = with_gguf_layout(self._subject, config)
         config, budget = settle(sites, config, self._budget_of, self._check_allowed, may_remove_layers)
         outcome = forecast(sites, config, budget, dense.parameters, dense.bytes, self._added(config))
         announce(str(outcome))
+        if config.for_gguf is not None:
+            self._announce_gguf(asked, config, budget)
         if config.rounds == 1:
             warn_of_rounding(sites, config, budget, outcome)
         return config, budget
+
+    def _announce_gguf(self, asked: PruningConfig, config: PruningConfig, budget: Budget) -> None:
+        """Log what `for_gguf` requires, and how far it moves the share that is removed.
+
+        Args:
+            asked (`PruningConfig`): the request before it was settled.
+            config (`PruningConfig`): the settled request.
+            budget (`Budget`): its budget.
+        """
+        kept = kept_by_equal_scores(self._subject.sites, config, budget)
+        before: Mapping[SiteKey, list[int]] | None = None
+        if asked.target_speedup is None:
+            # Other widths would have to be timed.
+            with suppress(ValueError):
+                before = kept_by_equal_scores(self._subject.sites, *self.settled(replace(asked, for_gguf=None)))
+        for line in costs_of_gguf(self._subject, config, kept, before):
+            announce(line)
 
     def _budget_of(self, config: PruningConfig) -> tuple[PruningConfig, Budget]:
         """Return a request with its constraints adapted, and its budget."""
@@ -89,6 +117,8 @@ class Settler:
 
     def _check_allowed(self, config: PruningConfig) -> None:
         """Raise `ValueError` where the model does not allow a request."""
+        check_tensor_parallel(self._subject, config)
+        check_gguf_request(self._subject, config)
         if config.layout == STOCK:
             check_stock_request(self._subject, config)
         if config.depth_kind is not None:

@@ -71,7 +71,8 @@ def load_or_measure(subject: Subject, config: PruningConfig, known: LatencyTable
 
 def _load_or_measure(subject: Subject, config: PruningConfig, known: LatencyTable | None) -> LatencyTable:
     widest = widest_sites(subject.sites)
-    config = at_measured_widths(subject.sites, replace(config, min_units_per_site=1))
+    # The table is also for requests that keep fewer units, and other numbers of heads.
+    config = replace(at_measured_widths(subject.sites, config), min_units_per_site=1, tensor_parallel=1, for_gguf=None)
     measured_on = circumstances(subject.model, widest, config)
     path = None if config.latency_table is None else check_output_file(config.latency_table)
     if path is not None and path.exists():

@@ -9,10 +9,10 @@ import typing
 
 from ..words import did_you_mean
 from .budget_options import LIMITS, SIZES, TARGETS
-from .choices import WIDTH_KINDS, Layout, ReconstructionKind, ReconstructionOrder, ReconstructionTarget, Scope
+from .choices import WIDTH_KINDS, ReconstructionKind, ReconstructionOrder, ReconstructionTarget, Scope
 from .depth import check_depth
 from .experts import check_experts
-from .fields import field_type
+from .fields import AUTO, field_type, may_be_auto
 from .options import Options
 from .registry import METHODS
 from .sizes import bytes_of
@@ -30,6 +30,7 @@ _AT_LEAST_ONE = (
     "seq_len",
     "batch_size",
     "multiple_of",
+    "tensor_parallel",
     "min_units_per_site",
 )
 
@@ -44,7 +45,8 @@ def check_types(config: Options) -> None:
         value = getattr(config, name)
         if name in SIZES and isinstance(value, str):
             value = bytes_of(value)
-        if kind not in _ACCEPTED or (is_optional and value is None):
+        is_word = may_be_auto(hint) and value == AUTO
+        if kind not in _ACCEPTED or (is_optional and value is None) or is_word:
             continue
         # One element in the place of a list, where the annotation allows it.
         is_list = is_list and not (isinstance(value, str) and str in typing.get_args(hint))
@@ -53,6 +55,7 @@ def check_types(config: Options) -> None:
             isinstance(item, _ACCEPTED[kind]) and (kind is bool or not isinstance(item, bool)) for item in items
         ):
             wanted = f"a list of {kind.__name__}" if is_list else f"a{'n' * (kind is int)} {kind.__name__}"
+            wanted += f" or {AUTO!r}" * may_be_auto(hint)
             raise ValueError(f"{name} must be {wanted}; got {value!r}.")
         items = [kind(item) for item in items]
         if kind is float and not all(map(math.isfinite, items)):
@@ -70,7 +73,7 @@ def check_values(config: Options) -> None:
             )
     for name in _AT_LEAST_ONE:
         value = getattr(config, name)
-        if value is not None and value < 1:
+        if value not in (None, AUTO) and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}.")
     shares_of_phases(config.speed_of)
     if config.ridge is not None and config.ridge < 0:
@@ -96,9 +99,9 @@ def check_values(config: Options) -> None:
             f"{config.reconstruction!r}, its order {config.reconstruction_order!r}, its target "
             f"{config.reconstruction_target!r} here; set refit_sources=False, or leave these out."
         )
-    if config.layout == Layout.STOCK and (config.resolved_scope != Scope.LAYER or config.skip_layers):
+    if config.cuts_alike and (config.resolved_scope != Scope.LAYER or config.skip_layers):
         raise ValueError(
-            f"layout='stock' cuts every layer alike, and scope={config.scope!r} with "
+            f"layout={config.layout!r} cuts every layer alike, and scope={config.scope!r} with "
             f"skip_layers={config.skip_layers} does not; leave out scope and skip_layers."
         )
     if config.resume_seconds < 0:

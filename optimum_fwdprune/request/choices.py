@@ -63,9 +63,11 @@ class BudgetSharing(Choice):
 
 
 class Layout(Choice):
-    """Values of `layout`: layers may differ in size, or must have sizes that unmodified transformers can load."""
+    """Values of `layout`: layers may differ in size, must have the same size, or must have sizes that unmodified
+    transformers can load."""
 
     ANY = "any"
+    ALIKE = "alike"
     STOCK = "stock"
 
 

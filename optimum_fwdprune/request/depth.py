@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from .budget_options import LIMITS, TARGETS
-from .choices import DepthKind, Layout, Scope
+from .choices import DepthKind, Scope
 from .options import Options
 from .registry import METHODS, get_method
 
@@ -72,9 +72,9 @@ def _check_limits(config: Options) -> None:
             not alone and learns,
             "use a method that does not learn how the budget is split",
         ),
-        "layout='stock'": (
-            config.layout == Layout.STOCK and kind == DepthKind.SUBLAYER,
-            "a stock checkpoint has whole layers; use 'layer' instead of 'sublayer', or leave out layout",
+        config.alike_by: (
+            config.cuts_alike and kind == DepthKind.SUBLAYER,
+            "it leaves attention and MLP in every layer; use 'layer' instead of 'sublayer', or leave it out",
         ),
     }
     for option, (asked, way_out) in refused.items():

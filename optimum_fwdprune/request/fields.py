@@ -24,6 +24,10 @@ class Heading(Choice):
     RUNNING = "interrupt and resume"
 
 
+# The word that stands for a number which follows from the model.
+AUTO = "auto"
+
+
 def option(default: Any, help: str, choices: Iterable[str] | None = None, group: str | None = None) -> Any:
     """Declare a field of a config.
 
@@ -46,11 +50,18 @@ def option(default: Any, help: str, choices: Iterable[str] | None = None, group:
 def field_type(hint: Any) -> tuple[Any, bool, bool]:
     """Return a field's element type, whether the field may be a list, and whether it may be `None`, by its annotation.
 
-    An annotation such as `str | list[str]` allows one element or a list of them.
+    An annotation such as `str | list[str]` allows one element or a list of them. Of `int | str`, which allows
+    `"auto"`, the type is `int`.
     """
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     is_optional = types.NoneType in parts
     lists = [part for part in parts if typing.get_origin(part) is list]
     if lists:
         return typing.get_args(lists[0])[0], True, is_optional
-    return next(part for part in parts if part is not types.NoneType), False, is_optional
+    kind = int if may_be_auto(hint) else next(part for part in parts if part is not types.NoneType)
+    return kind, False, is_optional
+
+
+def may_be_auto(hint: Any) -> bool:
+    """Return whether a field may be `"auto"` instead of a number, by its annotation, `int | str`."""
+    return isinstance(hint, types.UnionType) and set(typing.get_args(hint)) == {int, str}

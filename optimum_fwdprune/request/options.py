@@ -18,7 +18,8 @@ from .choices import (
     Scope,
     UnitKind,
 )
-from .fields import Heading, option
+from .fields import AUTO, Heading, option
+from .gguf import GGUF_TYPES
 from .registry import METHODS
 
 
@@ -66,15 +67,29 @@ class Options(BudgetOptions):
     )
     layout: str = option(
         Layout.ANY,
-        "any: layers may differ in size. stock: all layers get the same size, so that the model can be exported to a "
-        "checkpoint that transformers loads without this package.",
+        "any: layers may differ in size. alike: all layers get the same size. stock: they do, and the model can be "
+        "exported to a checkpoint that transformers loads without this package.",
         Layout,
         group=Heading.UNITS,
     )
-    multiple_of: int = option(
+    multiple_of: int | str = option(
+        AUTO,
+        "Round every pruned MLP width to a multiple of this number, for fast kernels. auto is 64 where the weights "
+        "are in 16 bit and the MLP has 2048 channels or more, else 1. Layers are rounded up or down so that their "
+        "total comes closest to the budget.",
+        group=Heading.UNITS,
+    )
+    for_gguf: str | None = option(
+        None,
+        "Type of the GGUF file that will be made of the model. The plan keeps to what llama.cpp requires: widths that "
+        "the blocks of the type divide, and, depending on the family, layers of the same size with all heads.",
+        GGUF_TYPES,
+        group=Heading.UNITS,
+    )
+    tensor_parallel: int = option(
         1,
-        "Round every pruned MLP width to a multiple of this number, for fast kernels. Layers are rounded up or down "
-        "so that their total comes closest to the budget.",
+        "Number of devices over which tensor parallelism will split every layer: each layer keeps numbers of heads, "
+        "KV groups and channels that this number divides.",
         group=Heading.UNITS,
     )
     skip_layers: list[int] | None = option(
@@ -156,12 +171,23 @@ class Options(BudgetOptions):
         `"layer"`."""
         if self.scope is not None:
             return self.scope
-        if self.layout == Layout.STOCK or self.prunes_experts:
+        if self.cuts_alike or self.prunes_experts:
             return Scope.LAYER
         if not self.width_kinds:
             return Scope.GLOBAL
         method = METHODS.get(self.method)
         return Scope.GLOBAL if method is not None and method.learns_split else Scope.LAYER
+
+    @property
+    def cuts_alike(self) -> bool:
+        """Whether all layers get the same size."""
+        return self.layout in (Layout.ALIKE, Layout.STOCK)
+
+    @property
+    def alike_by(self) -> str:
+        """The option that makes all layers get the same size, with its value."""
+        by_gguf = self.layout == Layout.ALIKE and self.for_gguf is not None
+        return f"for_gguf={self.for_gguf!r}" if by_gguf else f"layout={self.layout!r}"
 
     @property
     def resolved_kinds(self) -> list[str]:

@@ -1,5 +1,6 @@
 """Budgets and constraints, on sites of random shapes."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from optimum_fwdprune.request.choices import WIDTH_KINDS
 ATTENTION, MLP = WIDTH_KINDS
 
 HEAD_COST, CHANNEL_COST = 40, 9
-OTHERS = {"routing": None, "fixed": "", "idle_parameters": 0}
+OTHERS = {"routing": None, "fixed": "", "idle_parameters": 0, "units_before": None}
 
 
 def make_site(layer, kind, num_units, num_groups=1):
@@ -47,6 +48,7 @@ def problems(draw):
         "scope": draw(st.sampled_from(["layer", "global"])),
         "budget": draw(st.sampled_from(["separate", "joint"])),
         "multiple_of": draw(st.sampled_from([1, 1, 4])),
+        "tensor_parallel": draw(st.sampled_from([1, 1, 2])),
         "min_units_per_site": draw(st.sampled_from([1, 1, 2, 5])),
         "kinds": draw(st.sampled_from([[ATTENTION, MLP], [MLP], [ATTENTION]])),
         "skip_layers": draw(st.sampled_from([[], [0], [-1]])),
@@ -73,7 +75,7 @@ def test_the_budget_is_met_or_refused_and_constraints_hold(problem, additive, at
     except ValueError as error:
         # The refusal names a sparsity that is within reach, and the constraint in the way.
         possible = float(str(error).partition("largest possible sparsity is ")[2].partition(". Reduce")[0])
-        named = {"min_units_per_site", "multiple_of", "skip_layers", "kinds"}
+        named = {"min_units_per_site", "multiple_of", "tensor_parallel", "skip_layers", "kinds"}
         assert possible < config.sparsity and any(f"{name}=" in str(error) for name in named)
         allocate(sites, scores, config, Budget(int(possible * prunable(sites)), at_least=False), additive)
         return
@@ -88,6 +90,7 @@ def test_the_budget_is_met_or_refused_and_constraints_hold(problem, additive, at
         elif len(units) < site.num_units:
             assert len(units) >= config.min_units_per_site
             assert site.kind == ATTENTION or len(units) % config.multiple_of == 0
+            assert len(units) % config.tensor_parallel == 0
             per_group = torch.tensor(units).div(site.num_units // site.num_groups, rounding_mode="floor")
             counts = per_group.bincount(minlength=site.num_groups)
             assert (counts == counts[0]).all()
@@ -109,10 +112,12 @@ def test_the_budget_is_met_or_refused_and_constraints_hold(problem, additive, at
         )
         target = budget.amount * share
         # The largest of the smallest steps that are left bounds the rounding.
-        steps = [
-            site.unit_parameters * (config.multiple_of if site.kind == MLP else site.num_groups) for site in open_sites
+        units = [
+            math.lcm(config.tensor_parallel, config.multiple_of if site.kind == MLP else site.num_groups)
+            for site in open_sites
         ]
-        first = [site.num_units % config.multiple_of * CHANNEL_COST for site in open_sites if site.kind == MLP]
+        steps = [site.unit_parameters * step for site, step in zip(open_sites, units)]
+        first = [site.num_units % step * site.unit_parameters for site, step in zip(open_sites, units)]
         slack = max([*steps, *first]) + 1
         assert abs(removed(pool, kept) - target) <= slack
     if at_least:

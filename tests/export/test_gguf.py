@@ -142,16 +142,109 @@ def test_a_dense_model_exports_too(tokens, tokenizer, tmp_path):
     check_llama_cpp_agrees(model, file, tokens, 2e-4)
 
 
+BLOCKS_FIT = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    **NO_BIASES,
+}
+
+
+@torch.no_grad()
+def dequantised(model, file):
+    """The model with the weights of a file."""
+    tensors = gguf.GGUFReader(file).tensors
+    values = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in tensors}
+    names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
+    names |= {"attn_output": "self_attn.o_proj", "ffn_up": "mlp.up_proj", "ffn_gate": "mlp.gate_proj"}
+    names |= {"ffn_down": "mlp.down_proj"}
+    model = copy.deepcopy(model)
+    for number, layer in enumerate(model.model.layers):
+        for name, module in names.items():
+            rows = torch.from_numpy(values[f"blk.{number}.{name}.weight"].copy())
+            if name in ("attn_q", "attn_k"):
+                # Pairs become halves again.
+                rows = rows.unflatten(0, (-1, layer.self_attn.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+            layer.get_submodule(module).weight.copy_(rows)
+    model.model.embed_tokens.weight.copy_(torch.from_numpy(values["token_embd.weight"].copy()))
+    output = values.get("output.weight", values["token_embd.weight"])
+    model.lm_head.weight = torch.nn.Parameter(torch.from_numpy(output.copy()))
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["q4_0", "q4_1", "q5_0", "q5_1"])
+def test_types_of_four_and_five_bits_are_what_llama_cpp_computes_with(dtype, tokens, tokenizer, tmp_path):
+    model = pruned("llama_gqa_biases", tokens, BLOCKS_FIT, kinds=["mlp"], for_gguf=dtype)
+    file = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype=dtype)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+
+    assert kinds["token_embd.weight"] == kinds["blk.0.ffn_down.weight"] == dtype.upper()
+    assert kinds["output.weight"] == "Q8_0" and kinds["blk.0.attn_norm.weight"] == "F32"
+    # It computes with activations of 8 bits.
+    check_llama_cpp_agrees(dequantised(model, file), file, tokens, 0.1)
+
+
+# A program in the place of llama-quantize, which no Python package has: it copies the file, and adds a word.
+STAND_IN = """#!{python}
+import shutil, sys
+source, target, kind = sys.argv[1:]
+assert kind == "Q4_K_M" and source != target
+if {fails}:
+    print("main: failed to quantize model from", source)
+    sys.exit(1)
+shutil.copy(source, target)
+with open(target, "ab") as file:
+    file.write(b"quantised")
+"""
+
+
+@pytest.fixture
+def llama_quantize(tmp_path, monkeypatch):
+    """Puts a stand-in for llama-quantize on the PATH, or nothing if `fails` is `None`."""
+
+    def put(fails=False):
+        program = tmp_path / "bin" / "llama-quantize"
+        program.parent.mkdir()
+        monkeypatch.setenv("PATH", str(program.parent))
+        if fails is not None:
+            program.write_text(STAND_IN.format(python=sys.executable, fails=fails))
+            program.chmod(0o755)
+
+    return put
+
+
+def test_types_of_llama_quantize_are_made_by_it(llama_quantize, tokens, tokenizer, tmp_path):
+    llama_quantize()
+    (tmp_path / "out").mkdir()
+    model = tiny.make_model("llama_mqa", dtype=torch.bfloat16)
+    file = export_gguf(model, tokenizer, tmp_path / "out" / "model.gguf", dtype="q4_k_m")
+
+    # It quantises the weights as they are.
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert kinds["blk.0.ffn_up.weight"] == "BF16"
+    assert file.read_bytes().endswith(b"quantised")
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("fails", "error", "message"),
+    [
+        (True, RuntimeError, "ended with status 1 and wrote no file:\nmain: failed to quantize model"),
+        (None, FileNotFoundError, r"q4_k_m .* llama-quantize .* not on the PATH.*install llama.cpp.*writes f32, f16"),
+    ],
+)
+def test_without_llama_quantize_nothing_is_written(fails, error, message, llama_quantize, tokenizer, tmp_path):
+    llama_quantize(fails)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(error, match=message):
+        export_gguf(tiny.make_model("llama_mqa"), tokenizer, tmp_path / "out" / "model.gguf", dtype="q4_k_m")
+    assert not list(tmp_path.glob("out/*"))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 0.02), ("bf16", 0.1), ("q8_0", 0.3)])
 def test_smaller_dtypes_are_as_close_as_they_can_be(dtype, tolerance, tokens, tokenizer, tmp_path):
-    changes = {
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 96,
-        **NO_BIASES,
-    }
-    model = pruned("llama_gqa_biases", tokens, changes, kinds=["mlp"], multiple_of=32)
+    model = pruned("llama_gqa_biases", tokens, BLOCKS_FIT, kinds=["mlp"], multiple_of=32)
     file = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype=dtype)
     kinds = {
         tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors if tensor.name.endswith("ffn_up.weight")
@@ -321,8 +414,8 @@ class TestRefusals:
         with pytest.raises(FileExistsError, match="pass overwrite"):
             export_gguf(model, tokenizer, tmp_path / "model.gguf")
         assert (tmp_path / "model.gguf").read_text() == "mine"
-        with pytest.raises(ValueError, match="dtype must be one of f32, f16, bf16, q8_0; got 'q4_0'"):
-            export_gguf(model, tokenizer, tmp_path / "other.gguf", dtype="q4_0")
+        with pytest.raises(ValueError, match=r"dtype must be one of f32, f16, bf16, q8_0, .*; got 'q4'"):
+            export_gguf(model, tokenizer, tmp_path / "other.gguf", dtype="q4")
 
     def test_tokenizers_of_other_kinds(self, tokens, tmp_path):
         from tokenizers import Tokenizer, models
@@ -374,17 +467,18 @@ def without(name, gone, tokens, changes):
 
 
 @pytest.mark.parametrize(
-    "gone",
+    ("name", "gone"),
     [
-        [(0, "attention")],
-        [(1, "attention"), (2, "attention")],
-        [(0, "attention"), (1, "mlp")],
-        [(0, "mlp"), (1, "mlp"), (2, "mlp")],
-        [(1, "attention"), (1, "mlp"), (2, "mlp")],
+        ("llama_gqa_biases", [(0, "attention")]),
+        ("llama_gqa_biases", [(1, "attention"), (2, "attention")]),
+        ("llama_gqa_biases", [(0, "attention"), (1, "mlp")]),
+        ("llama_gqa_biases", [(0, "mlp"), (1, "mlp"), (2, "mlp")]),
+        ("llama_gqa_biases", [(1, "attention"), (1, "mlp"), (2, "mlp")]),
+        # The same code writes the files of this family.
+        ("mistral_sliding_window", [(0, "attention"), (1, "mlp")]),
     ],
-    ids=lambda gone: " ".join(f"{layer}.{kind}" for layer, kind in gone),
+    ids=str,
 )
-@pytest.mark.parametrize("name", ["llama_gqa_biases", "mistral_sliding_window"])
 def test_llama_cpp_runs_models_without_some_attentions_and_mlps(name, gone, tokens, tokenizer, tmp_path):
     changes = NO_BIASES if name == "llama_gqa_biases" else {"sliding_window": None}
     model = without(name, gone, tokens, changes)

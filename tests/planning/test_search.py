@@ -428,7 +428,7 @@ def test_a_grid_that_cannot_meet_the_budget_is_halved(tokens, monkeypatch):
     monkeypatch.setattr(Levels, "__init__", watched)
     pruner = FwdPruner(tiny.make_model("llama_mha_tied"))
     pruner.prune(request_of(mlp_sparsity=0.48, attention_sparsity=0.0, min_units_per_site=33), tokens)
-    assert widths == [1] or widths == [2]
+    assert widths == ["auto"] or widths == [2]
     assert sum(len(pruner.plan.kept[layer, "mlp"]) for layer in range(3)) == round(0.52 * 3 * 64)
 
 

@@ -206,7 +206,7 @@ def test_a_request_that_removes_nothing_says_so(caplog):
 @pytest.mark.parametrize(
     ("fields", "widths", "message"),
     [
-        ({"sparsity": 0.2}, [32, 64, 32], "sparsity=0.2 becomes 0.2225 .* multiple_of=32"),
+        ({"sparsity": 0.2}, [32, 64, 32], r"sparsity=0.2 becomes 0.2225 .*\(multiple_of=32\)"),
         ({"sparsity": 0.34}, [32, 32, 32], ""),
         ({"sparsity": 0.15, "scope": "global"}, [64, 64, 32], "sparsity=0.15 becomes 0.1112"),
         ({"mlp_sparsity": 0.3}, [32, 64, 32], "mlp_sparsity=0.3 becomes 0.3333"),

@@ -54,6 +54,7 @@ def test_a_method_sets_no_field_but_its_own(name):
     "fields",
     [
         {"multiple_of": 8},
+        {"tensor_parallel": 2},
         {"ridge": 0.1},
         {"rounds": 2},
         {"skip_layers": [1]},
@@ -214,6 +215,8 @@ def test_unknown_keys_warn_with_the_version_that_wrote_them(tmp_path, caplog):
         ({"search_windows": 0}, "search_windows must be at least 1; got 0"),
         ({"seed": -1}, "seed must be at least 0; got -1"),
         ({"multiple_of": 0}, "multiple_of must be at least 1; got 0"),
+        ({"multiple_of": "64"}, "multiple_of must be an int or 'auto'; got '64'"),
+        ({"tensor_parallel": "auto"}, "tensor_parallel must be an int; got 'auto'"),
         ({"min_units_per_site": 0}, "min_units_per_site must be at least 1; got 0"),
         ({"target_parameters": -5}, "target_parameters must be at least 1; got -5"),
         ({"target_parameters": 5, "target_bytes": 5}, "set one of them"),

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ...request.budget_options import DEFAULT_DEPTH_METHOD, DEFAULT_METHOD
-from ...request.choices import BudgetSharing, Layout, Scope
+from ...request.choices import BudgetSharing, Scope
 from ...request.config import PruningConfig, register_method
 from ...request.fields import option
 from ...request.registry import get_method, register_preset, registered_methods
@@ -102,8 +102,8 @@ class PolicyGradientConfig(PruningConfig):
             and not self._kinds_trade
         ):
             reason, way_out = "scope='layer'", "use scope='global' or budget='joint', or parametrization='unit'"
-            if self.layout == Layout.STOCK:
-                reason, way_out = "layout='stock'", "use parametrization='unit', or leave out layout='stock'"
+            if self.cuts_alike:
+                reason, way_out = self.alike_by, "use parametrization='unit', or leave it out"
             raise ValueError(
                 f"parametrization='ratio' moves ratios between sites, and {reason} with a budget for each kind leaves "
                 f"every site on its own; {way_out}."
