@@ -1,20 +1,16 @@
 """What channels, layers, and sublayers with channels cost at equal speed-ups: as cut, repaired, and distilled.
 
     python benchmarks/depth.py CALIBRATION_FILE EVALUATION_FILE PIQA_FILE HELLASWAG_FILE \\
-        --models smol=FOLDER qwen=FOLDER [--quick] [--phases decode] [--speedups 1.5] [--rows TEXT ...] [--table]
+        --models smol=FOLDER qwen=FOLDER [--quick] [--rows TEXT ...] [--table]
 
 For every model, phase (prefill, decode) and speed-up, a request for each of three kinds of units is pruned to the
 speed-up by one table of latencies. The result is measured as it is cut, with least squares, and after a distillation
 of 64 thousand tokens: perplexity, PIQA and HellaSwag (accuracy, and margins that are compared row by row), and its
 speed in turns with the dense model. Decoding is compared with the number of bytes that a step reads.
 
-Every row is a line of `--results`, and a run that was stopped goes on with the rows that are missing. Scores, plans,
-speeds and tables of latencies are kept beside it. An order in which layers or sublayers go is measured once per model,
-since smaller speed-ups take its first ones. The table of the finished rows is printed at the end. Leave the machine
-idle while it runs.
-
-Most of the time goes to the search of the mixed requests (`--search_windows`), to the distillation (`--steps`) and to
-the order of removal. `--phases`, `--speedups` and `--rows` select a part of the rows, which later runs complete.
+Every row is a line of `--results`, and a run that was stopped goes on with the rows that are missing. Plans and tables
+of latencies are kept beside it. The table of the finished rows is printed at the end. Leave the machine idle while it
+runs.
 """
 
 import argparse
@@ -29,9 +25,8 @@ import torch
 from study import difference, table
 from torch.nn import functional as F
 
-from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, RecoveryArguments, Scores
+from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, RecoveryArguments
 from optimum_fwdprune.evaluation import benchmark, window_losses
-from optimum_fwdprune.files import write_text_atomically
 from optimum_fwdprune.planning.timed_layers import filled_cache
 
 
@@ -65,7 +60,6 @@ class Depth:
             "search_windows": options.search_windows,
             "steps": options.steps,
             "dtype": options.dtype,
-            "threads": torch.get_num_threads(),
         }
         self.cache = options.results.parent / f"{options.results.stem}-{name}-{_digest(self.settings)}"
         self._dense = None
@@ -81,8 +75,8 @@ class Depth:
     def groups(self):
         """Yield the rows that need the same plan: its phase, speed-up and kinds, and the names of the rows."""
         yield None, [f"{self.name}/{DENSE}"]
-        for phase in self.options.phases:
-            for speedup in self.options.speedups:
+        for phase in PHASES:
+            for speedup in SPEEDUPS:
                 for kinds in KINDS:
                     group = f"{self.name}/{phase}/{speedup:g}/{kinds}"
                     yield (phase, speedup, kinds), [f"{group}/{repair}" for repair in REPAIRS]
@@ -100,16 +94,22 @@ class Depth:
             return
         for name in wanted:
             repair = name.rpartition("/")[2]
-            if repair == "none":
-                pruner = self._replayed(plan, "none")
+            if repair == "none" or with_repair is None:
+                reconstruction = "none" if repair == "none" else "least_squares"
+                pruner = self._pruner()
+                pruner.prune(
+                    plan=plan,
+                    dataset=self.options.calibration,
+                    inplace=False,
+                    **self._text(),
+                    reconstruction=reconstruction,
+                )
             else:
-                pruner = with_repair or self._replayed(plan, "least_squares")
-                # The distillation changes its model.
-                with_repair = pruner if repair == "repair" else None
+                pruner = with_repair
             if repair == "distilled":
                 self._distil(pruner)
-            figures = self._quality(pruner.model) | self._speed(pruner.model, group)
-            yield name, figures | {"kept": _counts(plan)}
+                with_repair = None
+            yield name, self._quality(pruner.model) | self._speed(pruner.model) | {"kept": _counts(plan)}
 
     def _pruner(self):
         return FwdPruner(self.dense.model, self.dense.tokenizer)
@@ -117,71 +117,27 @@ class Depth:
     def _text(self):
         return {"n_samples": self.options.n_samples, "seq_len": 256}
 
-    def _replayed(self, plan, reconstruction):
-        pruner = self._pruner()
-        pruner.prune(
-            plan=plan,
-            dataset=self.options.calibration,
-            inplace=False,
-            **self._text(),
-            reconstruction=reconstruction,
-        )
-        return pruner
-
-    def _file(self, group, ending="json"):
-        """Return the file beside the results for what belongs to a group."""
+    def _planned(self, phase, speedup, kinds):
+        """Return the plan of a group, and the pruner that made it; `None` where the plan was made before."""
         self.cache.mkdir(parents=True, exist_ok=True)
-        phase, speedup, kinds = group
-        return self.cache / f"{phase}-{speedup:g}-{kinds}.{ending}"
-
-    def _request(self, phase, speedup, kinds):
-        fields = {"method": "wanda_sp", **KINDS[kinds]}
+        file = self.cache / f"{phase}-{speedup:g}-{kinds}.json"
+        if file.exists():
+            return PruningPlan.load(file), None
+        fields = dict(KINDS[kinds])
         if fields.get("scope") == "search":
             fields["search_windows"] = self.options.search_windows
-        return PruningConfig(
-            **fields,
+        request = PruningConfig(
+            **{"method": "wanda_sp", **fields},
             **self._text(),
             target_speedup=speedup,
             speed_of=phase,
             latency_tokens=self.options.tokens,
             latency_table=str(self.cache / "latency.json"),
         )
-
-    def _planned(self, phase, speedup, kinds):
-        """Return the plan of a group, and the pruner that made it; `None` where the plan was made before."""
-        file = self._file((phase, speedup, kinds))
-        if file.exists():
-            return PruningPlan.load(file), None
-        scores = self._scores(phase, speedup, kinds)
         pruner = self._pruner()
-        pruner.prune(self._request(phase, speedup, kinds), scores=scores, inplace=False)
-        if kinds == "layers" and not _is_measured(pruner.plan, scores):
-            # The order was measured for a speed-up that takes fewer layers.
-            scores = self._scores(phase, speedup, kinds, anew=True)
-            pruner = self._pruner()
-            pruner.prune(self._request(phase, speedup, kinds), scores=scores, inplace=False)
+        pruner.prune(request, self.options.calibration, inplace=False)
         pruner.plan.save(file)
         return pruner.plan, pruner
-
-    def _scores(self, phase, speedup, kinds, anew=False):
-        """Return the scores of all requests for these kinds; the order of layers reaches as far as the largest
-        speed-up takes it."""
-        file = self.cache / f"scores-{kinds}.safetensors"
-        if file.exists() and not anew:
-            return Scores.load(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        larger = [] if anew else [other for other in self.options.speedups if other > speedup]
-        scores = None
-        for asked in (*sorted(larger, reverse=True), speedup):
-            try:
-                scores = self._pruner().score(self._request(phase, asked, kinds), self.options.calibration)
-                break
-            except ValueError:
-                # These units cannot reach it.
-                if asked == speedup:
-                    raise
-        scores.save(file)
-        return scores
 
     def _distil(self, pruner):
         with tempfile.TemporaryDirectory() as folder:
@@ -208,14 +164,7 @@ class Depth:
             figures[task] = _margins(model, tokenizer, rows[: options.choices])
         return figures
 
-    def _speed(self, model, group):
-        """Return the measured speed-up of a group, whose models have the same shapes and are timed once."""
-        file = self._file(group, "speed.json")
-        if not file.exists():
-            write_text_atomically(file, json.dumps(self._timed(model)))
-        return json.loads(file.read_text(encoding="utf-8"))
-
-    def _timed(self, model):
+    def _speed(self, model):
         tokens = self.options.tokens
         dense, pruned = benchmark([self.dense.model, model], prompt_tokens=[tokens], repeats=self.options.repeats)
         before, after = dense.timings[0], pruned.timings[0]
@@ -227,12 +176,6 @@ class Depth:
             # 1 where a step takes as much less time as it reads fewer bytes.
             "of_bytes": faster / (bytes_before / bytes_after),
         }
-
-
-def _is_measured(plan, scores):
-    """Return whether the layers that a plan removes are in the order that was measured for these scores."""
-    layers = {f"layer {key.layer}" for key, kept in plan.kept.items() if not kept}
-    return layers <= set(scores.details["removed"])
 
 
 def _bytes_read(model, tokens):
@@ -268,25 +211,18 @@ def _hellaswag(file):
 
 @torch.no_grad()
 def _margins(model, tokenizer, rows):
-    """Return how much more probable than the best other choice the right one is, in nats per byte, row by row.
-
-    A prompt is computed once, and its KV cache is that of all its choices, which are a batch.
-    """
+    """Return how much more probable than the best other choice the right one is, in nats per byte, row by row."""
     margins = []
     for context, choices, label in rows:
-        prompt = torch.tensor([tokenizer(context)["input_ids"]])
-        texts = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
+        prompt = tokenizer(context)["input_ids"]
+        texts = [prompt + tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
         longest = max(map(len, texts))
         ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
-        counted = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
-        before = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-        cache = before.past_key_values
-        cache.batch_repeat_interleave(len(texts))
-        mask = torch.cat([torch.ones(len(texts), prompt.shape[1], dtype=torch.int64), counted], dim=1)
-        after = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        first = before.logits[:, -1:].expand(len(texts), -1, -1)
-        logits = torch.cat([first, after.logits[:, :-1]], dim=1).float()
-        nll = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        nll = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        counted = mask[:, 1:].clone()
+        counted[:, : len(prompt) - 1] = 0
         scores = -(nll * counted).sum(1) / torch.tensor([len(choice.encode()) for choice in choices])
         others = torch.cat([scores[:label], scores[label + 1 :]])
         margins.append(float(scores[label] - others.max()))
@@ -367,25 +303,28 @@ def _aims(rows, model, dense):
     """Return the aims of the study with what was found: the share that repair takes back, and the mixed requests."""
     lines = []
     measured = {name: torch.tensor(row["losses"]) for name, row in rows.items() if "losses" in row}
-    for start in dict.fromkeys(name.rsplit("/", 2)[0] for name in measured if name.count("/") > 1):
-        if not start.startswith(f"{model}/"):
-            continue
-        asked = start.removeprefix(f"{model}/").replace("/", " ")
-        for kinds in KINDS:
-            cut, repaired = (measured.get(f"{start}/{kinds}/{repair}") for repair in ("none", "repair"))
-            if cut is not None and repaired is not None:
-                share = float((cut - repaired).mean() / (cut - dense).mean())
-                lines.append([asked, f"{kinds}: nats that least squares takes back", f"{share:.0%}"])
-        for repair in REPAIRS:
-            pure = [
-                losses
-                for kinds in ("channels", "layers")
-                if (losses := measured.get(f"{start}/{kinds}/{repair}")) is not None
-            ]
-            mixed = measured.get(f"{start}/mixed/{repair}")
-            if pure and mixed is not None:
-                best = min(pure, key=lambda losses: float(losses.mean()))
-                lines.append([asked, f"mixed less the better pure one, {repair}", difference(mixed, best)])
+    for phase in PHASES:
+        for speedup in SPEEDUPS:
+            start = f"{model}/{phase}/{speedup:g}"
+            for kinds in KINDS:
+                cut, repaired = (measured.get(f"{start}/{kinds}/{repair}") for repair in ("none", "repair"))
+                if cut is not None and repaired is not None:
+                    share = float((cut - repaired).mean() / (cut - dense).mean())
+                    lines.append(
+                        [f"{phase} {speedup:g}", f"{kinds}: nats that least squares takes back", f"{share:.0%}"]
+                    )
+            for repair in REPAIRS:
+                pure = [
+                    losses
+                    for kinds in ("channels", "layers")
+                    if (losses := measured.get(f"{start}/{kinds}/{repair}")) is not None
+                ]
+                mixed = measured.get(f"{start}/mixed/{repair}")
+                if pure and mixed is not None:
+                    best = min(pure, key=lambda losses: float(losses.mean()))
+                    lines.append(
+                        [f"{phase} {speedup:g}", f"mixed less the better pure one, {repair}", difference(mixed, best)]
+                    )
     return table(["speed-up", "compared", "nats"], lines) if lines else ""
 
 
@@ -395,8 +334,6 @@ def main(argv=None):
         parser.add_argument(name, help=f"File of {name} data.")
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--results", type=Path, default=Path("results/depth.jsonl"), help="File of the finished rows.")
-    parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES, help="Phases to be made faster.")
-    parser.add_argument("--speedups", nargs="+", default=SPEEDUPS, type=float, help="Speed-ups to be pruned to.")
     parser.add_argument("--rows", nargs="*", help="Measure only rows whose names contain one of these texts.")
     parser.add_argument("--quick", action="store_true", help="A small part of the texts, for a first look.")
     parser.add_argument(
@@ -412,12 +349,9 @@ def main(argv=None):
     )
     parser.add_argument("--repeats", type=int, default=7, help="Timed runs of every model, in turns.")
     parser.add_argument("--dtype", default="float32", help="Dtype of the models.")
-    parser.add_argument("--threads", type=int, help="Threads of torch; all cores by default.")
     options = parser.parse_args(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     if options.quick:
-        options.windows, options.choices, options.tokens, options.n_samples = 4, 8, 64, 2
+        options.windows, options.choices, options.tokens, options.n_samples = 4, 8, 64, 16
         options.search_windows, options.steps, options.repeats = 200, 2, 2
     options.results.parent.mkdir(parents=True, exist_ok=True)
     for entry in options.models:
