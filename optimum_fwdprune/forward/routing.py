@@ -70,7 +70,7 @@ def replace_experts(site: Site, kept: list[int], weight: torch.Tensor) -> list[R
     replaced: list[Any] = []
 
     def enter(_module: Any, _args: Any) -> None:
-        own = experts._parameters[name]
+        own: Any = experts._parameters[name]
         if not changed:
             values = torch.zeros(own.shape, dtype=own.dtype, device=own.device)
             values[kept] = weight.to(values)
