@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from study import difference, table
+from study import difference, finished_rows, table
 from torch.nn import functional as F
 
 from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, RecoveryArguments
@@ -233,19 +233,6 @@ def _digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _finished(file, settings):
-    """Return the rows of a file that were measured with these settings, by name."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            # The run was killed while it wrote this line.
-            continue
-    return {row["row"]: row for row in rows if row["settings"] == settings}
-
-
 def printed(rows, model):
     """Return the tables of a model, from its finished rows by name."""
     dense = rows.get(f"{model}/{DENSE}")
@@ -357,7 +344,7 @@ def main(argv=None):
     for entry in options.models:
         name, _, folder = entry.partition("=")
         model = Depth(name, folder, options)
-        rows = _finished(options.results, model.settings)
+        rows = finished_rows(options.results, model.settings)
         for group, names in [] if options.table else model.groups():
             wanted = [row for row in names if row not in rows and _is_asked(row, options.rows)]
             if not wanted:
