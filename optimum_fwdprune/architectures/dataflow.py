@@ -30,7 +30,8 @@ class LayerFlow:
     """What the forward pass of a decoder layer does around its sublayers.
 
     Args:
-        norms (`dict[str, tuple[str, ...]]`): kind of a sublayer -> the norms of the layer that only it uses.
+        norms (`dict[str, tuple[str, ...]]`): kind of a sublayer -> the norms of the layer that only it uses, those of
+            its output last.
         output_norm (`bool`): whether the outputs of both sublayers are normalized before they are added to the stream.
         multiplier (`float`): the number by which these outputs are multiplied before they are added.
         normalizes_stream (`bool`): whether the residual stream itself is normalized.
@@ -189,12 +190,16 @@ class _Trace(TorchDispatchMode):
             | {one.kind for one in self.joined if name in one.norms}
             for name in norms
         }
+        after = [name for one in self.joined for name in one.norms]
         factors = {one.factor for one in self.joined}
         normed = [bool(one.norms) for one in self.joined]
         # A factor of NaN differs from itself.
         same = len(factors) == 1 and all(factor == factor for factor in factors)
         return LayerFlow(
-            norms={kind: tuple(name for name in norms if users[name] == {kind}) for kind in kinds},
+            norms={
+                kind: tuple(name for name in sorted(norms, key=after.__contains__) if users[name] == {kind})
+                for kind in kinds
+            },
             output_norm=all(normed),
             multiplier=factors.pop() if same else 1.0,
             normalizes_stream=self.normalizes_stream,

@@ -203,8 +203,9 @@ class DecoderLayout:
         residual_multiplier (`Callable[[PreTrainedConfig], float]`, *optional*): the number by which the output of
             every projection is multiplied before it is added to the residual stream, under a config.
         output_norm (`bool`, defaults to `False`): whether the output of every projection is normalized before it is
-            added to the residual stream (Gemma 2). With `reconstruction_target="dense"`, the target of a projection is
-            then its output in the dense model, before the norm.
+            added to the residual stream (Gemma 2), by an RMS norm, which is then the last one of the `norms` of its
+            sublayer. With `reconstruction_target="dense"`, the target of a projection is its output in the dense
+            model, before the norm.
         shares_norms (`Callable[[PreTrainedConfig], bool]`, *optional*): whether, under a config, attention and MLP
             read the same norm, which then stays when one of them is removed. By default they never do.
         first_layers (`Callable[[PreTrainedConfig], int]`, *optional*): how many of the first decoder layers cannot be
@@ -243,6 +244,11 @@ class DecoderLayout:
         part = self.experts or self.mlp
         assert part is not None, "A layout has channels, experts or both."
         return part
+
+    def output_norm_of(self, kind: str) -> str:
+        """Return the name, inside the decoder layer, of the norm of the output of its `"attention"` or its `"mlp"`, in
+        a family with `output_norm`."""
+        return self.sublayer(kind).norms[-1]
 
     def is_whole(self, name: str) -> bool:
         """Return whether the linear `name` of a decoder layer keeps its size, whatever heads and channels are left."""

@@ -32,10 +32,14 @@ class Aims:
         sites (sequence of `Site`): all sites of the dense model, in the order in which they write to the stream.
         kept (mapping of site key to sequence of `int`): the kept units.
         over_gaps (`bool`, defaults to `True`): whether targets are after gaps; otherwise they are after the own site.
+
+    Attributes:
+        before_gaps (`set[SiteKey]`): the keys of the sites with units whose targets are after a gap.
     """
 
     def __init__(self, sites: Sequence[Site], kept: Mapping[SiteKey, Sequence[int]], over_gaps: bool = True):
         self._aims: dict[SiteKey, Aim] = {}
+        self.before_gaps: set[SiteKey] = set()
         aim: Aim | None = None
         for index in reversed(range(len(sites))):
             site = sites[index]
@@ -44,6 +48,8 @@ class Aims:
             after_gap = over_gaps and index + 1 < len(sites) and not kept[sites[index + 1].key]
             if aim is None or not after_gap:
                 aim = Aim(site.layer, place, is_last)
+            elif kept[site.key]:
+                self.before_gaps.add(site.key)
             self._aims[site.key] = aim
 
     def of(self, site: Site) -> Aim:

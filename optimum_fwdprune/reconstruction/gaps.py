@@ -16,12 +16,17 @@ from ..loading.subject import Subject
 from ..runs import ranks
 from ..runs.devices import compute_device, on_host, precise_device, precise_sum
 from ..runs.progress import progress
+from .joining import Joining, output_before_norm
 from .least_squares import NormalEquations
 
 
 @dataclass
 class GapSums:
-    """Sums over tokens of the inputs x of a projection and of the output g of the gap after it in the dense model.
+    """Sums over tokens of the inputs x of a projection in the dense model, and of the change g of its output that
+    makes up for the gap after it.
+
+    The change is the output of the gap. Where a norm follows the projection, it leads to the output whose normalized
+    value is nearest to what the projection and the gap add to the stream.
 
     Args:
         cross (`Tensor[out_features, in_features]`): Σ g xᵀ, float32.
@@ -38,19 +43,20 @@ class GapSums:
         energy = torch.zeros((), dtype=torch.float64, device=precise_device(device))
         return cls(torch.zeros(site.projection.weight.shape, dtype=torch.float32, device=device), energy)
 
-    def add(self, inputs: torch.Tensor, output: torch.Tensor) -> None:
-        """Add tokens: `inputs`, `[tokens, in_features]`, and `output`, `[tokens, out_features]`."""
-        inputs, output = (values.to(self.cross.device).float() for values in (inputs, output))
-        self.cross.addmm_(output.T, inputs)
-        self.energy += precise_sum(output.square())
+    def add(self, inputs: torch.Tensor, change: torch.Tensor) -> None:
+        """Add tokens: `inputs`, `[tokens, in_features]`, and `change`, `[tokens, out_features]`."""
+        inputs, change = (values.to(self.cross.device).float() for values in (inputs, change))
+        self.cross.addmm_(change.T, inputs)
+        self.energy += precise_sum(change.square())
 
     def pooled(self) -> GapSums:
         """Return the sums over the tokens of all processes of a run."""
         return GapSums(ranks.summed(self.cross), ranks.summed(self.energy))
 
     def joined(self, equations: NormalEquations, weight: torch.Tensor, kept: torch.Tensor) -> NormalEquations:
-        """Return the equations of a projection for the residual `W_r x_r + g`: the output of its removed features and
-        of the gap. This is the closed form of ReplaceMe (arXiv 2505.02819) where the projection loses no feature.
+        """Return the equations of a projection for the residual `W_r x_r + g`: the output of its removed features
+        and the change for the gap. This is the closed form of ReplaceMe (arXiv 2505.02819) where the projection loses
+        no feature and no norm follows it.
 
         Args:
             equations (`NormalEquations`): those for the residual `W_r x_r`.
@@ -96,12 +102,12 @@ def gap_sums(
         texts (sequence of `Calibration`): the tokens.
         batch_size (`int`): number of windows per forward pass.
     """
-    runner = LayerRunner(subject.model)
+    runner, joining = LayerRunner(subject.model), Joining.of(subject)
     by_key = {site.key: site for site in subject.sites}
     shares = [text.own_share() for text in texts]
     sums = [{key: GapSums.empty(by_key[key]) for key in gaps} for _ in texts]
     tokens = [
-        _Tokens(batch, runner, of_text)
+        _Tokens(batch, runner, of_text, joining)
         for share, of_text in zip(shares, sums)
         for batch in ([] if share is None else runner.batches(share, batch_size))
     ]
@@ -114,15 +120,37 @@ def gap_sums(
     return [{key: of_site.pooled() for key, of_site in of_text.items()} for of_text in sums]
 
 
+@dataclass
+class _Open:
+    """A gap that is not over yet, at the tokens of a batch in the memory of the host.
+
+    Args:
+        inputs (`Tensor[tokens, in_features]`): inputs of the projection before the gap.
+        added (`Tensor[tokens, out_features]`): what the gap has added to the stream so far, float32; where a norm
+            follows the projection, together with the projection.
+        output (`Tensor[tokens, out_features]`, *optional*): the output of the projection, where a norm follows it.
+        gain (`Tensor[out_features]`, *optional*): the weights of this norm.
+    """
+
+    inputs: torch.Tensor
+    added: torch.Tensor
+    output: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
+
+    def change(self) -> torch.Tensor:
+        """Return the change of the projection's output that makes up for the gap."""
+        if self.output is None or self.gain is None:
+            return self.added
+        return output_before_norm(self.added, self.gain, self.output) - self.output
+
+
 class _Tokens:
     """The tokens of a batch on their way through the dense model."""
 
-    def __init__(self, batch: Batch, runner: LayerRunner, sums: Mapping[SiteKey, GapSums]):
-        self._batch, self._runner, self._sums = batch, runner, sums
+    def __init__(self, batch: Batch, runner: LayerRunner, sums: Mapping[SiteKey, GapSums], joining: Joining):
+        self._batch, self._runner, self._sums, self._joining = batch, runner, sums, joining
         self._hidden = on_host(runner.embed(batch))
-        # The inputs of projections before gaps, and the output of the gaps so far.
-        self._inputs: dict[SiteKey, torch.Tensor] = {}
-        self._outputs: dict[SiteKey, torch.Tensor] = {}
+        self._open: dict[SiteKey, _Open] = {}
 
     def run(self, number: int, sites: Sequence[Site], gaps: Mapping[SiteKey, Sequence[Site]]) -> None:
         """Run the layer of `sites`, and add to the sums of gaps that end in it."""
@@ -131,16 +159,26 @@ class _Tokens:
         after = [site for site in sites if site.key in gone]
         with (
             inputs_of(site.projection for site in before) as inputs,
+            written_by(site.output for site in before) as own,
             written_by(site.output for site in after) as outputs,
         ):
             self._hidden = on_host(self._runner.run(number, self._batch, self._hidden))
-        for site, read in zip(before, inputs):
-            self._inputs[site.key] = on_host(self._batch.tokens(read))
+        for site, read, written in zip(before, inputs, own):
+            self._open[site.key] = self._opened(site, read, written)
         for site, written in zip(after, outputs):
             key, is_last = gone[site.key]
-            output = on_host(self._batch.tokens(written)).float()
-            output = self._outputs.pop(key) + output if key in self._outputs else output
+            self._open[key].added += self._added(site, written)
             if is_last:
-                self._sums[key].add(self._inputs.pop(key), output)
-            else:
-                self._outputs[key] = output
+                gap = self._open.pop(key)
+                self._sums[key].add(gap.inputs, gap.change())
+
+    def _opened(self, site: Site, read: torch.Tensor, written: torch.Tensor) -> _Open:
+        inputs = on_host(self._batch.tokens(read))
+        if not self._joining.normalized:
+            return _Open(inputs, torch.zeros(len(inputs), site.projection.out_features, dtype=torch.float32))
+        output = on_host(self._batch.tokens(written)).float()
+        return _Open(inputs, self._added(site, written), output, on_host(self._joining.gain(site)))
+
+    def _added(self, site: Site, written: torch.Tensor) -> torch.Tensor:
+        """Return what an output of the module of a site adds to the stream, `[tokens, out_features]` float32."""
+        return on_host(self._batch.tokens(self._joining.joined(site, written))).float()

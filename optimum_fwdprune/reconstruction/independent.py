@@ -43,8 +43,7 @@ def refit_independently(
 ) -> Iterator[Refitted]:
     """Refit every site that loses units on its inputs in the dense model, layer by layer.
 
-    A site directly before removed sites also takes over their output, if outputs are added to the residual stream as
-    they are.
+    A site directly before removed sites also takes over what they add to the residual stream.
 
     Args:
         subject (`Subject`): the dense model, which is not changed, with all its sites.
@@ -90,9 +89,8 @@ def refit_independently(
 
 def takes_over(subject: Subject) -> bool:
     """Return whether a projection can take over the output of removed sites after it: whether the outputs of
-    projections are added to the residual stream, all times the same number."""
-    layout = subject.architecture.layout
-    return layout.residual_adds_up(subject.text_config) and not layout.output_norm
+    projections are added to the residual stream, with norms of their own or all times the same number."""
+    return subject.architecture.layout.residual_adds_up(subject.text_config)
 
 
 def fit_and_held_out(calibration: Calibration) -> list[Calibration]:

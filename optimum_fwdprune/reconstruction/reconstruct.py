@@ -120,8 +120,8 @@ def _warn_of_gaps(subject: Subject, kept: Mapping[SiteKey, list[int]]) -> None:
     gone = sum(not kept[site.key] for site in subject.sites)
     if gone and not takes_over(subject):
         logger.warning(
-            "The outputs of projections are normalized on their way into the residual stream of this %s, so that no "
-            "projection compensates for the %d sublayers that are removed as a whole.",
+            "The residual stream of this %s is normalized between its layers, so that no projection compensates for "
+            "removed sublayers (%d).",
             subject.model.config.model_type,
             gone,
         )

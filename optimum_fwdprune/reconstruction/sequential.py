@@ -40,7 +40,8 @@ class SequentialFit:
     Args:
         target (`str`): `"layer"` fits the output of the unpruned projection for the same inputs. `"dense"` fits the
             residual stream of the dense model, which also corrects the errors of earlier layers; where outputs are
-            normalized before they are added to the stream, it fits the output of the projection in the dense model.
+            normalized before they are added to the stream, it fits the output of the projection in the dense model,
+            and before a gap the output whose normalized value leads nearest to the dense stream after the gap.
         ridge (`float`, *optional*): the ridge for all sites; by default it is chosen per site on the held-out text.
         batch_size (`int`): number of windows per forward pass.
         refit_sources (`bool`, defaults to `False`): refit the sources of the features too, for the target `"dense"`.
@@ -96,7 +97,7 @@ def refit_in_sequence(
     sites, runner, shelf = subject.sites, LayerRunner(subject.model), shelf or Shelf()
     towards_dense = fit.target == ReconstructionTarget.DENSE
     joining = Joining.of(subject) if towards_dense else None
-    aims = Aims(sites, kept, over_gaps=joining is not None and not joining.normalized)
+    aims = Aims(sites, kept, over_gaps=joining is not None)
     streams: list[list[Stream]] = [[] for _ in texts]
     follows = fit.refit_sources, fit.on_dense
     for held, text in enumerate(texts):

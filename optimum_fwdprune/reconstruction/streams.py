@@ -22,7 +22,7 @@ from ..runs.shelves import Shelf
 from .aims import Aims
 from .experts import RoutedTokens
 from .gauss_newton import Linearized
-from .joining import Joining
+from .joining import Joining, output_before_norm
 
 
 Projections = Mapping[SiteKey, Projection]
@@ -34,7 +34,7 @@ class Stream:
 
     The shelves hold the hidden states before layer `l`, `"<l>.<name>.pruned"` and `"<l>.<name>.dense"`. For layers
     that the dense model has run, they also hold `"<l>.<name>.<place>"`, the stream before the site with this index
-    (from 1), or, where a norm follows the projection, `"<l>.<name>.<place>.output"`, the output of the projection; and
+    (from 1); where a norm follows the projection, `"<l>.<name>.<place>.output"`, the output of the projection; and
     `"<l>.<name>.<place>.inputs"`, the inputs of the sources of the site. For sites that are final, they may hold
     `"<l>.<name>.<place>.features"`, the inputs of the projection in the pruned model, so that the rest of the layer
     runs without computing them again.
@@ -98,10 +98,10 @@ class Stream:
         if self.joining.normalized:
             for place, output in enumerate(outputs):
                 self._dense[f"{layer}.{self.name}.{place}.output"] = output
-        else:
-            for place, output in enumerate(outputs[:-1], start=1):
-                stream = stream + self.joining.multiplier * output.view_as(stream).to(stream.device)
-                self._dense[f"{layer}.{self.name}.{place}"] = stream
+        for place, (site, output) in enumerate(zip(sites, outputs[:-1]), start=1):
+            joined = self.joining.joined(site, output).view_as(stream)
+            stream = stream + self.joining.multiplier * joined.to(stream.device)
+            self._dense[f"{layer}.{self.name}.{place}"] = stream
         self._dense[f"{layer + 1}.{self.name}.dense"] = after
 
     def observe(
@@ -186,7 +186,7 @@ class Stream:
         layer, is_last = sites[0].layer, place + 1 == len(sites)
         if self.joining is not None and self.joining.normalized:
             self._forget_dense(f"{layer}.{self.name}.{place}.output")
-        elif self.joining is not None and not is_last:
+        if self.joining is not None and not is_last:
             self._forget_dense(f"{layer}.{self.name}.{place + 1}")
         if self.follows_inputs:
             self._forget_dense(f"{layer}.{self.name}.{place}.inputs")
@@ -256,15 +256,17 @@ class Stream:
 
     def _target(self, sites, place, written, joining: Joining) -> torch.Tensor:
         """Return the output that the projection of a site should have for the pruned model's inputs, in float32."""
-        if joining.normalized:
-            return self._dense[f"{sites[place].layer}.{self.name}.{place}.output"].float()
-        site = sites[place]
+        site, own = sites[place], None
         device = compute_device(site.output)
+        if joining.normalized:
+            own = self._dense[f"{site.layer}.{self.name}.{place}.output"].to(device).float()
+            if site.key not in self.aims.before_gaps:
+                return own
         pruned = self.shelf[f"{site.layer}.{self.name}.pruned"]
         target = (self._dense_target(site).to(device).float() - pruned.to(device).float()) / joining.multiplier
-        for output in written:
-            target -= output.view_as(target).to(device).float()
-        return target
+        for earlier, output in zip(sites, written):
+            target -= joining.joined(earlier, output).view_as(target).to(device).float()
+        return target if own is None else output_before_norm(target, joining.gain(site), own.view_as(target))
 
     def _dense_target(self, site: Site) -> torch.Tensor:
         aim = self.aims.of(site)

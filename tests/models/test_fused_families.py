@@ -10,7 +10,9 @@ from optimum_fwdprune import FwdPruner, find_sites
 from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.data.calibration import Calibration
 from optimum_fwdprune.forward.layerwise import LayerRunner, decoder_layers
+from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.models.resizing import resize_layer
+from optimum_fwdprune.reconstruction.joining import Joining
 
 
 # All forms of Falcon's attention, with ALiBi.
@@ -90,22 +92,22 @@ def test_every_block_of_codegen_keeps_as_many_heads(tokens):
 @torch.no_grad()
 def test_the_declared_residual_stream_is_the_one_that_layers_compute(name, tokens):
     """What reconstruction towards the dense model reads: the stream is the sum of what projections write, attention
-    first."""
+    first, by way of the norms that are declared."""
     dense = tiny.make_model(name)
-    layout = get_architecture(dense.config).layout
-    adds_up = layout.residual_adds_up(dense.config) and not layout.output_norm
+    adds_up = get_architecture(dense.config).layout.residual_adds_up(dense.config)
+    joining = Joining.of(Subject.of(dense))
     runner, written = LayerRunner(dense), []
     (batch,) = runner.batches(Calibration(tokens), len(tokens))
     before = runner.embed(batch)
     sites = [site for site in find_sites(dense) if site.layer == 0]
     for site in sites:
         # Falcon adds to an output in place.
-        hook = lambda _module, _args, output, kind=site.kind: written.append((kind, output.clone()))  # noqa: E731
+        hook = lambda _module, _args, output, site=site: written.append((site, output.clone()))  # noqa: E731
         site.projection.register_forward_hook(hook)
     after = runner.run(0, batch, before)
 
-    assert [kind for kind, _ in written] == ["attention", "mlp"]
-    total = sum(output.view_as(before) for _, output in written) * layout.residual_multiplier(dense.config)
+    assert [site.kind for site, _ in written] == ["attention", "mlp"]
+    total = sum(joining.joined(site, output).view_as(before) for site, output in written) * joining.multiplier
     assert torch.allclose(before + total, after, rtol=1e-4, atol=1e-4) == adds_up
 
 

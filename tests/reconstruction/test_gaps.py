@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
+from optimum_fwdprune.reconstruction.joining import output_before_norm
 
 
 GAPS = {
@@ -20,7 +21,15 @@ GAPS = {
 }
 # Their random models have enough in common between tokens for held-out windows to gain.
 ARCHITECTURES = ("llama_gqa_biases", "opt_pre_norm", "bloom")
+# Norms follow their projections.
+NORMALIZED = ("gemma3_text", "olmo2")
 LAYERS = {"opt_pre_norm": "decoder.layers", "bloom": "h"}
+
+
+def deep_model(name):
+    """A model of four layers."""
+    types = {"layer_types": ["sliding_attention", "full_attention"] * 2} if name == "gemma3_text" else {}
+    return tiny.make_model(name, num_hidden_layers=4, **types)
 
 
 def plan_without(model, gone):
@@ -99,13 +108,17 @@ def test_the_projection_before_a_gap_aims_at_the_dense_stream_after_it(name, man
         assert torch.equal(untouched.projection.weight, sites[key].projection.weight)
 
 
-def test_a_model_on_disk_is_repaired_bit_for_bit_as_in_memory(many_tokens, tmp_path):
-    model = tiny.make_model("llama_gqa_biases", num_hidden_layers=4)
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("llama_gqa_biases", "sequential"), ("gemma3_text", "sequential"), ("gemma3_text", "independent")],
+)
+def test_a_model_on_disk_is_repaired_bit_for_bit_as_in_memory(name, order, many_tokens, tmp_path):
+    model = deep_model(name)
     model.save_pretrained(tmp_path / "dense")
     plan, weights = plan_without(model, [1, 2]), {}
     for place in ("memory", "disk"):
         pruner = FwdPruner.from_pretrained(tmp_path / "dense", low_memory=place == "disk")
-        pruner.prune(plan=plan, dataset=many_tokens, reconstruction="least_squares")
+        pruner.prune(plan=plan, dataset=many_tokens, reconstruction="least_squares", reconstruction_order=order)
         pruner.save_pretrained(tmp_path / place)
         files = (tmp_path / place).glob("*.safetensors")
         weights[place] = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -123,6 +136,47 @@ def test_sources_are_refitted_across_a_gap_too(many_tokens):
         return np.square(stream_after(pruned, "llama", -1, many_tokens) - target).mean()
 
     assert lost(refit_sources=True) < lost() < lost(reconstruction="none")
+
+
+@pytest.mark.parametrize("order", ["sequential", "independent"])
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_outputs_that_are_normalized_take_over_what_follows(name, order, many_tokens):
+    """Sublayers alone, too, whose gap ends inside a layer."""
+    model = deep_model(name)
+    target = stream_after(model, name, 3, many_tokens)
+    for gap in ("inner layers", "mlp and attention"):
+        plan = plan_without(model, GAPS[gap])
+
+        def lost(plan=plan, **fields):
+            pruned = pruned_by(model, plan, many_tokens, **fields).model
+            return np.square(stream_after(pruned, name, -1, many_tokens) - target).mean()
+
+        assert lost(reconstruction_order=order) < 0.9 * lost(reconstruction="none")
+
+
+@torch.no_grad()
+def test_the_output_before_a_norm_is_the_one_that_leads_nearest_to_what_is_wanted():
+    generator = torch.Generator().manual_seed(0)
+    norm = torch.nn.RMSNorm(12)
+    norm.weight.copy_(0.2 + torch.rand(12, generator=generator))
+    gain, output = norm.weight, 5 * torch.randn(40, 12, generator=generator)
+    wanted = torch.randn(40, 12, generator=generator) * torch.linspace(0.1, 10, 40)[:, None]
+    wanted[20:] = norm(torch.randn(20, 12, generator=generator))
+    found = output_before_norm(wanted, gain, output)
+
+    assert torch.allclose(found.norm(dim=-1), output.norm(dim=-1), rtol=1e-4)
+    # What a norm can return is met, and of what is longer nothing is nearer.
+    left = (norm(found) - wanted).norm(dim=-1)
+    assert left[20:].max() < 2e-2
+    too_long = (wanted / gain.clamp_min(1e-9)).norm(dim=-1) > 12**0.5
+    assert too_long[:20].any()
+    for scale in (0.01, 0.1, 1.0):
+        other = found + scale * torch.randn(200, 40, 12, generator=generator)
+        assert ((norm(other) - wanted).norm(dim=-1) > left - 1e-4)[:, too_long].all()
+    # Weights of 0 let nothing through, and where nothing is wanted, no direction is.
+    gain[3] = 0
+    assert output_before_norm(wanted, gain, output).isfinite().all()
+    assert torch.equal(output_before_norm(torch.zeros_like(output), gain, output), torch.zeros_like(output))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -206,8 +260,9 @@ def test_independent_repair_is_the_same_with_the_statistics_of_scores_and_on_dis
             torch.testing.assert_close(others[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_normalized_outputs_take_over_nothing_and_say_so(many_tokens, caplog):
-    model = tiny.make_model("gemma2")
-    pruned_by(model, plan_without(model, [1]), many_tokens, reconstruction_order="independent")
+def test_where_the_stream_is_normalized_nothing_is_taken_over_and_a_warning_says_so(many_tokens, caplog):
+    model = tiny.make_model("opt_post_norm_projected")
+    plan = plan_without(model, [(1, "mlp")])
+    pruned_by(model, plan, many_tokens, reconstruction_order="independent")
 
-    assert "no projection compensates for the 2 sublayers that are removed as a whole" in caplog.text
+    assert "no projection compensates for removed sublayers (1)" in caplog.text
