@@ -87,8 +87,8 @@ class Architecture:
         return support_of(self.layout)
 
     @property
-    def may_stay_stock(self) -> bool:
-        """Whether pruned models of the family may have its stock class: those that lost experts only."""
+    def stores_experts_apart(self) -> bool:
+        """Whether stock checkpoints of the family hold one tensor per expert, and its stock classes one for all."""
         return self.layout.experts is not None
 
     def pruned_class(self, model: PreTrainedModel) -> type[PreTrainedModel]:

@@ -12,6 +12,7 @@ from .options import (
     load_model,
     load_processor,
     load_tokenizer,
+    loading_options,
 )
 from .parser import choice
 
@@ -65,6 +66,8 @@ class ExportCommand(Command):
 
         from optimum_fwdprune.export import export_gguf, export_stock
         from optimum_fwdprune.export.gguf_quantize import check_writable
+        from optimum_fwdprune.loading.source import Source
+        from optimum_fwdprune.record.reading import read_record
 
         if is_file:
             check_writable(self.args.outtype)
@@ -75,5 +78,7 @@ class ExportCommand(Command):
         else:
             processor = load_processor(self.args.model, self.args)
             model = load_model(self.args.model, self.args)
+            # A model of a stock class is known as a pruned one by its record.
+            read_record(model, self.args.model, Source(loading_options(self.args)))
             written = export_stock(model, processor, self.args.output, self.args.overwrite)
             print(f"Written to {written}; its logits equal those of {self.args.model}.")

@@ -43,8 +43,10 @@ def pruned_config(subject: Subject, kept: Mapping[SiteKey, list[int]], with_bias
 
 def stock_pruned_config(subject: Subject, kept: Mapping[SiteKey, list[int]]) -> PreTrainedConfig:
     """Build the config of a pruned model that a stock class holds: fewer experts, and fewer layers."""
-    model = subject.model
-    values = _values_of(model.config) | _values_after(subject, kept)
+    model, text_config = subject.model, subject.text_config
+    values = _values_of(text_config) | _values_after(subject, kept)
+    if text_config is not model.config:
+        values = _values_of(model.config) | {"text_config": {**values, "model_type": text_config.model_type}}
     config = type(model.config).from_dict(values)
     take_implementations(config, model.config)
     config._name_or_path = model.config._name_or_path
@@ -52,13 +54,15 @@ def stock_pruned_config(subject: Subject, kept: Mapping[SiteKey, list[int]]) -> 
 
 
 def stays_stock(subject: Subject, kept: Mapping[SiteKey, list[int]]) -> bool:
-    """Return whether the pruned model has the stock class of the dense one: where it loses experts, and whole layers,
+    """Return whether the pruned model has the stock class of the dense one: where it loses whole layers or experts,
     but no heads, channels or sublayers."""
     if is_pruned(subject.model.config):
         return False
-    losing = subject.losing(kept)
-    whole_layers = len(sublayers_left(kept)) == len(SUBLAYERS) * len(layers_left(kept))
-    return bool(losing) and all(site.routing is not None for site in losing) and whole_layers
+    losing, left = subject.losing(kept), layers_left(kept)
+    # A model that loses nothing is built as a pruned one, whose layers are checked before anything is measured.
+    loses = bool(losing) or len(left) < len(subject.layers)
+    whole_layers = len(sublayers_left(kept)) == len(SUBLAYERS) * len(left)
+    return loses and all(site.routing is not None for site in losing) and whole_layers
 
 
 def _values_after(subject: Subject, kept: Mapping[SiteKey, list[int]]) -> dict[str, Any]:

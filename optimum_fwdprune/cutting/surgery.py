@@ -62,7 +62,7 @@ def slice_tensor(name: str, tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
 
 def empty_pruned_model(subject: Subject, kept: Mapping[SiteKey, list[int]], with_bias: set[str]) -> PreTrainedModel:
     """Build the pruned counterpart of a model without weights, on the meta device; the arguments are those of
-    `pruned_config`. Its class is a stock class where that can hold what experts are left.
+    `pruned_config`. Its class is the stock class where that can hold what is left.
 
     Raises:
         ValueError: where the weights of the model do not match its class and config.

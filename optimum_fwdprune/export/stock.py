@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..architectures import get_architecture
+from ..architectures import get_architecture, is_pruned
 from ..architectures.stock_form import stock_form
 from ..architectures.wrapping import check_in_memory, check_no_adapters
 from ..cutting.verification import (
@@ -32,6 +33,8 @@ def export_stock(
 ) -> Path:
     """Write a uniformly pruned model as a checkpoint of its stock family, or of a family that computes the same.
 
+    A model that lost whole layers or experts alone has a stock class already, and is copied without its record.
+
     The folder appears whole or not at all, once the checkpoint was loaded again and its logits were compared. Layers
     that are offloaded are in memory one at a time.
 
@@ -49,7 +52,7 @@ def export_stock(
     check_in_memory(model)
     check_not_consumed(model)
     check_no_adapters(model, "an export cannot hold")
-    config, model_class = stock_form(model.config, get_architecture(model.config).pruned_class(model))
+    config, model_class = _stock_form(model)
     probe = probe_batch(model, None)
     with folder_moved_into_place(folder, overwrite) as temporary:
         _write(model, config, model_class, temporary)
@@ -69,6 +72,13 @@ def export_stock(
                 f"{difference:.2g} of their scale. Nothing was written; please report this as a bug."
             )
     return Path(folder)
+
+
+def _stock_form(model: PreTrainedModel) -> tuple[PreTrainedConfig, Any]:
+    """Return the stock config and class that hold the weights of a pruned model."""
+    if not is_pruned(model.config) and getattr(model, "pruning_record", None) is not None:
+        return copy.deepcopy(model.config), type(model)
+    return stock_form(model.config, get_architecture(model.config).pruned_class(model))
 
 
 def _write(model: PreTrainedModel, config: PreTrainedConfig, model_class: Any, folder: Path) -> None:

@@ -22,6 +22,7 @@ from transformers.utils import find_adapter_config_file
 from ..architectures import get_architecture, is_pruned, is_supported
 from .integrity import check_checkpoint
 from .offline import naming_offline
+from .recorded import was_pruned
 
 
 # Arguments of `from_pretrained` that determine where files are read from.
@@ -34,13 +35,20 @@ ACCESS = ("token", "cache_dir", "local_files_only", "trust_remote_code")
 FOLDER_OTHERWISE = "name a folder that holds the model"
 
 
-def auto_class_of(config: PreTrainedConfig) -> Any:
+def auto_class_of(model_id: str | Path, config: PreTrainedConfig, where: Mapping[str, Any]) -> Any:
     """Return the Auto class of the task that a checkpoint was saved for.
 
     A dense model without a head is loaded as a language model, which needs no head if embeddings are tied.
+
+    Args:
+        model_id (`str` or `Path`): folder or repository.
+        config (`PreTrainedConfig`): its config.
+        where (mapping): `revision`, `token`, `cache_dir`, `subfolder` and the like.
     """
-    pruned, pruned_class = is_pruned(config), _pruned_class_of(config)
-    if pruned_class is None or (not pruned and pruned_class._auto_class == AutoModel.__name__):
+    pruned_class = _pruned_class_of(config)
+    if pruned_class is None:
+        return language_model_class(config)
+    if pruned_class._auto_class == AutoModel.__name__ and not was_pruned(model_id, config, where):
         return language_model_class(config)
     return getattr(transformers, str(pruned_class._auto_class))
 
@@ -159,7 +167,7 @@ def build_without_weights(model_id: str | Path, **kwargs: Any) -> PreTrainedMode
         config = AutoConfig.from_pretrained(model_id, **kwargs)
         auto_class: Any = AutoModelForCausalLM
         if is_supported(config):
-            auto_class = auto_class_of(config)
+            auto_class = auto_class_of(model_id, config, {name: kwargs[name] for name in WHERE if name in kwargs})
         elif type(config) not in auto_class._model_mapping:
             # Remote code names its own classes, and neither mapping has its config.
             is_multimodal = type(config) in AutoModelForImageTextToText._model_mapping

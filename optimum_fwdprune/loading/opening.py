@@ -57,7 +57,7 @@ def open_model(
         # An unsupported family is refused before gigabytes are read.
         with naming_offline(model_id, FOLDER_OTHERWISE):
             config = AutoConfig.from_pretrained(model_id, **shared)
-        auto_class = auto_class_of(config)
+        auto_class = auto_class_of(model_id, config, {name: options[name] for name in WHERE if name in options})
         check_unquantized(model_id, config, options.get("quantization_config"))
     if low_memory:
         if "gguf_file" in options or "device_map" in options:
@@ -78,7 +78,10 @@ def open_model(
 def _loaded(model_id: str | Path, auto_class: Any, options: Mapping[str, Any], low_memory: bool) -> PreTrainedModel:
     """Load a model. The files of a mixture of experts hold one tensor per expert, and its class has one for all, so
     that with `low_memory` a copy of the weights is written that layers are read from. It is removed with the model."""
-    if not low_memory or not get_architecture(AutoConfig.from_pretrained(model_id, **_shared(options))).may_stay_stock:
+    if (
+        not low_memory
+        or not get_architecture(AutoConfig.from_pretrained(model_id, **_shared(options))).stores_experts_apart
+    ):
         return load_for_task(model_id, auto_class, **placed(options))
     workspace = Workspace(options.get("offload_folder"))
     with naming_what_is_full(workspace.folder):

@@ -103,7 +103,7 @@ def save_offloaded(
     parts += [[name for name in state if name.startswith(prefix)] for prefix in prefixes]
     weight_map: dict[str, str] = {}
     # Stock checkpoints of mixtures hold one tensor per expert.
-    like = _per_expert(written_as) if get_architecture(model.config).may_stay_stock else None
+    like = _per_expert(written_as) if get_architecture(model.config).stores_experts_apart else None
     for number, part in enumerate(parts, 1):
         file = folder / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         tensors = {name: state[name] for name in part}

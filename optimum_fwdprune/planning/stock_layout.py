@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..allocation.plan import PruningPlan
 from ..architectures import Site
 from ..architectures.stock_form import find_stock_form
-from ..cutting.form import pruned_config
+from ..cutting.form import pruned_config, stays_stock
 from ..loading.subject import Subject
 from ..reconstruction.bias import kinds_gaining_bias
 from ..request.choices import WIDTH_KINDS, ReconstructionKind
@@ -24,6 +24,8 @@ def check_stock_layout(subject: Subject, plan: PruningPlan, reconstruction: str 
         plan (`PruningPlan`): the plan.
         reconstruction (`str`, defaults to `"none"`): kind of reconstruction, which may add biases.
     """
+    if stays_stock(subject, plan.kept):
+        return
     with_bias = kinds_gaining_bias(subject.sites, plan.kept, reconstruction)
     config = pruned_config(subject, plan.kept, with_bias)
     find_stock_form(config, subject.architecture.pruned_class(subject.model))

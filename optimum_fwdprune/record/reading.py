@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..allocation.plan import PruningPlan
 from ..architectures import find_sites, get_architecture, is_pruned
 from ..architectures.sizes import ModelSizes
+from ..loading.recorded import was_pruned
 from ..loading.source import Source
 from ..models.per_layer import stock_config
 from .outcome import Outcome
@@ -21,8 +22,8 @@ from .record import Record
 def read_record(model: PreTrainedModel, model_id: str | Path, source: Source) -> tuple[Record, Source]:
     """Return the record in a pruned model's checkpoint, and its source completed by the record.
 
-    Of a dense model, the record is empty and the source stays the same. A mixture of experts that was pruned may have
-    a stock class, so that the files of its checkpoint tell whether it was.
+    Of a dense model, the record is empty and the source stays the same. A model that lost whole layers or experts has
+    a stock class, so that the files of its checkpoint tell whether it was pruned.
 
     Args:
         model (`PreTrainedModel`): the opened model; from now on its `save_pretrained` writes the record too.
@@ -32,11 +33,10 @@ def read_record(model: PreTrainedModel, model_id: str | Path, source: Source) ->
     Raises:
         ValueError: where a file of the record is damaged, or the plan does not fit the weights.
     """
-    pruned = is_pruned(model.config)
-    if not pruned and not get_architecture(model.config).may_stay_stock:
+    if not was_pruned(model_id, model.config, source.where):
         return Record(), source
     record = Record.of_checkpoint(model_id, **source.where)
-    if not pruned and record.plan is None:
+    if not is_pruned(model.config) and record.plan is None:
         return Record(), source
     if record.plan is not None:
         record.plan.check_left(find_sites(model, record.plan.attention_unit))
@@ -87,16 +87,10 @@ def _outcome_of(model: PreTrainedModel, plan: PruningPlan) -> Outcome | None:
 def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the pruned model of a config without its weights, for the task that it was saved with.
 
-    Raises:
-        ValueError: where the config is not that of a pruned model.
+    Its class is a stock class where its config is that of one.
     """
-    architecture = get_architecture(config)
-    classes: list[Any] = list(architecture.model_classes)
+    classes: list[Any] = list(get_architecture(config).model_classes)
     if not is_pruned(config):
-        if not architecture.may_stay_stock:
-            raise ValueError(
-                f"model_type {config.model_type!r} is that of a dense model, but the checkpoint has a plan."
-            )
         classes = [model_class.__bases__[-1] for model_class in classes]
     names = config.architectures or ()
     named = [model_class for model_class in classes if model_class.__name__ in names]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -56,6 +57,8 @@ class Record:
     def leave_with(self, model: PreTrainedModel) -> Record:
         """Attach the record to `model`, whose `save_pretrained` then writes it, and return the attached record.
 
+        Pruned classes write it themselves, and a model of a stock class gets a method for it.
+
         Its sizes are updated to those of `model`, since training may have changed the dtype.
         """
         record = self
@@ -64,6 +67,9 @@ class Record:
             outcome = replace(self.outcome, parameters_after=now.parameters, bytes_after=now.bytes)
             record = replace(self, outcome=outcome)
         vars(model)["pruning_record"] = record
+        if not hasattr(type(model), "pruning_record"):
+            # A bound method follows copies of the model.
+            vars(model)["save_pretrained"] = MethodType(save_pretrained, model)
         return record
 
     def save(self, folder: str | Path) -> None:
@@ -110,6 +116,21 @@ class Record:
             recovery=values.get("recovery"),
             comparison=Comparison.from_list(values["comparison"]) if values.get("comparison") else None,
         )
+
+
+def save_pretrained(
+    model: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+) -> None:
+    """Save a model of a stock class that was pruned, with its record.
+
+    Args:
+        model (`PreTrainedModel`): the model, with the attribute `pruning_record`.
+        save_directory, is_main_process, kwargs: as for the `save_pretrained` of its class.
+    """
+    type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
+    # With adapters inside, adapters alone are saved.
+    if is_main_process and not getattr(model, "_hf_peft_config_loaded", False):
+        vars(model)["pruning_record"].save(save_directory)
 
 
 def _without_folders(comparison: Comparison) -> list[dict[str, Any]]:

@@ -1,10 +1,15 @@
 """Pruning in rounds: the budget is that of one cut, and the plan of all rounds is one that can be replayed."""
 
+import dataclasses
+
 import pytest
 import tiny
 import torch
 
 from optimum_fwdprune import FwdPruner, find_sites
+from optimum_fwdprune.allocation.budgets import Budget
+from optimum_fwdprune.allocation.depth import removed_units
+from optimum_fwdprune.architectures import SiteKey
 from optimum_fwdprune.planning import run as run_module
 
 
@@ -261,6 +266,29 @@ def test_layers_and_sublayers_go_in_rounds(kinds, fields, removed_units, tokens)
     for name, parameter in replayed.named_parameters():
         assert torch.equal(parameter, pruned.get_parameter(name)), name
     assert "layer" in str(pruner.report) and pruner.report.masked_difference < 1e-4
+
+
+def test_an_earlier_round_removes_no_layer_that_exceeds_its_budget():
+    """The next round decides whether the layer that does not fit is removed, also where a later one would fit."""
+    sites = find_sites(tiny.make_model("llama_gqa_biases", num_hidden_layers=4))
+    layer = sites[0].num_parameters + sites[1].num_parameters
+    scores = {SiteKey(number, "layer"): torch.tensor([float(number)]) for number in range(4)}
+    request = tiny.request("block_influence", kinds=["layer"], target_parameters=1)
+    for share, kinds in ((0.9, []), (1, [0]), (1.9, [0]), (2, [0, 1])):
+        budget = Budget(round(share * layer), at_most=True, as_far_as_possible=True)
+        removed = removed_units(sites, scores, request, budget)
+        assert [unit.key.layer for unit in removed] == kinds
+    at_least = removed_units(sites, scores, request, Budget(round(1.1 * layer), at_least=True))
+    assert [unit.key.layer for unit in at_least] == [0, 1]
+
+    # The MLP does not fit, and the attention, which is smaller, does not go in its place.
+    scores = {
+        SiteKey(number, f"{kind}_sublayer"): torch.ones(1) for number in range(4) for kind in ("attention", "mlp")
+    }
+    scores[1, "mlp_sublayer"], scores[2, "attention_sublayer"] = torch.zeros(1), torch.full((1,), 0.5)
+    budget = Budget(sites[0].num_parameters, at_most=True, as_far_as_possible=True)
+    assert sites[0].num_parameters < sites[1].num_parameters
+    assert not removed_units(sites, scores, dataclasses.replace(request, kinds=["sublayer"]), budget)
 
 
 @pytest.mark.parametrize(("skip_layers", "expected"), [(None, {0, 1, 2}), ([2], {0, 1, 3}), ([-6], {1, 2, 3})])

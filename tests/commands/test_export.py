@@ -42,6 +42,31 @@ def test_a_stock_layout_is_pruned_and_exported(cli, folder, tokens, tmp_path):
     assert code == 1 and "is not empty" in err
 
 
+def test_a_model_without_whole_layers_is_a_stock_checkpoint_that_every_command_knows_as_pruned(
+    cli, folder, tokens, tmp_path
+):
+    depth = ["--kinds", "layer", "--method", "removal_loss", "--sparsity", "0.34"]
+    code, out, err = cli("prune", "-m", folder / "dense", tmp_path / "pruned", *depth, *SMALL)
+    assert code == 0, err
+    for command in (["report", tmp_path / "pruned"], ["inspect", tmp_path / "pruned"]):
+        code, out, err = cli(*command)
+        assert code == 0 and "1 of 3 layers is removed" in out, (out, err)
+    code, _, err = cli("export", tmp_path / "pruned", tmp_path / "stock", "--format", "stock")
+    assert code == 0, err
+
+    pruned, stock = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / each) for each in ("pruned", "stock")
+    )
+    assert type(pruned) is type(stock) is transformers.LlamaForCausalLM
+    assert pruned.config.num_hidden_layers == stock.config.num_hidden_layers == 2
+    assert torch.equal(pruned(tokens).logits, stock(tokens).logits)
+    # The export has no record, so that it is a dense model to every command.
+    assert FwdPruner.from_pretrained(tmp_path / "pruned").plan is not None
+    assert FwdPruner.from_pretrained(tmp_path / "stock").plan is None
+    code, _, err = cli("export", tmp_path / "stock", tmp_path / "again", "--format", "stock")
+    assert code == 1 and "was not pruned by this package" in err
+
+
 @pytest.mark.parametrize("own_tokenizer", [False, True])
 def test_the_processor_of_a_multimodal_model_is_exported_with_it(cli, own_tokenizer, tmp_path):
     processor = tiny_multimodal.make_processor("gemma3")

@@ -7,11 +7,12 @@ import tiny
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Qwen3Config, StaticCache
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, Qwen3Config, StaticCache
 
 from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
-from optimum_fwdprune.architectures.depth import values_of_layers
+from optimum_fwdprune.architectures.depth import skipped_sublayers, values_of_layers
 from optimum_fwdprune.forward.gates import gated
+from optimum_fwdprune.forward.layerwise import decoder_layers
 from optimum_fwdprune.loading.offloading import read_parameter
 
 
@@ -76,13 +77,16 @@ def llama():
 @pytest.mark.parametrize(("name", "gone"), CASES)
 def test_a_model_without_sites_computes_and_generates_what_the_masked_one_does(name, gone, tokens, tmp_path):
     dense = tiny.make_model(name)
-    plan = plan_without(dense, GONE[gone], narrow=[(2, "mlp")])
+    # A model that lost whole layers alone has its stock class.
+    stays_stock = all(isinstance(layer, int) for layer in GONE[gone])
+    plan = plan_without(dense, GONE[gone], narrow=[] if stays_stock else [(2, "mlp")])
     masked = without_sites(dense, plan)
     pruned = pruned_by(dense, plan).model
     expected = masked(tokens).logits
 
     layers_left = {key.layer for key, units in plan.kept.items() if units}
-    assert len(pruned.decoder_layers) == pruned.config.num_hidden_layers == len(layers_left)
+    assert len(decoder_layers(pruned)) == pruned.config.num_hidden_layers == len(layers_left)
+    assert (type(pruned) is type(masked)) == (pruned.config.model_type == masked.config.model_type) == stays_stock
     assert (pruned(tokens).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert not any(name.endswith("bias") and not parameter.numel() for name, parameter in pruned.named_parameters())
 
@@ -103,7 +107,7 @@ def test_a_model_without_sites_computes_and_generates_what_the_masked_one_does(n
     pruned.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(reloaded(tokens).logits, pruned(tokens).logits)
-    assert AutoConfig.from_pretrained(tmp_path).per_layer_config[0].skip == pruned.config.per_layer_config[0].skip
+    assert skipped_sublayers(reloaded.config) == skipped_sublayers(pruned.config)
 
 
 def test_caches_hold_nothing_for_skipped_attention(llama, tokens):
@@ -238,6 +242,46 @@ class TestPruningAgain:
         assert again.model.config.num_hidden_layers == 1
         at_once = pruned_by(dense, again.plan).model
         torch.testing.assert_close(at_once(tokens).logits, again.model(tokens).logits)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("low_memory", [False, True])
+    def test_a_stock_checkpoint_without_layers_is_known_as_pruned_and_pruned_again(
+        self, low_memory, llama, tokens, tokenizer, tmp_path
+    ):
+        llama.save_pretrained(tmp_path / "dense")
+        pruner = FwdPruner.from_pretrained(tmp_path / "dense", low_memory=low_memory, tokenizer=tokenizer)
+        pruner.prune(kinds=["layer"], method="random", sparsity=0.34, reconstruction="none")
+        pruner.save_pretrained(tmp_path / "pruned")
+        # The model's own method writes the record, too, and that of a copy writes the copy.
+        copied = copy.deepcopy(pruner.model)
+        if not low_memory:
+            copied.lm_head.weight.zero_()
+            copied.save_pretrained(tmp_path / "copied")
+            assert not FwdPruner.from_pretrained(tmp_path / "copied").model.lm_head.weight.any()
+
+        again = FwdPruner.from_pretrained(tmp_path / "pruned", low_memory=low_memory)
+        assert type(again.model) is type(llama)
+        assert not list((tmp_path / "pruned").glob("*.py"))
+        assert again.plan.kept == pruner.plan.kept and again.report.parameters_after == pruner.report.parameters_after
+        dense = FwdPruner.from_pretrained(tmp_path / "dense", low_memory=low_memory)
+        assert dense.plan is None and dense.report is None
+
+        now = plan_without(again.model, [(1, "attention")], narrow=[(0, "mlp")])
+        again.prune(plan=now, reconstruction="none")
+        again.save_pretrained(tmp_path / "again")
+        composed = FwdPruner.from_pretrained(tmp_path / "again")
+        first, last = sorted({key.layer for key, units in pruner.plan.kept.items() if units})
+        assert composed.model.config.model_type == "pruned_llama"
+        assert len(composed.plan.kept) == 6 and not composed.plan.kept[last, "attention"]
+        assert composed.plan.kept[first, "mlp"] == list(range(0, 64, 2))
+        expected = without_sites(llama, composed.plan)(tokens).logits
+        torch.testing.assert_close(composed.model(tokens).logits, expected, rtol=1e-3, atol=1e-4)
+
+    def test_a_model_without_a_head_stays_one(self, tmp_path):
+        model = tiny.make_model("llama_gqa_biases", AutoModel)
+        pruned_by(model, plan_without(model, [0])).save_pretrained(tmp_path)
+
+        assert type(FwdPruner.from_pretrained(tmp_path).model) is type(model)
 
     def test_a_checkpoint_without_layers_is_opened_with_its_plan(self, llama, tmp_path):
         pruned_by(llama, plan_without(llama, [1, (2, "attention")])).save_pretrained(tmp_path)
