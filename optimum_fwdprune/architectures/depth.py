@@ -23,6 +23,10 @@ NUMBERS_OF_FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers")
 INTERVALS = ("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step")
 
 
+# Types of layers whose attention reaches a limited number of tokens back, with the config key of this number.
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+
+
 def layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """Return the config of every decoder layer of a model, dense or pruned."""
     config = config.get_text_config()
@@ -37,6 +41,15 @@ def skipped_sublayers(config: PreTrainedConfig) -> set[SiteKey]:
         for number, layer in enumerate(layer_configs(config))
         for kind in getattr(layer, "skip", ())
     }
+
+
+def windows_of(config: PreTrainedConfig) -> list[int | None]:
+    """Return how many tokens the attention of every decoder layer of a model reaches back; `None` where it reaches all
+    tokens, and everywhere in a model whose layers do not differ in this."""
+    config = config.get_text_config()
+    types = getattr(config, "layer_types", None) or ()
+    windows = [getattr(config, WINDOWS[kind], None) if kind in WINDOWS else None for kind in types]
+    return windows if len(set(windows)) > 1 else [None] * config.num_hidden_layers
 
 
 def layers_left(kept: Mapping[SiteKey, Sequence[int]]) -> list[int]:

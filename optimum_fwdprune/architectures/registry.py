@@ -16,7 +16,7 @@ from ..models.layout import SUBLAYERS, DecoderLayout
 from ..models.per_layer import stock_config_class
 from ..request.choices import AttentionUnit, UnitKind
 from ..runs.loggers import get_logger
-from .depth import layers_left, skipped_sublayers, sublayers_left
+from .depth import layers_left, skipped_sublayers, sublayers_left, windows_of
 from .site import Site, keyed_by_site
 from .sites import attention_site, attention_sizes, check_couplings, site_after_attention
 from .support import Support, support_of
@@ -132,9 +132,16 @@ class Architecture:
                     f"{path} of this {type(model).__name__} is not built like a decoder layer of {self.model_type}: "
                     f"{error}. Restore the modules that were replaced in it, or load the model again."
                 ) from error
-        sites = [replace(site, layer_stays=site.layer < self.layout.first_layers(model.config)) for site in sites]
+        first_layers, windows = self.layout.first_layers(model.config), windows_of(model.config)
         check_couplings(sites)
-        return sites
+        return [
+            replace(
+                site,
+                layer_stays=site.layer < first_layers,
+                window=windows[site.layer] if site.kind == UnitKind.ATTENTION else None,
+            )
+            for site in sites
+        ]
 
     def layer_sizes(self, model: PreTrainedModel, sites: list[Site], kept: dict) -> dict[int, dict]:
         """Return `per_layer_config` of the model that keeps the units `kept` (site key -> unit indices). Layers

@@ -111,6 +111,8 @@ class Site:
         fixed (`str`, *optional*): the reason why no single unit can be removed, if there is one, as a clause.
         norms (`tuple[HeadNorm, ...]`, *optional*): norms of queries and keys with weights that units own.
         layer_stays (`bool`, defaults to `False`): whether the layer of the site cannot be removed whole.
+        window (`int`, *optional*): the number of tokens that the attention of the site reaches back, in a model whose
+            layers differ in it; `None` where it reaches all tokens.
         routing (`Routing`, *optional*): router and experts of a site whose units are experts.
         units_before (`int`, *optional*): number of units before earlier rounds of the same pruning; by default
             `num_units`.
@@ -129,6 +131,7 @@ class Site:
     fixed: str = ""
     norms: tuple[HeadNorm, ...] = ()
     layer_stays: bool = False
+    window: int | None = None
     routing: Routing | None = None
     units_before: int | None = None
 

@@ -242,10 +242,18 @@ def at_measured_widths(sites: Sequence[Site], config: PruningConfig) -> PruningC
     return replace(config, multiple_of=coarse_multiple(sites, config))
 
 
-def shape_of(site: Site) -> str:
-    """Return a description of the site's shape; sites of one shape take the same time with equally many units."""
+def shape_of(site: Site, tokens: int | None = None) -> str:
+    """Return a description of the site's shape; sites of one shape take the same time with equally many units.
+
+    Args:
+        site (`Site`): the site.
+        tokens (`int`, *optional*): tokens of the prompt, or in the KV cache. Windows that are not shorter than these
+            make no difference, and are left out of the description.
+    """
     widths = "+".join(str(parameter.shape[1 - coupling.axis]) for coupling, parameter in _weights_of(site))
-    return f"{site.kind}, units of {site.unit_width} in {site.num_groups} groups, linears of {widths}"
+    shape = f"{site.kind}, units of {site.unit_width} in {site.num_groups} groups, linears of {widths}"
+    is_limited = site.window is not None and (tokens is None or site.window < tokens)
+    return f"{shape}, window of {site.window}" if is_limited else shape
 
 
 def _weights_of(site: Site):

@@ -61,7 +61,7 @@ class Calls:
     hidden: torch.Tensor
     arguments: list[tuple[tuple, dict[str, Any]]]
     cache: Any = None
-    _stored: dict[tuple[int, int], Any] = field(default_factory=dict)
+    _stored: dict[tuple[int, int, int], Any] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
@@ -94,7 +94,7 @@ class Calls:
         if cache is None:
             return lambda: layer(self.hidden, *args, **kwargs)
         cache.layers = list(cache.layers)
-        narrowed = cache.layers[index] = _Narrowed(self.cache.layers[index], number, self._stored)
+        narrowed = cache.layers[index] = _Narrowed(self.cache.layers[index], (index, number), self._stored)
         layer(self.hidden, *args, **kwargs)
 
         def run() -> Any:
@@ -110,16 +110,18 @@ class _Narrowed:
 
     Args:
         filled (`CacheLayerMixin`): the cache of the layer at its full width.
-        number (`int`): number of the copy of the layer.
-        stored (`dict`): narrower caches by number of the copy and number of KV heads, which is added to.
+        copied (`tuple[int, int]`): index of the layer, and number of its copy.
+        stored (`dict`): narrower caches by layer, copy and number of KV heads, which is added to. The caches of layers
+            differ in their length where some have a window.
     """
 
-    def __init__(self, filled: Any, number: int, stored: dict[tuple[int, int], Any]):
+    def __init__(self, filled: Any, copied: tuple[int, int], stored: dict[tuple[int, int, int], Any]):
         self.stored = filled
-        self._number, self._every = number, stored
+        self._copied, self._every = copied, stored
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> Any:
-        place, heads = (self._number, keys.shape[1]), keys.shape[1]
+        heads = keys.shape[1]
+        place = (*self._copied, heads)
         if place not in self._every:
             narrowed = copy.copy(self.stored)
             narrowed.keys, narrowed.values = self.stored.keys[:, :heads].clone(), self.stored.values[:, :heads].clone()

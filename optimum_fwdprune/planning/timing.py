@@ -83,7 +83,7 @@ def _load_or_measure(subject: Subject, config: PruningConfig, known: LatencyTabl
         table = LatencyTable({}, measured_on)
     missing = [phase for phase in shares_of_phases(config.speed_of) if not _holds(table, phase, config, path)]
     for phase in missing:
-        table = replace(table, phases={**table.phases, phase: _measure(subject, widest, config, phase)})
+        table = replace(table, phases={**table.phases, phase: _measure(subject, config, phase)})
     if path is not None and (missing or not path.exists()):
         table.save(path)
     return table
@@ -108,22 +108,23 @@ def _holds(table: LatencyTable, phase: str, config: PruningConfig, path: Path | 
     return False
 
 
-def widest_sites(sites: Sequence[Site]) -> dict[str, Site]:
-    """Return the site with the most units of every shape."""
+def widest_sites(sites: Sequence[Site], tokens: int | None = None) -> dict[str, Site]:
+    """Return the site with the most units of every shape; `tokens` is that of [`shape_of`]."""
     widest: dict[str, Site] = {}
     for site in sites:
-        shape = shape_of(site)
+        shape = shape_of(site, tokens)
         if shape not in widest or site.num_units > widest[shape].num_units:
             widest[shape] = site
     return widest
 
 
 @torch.no_grad()
-def _measure(subject: Subject, widest: Mapping[str, Site], config: PruningConfig, phase: str) -> Latencies:
+def _measure(subject: Subject, config: PruningConfig, phase: str) -> Latencies:
     model, tokens = subject.model, config.phase_tokens[phase]
     with evaluating(model):
         calls = Calls.of(model, phase, _prompt_ids(model, tokens))
-        site_seconds, of_layers = {}, []
+        timed, of_layers = {}, []
+        widest = widest_sites(subject.sites, tokens)
         for shape, site in progress(widest.items(), f"Timing widths ({phase})", unit="shape"):
             equal_scores = torch.zeros(site.num_units, dtype=torch.float32)
             kept = [[], *reversed(levels_of(site, equal_scores, config)), list(range(site.num_units))]
@@ -131,7 +132,9 @@ def _measure(subject: Subject, widest: Mapping[str, Site], config: PruningConfig
             measured = median_seconds(runs, REPEATS, site.projection.weight.device)
             *seconds, of_layer = (taken / run.times for run, taken in zip(runs, measured))
             of_layers.append(of_layer)
-            site_seconds[shape] = [(len(units), taken - seconds[0]) for units, taken in zip(kept, seconds)]
+            timed[shape] = [(len(units), taken - seconds[0]) for units, taken in zip(kept, seconds)]
+        # The table of another phase may have more tokens, so that all tables have the same entries.
+        site_seconds = {shape_of(site): timed[shape_of(site, tokens)] for site in subject.sites}
         latencies = Latencies(tokens, phase_seconds(model, config, phase), statistics.median(of_layers), site_seconds)
         without_head: Any = model.base_model
         warn_of_disagreement(latencies, subject.sites, phase_seconds(without_head, config, phase))

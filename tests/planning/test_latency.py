@@ -19,7 +19,7 @@ from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.planning import timing
 from optimum_fwdprune.planning.latency import Latencies, LatencyCost, LatencyTable, shape_of, speed_budget
-from optimum_fwdprune.planning.timed_layers import Calls, LayerCopies
+from optimum_fwdprune.planning.timed_layers import Calls, LayerCopies, timed_runs
 from optimum_fwdprune.planning.timing import load_or_measure
 
 
@@ -82,6 +82,29 @@ def test_layers_of_every_width_are_timed(dense, monkeypatch):
         step = site.num_units // 16 if site.kind == "mlp" else site.num_groups
         assert removed == 0 and widths == list(range(step, site.num_units + 1, step))
     assert all(torch.equal(parameter, before[name]) for name, parameter in dense.named_parameters())
+
+
+@pytest.mark.parametrize(("tokens", "layers"), [(8, [0]), (9, [0, 2])])
+def test_attention_with_a_window_is_timed_apart_where_more_tokens_are_cached(tokens, layers, clock, monkeypatch):
+    types = ["sliding_attention", "sliding_attention", "full_attention"]
+    model = tiny.make_model("gemma3_text", layer_types=types, sliding_window=8)
+    timed = []
+
+    def runs_of(subject, site, kept, calls):
+        runs = timed_runs(subject, site, kept, calls)
+        lengths = {cache.keys.shape[-2] for (layer, *_), cache in calls._stored.items() if layer == site.layer}
+        timed.append((site.kind, site.layer, lengths))
+        return runs
+
+    monkeypatch.setattr(timing, "timed_runs", runs_of)
+    table = load_or_measure(Subject.of(model), request_of(speed_of="decode", latency_context=tokens))
+    shapes = [shape_of(site) for site in find_sites(model) if site.kind == "attention"]
+
+    assert [layer for kind, layer, _ in timed if kind == "attention"] == layers
+    # A cache with a window holds one token less than it.
+    assert [cached for kind, _, cached in timed if kind == "attention"] == [{7}, {tokens}][: len(layers)]
+    assert shapes[0] == shapes[1] != shapes[2]
+    assert table.phases["decode"].site_seconds.keys() >= set(shapes)
 
 
 def test_a_timed_layer_is_as_large_as_the_pruned_one(dense, clock):
