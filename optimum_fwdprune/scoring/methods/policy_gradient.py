@@ -103,7 +103,7 @@ class PolicyGradientConfig(PruningConfig):
         ):
             reason, way_out = "scope='layer'", "use scope='global' or budget='joint', or parametrization='unit'"
             if self.cuts_alike:
-                reason, way_out = self.alike_by, "use parametrization='unit', or leave it out"
+                reason, way_out = self.alike_by, f"use parametrization='unit', or leave out {self.alike_by}"
             raise ValueError(
                 f"parametrization='ratio' moves ratios between sites, and {reason} with a budget for each kind leaves "
                 f"every site on its own; {way_out}."
