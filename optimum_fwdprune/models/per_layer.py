@@ -92,6 +92,15 @@ class PerLayerConfigMixin:
         self.head_dim = head_dim or self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        """Return the values of a config; that of a dense model is one whose layers lost nothing."""
+        values, unused = super().get_config_dict(*args, **kwargs)
+        # PEFT reads the dense model's config with this class when it saves adapters, and transformers would warn.
+        if values.get("model_type") == stock_config_class(cls).model_type:
+            values["model_type"] = cls.model_type
+        return values, unused
+
     def __getattribute__(self, key: str):
         try:
             return super().__getattribute__(key)

@@ -4,6 +4,7 @@ import peft
 import pytest
 import tiny
 from peft.utils import constants
+from transformers import configuration_utils
 
 from optimum_fwdprune import FwdPruner
 
@@ -27,6 +28,20 @@ def test_target_modules_need_no_name(name, config):
 
     # PEFT has no defaults of some methods for some families.
     assert adapted(pruned) == adapted(stock)
+
+
+def test_saving_adapters_reads_the_dense_config_without_a_warning(tmp_path, monkeypatch):
+    tiny.make_model("llama_gqa_biases").save_pretrained(tmp_path / "dense")
+    pruner = FwdPruner.from_pretrained(tmp_path / "dense")
+    adapted = peft.get_peft_model(pruner.prune(**CUT), peft.LoraConfig(task_type="CAUSAL_LM"))
+    warnings = []
+    monkeypatch.setattr(configuration_utils.logger, "warning", lambda *message: warnings.append(message))
+    adapted.save_pretrained(tmp_path / "adapters")
+
+    assert warnings == []
+    # The config that PEFT reads is a pruned one that lost nothing.
+    read = type(pruner.model.config).from_pretrained(tmp_path / "dense")
+    assert read.model_type == "pruned_llama" and read.vocab_size == tiny.VOCAB
 
 
 @pytest.mark.parametrize("family", FAMILIES)
