@@ -13,6 +13,9 @@ from .tokens import check_table
 # Columns that hold a number per token.
 TOKEN_COLUMNS = {"input_ids", "attention_mask", "labels"}
 
+# Formats of datasets whose rows are tables.
+TABLES = ("arrow", "pandas", "polars")
+
 
 def rows_of_columns(columns: Mapping) -> list[dict]:
     """Return the rows of a mapping of columns, such as a tokenizer returns for one text or for several."""
@@ -74,6 +77,17 @@ def row_of(value: Any) -> Mapping:
 def _is_missing(value: Any) -> bool:
     """Return whether a value is one that pandas uses for missing values."""
     return (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in ("NAType", "NaTType")
+
+
+def with_mappings(dataset: Any) -> Any:
+    """Return a dataset whose rows are mappings, where its format makes them tables of pandas, polars or Arrow."""
+    streaming = getattr(dataset, "_formatting", None)
+    if getattr(streaming, "format_type", None) in TABLES:
+        return dataset.with_format(None)
+    chosen = getattr(dataset, "format", None)
+    if isinstance(chosen, Mapping) and chosen.get("type") in TABLES:
+        return dataset.with_format(None, columns=chosen["columns"])
+    return dataset
 
 
 def rows_of_pandas(frame: Any) -> Any:

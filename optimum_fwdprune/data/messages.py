@@ -61,8 +61,8 @@ def chat_of(row: Mapping, column: str | None = None) -> Chat:
     """Return the chat of a row.
 
     Lists of messages may be strings that hold them as JSON. A system prompt in a column of its own begins the chat
-    unless its messages include one. A question may have a `history`: pairs of earlier questions and their answers, or
-    messages.
+    unless its messages include one. A row may have a `history`: pairs of earlier questions and their answers, or
+    messages. It comes before the others, unless these begin with it.
 
     Raises:
         UnusableRow: where the row has no chat, or a message has no role or no text.
@@ -70,7 +70,7 @@ def chat_of(row: Mapping, column: str | None = None) -> Chat:
     tools = _tools_of(row)
     for name in CHATS if column is None else (column,):
         if row.get(name) is not None:
-            return Chat(_with_system(row, _messages(row[name], name)), tools)
+            return Chat(_with_system(row, _after_history(row, _messages(row[name], name))), tools)
     for question, answer in QUESTIONS.items() if column is None else ():
         if question in row and answer in row:
             return _chat_of_question(row, question, answer, tools)
@@ -112,7 +112,7 @@ def _tools_of(row: Mapping) -> list | None:
 def _chat_of_question(row: Mapping, question: str, answer: str, tools: list | None) -> Chat:
     asked, answered = (_from_json(row[name]) for name in (question, answer))
     if _is_list(asked) and _is_list(answered):
-        prompt = _with_system(row, _history_of(row) + _messages(asked, question))
+        prompt = _with_system(row, _after_history(row, _messages(asked, question)))
         return Chat(prompt + _messages(answered, answer), tools, len(prompt))
     more = row.get("input") if question == "instruction" else None
     words = [_text_of(value, name) for value, name in ((asked, question), (more or "", "input"), (answered, answer))]
@@ -126,6 +126,15 @@ def _with_system(row: Mapping, messages: list[dict]) -> list[dict]:
         return messages
     prompts = [_text_of(row[name], name) for name in SYSTEMS if row.get(name) is not None]
     return [{"role": "system", "content": prompt} for prompt in prompts[:1] if prompt.strip()] + messages
+
+
+def _after_history(row: Mapping, messages: list[dict]) -> list[dict]:
+    """Return messages, with the history of the row before them unless they include it, but after a system prompt."""
+    history = _history_of(row)
+    start = 1 if messages[0]["role"] == "system" else 0
+    if messages[start : start + len(history)] == history:
+        return messages
+    return messages[:start] + history + messages[start:]
 
 
 def _history_of(row: Mapping) -> list[dict]:

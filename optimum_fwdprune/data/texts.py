@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..loading.offline import naming_offline
-from .in_memory import row_of, rows_of_columns, rows_of_pandas
+from .in_memory import row_of, rows_of_columns, rows_of_pandas, with_mappings
 from .messages import is_message, refusing_all
 from .rows import (
     CHAT,
@@ -96,7 +96,8 @@ def open_rows(
                 f"The dataset has no split {split!r}; it has {', '.join(map(str, source))}. Name one as dataset_split."
             )
         source = source[split]
-    elif hasattr(source, "iterrows") or hasattr(source, "to_frame"):
+    source = with_mappings(source)
+    if hasattr(source, "iterrows") or hasattr(source, "to_frame"):
         source = rows_of_pandas(source)
     elif hasattr(source, "tolist"):
         with refusing_all():

@@ -326,7 +326,10 @@ def test_strings_of_pandas_and_numpy_are_read(model, tokenizer):
     expected = windows(model, tokenizer, TEXTS).input_ids
     # A title is not taken for the text that the first row lacks.
     frame = pandas.DataFrame({"title": ["some title"] * 61, "text": [None, *TEXTS]})
-    for source in (frame, frame.text, pandas.Series(TEXTS), np.array(TEXTS), np.array(TEXTS, dtype=object)):
+    data = datasets.Dataset.from_pandas(frame, preserve_index=False)
+    formatted = (data.with_format("pandas", columns=["text"]), data.to_iterable_dataset().with_format("arrow"))
+    arrays = (np.array(TEXTS), np.array(TEXTS, dtype=object))
+    for source in (frame, frame.text, pandas.Series(TEXTS), *arrays, *formatted):
         assert torch.equal(windows(model, tokenizer, source).input_ids, expected)
 
 

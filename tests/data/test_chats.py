@@ -155,6 +155,7 @@ def test_what_is_no_answer_does_not_count_whatever_the_template_marks(row, templ
 
 
 PAIR = [{"role": "user", "content": "quick"}, {"role": "assistant", "content": "fox"}]
+EARLIER = [{"role": "user", "content": "dog"}, {"role": "assistant", "content": "over"}]
 LAZY = [{"role": "system", "content": "lazy"}]
 
 
@@ -176,6 +177,10 @@ LAZY = [{"role": "system", "content": "lazy"}]
             LAZY + PAIR * 2,
         ),
         ({"instruction": "quick", "output": "fox", "history": PAIR}, PAIR + PAIR),
+        ({"messages": LAZY + PAIR, "history": [["dog", "over"]]}, LAZY + EARLIER + PAIR),
+        ({"messages": PAIR, "history": EARLIER, "system": "lazy"}, LAZY + EARLIER + PAIR),
+        ({"messages": EARLIER + PAIR, "history": [["dog", "over"]]}, EARLIER + PAIR),
+        ({"prompt": LAZY + PAIR[:1], "completion": PAIR[1:], "history": EARLIER}, LAZY + EARLIER + PAIR),
         ({"prompt": np.array(PAIR[:1]), "completion": np.array(PAIR[1:])}, PAIR),
         ({"instruction": "quick", "output": "fox", "history": pandas.Series([np.array(["quick", "fox"])])}, PAIR * 2),
     ],
