@@ -1,12 +1,16 @@
 """What every mode of recovery brings after every pruning, at several amounts of text.
 
-    python benchmarks/recovery_grid.py MODEL CALIBRATION_FILE EVALUATION_FILE PIQA_FILE HELLASWAG_FILE
+    python benchmarks/recovery_grid.py CALIBRATION_FILE EVALUATION_FILE PIQA_FILE HELLASWAG_FILE \\
+        --models smol=FOLDER qwen=FOLDER [--quick] [--rows TEXT ...] [--table]
 
-Prunes MODEL by 40 % with `best` and with `fast`, and removes 20 % of its layers; then recovers each with every mode on
-CALIBRATION_FILE mixed with text that the teacher writes. Measures perplexity on EVALUATION_FILE and on Python's
-documentation, accuracy on rows of PIQA and HellaSwag through lm-evaluation-harness, minutes, and peak memory. Every
-row runs in a process of its own and is appended to --rows (JSON lines); rows that are there are not measured again. An
-interrupted row resumes from its checkpoints. --smoke measures one tiny row of every mode. Prints a table.
+Prunes every model by 40 % with `best` and with `fast`, and removes 20 % of its layers; then recovers each with every
+mode on CALIBRATION_FILE mixed with text that the teacher writes. Measures the losses of windows of EVALUATION_FILE and
+of Python's documentation, accuracy on rows of PIQA and HellaSwag through lm-evaluation-harness, time, and memory.
+
+Every row is measured in a process of its own, and is a line of `--results`. Rows with few tokens come first, so that a
+run may be stopped at any time; it goes on with the rows that are missing, and within a row from its last checkpoint.
+`--rows` selects rows whose names contain one of these texts, such as `best/distillation` or `/64K`. `--quick` shows
+whether everything runs. The table of the finished rows is printed at the end; losses are compared window by window.
 """
 
 import argparse
@@ -21,29 +25,31 @@ from pathlib import Path
 
 import torch
 from recovery import PIQA
-from study import digest_of, log, python_documentation, table
+from study import difference, digest_of, python_documentation, table
 
 from optimum_fwdprune import FwdPruner, RecoveryArguments
 from optimum_fwdprune.evaluation import PeakMemory, evaluate_tasks, window_losses
 from optimum_fwdprune.recovery import Mixture
+from optimum_fwdprune.recovery.arguments import last_checkpoint
+from optimum_fwdprune.recovery.resuming import BLOCKS_FOLDER
 
 
 PRUNINGS = {
-    "40 % best": ("best", {"sparsity": 0.4}),
-    "40 % fast": ("fast", {"sparsity": 0.4}),
-    "20 % of the layers": (None, {"method": "block_influence", "kinds": ["layer"], "sparsity": 0.2}),
+    "best": ("best", {"sparsity": 0.4}),
+    "fast": ("fast", {"sparsity": 0.4}),
+    "layers": (None, {"method": "block_influence", "kinds": ["layer"], "sparsity": 0.2}),
 }
 MODES = {
     "nothing": None,
-    "LoRA": {"mode": "lora"},
+    "lora": {"mode": "lora"},
     "full": {"mode": "full"},
     "distillation": {"mode": "distill", "adapters": False},
     "blocks": {"mode": "block_distill"},
-    "blocks, then whole": {"mode": "block_distill", "then": "distill", "adapters": False},
+    "blocks-whole": {"mode": "block_distill", "then": "distill", "adapters": False},
 }
 # Modes without a teacher train on the file alone.
-TAUGHT = ("distillation", "blocks", "blocks, then whole")
-TOKENS = ("64K", "256K", "1M")
+TAUGHT = ("distillation", "blocks", "blocks-whole")
+DENSE = "dense"
 WINDOW = 512
 HELLASWAG = """
 task: hellaswag_sample
@@ -58,28 +64,48 @@ metric_list: [{{metric: acc_norm}}]
 """
 
 
-def pruned(args, pruning):
-    """The folder of the pruned model, which is made where it is missing."""
-    folder = Path(args.work) / f"pruned-{digest_of(args.model, args.calibration_file, args.smoke, PRUNINGS[pruning])}"
-    if not folder.exists():
-        preset, fields = PRUNINGS[pruning]
-        calibration = {"n_samples": 8, "seq_len": 64} if args.smoke else {}
-        pruner = FwdPruner.from_pretrained(args.model)
-        pruner.prune(preset, args.calibration_file, **fields, **calibration)
-        pruner.save_pretrained(folder)
-    return folder
+def settings_of(options):
+    """Return what the figures of a row depend on besides its name."""
+    return {name: getattr(options, name) for name in ("windows", "choices", "n_samples", "max_length", "batch_size")}
 
 
-def arguments(args, mode, tokens, folder):
-    length = 64 if args.smoke else 512
+def row_names(model, options):
+    """Yield the names of all rows of a model, those with few tokens first."""
+    yield f"{model}/{DENSE}"
+    for pruning in PRUNINGS:
+        yield f"{model}/{pruning}/nothing"
+    for tokens in options.tokens:
+        for pruning in PRUNINGS:
+            for mode in MODES:
+                if MODES[mode] is not None:
+                    yield f"{model}/{pruning}/{mode}/{tokens}"
+
+
+def pruned(folder, pruning, options):
+    """Return the folder of the pruned model, which is made where it is missing."""
+    preset, fields = PRUNINGS[pruning]
+    inputs = (folder, options.calibration, options.n_samples, options.max_length, PRUNINGS[pruning])
+    place = options.work / f"pruned-{digest_of(*inputs)}"
+    if not place.exists():
+        pruner = FwdPruner.from_pretrained(folder)
+        text = {} if options.n_samples is None else {"n_samples": options.n_samples, "seq_len": options.max_length}
+        resume = str(options.work / f"states-{digest_of(*inputs)}")
+        pruner.prune(preset, options.calibration, **fields, **text, resume=resume)
+        pruner.save_pretrained(place)
+        shutil.rmtree(resume, ignore_errors=True)
+    return place
+
+
+def arguments(mode, tokens, folder, options):
+    # A run that was stopped goes on.
+    resumes = last_checkpoint(folder) is not None or any((folder / BLOCKS_FOLDER).glob("*.safetensors"))
     return RecoveryArguments(
         output_dir=str(folder),
         tokens=tokens,
-        max_length=length,
-        per_device_train_batch_size=4,
+        max_length=options.max_length,
+        per_device_train_batch_size=options.batch_size,
         save_strategy="steps",
-        # A run that was stopped goes on.
-        resume_from_checkpoint="true" if any(folder.glob("checkpoint-*")) or (folder / "blocks").exists() else None,
+        resume_from_checkpoint="true" if resumes else None,
         save_steps=50,
         save_total_limit=1,
         report_to="none",
@@ -87,88 +113,130 @@ def arguments(args, mode, tokens, folder):
     )
 
 
-def measured(args, pruning, mode, tokens):
-    """Recover a pruned model and return the figures of the row."""
-    pruner = FwdPruner.from_pretrained(pruned(args, pruning))
-    row = {}
-    if MODES[mode] is not None:
-        folder = Path(args.work) / f"training-{digest_of(args.model, pruning, mode, tokens)}"
-        data = args.calibration_file
-        if mode in TAUGHT:
-            data = Mixture([args.calibration_file, "self"], [1, 1])
+def measured(row, folder, options):
+    """Recover a pruned model and return the figures of a row."""
+    _, pruning, *rest = row.split("/")
+    if pruning == DENSE:
+        return quality(FwdPruner.from_pretrained(folder), options)
+    pruner = FwdPruner.from_pretrained(pruned(folder, pruning, options))
+    figures = {}
+    if rest != ["nothing"]:
+        mode, tokens = rest
+        training = options.work / f"training-{digest_of(row, folder, settings_of(options))}"
+        data = Mixture([options.calibration, "self"], [1, 1]) if mode in TAUGHT else options.calibration
         start = time.perf_counter()
         with PeakMemory(pruner.model.device) as peak:
-            pruner.recover(data, arguments(args, mode, tokens, folder), teacher=args.model if mode in TAUGHT else None)
-        row |= {"minutes": round((time.perf_counter() - start) / 60, 2), "peak MiB": round(peak.bytes / 2**20)}
-        row["recovery"] = {name: value for name, value in pruner.recovery.items() if name != "blocks"}
-        shutil.rmtree(folder, ignore_errors=True)
-    return row | quality(args, pruner)
+            teacher = folder if mode in TAUGHT else None
+            pruner.recover(data, arguments(mode, tokens, training, options), teacher=teacher)
+        figures |= {"minutes": round((time.perf_counter() - start) / 60, 2), "MiB": round(peak.bytes / 2**20)}
+        figures["recovery"] = {name: value for name, value in pruner.recovery.items() if name != "blocks"}
+        shutil.rmtree(training, ignore_errors=True)
+    return figures | quality(pruner, options)
 
 
-def quality(args, pruner):
-    """Perplexity on both texts, and accuracies."""
-    texts = {"evaluation": Path(args.evaluation_file).read_text(encoding="utf-8"), "python": python_documentation()}
-    row = {}
+def quality(pruner, options):
+    """Return the losses of windows of both texts, and accuracies with their standard errors."""
+    texts = {"evaluation": Path(options.evaluation).read_text(encoding="utf-8"), "python": python_documentation()}
+    figures = {}
     for name, text in texts.items():
-        ids = pruner.tokenizer(text, verbose=False)["input_ids"]
-        windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)[: 2 if args.smoke else 32]
-        row[name] = round(math.exp(float(window_losses(pruner.model, windows).mean())), 3)
+        ids = torch.tensor(pruner.tokenizer(text, verbose=False)["input_ids"])
+        windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+        places = torch.linspace(0, len(windows) - 1, min(options.windows, len(windows))).round().long()
+        figures[name] = window_losses(pruner.model, windows[places]).tolist()
     with tempfile.TemporaryDirectory() as folder:
-        for name, task, file in (("piqa", PIQA, args.piqa_file), ("hellaswag", HELLASWAG, args.hellaswag_file)):
+        for name, task, file in (("piqa", PIQA, options.piqa), ("hellaswag", HELLASWAG, options.hellaswag)):
             rows = Path(file).read_text(encoding="utf-8").splitlines()
             sample = Path(folder) / f"{name}.jsonl"
-            sample.write_text("\n".join(rows[: 4 if args.smoke else None]) + "\n", encoding="utf-8")
+            sample.write_text("\n".join(rows[: options.choices]) + "\n", encoding="utf-8")
             (Path(folder) / f"{name}.yaml").write_text(task.format(file=sample), encoding="utf-8")
         for score in evaluate_tasks(pruner.model, pruner.tokenizer, [folder], batch_size=16):
-            row[f"{score.task} {score.metric}"] = [round(score.value, 4), round(score.standard_error, 4)]
-    return row
+            figures[f"{score.task} {score.metric}"] = [round(score.value, 4), round(score.standard_error, 4)]
+    return figures
 
 
-def grid(args):
-    """The rows to measure: pruning, mode and tokens."""
-    for pruning in args.prunings:
-        for mode in args.modes:
-            for tokens in args.tokens if MODES[mode] is not None else args.tokens[:1]:
-                yield {"model": Path(args.model).name, "pruning": pruning, "mode": mode, "tokens": tokens}
-
-
-def run(args):
-    rows_file = Path(args.rows)
-    rows_file.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
-    for cell in grid(args):
-        if any(cell.items() <= row.items() for row in done):
+def finished(file, settings):
+    """Return the rows of a file that were measured with these settings, by name."""
+    rows = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            # The run was killed while it wrote this line.
             continue
-        start = time.perf_counter()
-        # In a process where no memory is left over from the row before.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            figures = pool.submit(measured, args, cell["pruning"], cell["mode"], cell["tokens"]).result()
-        done.append({**cell, **figures})
-        with rows_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(done[-1]) + "\n")
-        log(f"{cell['pruning']}, {cell['mode']}, {cell['tokens']}", start)
-    names = list(dict.fromkeys(name for row in done for name in row if name != "recovery"))
-    print(table(names, [[shown(row.get(name, "")) for name in names] for row in done]))
+        if row["settings"] == settings:
+            rows[row["row"]] = row
+    return rows
 
 
-def shown(value):
-    return f"{100 * value[0]:.1f} ± {100 * value[1]:.1f}" if isinstance(value, list) else value
+def printed(rows, model):
+    """Return the table of the finished rows of a model."""
+    own = {name: row for name, row in rows.items() if name.startswith(f"{model}/")}
+    if not own:
+        return f"No row of {model} is finished."
+    dense = own.get(f"{model}/{DENSE}", {})
+    tasks = sorted({name for row in own.values() for name in row if "acc" in name})
+    body = []
+    for name, row in own.items():
+        losses = [torch.tensor(row[text]) for text in ("evaluation", "python")]
+        apart = difference(losses[0], torch.tensor(dense["evaluation"])) if dense and row is not dense else ""
+        accuracies = [f"{100 * row[task][0]:.1f} ± {100 * row[task][1]:.1f}" for task in tasks]
+        perplexities = [f"{math.exp(float(values.mean())):.2f}" for values in losses]
+        body.append(
+            [name.partition("/")[2], perplexities[0], apart, perplexities[1], *accuracies]
+            + [str(row.get(figure, "")) for figure in ("minutes", "MiB")]
+        )
+    header = ["row", "perplexity", "nats over dense", "Python's documentation", *tasks, "minutes", "peak MiB"]
+    return f"## {model}\n\n{table(header, body)}"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name in ("model", "calibration_file", "evaluation_file", "piqa_file", "hellaswag_file"):
-        parser.add_argument(name)
-    parser.add_argument("--prunings", nargs="+", default=list(PRUNINGS), choices=list(PRUNINGS))
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    parser.add_argument("--tokens", nargs="+", default=list(TOKENS[:2]), help="default: 64K 256K")
-    parser.add_argument("--rows", default="benchmarks/results/recovery_grid.jsonl")
-    parser.add_argument("--work", default=".cache/recovery_grid", help="Folder of pruned models and checkpoints.")
-    parser.add_argument("--smoke", action="store_true", help="Tiny amounts: whether it runs, and no figures.")
-    args = parser.parse_args()
-    if args.smoke:
-        args.tokens = ["1K"]
-    run(args)
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("calibration", "evaluation", "piqa", "hellaswag"):
+        parser.add_argument(name, help=f"File of {name} data.")
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--tokens", nargs="+", default=["64K", "256K"], help="Amounts of text, such as 64K 256K 1M.")
+    parser.add_argument("--rows", nargs="*", help="Measure only rows whose names contain one of these texts.")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results/recovery_grid.jsonl"), help="File of the finished rows."
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path(".cache/recovery_grid"), help="Folder of pruned models and checkpoints."
+    )
+    parser.add_argument("--quick", action="store_true", help="Tiny amounts: whether it runs, and no figures.")
+    parser.add_argument(
+        "--table", action="store_true", help="Print the table of the finished rows, and measure nothing."
+    )
+    parser.add_argument("--windows", type=int, default=32, help="Windows of 512 tokens of both texts.")
+    parser.add_argument("--choices", type=int, default=300, help="Rows of PIQA and of HellaSwag.")
+    parser.add_argument("--n_samples", type=int, help="Calibration windows. Default: those of the preset.")
+    parser.add_argument("--max_length", type=int, default=512, help="Tokens per training sequence.")
+    parser.add_argument("--batch_size", type=int, default=4, help="Sequences per step.")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.tokens, options.windows, options.choices = ["1K"], 2, 4
+        options.n_samples, options.max_length, options.batch_size = 8, 64, 4
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    settings = settings_of(options)
+    for entry in options.models:
+        model, _, folder = entry.partition("=")
+        rows = finished(options.results, settings)
+        for row in [] if options.table else row_names(model, options):
+            if row in rows or not is_asked(row, options.rows):
+                continue
+            start = time.perf_counter()
+            # In a process where no memory is left over from the row before.
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                figures = pool.submit(measured, row, folder, options).result()
+            seconds = round(time.perf_counter() - start, 1)
+            rows[row] = {"row": row, "settings": settings, "seconds": seconds, **figures}
+            with options.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[row]) + "\n")
+            print(f"{row} ({seconds:.0f} s)", flush=True)
+        print(printed(rows, model))
+
+
+def is_asked(row, asked):
+    return not asked or row.endswith(f"/{DENSE}") or any(text in row for text in asked)
 
 
 if __name__ == "__main__":
