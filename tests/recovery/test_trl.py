@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 from optimum_fwdprune import FwdPruner, PruningConfig
 
@@ -44,6 +45,32 @@ def assert_trained_and_kept(pruner, trainer, folder):
 def test_sft(pruner, tmp_path):
     args = trl.SFTConfig(output_dir=str(tmp_path / "sft"), max_length=32, **OPTIONS)
     trainer = trl.SFTTrainer(pruner.model, args=args, train_dataset=CHATS, processing_class=pruner.tokenizer)
+    assert_trained_and_kept(pruner, trainer, tmp_path / "saved")
+
+
+def test_sft_with_adapters(pruner, tmp_path):
+    plan = pruner.plan
+    args = trl.SFTConfig(output_dir=str(tmp_path / "sft"), max_length=32, **OPTIONS)
+    adapters = LoraConfig(task_type="CAUSAL_LM")
+    trainer = trl.SFTTrainer(
+        pruner.model, args=args, train_dataset=CHATS, processing_class=pruner.tokenizer, peft_config=adapters
+    )
+    trainer.train()
+    pruner.model = trainer.model.merge_and_unload()
+    pruner.save_pretrained(tmp_path / "saved")
+
+    assert FwdPruner.from_pretrained(tmp_path / "saved").plan == plan
+
+
+def test_distillation(pruner, tmp_path):
+    args = trl.DistillationConfig(output_dir=str(tmp_path / "distilled"), max_completion_length=4, **OPTIONS)
+    trainer = trl.DistillationTrainer(
+        pruner.model,
+        teacher_model=tiny.make_model("llama_gqa_biases"),
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "the fox"}]}] * 8),
+        processing_class=pruner.tokenizer,
+    )
     assert_trained_and_kept(pruner, trainer, tmp_path / "saved")
 
 
