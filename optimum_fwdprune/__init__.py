@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .data.mixtures import Mixture as Mixture
     from .pruner import FwdPruner as FwdPruner
     from .recovery import RecoveryArguments as RecoveryArguments
+    from .recovery import RecoveryRequest as RecoveryRequest
     from .report import PruningReport as PruningReport
     from .scoring.methods import PruningConfig as PruningConfig
     from .scoring.methods import ScoringInputs as ScoringInputs
@@ -43,6 +44,7 @@ _HOME = {
     "PruningPlan": "allocation.plan",
     "PruningReport": "report",
     "RecoveryArguments": "recovery",
+    "RecoveryRequest": "recovery",
     "Scores": "scoring.scores",
     "ScoringInputs": "scoring.methods",
     "find_sites": "architectures",

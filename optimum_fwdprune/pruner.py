@@ -17,7 +17,6 @@ from .checkpoint.writing import WritesCheckpoints
 from .data.images import with_processor
 from .evaluation import Comparison
 from .loading.opening import open_model
-from .loading.origin import Origin
 from .loading.source import Source
 from .loading.state import check_not_consumed
 from .loading.tokenizers import AnyTokenizer, tokenizer_and_processor
@@ -27,6 +26,7 @@ from .pruning import Pruning
 from .record.attributes import Recorded
 from .record.reading import read_record, with_outcome
 from .record.record import Record
+from .recovery.recovers import Recovers
 from .report import PruningReport
 from .runs.devices import host_by_default
 from .scoring.methods import PruningConfig
@@ -35,11 +35,11 @@ from .sweep.sweeps import Sweeps
 
 
 if TYPE_CHECKING:
-    from .recovery import RecoveryArguments, RecoveryTrainer
+    from .recovery import RecoveryTrainer
     from .recovery.recovering import Recovery
 
 
-class FwdPruner(WritesCheckpoints, Sweeps):
+class FwdPruner(WritesCheckpoints, Sweeps, Recovers):
     """Prunes a causal language model, or any other task head of a supported family, with forward passes only.
 
     ```python
@@ -231,49 +231,6 @@ class FwdPruner(WritesCheckpoints, Sweeps):
         request = PruningConfig.of(config, replays=plan is not None, **fields)
         with self._pruning(dataset) as pruning:
             pruning.prune(request, plan, scores, inplace, fields.keys())
-        return self.model
-
-    def recover(
-        self,
-        dataset: Any,
-        args: RecoveryArguments | None = None,
-        *,
-        teacher: PreTrainedModel | str | Path | Origin | None = None,
-        eval_dataset: Any = None,
-        callbacks: list[Any] | None = None,
-    ) -> PreTrainedModel:
-        """Train the pruned model to recover its quality.
-
-        Args:
-            dataset: text, chats or instructions: a file, a dataset of the Hub or in memory, strings, token ids; see
-                [`~optimum_fwdprune.recovery.training_data`].
-            args (`RecoveryArguments`, *optional*): arguments of the training; the default trains and merges adapters.
-            teacher (`PreTrainedModel`, `str` or `Path`, *optional*): for `mode="distill"`, the dense model, or its
-                folder or repository. By default it is the model that was pruned, in its repository and commit or in
-                its folder, which is stored in the Hugging Face cache and recognized by a fingerprint of its weights.
-            eval_dataset (*optional*): held-out data of the same kinds, for the Trainer's `eval_strategy`.
-            callbacks (`list` of `TrainerCallback`, *optional*): the Trainer's, such as `EarlyStoppingCallback`.
-
-        If training fails or is interrupted, adapters are removed, which leaves the model as it was. After a training
-        of all weights, the model keeps the weights of the last step, and `self.recovery` records the interruption.
-
-        Returns:
-            `PreTrainedModel`: the trained model, which is `self.model` from then on. It is a `PeftModel` where
-            `args.merge_adapters` is off; `save_pretrained` then saves the adapters only.
-
-        Raises:
-            ValueError: before training starts, where the model is dense, has adapters in it or offloaded layers,
-                and where the data, the teacher or a checkpoint to resume from does not fit.
-        """
-        # The Trainer takes a second to import.
-        from .recovery.data import TrainingTexts
-        from .recovery.recovering import Recovery
-
-        recovery = Recovery(self.model, self._record, self._source)
-        try:
-            recovery.run(TrainingTexts(dataset, self.tokenizer, eval_dataset), args, teacher, callbacks)
-        finally:
-            self._take_over(recovery, recovery.trainer)
         return self.model
 
     @contextmanager

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,13 +31,17 @@ from .planning.make_plan import request_of_replay
 from .planning.run import Run
 from .record.outcome import Outcome, Speedup
 from .record.record import Record
-from .record.reproduction import IN_MEMORY, INPUTS, inputs_of
+from .record.reproduction import IN_MEMORY, INPUTS, TRAINED, inputs_of
 from .request.choices import UnitKind
 from .request.config import PruningConfig
 from .runs.loggers import get_logger
+from .runs.resume import Resume
 from .scoring.score_units import check_scoring
 from .scoring.scores import Scores
 
+
+if TYPE_CHECKING:
+    from .recovery.rounds import RoundRecovery
 
 logger = get_logger(__name__)
 
@@ -123,6 +127,7 @@ class Pruning:
         scores: Scores | None,
         inplace: bool,
         chosen: Collection[str],
+        recovery: RoundRecovery | None = None,
     ) -> None:
         """Prune the model.
 
@@ -132,6 +137,7 @@ class Pruning:
             scores (`Scores`, *optional*): scores to use; nothing is scored then.
             inplace (`bool`): whether the model itself is pruned, and not a copy.
             chosen (collection of `str`): options of the request that the user set by name.
+            recovery (`RoundRecovery`, *optional*): trains the model after every round.
         """
         if plan is not None:
             config = dataclasses.replace(config, attention_unit=plan.attention_unit)
@@ -139,26 +145,46 @@ class Pruning:
         if plan is None:
             config = with_default_kinds(config, subject.sites)
         check_request(subject, config, plan, scores)
+        if recovery is not None:
+            recovery.check(self.model, self.record, self.source, config.rounds)
         if scores is not None:
             config = scores.options_into(config, chosen)
         asked = config if plan is None else request_of_replay(plan, config)
         before, inputs = Sizes.of(self.model, subject.sites), self._inputs(config, scores)
+        if recovery is not None:
+            inputs[TRAINED] = recovery.on_command_line()
         earlier = EarlierPruning.of(self.model, subject.sites, self.record.plan_of(self.model), self.record.recovery)
         origin = self.source.origin_of(self.model)
 
-        def keep(done: Cut) -> None:
-            """Keep the pruned model with its plan as soon as it is complete."""
+        def described(done: Cut) -> tuple[Record, Source]:
+            """Return the record and the source of the pruned model."""
             metadata = {key: value for key, value in done.plan.metadata.items() if key not in (FINGERPRINT, REVISION)}
             metadata |= {**origin.to_metadata(), INPUTS: inputs}
             plan = _of_dense_model(dataclasses.replace(done.plan, metadata=metadata), earlier)
-            self.model, self.record, self.has_changed = done.model, Record(asked, plan, self.record.scores), True
+            trained = None if recovery is None else recovery.recovery
+            source = dataclasses.replace(self.source, folders=origin.folders, saved_as=None)
+            return Record(asked, plan, self.record.scores, recovery=trained), source
+
+        def keep(done: Cut) -> None:
+            """Keep the pruned model with its plan as soon as it is complete."""
+            self.record, self.source = described(done)
+            self.model, self.has_changed = done.model, True
             origin.remember()
-            self.source = dataclasses.replace(self.source, folders=origin.folders, saved_as=None)
+
+        def train(done: Cut, number: int, resume: Resume) -> Cut:
+            """Train the model of a round; if that fails, its record tells how far it was trained."""
+            assert recovery is not None
+            try:
+                return dataclasses.replace(done, model=recovery.run(done.model, *described(done), number, resume))
+            finally:
+                if inplace:
+                    keep(done)
 
         # Where the model is not pruned in place, it stays the current one until all steps have succeeded.
         run = Run(subject, self._tokenizer, self._dataset, inplace, keep if inplace else _ignore, self.latencies)
         with self._noting_what_is_left(run), resume_held(config):
-            done = run.prune(config, scores) if plan is None else run.replay(plan, config)
+            trained = None if recovery is None else train
+            done = run.prune(config, scores, trained) if plan is None else run.replay(plan, config)
             keep(done)
             if earlier is not None and earlier.followed_by(done.plan) is None:
                 logger.warning("%s", earlier.why_apart(done.plan))

@@ -108,8 +108,7 @@ class Rounds:
         config, budget = self.config, self._budget
         if config.rounds == 1:
             return config, budget
-        if config.resume is not None:
-            config = replace(config, resume=str(Path(config.resume) / f"round-{number}"))
+        config = self.with_states(number)
         counts = dict.fromkeys(self._costs, 0) | {self._dense[site.key]: site.num_units for site in sites}
         share = number / config.rounds
         is_last = number == config.rounds
@@ -132,6 +131,12 @@ class Rounds:
             }
             config = replace(config, **fields)
         return config, budget
+
+    def with_states(self, number: int) -> PruningConfig:
+        """Return the request of all rounds with the folder for the states of a round, where it names a folder."""
+        if self.config.rounds == 1 or self.config.resume is None:
+            return self.config
+        return replace(self.config, resume=str(Path(self.config.resume) / f"round-{number}"))
 
     def _depth_fields(self, sites: Sequence[Site], share: float) -> dict[str, Any]:
         """Return the options of a round that depend on the layers that are left."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from typing import TYPE_CHECKING
 
 from .base import Command
 from .options import (
@@ -16,6 +17,15 @@ from .options import (
     push_to_hub,
 )
 from .requests import add_request_options, check_owned, request_options
+from .training import SOURCES, data_of, named_values, training_arguments, training_folder
+
+
+if TYPE_CHECKING:
+    from optimum_fwdprune.recovery import RecoveryRequest
+
+
+# Arguments of the training that have several values.
+SEVERAL = ("lora_targets",)
 
 
 class PruneCommand(Command):
@@ -28,6 +38,7 @@ class PruneCommand(Command):
         "prune -m HuggingFaceTB/SmolLM2-135M pruned --sparsity 0.3",
         "prune -m MODEL pruned --preset best --target_parameters 100000000",
         "prune -m MODEL pruned --method flap --scope global --calibration my_text.txt",
+        "prune -m MODEL pruned --sparsity 0.4 --rounds 3 --recover wikitext2 --recovery mode=distill tokens=1M",
     )
 
     @staticmethod
@@ -44,6 +55,22 @@ class PruneCommand(Command):
             "--plan", help="Keep the units of this plan (a JSON file or a pruned checkpoint) instead of scoring them."
         )
 
+        training = parser.add_argument_group("training after every round")
+        training.add_argument(
+            "--recover",
+            nargs="+",
+            metavar="SOURCE",
+            help=f"Train the model after every round (--rounds) on this data: {SOURCES}",
+        )
+        training.add_argument(
+            "--recovery",
+            nargs="+",
+            default=[],
+            metavar="NAME=VALUE",
+            help="Arguments of this training, such as mode=distill tokens=1M learning_rate=1e-4: all options of "
+            "`optimum-cli fwdprune recover`, and of transformers.TrainingArguments. Several values are separated by "
+            "commas. Amounts are those of one round.",
+        )
         add_request_options(parser)
         add_tokenizer_option(parser)
         add_loading_options(parser)
@@ -66,6 +93,7 @@ class PruneCommand(Command):
         config = PruningConfig.of(self.args.preset, replays=self.args.plan is not None, **options)
         output = check_output_folder(self.args.output, self.args.overwrite)
         check_hub_options(self.args)
+        recovery = self._recovery()
         plan = PruningPlan.load(self.args.plan) if self.args.plan else None
 
         from optimum_fwdprune.pruner import FwdPruner
@@ -77,8 +105,33 @@ class PruneCommand(Command):
                 loading |= {"low_memory": True, "offload_folder": output.parent}
             pruner = FwdPruner.from_pretrained(self.args.model, **loading)
         pruner.check_saving(self.args.output, overwrite=self.args.overwrite)
-        pruner.prune(config, plan=plan)
+        if recovery is None:
+            pruner.prune(config, plan=plan)
+        else:
+            pruner.prune_and_recover(recovery, config)
         pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
         print(pruner.report)
         push_to_hub(pruner, self.args)
         print(f"Saved to {self.args.output}. `optimum-cli fwdprune inspect {self.args.output}` shows every layer.")
+
+    def _recovery(self) -> RecoveryRequest | None:
+        """Return the training after every round; `None` where the options ask for none."""
+        if self.args.recover is None:
+            if self.args.recovery:
+                raise ValueError(
+                    f"--recovery {self.args.recovery[0]} is an argument of the training that --recover asks for; name "
+                    f"its data too, such as --recover wikitext2."
+                )
+            return None
+        if self.args.plan is not None:
+            raise ValueError(
+                "--plan cuts the model at once, and --recover trains it after every round. Leave --recover out, and "
+                "run optimum-cli fwdprune recover on the result."
+            )
+        from optimum_fwdprune.recovery import RecoveryRequest
+
+        values = named_values(self.args.recovery, "--recovery")
+        folder = training_folder(self.args.output, values.pop("output_dir", None), "--recovery output_dir")
+        divided = {name: value.split(",") if name in SEVERAL else value for name, value in values.items()}
+        arguments = training_arguments(divided, folder, "--recovery")
+        return RecoveryRequest(data_of(self.args.recover), arguments)

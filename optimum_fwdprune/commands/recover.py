@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentError, ArgumentParser
+from argparse import ArgumentParser
 from pathlib import Path
-from typing import Any
 
 from .base import Command
 from .options import (
@@ -18,6 +17,7 @@ from .options import (
     naming_the_model,
     push_to_hub,
 )
+from .training import SOURCES, data_of, named_values, training_arguments, training_folder
 
 
 # The Trainer's arguments that most runs set, with their help; --set takes all others.
@@ -55,9 +55,7 @@ class RecoverCommand(Command):
             "--dataset",
             required=True,
             nargs="+",
-            help="Training data: a .txt, .json, .jsonl or .parquet file, wikitext2, c4, builtin (Python's "
-            "documentation), self (text that the teacher writes), or a dataset of the Hub. Its rows are text, chat "
-            "messages, or questions with answers. Several are mixed by their weights: wikitext2 chats.jsonl:0.5.",
+            help=f"Training data: {SOURCES}",
         )
         parser.add_argument("--output_dir", help="Folder for the Trainer's checkpoints. Default: OUTPUT-training.")
         headings = {name: heading for heading, names in HEADINGS.items() for name in names}
@@ -100,7 +98,6 @@ class RecoverCommand(Command):
         check_output_folder(self.args.output, self.args.overwrite)
         check_hub_options(self.args)
 
-        from optimum_fwdprune.data.mixtures import Mixture
         from optimum_fwdprune.pruner import FwdPruner
 
         arguments = self._arguments(own)
@@ -110,8 +107,7 @@ class RecoverCommand(Command):
                 options |= {"low_memory": True, "offload_folder": Path(self.args.output).absolute().parent}
             pruner = FwdPruner.from_pretrained(self.args.model, **options)
         pruner.check_saving(self.args.output, overwrite=self.args.overwrite)
-        sources = self.args.dataset
-        pruner.recover(sources[0] if len(sources) == 1 else Mixture.of_names(sources), arguments)
+        pruner.recover(data_of(self.args.dataset), arguments)
         if arguments.should_save:
             pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
             push_to_hub(pruner, self.args)
@@ -121,54 +117,16 @@ class RecoverCommand(Command):
                     f"The training left checkpoints or logs in {arguments.output_dir}; delete it if you need neither."
                 )
 
-    def _training_folder(self) -> str:
-        """Return the folder of the Trainer's checkpoints, outside of OUTPUT, which stays empty until the end."""
-        output = Path(self.args.output).resolve()
-        folder = Path(self.args.output_dir or f"{str(self.args.output).rstrip('/')}-training")
-        if output in (folder.resolve(), *folder.resolve().parents):
-            raise ValueError(
-                f"--output_dir {folder} lies in {self.args.output}, which must be empty until the trained model is "
-                f"saved to it; name a folder outside of it."
-            )
-        return str(folder)
-
     def _arguments(self, own: dict):
         """Return the Trainer's arguments, as its own parser reads them from the options."""
-        from transformers import HfArgumentParser, IntervalStrategy
-
         from optimum_fwdprune.recovery import RecoveryArguments
-        from optimum_fwdprune.words import did_you_mean
 
-        texts = {name: getattr(self.args, name) for name in TRAINING if getattr(self.args, name) is not None}
-        for pair in self.args.set:
-            name, equals, value = pair.partition("=")
-            if not equals:
-                raise ValueError(f"--set takes NAME=VALUE; got {pair!r}.")
-            texts[name] = value
-        known = set(RecoveryArguments.__dataclass_fields__)
-        for name in texts:
-            if name not in known:
-                raise ValueError(
-                    f"--set takes arguments of transformers.TrainingArguments, which has no {name!r}."
-                    f"{did_you_mean(name, known)}"
-                )
-        words = [word for name, value in texts.items() for word in (f"--{name}", value)]
-        for name, value in own.items():
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        values = {name: getattr(self.args, name) for name in TRAINING if getattr(self.args, name) is not None}
+        values |= named_values(self.args.set, "--set") | own
         if self.args.gradient_checkpointing:
             # Later releases of transformers warn of the older name.
+            known = RecoveryArguments.__dataclass_fields__
             name = next(option for option in ("activation_checkpointing", "gradient_checkpointing") if option in known)
-            words += [f"--{name}", "true"]
-        parser: Any = HfArgumentParser(RecoveryArguments, exit_on_error=False)  # type: ignore[arg-type]
-        try:
-            (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", self._training_folder(), *words])
-        except ArgumentError as error:
-            # The message alone: argparse would add the usage of every training argument.
-            raise ValueError(str(error)) from error
-        strategy = IntervalStrategy(parsed.eval_strategy)
-        if strategy != IntervalStrategy.NO and parsed.held_out is None:
-            raise ValueError(
-                f"--set eval_strategy={strategy.value} needs data to evaluate on: set --held_out to a share of the "
-                f"data, such as 0.05, or pass eval_dataset to FwdPruner.recover in Python."
-            )
-        return parsed
+            values[name] = "true"
+        folder = training_folder(self.args.output, self.args.output_dir, "--output_dir")
+        return training_arguments(values, folder, "--set")

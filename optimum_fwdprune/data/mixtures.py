@@ -82,6 +82,19 @@ class Mixture:
         """Return the mixture with another source in the place of those that are equal to `old`."""
         return Mixture([new if isinstance(part, str) and part == old else part for part in self.sources], self.weights)
 
+    def without(self, name: str) -> tuple[Mixture | None, float]:
+        """Return the mixture without the source of a name, and the share of the tokens that is left to it; `None`
+        where no other source is left."""
+        left = [
+            (part, weight)
+            for part, weight in zip(self.sources, self.weights)
+            if not (isinstance(part, str) and part == name)
+        ]
+        if not left:
+            return None, 0.0
+        sources, weights = zip(*left)
+        return Mixture(sources, weights), sum(weights) / sum(self.weights)
+
     def divided(self, count: int) -> list[int]:
         """Return how many of `count` windows every source has: by largest remainder, and at least one.
 

@@ -129,12 +129,19 @@ class Run:
         job = Job(config, None, resume_of(config, subject.model), self.clock)
         return self._cut(subject, plan, evidence, job)
 
-    def prune(self, config: PruningConfig, scores: Scores | None = None) -> Cut:
+    def prune(
+        self,
+        config: PruningConfig,
+        scores: Scores | None = None,
+        train: Callable[[Cut, int, Resume], Cut] | None = None,
+    ) -> Cut:
         """Score, plan and cut in `config.rounds` rounds.
 
         Args:
             config (`PruningConfig`): the request.
             scores (`Scores`, *optional*): scores for the first round, which is not scored then.
+            train (`Callable`, *optional*): trains the model after every round. It is called with the result of all
+                rounds so far, the number of the round, and the folder for states of this round.
 
         Returns:
             `Cut`: the model after the last round, with a plan that combines all rounds.
@@ -151,6 +158,9 @@ class Run:
         for number in progress(numbers, "Pruning in rounds", unit="round") if config.rounds > 1 else numbers:
             subject = self._subject if done is None else self._left_by(done, config)
             done = self._round(subject, rounds, number, done, scores if number == 1 else None)
+            if train is not None:
+                with self.clock.stage("recover"):
+                    done = train(done, number, resume_of(rounds.with_states(number), done.model))
         assert done is not None and self.scores is not None
         if config.target_memory is not None:
             done = dataclasses.replace(done, plan=with_memory(done, config))

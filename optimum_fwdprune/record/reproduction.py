@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,10 @@ from .record import Record
 
 # The key of a plan's metadata for the inputs of a pruning besides the request.
 INPUTS = "inputs"
+
+# The key of these inputs for the training after every round: the sources of the data and the arguments by their names;
+# `None` where Python passed what the command line cannot name.
+TRAINED = "trained"
 
 # Arguments of `from_pretrained` that determine which weights are read; the command line has options of the same names.
 LOADING = ("dtype", "revision", "tokenizer", "gguf_file", "attn_implementation", "trust_remote_code")
@@ -101,6 +106,8 @@ def reproduction_of(
         calibration=calibration,
         loading=inputs.get("loading"),
     )
+    if trained := inputs.get(TRAINED):
+        command += " " + shlex.join(["--recover", *trained["data"], "--recovery", *trained["arguments"]])
     return Reproduction(command, [*model_notes, *_request_notes(record, config, calibration)])
 
 
@@ -112,6 +119,11 @@ def _obstacles(record: Record, inputs: Mapping[str, Any], calibration: str | Non
         yield (
             "No command can reproduce this checkpoint: its calibration data was passed to `prune(dataset=...)` in "
             "Python."
+        )
+    if TRAINED in inputs and inputs[TRAINED] is None:
+        yield (
+            "No command can reproduce this checkpoint: the data of its training, a teacher or callbacks were passed "
+            "to `prune_and_recover` in Python."
         )
     if type(config).__module__.partition(".")[0] != LIBRARY:
         yield f"No command can reproduce this checkpoint: the method `{config.method}` was registered in Python."
@@ -162,5 +174,5 @@ def _request_notes(record: Record, config: PruningConfig, calibration: str | Non
             name, _ = name_and_weight(source)
             if Path(name).suffix in FILE_LOADERS:
                 yield f"`{name}` is a file that the model was calibrated on; replace it by the path of your copy."
-    if record.recovery:
+    if record.recovery and not (plan is not None and (plan.metadata.get(INPUTS) or {}).get(TRAINED)):
         yield "The command reproduces the pruned model before training."

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from .distillation import Teacher as Teacher
     from .finetuning import recover as recover
     from .options import RecoveryOptions as RecoveryOptions
+    from .request import RecoveryRequest as RecoveryRequest
     from .trainer import RecoveryTrainer as RecoveryTrainer
 
 _MODULES = {
     "RecoveryArguments": "arguments",
     "RecoveryOptions": "options",
+    "RecoveryRequest": "request",
     "RecoveryTrainer": "trainer",
     "Teacher": "distillation",
     "TrainingTexts": "data",

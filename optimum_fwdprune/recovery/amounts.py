@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from .arguments import RecoveryArguments
+from .budgets import tokens_of
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,34 @@ class Wanted:
         enough_sequences = self.sequences is not None and sequences >= self.sequences
         return enough_sequences or (self.tokens is not None and tokens >= self.tokens)
 
+    def times(self, share: float) -> Wanted:
+        """Return this share of the sequences and of the tokens."""
+        sequences, tokens = (
+            None if number is None else math.ceil(share * number) for number in (self.sequences, self.tokens)
+        )
+        return Wanted(sequences, tokens)
+
     def of_length(self, length: int) -> int | None:
         """Return the number of sequences of one length that are wanted; `None` for all."""
         limits = [] if self.sequences is None else [self.sequences]
         limits += [] if self.tokens is None else [-(-self.tokens // length)]
         return min(limits, default=None)
+
+
+def wanted_by(args: RecoveryArguments, held_out: float | None) -> Wanted:
+    """Return how much of the data `max_steps` or `tokens` read; all of it where neither is set.
+
+    Args:
+        args (`RecoveryArguments`): these arguments, and the batch sizes.
+        held_out (`float`, *optional*): share of the sequences that is held out; they are read in addition.
+    """
+    more = 1 / (1 - (held_out or 0.0))
+    if args.max_steps > 0:
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return Wanted(sequences=math.ceil(more * args.max_steps * per_step))
+    if args.tokens is not None:
+        return Wanted(tokens=math.ceil(more * tokens_of(args.tokens)))
+    return Wanted()
 
 
 def held_out_evenly(count: int, share: float | None) -> tuple[list[int], list[int]]:

@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 from .options import BLOCK_DISTILL, EPOCHS, LEARNING_RATES, TAUGHT, RecoveryOptions
 
 
 # Steps between two evaluations where there is held-out data and `eval_strategy` is not set.
 EVAL_STEPS = 50
+
+
+# Arguments besides `mode`, `then` and `adapters` that a command needs to train a model again.
+REPRODUCED = (
+    "tokens",
+    "time",
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "layers_per_block",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+    "teacher_dtype",
+    "temperature",
+    "distill_weight",
+    "hidden_weight",
+    "max_length",
+    "separate_documents",
+    "dataset_config",
+    "dataset_split",
+    "dataset_column",
+    "held_out",
+    "early_stopping",
+    "bf16",
+    "seed",
+)
 
 
 @dataclass
@@ -110,9 +146,44 @@ class RecoveryArguments(RecoveryOptions, TrainingArguments):
         )
         return [blocks, whole]
 
+    def on_command_line(self) -> list[str]:
+        """Return the arguments on which the trained weights depend, as `NAME=VALUE`, where they are no defaults."""
+        chosen = {"mode": self.mode, "then": self.then, "adapters": self.adapters}
+        defaults = RecoveryArguments(output_dir=str(self.output_dir), **chosen)  # type: ignore[arg-type]
+        values = {name: getattr(self, name) for name in REPRODUCED if getattr(self, name) != getattr(defaults, name)}
+        # Epochs do not count where the number of steps is set.
+        if self._asked_epochs is None:
+            values.pop("num_train_epochs", None)
+        values = {name: value for name, value in chosen.items() if value not in (None, "lora")} | values
+        return [
+            f"{name}={','.join(map(str, value)) if isinstance(value, list) else getattr(value, 'value', value)}"
+            for name, value in values.items()
+            if value is not None
+        ]
+
     def _resumed_after_blocks(self) -> str | None:
         """Return the Trainer's checkpoint to resume the second stage from, if there is one."""
-        folder = str(self.output_dir)
-        if str(self.resume_from_checkpoint).lower() != "true" or not Path(folder).is_dir():
+        if str(self.resume_from_checkpoint).lower() != "true":
             return None
-        return get_last_checkpoint(folder)
+        return last_checkpoint(str(self.output_dir))
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """Return the last complete checkpoint of the Trainer in a folder; `None` where there is none.
+
+    The Trainer writes its state last, so that a run that is killed while it writes a checkpoint leaves one without it.
+    """
+    complete = [
+        file.parent
+        for file in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+        if file.parent.name.rpartition("-")[2].isdecimal() and _is_json(file)
+    ]
+    return str(max(complete, key=lambda place: int(place.name.rpartition("-")[2]))) if complete else None
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

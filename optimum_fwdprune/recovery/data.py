@@ -46,6 +46,18 @@ class TrainingTexts:
             return str(mixture)
         return public_name(str(self.dataset)) if isinstance(self.dataset, (str, Path)) else "data in memory"
 
+    def on_command_line(self) -> list[str] | None:
+        """Return the sources of the data as words of the command line, without paths of this machine.
+
+        `None` is returned where some of it is in memory, or there is an `eval_dataset`.
+        """
+        mixture = Mixture.of(self.dataset)
+        sources, weights = ([self.dataset], [1.0]) if mixture is None else (mixture.sources, mixture.weights)
+        if self.eval_dataset is not None or not all(isinstance(source, (str, Path)) for source in sources):
+            return None
+        names = [public_name(str(source)) for source in sources]
+        return [name if weight == 1 else f"{name}:{weight:g}" for name, weight in zip(names, weights)]
+
     @property
     def is_self_written(self) -> bool:
         """Whether the teacher writes some of the text."""
@@ -67,6 +79,14 @@ class TrainingTexts:
         written = SelfWritten(teacher, name, self.tokenizer, folder, args.train_batch_size, args.seed)
         mixture = Mixture.of(self.dataset)
         return replace(self, dataset=written if mixture is None else mixture.replaced(SELF, written))
+
+    def without_self_written(self) -> tuple[Any, float]:
+        """Return the data without text that the teacher writes, and the share of the tokens that it has; `None` where
+        the teacher writes all of it."""
+        if not self.is_self_written:
+            return self.dataset, 1.0
+        mixture = Mixture.of(self.dataset)
+        return (None, 0.0) if mixture is None else mixture.without(SELF)
 
     def kept_for_reading_again(self) -> TrainingTexts:
         """Return the same data, with the items of generators in lists, so that it can be read several times."""

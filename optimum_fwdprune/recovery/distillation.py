@@ -22,6 +22,7 @@ from ..runs.progress import progress
 from ..words import first_difference
 from .data import collate
 from .restoring import removed_where_unused
+from .sequences import digest_of_sequences
 
 
 # Columns of a dataset that hold a teacher's likeliest tokens and their log-probabilities.
@@ -136,12 +137,7 @@ def hidden_error(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor
 
 def identity_of_teacher(data: Dataset, name: str, top_k: int) -> dict[str, Any]:
     """Return the identity of stored predictions as JSON values: the teacher, the sequences, and `top_k`."""
-    digest = hashlib.sha256()
-    # The labels count too: they are stored with the predictions, and decide which tokens are trained on.
-    for column in ("input_ids", "labels"):
-        for values in data.with_format("numpy")[column]:
-            digest.update(values.astype("int64").tobytes() + b".")
-    return {"teacher": name, "top_k": top_k, "tokens": digest.hexdigest()[:16]}
+    return {"teacher": name, "top_k": top_k, "tokens": digest_of_sequences(data)}
 
 
 def check_kept(folder: str | Path | None, identity: Mapping[str, Any]) -> bool:

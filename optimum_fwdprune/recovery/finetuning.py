@@ -11,6 +11,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 
 from ..loading.saving import check_savable
 from ..runs.locks import held, taking_turns
+from ..runs.loggers import get_logger
 from ..runs.randomness import random_states_kept
 from .adapters import merged, with_adapters
 from .amounts import held_out_evenly
@@ -23,11 +24,14 @@ from .documents import check_separates_documents
 from .options import DISTILL
 from .precision import trained_in_float32
 from .restoring import ModelState, left_as_it_was, removed_where_unused
-from .resuming import asks_to_resume, check_resumable, checkpoint_of
+from .resuming import asks_to_resume, check_resumable, checkpoint_of, steps_of
 from .run_length import Budget, TimeLimit, resumed_with_same_steps
 from .self_written import check_self_written
 from .teachers import TeacherSource, find_teacher
 from .trainer import RecoveryTrainer
+
+
+logger = get_logger(__name__)
 
 
 def recover(
@@ -86,13 +90,8 @@ def train(
         ValueError: where the data, the teacher or a checkpoint to resume from does not fit the model, or the model or
             its tokenizer could not be saved.
     """
-    check_savable(model, texts.tokenizer)
     callbacks = checked_callbacks(callbacks)
-    check_self_written(texts.is_self_written, args)
-    check_evaluations(args, texts.eval_dataset, callbacks)
-    if texts.eval_dataset is not None and args.mode == DISTILL and args.teacher_cache is not None:
-        raise ValueError("teacher_cache keeps no predictions for eval_dataset; leave one of them out.")
-    check_weights(model, args)
+    check_training(model, texts, args, callbacks)
     resumed = checkpoint_of(args)
     args = resumed_with_same_steps(args, resumed)
     source = find_teacher(model, args, teacher, access)
@@ -109,13 +108,17 @@ def train(
     ):
         try:
             # The names of linears and the checkpoint are checked before data is read, which may take long.
-            trained = _trainable(model, args)
+            trained = trainable(model, args)
             if resumed is not None:
                 check_resumable(resumed, trained, args)
             trainer = _trainer(model, trained, texts, args, source, callbacks)
             assert trainer.model is not None
             with trained_in_float32(trainer.model):
+                # The Trainer may remove the checkpoint that it resumed from.
+                steps = None if resumed is None else steps_of(resumed)
                 trainer.train(resume_from_checkpoint=resumed)
+            if steps is not None and steps == trainer.state.global_step:
+                _warn_of_nothing_left(resumed, steps)
             trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
             if args.trains_adapters and args.merge_adapters:
                 trained = merged(trained)
@@ -124,6 +127,21 @@ def train(
             raise
         before.put_back(adapters_stay)
     return trained.eval(), trainer
+
+
+def check_training(
+    model: PreTrainedModel, texts: TrainingTexts, args: RecoveryArguments, callbacks: list[TrainerCallback]
+) -> None:
+    """Raise `ValueError` where a training cannot follow its arguments, or could change or save no weight.
+
+    The arguments are those of [`train`].
+    """
+    check_savable(model, texts.tokenizer)
+    check_self_written(texts.is_self_written, args)
+    check_evaluations(args, texts.eval_dataset, callbacks)
+    if texts.eval_dataset is not None and args.mode == DISTILL and args.teacher_cache is not None:
+        raise ValueError("teacher_cache keeps no predictions for eval_dataset; leave one of them out.")
+    check_weights(model, args)
 
 
 def check_weights(model: PreTrainedModel, args: RecoveryArguments) -> None:
@@ -140,7 +158,7 @@ def check_weights(model: PreTrainedModel, args: RecoveryArguments) -> None:
         )
 
 
-def _trainable(model: PreTrainedModel, args: RecoveryArguments) -> Any:
+def trainable(model: PreTrainedModel, args: RecoveryArguments) -> Any:
     """Return the model to train, with new adapters if these are trained."""
     if not args.trains_adapters:
         return model
@@ -151,6 +169,16 @@ def _trainable(model: PreTrainedModel, args: RecoveryArguments) -> Any:
         # The embeddings are frozen. Checkpointed layers need an input with a gradient to compute those of adapters.
         adapted.enable_input_require_grads()
     return adapted
+
+
+def _warn_of_nothing_left(checkpoint: str | None, steps: int) -> None:
+    """Warn where a checkpoint was that of the last step, so that nothing was trained."""
+    logger.warning(
+        "%s is the checkpoint of the last step, %d, so that nothing was left to train: the model has the weights of "
+        "this checkpoint. Raise max_steps, num_train_epochs or tokens to train it further.",
+        checkpoint,
+        steps,
+    )
 
 
 def _trainer(

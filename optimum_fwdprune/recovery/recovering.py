@@ -16,6 +16,7 @@ from ..loading.origin import Origin
 from ..loading.source import Source
 from ..loading.state import check_not_consumed, forward_state_kept
 from ..record.record import Record
+from ..runs.loggers import get_logger
 from .arguments import RecoveryArguments
 from .blockwise.distillation import BlockDistillation
 from .callbacks import check_block_stages, checked_callbacks
@@ -24,6 +25,9 @@ from .finetuning import train
 from .options import BLOCK_DISTILL, TAUGHT
 from .resuming import asks_to_resume
 from .trainer import RecoveryTrainer, StepCounter, frozen_share
+
+
+logger = get_logger(__name__)
 
 
 class Recovery:
@@ -71,7 +75,7 @@ class Recovery:
                 does not fit.
         """
         check_trainable(self.model, self.record)
-        args = _checked_arguments(args)
+        args = checked_arguments(args)
         stages, callbacks = args.stages(), checked_callbacks(callbacks)
         check_placement(self.model, stages, self.source.low_memory)
         self._check_adapters(stages)
@@ -83,7 +87,13 @@ class Recovery:
         check_block_stages(stages, texts.eval_dataset, callbacks)
         # The data is read once for every stage.
         texts = texts.kept_for_reading_again()
-        self._train_blocks(texts, stages[0], teacher)
+        is_resumed_whole = self._train_blocks(texts, stages[0], teacher)
+        if is_resumed_whole and len(stages) == 1:
+            logger.warning(
+                "The run in %s had trained all blocks, so that nothing was left to train: the model has the weights "
+                "of that run. Leave out resume_from_checkpoint to train it further.",
+                args.output_dir,
+            )
         for stage in stages[1:]:
             self._train_whole(texts, stage, teacher if stage.mode in TAUGHT else None, callbacks)
 
@@ -103,7 +113,8 @@ class Recovery:
                 "save_pretrained first, or leave merge_adapters on."
             )
 
-    def _train_blocks(self, texts: TrainingTexts, args: RecoveryArguments, teacher: Any) -> None:
+    def _train_blocks(self, texts: TrainingTexts, args: RecoveryArguments, teacher: Any) -> bool:
+        """Train all blocks, and return whether an earlier run that was resumed had done so."""
         distillation = BlockDistillation(self.model, self.record.plan, self.source)
         try:
             with forward_state_kept(self.model):
@@ -115,6 +126,7 @@ class Recovery:
             raise
         self.model = distillation.model
         self._note({**distillation.summary(), "dataset": texts.name}, args)
+        return distillation.is_resumed_whole
 
     def _train_whole(self, texts: TrainingTexts, args: RecoveryArguments, teacher: Any, callbacks: list[Any]) -> None:
         keeps_adapters = args.trains_adapters and not args.merge_adapters
@@ -165,6 +177,16 @@ def followed_by(before: Mapping[str, Any] | None, now: dict[str, Any], is_resume
 
 def check_trainable(model: Any, record: Record) -> None:
     """Raise `ValueError` where recovery cannot train a model, or could not save it afterwards."""
+    check_can_be_trained(model)
+    if record.plan is None and not is_pruned(model.config):
+        raise ValueError(
+            f"recover trains a pruned model, and this {type(model).__name__} is dense: call prune() first. "
+            f"transformers.Trainer trains dense models."
+        )
+
+
+def check_can_be_trained(model: Any) -> None:
+    """Raise `ValueError` where a model cannot be trained as a language model without adapters of its own."""
     check_not_consumed(model)
     if is_peft_model(model):
         raise ValueError(
@@ -172,11 +194,6 @@ def check_trainable(model: Any, record: Record) -> None:
             "pruner.model = pruner.model.merge_and_unload()."
         )
     check_no_adapters(model, "recover would train instead of its own")
-    if record.plan is None and not is_pruned(model.config):
-        raise ValueError(
-            f"recover trains a pruned model, and this {type(model).__name__} is dense: call prune() first. "
-            f"transformers.Trainer trains dense models."
-        )
     if not model.can_generate():
         raise ValueError(
             f"recover trains with the next-token loss, and a {type(model).__name__} predicts no tokens. Train it "
@@ -208,7 +225,12 @@ def check_placement(model: PreTrainedModel, stages: list[RecoveryArguments], low
     )
 
 
-def _checked_arguments(args: Any) -> RecoveryArguments:
+def checked_arguments(args: Any) -> RecoveryArguments:
+    """Return the arguments of a training, by default those with all defaults.
+
+    Raises:
+        TypeError: where they are no `RecoveryArguments`.
+    """
     if args is None:
         return RecoveryArguments(output_dir="fwdprune_recovery")
     if not isinstance(args, RecoveryArguments):

@@ -8,11 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..loading.integrity import shapes_of, weight_files
 from .adapters import WEIGHTS_NAME, check_adapters
-from .arguments import RecoveryArguments
+from .arguments import RecoveryArguments, last_checkpoint
+from .options import BLOCK_DISTILL
+
+
+# The folder in `output_dir` of blocks that are trained.
+BLOCKS_FOLDER = "blocks"
 
 
 def checkpoint_of(args: RecoveryArguments) -> str | None:
@@ -25,8 +29,7 @@ def checkpoint_of(args: RecoveryArguments) -> str | None:
         return None
     asked: Any = args.resume_from_checkpoint
     if str(asked).lower() == "true":
-        folder = str(args.output_dir)
-        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        checkpoint = last_checkpoint(str(args.output_dir))
         if checkpoint is None:
             raise ValueError(f"There is no checkpoint to resume from in {args.output_dir}.")
     else:
@@ -41,6 +44,20 @@ def asks_to_resume(args: RecoveryArguments) -> bool:
     """Return whether the arguments ask to resume an earlier run."""
     asked: Any = args.resume_from_checkpoint
     return asked is not None and str(asked).lower() != "false"
+
+
+def steps_of(checkpoint: str) -> int:
+    """Return the number of steps that a checkpoint was trained for."""
+    return json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+
+
+def state_to_resume(args: RecoveryArguments) -> str | None:
+    """Return the value of `resume_from_checkpoint` with which a run resumes from `output_dir`; `None` where nothing is
+    stored in it."""
+    folder = Path(str(args.output_dir))
+    if args.mode == BLOCK_DISTILL:
+        return "true" if any((folder / BLOCKS_FOLDER).glob("*.safetensors")) else None
+    return last_checkpoint(folder)
 
 
 def check_resumable(folder: str, model: Any, args: RecoveryArguments) -> None:

@@ -19,7 +19,7 @@ from ..runs import ranks
 from ..runs.clock import synchronize
 from ..runs.progress import announce
 from ..runs.randomness import random_states_kept, seeded_generator
-from .amounts import Wanted
+from .amounts import Wanted, wanted_by
 from .arguments import RecoveryArguments
 from .budgets import in_words, seconds_of, steps_for_time, steps_for_tokens, tokens_of
 from .distillation import Teacher
@@ -59,13 +59,10 @@ class Budget:
 
     def wanted(self) -> Wanted:
         """Return how much of the data is read."""
+        if not self.is_set or self._args.time is None:
+            return wanted_by(self._args, self._args.held_out)
         # Held-out sequences are not trained on.
         more = 1 / (1 - (self._args.held_out or 0.0))
-        if not self.is_set:
-            steps = self._args.max_steps
-            return Wanted(sequences=math.ceil(more * steps * self._sequences) if steps > 0 else None)
-        if self._args.tokens is not None:
-            return Wanted(tokens=math.ceil(more * tokens_of(self._args.tokens)))
         # Every sequence is at most as long as those that the step was measured on.
         steps = int(seconds_of(str(self._args.time)) / self._seconds)
         return Wanted(tokens=math.ceil(more * max(1, steps) * self._sequences * self._length))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -69,6 +70,15 @@ def sequences_of(
 def sequence_length(options: RecoveryOptions, longest: int | None) -> int:
     """Return the tokens of a training sequence: `max_length`, or by default the model's positions, but at most 512."""
     return min(MAX_LENGTH, longest or MAX_LENGTH) if options.max_length is None else options.max_length
+
+
+def digest_of_sequences(data: Dataset) -> str:
+    """Return a digest of training sequences: of their tokens, and of the labels, which tell what is trained on."""
+    digest = hashlib.sha256()
+    for column in ("input_ids", "labels"):
+        for values in data.with_format("numpy")[column]:
+            digest.update(values.astype("int64").tobytes() + b".")
+    return digest.hexdigest()[:16]
 
 
 def _tokens(data: Data, length: int, wanted: Wanted) -> Dataset:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..architectures.wrapping import adapted_module, is_peft_model, model_inside
@@ -75,9 +75,15 @@ class TeacherSource:
         """Return a device map that leaves the decoder layers in their files; `None` where they are not safetensors."""
         if not weight_files(str(self.name), _where(self)):
             return None
-        known = {key: value for key, value in self.access.items() if key in (*WHERE, "trust_remote_code")}
-        config = AutoConfig.from_pretrained(str(self.name), **known)
+        config = self.config()
         return device_map_on_disk(config, language_model_class(config), device)
+
+    def config(self) -> PreTrainedConfig:
+        """Return the config of the teacher, which is in memory or has a name."""
+        if self.model is not None:
+            return self.model.config
+        known = {key: value for key, value in self.access.items() if key in (*WHERE, "trust_remote_code")}
+        return AutoConfig.from_pretrained(str(self.name), **known)
 
 
 def find_teacher(
@@ -183,9 +189,8 @@ def _check_without_weights(source: TeacherSource, student: PreTrainedModel, opti
         )
     with _naming_the_teacher(source):
         if adapter_config(name, _where(source)) is None:
-            known = {key: value for key, value in source.access.items() if key in (*WHERE, "trust_remote_code")}
             with naming_offline(name, FOLDER_OTHERWISE):
-                config = AutoConfig.from_pretrained(name, **known)
+                config = source.config()
             if getattr(config, "quantization_config", None) is not None:
                 # Quantized models cannot be built on the meta device; this teacher is checked when it is loaded.
                 return

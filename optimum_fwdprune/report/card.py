@@ -211,8 +211,10 @@ def _reproduction(name: str, record: Record, base: Base | None) -> str:
         f"same units, and refits weights if `--reconstruction` is set too."
     )
     if recovery := record.recovery:
-        text += "\n\nAfter pruning, the model was trained as `optimum-cli fwdprune recover` does:"
-        for stage in (*recovery.get("earlier", ()), recovery):
+        stages = (*recovery.get("earlier", ()), recovery)
+        when = "After every round of the pruning" if any("round" in stage for stage in stages) else "After pruning"
+        text += f"\n\n{when}, the model was trained as `optimum-cli fwdprune recover` does:"
+        for stage in stages:
             text += "\n\n" + "\n".join(f"- {name}: {value}" for name, value in _figures_of(stage))
     return text
 

@@ -108,7 +108,9 @@ def how_it_was_trained(record: Record) -> Iterator[str]:
     recovery = record.recovery
     if not recovery:
         return
-    yield f"Afterwards it was trained {_training_in_words(recovery)}."
+    first = (*recovery.get("earlier", ()), recovery)[0]
+    beginning = "It" if "round" in first else "Afterwards it"
+    yield f"{beginning} was trained {_training_in_words(recovery)}."
 
 
 # What a model is trained towards, by mode, besides its data.
@@ -119,7 +121,15 @@ TOWARDS = {
 
 
 def _training_in_words(recovery: Mapping[str, Any]) -> str:
-    return "; then ".join(_stage_in_words(stage) for stage in (*recovery.get("earlier", ()), recovery))
+    stages = (*recovery.get("earlier", ()), recovery)
+    words = []
+    for stage, before in zip(stages, ({}, *stages)):
+        number = stage.get("round")
+        when = "then " if before else ""
+        if number is not None and number != before.get("round"):
+            when = f"after round {number} "
+        words.append(f"{when}{_stage_in_words(stage)}")
+    return "; ".join(words)
 
 
 def _stage_in_words(recovery: Mapping[str, Any]) -> str:

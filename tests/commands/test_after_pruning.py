@@ -57,6 +57,21 @@ class TestRecover:
 
         assert code == 0 and (tmp_path / "out" / "config.json").exists(), err
 
+    def test_rounds_are_trained_by_one_command_which_the_card_repeats(self, cli, folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(folder)
+        command = ["prune", "-m", "dense", tmp_path / "out", "--calibration", "text.txt", "--seq_len", 16]
+        command += ["--n_samples", 8, "--rounds", 2, "--sparsity", 0.4, "--resume", tmp_path / "states"]
+        training = ["max_length=16", "max_steps=2", "lora_targets=q_proj,v_proj", "seed=3", "use_cpu=true"]
+        code, _, err = cli(*command, "--recover", "text.txt:2", "text.txt", "--recovery", "mode=distill", *training)
+
+        assert code == 0, err
+        pruner = FwdPruner.from_pretrained(tmp_path / "out")
+        assert pruner.recovery["dataset"] == "text.txt (67%), text.txt (33%)" and pruner.recovery["round"] == 2
+        assert (
+            "--recover text.txt:2 text.txt --recovery mode=distill max_steps=2 lora_targets=q_proj,v_proj "
+            "max_length=16 seed=3\n"
+        ) in (tmp_path / "out" / "README.md").read_text()
+
     def test_every_option_is_offered_with_its_help(self, cli):
         code, out, _ = cli("recover", "--help")
 

@@ -71,6 +71,17 @@ def test_what_is_empty_is_named(words, cli, folder):
         (("prune", "-m", "dense", "out", "--calibration", "short.txt"), "Lower --n_samples or --seq_len"),
         (("prune", "-m", "dense", "out", "--calibration", "note.txt"), "note.txt is empty"),
         (("prune", "-m", "dense", "out", "--refit_sources", "--reconstruction", "none"), "set --no-refit_sources, or"),
+        (("prune", "-m", "dense", "out", "--recovery", "mode=full"), "name its data too, such as --recover wikitext2"),
+        (
+            ("prune", "-m", "dense", "out", "--recover", "x.txt", "--recovery", "mod=full"),
+            "Did you mean mode?",
+        ),
+        (("prune", "-m", "dense", "out", "--recover", "x.txt", "--recovery", "full"), "takes NAME=VALUE; got 'full'"),
+        (
+            ("prune", "-m", "dense", "out", "--recover", "x.txt", "--recovery", "output_dir=out/a"),
+            "must be empty until",
+        ),
+        (("prune", "-m", "dense", "out", "--recover", "x.txt", "--plan", "pruned"), "Leave --recover out"),
         (("prune", "-m", "dense", "out", "--layout", "stock", "--scope", "global"), "--layout stock cuts every layer"),
         (
             ("prune", "-m", "dense", "out", "--low-memory", "--rounds", "2"),

@@ -314,14 +314,19 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(mode, dense_model,
         assert torch.allclose(value, found.state_dict()[name], atol=1e-6), name
 
 
-def test_the_last_checkpoint_is_found_by_itself(tokenizer, tokens, tmp_path):
+def test_the_last_checkpoint_is_found_by_itself(tokenizer, tokens, tmp_path, caplog):
     options = {"save_strategy": "steps", "save_steps": 2}
     pruner_of(tokenizer, tokens).recover(TEXTS, arguments(tmp_path, max_steps=4, **options))
+    # As a run leaves it that is killed while it writes a checkpoint.
+    (tmp_path / "training" / "checkpoint-9").mkdir()
     pruner = pruner_of(tokenizer, tokens)
     pruner.recover(TEXTS, arguments(tmp_path, max_steps=5, resume_from_checkpoint="true", **options))
 
     steps = [each["step"] for each in pruner.trainer.state.log_history]
     assert pruner.trainer.state.global_step == 5 and steps[-1] == 5
+    assert "nothing was left to train" not in caplog.text and "to instantiate a model of type" not in caplog.text
+    pruner_of(tokenizer, tokens).recover(TEXTS, arguments(tmp_path, max_steps=5, resume_from_checkpoint="true"))
+    assert "checkpoint-5 is the checkpoint of the last step, 5, so that nothing was left to train" in caplog.text
 
 
 def test_adapters_alone_load_on_the_pruned_base_with_plain_peft(tokenizer, tokens, tmp_path):

@@ -43,12 +43,7 @@ def blocks_of(student: PreTrainedModel, teacher: PreTrainedModel, plan: PruningP
             the models have different sizes.
     """
     own, wanted = student.config.get_text_config(), teacher.config.get_text_config()
-    if own.hidden_size != wanted.hidden_size:
-        raise ValueError(
-            f"mode='block_distill' compares hidden states, which have {wanted.hidden_size} features in the teacher "
-            f"and {own.hidden_size} in the pruned model. Name the model that was pruned as teacher."
-        )
-    left = _kept_layers(own, wanted, plan)
+    left = layers_compared(own, wanted, plan)
     # The layers of the dense model up to the next one that is kept.
     ends = [*left[1:], wanted.num_hidden_layers]
     starts = [0, *ends[:-1]]
@@ -59,8 +54,22 @@ def blocks_of(student: PreTrainedModel, teacher: PreTrainedModel, plan: PruningP
     return blocks
 
 
-def _kept_layers(own: Any, wanted: Any, plan: PruningPlan | None) -> list[int]:
-    """Return the indices of the kept layers in the dense model."""
+def layers_compared(own: Any, wanted: Any, plan: PruningPlan | None) -> list[int]:
+    """Return the indices in the dense model of the layers that a pruned model has.
+
+    Args:
+        own (`PreTrainedConfig`): config of the pruned model's text part.
+        wanted (`PreTrainedConfig`): config of the dense model's text part.
+        plan (`PruningPlan`, *optional*): the plan of the pruning, which lists the layers that were removed.
+
+    Raises:
+        ValueError: where the hidden states of the models cannot be compared layer by layer.
+    """
+    if own.hidden_size != wanted.hidden_size:
+        raise ValueError(
+            f"mode='block_distill' compares hidden states, which have {wanted.hidden_size} features in the teacher "
+            f"and {own.hidden_size} in the pruned model. Name the model that was pruned as teacher."
+        )
     layers, total = own.num_hidden_layers, wanted.num_hidden_layers
     left = list(range(total)) if plan is None else layers_left(plan.kept)
     known = total if plan is None else max(layer for layer, _ in plan.kept) + 1

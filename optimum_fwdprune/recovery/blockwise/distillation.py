@@ -6,7 +6,6 @@ the same layer. Only one block, its optimizer and a layer of the dense model nee
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ from ...runs.loggers import get_logger
 from ...runs.progress import progress
 from ...runs.randomness import random_states_kept
 from ...runs.resume import digest_of
-from ..amounts import Wanted
+from ..amounts import wanted_by
 from ..arguments import RecoveryArguments
-from ..budgets import tokens_of
 from ..data import TrainingTexts, training_data
 from ..finetuning import check_weights
 from ..restoring import ModelState, left_as_it_was, removed_where_unused
@@ -63,11 +61,13 @@ class BlockDistillation:
         model (`PreTrainedModel`): the model, trained in place; of a model with layers on disk, a new one that reads
             new files, once training has ended.
         fitted (`list` of `tuple[Block, Fitted]`): the blocks that are trained, with the errors before and after.
+        is_resumed_whole (`bool`): whether an earlier run had trained all blocks.
     """
 
     def __init__(self, model: PreTrainedModel, plan: PruningPlan | None, source: Source):
         self.model = model
         self.fitted: list[tuple[Block, Fitted]] = []
+        self.is_resumed_whole = False
         self._plan, self._source = plan, source
         self._summary: dict[str, Any] = {}
 
@@ -92,10 +92,7 @@ class BlockDistillation:
                 model, or the arguments ask for what only the Trainer does.
         """
         model = self.model
-        check_savable(model, texts.tokenizer)
-        check_weights(model, args)
-        check_arguments(args)
-        check_self_written(texts.is_self_written, args)
+        check_blocks(model, texts, args)
         resumed_folder(args)
         source = find_teacher(model, args, teacher, self._source.access)
         assert source is not None
@@ -143,7 +140,7 @@ class BlockDistillation:
         if is_offloaded(student):
             written = LayeredCheckpoint(Workspace(self._source.work_folder), student, student)
             written.write_rest()
-        is_finished = states.done == len(blocks)
+        self.is_resumed_whole = is_finished = states.done == len(blocks)
         if not is_finished:
             pruned.start()
             dense.start()
@@ -196,8 +193,21 @@ class BlockDistillation:
             )
 
 
-def check_arguments(args: RecoveryArguments) -> None:
-    """Raise `ValueError` where the arguments ask for what training by blocks cannot do."""
+def check_blocks(model: PreTrainedModel, texts: TrainingTexts, args: RecoveryArguments) -> None:
+    """Raise `ValueError` where a training by blocks cannot follow its arguments, or could change or save no weight.
+
+    Args:
+        model (`PreTrainedModel`): the model that is trained.
+        texts (`TrainingTexts`): training data.
+        args (`RecoveryArguments`): arguments of the training.
+    """
+    check_savable(model, texts.tokenizer)
+    check_weights(model, args)
+    _check_arguments(args)
+    check_self_written(texts.is_self_written, args)
+
+
+def _check_arguments(args: RecoveryArguments) -> None:
     if ranks.world_size() > 1:
         raise ValueError(
             f"mode='block_distill' runs in one process, and this is one of {ranks.world_size()}. Start it without a "
@@ -214,18 +224,18 @@ def check_arguments(args: RecoveryArguments) -> None:
 def _sequences(texts: TrainingTexts, student: PreTrainedModel, args: RecoveryArguments) -> Sequences:
     config = student.config.get_text_config()
     limits = {"longest": getattr(config, "max_position_embeddings", None), "vocab_size": config.vocab_size}
-    share = HELD_OUT if args.held_out is None else args.held_out
-    held_out, more = None, 1 / (1 - share)
-    if texts.eval_dataset is not None:
-        held_out, more = training_data(texts.eval_dataset, texts.tokenizer, args, **limits), 1.0
-    wanted = Wanted()
-    if args.max_steps > 0:
-        sequences = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
-        wanted = Wanted(sequences=math.ceil(more * sequences))
-    elif args.tokens is not None:
-        wanted = Wanted(tokens=math.ceil(more * tokens_of(args.tokens)))
-    data = training_data(texts.dataset, texts.tokenizer, args, wanted, **limits)
+    held_out, share = None, held_out_share(args, texts)
+    if share is None:
+        held_out = training_data(texts.eval_dataset, texts.tokenizer, args, **limits)
+    data = training_data(texts.dataset, texts.tokenizer, args, wanted_by(args, share), **limits)
     return Sequences.of(data, held_out, share)
+
+
+def held_out_share(args: RecoveryArguments, texts: TrainingTexts) -> float | None:
+    """Return the share of the training data that is held out; `None` where there is other held-out data."""
+    if texts.eval_dataset is not None:
+        return None
+    return HELD_OUT if args.held_out is None else args.held_out
 
 
 def _summary_of_run(

@@ -15,13 +15,10 @@ from transformers.trainer_utils import SaveStrategy
 from ...loading.offloading import resident
 from ...runs.resume import Resume, Stage, digest_of
 from ..arguments import RecoveryArguments
-from ..resuming import asks_to_resume
+from ..resuming import BLOCKS_FOLDER, asks_to_resume
 from .blocks import Block
 from .training import Fitted
 
-
-# The folder of these states in `output_dir`.
-FOLDER = "blocks"
 
 # Arguments on which the trained weights depend.
 DECIDING = (
@@ -52,11 +49,11 @@ def resumed_folder(args: RecoveryArguments) -> Path | None:
     if not asks_to_resume(args):
         return None
     asked: Any = args.resume_from_checkpoint
-    folder = Path(str(args.output_dir)) / FOLDER if str(asked).lower() == "true" else Path(str(asked))
+    folder = Path(str(args.output_dir)) / BLOCKS_FOLDER if str(asked).lower() == "true" else Path(str(asked))
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
-            f"There are no trained blocks to resume from in {folder}. Name the folder {FOLDER!r} in the output_dir of "
-            f"an interrupted run of mode='block_distill'."
+            f"There are no trained blocks to resume from in {folder}. Name the folder {BLOCKS_FOLDER!r} in the "
+            f"output_dir of an interrupted run of mode='block_distill'."
         )
     return folder
 
@@ -84,7 +81,7 @@ class BlockStates:
     ):
         resumed = resumed_folder(args)
         is_saved = args.save_strategy != SaveStrategy.NO
-        folder = resumed or (Path(str(args.output_dir)) / FOLDER if is_saved else None)
+        folder = resumed or (Path(str(args.output_dir)) / BLOCKS_FOLDER if is_saved else None)
         if folder is not None and resumed is None:
             # Those of an earlier run; other files in a folder of this name are the user's.
             for file in (*folder.glob("block-*.safetensors"), folder / "model.safetensors"):

@@ -39,13 +39,13 @@ class Sequences:
     held_out: list[int]
 
     @classmethod
-    def of(cls, data: Dataset, held_out: Dataset | None, share: float) -> Sequences:
+    def of(cls, data: Dataset, held_out: Dataset | None, share: float | None) -> Sequences:
         """Return the sequences of training data.
 
         Args:
             data (`Dataset`): sequences with `input_ids`, and `attention_mask` where some are padded.
             held_out (`Dataset`, *optional*): held-out data of the same form; by default a share of the sequences.
-            share (`float`): see `held_out`.
+            share (`float`, *optional*): this share; required where `held_out` is `None`.
 
         Raises:
             ValueError: where there are fewer than two sequences.
