@@ -7,6 +7,7 @@ import torch
 import transformers
 from third_party_persimmon import register_persimmon
 from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
 
 from optimum_fwdprune import PruningConfig, find_sites
 from optimum_fwdprune.request.registry import METHODS
@@ -243,11 +244,13 @@ def masks_of(plan):
     }
 
 
-def make_tokenizer():
-    """Train a byte-level BPE tokenizer on a few words."""
+def make_tokenizer(begins_texts=False):
+    """Train a byte-level BPE tokenizer on a few words, which may write BOS before a text, as LLaMA's does."""
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(["the quick brown fox jumps over the lazy dog"], vocab_size=VOCAB - 2, min_frequency=1)
     trained.add_special_tokens(["<s>", "</s>"])
+    if begins_texts:
+        trained.post_processor = TemplateProcessing("<s> $A", None, [("<s>", trained.token_to_id("<s>"))])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..loading.offline import offline_variable
+from ..loading.tokenizers import starting_tokens
 from ..runs import ranks
 from ..runs.loggers import get_logger
 from ..runs.resume import Resume
@@ -54,7 +55,8 @@ def load_calibration(
     """Return the calibration tokens of a request.
 
     Text and chats, as the tokenizer's chat template writes them, are joined end to end and cut into windows of
-    `seq_len` tokens, of which `n_samples` are drawn at random by `seed`. Rows of token ids are not joined: a row of up
+    `seq_len` tokens, of which `n_samples` are drawn at random by `seed`. Every window starts with the special tokens
+    that the tokenizer writes before a text, such as BOS. Rows of token ids are not joined: a row of up
     to `seq_len` tokens, not counting padding, is a window, and a longer one is cut into full windows, without its
     remainder. If there are more than `n_samples` windows, `n_samples` of them are drawn.
 
@@ -170,7 +172,7 @@ def _from_rows(
             pieces = data.converted(lambda chat: [_tokenized(chat_text(chat, writer), writer)])
         else:
             pieces = _tokenized_at_once(texts_of(data, source), writer)
-        windows = _windows(pieces, config, data)
+        windows = _windows(pieces, config, data, writer)
         return torch.stack([windows, torch.ones_like(windows)])
 
     # The main process reads for all: a text that is sampled or downloaded twice may differ.
@@ -203,9 +205,13 @@ def _default_source() -> str:
         return SELF
 
 
-def _windows(pieces: Iterable[list[int]], config: PruningConfig, data: Data) -> torch.Tensor:
+def _windows(
+    pieces: Iterable[list[int]], config: PruningConfig, data: Data, tokenizer: PreTrainedTokenizerBase
+) -> torch.Tensor:
     """Draw `n_samples` different windows of `seq_len` tokens at random by the seed, from pieces joined end to end."""
-    wanted = config.n_samples * config.seq_len
+    start = starting_tokens(tokenizer, config.seq_len)
+    length = config.seq_len - len(start)
+    wanted = config.n_samples * length
     # An array takes four bytes per token, a list nine times as much.
     pool = array("i")
     for piece in pieces:
@@ -213,15 +219,16 @@ def _windows(pieces: Iterable[list[int]], config: PruningConfig, data: Data) -> 
         if len(pool) >= min(POOL_FACTOR * wanted, wanted + MAX_SURPLUS):
             break
     data.report()
-    available = len(pool) // config.seq_len
+    available = len(pool) // length
     if available < config.n_samples:
         raise ValueError(
             f"{data.name} is too short: it has {available} windows of {config.seq_len} tokens, and n_samples is "
             f"{config.n_samples}. Lower n_samples or seq_len, or calibrate on more text."
         )
-    windows = torch.tensor(pool[: available * config.seq_len]).view(available, config.seq_len)
+    windows = torch.tensor(pool[: available * length]).view(available, length)
     windows = windows[: max(config.n_samples, min(available, POOL_FACTOR * config.n_samples))]
-    return windows[drawn(len(windows), config)].long()
+    windows = windows[drawn(len(windows), config)].long()
+    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(windows), -1), windows], dim=1)
 
 
 def _tokenized_at_once(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:

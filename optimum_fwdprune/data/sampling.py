@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..loading.offloading import input_device, lies_on_disk
+from ..loading.tokenizers import tokens_around
 from ..runs import ranks
 from ..runs.progress import progress
 from ..runs.randomness import seeded_generator
@@ -51,6 +52,7 @@ def sample_from_model(
 ) -> torch.Tensor:
     """Let the model generate windows of tokens from its BOS token at temperature 1: int64 `[n_samples, seq_len]`.
 
+    Windows start with BOS where the tokenizer writes it before a text.
     Every batch has its own seed, so that several processes generate the same tokens as one.
     """
     if not model.can_generate():
@@ -69,6 +71,8 @@ def sample_from_model(
     if start is None:
         raise ValueError(f"The model has no BOS or EOS token to start from; {SELF!r} needs one.")
 
+    # Where BOS stays, there is one generated token less.
+    left_out = 0 if tokenizer is not None and tokens_around(tokenizer)[0] == [start] else 1
     device = input_device(model)
     windows = torch.zeros(wanted.n_samples, wanted.seq_len, dtype=torch.int64)
     # Batches are larger than in scoring, since a decoding step takes about as long for 32 sequences as for 8.
@@ -89,13 +93,13 @@ def sample_from_model(
             if wanted.with_first_tokens and number % 2:
                 prompts = torch.cat([prompts, _first_tokens(model, tokenizer, len(batch), (wanted.seed, number))], 1)
             # With equal lengths EOS is never generated, and every sequence fills its window.
-            plain.min_new_tokens = plain.max_new_tokens = wanted.seq_len + 1 - prompts.shape[1]
+            plain.min_new_tokens = plain.max_new_tokens = wanted.seq_len + left_out - prompts.shape[1]
             seed_generators(seeded_generator(wanted.seed, number).initial_seed())
             written = model.generate(  # type: ignore[operator]
                 prompts.to(device),
                 attention_mask=torch.ones_like(prompts, device=device),
                 generation_config=plain,
-            )[:, 1:]
+            )[:, left_out:]
             if written.shape != batch.shape:
                 raise ValueError(
                     f"{type(model).__name__}.generate() returned {list(written.shape)} tokens, but "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..forward.losses import model_nll
 from ..loading.state import evaluating
+from ..loading.tokenizers import tokens_around
 from ..runs.progress import progress
 
 
@@ -51,6 +52,7 @@ def text_loss(
     max_length: int | None = None,
     stride: int | None = None,
     batch_size: int = 4,
+    start: Sequence[int] = (),
 ) -> TextLoss:
     """Return the loss of `model` on a text of any length, computed in windows.
 
@@ -64,19 +66,22 @@ def text_loss(
         input_ids (`Tensor[tokens]`, int64): the text.
         max_length (`int`, *optional*): longest window; by default 512, or the model's number of positions if that is
             smaller.
-        stride (`int`, *optional*): tokens between the starts of two windows; by default `max_length`.
+        stride (`int`, *optional*): tokens between the starts of two windows; by default `max_length`, without `start`.
         batch_size (`int`, defaults to 4): windows per forward pass.
+        start (sequence of `int`, *optional*): special tokens that every window starts with, such as BOS. They count in
+            `max_length`, and the first token after them is predicted.
 
     Raises:
         ValueError: where the text is too short to predict a token, or the windows are too long for the model.
     """
     _check_batch_size(batch_size)
-    max_length, stride = _checked_windows(model, input_ids, max_length, stride)
+    length_of_text, stride = _checked_windows(model, input_ids, max_length, stride, len(start))
     total = TextLoss(0.0, 0)
-    batches = list(_batches(len(input_ids), max_length, stride, batch_size))
+    before = torch.tensor(start, dtype=input_ids.dtype)
+    batches = list(_batches(len(input_ids), length_of_text, stride, batch_size, len(start)))
     with evaluating(model):
-        for starts, length, first in progress(batches, "Measuring perplexity", unit="batch"):
-            windows = torch.stack([input_ids[start : start + length] for start in starts])
+        for places, length, first in progress(batches, "Measuring perplexity", unit="batch"):
+            windows = torch.stack([torch.cat([before, input_ids[place : place + length]]) for place in places])
             sums, counts = model_nll(model, windows, first=first)
             total += TextLoss(float(sums.sum()), int(counts.sum()))
     return total
@@ -90,10 +95,12 @@ def texts_loss(
     stride: int | None = None,
     batch_size: int = 4,
 ) -> TextLoss:
-    """Return the loss of `model` on texts that are joined without a separator (see [`text_loss`])."""
+    """Return the loss of `model` on texts that are joined without a separator (see [`text_loss`]). Every window starts
+    with the special tokens that the tokenizer writes before a text."""
     # verbose=False: the tokenizer would warn of texts longer than the model's context, which are allowed here.
-    ids = tokenizer("".join(texts), verbose=False)["input_ids"]
-    return text_loss(model, torch.tensor(ids, dtype=torch.int64), max_length, stride, batch_size)
+    ids = tokenizer("".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    start, _ = tokens_around(tokenizer)
+    return text_loss(model, torch.tensor(ids, dtype=torch.int64), max_length, stride, batch_size, start)
 
 
 @torch.no_grad()
@@ -131,38 +138,46 @@ def _check_batch_size(batch_size: int) -> None:
 
 
 def _checked_windows(
-    model: PreTrainedModel, input_ids: torch.Tensor, max_length: int | None, stride: int | None
+    model: PreTrainedModel, input_ids: torch.Tensor, max_length: int | None, stride: int | None, start: int
 ) -> tuple[int, int]:
-    if input_ids.dim() != 1 or len(input_ids) < 2:
+    """Return the tokens of text per window, without the `start` tokens before them, and the stride."""
+    if input_ids.dim() != 1 or not len(input_ids) or len(input_ids) + start < 2:
         raise ValueError(
             f"A text needs two tokens, in a tensor [tokens], to predict one; got {tuple(input_ids.shape)}."
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_length is None:
         max_length = min(MAX_LENGTH, longest or MAX_LENGTH)
-    stride = max_length if stride is None else stride
-    if max_length < 2 or not 1 <= stride <= max_length:
+    of_text = max_length - start
+    stride = of_text if stride is None else stride
+    shortest = max(2, start + 1)
+    if max_length < shortest or not 1 <= stride <= of_text:
         raise ValueError(
-            f"max_length must be at least 2 and stride from 1 to max_length; got {max_length} and {stride}."
+            f"max_length must be at least {shortest} and stride from 1 to {of_text if start else 'max_length'}; got "
+            f"{max_length} and {stride}."
+            + (f" Every window starts with {start} special tokens of the tokenizer." if start else "")
         )
     if longest is not None and max_length > longest:
         raise ValueError(f"max_length={max_length} is more than the {longest} positions of the model.")
-    return max_length, stride
+    return of_text, stride
 
 
-def _batches(tokens: int, max_length: int, stride: int, batch_size: int) -> Iterator[tuple[list[int], int, int]]:
-    """Yield the starts of a batch's windows, their length, and the first place in them that is predicted."""
+def _batches(
+    tokens: int, max_length: int, stride: int, batch_size: int, before: int
+) -> Iterator[tuple[list[int], int, int]]:
+    """Yield the starts of a batch's windows, the length of their text, and the first place in them that is predicted,
+    counted from the first of the `before` tokens before the text."""
     # The last window is the first one that reaches the end. A window of a single token predicts nothing.
     starts = list(range(0, tokens, stride))
     starts = starts[: next(number for number, start in enumerate(starts, 1) if start + max_length >= tokens)]
     overlap = max_length - stride
-    if len(starts) > 1 and not overlap and tokens - starts[-1] < 2:
+    if len(starts) > 1 and not overlap and not before and tokens - starts[-1] < 2:
         starts.pop()
     # A window predicts the tokens that no window before it predicted: those after the overlap, or all but its first.
     full = starts[1:-1]
-    yield starts[:1], min(max_length, tokens), 1
+    yield starts[:1], min(max_length, tokens), max(before, 1)
     for place in range(0, len(full), batch_size):
-        yield full[place : place + batch_size], max_length, max(overlap, 1)
+        yield full[place : place + batch_size], max_length, max(before + overlap, 1)
     if len(starts) > 1:
         last = starts[-1]
-        yield [last], min(max_length, tokens - last), max(overlap, 1)
+        yield [last], min(max_length, tokens - last), max(before + overlap, 1)

@@ -4,6 +4,7 @@ import datasets
 import evaluate
 
 from optimum_fwdprune.evaluation.perplexity import TextLoss, text_loss
+from optimum_fwdprune.loading.tokenizers import tokens_around
 
 
 _DESCRIPTION = """
@@ -17,7 +18,7 @@ Args:
     model (`PreTrainedModel` or str): a causal language model, dense or pruned, or its folder or repository.
     tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer; by default the one saved with the model.
     max_length (int, *optional*): longest window; by default 512, or the model's number of positions if smaller.
-    stride (int, *optional*): tokens between the starts of two windows; by default `max_length`.
+    stride (int, *optional*): tokens of text between the starts of two windows; by default windows do not overlap.
     batch_size (int): windows per forward pass, 4 by default.
 
 Returns:
@@ -49,13 +50,14 @@ class Perplexity(evaluate.Metric):
             tokenizer = AutoTokenizer.from_pretrained(source)
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        start, _ = tokens_around(tokenizer)
         losses = []
         for number, text in enumerate(predictions):
-            ids = tokenizer(text, verbose=False)["input_ids"]
-            if len(ids) < 2:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(start) + len(ids) < 2 or not ids:
                 raise ValueError(f"Text {number} has {len(ids)} tokens; a text needs two to predict one: {text!r}.")
             ids = torch.tensor(ids, dtype=torch.int64)
-            losses.append(text_loss(model, ids, max_length, stride, batch_size))
+            losses.append(text_loss(model, ids, max_length, stride, batch_size, start))
         total = sum(losses, TextLoss(0.0, 0))
         return {
             "perplexity": total.perplexity,

@@ -178,6 +178,35 @@ def warn_of_missing_tokenizer(model_id: str) -> None:
         )
 
 
+def starting_tokens(tokenizer: PreTrainedTokenizerBase, length: int) -> list[int]:
+    """Return the special tokens that every window of text starts with, such as BOS.
+
+    A model expects them at the start of whatever it reads: without BOS, Gemma predicts much worse.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the text.
+        length (`int`): tokens of a window, these included.
+
+    Raises:
+        ValueError: where a window has no token of the text.
+    """
+    start, _ = tokens_around(tokenizer)
+    if len(start) >= length:
+        raise ValueError(
+            f"Windows of {length} tokens hold no text: each starts with {len(start)} special tokens of the tokenizer "
+            f"({' '.join(tokenizer.convert_ids_to_tokens(start))}). Choose longer windows."
+        )
+    return start
+
+
+def tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the special tokens that a tokenizer writes before a text, such as BOS, and those that it writes after."""
+    text = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    start = next((start for start in range(len(whole)) if whole[start : start + len(text)] == text), 0)
+    return whole[:start], whole[start + len(text) :]
+
+
 def _has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether there are tokens that are not special; some families have special ones even without a file."""
     return not set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids)

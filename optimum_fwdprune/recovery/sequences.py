@@ -16,6 +16,7 @@ from ..data.messages import Chat, UnusableRow
 from ..data.rows import CHAT, TEXT, TOKENS, Data
 from ..data.texts import KINDS, always_text, detokenize, open_rows
 from ..data.tokens import Tokens
+from ..loading.tokenizers import starting_tokens
 from ..runs.loggers import get_logger
 from ..runs.progress import progress
 from .amounts import Wanted
@@ -110,6 +111,8 @@ def _labelled(tokens: Tokens) -> dict[str, np.ndarray]:
 
 def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted: Wanted, separated: bool) -> Dataset:
     most = wanted.of_length(length)
+    start = starting_tokens(tokenizer, length)
+    of_text = length - len(start)
     # An array takes four bytes per token, a list nine times as much.
     tokens = array("i")
     starts: list[int] | None = [] if separated else None
@@ -117,22 +120,25 @@ def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted:
         ids = tokenizer(detokenize(text), add_special_tokens=False, verbose=False)["input_ids"]
         if starts is not None and ids:
             starts.append(len(tokens))
+            tokens.extend(start)
         tokens.extend(ids)
         if ids and tokenizer.eos_token_id is not None:
             tokens.append(tokenizer.eos_token_id)
-        if most and len(tokens) >= most * length:
+        if most and len(tokens) >= most * of_text:
             break
     data.report()
-    count = min(len(tokens) // length, most or len(tokens))
+    count = min(len(tokens) // of_text, most or len(tokens))
     if not count:
         raise ValueError(
-            f"{data.name} is too short: it has {len(tokens)} tokens, and a training sequence has {length}. Lower "
+            f"{data.name} is too short: it has {len(tokens)} tokens, and a training sequence has {of_text}. Lower "
             f"max_length, or train on more text."
         )
-    sequences = np.frombuffer(tokens, dtype=np.int32)[: count * length].reshape(count, length)
+    texts = np.frombuffer(tokens, dtype=np.int32)[: count * of_text].reshape(count, of_text)
+    sequences = np.hstack([np.tile(np.array(start, dtype=np.int32), (count, 1)), texts])
     if starts is None:
         return Dataset.from_dict({"input_ids": sequences, "labels": sequences})
-    positions, labels = positions_and_labels(sequences, starts)
+    places = [place // of_text * length + len(start) + place % of_text for place in starts]
+    positions, labels = positions_and_labels(sequences, places)
     return Dataset.from_dict({"input_ids": sequences, "labels": labels, "position_ids": positions})
 
 

@@ -14,6 +14,7 @@ from ..data.calibration import Calibration
 from ..evaluation import Benchmark, Comparison, Evaluation, TextLoss, benchmark
 from ..evaluation.perplexity import MAX_LENGTH
 from ..forward.reference import Likeness, Reference
+from ..loading.tokenizers import starting_tokens
 from .result import DIVERGENCE
 
 
@@ -62,13 +63,16 @@ class Measures:
         windows = {}
         for name, pieces in self.texts.items():
             assert tokenizer is not None
-            ids = torch.tensor(tokenizer("".join(pieces), verbose=False)["input_ids"], dtype=torch.int64)
-            if len(ids) < 2:
+            start = torch.tensor(starting_tokens(tokenizer, length), dtype=torch.int64)
+            tokenized = tokenizer("".join(pieces), add_special_tokens=False, verbose=False)["input_ids"]
+            ids, of_text = torch.tensor(tokenized, dtype=torch.int64), length - len(start)
+            if not len(ids) or len(start) + len(ids) < 2:
                 raise ValueError(f"The text {name!r} has {len(ids)} tokens, which is too few to predict one.")
-            full = len(ids) // length * length
-            parts = [ids[:full].view(-1, length)] if full else []
-            if len(ids) - full > 1:
+            full = len(ids) // of_text * of_text
+            parts = [ids[:full].view(-1, of_text)] if full else []
+            if len(ids) > full and len(start) + len(ids) - full > 1:
                 parts.append(ids[full:][None])
+            parts = [torch.cat([start.expand(len(part), -1), part], dim=1) for part in parts]
             windows[name] = [Calibration(part, source=name) for part in parts]
         return windows
 

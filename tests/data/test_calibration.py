@@ -107,6 +107,22 @@ def test_windows_are_seeded_different_and_in_the_text(model, tokenizer):
         assert any(text[start : start + 16] == row for start in range(0, len(text), 16))
 
 
+def test_windows_start_with_the_tokens_that_the_tokenizer_writes_before_a_text(model):
+    tokenizer = tiny.make_tokenizer(begins_texts=True)
+    found = windows(model, tokenizer, TEXTS).input_ids
+    text = tokenizer("".join(text + "\n\n" for text in TEXTS), add_special_tokens=False)["input_ids"]
+
+    assert found.shape == (6, 16)
+    for first, *row in found.tolist():
+        assert first == tokenizer.bos_token_id
+        assert any(text[start : start + 15] == row for start in range(0, len(text), 15))
+    written, bare = (windows(model, used, calibration="self").input_ids for used in (tokenizer, None))
+    assert written[:, 0].tolist() == [tokenizer.bos_token_id] * 6
+    assert torch.equal(written[:, 1:], bare[:, :-1])
+    with pytest.raises(ValueError, match=r"Windows of 1 tokens hold no text: each starts with 1 special tokens.*<s>"):
+        windows(model, tokenizer, TEXTS, seq_len=1)
+
+
 def test_tokens_that_fit_are_taken_as_they_are(model, tokens):
     assert windows(model, None, tokens, **FITTING).input_ids is tokens
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}

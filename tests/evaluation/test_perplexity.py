@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from optimum_fwdprune import FwdPruner
-from optimum_fwdprune.evaluation import PERPLEXITY_METRIC, TextLoss, perplexity, text_loss, window_losses
+from optimum_fwdprune.evaluation import PERPLEXITY_METRIC, TextLoss, perplexity, text_loss, texts_loss, window_losses
 
 
 @torch.no_grad()
@@ -54,6 +54,25 @@ def test_of_a_text_in_windows(dense, text, max_length, stride):
     assert found.tokens == count
     assert found.nll == pytest.approx(nll, rel=1e-4)
     assert found.perplexity == pytest.approx(math.exp(nll / count), rel=1e-4)
+
+
+@pytest.mark.parametrize(("max_length", "stride"), [(16, None), (16, 4), (2, None), (128, None)])
+@torch.no_grad()
+def test_windows_start_with_the_tokens_that_the_tokenizer_writes_before_a_text(dense, max_length, stride):
+    tokenizer = tiny.make_tokenizer(begins_texts=True)
+    bos, *ids = tokenizer("the quick brown fox jumps over the lazy dog " * 4)["input_ids"]
+    nll, counted = 0.0, 0
+    for start in range(0, len(ids), stride or max_length - 1):
+        window = torch.tensor([bos, *ids[start : start + max_length - 1]])
+        predicted = dense(window[None]).logits[0, :-1].double().log_softmax(-1)
+        # The first token of the text is predicted too, from BOS.
+        new = range(counted - start, len(window) - 1)
+        nll -= sum(float(predicted[place, window[place + 1]]) for place in new)
+        counted += len(new)
+    found = texts_loss(dense, tokenizer, ["the quick brown fox jumps over the lazy dog " * 4], max_length, stride)
+
+    assert found.tokens == counted == len(ids)
+    assert found.nll == pytest.approx(nll, rel=1e-4)
 
 
 @pytest.mark.parametrize("tokens_in_text", range(2, 40))

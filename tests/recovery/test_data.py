@@ -1,6 +1,7 @@
 """What training sees of every kind of data."""
 
 import copy
+import itertools
 import json
 import re
 
@@ -66,6 +67,28 @@ def test_text_is_packed_end_to_end(tokenizer):
     assert [token for row in data["input_ids"] for token in row] == expected[: len(expected) // 8 * 8]
     assert list(data["labels"]) == list(data["input_ids"])
     assert all(len(row) == 8 for row in data["input_ids"])
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_sequences_start_with_the_tokens_that_the_tokenizer_writes_before_a_text(separate):
+    tokenizer = tiny.make_tokenizer(begins_texts=True)
+    texts = ["the quick brown fox", "the lazy dog", "a fox jumps over"] * 4
+    data = training_data(texts, tokenizer, options(separate_documents=separate))
+    bos, rows = tokenizer.bos_token_id, data["input_ids"]
+    expected = []
+    for text in texts:
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        expected += ids if separate else ids[1:]
+
+    assert all(row[0] == bos and len(row) == 8 for row in rows)
+    assert [token for row in rows for token in row[1:]] == expected[: len(expected) // 7 * 7]
+    if separate:
+        # Every document starts anew, and goes on after the BOS token of the sequence where it was cut.
+        for row, positions, labels in zip(rows, data["position_ids"], data["labels"]):
+            begins = [place == 0 or token == bos for place, token in enumerate(row)]
+            assert [position == 0 for position in positions] == begins
+            assert [label == IGNORED for label in labels] == begins
+            assert all(after in (0, before + 1) for before, after in itertools.pairwise(positions))
 
 
 def test_no_more_is_read_than_training_wants(tokenizer):
