@@ -8,24 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..loading.tokenizers import tokens_around
+from ..runs.loggers import get_logger
+from .gguf_splits import check_spaces_are_marked, name_of_split, space_prefix, unicode_forms
+
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 
-# Regular expressions that split text before byte-level BPE, with llama.cpp's names for them.
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_WORD, _REST = r"[^\r\n\p{L}\p{N}]?", r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {
-    rf"{_CONTRACTIONS}|{_WORD}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{_REST}": "dbrx",
-    rf"{_CONTRACTIONS}|{_WORD}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{_REST}": "qwen2",
-    rf"{_WORD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_WORD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}"
-    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_REST}": "gpt-4o",
-    r" ?[^(\s|[.,!?…。，、।۔،])]+": "bloom",  # noqa: RUF001
-}
-# Names for the same ways to split, for tokenizers that leave words whole that are tokens (`ignore_merges`).
-WHOLE_WORDS = {"dbrx": "llama-bpe"}
+logger = get_logger(__name__)
+
 # In SentencePiece's vocabularies, a token for a single byte of text that no other token covers.
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 
@@ -45,9 +38,13 @@ def name_for(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """
     added = tokenizer.added_tokens_decoder.values()
     strips = any(token.rstrip for token in added if token.content not in PHI3_TOKENS)
-    if strips and set(PHI3_TOKENS) <= set(tokenizer.get_vocab()):
+    if strips and _has_phi3_tokens(tokenizer):
         return name if re.search("phi-?3", name, re.IGNORECASE) else f"phi3 {name}"
     return re.sub("phi-?3", "phi", name, flags=re.IGNORECASE)
+
+
+def _has_phi3_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return set(PHI3_TOKENS) <= set(tokenizer.get_vocab())
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, pre: str | None = None) -> None:
@@ -60,16 +57,14 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: 
         pre (`str`, *optional*): llama.cpp's name for the way text is split before byte-level BPE.
 
     Raises:
-        ValueError: where the tokenizer is of another kind, or splits text in a way that llama.cpp's name is not known
-            for.
+        ValueError: where the tokenizer is of another kind, or splits or changes text in a way that llama.cpp does not,
+            or that its name is not known for. Where single texts may become other tokens, a warning says which.
     """
     description = _description_of(tokenizer)
     model = description["model"]
-    if model["type"] != "BPE":
-        raise ValueError(
-            f"This {type(tokenizer).__name__} is no BPE ({model['type']}); only BPE tokenizers are exported to GGUF. "
-            f"llama.cpp's own convert_hf_to_gguf.py supports others: export with format stock, then convert."
-        )
+    _check_model(model, tokenizer)
+    sentencepiece = bool(model.get("byte_fallback"))
+    _warn_of_differences(description, tokenizer, sentencepiece)
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}
     if max(tokens) >= rows:
         raise ValueError(
@@ -78,28 +73,77 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: 
         )
     listed = [tokens.get(number, f"[PAD{number}]") for number in range(rows)]
     writer.add_token_list(listed)
-    sentencepiece = bool(model.get("byte_fallback"))
     kinds = _kinds_of(tokens, tokenizer, rows)
     writer.add_token_types(_with_bytes(kinds, tokens, tokenizer) if sentencepiece else kinds)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     if sentencepiece:
+        check_spaces_are_marked(description)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores_of(listed, merges))
-        writer.add_add_space_prefix(_adds_space(description))
+        writer.add_add_space_prefix(space_prefix(description) != "never")
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre or _pre_tokenizer_of(description))
+        writer.add_tokenizer_pre(pre or name_of_split(description))
         writer.add_token_merges([" ".join(merge) for merge in merges])
     for name in ("bos", "eos", "unk", "pad"):
         number = getattr(tokenizer, f"{name}_token_id")
         if number is not None:
             getattr(writer, f"add_{name}_token_id")(number)
-    start = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(bool(start) and start[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(bool(start) and start[-1] == tokenizer.eos_token_id)
+    before, after = tokens_around(tokenizer)
+    writer.add_add_bos_token(tokenizer.bos_token_id in before)
+    writer.add_add_eos_token(tokenizer.eos_token_id in after)
     if tokenizer.chat_template is not None:
         writer.add_chat_template(_templates_of(tokenizer.chat_template))
+
+
+def _check_model(model: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` for tokenizers whose tokens llama.cpp does not put together in the same way."""
+    if model["type"] != "BPE":
+        raise ValueError(
+            f"This {type(tokenizer).__name__} is no BPE ({model['type']}); only BPE tokenizers are exported to GGUF. "
+            f"llama.cpp's own convert_hf_to_gguf.py supports others: export with format stock, then convert."
+        )
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(name):
+            raise ValueError(
+                f"This tokenizer has {name}={model[name]!r}, which llama.cpp's BPE does not have; only a stock "
+                f"checkpoint holds it (--format stock)."
+            )
+
+
+def _warn_of_differences(description: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sentencepiece: bool) -> None:
+    """Warn of texts that llama.cpp turns into other tokens."""
+    for form in unicode_forms(description, sentencepiece):
+        logger.warning(
+            "This tokenizer brings text into Unicode's form %s, and llama.cpp does not. Texts in another form "
+            "give other tokens there, such as texts with letters and accents as separate characters.",
+            form,
+        )
+    if sentencepiece and space_prefix(description) == "first":
+        logger.warning(
+            "llama.cpp adds a space to the text after a special token, and this tokenizer adds one at the start of a "
+            "text alone (prepend_scheme='first'). Texts with special tokens inside, such as chats, give other tokens "
+            "there."
+        )
+    stripping = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.lstrip or token.single_word or (token.rstrip and not _has_phi3_tokens(tokenizer))
+    ]
+    if stripping:
+        logger.warning(
+            "This tokenizer strips spaces around %s, or finds them as whole words alone, and llama.cpp does not. "
+            "Texts with these tokens give other tokens there.",
+            ", ".join(stripping[:5]) + (f" and {len(stripping) - 5} more" if len(stripping) > 5 else ""),
+        )
+    before, after = tokens_around(tokenizer)
+    if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
+        logger.warning(
+            "This tokenizer writes %s around a text, and llama.cpp adds no more than one BOS and one EOS token. Write "
+            "the others into the prompt there.",
+            " ".join(tokenizer.convert_ids_to_tokens([*before, *after])),
+        )
 
 
 def _templates_of(template: str | dict[str, str] | list[dict[str, str]]) -> str | list[dict[str, str]]:
@@ -138,46 +182,8 @@ def _scores_of(tokens: list[str], merges: list[list[str]]) -> list[float]:
     return [-float(ranks.get(token, 0)) for token in tokens]
 
 
-def _adds_space(description: dict[str, Any]) -> bool:
-    """Return whether the tokenizer adds a space before a text."""
-    normalizer, splitter = description.get("normalizer") or {}, description.get("pre_tokenizer") or {}
-    steps = [*normalizer.get("normalizers", [normalizer]), *splitter.get("pretokenizers", [splitter])]
-    return any(
-        step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step["prepend_scheme"] != "never")
-        for step in steps
-    )
-
-
 def _description_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; load one with AutoTokenizer.")
     return json.loads(backend.to_str())
-
-
-def _pre_tokenizer_of(description: dict[str, Any]) -> str:
-    """Return llama.cpp's name for the way text is split."""
-    splitter = description.get("pre_tokenizer") or {}
-    steps = splitter.get("pretokenizers", [splitter])
-    kinds, last = [step.get("type") for step in steps], steps[-1]
-    if last.get("add_prefix_space"):
-        raise ValueError(
-            "This tokenizer adds a space before a text (add_prefix_space), and llama.cpp's byte-level BPE does not. "
-            "Set it to False to export the tokenizer without the space."
-        )
-    name = None
-    if kinds == ["ByteLevel"] and last["use_regex"]:
-        name = "gpt-2"
-    elif kinds == ["Digits", "ByteLevel"] and last["use_regex"] and steps[0]["individual_digits"]:
-        name = "smollm"
-    elif kinds == ["Split", "ByteLevel"] and not last["use_regex"]:
-        name = SPLITS.get(steps[0]["pattern"].get("Regex", ""))
-    whole_words = bool(description["model"].get("ignore_merges"))
-    name = WHOLE_WORDS.get(name or "") if whole_words else name
-    if name is None:
-        raise ValueError(
-            f"llama.cpp's name for the way this tokenizer splits text ({', '.join(map(str, kinds))}"
-            f"{', ignore_merges' if whole_words else ''}) is not known. Pass it as pre_tokenizer, such as gpt-2, "
-            f"llama-bpe or qwen2."
-        )
-    return name
