@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..models.adapter_defaults import add_adapter_defaults
-from ..models.families import family_modules, import_family
+from ..models.families import causal_class_name, family_modules, import_family
 from ..models.layout import SUBLAYERS, DecoderLayout
 from ..models.per_layer import stock_config_class
 from ..request.choices import AttentionUnit, UnitKind
@@ -221,6 +221,17 @@ def registered_architectures() -> list[Architecture]:
 def supported_architectures() -> list[str]:
     """Return the `model_type`s of all families, without those of pruned configs. No family is imported."""
     return sorted({*pruned_types(), *family_modules()})
+
+
+def causal_class_names() -> list[str]:
+    """Return the names of the pruned causal language models of all families. No family is imported."""
+    registered = {
+        model_class.__name__
+        for architecture in _ARCHITECTURES.values()
+        for model_class in architecture.model_classes
+        if model_class._auto_class == "AutoModelForCausalLM"
+    }
+    return sorted(registered.union(filter(None, map(causal_class_name, family_modules()))))
 
 
 def is_supported(config: PreTrainedConfig) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..architectures import registered_architectures
+from ..architectures.registry import causal_class_names
 
 
 # This class runs the modules of a transformers model with vLLM's attention, with the sizes of every single layer.
@@ -13,7 +13,5 @@ def register_with_vllm() -> None:
     """Register pruned causal language models with vLLM, which then loads them without `trust_remote_code`."""
     from vllm import ModelRegistry
 
-    for architecture in registered_architectures():
-        for model_class in architecture.model_classes:
-            if model_class._auto_class == "AutoModelForCausalLM":
-                ModelRegistry.register_model(model_class.__name__, BACKEND)
+    for name in causal_class_names():
+        ModelRegistry.register_model(name, BACKEND)

@@ -43,6 +43,19 @@ def import_family(model_type: str) -> None:
         importlib.import_module(module)
 
 
+def causal_class_name(model_type: str) -> str | None:
+    """Return the name of the pruned causal language model of a family of this package, which is not imported; `None`
+    where it has none, as multimodal families.
+
+    The names follow from those of the stock classes: `PrunedLlamaForCausalLM`, and `PrunedGPT2ForCausalLM` of
+    `GPT2LMHeadModel`.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "").replace("LMHeadModel", "ForCausalLM")
+    return f"Pruned{stock}" if stock.endswith("ForCausalLM") else None
+
+
 class LazyConfigs(dict[str, Any]):
     """Config classes by `model_type`. Reading the entry of a pruned family imports the family, which adds its class.
 
