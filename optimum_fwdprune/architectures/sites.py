@@ -52,9 +52,17 @@ def attention_site(layout: AttentionLayout, layer_index: int, path: str, layer: 
         path (`str`): name of the layer inside the model.
         layer (`Module`): the layer.
         unit (`str`): `"query_head"` or `"kv_group"`.
+
+    Raises:
+        ValueError: where the heads are not groups of equally many, so that no attention can be computed.
     """
     module: Any = layer.get_submodule(layout.module)
     heads, kv_heads = head_counts(layout, layer)
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(
+            f"{path}.{layout.module} has {heads} query heads and {kv_heads} KV heads, and the first number must be a "
+            f"multiple of the second one. Correct {layout.heads_key} and {layout.kv_heads_key} in the config."
+        )
     head_dim, per_group = getattr(module, layout.head_dim), heads // kv_heads
     single_heads = unit == AttentionUnit.QUERY_HEAD and per_group > 1
     query = Segment(head_dim if single_heads else per_group * head_dim)
@@ -107,9 +115,15 @@ def attention_site(layout: AttentionLayout, layer_index: int, path: str, layer: 
 
 
 def mlp_site(layout: MLPLayout, layer_index: int, path: str, layer: Any) -> Site:
-    """Describe the MLP of a decoder layer; the arguments are those of `attention_site`."""
+    """Describe the MLP of a decoder layer; the arguments are those of `attention_site`.
+
+    Raises:
+        ValueError: where it has no channels.
+    """
     channel = Segment(1)
     output = Coupling(f"{path}.{layout.output}", as_linear(layer.get_submodule(layout.output)), 1, (channel,))
+    if output.linear.in_features < 1:
+        raise ValueError(f"{path}.{layout.output} has no channels. Correct {layout.width_key} in the config.")
     sources = [
         Coupling(f"{path}.{name}", as_linear(layer.get_submodule(name)), 0, (channel,) * layout.segments)
         for name in layout.sources

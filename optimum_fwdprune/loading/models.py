@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -20,6 +19,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from ..architectures import get_architecture, is_pruned, is_supported
+from .configs import FOLDER_OTHERWISE, no_model, read_config
 from .integrity import check_checkpoint
 from .offline import naming_offline
 from .recorded import was_pruned
@@ -30,9 +30,6 @@ WHERE = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 
 # Arguments of `from_pretrained` that apply to other repositories of the same user too.
 ACCESS = ("token", "cache_dir", "local_files_only", "trust_remote_code")
-
-# The way out, in errors, where a model cannot be downloaded in offline mode.
-FOLDER_OTHERWISE = "name a folder that holds the model"
 
 
 def auto_class_of(model_id: str | Path, config: PreTrainedConfig, where: Mapping[str, Any]) -> Any:
@@ -141,8 +138,7 @@ def check_unquantized(model_id: Any, config: PreTrainedConfig, quantization_conf
 def check_is_there(model_id: str | Path, **kwargs: Any) -> None:
     """Raise `OSError` or `ValueError` where a folder or repository has no config of a model; the message names it."""
     try:
-        with naming_offline(model_id, FOLDER_OTHERWISE):
-            AutoConfig.from_pretrained(model_id, **kwargs)
+        read_config(model_id, **kwargs)
     except OSError as error:
         raise OSError(f"Cannot load {model_id}: {error}") from error
     except ValueError as error:
@@ -163,8 +159,8 @@ def build_without_weights(model_id: str | Path, **kwargs: Any) -> PreTrainedMode
         model_id (`str` or `Path`): folder, or repository of the Hub.
         kwargs: for `from_pretrained`, such as `revision`, `token` and `trust_remote_code`.
     """
+    config = read_config(model_id, **kwargs)
     with naming_offline(model_id, FOLDER_OTHERWISE):
-        config = AutoConfig.from_pretrained(model_id, **kwargs)
         auto_class: Any = AutoModelForCausalLM
         if is_supported(config):
             auto_class = auto_class_of(model_id, config, {name: kwargs[name] for name in WHERE if name in kwargs})
@@ -175,8 +171,14 @@ def build_without_weights(model_id: str | Path, **kwargs: Any) -> PreTrainedMode
         try:
             with torch.device("meta"):
                 return auto_class.from_config(config, trust_remote_code=kwargs.get("trust_remote_code"))
-        except (NotImplementedError, RuntimeError):
-            return auto_class.from_pretrained(model_id, **kwargs)
+        except (NotImplementedError, RuntimeError) as error:
+            try:
+                return auto_class.from_pretrained(model_id, **kwargs)
+            except OSError:
+                # Without weights, the first error tells more.
+                raise no_model(model_id, error) from error
+        except Exception as error:
+            raise no_model(model_id, error) from error
 
 
 def load_causal_lm(model_id: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -185,10 +187,7 @@ def load_causal_lm(model_id: str | Path, **kwargs: Any) -> PreTrainedModel:
     where = {name: kwargs[name] for name in WHERE if name in kwargs}
     auto_class: Any = AutoModelForCausalLM
     if "gguf_file" not in kwargs and find_adapter_config_file(str(model_id), **where) is None:
-        with naming_offline(model_id, FOLDER_OTHERWISE):
-            config = AutoConfig.from_pretrained(
-                model_id, **where, trust_remote_code=kwargs.get("trust_remote_code", False)
-            )
+        config = read_config(model_id, **where, trust_remote_code=kwargs.get("trust_remote_code", False))
         if is_supported(config):
             auto_class = language_model_class(config)
     return load_for_task(model_id, auto_class, **kwargs)
@@ -212,8 +211,7 @@ def load_for_task(model_id: str | Path, auto_class: Any, **kwargs: Any) -> PreTr
     # contains its own config, and adapters only name their base.
     unchecked = "gguf_file" in kwargs or kwargs.get("trust_remote_code")
     if not unchecked and find_adapter_config_file(str(model_id), **where) is None:
-        with naming_offline(model_id, FOLDER_OTHERWISE):
-            config = AutoConfig.from_pretrained(model_id, **where)
+        config = read_config(model_id, **where)
         pruned_class = _pruned_class_of(config) if is_pruned(config) else None
         if pruned_class is not None and auto_class.__name__ not in pruned_class.auto_classes:
             raise ValueError(

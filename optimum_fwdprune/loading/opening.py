@@ -6,22 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..architectures import get_architecture
 from ..files import naming_what_is_full
 from ..runs.loggers import get_logger
 from ..words import public_name
+from .configs import read_config
 from .models import (
     ACCESS,
-    FOLDER_OTHERWISE,
     WHERE,
     auto_class_of,
     check_is_model,
     check_unquantized,
     load_for_task,
 )
-from .offline import naming_offline
 from .offloading import device_map_on_disk
 from .placement import placed
 from .source import Source
@@ -55,8 +54,7 @@ def open_model(
     # Reading the config of a GGUF file takes as long as reading the whole file.
     if "gguf_file" not in options:
         # An unsupported family is refused before gigabytes are read.
-        with naming_offline(model_id, FOLDER_OTHERWISE):
-            config = AutoConfig.from_pretrained(model_id, **shared)
+        config = read_config(model_id, **shared)
         auto_class = auto_class_of(model_id, config, {name: options[name] for name in WHERE if name in options})
         check_unquantized(model_id, config, options.get("quantization_config"))
     if low_memory:
@@ -78,10 +76,7 @@ def open_model(
 def _loaded(model_id: str | Path, auto_class: Any, options: Mapping[str, Any], low_memory: bool) -> PreTrainedModel:
     """Load a model. The files of a mixture of experts hold one tensor per expert, and its class has one for all, so
     that with `low_memory` a copy of the weights is written that layers are read from. It is removed with the model."""
-    if (
-        not low_memory
-        or not get_architecture(AutoConfig.from_pretrained(model_id, **_shared(options))).stores_experts_apart
-    ):
+    if not low_memory or not get_architecture(read_config(model_id, **_shared(options))).stores_experts_apart:
         return load_for_task(model_id, auto_class, **placed(options))
     workspace = Workspace(options.get("offload_folder"))
     with naming_what_is_full(workspace.folder):

@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..architectures.wrapping import adapted_module, is_peft_model, model_inside
+from ..loading.configs import read_config
 from ..loading.integrity import weight_files
 from ..loading.models import (
-    FOLDER_OTHERWISE,
     WHERE,
     adapter_config,
     language_model_class,
     load_causal_lm,
 )
-from ..loading.offline import naming_offline
 from ..loading.offloading import device_map_on_disk
 from ..loading.origin import Origin
 from ..runs.resume import digest_of
@@ -83,7 +82,7 @@ class TeacherSource:
         if self.model is not None:
             return self.model.config
         known = {key: value for key, value in self.access.items() if key in (*WHERE, "trust_remote_code")}
-        return AutoConfig.from_pretrained(str(self.name), **known)
+        return read_config(str(self.name), **known)
 
 
 def find_teacher(
@@ -189,8 +188,7 @@ def _check_without_weights(source: TeacherSource, student: PreTrainedModel, opti
         )
     with _naming_the_teacher(source):
         if adapter_config(name, _where(source)) is None:
-            with naming_offline(name, FOLDER_OTHERWISE):
-                config = source.config()
+            config = source.config()
             if getattr(config, "quantization_config", None) is not None:
                 # Quantized models cannot be built on the meta device; this teacher is checked when it is loaded.
                 return

@@ -1,6 +1,7 @@
 """`inspect` of models that were not pruned: their units, or the declaration of a family that is not supported."""
 
 import importlib.util
+import json
 import sys
 
 import made_up_family
@@ -208,3 +209,24 @@ def test_what_a_layout_cannot_describe_is_named(config, reason, cli, tmp_path):
     code, _, error = cli("inspect", tmp_path)
 
     assert code == 1 and reason in error
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_size": "48"}, "describes no model: Field 'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 5}, "describes no model: The hidden size (48) is not a multiple of"),
+        ({"hidden_act": "nope"}, "describes no model: KeyError: 'nope'"),
+        ({"vocab_size": -5}, "describes no model: Trying to create tensor with negative dimension -5"),
+        ({"num_key_value_heads": 4}, "has 6 query heads and 4 KV heads"),
+        ({"intermediate_size": 0}, "mlp.down_proj has no channels. Correct intermediate_size"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_values_of_a_config_that_no_model_can_have_are_named(values, message, cli, tmp_path):
+    config = tiny.make_config("llama_mqa").to_dict() | {"num_key_value_heads": 3, **values}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, _, error = cli("inspect", tmp_path)
+
+    assert code == 1 and error.startswith("error: ") and message in error
