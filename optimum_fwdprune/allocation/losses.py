@@ -14,6 +14,9 @@ from .plan import PruningPlan
 # The key in the metadata of a plan for the numbers of calibration tokens that are routed to every expert.
 ROUTING = "routing"
 
+# Parameters outside of units are named where they are a larger share of the model.
+LARGE_SHARE = 1 / 3
+
 ATTENTION_NAMES: dict[str, str] = {AttentionUnit.QUERY_HEAD: "attention heads", AttentionUnit.KV_GROUP: "KV groups"}
 
 
@@ -45,13 +48,15 @@ def losses_by_kind(
             sentences[kind] = f"{name}: none is removed."
             continue
         least, most = min(by_layer, key=by_layer.__getitem__), max(by_layer, key=by_layer.__getitem__)
-        if f"{by_layer[least]:.1%}" == f"{by_layer[most]:.1%}":
-            shares = f"{by_layer[most]:.1%} in {layers_named(by_layer)}"
-        else:
-            shares = f"from {by_layer[least]:.1%} in layer {least} to {by_layer[most]:.1%} in layer {most}"
         whole = [layer for layer in layers if layer not in by_layer]
+        if f"{by_layer[least]:.1%}" != f"{by_layer[most]:.1%}":
+            shares = f", from {by_layer[least]:.1%} in layer {least} to {by_layer[most]:.1%} in layer {most}"
+        elif whole or len(by_layer) == 1:
+            shares = f", {by_layer[most]:.1%} in {layers_named(by_layer)}"
+        else:
+            shares = " in every layer"
         rest = f", none in {layers_named(whole)}" if whole else ""
-        sentences[kind] = f"{name}: {1 - remaining / total:.1%} are removed, {shares}{rest}."
+        sentences[kind] = f"{name}: {1 - remaining / total:.1%} are removed{shares}{rest}."
     return sentences
 
 
@@ -66,6 +71,20 @@ def dense_routing(plan: PruningPlan) -> dict[SiteKey, list[int]]:
         for key, counts in routing.items()
         if plan.kept.get(key) and plan.num_units[key] == len(counts) and sum(counts)
     }
+
+
+def outside_units(parameters: int, prunable: int) -> str | None:
+    """Return a sentence on the parameters that no unit owns, such as embeddings; `None` where they are at most a third
+    of all, so that the share of the prunable parameters tells how much smaller the model becomes.
+
+    Args:
+        parameters (`int`): parameters of the dense model.
+        prunable (`int`): parameters that units own.
+    """
+    outside = 1 - prunable / parameters
+    if outside <= LARGE_SHARE:
+        return None
+    return f"{outside:.1%} of the model's parameters belong to no unit that can be removed, such as its embeddings."
 
 
 def rerouted(plan: PruningPlan) -> str | None:

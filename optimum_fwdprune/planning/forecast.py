@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..allocation.budgets import Budget, counted_sites
 from ..allocation.constraints import prunable_sites
 from ..allocation.depth import depth_units, number_removed
-from ..allocation.losses import losses_by_kind
+from ..allocation.losses import losses_by_kind, outside_units
 from ..allocation.widths import channel_multiple, named_multiples
 from ..architectures import Site, SiteKey
 from ..request.choices import Scope, UnitKind
@@ -35,6 +35,7 @@ class Forecast:
         added_parameters (`int`): biases that the reconstruction will add.
         losses (`dict[str, str]`): a sentence on every kind of units.
         removed_by_kind (`dict[str, int]`): parameters that will be removed, by kind.
+        prunable (`int`): parameters that units own before pruning.
     """
 
     parameters: int
@@ -44,6 +45,7 @@ class Forecast:
     added_parameters: int
     losses: dict[str, str]
     removed_by_kind: dict[str, int]
+    prunable: int
 
     def __str__(self) -> str:
         parameters = self.parameters - self.removed_parameters + self.added_parameters
@@ -54,6 +56,7 @@ class Forecast:
             [
                 f"The pruned model will have {_written(parameters)} of {_written(self.parameters)} parameters "
                 f"({-share:+.1%}) and {size / 1e6:,.1f} of {self.bytes / 1e6:,.1f} MB of weights.",
+                *filter(None, [outside_units(self.parameters, self.prunable)]),
                 *self.losses.values(),
             ]
         )
@@ -85,7 +88,8 @@ def forecast(
     by_kind: dict[str, int] = {
         kind: sum(by_site[site.key] for site in sites if site.kind == kind) for kind in UnitKind
     }
-    return Forecast(parameters, size, removed, removed * item_size, added_parameters, losses, by_kind)
+    prunable = sum(site.num_parameters for site in sites)
+    return Forecast(parameters, size, removed, removed * item_size, added_parameters, losses, by_kind, prunable)
 
 
 def warn_of_rounding(sites: Sequence[Site], config: PruningConfig, budget: Budget, outcome: Forecast) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
+from ..allocation.losses import outside_units
 from ..allocation.plan import PLAN_NAME
 from ..architectures import get_architecture, is_pruned
 from ..evaluation import Comparison
@@ -22,6 +23,7 @@ from .pictures import plot_plan
 from .sentences import (
     calibration_of,
     how_it_was_trained,
+    how_small_it_is,
     how_units_were_chosen,
     what_became_of_the_weights,
     what_was_removed,
@@ -101,6 +103,7 @@ def _introduction(name: str, record: Record, base: Base | None) -> str:
     wanted = base.wanted_name if base else None
     sentences = [
         f"This is {origin}, made smaller by structured pruning with optimum-fwdprune.",
+        *how_small_it_is(record.outcome),
         *what_was_removed(record.plan),
         *how_units_were_chosen(record),
         *what_became_of_the_weights(record),
@@ -164,19 +167,32 @@ def _sizes(outcome: Outcome | None) -> str:
     if outcome is None:
         return ""
     rows = [
-        ("", "before", "after"),
-        ("---", "---:", "---:"),
-        ("parameters", f"{outcome.parameters_before:,}", f"{outcome.parameters_after:,}"),
+        ("", "before", "after", "change"),
+        ("---", "---:", "---:", "---:"),
+        (
+            "parameters",
+            f"{outcome.parameters_before:,}",
+            f"{outcome.parameters_after:,}",
+            f"{-outcome.model_sparsity:+.1%}",
+        ),
         (
             "prunable parameters",
             f"{outcome.prunable_parameters:,}",
             f"{outcome.prunable_parameters - outcome.removed_parameters:,}",
+            f"{-outcome.sparsity:+.1%}",
         ),
-        ("weights, MB", f"{outcome.bytes_before / 1e6:,.1f}", f"{outcome.bytes_after / 1e6:,.1f}"),
+        (
+            "weights, MB",
+            f"{outcome.bytes_before / 1e6:,.1f}",
+            f"{outcome.bytes_after / 1e6:,.1f}",
+            f"{outcome.bytes_after / outcome.bytes_before - 1:+.1%}",
+        ),
     ]
     if outcome.speedup is not None and outcome.speedup.measured is not None:
-        rows.append((outcome.speedup.label, "1.00", f"{outcome.speedup.measured:.2f}"))
-    return "## Size\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        rows.append((outcome.speedup.label, "1.00", f"{outcome.speedup.measured:.2f}", ""))
+    text = "## Size\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    outside = outside_units(outcome.parameters_before, outcome.prunable_parameters)
+    return f"{text}\n\n{outside}" if outside else text
 
 
 def _measured(comparison: Comparison | None) -> str:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
-from ..allocation.losses import depth_losses, rerouted
+from ..allocation.losses import depth_losses, outside_units, rerouted
 from ..allocation.plan import PLAN_NAME, PruningPlan
 from ..architectures import find_sites
 from ..architectures.site import SiteKey
 from ..evaluation import Comparison
+from ..loading.configs import read_config
 from ..record.outcome import Outcome
 from ..record.reading import skeleton_of, with_outcome
 from ..record.record import Record
@@ -92,13 +92,13 @@ def describe_checkpoint(
     record = Record.of_checkpoint(model_id, **where)
     if record.plan is None and not path.exists():
         try:
-            AutoConfig.from_pretrained(model_id, **hub_kwargs)
+            read_config(model_id, **hub_kwargs)
         except OSError as error:
             raise OSError(f"There is no folder {model_id}, and no repository that can be read: {error}") from error
     if record.plan is None:
         raise ValueError(f"{model_id} has no {PLAN_NAME}: it is dense, or was pruned with another tool.")
     try:
-        config = AutoConfig.from_pretrained(model_id, **hub_kwargs)
+        config = read_config(model_id, **hub_kwargs)
     except json.JSONDecodeError as error:
         raise ValueError(f"config.json of {model_id} is not JSON: {error}.") from error
     model = skeleton_of(config)
@@ -180,6 +180,7 @@ def _sizes(outcome: Outcome) -> dict[str, Any]:
         "prunable": _change(prunable, prunable - outcome.removed_parameters),
         "bytes": _change(outcome.bytes_before, outcome.bytes_after),
         "requested_sparsity": outcome.requested_sparsity,
+        "outside": outside_units(outcome.parameters_before, prunable),
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..allocation.composing import EARLIER
-from ..allocation.losses import losses_by_kind, rerouted
+from ..allocation.losses import losses_by_kind, outside_units, rerouted
 from ..evaluation import Comparison
 from ..record.outcome import Outcome
 from ..record.record import Record
@@ -34,12 +34,12 @@ class PruningReport(Outcome):
 
     @property
     def losses(self) -> list[str]:
-        """A sentence per kind of units on the share of them that was removed, in the whole model and per layer."""
+        """A sentence per kind of units on the share of them that was removed, in the whole model and per layer, and on
+        parameters outside of units where these are many."""
+        outside = outside_units(self.parameters_before, self.prunable_parameters)
         plan = self.record.plan if self.record else None
-        if plan is None:
-            return []
-        losses = list(losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values())
-        return [*losses, *filter(None, [rerouted(plan)])]
+        losses = losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values() if plan else ()
+        return [*filter(None, [outside, *losses, rerouted(plan) if plan else None])]
 
     def save(
         self,

@@ -8,12 +8,20 @@ from typing import Any
 from ..allocation.composing import EARLIER
 from ..allocation.losses import layers_named, losses_name, removed_depth, rerouted
 from ..allocation.plan import PruningPlan
+from ..record.outcome import Outcome
 from ..record.record import Record
 from ..record.reproduction import INPUTS
 from ..recovery.options import BLOCK_DISTILL, DISTILL
 from ..request.choices import ReconstructionKind, ReconstructionOrder, Scope, UnitKind
 from ..scoring.methods import get_method
-from .numbers import calibration_in_words
+from .numbers import calibration_in_words, written
+
+
+def how_small_it_is(outcome: Outcome | None) -> Iterator[str]:
+    """Yield a sentence on the size of the whole model."""
+    if outcome is not None:
+        before, after = (written(value, "millions") for value in (outcome.parameters_before, outcome.parameters_after))
+        yield f"It has {after} of {before} parameters ({-outcome.model_sparsity:+.1%})."
 
 
 def what_was_removed(plan: PruningPlan | None) -> Iterator[str]:

@@ -98,11 +98,11 @@ def _side_by_side(document: Mapping[str, Any], models: Sequence[Mapping[str, Any
             (
                 f"{model['number']} {model['name']}",
                 written(parameters, "millions"),
-                written(sizes["prunable"]["change"], "change") if sizes else "",
+                *(written(sizes[key]["change"], "change") if sizes else "" for key in ("parameters", "prunable")),
                 *(written(model["figures"].get(name), figure_way(name)) for name in names),
             )
         )
-    return render_table(("", "parameters", "prunable", *map(figure_label, names)), rows)
+    return render_table(("", "parameters", "removed", "of the prunable", *map(figure_label, names)), rows)
 
 
 def _checkpoint(checkpoint: Mapping[str, Any]) -> str:
@@ -110,6 +110,7 @@ def _checkpoint(checkpoint: Mapping[str, Any]) -> str:
     sections = [title + (checkpoint["method"] or "hand")]
     rows = [*_sizes(checkpoint["sizes"]), *_measured(checkpoint["measured"])]
     sections.append(render_table(("", "before", "after", "change"), rows) if rows else "Sizes were not recorded.")
+    sections.append((checkpoint["sizes"] or {}).get("outside"))
     kinds = kinds_of(checkpoint)
     names = (name for kind in kinds for name in (unit_name(kind, checkpoint["attention_unit"]), "parameters"))
     layers = [

@@ -24,6 +24,14 @@ def kept(attention, mlp):
             ],
         ),
         (
+            [3, 3],
+            [4, 2],
+            [
+                "Attention heads: 25.0% are removed in every layer.",
+                "MLP channels: 62.5% are removed, from 50.0% in layer 0 to 75.0% in layer 1.",
+            ],
+        ),
+        (
             [4, 0, 4, 4],
             [8, 0, 8, 8],
             [

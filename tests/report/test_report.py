@@ -400,6 +400,26 @@ def test_tables_show_checkpoints_side_by_side_and_each_alone(document):
     assert text.count("its calibration data was passed to prune(dataset=...) in Python.") == 2
 
 
+@pytest.mark.parametrize(("rows", "share"), [(4000, "89.0%"), (64, None)])
+def test_parameters_outside_of_units_are_named_where_they_are_many(rows, share, tmp_path, monkeypatch):
+    said = []
+    model = tiny.make_model("llama_mqa", vocab_size=rows)
+    pruner = FwdPruner(model)
+    # The forecast is logged.
+    monkeypatch.setattr("optimum_fwdprune.planning.settler.announce", said.append)
+    pruner.prune(tiny.request(method="magnitude", reconstruction="none"))
+    pruner.save_pretrained(tmp_path / "pruned")
+    document = document_of([describe_checkpoint(tmp_path / "pruned")])
+    card = (tmp_path / "pruned" / "README.md").read_text()
+
+    for text in (said[0], str(pruner.report), report_table(document), render_page(document), card):
+        assert ("belong to no unit that can be removed" in text) == (share is not None)
+        assert share is None or f"{share} of the model's parameters" in text
+    of_all = f"{-pruner.report.model_sparsity:+.1%}"
+    assert f"parameters ({of_all})." in card and f"| {of_all} |" in card
+    assert of_all in said[0]
+
+
 def test_names_of_texts_are_no_formulas():
     figure = pictures.new_figure(3, 3)
     pictures.draw_points(figure.subplots(), [("1", False, 1.0, 2.0)], "x", "perplexity, pay$x^{$.txt")
