@@ -1,8 +1,11 @@
 """What a family makes impossible is declared with its reason, and refused with it before any work."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 
+import optimum_fwdprune.models
 from optimum_fwdprune import FwdPruner, PruningPlan, find_sites
 from optimum_fwdprune.architectures import get_architecture, registered_architectures
 
@@ -65,3 +68,10 @@ def test_every_family_says_what_it_supports():
     for architecture in registered_architectures():
         assert architecture.support.keys() == {"heads", "channels", "uneven layers", "experts"}
         assert all(support.possible or support.reason for support in architecture.support.values())
+
+
+def test_a_family_takes_at_most_40_lines_on_average():
+    folder = Path(optimum_fwdprune.models.__file__).parent
+    lines = [len(file.read_text(encoding="utf-8").splitlines()) for file in folder.glob("pruned_*.py")]
+
+    assert sum(lines) <= 40 * len(lines)
