@@ -34,12 +34,12 @@ class PruningReport(Outcome):
 
     @property
     def losses(self) -> list[str]:
-        """A sentence per kind of units on the share of them that was removed, in the whole model and per layer, and on
-        parameters outside of units where these are many."""
-        outside = outside_units(self.parameters_before, self.prunable_parameters)
+        """A sentence per kind of units on the share of them that was removed, in the whole model and per layer."""
         plan = self.record.plan if self.record else None
-        losses = losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values() if plan else ()
-        return [*filter(None, [outside, *losses, rerouted(plan) if plan else None])]
+        if plan is None:
+            return []
+        losses = list(losses_by_kind(plan.kept, plan.num_units, plan.attention_unit).values())
+        return [*losses, *filter(None, [rerouted(plan)])]
 
     def save(
         self,
@@ -71,10 +71,14 @@ class PruningReport(Outcome):
         return write_page(document_of([described]), file, overwrite=overwrite)
 
     def __str__(self) -> str:
-        return "\n".join([render_table(*self._table()), "", *self.losses]).rstrip()
+        return "\n".join([render_table(*self._table()), "", *self._sentences()]).rstrip()
 
     def _repr_html_(self) -> str:
-        return html_table(*self._table()) + "".join(f"<p>{html.escape(line)}</p>" for line in self.losses)
+        return html_table(*self._table()) + "".join(f"<p>{html.escape(line)}</p>" for line in self._sentences())
+
+    def _sentences(self) -> list[str]:
+        outside = outside_units(self.parameters_before, self.prunable_parameters)
+        return [*filter(None, [outside]), *self.losses]
 
     def _table(self) -> tuple[Sequence[str], list[tuple[str, ...]]]:
         rows: list[tuple[str, ...]] = [
