@@ -116,7 +116,7 @@ def test_windows_start_with_the_tokens_that_the_tokenizer_writes_before_a_text(m
     for first, *row in found.tolist():
         assert first == tokenizer.bos_token_id
         assert any(text[start : start + 15] == row for start in range(0, len(text), 15))
-    written, bare = (windows(model, used, calibration="self").input_ids for used in (tokenizer, None))
+    written, bare = (windows(model, used, calibration="self").input_ids for used in (tokenizer, tiny.make_tokenizer()))
     assert written[:, 0].tolist() == [tokenizer.bos_token_id] * 6
     assert torch.equal(written[:, 1:], bare[:, :-1])
     with pytest.raises(ValueError, match=r"Windows of 1 tokens hold no text: each starts with 1 special tokens.*<s>"):
