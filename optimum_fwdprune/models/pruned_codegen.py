@@ -22,7 +22,11 @@ class PrunedCodeGenMixin(PerLayerMixin):
         ),
         MLPLayout(sources=("mlp.fc_in",), output="mlp.fc_out", width_key="n_inner"),
         layers="h",
-        attributes=lambda config: {"attn.num_attention_heads": config.n_head},
+        # Transformers 5.24 and later split the fused rows by `embed_dim`.
+        attributes=lambda config: {
+            "attn.num_attention_heads": config.n_head,
+            "attn.embed_dim": config.n_head * config.head_dim,
+        },
     )
 
 
