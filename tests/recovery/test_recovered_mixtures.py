@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fwdprune import FwdPruner, RecoveryArguments
 from optimum_fwdprune.evaluation import texts_loss
+from optimum_fwdprune.recovery.adapters import with_adapters
+from optimum_fwdprune.recovery.options import RecoveryOptions
 
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "the lazy dog and the brown fox are quick"] * 40
@@ -50,3 +52,18 @@ def test_experts_that_are_left_learn_and_load_as_a_stock_checkpoint(name, mode, 
     assert again.recovery["steps"] == 12 and again.plan.kept == pruner.plan.kept
     card = (tmp_path / "recovered" / "README.md").read_text()
     assert "Afterwards it was trained" in card and "the routers chose" in card
+
+
+def test_weights_of_experts_are_targets_of_adapters_by_name():
+    model = tiny_mixtures.make_mixture("mixtral")
+    with pytest.raises(ValueError, match="lora_targets takes all-linear, or some of down_proj, gate_up_proj, k_proj"):
+        with_adapters(model, RecoveryOptions(lora_targets=["q_proj", "fc1"]))
+    adapted = with_adapters(model, RecoveryOptions(lora_targets=["q_proj", "down_proj"]))
+
+    trained = {name: value for name, value in adapted.named_parameters() if value.requires_grad and "layers.0" in name}
+    assert {name.partition(".lora")[0].rpartition("layers.0.")[2] for name in trained} == {
+        "self_attn.q_proj",
+        "mlp.experts",
+    }
+    # Rank 8 in each of 8 experts, whose projections read 24 features.
+    assert {value.numel() for name, value in trained.items() if "experts.lora_A" in name} == {8 * 8 * 24}
