@@ -27,9 +27,8 @@ import torch
 from recovery import PIQA
 from study import difference, digest_of, python_documentation, table
 
-from optimum_fwdprune import FwdPruner, RecoveryArguments
+from optimum_fwdprune import FwdPruner, Mixture, RecoveryArguments
 from optimum_fwdprune.evaluation import PeakMemory, evaluate_tasks, window_losses
-from optimum_fwdprune.recovery import Mixture
 from optimum_fwdprune.recovery.arguments import last_checkpoint
 from optimum_fwdprune.recovery.resuming import BLOCKS_FOLDER
 

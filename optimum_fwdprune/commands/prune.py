@@ -134,4 +134,4 @@ class PruneCommand(Command):
         folder = training_folder(self.args.output, values.pop("output_dir", None), "--recovery output_dir")
         divided = {name: value.split(",") if name in SEVERAL else value for name, value in values.items()}
         arguments = training_arguments(divided, folder, "--recovery")
-        return RecoveryRequest(data_of(self.args.recover), arguments)
+        return RecoveryRequest(data_of(self.args.recover, "--recover"), arguments)

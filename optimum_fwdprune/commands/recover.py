@@ -107,7 +107,7 @@ class RecoverCommand(Command):
                 options |= {"low_memory": True, "offload_folder": Path(self.args.output).absolute().parent}
             pruner = FwdPruner.from_pretrained(self.args.model, **options)
         pruner.check_saving(self.args.output, overwrite=self.args.overwrite)
-        pruner.recover(data_of(self.args.dataset), arguments)
+        pruner.recover(data_of(self.args.dataset, "--dataset"), arguments)
         if arguments.should_save:
             pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
             push_to_hub(pruner, self.args)

@@ -19,8 +19,8 @@ SOURCES = (
 )
 
 
-def data_of(sources: list[str]) -> Any:
-    """Return the training data of an option: a source, or a mixture of several.
+def data_of(sources: list[str], option: str) -> Any:
+    """Return the training data that an option names: a source, or a mixture of several.
 
     Raises:
         ValueError: where one of several is no name of a source.
@@ -28,9 +28,12 @@ def data_of(sources: list[str]) -> Any:
     if len(sources) == 1:
         return sources[0]
 
-    from optimum_fwdprune.recovery import Mixture
+    from optimum_fwdprune.data.mixtures import Mixture
 
-    return Mixture.of_names(sources)
+    try:
+        return Mixture.of_names(sources)
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from error
 
 
 def training_folder(output: str, named: str | None, option: str) -> str:
