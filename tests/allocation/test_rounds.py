@@ -8,7 +8,7 @@ import torch
 
 from optimum_fwdprune import FwdPruner, find_sites
 from optimum_fwdprune.allocation.budgets import Budget
-from optimum_fwdprune.allocation.depth import removed_units
+from optimum_fwdprune.allocation.depth import can_go, depth_units, removed_units
 from optimum_fwdprune.architectures import SiteKey
 from optimum_fwdprune.planning import run as run_module
 
@@ -289,6 +289,15 @@ def test_an_earlier_round_removes_no_layer_that_exceeds_its_budget():
     budget = Budget(sites[0].num_parameters, at_most=True, as_far_as_possible=True)
     assert sites[0].num_parameters < sites[1].num_parameters
     assert not removed_units(sites, scores, dataclasses.replace(request, kinds=["sublayer"]), budget)
+
+
+def test_a_layer_that_must_stay_keeps_one_of_its_sublayers():
+    sites = find_sites(tiny.make_model("llama_gqa_biases"))
+    sites = [dataclasses.replace(site, layer_stays=site.layer == 0) for site in sites]
+    attention, mlp, *others = depth_units(sites, "sublayer")
+
+    assert can_go(sites, [attention]) and can_go(sites, [mlp]) and can_go(sites, others)
+    assert not can_go(sites, [attention, mlp])
 
 
 @pytest.mark.parametrize(("skip_layers", "expected"), [(None, {0, 1, 2}), ([2], {0, 1, 3}), ([-6], {1, 2, 3})])

@@ -154,6 +154,20 @@ def test_outputs_that_are_normalized_take_over_what_follows(name, order, many_to
         assert lost(reconstruction_order=order) < 0.9 * lost(reconstruction="none")
 
 
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_both_orders_fit_the_same_where_nothing_was_lost_before(name, many_tokens):
+    model = deep_model(name)
+    weights = [
+        pruned_by(model, plan_without(model, [1, 2]), many_tokens, ridge=0.01, reconstruction_order=order)
+        .model.model.layers[0]
+        .mlp.down_proj.weight
+        for order in ("sequential", "independent")
+    ]
+
+    assert not torch.equal(weights[0], model.model.layers[0].mlp.down_proj.weight)
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-3)
+
+
 @torch.no_grad()
 def test_the_output_before_a_norm_is_the_one_that_leads_nearest_to_what_is_wanted():
     generator = torch.Generator().manual_seed(0)
