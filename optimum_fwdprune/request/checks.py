@@ -7,7 +7,7 @@ import math
 import numbers
 import typing
 
-from ..words import did_you_mean
+from ..words import did_you_mean, name_and_weight
 from .budget_options import LIMITS, SIZES, TARGETS
 from .choices import WIDTH_KINDS, ReconstructionKind, ReconstructionOrder, ReconstructionTarget, Scope
 from .depth import check_depth
@@ -48,8 +48,11 @@ def check_types(config: Options) -> None:
         is_word = may_be_auto(hint) and value == AUTO
         if kind not in _ACCEPTED or (is_optional and value is None) or is_word:
             continue
-        # One element in the place of a list, where the annotation allows it.
-        is_list = is_list and not (isinstance(value, str) and str in typing.get_args(hint))
+        # Where the annotation allows one name in the place of a list, a list of one is the same.
+        if is_list and str in typing.get_args(hint):
+            if isinstance(value, (list, tuple)) and len(value) == 1 and name_and_weight(str(value[0]))[1] is None:
+                value = value[0]
+            is_list = not isinstance(value, str)
         items = value if is_list else [value]
         if not isinstance(items, (list, tuple)) or not all(
             isinstance(item, _ACCEPTED[kind]) and (kind is bool or not isinstance(item, bool)) for item in items

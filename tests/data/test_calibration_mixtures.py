@@ -131,5 +131,7 @@ def test_the_record_names_the_sources_and_no_folder(model, tokenizer, tmp_path):
 
 def test_one_name_needs_no_list():
     assert tiny.request(calibration="builtin").calibration == "builtin"
+    assert tiny.request(calibration=["builtin"]).calibration == "builtin"
+    assert tiny.request(calibration=["builtin:2"]).calibration == ["builtin:2"]
     with pytest.raises(ValueError, match="calibration must be a list of str; got 3"):
         tiny.request(calibration=3)
