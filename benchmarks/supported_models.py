@@ -62,6 +62,7 @@ STOCK_HEADS = "Its stock classes take the width of a head from the number of hea
 STOCK_CHANNELS = "Its stock classes take the number of channels from the hidden size."
 LLAMA_HEADS = "llama.cpp takes all heads together to be as wide as the hidden size."
 BLOOM_HEADS = "llama.cpp works the ALiBi slopes out of the number of heads."
+EXPERTS_EVERYWHERE = "Only of models with experts in every layer that is left."
 FIXED_PATTERN = "Only so that every fourth of the layers that are left is one without rotary embeddings."
 FIRST_LAYERS = (
     "The first layers, after each of which features of images are added to the residual stream (DeepStack), are not "
@@ -176,10 +177,16 @@ def gguf(architecture, notes):
     if rules is None:
         return [f"no{notes.mark(REASONS[architecture.model_type])}"]
     reason = architecture.support["heads"].reason
-    note = "" if reason else notes.mark(BLOOM_HEADS if architecture.model_type == "bloom" else LLAMA_HEADS)
-    letters = [f"C{note}"] if rules.all_heads else ["H", "C"]
+    note = ""
+    if rules.all_heads and not reason:
+        note = notes.mark(BLOOM_HEADS if architecture.model_type == "bloom" else LLAMA_HEADS)
     layers = notes.mark(FIXED_PATTERN) if layers_without_rope in rules.checks else ""
-    return [*letters, *(["U", "L", "S"] if rules.per_layer else [f"L{layers}"])]
+    rest = ["U", "L", "S"] if rules.per_layer else [f"L{layers}"]
+    if architecture.support["experts"].possible:
+        everywhere = notes.mark(EXPERTS_EVERYWHERE) if architecture.layout.mlp is not None else ""
+        return [*([] if rules.all_heads else ["H"]), f"{rest[0]}{note}", f"E{everywhere}"]
+    letters = [f"C{note}"] if rules.all_heads else ["H", "C"]
+    return [*letters, *rest]
 
 
 def vllm(architecture):

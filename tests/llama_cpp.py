@@ -4,6 +4,8 @@ import json
 import urllib.request
 from contextlib import contextmanager
 
+import pytest
+import torch
 import xllamacpp
 
 
@@ -35,3 +37,21 @@ def llama_cpp(file):
     # A server that ends before its loop has started never ends. An answer shows that the loop runs.
     ask([1], 1)
     yield ask
+
+
+@torch.no_grad()
+def check_llama_cpp_agrees(model, file, tokens, tolerance, places=8):
+    """Greedy tokens, and log-probabilities of the likeliest ones, behind prompts of growing length."""
+    known = model(tokens[:1]).logits[0].float().log_softmax(-1)
+    compared = 0
+    with llama_cpp(file) as ask:
+        for length in range(5, 5 + places):
+            answer = ask(tokens[0, :length].tolist(), 1)
+            wanted = known[length - 1]
+            assert float(wanted.max() - wanted[answer["tokens"][0]]) < tolerance
+            # A token that is half a character has none.
+            for step in answer.get("completion_probabilities", []):
+                for found in step["top_logprobs"]:
+                    assert found["logprob"] == pytest.approx(float(wanted[found["id"]]), abs=tolerance)
+                    compared += 1
+    assert compared >= 5 * places // 4

@@ -141,6 +141,16 @@ def layers_without_rope(config: Any, name: str) -> None:
             )
 
 
+def norms_of_olmoe(config: Any, name: str) -> None:
+    """Check that the norms of queries and keys are equally wide, as llama.cpp takes them to be."""
+    if config.num_key_value_heads != config.num_attention_heads:
+        raise ValueError(
+            f"llama.cpp's {name} has norms of all query heads and of as many key heads, and this model has "
+            f"{config.num_attention_heads} query heads and {config.num_key_value_heads} key heads. Only a stock "
+            f"checkpoint holds it (--format stock)."
+        )
+
+
 LLAMA = GGUFRules("llama", "deci", output_biases=True, ropes=("default", "linear", "llama3"))
 GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 # llama.cpp approximates GELU with tanh for every model.
@@ -189,27 +199,26 @@ RULES = {
     ),
     "nemotron": GGUFRules("nemotron", all_heads=True, output_biases=True, activations=("relu2",)),
     "stablelm": GGUFRules("stablelm", all_heads=True),
+    # llama.cpp divides the weights of the experts of a token by their sum, or takes them as they are.
+    "mixtral": GGUFRules("llama"),
+    "qwen3_moe": GGUFRules("qwen3moe", requires={"norm_topk_prob": True}),
+    "qwen2_moe": GGUFRules("qwen2moe", all_heads=True, requires={"norm_topk_prob": False}),
+    "olmoe": GGUFRules(
+        "olmoe", all_heads=True, requires={"norm_topk_prob": False, "clip_qkv": None}, checks=(norms_of_olmoe,)
+    ),
+    "granitemoe": GGUFRules("granitemoe"),
+    "gpt_oss": GGUFRules("gpt-oss", output_biases=True, slides=True, ropes=("default", "linear", "yarn")),
     "phi": GGUFRules("phi2", all_heads=True, output_biases=True, requires={"qk_layernorm": False}, activations=GELU),
 }
 
 _NO_CODE = "llama.cpp has no code for this family."
 _PARTS = "llama.cpp reads the language model and the vision model from two files, which the export does not write."
 
-_MIXTURES = (
-    "deepseek_v3",
-    "glm4_moe",
-    "gpt_oss",
-    "granitemoe",
-    "mixtral",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_moe",
-)
+_MIXTURES = ("deepseek_v3", "glm4_moe", "phimoe")
 
 # Why there is no export of other families, as sentences.
 REASONS = {
-    **dict.fromkeys(_MIXTURES, "The export does not write mixtures of experts."),
+    **dict.fromkeys(_MIXTURES, "The export does not write the routers of this family."),
     **dict.fromkeys(("codegen", "gptj", "helium", "opt"), _NO_CODE),
     **dict.fromkeys(("gemma3", "llava", "qwen2_5_vl", "qwen3_vl"), _PARTS),
     "apertus": "The export does not write the parameters of its activation (xIELU).",

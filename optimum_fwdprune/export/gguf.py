@@ -24,6 +24,7 @@ from ..models.layout import DecoderLayout
 from ..models.per_layer import stock_config
 from ..request.gguf import GGUF_TYPES
 from ..runs.loggers import get_logger
+from .gguf_experts import add_experts, check_experts, mixture_paths, mixture_tensors
 from .gguf_families import GGUFFamily, LayerSizes, family_of
 from .gguf_fields import context_length, rope_tensors
 from .gguf_quantize import find_llama_quantize
@@ -97,6 +98,7 @@ def export_gguf(
         path: LayerSizes.of(layer, architecture.layout, getattr(layer_config, "skip", ()))
         for (path, layer), layer_config in zip(architecture.layers(model), layer_configs(model.config), strict=True)
     }
+    check_experts(rules.uniform, architecture.layout.experts, list(layers.values()))
     name = _name_of(rules, list(layers.values()))
     _check_heads(rules, list(layers.values()), config)
     tensors = list(_tensors(model, Conversion(config, rules, family, architecture.layout, layers, name)))
@@ -105,6 +107,8 @@ def export_gguf(
     try:
         writer.add_name(name_for(Path(config._name_or_path).name or config.model_type, tokenizer))
         _add_sizes(writer, config, sizes_in_file(list(layers.values())), dtype, uniform=name == rules.uniform)
+        if architecture.layout.experts is not None:
+            add_experts(writer, architecture.layout.experts, next(iter(layers.values())), config)
         for add in family.fields:
             add(writer, config)
         embeddings: Any = model.get_input_embeddings()
@@ -213,8 +217,9 @@ def _tensors(model: PreTrainedModel, conversion: Conversion) -> Iterator[GGUFTen
     # Tied weights are one tensor of the file. Offloaded ones are two parameters of the model.
     tied = getattr(model, "all_tied_weights_keys", {})
     lists = tuple(f"{path}." for path in _lists_of_norms(model, conversion))
+    mixtures = tuple(f"{path}." for path in mixture_paths(conversion.layout.experts, conversion.layers))
     for source, parameter in model.named_parameters():
-        if source in tied or source.startswith(lists):
+        if source in tied or source.startswith((*lists, *mixtures)):
             continue
         # For some families, gguf lists the names without the prefix of the base model.
         short = source.removeprefix(f"{model.base_model_prefix}.")
@@ -223,6 +228,8 @@ def _tensors(model: PreTrainedModel, conversion: Conversion) -> Iterator[GGUFTen
             target.endswith(("attn_output.bias", "ffn_down.bias")) and not conversion.rules.output_biases
         ):
             raise ValueError(f"llama.cpp's {name} has no tensor for {source}.")
+        # In transformers a parameter may be part of a module that is no linear and no norm.
+        target = target if target.endswith((".weight", ".bias")) else f"{target}.weight"
         make = partial(_converted, model, source, conversion)
         shape = tuple(reversed(parameter.shape)) if _is_transposed(model, source) else tuple(parameter.shape)
         yield GGUFTensor(target, shape, make)
@@ -234,6 +241,7 @@ def _tensors(model: PreTrainedModel, conversion: Conversion) -> Iterator[GGUFTen
         target = names.get_name(path.rpartition(".")[0].rpartition(".")[0])
         shape = (len(norms), *norms[0].weight.shape)
         yield GGUFTensor(f"{target}.weight", shape, partial(_stacked, model, path, len(norms)))
+    yield from mixture_tensors(model, conversion.layout.experts, conversion.layers)
     yield from stand_ins(list(conversion.layers.values()), conversion.config)
     for target, tensor in rope_tensors(conversion.config).items():
         yield GGUFTensor(target, tuple(tensor.shape), partial(torch.clone, tensor))

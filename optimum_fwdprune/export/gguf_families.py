@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
 
 class LayerSizes(NamedTuple):
-    """Sizes of a layer, determined from its weights; 0 where it has no attention or no MLP."""
+    """Sizes of a layer, determined from its weights; 0 where it has no attention or no MLP. With experts, every one of
+    them has so many channels."""
 
     heads: int
     kv_heads: int
     channels: int
+    experts: int = 0
 
     @classmethod
     def of(cls, layer: nn.Module, layout: DecoderLayout, skipped: Collection[str] = ()) -> LayerSizes:
@@ -34,6 +36,12 @@ class LayerSizes(NamedTuple):
         heads, kv_heads = (0, 0) if ATTENTION in skipped else head_counts(layout.attention, layer)
         if MLP in skipped:
             return cls(heads, kv_heads, 0)
+        if layout.experts is not None and layout.experts.is_in(layer):
+            mixture = layer.get_submodule(layout.experts.module)
+            experts: Any = mixture.get_submodule(layout.experts.experts)
+            # [experts, hidden, channels], or [experts, channels, hidden].
+            width = experts.down_proj.shape[1 if getattr(experts, "is_transposed", False) else 2]
+            return cls(heads, kv_heads, width, len(experts.down_proj))
         assert layout.mlp is not None
         return cls(heads, kv_heads, as_linear(layer.get_submodule(layout.mlp.output)).in_features)
 
@@ -89,7 +97,7 @@ class GGUFFamily:
 
 # By the `model_type` of the stock config. Families that are not listed are written as they are.
 FAMILIES = {
-    **dict.fromkeys(("llama", "mistral", "ministral", "arcee"), GGUFFamily(rotates_pairs=True)),
+    **dict.fromkeys(("llama", "mistral", "ministral", "arcee", "mixtral"), GGUFFamily(rotates_pairs=True)),
     "gemma": GGUFFamily(adds_one=True),
     "gemma2": GGUFFamily(
         adds_one=True,
@@ -106,9 +114,12 @@ FAMILIES = {
     "olmo3": GGUFFamily(
         own_output=True, fields=(fields.rms_norm, fields.head_dim, fields.rope, fields.sliding_windows)
     ),
-    "granite": GGUFFamily(
-        rotates_pairs=True, fields=(fields.rms_norm, fields.head_dim, fields.rope, fields.granite_scales)
+    **dict.fromkeys(
+        ("granite", "granitemoe"),
+        GGUFFamily(rotates_pairs=True, fields=(fields.rms_norm, fields.head_dim, fields.rope, fields.granite_scales)),
     ),
+    "qwen2_moe": GGUFFamily(fields=(fields.rms_norm, fields.head_dim, fields.rope, fields.shared_expert)),
+    "gpt_oss": GGUFFamily(fields=(fields.rms_norm, fields.head_dim, fields.rope, fields.sliding_windows)),
     "smollm3": GGUFFamily(rotates_pairs=True),
     "cohere": GGUFFamily(fields=(fields.layer_norm, fields.head_dim, fields.rope, fields.logit_scale)),
     "cohere2": GGUFFamily(

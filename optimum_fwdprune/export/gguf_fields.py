@@ -8,14 +8,16 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..architectures.gguf import head_dim_of, rope_of, rope_type
+from ..runs.loggers import get_logger
 
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+logger = get_logger(__name__)
 
 # Of every so many layers, the last one attends to everything, where the file does not list the layers.
-SLIDING_PERIODS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4}
+SLIDING_PERIODS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4, "gpt_oss": 2}
 
 # The epsilon of OLMo's norms is no entry of its config.
 EPSILON_OF_OLMO = 1e-5
@@ -69,10 +71,29 @@ def rope(writer: GGUFWriter, config: Any) -> None:
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(parameters["factor"])
+    elif kind == "yarn":
+        _yarn(writer, config)
     elif kind == "longrope":
         _, attention_factor = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
         writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
         writer.add_rope_scaling_attn_factors(attention_factor)
+
+
+def _yarn(writer: GGUFWriter, config: Any) -> None:
+    """Add the scaling of YaRN. Its attention factor is the default one, which llama.cpp computes itself."""
+    import gguf
+
+    parameters = rope_of(config)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(parameters["factor"])
+    writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_beta_fast(parameters.get("beta_fast") or 32.0)
+    writer.add_rope_scaling_yarn_beta_slow(parameters.get("beta_slow") or 1.0)
+    if not parameters.get("truncate", True):
+        logger.warning(
+            "This model has YaRN with truncate=False, and llama.cpp rounds the features between which it changes from "
+            "extrapolation to interpolation. Outputs differ slightly, as in all files of this family."
+        )
 
 
 def sliding_windows(writer: GGUFWriter, config: Any) -> None:
@@ -114,6 +135,11 @@ def granite_scales(writer: GGUFWriter, config: Any) -> None:
     writer.add_attention_scale(config.attention_multiplier)
     writer.add_residual_scale(config.residual_multiplier)
     writer.add_logit_scale(config.logits_scaling)
+
+
+def shared_expert(writer: GGUFWriter, config: Any) -> None:
+    """Add the number of channels of the expert that every token uses."""
+    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
 
 
 def parallel_blocks(writer: GGUFWriter, config: Any) -> None:

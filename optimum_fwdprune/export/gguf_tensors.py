@@ -95,13 +95,18 @@ def write_tensors(writer: GGUFWriter, tensors: list[GGUFTensor], dtype: str) -> 
         writer.write_tensor_data(gguf.quantize(values, kind))
 
 
+# Ends of the names of tensors that are written in float32, although they have several axes.
+IN_FLOAT32 = ("_norm.weight", "position_embd.weight", ".bias", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+
+
 def _type_of(tensor: GGUFTensor, dtype: str, is_output: bool) -> str:
     """Return the type in which a tensor is written.
 
-    llama.cpp multiplies by norms in float32, also by those with weights for every head, and adds positions in it. The
-    matrix that computes the logits has eight bits in files of four and five, where llama-quantize takes more bits too.
+    llama.cpp multiplies by norms in float32, also by those with weights for every head, and adds positions and the
+    biases of experts in it. Routers keep float32, since rounding would change the experts of a token. The matrix that
+    computes the logits has eight bits in files of four and five, where llama-quantize takes more bits too.
     """
-    if len(tensor.shape) < 2 or tensor.name.endswith("_norm.weight") or tensor.name == "position_embd.weight":
+    if len(tensor.shape) < 2 or tensor.name.endswith(IN_FLOAT32):
         return "f32"
     kind = "q8_0" if is_output and GGUF_TYPES[dtype].block > 1 else dtype
     return kind if tensor.shape[-1] % GGUF_TYPES[kind].block == 0 else GGUF_TYPES[kind].instead

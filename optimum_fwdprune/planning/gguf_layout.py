@@ -9,7 +9,7 @@ from typing import Any
 from ..allocation.budgets import counted_sites
 from ..allocation.plan import PruningPlan
 from ..allocation.widths import channel_multiple
-from ..architectures import SiteKey, is_pruned
+from ..architectures import Site, SiteKey, is_pruned
 from ..architectures.gguf import GGUFRules, gguf_rules
 from ..cutting.form import pruned_config
 from ..loading.subject import Subject
@@ -60,7 +60,13 @@ def check_gguf_request(subject: Subject, config: PruningConfig) -> None:
             f"{option} cannot be combined with reconstruction='bias' for this model: llama.cpp's {rules.uniform} has "
             f"no biases in the projections that gain them. Set reconstruction='least_squares' or 'none'."
         )
-    sizes = {(site.kind, site.num_units, site.unit_width) for site in subject.sites}
+    dense = [site.layer for site in subject.sites if site.kind == UnitKind.MLP]
+    if dense and any(site.routing is not None for site in subject.sites):
+        raise ValueError(
+            f"{option} needs experts in every layer, and layer {dense[0]} of this model has one MLP in their place. "
+            f"Leave out for_gguf."
+        )
+    sizes = {(site.kind, site.num_units, _row_length(site, site.num_units)) for site in subject.sites}
     if rules.per_layer is None and len(sizes) > len({kind for kind, _, _ in sizes}):
         raise ValueError(
             f"{option} needs layers of the same size, which llama.cpp's {rules.uniform} has, and those of this model "
@@ -124,7 +130,7 @@ def _rows_without_blocks(subject: Subject, config: PruningConfig, kept: Mapping[
     kind = GGUF_TYPES[str(config.for_gguf)]
     rows: dict[str, set[int]] = {"hidden size": {subject.text_config.hidden_size}, "heads": set(), "MLP": set()}
     for site in subject.sites:
-        rows["MLP" if site.kind == UnitKind.MLP else "heads"].add(len(kept[site.key]) * site.unit_width)
+        rows["heads" if site.kind == UnitKind.ATTENTION else "MLP"].add(_row_length(site, len(kept[site.key])))
     odd = {name: sorted(length for length in lengths if length % kind.block) for name, lengths in rows.items()}
     named = [f"{', '.join(map(str, lengths))} ({name})" for name, lengths in odd.items() if lengths]
     if named:
@@ -133,6 +139,11 @@ def _rows_without_blocks(subject: Subject, config: PruningConfig, kept: Mapping[
             f"Rows of {' and '.join(named)} values are no multiples of {kind.block}, the block of {config.for_gguf}: "
             f"{writer} writes these matrices in {kind.instead} instead."
         )
+
+
+def _row_length(site: Site, units: int) -> int:
+    """Return the length of the rows of the output projection of a site with so many units, or of each expert."""
+    return units * site.unit_width if site.routing is None else site.routing.output_weight(0).shape[1]
 
 
 def _rules_of(subject: Subject) -> GGUFRules:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from llama_cpp import llama_cpp
+from llama_cpp import check_llama_cpp_agrees, llama_cpp
 from optimum.commands.optimum_cli import main
 
 from optimum_fwdprune import FwdPruner
@@ -53,24 +53,6 @@ HOLDABLE = {
 def pruned(name, tokens, changes=None, **fields):
     request = {"method": "random", "sparsity": 0.3, "scope": "global", "seed": 3, **fields}
     return FwdPruner(tiny.make_model(name, **changes or {})).prune(tiny.request(**request), tokens).eval()
-
-
-@torch.no_grad()
-def check_llama_cpp_agrees(model, file, tokens, tolerance, places=8):
-    """Greedy tokens, and log-probabilities of the likeliest ones, behind prompts of growing length."""
-    known = model(tokens[:1]).logits[0].float().log_softmax(-1)
-    compared = 0
-    with llama_cpp(file) as ask:
-        for length in range(5, 5 + places):
-            answer = ask(tokens[0, :length].tolist(), 1)
-            wanted = known[length - 1]
-            assert float(wanted.max() - wanted[answer["tokens"][0]]) < tolerance
-            # A token that is half a character has none.
-            for step in answer.get("completion_probabilities", []):
-                for found in step["top_logprobs"]:
-                    assert found["logprob"] == pytest.approx(float(wanted[found["id"]]), abs=tolerance)
-                    compared += 1
-    assert compared >= 5 * places // 4
 
 
 @pytest.mark.parametrize(
