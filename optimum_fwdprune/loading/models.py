@@ -113,28 +113,6 @@ def adapter_config(model_id: str | Path, where: Mapping[str, Any]) -> dict[str, 
     return values if isinstance(values, dict) else {}
 
 
-def check_unquantized(model_id: Any, config: PreTrainedConfig, quantization_config: Any = None) -> None:
-    """Raise `ValueError` where a checkpoint would be loaded with quantized weights.
-
-    Args:
-        model_id (`str` or `Path`): its folder or repository.
-        config (`PreTrainedConfig`): its config.
-        quantization_config (*optional*): the argument of `from_pretrained` of this name.
-    """
-    quantization = quantization_config or getattr(config, "quantization_config", None)
-    if quantization is None:
-        return
-    values: Mapping[str, Any] = quantization if isinstance(quantization, Mapping) else vars(quantization)
-    if values.get("dequantize"):
-        return
-    method = values.get("quant_method", type(quantization).__name__)
-    raise ValueError(
-        f"{model_id} would be loaded quantized ({getattr(method, 'value', method)}), and quantized weights cannot be "
-        f"cut. Load the unquantized model, or one in memory whose dequantize() was called: FwdPruner(model, "
-        f"tokenizer). The pruned model can be quantized."
-    )
-
-
 def check_is_there(model_id: str | Path, **kwargs: Any) -> None:
     """Raise `OSError` or `ValueError` where a folder or repository has no config of a model; the message names it."""
     try:

@@ -18,11 +18,11 @@ from .models import (
     WHERE,
     auto_class_of,
     check_is_model,
-    check_unquantized,
     load_for_task,
 )
 from .offloading import device_map_on_disk
 from .placement import placed
+from .quantized import dequantizing, forget_quantization
 from .source import Source
 from .tokenizers import load_processor, load_tokenizer, named_tokenizer
 from .workspace import Workspace
@@ -56,7 +56,9 @@ def open_model(
         # An unsupported family is refused before gigabytes are read.
         config = read_config(model_id, **shared)
         auto_class = auto_class_of(model_id, config, {name: options[name] for name in WHERE if name in options})
-        check_unquantized(model_id, config, options.get("quantization_config"))
+        quantization_config = dequantizing(model_id, config, options.get("quantization_config"))
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
     if low_memory:
         if "gguf_file" in options or "device_map" in options:
             raise ValueError(
@@ -74,13 +76,24 @@ def open_model(
 
 
 def _loaded(model_id: str | Path, auto_class: Any, options: Mapping[str, Any], low_memory: bool) -> PreTrainedModel:
-    """Load a model. The files of a mixture of experts hold one tensor per expert, and its class has one for all, so
-    that with `low_memory` a copy of the weights is written that layers are read from. It is removed with the model."""
-    if not low_memory or not get_architecture(read_config(model_id, **_shared(options))).stores_experts_apart:
-        return load_for_task(model_id, auto_class, **placed(options))
+    """Load a model, dequantized if its checkpoint is quantized.
+
+    The files of a mixture of experts hold one tensor per expert, and its class has one for all, and those of a
+    quantized model hold other weights than its class. With `low_memory` a copy of the weights is written then that
+    layers are read from. It is removed with the model.
+    """
+    differs = low_memory and (
+        options.get("quantization_config") is not None
+        or get_architecture(read_config(model_id, **_shared(options))).stores_experts_apart
+    )
+    if not differs:
+        model = load_for_task(model_id, auto_class, **placed(options))
+        forget_quantization(model)
+        return model
     workspace = Workspace(options.get("offload_folder"))
     with naming_what_is_full(workspace.folder):
         model = load_for_task(model_id, auto_class, **{**options, "offload_folder": str(workspace.folder)})
+    forget_quantization(model)
     vars(model)["_converted"] = workspace
     return model
 
