@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..allocation.depth import DepthUnit, can_go, number_removed, open_units
 from ..architectures import SiteKey
@@ -63,12 +64,7 @@ def removal_order(inputs: ScoringInputs) -> UnitScores:
     Raises:
         ValueError: where the model does not predict tokens.
     """
-    if not inputs.model.can_generate():
-        raise ValueError(
-            f"{type(inputs.model).__name__} does not predict the next token, and method='removal_loss' compares "
-            f"predictions. Prune its causal counterpart, and replay the plan on this model, or use "
-            f"method='block_influence'."
-        )
+    check_generates(inputs.model)
     config, sites = inputs.config, inputs.sites[:]
     units = inputs.depth_units
     is_open = {unit.key for unit in open_units(sites, config)}
@@ -101,6 +97,16 @@ def removal_order(inputs: ScoringInputs) -> UnitScores:
         "windows": round(state.windows, 1),
     }
     return UnitScores(state.scores(units), details=details)
+
+
+def check_generates(model: PreTrainedModel) -> None:
+    """Raise `ValueError` where a model does not predict tokens."""
+    if not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} does not predict the next token, and method='removal_loss' compares predictions. "
+            f"Prune its causal counterpart, and replay the plan on this model, or use method='block_influence' for "
+            f"layers and sublayers, or 'reap' for experts."
+        )
 
 
 def _enough(inputs: ScoringInputs, units: Sequence[DepthUnit], state: RemovalState) -> bool:

@@ -6,12 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from ...request.budget_options import DEFAULT_DEPTH_METHOD, DEFAULT_METHOD
-from ...request.choices import BudgetSharing, Scope
+from ...request.choices import WIDTH_KINDS, BudgetSharing, Scope
 from ...request.config import PruningConfig, register_method
 from ...request.fields import option
 from ...request.registry import get_method, register_preset, registered_methods
 from ..choices import Estimator, Initialization, Parametrization
-from .scoring import EVERY_KIND, ScoringInputs, UnitScores
+from .scoring import DEPTH_KINDS, ScoringInputs, UnitScores
 
 
 # There are thousands of times as many units as sites to learn from the same losses; larger steps are too noisy.
@@ -264,7 +264,8 @@ register_method(
     calibrated=True,
     additive=False,
     learns_split=True,
-    kinds=EVERY_KIND,
+    # Masks draw every expert by itself, and often fewer of a layer than a token uses.
+    kinds=(*WIDTH_KINDS, *DEPTH_KINDS),
 )
 register_preset(
     "policy-gradient-paper",

@@ -228,7 +228,7 @@ class TestRefusals:
         ("fields", "message"),
         [
             ({"kinds": ["layer"]}, r"method='wanda_sp' scores attention, mlp and not layer.*'block_influence' or"),
-            ({"kinds": ["mlp"], "method": "removal_loss"}, r"scores layer, sublayer and not mlp.*'flap' or"),
+            ({"kinds": ["mlp"], "method": "removal_loss"}, r"scores layer, sublayer, expert and not mlp.*'flap' or"),
             ({"kinds": ["layer", "sublayer"], "method": "random"}, "a layer is two sublayers. Use sublayer alone"),
             ({"kinds": ["layer", "mlp"]}, "Set depth_sparsity to the fraction"),
             ({"kinds": ["mlp"], "depth_sparsity": 0.2}, "Use sparsity, or add the others to kinds"),
