@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 
 import torch
 
@@ -22,7 +21,7 @@ from .budgets import (
 from .constraints import named_constraints, prunable_sites
 from .depth import DepthUnit, open_units, removed_units
 from .experts import kept_experts
-from .steps import Steps
+from .steps import Steps, scores_alike
 from .widths import channel_multiple
 
 
@@ -41,7 +40,8 @@ def allocate(
     which are small, make up for the rounding to whole heads. With `"joint"` both compete. `attention_sparsity` and
     `mlp_sparsity` are two separate budgets. Layers and sublayers are removed first, and heads and channels of the
     other layers meet the rest of the budget. If the request leaves open how many layers or sublayers are removed, as
-    few are removed as the budget allows. Of experts, every layer loses the same number.
+    few are removed as the budget allows. Of experts, every layer loses the same number; heads and channels come after
+    them.
 
     Args:
         sites (`list[Site]`): every site of the model.
@@ -57,10 +57,8 @@ def allocate(
     Raises:
         OutOfReach: where the constraints do not allow the budget. The message names them and the largest sparsity.
     """
-    if config.prunes_experts:
-        return kept_experts(sites, scores, config, budget)
     if config.depth_kind is None:
-        return _narrowed(sites, scores, config, budget, additive)
+        return _without_single_units(sites, scores, config, budget, additive)
     if not config.depth_is_open:
         return _without_units(removed_units(sites, scores, config, budget), sites, scores, config, budget, additive)
     out_of_reach: OutOfReach | None = None
@@ -82,15 +80,28 @@ def _without_units(
     budget: Budget,
     additive: bool,
 ) -> dict[SiteKey, list[int]]:
-    """Let the heads and channels that are left beside removed layers or sublayers give the rest of the budget."""
+    """Let the units that are left beside removed layers or sublayers give the rest of the budget."""
     gone = {site.key: site for unit in units for site in unit.sites}
     spent = budget.cost.whole(gone.values(), sites)
     kept: dict[SiteKey, list[int]] = {key: [] for key in gone}
     left = [site for site in sites if site.key not in gone]
-    if not config.width_kinds:
+    if not config.unit_kinds:
         return kept | {site.key: list(range(site.num_units)) for site in left}
     rest = replace(budget, amount=max(0, budget.amount - spent), spent=spent)
-    return kept | _narrowed(left, scores, config, rest, additive)
+    return kept | _without_single_units(left, scores, config, rest, additive)
+
+
+def _without_single_units(
+    sites: list[Site], scores: Mapping[SiteKey, torch.Tensor], config: PruningConfig, budget: Budget, additive: bool
+) -> dict[SiteKey, list[int]]:
+    """Choose the experts that stay, and then the heads and channels."""
+    if not config.prunes_experts:
+        return _narrowed(sites, scores, config, budget, additive)
+    experts, rest = kept_experts(sites, scores, config, budget)
+    others = [site for site in sites if site.key not in experts]
+    if not config.width_kinds:
+        return experts | {site.key: list(range(site.num_units)) for site in others}
+    return experts | _narrowed(others, scores, config, rest, additive)
 
 
 def _narrowed(
@@ -99,7 +110,7 @@ def _narrowed(
     """Choose the heads and channels that stay; the arguments are those of `allocate`."""
     cost, open_sites = budget.cost, prunable_sites(sites, config)
     if config.cuts_alike:
-        scores = _alike(open_sites, scores)
+        scores = scores_alike(open_sites, scores)
     steps = {site.key: Steps(site, scores[site.key], config, additive, cost) for site in open_sites}
     if config.has_budget_per_kind:
         parts = []
@@ -112,7 +123,7 @@ def _narrowed(
             )
             parts.append(([key for key in steps if key.kind == kind], part, of_kind))
     else:
-        parts = [(list(steps), budget, budget.spent + sum(cost.total(site) for site in sites))]
+        parts = [(list(steps), budget, budget.spent + budget.beside + sum(cost.total(site) for site in sites))]
 
     cuts = dict.fromkeys(steps, 0)
     for keys, part, total in parts:
@@ -138,23 +149,6 @@ def _makes_up(part: Budget, config: PruningConfig, sites: Sequence[Site]) -> boo
     if config.cuts_alike:
         return False
     return part.at_least or (channel_multiple(sites, config) > 1 and not part.at_most)
-
-
-def _alike(sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, torch.Tensor]:
-    """Return scores by which all layers lose the same numbers of units: the score of a unit becomes the mean over the
-    units of its rank in all layers."""
-    alike: dict[SiteKey, torch.Tensor] = {}
-    for _, group in groupby(sorted(sites, key=_shape), key=_shape):
-        of_shape = list(group)
-        grouped = torch.stack([scores[site.key].double().view(site.num_groups, -1) for site in of_shape])
-        ascending, ranked = grouped.sort(dim=2, stable=True)
-        same = torch.zeros_like(grouped).scatter_(2, ranked, ascending.mean(dim=0).expand_as(grouped))
-        alike |= {site.key: values.flatten() for site, values in zip(of_shape, same)}
-    return alike
-
-
-def _shape(site: Site) -> tuple[str, int, int]:
-    return site.kind, site.num_units, site.num_groups
 
 
 # Sites that compete, and their budget.

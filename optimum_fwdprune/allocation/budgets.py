@@ -84,6 +84,16 @@ class TargetCost(ParameterCost):
     per_parameter: int = 1
     unit: str = "parameters"
 
+    def of(self, site: Site, units: torch.Tensor) -> torch.Tensor:
+        return units * self._per_unit(site)
+
+    def total(self, site: Site) -> int:
+        return site.num_units * self._per_unit(site)
+
+    def _per_unit(self, site: Site) -> int:
+        # A token uses as many experts as before, and fewer rows of the router.
+        return site.unit_parameters - (site.idle_unit_parameters if self.unit == ACTIVE else 0)
+
     def whole(self, gone: Collection[Site], sites: Collection[Site]) -> int:
         # The target is for the whole model, and not only for what units own.
         idle = sum(site.idle_parameters for site in gone) if self.unit == ACTIVE else 0
@@ -114,7 +124,9 @@ class Budget:
         at_least, at_most (`bool`, default to `False`): round up, for a target that the model must fit into, or down,
             for rounds before such a target is met. By default the nearest number that whole units allow is removed.
         cost (`Cost`): how units are counted, by default by their parameters.
-        spent (`int`, defaults to 0): the cost that removed layers and sublayers have saved already, for messages.
+        spent (`int`, defaults to 0): the cost that removed layers, sublayers and experts have saved already, for
+            messages.
+        beside (`int`, defaults to 0): the cost of the experts that are kept, for messages.
         as_far_as_possible (`bool`, defaults to `False`): remove less if the constraints do not allow the amount.
         heads (`int`, *optional*): the part of it that heads lose with `budget="separate"`; by default their share of
             the cost.
@@ -128,6 +140,7 @@ class Budget:
     at_most: bool = False
     cost: Cost = PARAMETERS
     spent: int = 0
+    beside: int = 0
     as_far_as_possible: bool = False
     heads: int | None = None
     by_pool: dict[int, tuple[int, int]] | None = None
@@ -143,10 +156,11 @@ def counted_sites(sites: Iterable[Site], config: PruningConfig) -> list[Site]:
     """Return the sites whose parameters the sparsity of a request refers to.
 
     For heads and channels these are all attentions and MLPs, for experts the mixtures. The dense MLPs that some layers
-    of a mixture have, whose channels cannot be removed, are left out. For layers or sublayers alone, all are returned.
+    of a mixture have, whose channels cannot be removed, are left out. For layers or sublayers, alone or in addition to
+    experts, all are returned.
     """
     sites = list(sites)
-    if not config.unit_kinds:
+    if not config.unit_kinds or (config.prunes_experts and config.depth_kind is not None):
         return sites
     has_experts = any(site.routing is not None for site in sites)
     return [site for site in sites if site.kind in config.unit_kinds and not (has_experts and site.fixed)]

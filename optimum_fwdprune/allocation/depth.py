@@ -84,7 +84,7 @@ def removed_units(
     """
     units, total = open_units(sites, config), len(depth_units(sites, str(config.depth_kind)))
     to_target = budget.at_least or budget.at_most
-    by_number = number is not None or bool(config.width_kinds) or not to_target
+    by_number = number is not None or bool(config.unit_kinds) or not to_target
     wanted = number_removed(sites, config) if number is None else number
     removed = list[DepthUnit]()
 
@@ -106,7 +106,7 @@ def removed_units(
         skipped = f" and skip_layers={config.skip_layers}" if config.skip_layers else ""
         staying = {site.layer for site in sites if site.layer_stays}
         first_layers = f", and so must the first {len(staying)} layers" if staying else ""
-        field = "depth_sparsity" if config.width_kinds else "sparsity"
+        field = "depth_sparsity" if config.unit_kinds else "sparsity"
         largest = int(len(removed) / total * 1e4) / 1e4
         if by_number:
             most = f"{field} is {largest:g}"

@@ -150,7 +150,7 @@ class Rounds:
         if not self.config.depth_is_open:
             left = len(depth_units(sites, self.config.depth_kind))
             wanted = max(0, round(share * self._depth) - (self._depth_units - left)) / left
-            fields["depth_sparsity" if self.config.width_kinds else "sparsity"] = wanted
+            fields["depth_sparsity" if self.config.unit_kinds else "sparsity"] = wanted
         return fields
 
     def _left(self, sites: Sequence[Site], budget: Budget) -> dict[int, tuple[int, int]]:

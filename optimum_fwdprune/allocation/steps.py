@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
 import torch
 
 from ..architectures import (
     Site,
+    SiteKey,
 )
 from ..request.config import PruningConfig
 from .budgets import (
@@ -79,3 +83,20 @@ def convex(lost: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
 
 def _slope(lost: torch.Tensor, saved: torch.Tensor, start: int, end: int) -> float:
     return float((lost[end] - lost[start]) / (saved[end] - saved[start]))
+
+
+def scores_alike(sites: Sequence[Site], scores: Mapping[SiteKey, torch.Tensor]) -> dict[SiteKey, torch.Tensor]:
+    """Return scores by which all layers lose the same numbers of units: the score of a unit becomes the mean over the
+    units of its rank in all layers."""
+    alike: dict[SiteKey, torch.Tensor] = {}
+    for _, group in groupby(sorted(sites, key=_shape), key=_shape):
+        of_shape = list(group)
+        grouped = torch.stack([scores[site.key].double().view(site.num_groups, -1) for site in of_shape])
+        ascending, ranked = grouped.sort(dim=2, stable=True)
+        same = torch.zeros_like(grouped).scatter_(2, ranked, ascending.mean(dim=0).expand_as(grouped))
+        alike |= {site.key: values.flatten() for site, values in zip(of_shape, same)}
+    return alike
+
+
+def _shape(site: Site) -> tuple[str, int, int]:
+    return site.kind, site.num_units, site.num_groups

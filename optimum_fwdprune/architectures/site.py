@@ -183,10 +183,15 @@ class Site:
     @property
     def idle_parameters(self) -> int:
         """The parameters of the experts that a token does not use; 0 of a site without experts."""
+        return 0 if self.routing is None else (self.num_units - self.routing.chosen) * self.idle_unit_parameters
+
+    @property
+    def idle_unit_parameters(self) -> int:
+        """The parameters of a unit that tokens which do not use it leave out: those of an expert without its row of
+        the router; 0 of a site without experts."""
         if self.routing is None:
             return 0
-        per_expert = sum(parameter.numel() for parameter in self.routing.experts.parameters()) // self.num_units
-        return (self.num_units - self.routing.chosen) * per_expert
+        return sum(parameter.numel() for parameter in self.routing.experts.parameters()) // self.num_units
 
     @property
     def fewest_units(self) -> int:

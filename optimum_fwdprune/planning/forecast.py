@@ -128,10 +128,10 @@ def warn_of_overshoot(config: PruningConfig, times: float) -> None:
         config (`PruningConfig`): the request.
         times (`float`): how many times its budget the plan removes.
     """
-    if config.width_kinds and config.depth_sparsity and times > 1 + FAR_OFF:
+    if config.unit_kinds and config.depth_sparsity and not config.has_budget_per_kind and times > 1 + FAR_OFF:
         logger.warning(
-            "The %ss that depth_sparsity=%.4g removes are %.2f times the whole budget, so that no heads or channels "
-            "are removed, and the model becomes smaller than requested. Lower depth_sparsity, or raise the budget.",
+            "The %ss that depth_sparsity=%.4g removes are %.2f times the whole budget, so that no other units are "
+            "removed, and the model becomes smaller than requested. Lower depth_sparsity, or raise the budget.",
             config.depth_kind,
             config.depth_sparsity,
             times,
@@ -146,11 +146,13 @@ def _sparsities(
         kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in UnitKind
     }
     if config.has_budget_per_kind:
-        for kind in config.width_kinds:
+        # Removed layers take experts with them.
+        experts = [UnitKind.EXPERT] if config.prunes_experts and config.depth_kind is None else []
+        for kind in [*config.width_kinds, *experts]:
             if prunable[kind]:
                 removed = outcome.removed_by_kind[kind] / prunable[kind]
                 yield config.field_of(kind), config.sparsity_of(kind), removed
-    elif config.depth_kind is not None and not config.width_kinds:
+    elif config.depth_kind is not None and not config.unit_kinds:
         total = len(depth_units(sites, config.depth_kind))
         if not budget.at_least:
             yield "sparsity", config.sparsity, number_removed(sites, config) / total
@@ -178,12 +180,13 @@ def _losses(
 ) -> dict[str, str]:
     depth = _depth_losses(sites, config, kept)
     num_units = {site.key: site.num_units for site in sites}
-    if config.prunes_experts:
-        return {UnitKind.EXPERT: losses_by_kind(kept, num_units, config.attention_unit)[UnitKind.EXPERT]}
+    by_kind = losses_by_kind(kept, num_units, config.attention_unit)
+    if config.prunes_experts and UnitKind.EXPERT in by_kind:
+        depth |= {UnitKind.EXPERT: by_kind[UnitKind.EXPERT]}
     if not config.width_kinds:
         return depth
-    if config.resolved_scope == Scope.LAYER and not depth:
-        return losses_by_kind(kept, num_units, config.attention_unit)
+    if config.resolved_scope == Scope.LAYER and config.depth_kind is None:
+        return by_kind
     # How much each layer loses depends on the scores.
     open_sites = prunable_sites(sites, config)
     named: dict[str, str] = {UnitKind.ATTENTION: "attention heads", UnitKind.MLP: "MLP channels"}

@@ -170,7 +170,7 @@ def _candidates(sites: Sequence[Site], config: PruningConfig) -> Iterator[tuple[
 def _share(sites: Sequence[Site], config: PruningConfig, budget: Budget, kept: Mapping[SiteKey, list[int]]) -> float:
     """Return the fraction of the cost of heads and channels that the budget removes, in layers that are kept."""
     if config.has_budget_per_kind:
-        return max(config.sparsity_of(kind) for kind in config.width_kinds)
+        return max((config.sparsity_of(kind) for kind in config.width_kinds), default=0.0)
     open_sites = [site for site in prunable_sites(sites, config) if kept[site.key]]
     open_cost = sum(budget.cost.total(site) for site in open_sites)
     left = sum(int(budget.cost.of(site, torch.tensor([len(kept[site.key])]))) for site in open_sites)

@@ -72,9 +72,13 @@ def how_units_were_chosen(record: Record) -> Iterator[str]:
         return
     means = "with back-propagation" if get_method(config.method).differentiates(config) else "with forward passes only"
     rounds = f" in {config.rounds} rounds" if config.rounds > 1 else ""
-    if config.depth_kind is not None and config.width_kinds:
-        depth_method = config.resolved_depth_method
-        yield f"The method `{depth_method}` chose the {config.depth_kind}s, and `{config.method}` the rest, {means}."
+    others = []
+    if config.depth_kind is not None and config.unit_kinds:
+        others.append(f"`{config.resolved_depth_method}` chose the {config.depth_kind}s")
+    if config.prunes_experts and config.width_kinds:
+        others.append(f"`{config.resolved_expert_method}` chose the experts")
+    if others:
+        yield f"The method {', '.join(others)}, and `{config.method}` the rest, {means}."
     else:
         yield f"The method `{config.method}` chose them{rounds}, {means}."
     if config.resolved_scope == Scope.SEARCH:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .choices import Phase, UnitKind
+from .choices import WIDTH_KINDS, Phase, UnitKind
 from .fields import Heading, option
 
 
@@ -24,7 +24,8 @@ LIMITS = ("max_perplexity_ratio", "max_divergence")
 
 def default_method(kinds: object) -> str:
     """Return the method of a request that names none, by its `kinds`."""
-    of_experts = isinstance(kinds, (list, tuple)) and list(kinds) == [UnitKind.EXPERT]
+    named = kinds if isinstance(kinds, (list, tuple)) else ()
+    of_experts = UnitKind.EXPERT in named and not any(kind in named for kind in WIDTH_KINDS)
     return DEFAULT_EXPERT_METHOD if of_experts else DEFAULT_METHOD
 
 
@@ -35,13 +36,20 @@ class BudgetOptions:
     method: str = option(DEFAULT_METHOD, "How units are scored.", group=Heading.METHOD)
     depth_method: str | None = option(
         None,
-        "Method that scores layers or sublayers if kinds includes attention or mlp too. Default: block_influence.",
+        "Method that scores layers or sublayers if kinds includes attention, mlp or expert too. Default: "
+        "block_influence.",
+        group=Heading.METHOD,
+    )
+    expert_method: str | None = option(
+        None,
+        "Method that scores experts if kinds includes attention or mlp too. Default: reap.",
         group=Heading.METHOD,
     )
     sparsity: float = option(
         0.2,
-        "Fraction of the prunable parameters (all that heads and channels own) to remove. If kinds is only layer or "
-        "only sublayer: fraction of the layers or sublayers to remove. If it is expert: fraction of the experts.",
+        "Fraction of the prunable parameters (all that heads, channels and experts of the kinds own) to remove. If "
+        "kinds is only layer or only sublayer: fraction of the layers or sublayers to remove. If it is expert: "
+        "fraction of the experts.",
         group=Heading.BUDGET,
     )
     target_parameters: int | None = option(
@@ -113,8 +121,14 @@ class BudgetOptions:
     )
     depth_sparsity: float | None = option(
         None,
-        "If kinds includes layer or sublayer in addition to attention or mlp: fraction of the layers or sublayers to "
-        "remove. Heads and channels lose the rest of the budget. Default: scope=search finds it, and with a target "
-        "as few are removed as possible.",
+        "If kinds includes layer or sublayer in addition to attention, mlp or expert: fraction of the layers or "
+        "sublayers to remove. Heads, channels and experts lose the rest of the budget. Default: scope=search finds "
+        "it, and with a target as few are removed as possible.",
+        group=Heading.BUDGET,
+    )
+    expert_sparsity: float | None = option(
+        None,
+        "If kinds includes expert in addition to others: fraction of the experts to remove, where it differs from the "
+        "share that other units lose. A target_active_parameters requires it.",
         group=Heading.BUDGET,
     )

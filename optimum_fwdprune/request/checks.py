@@ -68,7 +68,7 @@ def check_types(config: Options) -> None:
 
 def check_values(config: Options) -> None:
     """Raise `ValueError` where an option is out of range or contradicts another one; the message names the way out."""
-    for name in ("sparsity", "attention_sparsity", "mlp_sparsity"):
+    for name in ("sparsity", "attention_sparsity", "mlp_sparsity", "expert_sparsity"):
         value = getattr(config, name)
         if value is not None and not 0 <= value < 1:
             raise ValueError(
@@ -124,7 +124,7 @@ def check_values(config: Options) -> None:
     for kind in WIDTH_KINDS:
         if getattr(config, f"{kind}_sparsity") is not None and kind not in config.resolved_kinds:
             raise ValueError(f"{kind}_sparsity is a budget for {kind}, which kinds={config.kinds} excludes.")
-    if config.has_budget_per_kind and targets:
+    if targets and (config.attention_sparsity is not None or config.mlp_sparsity is not None):
         raise ValueError("A target for the whole model and a sparsity per kind are two budgets; set one of them.")
     for declared in dataclasses.fields(config):
         choices, value = declared.metadata.get("choices"), getattr(config, declared.name)

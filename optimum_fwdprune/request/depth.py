@@ -1,12 +1,8 @@
-"""Requests for layers and sublayers: the checks of their options, and the request for their scores."""
+"""Requests for layers and sublayers: the checks of their options."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
-from .budget_options import LIMITS, TARGETS
-from .choices import DepthKind, Scope
+from .choices import DepthKind, Scope, UnitKind
 from .options import Options
 from .registry import METHODS, get_method
 
@@ -20,17 +16,20 @@ def check_depth(config: Options) -> None:
         )
     _check_methods(config)
     only_widths = {"depth_sparsity": config.depth_sparsity, "depth_method": config.depth_method}
-    if config.depth_kind is None or not config.width_kinds:
+    if config.depth_kind is None or not config.unit_kinds:
         for name, value in only_widths.items():
             if value is not None:
                 raise ValueError(
-                    f"{name} is for layers or sublayers in addition to heads or channels, and the request has "
-                    f"kinds={kinds}. Use {name.removeprefix('depth_')}, or add the others to kinds."
+                    f"{name} is for layers or sublayers in addition to heads, channels or experts, and the request "
+                    f"has kinds={kinds}. Use {name.removeprefix('depth_')}, or add the others to kinds."
                 )
     elif config.depth_sparsity is None and config.scope != Scope.SEARCH and not config.has_target:
+        others, way_out = "heads or channels", "scope='search' to let a search decide"
+        if config.prunes_experts:
+            others, way_out = "other units", "a target such as target_parameters"
         raise ValueError(
-            f"kinds={kinds} removes {config.depth_kind}s in addition to heads or channels. Set depth_sparsity to the "
-            f"fraction of the {config.depth_kind}s to remove, or scope='search' to let a search decide."
+            f"kinds={kinds} removes {config.depth_kind}s in addition to {others}. Set depth_sparsity to the fraction "
+            f"of the {config.depth_kind}s to remove, or {way_out}."
         )
     if config.depth_sparsity is not None and not 0 <= config.depth_sparsity < 1:
         raise ValueError(
@@ -43,8 +42,12 @@ def check_depth(config: Options) -> None:
 
 def _check_methods(config: Options) -> None:
     """Raise `ValueError` where a method does not score the kinds of the request."""
-    asked = [("method", config.method, kind) for kind in config.width_kinds or config.resolved_kinds]
-    if config.depth_kind is not None and config.width_kinds:
+    experts = [UnitKind.EXPERT.value] if config.prunes_experts else []
+    asked = [("method", config.method, kind) for kind in config.width_kinds or experts or config.resolved_kinds]
+    if config.width_kinds and config.prunes_experts:
+        get_method(config.resolved_expert_method)
+        asked.append(("expert_method", config.resolved_expert_method, UnitKind.EXPERT))
+    if config.depth_kind is not None and config.unit_kinds:
         get_method(config.resolved_depth_method)
         asked.append(("depth_method", config.resolved_depth_method, config.depth_kind))
     for field, name, kind in asked:
@@ -60,7 +63,7 @@ def _check_limits(config: Options) -> None:
     """Raise `ValueError` where a request for layers or sublayers has options that cannot be combined with them."""
     kind = config.depth_kind
     alone = not config.width_kinds
-    learns = config.method in METHODS and METHODS[config.method].learns_split
+    learns = config.method in METHODS and METHODS[config.method].learns_split and bool(config.unit_kinds)
     refused = {
         f"scope={config.scope!r}": (
             alone and config.scope is not None,
@@ -69,7 +72,7 @@ def _check_limits(config: Options) -> None:
             else "scope divides heads and channels; leave it out",
         ),
         f"method={config.method!r}": (
-            not alone and learns,
+            learns,
             "use a method that does not learn how the budget is split",
         ),
         config.alike_by: (
@@ -80,30 +83,3 @@ def _check_limits(config: Options) -> None:
     for option, (asked, way_out) in refused.items():
         if asked:
             raise ValueError(f"{option} cannot be combined with {kind!r} in kinds: {way_out}.")
-
-
-def depth_request(config: Any) -> Any:
-    """Return the request for the scores of layers or sublayers: the request itself if it has no other kinds, and
-    otherwise a request for these alone with its `depth_method`. Both are of the class `PruningConfig`."""
-    if not config.width_kinds:
-        return config
-    config_class = get_method(config.resolved_depth_method).config_class
-    shared = {declared.name: getattr(config, declared.name) for declared in dataclasses.fields(Options)}
-    for name in ("depth_sparsity", "depth_method", "attention_sparsity", "mlp_sparsity", "scope", *TARGETS, *LIMITS):
-        shared[name] = None
-    return config_class(
-        **{
-            **shared,
-            "method": config.resolved_depth_method,
-            "kinds": [config.depth_kind],
-            # Where their number is open, their order matters up to what the budget could take.
-            "sparsity": config.sparsity if config.depth_is_open else config.share_of_depth,
-        }
-    )
-
-
-def width_request(config: Any) -> Any:
-    """Return the request for the scores of heads and channels: the request without its layers or sublayers."""
-    if config.depth_kind is None:
-        return config
-    return dataclasses.replace(config, kinds=config.width_kinds, depth_sparsity=None, depth_method=None)

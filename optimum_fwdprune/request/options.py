@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .budget_options import DEFAULT_DEPTH_METHOD, LIMITS, TARGETS, BudgetOptions
+from .budget_options import DEFAULT_DEPTH_METHOD, DEFAULT_EXPERT_METHOD, LIMITS, TARGETS, BudgetOptions
 from .choices import (
     WIDTH_KINDS,
     AttentionUnit,
@@ -212,11 +212,10 @@ class Options(BudgetOptions):
 
     @property
     def unit_kinds(self) -> tuple[str, ...]:
-        """The kinds of units that the method scores: heads and channels, or experts; none if the request is for
-        layers or sublayers alone. The sparsity refers to their parameters."""
-        if self.prunes_experts:
-            return (UnitKind.EXPERT,)
-        return WIDTH_KINDS if self.width_kinds else ()
+        """The kinds of units that are scored one by one: heads and channels, experts, or both; none if the request is
+        for layers or sublayers alone. The sparsity refers to their parameters."""
+        experts = (UnitKind.EXPERT,) if self.prunes_experts else ()
+        return (*(WIDTH_KINDS if self.width_kinds else ()), *experts)
 
     @property
     def depth_kind(self) -> str | None:
@@ -225,18 +224,23 @@ class Options(BudgetOptions):
 
     @property
     def depth_is_open(self) -> bool:
-        """Whether the request leaves open how many layers or sublayers go beside heads or channels."""
-        return self.depth_kind is not None and bool(self.width_kinds) and self.depth_sparsity is None
+        """Whether the request leaves open how many layers or sublayers go beside heads, channels or experts."""
+        return self.depth_kind is not None and bool(self.unit_kinds) and self.depth_sparsity is None
 
     @property
     def share_of_depth(self) -> float:
         """The fraction of the layers or sublayers to remove."""
-        return (self.depth_sparsity or 0.0) if self.width_kinds else self.sparsity
+        return (self.depth_sparsity or 0.0) if self.unit_kinds else self.sparsity
 
     @property
     def resolved_depth_method(self) -> str:
         """The method that scores layers or sublayers."""
-        return (self.depth_method or DEFAULT_DEPTH_METHOD) if self.width_kinds else self.method
+        return (self.depth_method or DEFAULT_DEPTH_METHOD) if self.unit_kinds else self.method
+
+    @property
+    def resolved_expert_method(self) -> str:
+        """The method that scores experts."""
+        return (self.expert_method or DEFAULT_EXPERT_METHOD) if self.width_kinds else self.method
 
     @property
     def has_target(self) -> bool:
@@ -256,11 +260,12 @@ class Options(BudgetOptions):
 
     @property
     def has_budget_per_kind(self) -> bool:
-        """Whether attention and MLP have budgets of their own."""
-        return self.attention_sparsity is not None or self.mlp_sparsity is not None
+        """Whether attention, MLP or experts have budgets of their own, and not parts of a common one."""
+        sparsities = (self.attention_sparsity, self.mlp_sparsity, self.expert_sparsity)
+        return not self.has_target and any(sparsity is not None for sparsity in sparsities)
 
     def sparsity_of(self, kind: str) -> float:
-        """Return the requested sparsity of `"attention"` or `"mlp"`."""
+        """Return the requested sparsity of `"attention"`, `"mlp"` or `"expert"`."""
         sparsity: float = getattr(self, self.field_of(kind))
         return sparsity
 

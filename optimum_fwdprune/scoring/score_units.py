@@ -20,7 +20,8 @@ from ..loading.subject import Subject
 from ..reconstruction.independent import grams_fit, statistics_with_grams
 from ..reconstruction.kinds import STATISTICS_OF
 from ..request.choices import ReconstructionKind, ReconstructionOrder
-from ..request.depth import depth_request, width_request
+from ..request.parts import requests_for_scores
+from ..request.registry import Method
 from ..runs.resume import Resume, State
 from .methods import (
     PruningConfig,
@@ -33,10 +34,7 @@ from .scores import Scores, scored_units
 
 def needs_calibration(config: PruningConfig) -> bool:
     """Return whether the request's scores or its reconstruction need calibration tokens."""
-    methods = [get_method(config.method)]
-    if config.depth_kind is not None:
-        methods.append(get_method(config.resolved_depth_method))
-    return bool(_needed(config)) or any(method.calibrated for method in methods)
+    return bool(_needed(config)) or any(method.calibrated for method in _methods(config))
 
 
 def check_scoring(model: PreTrainedModel, config: PruningConfig) -> None:
@@ -117,15 +115,18 @@ def score_units(
             return keep({key: values.cpu() for key, values in scores.items()})
 
         def scored_for(request: PruningConfig) -> UnitScores:
-            of_request = sites if request.unit_kinds else subject.sites
+            of_request = scored_sites(subject, request)
             inputs = ScoringInputs(model, InTurn(of_request), placed, calibration, request, keep_in_memory, resume)
             return _in_memory(get_method(request.method).score(inputs))
 
-        scored = scored_for(width_request(config) if config.width_kinds else config)
-        if config.depth_kind is not None and config.width_kinds:
-            depth = scored_for(depth_request(config))
-            details = scored.details | {"depth": depth.details} if depth.details else scored.details
-            scored = replace(scored, values={**scored.values, **depth.values}, details=details)
+        requests = requests_for_scores(config)
+        # The first ones are those of the request's own method.
+        first, *others = requests
+        scored = scored_for(requests[first])
+        for name in others:
+            part = scored_for(requests[name])
+            details = scored.details | {name: part.details} if part.details else scored.details
+            scored = replace(scored, values={**scored.values, **part.values}, details=details)
         _check_scores(scored, subject.sites, config)
         stage.save(lambda: _state_of(scored))
     return Scores(
@@ -184,7 +185,13 @@ def _will_refit_independently(config: PruningConfig) -> bool:
 
 
 def _needed(config: PruningConfig) -> set[str]:
-    return {*get_method(config.method).statistics, *STATISTICS_OF[config.reconstruction]}
+    of_methods = (statistics for method in _methods(config) for statistics in method.statistics)
+    return {*of_methods, *STATISTICS_OF[config.reconstruction]}
+
+
+def _methods(config: PruningConfig) -> list[Method]:
+    """Return the methods that score the units of a request."""
+    return [get_method(request.method) for request in requests_for_scores(config).values()]
 
 
 def _check_finite(model: PreTrainedModel) -> None:

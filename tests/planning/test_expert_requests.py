@@ -94,7 +94,6 @@ def test_a_dense_model_has_no_experts(tokens):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"kinds": ["expert", "attention"], "method": "magnitude"},
         {"scope": "global"},
         {"skip_layers": [0]},
         {"rounds": 2},
