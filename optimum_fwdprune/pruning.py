@@ -78,6 +78,10 @@ class Pruning:
         self.has_changed = False
         self._tokenizer, self._dataset = tokenizer, dataset
 
+    def with_defaults(self, config: PruningConfig) -> PruningConfig:
+        """Return the request with the kinds of units that are the default for the model."""
+        return with_default_kinds(config, self._subject(config).sites)
+
     def check(self, config: PruningConfig) -> None:
         """Raise the errors of a request that can be foreseen, so that they are not raised after other work."""
         subject = self._subject(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -84,13 +85,21 @@ class _Allocated(TorchDispatchMode):
         self._live -= size
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Lets fused attention allocate its output only, as its kernels do; on the meta device it would be decomposed."""
+# Products of the tokens of every expert with its weights, which the meta device knows in bfloat16 alone.
+_GROUPED = ("grouped_mm", "_grouped_mm")
+
+
+class _Fused(TorchFunctionMode):
+    """Lets fused attention and the products of experts allocate their outputs only, as their kernels do; on the meta
+    device these would be decomposed or refused."""
 
     def __torch_function__(self, function, _types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             query, _, value = args[:3]
             return query.new_empty(*query.shape[:-1], value.shape[-1])
+        if getattr(function, "__name__", "") in _GROUPED:
+            rows, weights = args[:2]
+            return rows.new_empty(*rows.shape[:-1], weights.shape[-1])
         return function(*args, **(kwargs or {}))
 
 
@@ -99,15 +108,18 @@ def simulated_memory(model: PreTrainedModel, batch_size: int, tokens: int) -> Me
     """Return the memory that a prefill with a KV cache takes.
 
     Args:
-        model (`PreTrainedModel`): a causal language model on the meta device, in eval mode.
+        model (`PreTrainedModel`): a causal language model on the meta device, in eval mode. Its config may change.
         batch_size (`int`): number of prompts.
         tokens (`int`): tokens per prompt.
 
     Raises:
         ValueError: where the model cannot be simulated, because its computations depend on values of tensors.
     """
+    # Experts that run one after the other depend on the routing.
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("grouped_mm")
     prompts = torch.zeros(batch_size, tokens, dtype=torch.int64, device="meta")
-    with _FusedAttention(), _Allocated() as allocated:
+    with _Fused(), _Allocated() as allocated:
         allocated.know(model)
         try:
             outputs: Any = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
@@ -124,7 +136,7 @@ def memory_of(model: PreTrainedModel, batch_size: int, tokens: int) -> Memory:
     """Return the memory that a prefill of a model takes, which may be on any device; see [`simulated_memory`]."""
     model_class: Any = type(model)
     with torch.device("meta"):
-        skeleton = model_class._from_config(model.config)
+        skeleton = model_class._from_config(copy.deepcopy(model.config))
     return simulated_memory(skeleton.to(model.dtype).eval(), batch_size, tokens)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,10 @@ class Grid:
             label = "-".join(_shown(name, getattr(config, name)) for name in shown)
             cells.append(Cell(label, getattr(config, budget), config))
         return cls(budget, cells)
+
+    def mapped(self, change: Callable[[PruningConfig], PruningConfig]) -> Grid:
+        """Return the grid with `change` applied to every request."""
+        return Grid(self.budget, [dataclasses.replace(cell, config=change(cell.config)) for cell in self.cells])
 
     def most(self, cells: Iterable[Cell]) -> Cell:
         """Return the cell that removes most."""

@@ -68,11 +68,12 @@ class Sweep:
         measures: Measures,
         keep: Iterable[float] = (),
     ):
+        self._main = workplace.prunings(workplace.dataset)
+        grid = grid.mapped(self._main.with_defaults)
         self._folder = SweepFolder(folder, grid)
         self._grid, self._workplace, self._measures = grid, workplace, measures
         self._keep = set(keep)
         grid.check_sizes(self._keep)
-        self._main = workplace.prunings(workplace.dataset)
         self._cells = list(grid.cells)
 
     def run(self) -> SweepResult:

@@ -156,6 +156,8 @@ def test_heads_layers_and_sublayers_of_mixtures_are_removed_as_in_dense_models(n
     pruned = FwdPruner(dense).prune(plan=plan)
 
     assert pruned.config.num_hidden_layers == 2
+    # Not one expert after the other, as classes do that transformers does not know.
+    assert pruned.config._experts_implementation == "grouped_mm"
     assert (pruned(tokens).logits - masked).abs().max() <= 1e-4 * masked.abs().max()
     pruned.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -1,11 +1,15 @@
 """Requests for experts: what they mean for a mixture, and refusals with numbers before any work."""
 
+import json
+
 import pytest
 import tiny
 import tiny_mixtures
 import torch
 
 from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune.forward.memory import memory_of
+from optimum_fwdprune.sweep import Measures
 
 
 def parameters(model):
@@ -60,6 +64,47 @@ def test_the_share_of_heads_refers_to_the_heads(tokens):
     pruner.prune(None, tokens, kinds=["attention"], sparsity=0.5, attention_unit="kv_group")
 
     assert [len(pruner.plan.kept[(layer, "attention")]) for layer in range(3)] == [1, 1, 1]
+
+
+def test_the_fewest_experts_within_a_limit_of_quality_are_kept(tokens):
+    pruner = FwdPruner(tiny_mixtures.make_mixture("deepseek_v3"))
+    pruner.prune(None, tokens, kinds=["expert"], max_divergence=0.05, reconstruction="none", n_samples=8)
+
+    found = pruner.plan.metadata["scoring"]["quality"]
+    assert pruner.model.config.n_routed_experts == 6
+    assert found["measured"] <= 0.05 < max(measured for _, measured in found["tried"])
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("mixtral", ["expert"]), ("gpt_oss", ["expert"]), ("mixtral", ["attention", "expert"])]
+)
+def test_a_target_of_memory_counts_weights_cache_and_activations(name, kinds):
+    dense = tiny_mixtures.make_mixture(name)
+    target = int(0.85 * memory_of(dense, 2, 50).total)
+    request = {"method": "magnitude", "reconstruction": "none", "attention_unit": "kv_group"}
+    pruner = FwdPruner(dense)
+    pruned = pruner.prune(target_memory=target, context_tokens=50, serving_batch=2, kinds=kinds, **request)
+
+    memory = memory_of(pruned, 2, 50)
+    assert memory.weights == sum(parameter.nbytes for parameter in pruned.parameters())
+    assert 0.85 * target < memory.total <= target
+    assert pruner.plan.metadata["memory"]["activations"] == memory.activations
+
+
+def test_a_sweep_of_a_mixture_removes_experts(tokens, tokenizer, tmp_path):
+    measures = Measures({"fox": ["the quick brown fox jumps over the lazy dog " * 9]}, max_length=32, speed=False)
+    pruner = FwdPruner(tiny_mixtures.make_mixture("mixtral"), tokenizer)
+    sizes = {"sparsity": [0.25, 0.5], "method": ["reap", "random"]}
+    rows = pruner.sweep(tmp_path / "s", None, tokens, measures=measures, keep=[0.5], **sizes).rows
+
+    # REAP scores nothing but experts, so that its requests need no kinds.
+    assert {(row.request["method"], *(row.request["kinds"] or [])) for row in rows} == {
+        ("reap",),
+        ("random", "expert"),
+    }
+    for row in rows:
+        config = json.loads((tmp_path / "s" / row.name / "config.json").read_text()) if "0.5" in row.name else {}
+        assert config.get("num_local_experts", 4) == 4
 
 
 REFUSED = {
