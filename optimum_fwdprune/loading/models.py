@@ -193,7 +193,7 @@ def load_for_task(model_id: str | Path, auto_class: Any, **kwargs: Any) -> PreTr
         pruned_class = _pruned_class_of(config) if is_pruned(config) else None
         if pruned_class is not None and auto_class.__name__ not in pruned_class.auto_classes:
             raise ValueError(
-                f"{model_id} is a {config.architectures[0]}, which {auto_class.__name__} cannot load; use "
+                f"{model_id} is a {pruned_class.__name__}, which {auto_class.__name__} cannot load; use "
                 f"{pruned_class._auto_class}."
             )
         check_checkpoint(model_id, config, where, auto_class)

@@ -110,7 +110,8 @@ def _checkpoint(checkpoint: Mapping[str, Any]) -> str:
     sections = [title + (checkpoint["method"] or "hand")]
     rows = [*_sizes(checkpoint["sizes"]), *_measured(checkpoint["measured"])]
     sections.append(render_table(("", "before", "after", "change"), rows) if rows else "Sizes were not recorded.")
-    sections.append((checkpoint["sizes"] or {}).get("outside"))
+    if outside := (checkpoint["sizes"] or {}).get("outside"):
+        sections.append(outside)
     kinds = kinds_of(checkpoint)
     names = (name for kind in kinds for name in (unit_name(kind, checkpoint["attention_unit"]), "parameters"))
     layers = [
