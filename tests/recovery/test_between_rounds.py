@@ -88,6 +88,7 @@ def test_a_round_scores_what_the_training_before_left(dense, tokens, tmp_path, m
     assert [stage["round"] for stage in (*pruner.recovery["earlier"], pruner.recovery)] == [1, 2]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "It was trained after round 1 in all weights for 3 steps on `data in memory`; after round 2 in all" in card
+    assert "the data of its training, a teacher or callbacks were passed to `prune_and_recover`" in card
     assert "passed to `prune(dataset=...)` in Python" in card and "After every round of the pruning, the" in card
     loaded = FwdPruner.from_pretrained(tmp_path / "out")
     assert loaded.recovery == pruner.recovery and loaded.plan.kept == pruner.plan.kept

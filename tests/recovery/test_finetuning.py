@@ -318,7 +318,9 @@ def test_the_last_checkpoint_is_found_by_itself(tokenizer, tokens, tmp_path, cap
     options = {"save_strategy": "steps", "save_steps": 2}
     pruner_of(tokenizer, tokens).recover(TEXTS, arguments(tmp_path, max_steps=4, **options))
     # As a run leaves it that is killed while it writes a checkpoint.
-    (tmp_path / "training" / "checkpoint-9").mkdir()
+    for number, state in ((8, ""), (9, '{"global_step": 9')):
+        (tmp_path / "training" / f"checkpoint-{number}").mkdir()
+        (tmp_path / "training" / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
     pruner = pruner_of(tokenizer, tokens)
     pruner.recover(TEXTS, arguments(tmp_path, max_steps=5, resume_from_checkpoint="true", **options))
 
