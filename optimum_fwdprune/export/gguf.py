@@ -161,7 +161,7 @@ def _rules_of(config: Any, model: PreTrainedModel) -> GGUFRules:
 
 
 def _name_of(rules: GGUFRules, layers: list[LayerSizes]) -> str:
-    skips = next((number for number, layer in enumerate(layers) if not all(layer)), None)
+    skips = next((number for number, layer in enumerate(layers) if not (layer.heads and layer.channels)), None)
     if skips is not None and rules.per_layer is None:
         raise ValueError(
             f"Layer {skips} lacks its attention or its MLP, which llama.cpp's {rules.uniform} cannot hold. Remove "
