@@ -81,6 +81,8 @@ def test_quantized_mixtures_are_dequantized_pruned_and_saved_as_plain_checkpoint
     folder, weights = quantized
     pruner = FwdPruner.from_pretrained(folder, low_memory=low_memory)
     assert "is quantized" in caplog.text and "are dequantized while they are loaded" in caplog.text
+    # Nothing tells it from a model that was never quantized.
+    assert not hasattr(pruner.model, "hf_quantizer") and not hasattr(pruner.model.config, "quantization_config")
     pruner.prune(None, tokens, kinds=["expert"], method="magnitude", reconstruction="none", sparsity=0.5)
     pruner.save_pretrained(tmp_path / "pruned")
 
