@@ -22,7 +22,7 @@ from .models import (
 )
 from .offloading import device_map_on_disk
 from .placement import placed
-from .quantized import dequantizing, forget_quantization
+from .quantized import dequantizing
 from .source import Source
 from .tokenizers import load_processor, load_tokenizer, named_tokenizer
 from .workspace import Workspace
@@ -87,13 +87,10 @@ def _loaded(model_id: str | Path, auto_class: Any, options: Mapping[str, Any], l
         or get_architecture(read_config(model_id, **_shared(options))).stores_experts_apart
     )
     if not differs:
-        model = load_for_task(model_id, auto_class, **placed(options))
-        forget_quantization(model)
-        return model
+        return load_for_task(model_id, auto_class, **placed(options))
     workspace = Workspace(options.get("offload_folder"))
     with naming_what_is_full(workspace.folder):
         model = load_for_task(model_id, auto_class, **{**options, "offload_folder": str(workspace.folder)})
-    forget_quantization(model)
     vars(model)["_converted"] = workspace
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.quantizers import AutoQuantizationConfig
 
 from ..runs.loggers import get_logger
@@ -51,16 +51,6 @@ def dequantizing(model_id: Any, config: PreTrainedConfig, quantization_config: A
         method,
     )
     return known
-
-
-def forget_quantization(model: PreTrainedModel) -> None:
-    """Make a model whose weights were dequantized one that never was quantized, so that it is saved as such."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None or not getattr(quantizer.quantization_config, "dequantize", False):
-        return
-    quantizer.remove_quantization_config(model)
-    # Transformers would revert the conversion from the quantized form when it saves the model.
-    vars(model).pop("_weight_conversions", None)
 
 
 def _known(stored: Any) -> Any:
