@@ -47,7 +47,7 @@ def run(folder, processes, mode, output):
     return json.loads((folder / f"{output}.json").read_text())
 
 
-@pytest.mark.parametrize("mode", ["lora", "full", "distill"])
+@pytest.mark.parametrize("mode", ["full", "distill"])
 def test_two_processes_end_where_one_does(folder, mode):
     one, two = (run(folder, processes, mode, f"{mode}-{processes}") for processes in (1, 2))
     models = [AutoModelForCausalLM.from_pretrained(folder / f"{mode}-{processes}") for processes in (1, 2)]

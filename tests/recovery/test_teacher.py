@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -38,8 +37,7 @@ def opened(monkeypatch):
         return tiny.make_model("llama_gqa_biases")
 
     monkeypatch.setattr(teachers, "_loaded", loading)
-    config = SimpleNamespace(from_pretrained=lambda *_, **__: tiny.make_config("llama_gqa_biases"))
-    monkeypatch.setattr(teachers, "AutoConfig", config)
+    monkeypatch.setattr(teachers, "read_config", lambda *_, **__: tiny.make_config("llama_gqa_biases"))
     return names
 
 

@@ -29,6 +29,12 @@ OF_LAYERS = "statistics-by-layer"
 WEIGHTS = {"rtol": 5e-3, "atol": 5e-4}
 
 
+def cases(*without):
+    """Parametrizes a test with all cases and the numbers of processes that they run in, except for some."""
+    pairs = [(count, name) for count in (2, 3) for name in prune_in_ranks.cases_in(count) if name not in without]
+    return pytest.mark.parametrize(("folders", "name"), pairs, indirect=["folders"])
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """Launches so many processes, once, and returns the folder that they wrote to."""
@@ -65,7 +71,7 @@ def alone():
     return lambda name: made.setdefault(name, prune_in_ranks.run(name))
 
 
-@pytest.mark.parametrize("name", [name for name in prune_in_ranks.CASES if name != "speedup"])
+@cases("speedup")
 def test_every_process_ends_where_one_alone_does(folders, alone, name):
     expected, _ = alone(name)
     scores = [Scores.load(folder / f"{name}.safetensors") for folder in folders]
@@ -91,7 +97,7 @@ def test_processes_take_gauss_newton_steps_together(folders):
         assert found["0.mlp"]["sources_refitted"]
 
 
-@pytest.mark.parametrize("name", prune_in_ranks.CASES)
+@cases()
 def test_processes_agree_bit_for_bit(folders, name):
     plans = [json.loads((folder / f"{name}.json").read_text()) for folder in folders]
     files = [load_tensors(folder / f"{name}.weights")[0] for folder in folders]
@@ -103,7 +109,7 @@ def test_processes_agree_bit_for_bit(folders, name):
         assert found.details == scores[0].details
 
 
-@pytest.mark.parametrize("name", [name for name in prune_in_ranks.CASES if name not in ("speedup", "builtin")])
+@cases("speedup", "builtin")
 def test_each_process_passes_its_share_of_the_windows(folders, alone, name):
     """Beside a few that all pass: the probes of the checks before and after surgery, what a search settles on."""
     _, expected = alone(name)

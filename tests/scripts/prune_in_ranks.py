@@ -59,6 +59,12 @@ timing.median_seconds = another_clock
 RESUMED = ["mini_llm_units", "policy_gradient_ratio", "search", "sequential_dense", "sources", "self", "offloaded"]
 
 
+def cases_in(processes):
+    """The cases that run: all of them in two processes, and one of each way to share work in more."""
+    few = ["flap_few_windows", "mini_llm_units", "sequential_dense", "sources", "offloaded", "removal_loss", "gaps"]
+    return list(CASES) if processes == 2 else few
+
+
 def resumed_in(processes):
     """The cases that go on: all of them in two processes, and one of each kind of state in more."""
     return RESUMED if processes == 2 else ["mini_llm_units", "sequential_dense", "offloaded"]
@@ -98,7 +104,7 @@ def main(output):
     folder = output / str(ranks.rank())
     folder.mkdir(parents=True)
     passed = {}
-    for name in CASES:
+    for name in cases_in(ranks.world_size()):
         torch.manual_seed(ranks.rank())
         pruner, passed[name] = run(name)
         pruner.plan.save(folder / f"{name}.json")
