@@ -57,7 +57,10 @@ class Recovers:
 
         Args:
             recovery (`RecoveryRequest`): the training data, and the arguments of every training.
-            config, dataset, inplace, fields: see `prune`; `rounds` is 1 by default.
+            config (`PruningConfig` or `str`, *optional*): the request, or the name of a preset.
+            dataset (*optional*): calibration data, which replaces `config.calibration`.
+            inplace (`bool`, defaults to `True`): whether the model itself is pruned, and not a copy.
+            fields: options of `PruningConfig` by name; `rounds` is 1 by default.
 
         Returns:
             `PreTrainedModel`: the pruned and trained model, which is `self.model` from then on. `self.plan` combines

@@ -13,8 +13,8 @@ from .arguments import RecoveryArguments
 
 @dataclass(frozen=True, eq=False)
 class RecoveryRequest:
-    """The arguments of [`~optimum_fwdprune.FwdPruner.recover`] as one object, for
-    [`~optimum_fwdprune.FwdPruner.prune_and_recover`].
+    """The arguments of [`~optimum_fwdprune.pruner.FwdPruner.recover`] as one object, for
+    [`~optimum_fwdprune.pruner.FwdPruner.prune_and_recover`].
 
     ```python
     arguments = RecoveryArguments(output_dir="training", mode="distill", tokens="1M")
