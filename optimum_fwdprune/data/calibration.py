@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from ..runs import ranks
 from .messages import refusing_all
@@ -156,13 +156,12 @@ def joined(parts: Sequence[Calibration], source: str, seed: int) -> Calibration:
         source (`str`): name of their source.
         seed (`int`): the seed.
     """
-    length = max(part.input_ids.shape[1] for part in parts)
-    tokens, masks = [], []
-    for part in parts:
-        padding = (0, length - part.input_ids.shape[1])
-        mask = torch.ones_like(part.input_ids) if part.attention_mask is None else part.attention_mask
-        tokens.append(pad(part.input_ids, padding))
-        masks.append(pad(mask, padding))
-    order = torch.randperm(sum(map(len, parts)), generator=torch.Generator().manual_seed(seed))
-    mask = torch.cat(masks)[order]
-    return Calibration(torch.cat(tokens)[order], None if mask.all() else mask, source)
+    tokens = [window for part in parts for window in part.input_ids]
+    present = [
+        window
+        for part in parts
+        for window in (torch.ones_like(part.input_ids) if part.attention_mask is None else part.attention_mask)
+    ]
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+    mask = pad_sequence(present, batch_first=True)[order]
+    return Calibration(pad_sequence(tokens, batch_first=True)[order], None if mask.all() else mask, source)

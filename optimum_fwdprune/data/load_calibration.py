@@ -27,6 +27,7 @@ from .texts import (
     SELF,
     always_text,
     detokenize,
+    is_self,
     load_rows,
     open_rows,
     texts_of,
@@ -108,7 +109,7 @@ def _from_mixture(
     """Return the windows of all sources in an order that the seed determines; every source has its share of them."""
     counts, parts = mixture.divided(config.n_samples), {}
     # Text that the model generates takes minutes, so that errors of other sources come before it.
-    for number in sorted(range(len(counts)), key=lambda number: _is_self(mixture.sources[number])):
+    for number in sorted(range(len(counts)), key=lambda number: is_self(mixture.sources[number])):
         source, count = mixture.sources[number], counts[number]
         name = str(source) if isinstance(source, (str, Path)) else f"source {number + 1}"
         own = dataclasses.replace(config, n_samples=count)
@@ -127,10 +128,6 @@ def _from_mixture(
     return joined([parts[number] for number in range(len(counts))], str(mixture), config.seed)
 
 
-def _is_self(source: Any) -> bool:
-    return isinstance(source, str) and source == SELF
-
-
 def _from_rows(
     config: PruningConfig,
     model: PreTrainedModel,
@@ -141,7 +138,7 @@ def _from_rows(
     source = config.calibration if dataset is None else dataset
     if source is None:
         source = ranks.from_main(_default_source)
-    if _is_self(source):
+    if is_self(source):
         _check_length(config.seq_len, model)
         sampling = Sampling(config.n_samples, config.seq_len, config.batch_size, config.seed)
         return Calibration(sample_from_model(model, tokenizer, sampling, resume or Resume()), source=SELF)

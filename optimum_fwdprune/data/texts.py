@@ -78,7 +78,7 @@ def open_rows(
     if isinstance(source, (str, Path)):
         if source == BUILTIN:
             return BUILTIN, _builtin_rows()
-        if source == SELF:
+        if is_self(source):
             raise ValueError(
                 f"{SELF!r} is text that a model generates itself, for calibration and for training with a teacher; "
                 f"name a file (.txt, .json, .jsonl, .parquet), {BUILTIN!r} or a dataset of the Hub."
@@ -157,6 +157,11 @@ def texts_of(data: Data, source: Any) -> Iterator[str]:
     # The lines of a text file belong together; other rows are separate texts.
     separator = "\n" if isinstance(source, (str, Path)) and str(source).endswith(".txt") else "\n\n"
     return (text + separator for text in data)
+
+
+def is_self(source: Any) -> bool:
+    """Return whether a source is text that a model generates itself."""
+    return isinstance(source, str) and source == SELF
 
 
 def always_text(source: Any) -> bool:

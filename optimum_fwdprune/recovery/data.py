@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.chats import IGNORED
 from ..data.mixtures import Mixture
-from ..data.texts import SELF
+from ..data.texts import SELF, is_self
 from ..words import public_name
 from .amounts import Wanted
 from .arguments import RecoveryArguments
@@ -63,7 +63,7 @@ class TrainingTexts:
         """Whether the teacher writes some of the text."""
         mixture = Mixture.of(self.dataset)
         sources = [self.dataset] if mixture is None else mixture.sources
-        return any(isinstance(source, str) and source == SELF for source in sources)
+        return any(map(is_self, sources))
 
     def written_by(self, teacher: PreTrainedModel, name: str, args: RecoveryArguments) -> TrainingTexts:
         """Return the same data, with text that a teacher writes in the place of `"self"`.
