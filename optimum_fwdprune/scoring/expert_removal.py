@@ -15,7 +15,7 @@ from ..runs import ranks
 from ..runs.progress import progress
 from ..runs.resume import State
 from .methods.scoring import ScoringInputs, UnitScores
-from .removal import check_generates
+from .removal import Change, check_generates, measured_together
 
 
 @dataclass
@@ -122,18 +122,18 @@ def _remove_one(
     """Remove an expert of a group of a mixture, and take note of its measurements."""
     per_group, kept = site.num_units // site.num_groups, state.kept(site)
     candidates = [expert for expert in kept if expert // per_group == group]
-    projections, losses = _projections(mixtures, state), torch.zeros(len(candidates), dtype=torch.float64)
-    for place in ranks.own(range(len(candidates))):
+    projections = _projections(mixtures, state)
+
+    def changed(place: int) -> Change:
         others = [expert for expert in kept if expert != candidates[place]]
-        losses[place] = divergence.of(projections | {site.key: kept_projection(site, others)}, first=site.layer)
-    windows = torch.tensor(divergence.windows, dtype=torch.float64)
-    divergence.windows = 0.0
-    losses = ranks.summed(losses)
-    for expert, loss in zip(candidates, losses.tolist()):
+        return projections | {site.key: kept_projection(site, others)}, site.layer
+
+    losses, windows = measured_together(divergence, len(candidates), changed, ranks.own(range(len(candidates))))
+    for expert, loss in zip(candidates, losses):
         state.left[str(site.key)][expert] = loss
-    state.removed[str(site.key)].append(candidates[int(losses.argmin())])
-    state.losses.append(float(losses.min()))
-    state.windows += float(ranks.summed(windows))
+    state.removed[str(site.key)].append(candidates[losses.index(min(losses))])
+    state.losses.append(min(losses))
+    state.windows += windows
 
 
 def _projections(mixtures: list[Site], state: ExpertRemovalState) -> dict[SiteKey, Projection]:

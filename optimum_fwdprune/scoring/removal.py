@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,10 @@ from ..runs import ranks
 from ..runs.progress import progress
 from ..runs.resume import State
 from .methods.scoring import ScoringInputs, UnitScores
+
+
+# The projections that a removal changes, and the first layer that differs.
+Change = tuple[dict[SiteKey, Projection], int]
 
 
 @dataclass
@@ -125,14 +129,36 @@ def _measured(
     of passes of a window through all layers in all processes. Passes that every process makes count once."""
     divergence.settle(_emptied(gone))
     shared, divergence.windows = divergence.windows, 0.0
-    losses = torch.zeros(len(candidates), dtype=torch.float64)
     stage = f"Measuring removal {len(gone) + 1}"
-    for place in progress(ranks.own(range(len(candidates))), stage, unit="candidate"):
+    own = progress(ranks.own(range(len(candidates))), stage, unit="candidate")
+
+    def changed(place: int) -> Change:
         unit = candidates[place]
-        losses[place] = divergence.of(_emptied([*gone, unit]), first=unit.key.layer)
-    own = torch.tensor(divergence.windows, dtype=torch.float64)
+        return _emptied([*gone, unit]), unit.key.layer
+
+    losses, windows = measured_together(divergence, len(candidates), changed, own)
+    return losses, shared + windows
+
+
+def measured_together(
+    divergence: Divergence, count: int, changed: Callable[[int], Change], own: Iterable[int]
+) -> tuple[list[float], float]:
+    """Return the divergence of every candidate, of which each process measures a share, and the number of passes of a
+    window through all layers in all processes since the last ones were counted.
+
+    Args:
+        divergence ([`Divergence`]): measures a change of the model that it has settled on.
+        count (`int`): the number of candidates.
+        changed (`Callable`): returns the projections of a candidate, by its place, and the first layer that differs.
+        own (iterable of `int`): the places of the candidates that this process measures.
+    """
+    losses = torch.zeros(count, dtype=torch.float64)
+    for place in own:
+        projections, first = changed(place)
+        losses[place] = divergence.of(projections, first=first)
+    windows = torch.tensor(divergence.windows, dtype=torch.float64)
     divergence.windows = 0.0
-    return ranks.summed(losses).tolist(), shared + float(ranks.summed(own))
+    return ranks.summed(losses).tolist(), float(ranks.summed(windows))
 
 
 def _emptied(units: Iterable[DepthUnit]) -> dict[SiteKey, Projection]:
