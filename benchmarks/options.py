@@ -1,4 +1,4 @@
-"""Writes docs/options.md, the options of every method's request, from the fields themselves.
+"""Writes docs/reference/options.md, the options of every method's request, from the fields themselves.
 
 python benchmarks/options.py
 """
@@ -15,7 +15,7 @@ from optimum_fwdprune.scoring.methods import (
 )
 
 
-PAGE = Path(__file__).parent.parent / "docs" / "options.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "options.md"
 INTRODUCTION = """# Options of a request
 
 Written by `benchmarks/options.py` from the fields of `PruningConfig`. Each is a keyword in Python, `sparsity=0.3`,

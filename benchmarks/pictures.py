@@ -1,4 +1,4 @@
-"""The pictures of the README and of docs/concepts.md, each for light and for dark pages.
+"""The pictures of the README and of docs/concepts/terms.md, each for light and for dark pages.
 
     python benchmarks/pictures.py CHECKPOINT
 

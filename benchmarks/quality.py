@@ -7,7 +7,8 @@ and torch-pruning (`pip install optipfair torch-pruning`) through their own call
 tokens of CALIBRATION_FILE, and where targets speak of them on 512 x 256 as well. Measures perplexity at 512 and 128
 tokens on EVALUATION_FILE, which must be another text, and on Python's documentation, which nothing was calibrated on.
 Every finished cell is kept in a file under --results, so a run that was stopped goes on where it was; these are part
-of the repository, so a run elsewhere adds to them. Writes the tables to docs/quality_study.md and the plot beside it.
+of the repository, so a run elsewhere adds to them. Writes the tables to docs/benchmarks/quality_study.md, and the plot
+beside it.
 """
 
 import argparse
@@ -434,7 +435,7 @@ def main():
     every = [*PACKAGES, *PACKAGES_WITH_MORE, *REQUESTS]
     parser.add_argument("--cells", nargs="*", default=every, help="Recipes; none to only report.")
     parser.add_argument("--results", default="benchmarks/results/quality")
-    parser.add_argument("--output", default="docs/quality_study.md")
+    parser.add_argument("--output", default="docs/benchmarks/quality_study.md")
     args = parser.parse_args()
     study = QualityStudy(args.calibration_file, args.evaluation_file, args.results)
     study.cell("dense")

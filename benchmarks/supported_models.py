@@ -1,4 +1,4 @@
-"""Writes docs/supported_models.md, what can be pruned of every family and which programs load the result.
+"""Writes docs/reference/supported_models.md, what can be pruned of every family and which programs load the result.
 
     python benchmarks/supported_models.py
 
@@ -30,7 +30,7 @@ import tiny_multimodal
 from vllm_agreement import CASES, REFUSED
 
 
-PAGE = Path(__file__).parent.parent / "docs" / "supported_models.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "supported_models.md"
 INTRODUCTION = """# Supported models
 
 This page is written by `benchmarks/supported_models.py` from the registry of families. Each column is a way to load a
@@ -47,13 +47,14 @@ pruned model. A cell lists what may have been removed from the model:
 
 - The **plugin** is this package beside transformers.
 - **Remote code** is `trust_remote_code=True` without this package.
-- A [**stock checkpoint**](export.md) is loaded by transformers alone, and by programs that load its checkpoints.
-- A [**GGUF file**](gguf.md) is run by llama.cpp.
-- [**vLLM**](serving.md#vllm) loads the pruned checkpoint itself. Families that were not run there may work.
+- A [**stock checkpoint**](../how_to/export.md) is loaded by transformers alone, and by programs that load its
+  checkpoints.
+- A [**GGUF file**](../how_to/gguf.md) is run by llama.cpp.
+- [**vLLM**](../how_to/serving.md#vllm) loads the pruned checkpoint itself. Families that were not run there may work.
 
 The tests load tiny models of every family by the plugin, as remote code and as stock checkpoints. For every family
 with a GGUF export they run such a file in llama.cpp. Models of other families can be pruned once they are
-[declared](add_an_architecture.md).
+[declared](../contributing/add_an_architecture.md).
 """
 HEAD = """| family | `model_type` | plugin | remote code | stock checkpoint | GGUF | vLLM |
 |---|---|---|---|---|---|---|

@@ -1,4 +1,4 @@
-"""The rule of the rooms, sizes, light commands, and algorithms that know no architecture (docs/design.md)."""
+"""The rule of the rooms, sizes, light commands, and algorithms that know no architecture (contributing/design.md)."""
 
 import ast
 import sys
@@ -210,7 +210,7 @@ def test_no_algorithm_names_an_architecture():
 
 
 def test_the_rooms_are_those_in_the_documentation():
-    design = (PACKAGE.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    design = (PACKAGE.parent / "docs" / "contributing" / "design.md").read_text(encoding="utf-8")
     listing = design.partition("```\ncommands/")[2].partition("```")[0]
     lines = ["commands/", *listing.splitlines()[1:]]
     names = [line.split()[0].removesuffix("/").removesuffix(".py") for line in lines if not line.startswith(" ")]

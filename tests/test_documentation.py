@@ -29,7 +29,7 @@ from optimum_fwdprune import FwdPruner, PruningConfig
 
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^>]*) -->\s*\Z")
 
 # Pruned models that a page takes for granted because another page made them.
@@ -45,7 +45,7 @@ PRUNED = {
 QUICKER = dict.fromkeys(("benchmark", "compare", "sweep"), ("--repeats", "1", "--new_tokens", "2"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_of_a_page_runs(page, workplace, checkpoints):
     document = Document.parse(str(page), blocks)
     for name in PRUNED.get(page.name, ()):
@@ -165,4 +165,24 @@ def test_pages_written_by_scripts_are_up_to_date(page):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "benchmarks", ROOT)))}
     written = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
-    assert (ROOT / "docs" / f"{page}.md").read_text() == written.stdout, f"run: python benchmarks/{page}.py"
+    text = (ROOT / "docs" / "reference" / f"{page}.md").read_text()
+    assert text == written.stdout, f"run: python benchmarks/{page}.py"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"])
+def test_links_of_pages_outside_the_site_lead_to_files(page):
+    """`make docs` checks the links between pages of the site."""
+    text = (ROOT / page).read_text()
+    targets = re.findall(r"\]\(([^):#]+)[^)]*\)|src(?:set)?=\"([^\":]+)\"", text)
+
+    assert [target for target in map("".join, targets) if not (ROOT / target).exists()] == []
+
+
+def test_pages_that_the_code_names_exist():
+    named = {}
+    for folder in ("optimum_fwdprune", "benchmarks", "tests", "examples"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for page in re.findall(r"docs/[\w/]+\.(?:md|svg)", file.read_text()):
+                named.setdefault(page, file)
+
+    assert {page: file for page, file in named.items() if not (ROOT / page).exists()} == {}

@@ -1,4 +1,7 @@
-"""The invariants of docs/design.md that hold in one process. `sliced = reloaded` is in loading/test_loading.py."""
+"""The invariants of docs/contributing/design.md that hold in one process.
+
+`sliced = reloaded` is in loading/test_loading.py.
+"""
 
 import pytest
 import tiny

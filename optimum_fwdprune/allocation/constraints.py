@@ -15,7 +15,7 @@ from .steps import Steps
 from .widths import channel_multiple, named_multiples
 
 
-# The layers whose pruning harms deep models most (docs/quality.md).
+# The layers whose pruning harms deep models most (docs/benchmarks/quality.md).
 ENDS = [0, 1, -2, -1]
 FEWEST_WITH_ENDS = 12
 

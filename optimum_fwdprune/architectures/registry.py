@@ -260,7 +260,7 @@ def get_architecture(config: PreTrainedConfig) -> Architecture:
         raise ValueError(
             f"model_type {config.model_type!r} is not supported. Supported: {', '.join(supported_architectures())}. "
             f"Other families can be added with optimum_fwdprune.register_architecture: optimum-cli fwdprune inspect "
-            f"MODEL prints a declaration to start from, and docs/add_an_architecture.md explains it."
+            f"MODEL prints a declaration to start from, and docs/contributing/add_an_architecture.md explains it."
         )
     if config.get_text_config().is_heterogeneous and not is_pruned(config):
         raise ValueError(

@@ -109,12 +109,15 @@ class InspectCommand(Command):
             print(f"\n{note}")
         if model.config.get_text_config() is not model.config:
             print(
-                "\nThe declaration of a multimodal family is written by hand: docs/add_an_architecture.md "
-                "explains it, and models/pruned_llava.py is an example."
+                "\nThe declaration of a multimodal family is written by hand. "
+                "docs/contributing/add_an_architecture.md explains it, and models/pruned_llava.py is an example."
             )
             return
         text = declaration_of(model, layout)
-        explained = "The family is registered when this file is imported; docs/add_an_architecture.md explains it."
+        explained = (
+            "The family is registered when this file is imported. "
+            "docs/contributing/add_an_architecture.md explains it."
+        )
         if self.args.declaration is None:
             print(f"\n{explained}\n\n{text}")
         else:

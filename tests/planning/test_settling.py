@@ -15,8 +15,8 @@ from optimum_fwdprune.planning.forecast import forecast, warn_of_rounding
 from optimum_fwdprune.planning.settling import settle
 
 
-CONCEPTS = Path(__file__).parents[2] / "docs" / "concepts.md"
-# Sizes of the models in the table of docs/concepts.md: hidden, MLP, layers, heads, head width, KV heads.
+CONCEPTS = Path(__file__).parents[2] / "docs" / "concepts" / "terms.md"
+# Sizes of the models in the table of docs/concepts/terms.md: hidden, MLP, layers, heads, head width, KV heads.
 KNOWN_MODELS = {
     "SmolLM2-135M": (transformers.LlamaConfig, 576, 1536, 30, 9, 64, 3),
     "Qwen2.5-0.5B": (transformers.Qwen2Config, 896, 4864, 24, 14, 64, 2),

@@ -282,7 +282,7 @@ def test_presets_are_requests_that_fields_change(name):
 def test_presets_by_cost_go_with_every_method(name):
     assert PruningConfig.from_preset(name).method == PruningConfig().method
     assert PruningConfig.from_preset(name, method="taylor") == TaylorConfig.from_preset(name)
-    # Heads cost more than their parameters (docs/quality.md).
+    # Heads cost more than their parameters (docs/benchmarks/quality.md).
     assert PruningConfig.from_preset(name).resolved_kinds == ["mlp"]
 
 

@@ -1,4 +1,4 @@
-"""Presets for every method, by their cost; docs/quality.md has the study that they are based on.
+"""Presets for every method, by their cost; docs/benchmarks/quality.md has the study that they are based on.
 
 The preset of a published method is in the method's file.
 """
