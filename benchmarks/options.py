@@ -24,7 +24,13 @@ and an option on the command line, `--sparsity 0.3`; lists are values one after 
 
 
 def main():
-    PAGE.write_text(page(), encoding="utf-8")
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")
+
+
+def files():
+    """The page, by its path."""
+    return {PAGE: page()}
 
 
 def page():

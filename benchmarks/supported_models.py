@@ -1,4 +1,5 @@
-"""Writes docs/reference/supported_models.md, what can be pruned of every family and which programs load the result.
+"""Writes docs/reference/supported_models.md, what can be pruned of every family and which programs load the result,
+and a short form of it into the README.
 
     python benchmarks/supported_models.py
 
@@ -6,6 +7,7 @@ What a family can lose is read off its layout. What a stock checkpoint holds is 
 a GGUF file holds is declared in architectures/gguf.py, and what vLLM runs is what vllm_agreement.py compares.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -30,7 +32,8 @@ import tiny_multimodal
 from vllm_agreement import CASES, REFUSED
 
 
-PAGE = Path(__file__).parent.parent / "docs" / "reference" / "supported_models.md"
+README = Path(__file__).parent.parent / "README.md"
+PAGE = README.parent / "docs" / "reference" / "supported_models.md"
 INTRODUCTION = """# Supported models
 
 This page is written by `benchmarks/supported_models.py` from the registry of families. Each column is a way to load a
@@ -72,8 +75,21 @@ FIRST_LAYERS = (
 NORMALIZED = "Not from models whose layers normalize the residual stream itself."
 
 
+SHORT_HEAD = """| families | can lose | as a stock checkpoint | as a GGUF file |
+|---|---|---|---|
+"""
+WORDS = {"H": "heads", "C": "channels", "L": "layers", "E": "experts"}
+
+
 def main():
-    PAGE.write_text(page(), encoding="utf-8")
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")
+
+
+def files():
+    """The page and the README with the short form, by path."""
+    text = page()
+    return {PAGE: text, README: with_short_form(README.read_text(encoding="utf-8"), text)}
 
 
 def page():
@@ -82,6 +98,28 @@ def page():
     notes = Notes()
     rows = [row(get_architecture(AutoConfig.for_model(model_type)), notes) for model_type in family_modules()]
     return "\n".join([INTRODUCTION, HEAD + "".join(rows), notes.text()])
+
+
+def with_short_form(readme, page):
+    """The text of the README with the short form of a page between its two comments."""
+    begin, end = "<!-- supported models -->\n", "\n<!-- end -->"
+    return readme[: readme.index(begin) + len(begin)] + short_form(page) + readme[readme.index(end) :]
+
+
+def short_form(page):
+    """A table of the page's families, with one row for all that are alike, without sublayers and footnotes."""
+    alike = {}
+    row_of_family = r"^\| (.+?) \| `.+?` " + r"\| (.+?) " * 5 + r"\|$"
+    for name, plugin, _, stock, gguf, _ in re.findall(row_of_family, page.partition(HEAD)[2], re.MULTILINE):
+        alike.setdefault(tuple(map(in_words, (plugin, stock, gguf))), []).append(name.removeprefix("The "))
+    rows = sorted(alike.items(), key=lambda row: ("experts" in row[0][0], -len(row[1])))
+    return SHORT_HEAD + "".join(f"| {' | '.join([', '.join(names), *cells])} |\n" for cells, names in rows)
+
+
+def in_words(cell):
+    letters = re.sub(r"\[\^\d+\]", "", cell).split()
+    words = [WORDS[letter] for letter in letters if letter in WORDS]
+    return ", ".join(words) or "no"
 
 
 class Notes:

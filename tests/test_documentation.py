@@ -5,7 +5,9 @@ run here says why in an HTML comment before it, `<!-- not run: REASON -->`; anyt
 Found and evaluated with Sybil.
 """
 
+import ast
 import configparser
+import json
 import os
 import re
 import shlex
@@ -34,12 +36,12 @@ NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^>]*) -->\s*\Z")
 
 # Pruned models that a page takes for granted because another page made them.
 PRUNED = {
-    "evaluation.md": ("pruned", "pruned-30", "pruned-50"),
-    "gguf.md": ("pruned",),
-    "report.md": ("pruned", "pruned-20", "pruned-40"),
-    "recovery.md": ("smollm2-pruned",),
-    "recovery_recipes.md": ("smollm2-pruned",),
-    "serving.md": ("smollm2-recovered", "pruned"),
+    "how_to/evaluation.md": ("pruned", "pruned-30", "pruned-50"),
+    "how_to/gguf.md": ("pruned",),
+    "how_to/gpu_24gb.md": ("smollm2-pruned",),
+    "how_to/recovery.md": ("smollm2-pruned",),
+    "how_to/report.md": ("pruned", "pruned-20", "pruned-40"),
+    "how_to/trainers.md": ("smollm2-pruned",),
 }
 # Options of commands whose defaults would time tiny models for long.
 QUICKER = dict.fromkeys(("benchmark", "compare", "sweep"), ("--repeats", "1", "--new_tokens", "2"))
@@ -48,7 +50,7 @@ QUICKER = dict.fromkeys(("benchmark", "compare", "sweep"), ("--repeats", "1", "-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_of_a_page_runs(page, workplace, checkpoints):
     document = Document.parse(str(page), blocks)
-    for name in PRUNED.get(page.name, ()):
+    for name in PRUNED.get(page.relative_to(ROOT).as_posix().removeprefix("docs/"), ()):
         shutil.copytree(checkpoints / "pruned", name)
     document.namespace.update(names_of(page))
 
@@ -146,7 +148,8 @@ def names_of(page):
 
 def test_what_is_shown_for_use_without_the_package_runs_without_it(checkpoints, tmp_path, python_without_the_package):
     shutil.copytree(checkpoints / "pruned", tmp_path / "smollm2-pruned")
-    tour = (ROOT / "docs" / "index.md").read_text().partition('=== "without it"')[2].partition("##")[0]
+    tour = (ROOT / "docs" / "get_started" / "quick_tour.md").read_text()
+    tour = tour.partition('=== "without it"')[2].partition("##")[0]
     card = (checkpoints / "pruned" / "README.md").read_text().partition("```python\n# 1.")[2].partition("```")[0]
     shown = {"the quick tour": textwrap.dedent(tour.split("```python")[1].split("```")[0]), "the card": f"#{card}"}
     for name, code in shown.items():
@@ -158,15 +161,16 @@ def test_what_is_shown_for_use_without_the_package_runs_without_it(checkpoints, 
         assert done.stdout.startswith("PrunedLlamaForCausalLM 290"), (name, done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize("page", ["options", "supported_models"])
-def test_pages_written_by_scripts_are_up_to_date(page):
+@pytest.mark.parametrize("script", ["command_reference", "options", "sparsity_table", "supported_models"])
+def test_pages_written_by_scripts_are_up_to_date(script):
     # In a process of its own: other tests register methods and families in this one.
-    command = [sys.executable, "-c", f"import {page}; print({page}.page(), end='')"]
+    show = f"import json, {script}; print(json.dumps({{str(path): text for path, text in {script}.files().items()}}))"
+    command = [sys.executable, "-c", show]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "benchmarks", ROOT)))}
     written = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
-    text = (ROOT / "docs" / "reference" / f"{page}.md").read_text()
-    assert text == written.stdout, f"run: python benchmarks/{page}.py"
+    for page, text in json.loads(written.stdout).items():
+        assert Path(page).read_text() == text, f"run: python benchmarks/{script}.py"
 
 
 @pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"])
@@ -176,6 +180,29 @@ def test_links_of_pages_outside_the_site_lead_to_files(page):
     targets = re.findall(r"\]\(([^):#]+)[^)]*\)|src(?:set)?=\"([^\":]+)\"", text)
 
     assert [target for target in map("".join, targets) if not (ROOT / target).exists()] == []
+
+
+def test_error_messages_of_the_documentation_are_those_of_the_code():
+    """Of a message with values the constant parts are compared; the page has an ellipsis for each value."""
+    messages = " ".join(
+        " ".join(constant_text(node).split())
+        for file in (ROOT / "optimum_fwdprune").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, (ast.JoinedStr, ast.Constant))
+    )
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text()
+    tables = page.replace(page[page.index("Messages of transformers:") : page.index("## The request")], "")
+    shown = re.findall(r"^\| `([^`]+)`", tables, re.MULTILINE)
+
+    assert len(shown) > 20
+    for message in shown:
+        assert all(part.strip() in messages for part in message.split("…")), message
+
+
+def constant_text(node):
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return node.value if isinstance(node.value, str) else ""
 
 
 def test_pages_that_the_code_names_exist():

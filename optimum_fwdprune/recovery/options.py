@@ -38,7 +38,7 @@ HEADINGS = {
 # What is trained: adapters, all weights at once, or those of one block after the other.
 ADAPTERS, WEIGHTS, BLOCKS = "adapters", "weights", "blocks"
 
-# Chosen by short runs on SmolLM2-135M (docs/how_to/recovery.md). All weights at once need a smaller rate than others.
+# Chosen by short runs on SmolLM2-135M (docs/benchmarks/recovery.md). All weights need a smaller rate than others.
 LEARNING_RATES = {ADAPTERS: 1e-3, WEIGHTS: 1e-4, BLOCKS: 1e-3}
 
 # Passes over the data.

@@ -1,29 +1,16 @@
 """What a request means for a model before any work: defaults that give way, refusals, and what is announced."""
 
 import re
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
-import transformers
 
 from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
 from optimum_fwdprune.allocation.allocate import OutOfReach, allocate
 from optimum_fwdprune.allocation.budgets import removal_budget
 from optimum_fwdprune.planning.forecast import forecast, warn_of_rounding
 from optimum_fwdprune.planning.settling import settle
-
-
-CONCEPTS = Path(__file__).parents[2] / "docs" / "concepts" / "terms.md"
-# Sizes of the models in the table of docs/concepts/terms.md: hidden, MLP, layers, heads, head width, KV heads.
-KNOWN_MODELS = {
-    "SmolLM2-135M": (transformers.LlamaConfig, 576, 1536, 30, 9, 64, 3),
-    "Qwen2.5-0.5B": (transformers.Qwen2Config, 896, 4864, 24, 14, 64, 2),
-    "LLaMA-2-7B": (transformers.LlamaConfig, 4096, 11008, 32, 32, 128, 32),
-    "Llama-3-8B": (transformers.LlamaConfig, 4096, 14336, 32, 32, 128, 8),
-    "Qwen2.5-14B": (transformers.Qwen2Config, 5120, 13824, 48, 40, 128, 8),
-}
 
 
 def deep_model():
@@ -166,33 +153,6 @@ def test_layers_that_compete_are_announced_as_such():
     config, budget = settled(sites, sparsity=0.3, scope="global")
 
     assert "Layers compete for the budget" in str(forecast(sites, config, budget, 10**6, 4 * 10**6, 0))
-
-
-@pytest.mark.parametrize("model", KNOWN_MODELS)
-def test_the_table_of_what_layers_lose_is_right(model):
-    config_class, hidden, mlp, layers, heads, head_dim, kv_heads = KNOWN_MODELS[model]
-    config = config_class(
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=100,
-    )
-    with torch.device("meta"):
-        sites = find_sites(transformers.AutoModelForCausalLM.from_config(config))
-    row = next(line for line in CONCEPTS.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {model} |"))
-    _, pruned_layers, *shares, ends, attention = [cell.strip() for cell in row.strip("|").split("|")]
-
-    assert pruned_layers == f"{layers - 4} of {layers}"
-    for sparsity, share in zip((0.2, 0.3, 0.4, 0.5), shares):
-        outcome = forecast(sites, *settled(sites, sparsity=sparsity), 1, 1, 0)
-        announced = float(re.search(r"([0-9.]+)% in layers 2", outcome.losses["mlp"])[1])
-        assert abs(announced - float(share.removesuffix(" %"))) < 0.6
-    for limit, skipped, kinds in ((float(ends), [], None), (float(attention), [], ["attention", "mlp"])):
-        below, above = (settled(sites, sparsity=limit + change)[0] for change in (-0.01, 0.01))
-        assert (above.skip_layers, above.kinds) == (skipped, kinds) != (below.skip_layers, below.kinds)
 
 
 def test_a_request_that_removes_nothing_says_so(caplog):
