@@ -90,6 +90,7 @@ the error names the largest possible sparsity.
 `prune` prints the sizes and the loss of each layer before any work starts, and the report has them afterwards:
 
 ```python
+pruner.prune(sparsity=0.3)
 print(pruner.report)
 ```
 """

@@ -14,7 +14,7 @@ from optimum_fwdprune.request import options, registry
 
 
 # A checkpoint names a folder that it was made from by its last part.
-DENSE = ("MODEL", "dense", "HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M")
+DENSE = ("MODEL", "dense", "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M")
 MIXTURE = "Qwen/Qwen3-30B-A3B"
 CODER = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 # The same requests, made smaller where they would take long.
