@@ -177,7 +177,7 @@ def test_pages_written_by_scripts_are_up_to_date(script):
 def test_links_of_pages_outside_the_site_lead_to_files(page):
     """`make docs` checks the links between pages of the site."""
     text = (ROOT / page).read_text()
-    targets = re.findall(r"\]\(([^):#]+)[^)]*\)|src(?:set)?=\"([^\":]+)\"", text)
+    targets = re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)|src(?:set)?=\"([^\":]+)\"", text)
 
     assert [target for target in map("".join, targets) if not (ROOT / target).exists()] == []
 
