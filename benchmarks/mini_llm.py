@@ -283,7 +283,7 @@ def main():
     ]
     sections = [
         "# Tables of the MINI-LLM study\n",
-        "Written by `benchmarks/mini_llm.py`; [what they say](mini_llm.md).\n",
+        "Written by `benchmarks/mini_llm.py`; [the findings](mini_llm.md).\n",
         f"SmolLM2-135M-Instruct; {len(study.calibration.input_ids)} x 256 calibration tokens; scores and "
         f"reconstruction in float32, perplexity of the bfloat16 model on windows of {WINDOW} tokens; "
         f"rounding in a slope, {', '.join(floors)}.\n",

@@ -42,7 +42,9 @@ def page():
         if own:
             parts += [f"## Of `{name}`\n", table(own)]
     parts.append("## Presets\n")
-    parts.append("| preset | what | fields |\n|---|---|---|\n" + "".join(map(preset_row, registered_presets())))
+    parts.append(
+        "| preset | what it does | options |\n|---|---|---|\n" + "".join(map(preset_row, registered_presets()))
+    )
     return "\n".join(parts)
 
 
@@ -57,7 +59,7 @@ def table(fields):
         allowed = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""
         help = field.metadata["help"].replace("|", "\\|")
         rows.append(f"| `{field.name}` | `{default_of(field)}` | {help}{allowed} |\n")
-    return "| option | default | what |\n|---|---|---|\n" + "".join(rows)
+    return "| option | default | meaning |\n|---|---|---|\n" + "".join(rows)
 
 
 def default_of(field):

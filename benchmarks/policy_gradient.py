@@ -287,7 +287,7 @@ def main():
     plot(study, every, output.with_suffix(".svg"))
     sections = [
         "# Tables of the policy-gradient study\n",
-        "Written by `benchmarks/policy_gradient.py`; [what they say](policy_gradient.md).\n",
+        "Written by `benchmarks/policy_gradient.py`; [the findings](policy_gradient.md).\n",
         f"SmolLM2-135M-Instruct in bfloat16; {STEPS} steps of {STEP['masks_per_step']} masks on "
         f"{STEP['windows_per_step']} x {SEQ_LEN} tokens, no reconstruction; perplexity on windows of {WINDOW} tokens, "
         f"every {every}th of {len(study.windows)}; dense {perplexity(dense):.2f}.\n",

@@ -383,15 +383,15 @@ def report(study, output):
     crossed = "\n".join(crossed_table(study, MAIN, sparsity) for sparsity in SPARSITIES)
     text = f"""# Tables of the quality study
 
-Written by `benchmarks/quality.py`; [what they say](quality.md).
+Written by `benchmarks/quality.py`; [the findings](quality.md).
 
 SmolLM2-135M-Instruct in bfloat16, {study.calibration.input_ids.shape[0]} x {study.calibration.input_ids.shape[1]}
-calibration tokens for every recipe but those that say otherwise, seed 0 but in the table of seeds.
+calibration tokens for every recipe unless its name has another number, and seed 0 except in the table of seeds.
 Perplexity on {counts}; ratios and differences in nats are paired
 over the windows of {MAIN} tokens, with their standard error. `{BASELINE}`, the strong simple baseline, is Wanda-sp on
-the MLPs alone, the first and last two layers spared, with independent least squares; optipfair (MAW with the
-calibration tokens) and torch-pruning (group magnitude) prune MLPs alone too, by as much as makes up for it. Recipes
-are the requests of the script, presets by their names.
+the MLPs alone, with the first and last two layers unpruned and independent least squares. optipfair (MAW with the
+calibration tokens) and torch-pruning (group magnitude) prune MLPs alone too, by more per layer for the same total.
+Recipes are the requests of the script, presets by their names.
 
 ![perplexity by what was removed]({picture.name})
 
@@ -413,14 +413,14 @@ Perplexity at {VARIED:.0%} with other windows of the calibration text.
 {seeds_table(study)}
 ## Every method with every reconstruction
 
-MLP channels, the first and last two layers spared. `sequential` and `independent` are least squares. The last table is
-of another text.
+MLP channels, the first and last two layers unpruned. `sequential` and `independent` are least squares. The last table
+is of another text.
 
 {crossed}
 {crossed_table(study, ELSEWHERE, VARIED)}
 ## Every cell
 
-Seconds are on one thread of a shared machine, scoring included, and say no more than an order; memory is the peak
+Seconds are on one thread of a shared machine, scoring included, and are an order of magnitude only; memory is the peak
 while pruning above what the process held before, the copy of the model that `inplace=False` makes included.
 
 {everything_table(study)}"""

@@ -241,7 +241,7 @@ def report(study, output):
     ]
     text = f"""# Tables of the recovery study
 
-Written by `benchmarks/recovery.py`; [what they say](recovery.md).
+Written by `benchmarks/recovery.py`; [the findings](recovery.md).
 
 SmolLM2-135M-Instruct in bfloat16, pruned by {SPARSITY:.0%} of its prunable parameters with `{PRESET}`, then trained
 for {STEPS} steps of {BATCH} x {LENGTH} tokens ({STEPS * BATCH * LENGTH:,} in all) of the calibration text: adapters of
