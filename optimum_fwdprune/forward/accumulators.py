@@ -36,7 +36,7 @@ class Accumulator:
             if self.with_gram:
                 self.gram = values.new_zeros(values.shape[1], values.shape[1])
         if self.gram is not None:
-            add_products(self.gram, values)
+            add_products(self.gram, values, in_bfloat16=inputs.dtype == torch.bfloat16)
         deviations = values - self.shift.to(values.device)
         self.sum += (ones @ deviations).to(self.sum.device)
         self.squares += torch.linalg.vecdot(deviations, deviations, dim=0).to(self.sum.device)

@@ -78,3 +78,25 @@ def _gathering(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def leaves_of(linears: Iterable[nn.Module]) -> Iterator[dict[nn.Module, torch.Tensor]]:
+    """Within the context, collect the outputs of `linears` as leaves of the graph, so that later computations, and no
+    earlier ones, can be differentiated with respect to them."""
+    before, leaves = torch.is_grad_enabled(), {}
+
+    def hook(module, _args, output):
+        # Outputs are copied, since gradients with respect to tensors of inference mode are impossible.
+        leaves[module] = output.detach().clone().requires_grad_()
+        torch.set_grad_enabled(True)
+        return leaves[module]
+
+    handles = [linear.register_forward_hook(hook) for linear in linears]
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield leaves
+    finally:
+        torch.set_grad_enabled(before)
+        for handle in handles:
+            handle.remove()

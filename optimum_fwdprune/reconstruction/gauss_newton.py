@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..runs import ranks
-from ..runs.devices import back_to, precise, precise_sum
+from ..runs.devices import back_to, on_host, precise, precise_sum
 
 
 # Damping of the factors of the Kronecker-factored curvature, as a share of their mean diagonals; and the share of this
@@ -40,6 +40,12 @@ class Linearized:
     inputs: torch.Tensor
     slopes: torch.Tensor
     residual: torch.Tensor
+
+    @classmethod
+    def stored(cls, inputs: torch.Tensor, slopes: torch.Tensor, residual: torch.Tensor) -> Linearized:
+        """Return the effect in the memory of the host, in float32 at most."""
+        inputs, slopes = (values.float() if values.dtype.itemsize > 4 else values for values in (inputs, slopes))
+        return cls(on_host(inputs), on_host(slopes), on_host(residual.float()))
 
     def outputs(self, changes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return the effect of `changes`, `[sources, kept, in_features]`, on the output: `[tokens, out_features]`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..forward.gates import Projection
-from ..forward.products import add_products, mirror
+from ..forward.products import add_cross_products, add_products, mirror
 from ..runs import ranks
 from ..runs.devices import (
     back_to,
@@ -75,9 +75,11 @@ class NormalEquations:
 
         The sums are complete in the result of [`pooled`].
         """
+        # Residuals of bfloat16 models are differences of values that were rounded more coarsely than they are here.
+        in_bfloat16 = inputs.dtype == torch.bfloat16
         inputs, residual = inputs.float(), residual.float()
-        add_products(self.gram, inputs)
-        self.cross.addmm_(residual.T, inputs)
+        add_products(self.gram, inputs, in_bfloat16)
+        add_cross_products(self.cross, residual, inputs, in_bfloat16)
         self.energy += precise_sum(residual.square())
         self.count += len(inputs)
 

@@ -105,7 +105,7 @@ def reconstruct_by_layer(
         refitted = refit_independently(subject, kept, config, evidence, shelf)
     else:
         texts = fit_and_held_out(evidence.calibration)
-        fit = replace(_sequential_fit(subject, config), dense_stream=evidence.dense_stream)
+        fit = replace(_sequential_fit(subject, kept, config), dense_stream=evidence.dense_stream)
         refitted = refit_in_sequence(subject, kept, texts, fit, shelf, done)
     for number, (projections, refits) in enumerate(refitted):
         if number < len(done):
@@ -127,11 +127,28 @@ def _warn_of_gaps(subject: Subject, kept: Mapping[SiteKey, list[int]]) -> None:
         )
 
 
-def _sequential_fit(subject: Subject, config: PruningConfig) -> SequentialFit:
+def _default_target(
+    subject: Subject, kept: Mapping[SiteKey, list[int]], config: PruningConfig
+) -> ReconstructionTarget:
+    """Return the target of least squares layer by layer where the request names none."""
+    if not subject.has_dense_target:
+        return ReconstructionTarget.LAYER
+    has_gap = any(not kept[site.key] for site in subject.sites)
+    # A norm after the projection leaves no way to correct the errors of earlier layers. Only gaps can be compensated
+    # for, and sources can be fitted to their dense inputs.
+    if subject.architecture.layout.output_norm and not has_gap and not config.refit_sources:
+        return ReconstructionTarget.LAYER
+    return ReconstructionTarget.DENSE
+
+
+def _sequential_fit(subject: Subject, kept: Mapping[SiteKey, list[int]], config: PruningConfig) -> SequentialFit:
     """Return how the request fits projections one after the other; warn where the family does not allow all of it."""
-    by_default = ReconstructionTarget.DENSE if subject.has_dense_target else ReconstructionTarget.LAYER
     on_dense = config.reconstruction_order == ReconstructionOrder.INDEPENDENT
-    target = ReconstructionTarget.LAYER if on_dense else config.reconstruction_target or by_default
+    target = (
+        ReconstructionTarget.LAYER
+        if on_dense
+        else config.reconstruction_target or _default_target(subject, kept, config)
+    )
     with_sources = config.refit_sources and target == ReconstructionTarget.DENSE
     if config.refit_sources and not with_sources:
         logger.warning(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..architectures import Site, SiteKey
 from ..architectures.transposed import forward_replaced
 from ..forward.gates import Projection
-from ..forward.hooks import inputs_of, outputs_of, stopped_before, written_by
+from ..forward.hooks import inputs_of, leaves_of, outputs_of, stopped_before, written_by
 from ..forward.layerwise import Batch, LayerRunner
 from ..forward.narrowing import is_narrow, narrowed
 from ..forward.replaying import PassedOn, passed_on, sublayer_of
@@ -34,10 +34,10 @@ class Stream:
 
     The shelves hold the hidden states before layer `l`, `"<l>.<name>.pruned"` and `"<l>.<name>.dense"`. For layers
     that the dense model has run, they also hold `"<l>.<name>.<place>"`, the stream before the site with this index
-    (from 1); where a norm follows the projection, `"<l>.<name>.<place>.output"`, the output of the projection; and
-    `"<l>.<name>.<place>.inputs"`, the inputs of the sources of the site. For sites that are final, they may hold
-    `"<l>.<name>.<place>.features"`, the inputs of the projection in the pruned model, so that the rest of the layer
-    runs without computing them again.
+    (from 1); and `"<l>.<name>.<place>.inputs"`, the inputs of the sources of the site. Where norms follow projections,
+    they hold `"<l>.<name>.<place>.output"`, the output of one before a gap, and `"<l>.<name>.<place>.own"`, that of
+    another, unpruned, in the pruned model. For sites that are final, they may hold
+    `"<l>.<name>.<place>.features"`, the inputs of the projection, so that they are not computed again.
 
     Args:
         name (`str`): the name of the batch on the shelf.
@@ -66,6 +66,8 @@ class Stream:
     _passed_on: dict[SiteKey, PassedOn] = field(default_factory=dict)
     # The sites of the current layer whose features are on the shelf.
     _with_features: set[SiteKey] = field(default_factory=set)
+    # The sites of the current layer whose own outputs are on the shelf.
+    _with_own: set[SiteKey] = field(default_factory=set)
 
     def start(self) -> None:
         """Store the hidden states of the batch before the first layer."""
@@ -95,8 +97,8 @@ class Stream:
             self._passed_on.update({key: form for key, form in forms.items() if form is not None})
         for place, read in enumerate(inputs):
             self._dense[f"{layer}.{self.name}.{place}.inputs"] = read
-        if self.joining.normalized:
-            for place, output in enumerate(outputs):
+        for place, (site, output) in enumerate(zip(sites, outputs)):
+            if self._aims_before_norm(site):
                 self._dense[f"{layer}.{self.name}.{place}.output"] = output
         for place, (site, output) in enumerate(zip(sites, outputs[:-1]), start=1):
             joined = self.joining.joined(site, output).view_as(stream)
@@ -113,9 +115,8 @@ class Stream:
         If `keeps` is set, the inputs are stored for the rest of the layer, where the site can be left out then.
         """
         inputs, written = self._run_before(sites[place].projection, sites, place, projections)
-        # Those of the last site are by far the largest, and only one more run would use them.
         site = sites[place]
-        if keeps and site.key in self._passed_on and place + 1 < len(sites):
+        if keeps and site.key in self._passed_on:
             is_cut = is_narrow(site, projections)
             features = inputs if is_cut else inputs[..., site.kept_features(projections[site.key].kept)]
             self.shelf[f"{site.layer}.{self.name}.{place}.features"] = features
@@ -144,7 +145,7 @@ class Stream:
                 site.output(read[0])
             target = whole[0].float()
         else:
-            target = self._target(sites, place, before, self.joining)
+            target = self._target(sites, place, projections, before)
         residual = self.batch.tokens(target) - self.batch.tokens(output).to(target.device).float()
         # Mixtures flatten the tokens of a batch.
         windows = read[0].shape[:2]
@@ -164,7 +165,7 @@ class Stream:
         site = sites[place]
         kept = projections[site.key].kept
         linears = [source.linear for source in site.sources]
-        with torch.inference_mode(False), torch.no_grad(), inputs_of(linears[:1]) as read, _leaves(linears) as outputs:
+        with inputs_of(linears[:1]) as read, leaves_of(linears) as outputs:
             features, written = self._run_before(site.projection, sites, place, projections)
             leaves = [outputs[linear] for linear in linears]
             # A feature depends on its own row only, so that the gradient of their sum has the derivatives of all.
@@ -176,20 +177,25 @@ class Stream:
         # A source may hold the rows of several linears, one after the other, as its segments.
         by_row = [segment for slope in slopes for segment in slope.split(len(kept), dim=1)]
         _, residual = self._kept_and_left(sites, place, projections, features.detach(), written)
-        inputs, by_source = (
-            _in_float32_at_most(tensor) for tensor in (self.batch.tokens(read[0]), torch.stack(by_row))
-        )
-        return Linearized(on_host(inputs), on_host(by_source), on_host(residual.float()))
+        return Linearized.stored(self.batch.tokens(read[0]), torch.stack(by_row), residual)
 
     def settle(self, sites: Sequence[Site], place: int) -> None:
         """Drop what was stored for the target of a site, which is final."""
-        layer, is_last = sites[0].layer, place + 1 == len(sites)
-        if self.joining is not None and self.joining.normalized:
+        layer = sites[0].layer
+        if self._aims_before_norm(sites[place]):
             self._forget_dense(f"{layer}.{self.name}.{place}.output")
-        if self.joining is not None and not is_last:
+        if sites[place].key in self._with_own:
+            self.shelf.forget(f"{layer}.{self.name}.{place}.own")
+            self._with_own.remove(sites[place].key)
+        if self.joining is not None and place + 1 < len(sites):
             self._forget_dense(f"{layer}.{self.name}.{place + 1}")
         if self.follows_inputs:
             self._forget_dense(f"{layer}.{self.name}.{place}.inputs")
+
+    def follow_dense(self, layer: int) -> None:
+        """Take the dense model's stream after a layer in which nothing has changed, nor in those before it."""
+        self.shelf.forget(f"{layer}.{self.name}.pruned")
+        self.shelf[f"{layer + 1}.{self.name}.pruned"] = self._dense[f"{layer + 1}.{self.name}.dense"]
 
     def leave(self, sites: Sequence[Site], projections: Projections) -> None:
         """Run the layer of `sites` in the pruned model, and drop its inputs."""
@@ -251,50 +257,42 @@ class Stream:
         if self.joining is None:
             return inputs[:, columns], F.linear(inputs[:, ~columns], site.projection.weight[:, ~columns])
         kept = inputs if is_narrow(site, projections) else inputs[:, columns]
-        target = self._target(sites, place, written, self.joining).to(new.weight.device)
+        target = self._target(sites, place, projections, written).to(new.weight.device)
         return kept, self.batch.tokens(target) - F.linear(kept, new.weight, new.bias).float()
 
-    def _target(self, sites, place, written, joining: Joining) -> torch.Tensor:
+    def _target(self, sites, place, projections, written) -> torch.Tensor:
         """Return the output that the projection of a site should have for the pruned model's inputs, in float32."""
-        site, own = sites[place], None
-        device = compute_device(site.output)
-        if joining.normalized:
-            own = self._dense[f"{site.layer}.{self.name}.{place}.output"].to(device).float()
-            if site.key not in self.aims.before_gaps:
-                return own
+        site, joining, device = sites[place], self.joining, compute_device(sites[place].output)
+        assert joining is not None
+        if joining.normalized and not self._aims_before_norm(site):
+            return self._own_output(sites, place, projections, joining.norms[site.key]).to(device).float()
         pruned = self.shelf[f"{site.layer}.{self.name}.pruned"]
         target = (self._dense_target(site).to(device).float() - pruned.to(device).float()) / joining.multiplier
         for earlier, output in zip(sites, written):
             target -= joining.joined(earlier, output).view_as(target).to(device).float()
-        return target if own is None else output_before_norm(target, joining.gain(site), own.view_as(target))
+        if not joining.normalized:
+            return target
+        own = self._dense[f"{site.layer}.{self.name}.{place}.output"].to(device).float()
+        return output_before_norm(target, joining.gain(site), own.view_as(target))
+
+    def _aims_before_norm(self, site: Site) -> bool:
+        """Whether the target is the output before a norm that leads to the dense stream after a gap."""
+        return self.joining is not None and self.joining.normalized and site.key in self.aims.before_gaps
+
+    def _own_output(self, sites, place, projections, norm: nn.Module) -> torch.Tensor:
+        """Return what the unpruned site writes before its norm, for the hidden states of the pruned model."""
+        site, earlier = sites[place], sites[:place]
+        name = f"{site.layer}.{self.name}.{place}.own"
+        if site.key not in self._with_own:
+            final = {before.key: projections[before.key] for before in earlier if before.key in projections}
+            with narrowed(sites, final), self._replayed(earlier, final), stopped_before(norm) as stop:
+                self.runner.run(site.layer, self.batch, self.shelf[f"{site.layer}.{self.name}.pruned"])
+            self.shelf[name] = stop.inputs
+            self._with_own.add(site.key)
+        return self.shelf[name]
 
     def _dense_target(self, site: Site) -> torch.Tensor:
         aim = self.aims.of(site)
         if aim.is_last:
             return self._dense[f"{aim.layer + 1}.{self.name}.dense"]
         return self._dense[f"{aim.layer}.{self.name}.{aim.place + 1}"]
-
-
-def _in_float32_at_most(values: torch.Tensor) -> torch.Tensor:
-    return values.float() if values.dtype.itemsize > 4 else values
-
-
-@contextmanager
-def _leaves(linears: Iterable[nn.Module]) -> Iterator[dict[nn.Module, torch.Tensor]]:
-    """Within the context, collect the outputs of `linears` as leaves of the graph, so that later computations, and no
-    earlier ones, can be differentiated with respect to them."""
-    before, leaves = torch.is_grad_enabled(), {}
-
-    def hook(module, _args, output):
-        # Outputs are copied, since gradients with respect to tensors of inference mode are impossible.
-        leaves[module] = output.detach().clone().requires_grad_()
-        torch.set_grad_enabled(True)
-        return leaves[module]
-
-    handles = [linear.register_forward_hook(hook) for linear in linears]
-    try:
-        yield leaves
-    finally:
-        torch.set_grad_enabled(before)
-        for handle in handles:
-            handle.remove()

@@ -253,8 +253,8 @@ def test_sources_read_corrected_inputs(long_tokens):
     ["llama_gqa_biases", "gemma2", "granite", "cohere", "gpt2"],
 )
 def test_every_step_towards_the_dense_model_brings_other_text_nearer_to_it(name, long_tokens):
-    """Norms after projections, scaled outputs, and attention beside the MLP: none, the layer, the dense model, and
-    sources too."""
+    """Scaled outputs, and attention beside the MLP: none, the layer, the dense model, and sources too. Where norms
+    follow projections, the targets of the layer and of the dense model are the same."""
     dense = tiny.make_model(name)
     other = torch.randint(0, tiny.VOCAB, (16, 24), generator=torch.Generator().manual_seed(2))
     wanted = dense(other).logits.log_softmax(-1)
@@ -265,12 +265,14 @@ def test_every_step_towards_the_dense_model_brings_other_text_nearer_to_it(name,
         )
         return (wanted.exp() * (wanted - pruned(other).logits.log_softmax(-1))).sum(-1).mean()
 
-    ways = (
+    ways = [
         {"reconstruction": "none"},
         {"reconstruction_target": "layer"},
         {"reconstruction_target": "dense"},
         {"reconstruction_target": "dense", "refit_sources": True},
-    )
+    ]
+    if name == "gemma2":
+        del ways[2]
     divergences = [divergence(**fields) for fields in ways]
 
     assert all(later < earlier for earlier, later in itertools.pairwise(divergences)), divergences

@@ -15,16 +15,16 @@ from optimum_fwdprune import (
     PruningConfig,
     find_sites,
 )
-from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.forward.hooks import outputs_of, stopped_before
 from optimum_fwdprune.forward.layerwise import LayerRunner
-from optimum_fwdprune.reconstruction import independent, least_squares, streams
+from optimum_fwdprune.reconstruction import independent, least_squares, reconstruct, streams
 from optimum_fwdprune.reconstruction.least_squares import (
     RIDGES,
     NormalEquations,
     Refit,
     refit,
 )
+from optimum_fwdprune.reconstruction.sequential import refit_in_sequence
 
 
 def sequential(target):
@@ -36,9 +36,8 @@ INDEPENDENT = {"reconstruction_order": "independent"}
 
 def pruned_by(model, tokens, **options):
     pruner = FwdPruner(model)
-    pruner.prune(
-        tiny.request(sparsity=0.4, reconstruction="least_squares", **INDEPENDENT | options), tokens, inplace=False
-    )
+    request = {"sparsity": 0.4, "reconstruction": "least_squares", **INDEPENDENT, **options}
+    pruner.prune(tiny.request(**request), tokens, inplace=False)
     return pruner
 
 
@@ -196,10 +195,9 @@ def test_a_stream_that_is_normalized_on_its_way_is_no_target(tokens):
         pruned_by(tiny.make_model("opt_post_norm_projected"), tokens, **sequential("dense"))
 
 
-@pytest.mark.parametrize("architecture_name", [*tiny.REPRESENTATIVE, "granite", "exaone4"])
+@pytest.mark.parametrize("architecture_name", [*(set(tiny.REPRESENTATIVE) - {"gemma2"}), "granite"])
 @torch.no_grad()
 def test_sequential_least_squares_undoes_the_error_of_the_stream(dense, architecture_name, tokens):
-    """Where norms follow the projections, it comes near the output of the same projection in the dense model."""
     pruner = pruned_by(dense, tokens, **sequential("dense"))
     wanted, written = streams_of(dense, pruner.model, tokens)
     places = {site.key: place for place, site in enumerate(find_sites(dense))}
@@ -208,8 +206,7 @@ def test_sequential_least_squares_undoes_the_error_of_the_stream(dense, architec
         place = places[site.key]
         # A site sees what those before it, refitted already, make of the text.
         inputs = tiny.projection_inputs(pruner.model, after, tokens)
-        before = [] if get_architecture(dense.config).layout.output_norm else range(place)
-        error = sum((written[earlier] - wanted[earlier] for earlier in before), np.zeros_like(wanted[0]))
+        error = sum((written[earlier] - wanted[earlier] for earlier in range(place)), np.zeros_like(wanted[0]))
         weight, bias = site.projection.weight.double().numpy()[:, keep], site.projection.bias
         kept_says = inputs @ weight.T + (0 if bias is None else bias.double().numpy())
         residual = wanted[place] - error - kept_says
@@ -242,7 +239,42 @@ def test_projections_that_lost_nothing_make_up_for_those_before_them(target):
 
 @torch.no_grad()
 def test_sequential_least_squares_can_aim_at_the_layers_own_output(dense, tokens):
-    pruner = pruned_by(dense, tokens, **sequential("layer"))
+    assert_aimed_at_own_outputs(dense, pruned_by(dense, tokens, **sequential("layer")), tokens)
+
+
+@pytest.mark.parametrize("architecture_name", ["gemma2", "gemma3_text", "exaone4"])
+@torch.no_grad()
+def test_projections_before_norms_aim_at_the_layers_own_output(dense, architecture_name, tokens):
+    """Errors of earlier layers cannot be corrected behind a norm, so that both targets are the same."""
+    assert_aimed_at_own_outputs(dense, pruned_by(dense, tokens, **sequential("dense")), tokens)
+
+
+@pytest.mark.parametrize(
+    ("architecture_name", "request_fields", "target"),
+    [
+        ("llama_gqa_biases", {}, "dense"),
+        ("gemma2", {}, "layer"),
+        ("gemma2", {"refit_sources": True}, "dense"),
+        ("gemma2", {"kinds": ["layer"], "method": "block_influence", "sparsity": 0.34}, "dense"),
+    ],
+)
+def test_the_default_target_follows_the_family_and_the_request(
+    dense, architecture_name, request_fields, target, tokens, monkeypatch
+):
+    """Behind norms the dense model runs only where gaps are compensated for, or sources refitted."""
+    targets = []
+
+    def spy(subject, kept, texts, fit, *others):
+        targets.append(fit.target)
+        return refit_in_sequence(subject, kept, texts, fit, *others)
+
+    monkeypatch.setattr(reconstruct, "refit_in_sequence", spy)
+    pruned_by(dense, tokens, **sequential(None), **request_fields)
+
+    assert targets == [target]
+
+
+def assert_aimed_at_own_outputs(dense, pruner, tokens):
     after = {site.key: site for site in find_sites(pruner.model)}
     refitted = []
     for site, own, keep, gone in parts_of(pruner, dense):
