@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from computed import outputs_of
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -73,25 +74,13 @@ def save_checkpoint(folder, model, tokens, auto_class, every_way=True):
     with one of each."""
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
-    expected = {}
     attention, caches = attention_implementations(model), tiny.caches_of(model)
     if not every_way:
         attention, caches = attention[:1], caches[:1]
-    for implementation in attention:
-        model.set_attn_implementation(implementation)
-        expected[f"first.{implementation}"] = model(tokens)[0].contiguous()
-        if model.can_generate():
-            for cache in caches:
-                expected[f"{cache}.{implementation}"] = model.generate(
-                    tokens[:, :6],
-                    attention_mask=torch.ones_like(tokens[:, :6]),
-                    max_new_tokens=6,
-                    do_sample=False,
-                    cache_implementation=None if cache == "dynamic" else cache,
-                    pad_token_id=0,
-                )
-            if model.dtype == torch.float32 and "static" in caches:
-                assert torch.equal(expected[f"static.{implementation}"], expected[f"dynamic.{implementation}"])
+    expected = outputs_of(model, tokens, attention, caches)
+    if model.can_generate() and model.dtype == torch.float32 and "static" in caches:
+        for implementation in attention:
+            assert torch.equal(expected[f"static.{implementation}"], expected[f"dynamic.{implementation}"])
     request = {"auto_class": auto_class, "attention": attention, "caches": caches}
     (folder / "request.json").write_text(json.dumps(request))
     save_file({"tokens": tokens}, folder / "inputs.safetensors")

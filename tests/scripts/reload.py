@@ -12,20 +12,20 @@ from pathlib import Path
 
 
 folder, route = Path(sys.argv[1]), sys.argv[2]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 if route == "remote":
     assert importlib.util.find_spec("optimum_fwdprune") is None
 else:
-    import optimum_fwdprune  # noqa: F401
-
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from third_party_persimmon import register_persimmon
+
+    import optimum_fwdprune  # noqa: F401
 
     register_persimmon()
 
 # After the lines above have decided who may be imported.
-import torch  # noqa: E402
 import transformers  # noqa: E402
+from computed import outputs_of  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 
@@ -33,7 +33,6 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-@torch.no_grad()
 def compute(checkpoint):
     request = json.loads((checkpoint / "request.json").read_text())
     auto_class = getattr(transformers, request["auto_class"])
@@ -48,18 +47,7 @@ def compute(checkpoint):
         ).eval()
         assert type(model).__name__.startswith("Pruned"), type(model)
         assert ("transformers_modules" in type(model).__module__) == (route == "remote")
-        outputs[f"first.{implementation}"] = model(tokens)[0].contiguous()
-        if model.can_generate():
-            for cache in request["caches"]:
-                generated = model.generate(
-                    tokens[:, :6],
-                    attention_mask=torch.ones_like(tokens[:, :6]),
-                    max_new_tokens=6,
-                    do_sample=False,
-                    cache_implementation=None if cache == "dynamic" else cache,
-                    pad_token_id=0,
-                )
-                outputs[f"{cache}.{implementation}"] = generated
+        outputs |= outputs_of(model, tokens, [implementation], request["caches"])
     save_file(outputs, checkpoint / "outputs.safetensors")
 
 
