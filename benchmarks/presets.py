@@ -7,27 +7,23 @@ calibrated on the same windows of 256 tokens. Perplexity is measured on windows 
 which must be another text, and compared window by window. Logits are converted to probabilities in slices, so that a
 large vocabulary takes no more memory.
 
-Where a norm follows the projections of the model, two rows more tell what a target after that norm gains.
-
 Every row is a line of `--results`, and a run that was stopped goes on with the rows that are missing. The table of the
 finished rows is printed at the end.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from quality import CALIBRATION, REQUESTS
 from study import difference, table
-from targets import aimed_after_norms
 
 from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
-from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.evaluation import window_losses
 from optimum_fwdprune.loading.tokenizers import starting_tokens
 
@@ -35,17 +31,12 @@ from optimum_fwdprune.loading.tokenizers import starting_tokens
 SPARSITIES = (0.4, 0.2)
 OTHERS = ("flap, per layer", "flap, global", "wanda_sp, heads too, none")
 BASELINE, OURS = "fast", ("balanced", "best")
-AFTER = ", target after the norm"
 DENSE = "dense"
 LENGTH = 512
 
 
-def rows_of(model):
-    """Return the names of all rows of a model, as pairs of a recipe and a sparsity."""
-    recipes = [BASELINE, *OURS, *OTHERS]
-    if get_architecture(model.config).layout.output_norm:
-        recipes += [f"{name}{AFTER}" for name in OURS]
-    return [(DENSE, 0.0), *((recipe, sparsity) for sparsity in SPARSITIES for recipe in recipes)]
+# The names of all rows, as pairs of a recipe and a sparsity.
+ROWS = [(DENSE, 0.0), *itertools.product([BASELINE, *OURS, *OTHERS], SPARSITIES)]
 
 
 def measure(pruner, recipe, sparsity, options):
@@ -55,12 +46,11 @@ def measure(pruner, recipe, sparsity, options):
     prunable = sum(site.num_parameters for site in find_sites(model))
     if recipe != DENSE:
         request = PruningConfig(
-            **{**CALIBRATION, "n_samples": options.n_samples, **REQUESTS[recipe.removesuffix(AFTER)]},
+            **{**CALIBRATION, "n_samples": options.n_samples, **REQUESTS[recipe]},
             sparsity=sparsity,
             calibration=options.calibration,
         )
-        with aimed_after_norms(model) if recipe.endswith(AFTER) else nullcontext():
-            model = pruner.prune(request)
+        model = pruner.prune(request)
     seconds = round(time.perf_counter() - start)
     windows = evaluation_windows(pruner.tokenizer, options)
     return {
@@ -98,7 +88,7 @@ def finished(file, settings):
 
 
 def printed(rows):
-    """Return the table of finished rows, and the differences that the target makes."""
+    """Return the table of finished rows."""
     body = []
     for (recipe, sparsity), row in rows.items():
         losses = _losses(row)
@@ -146,8 +136,7 @@ def main(argv=None):
     }
     options.results.parent.mkdir(parents=True, exist_ok=True)
     rows = finished(options.results, settings)
-    dense = None if options.table else load(options.model)
-    missing = [] if dense is None else [row for row in rows_of(dense.model) if row not in rows]
+    missing = [] if options.table else [row for row in ROWS if row not in rows]
     wanted = [row for row in missing if is_wanted(f"{row[0]} {row[1]:g}", options.rows)]
     for recipe, sparsity in wanted[: options.at_most]:
         figures = measure(load(options.model), recipe, sparsity, options)

@@ -35,9 +35,9 @@ class SequentialFit:
 
     Args:
         target (`str`): `"layer"` fits the output of the unpruned projection for the same inputs. `"dense"` fits the
-            residual stream of the dense model, which also corrects the errors of earlier layers; where outputs are
-            normalized before they are added to the stream, it fits the output of the projection in the dense model,
-            and before a gap the output whose normalized value leads nearest to the dense stream after the gap.
+            residual stream of the dense model, which also corrects the errors of earlier layers. Where outputs are
+            normalized before they are added to the stream, it fits the same as `"layer"`, and before a gap the output
+            whose normalized value leads nearest to the dense stream after the gap.
         ridge (`float`, *optional*): the ridge for all sites; by default it is chosen per site on the held-out text.
         batch_size (`int`): number of windows per forward pass.
         refit_sources (`bool`, defaults to `False`): refit the sources of the features too, for the target `"dense"`.
