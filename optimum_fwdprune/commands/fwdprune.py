@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from typing import Any, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -21,37 +22,29 @@ from .report import ReportCommand
 from .sweep import SweepCommand
 
 
+# The commands, in the order of the help, by what they are for. A help text fits into one line of a narrow terminal.
+GROUPS = {
+    "choose what to prune": (
+        CommandInfo("inspect", "Show what a model can lose, or has lost.", InspectCommand),
+        CommandInfo("sweep", "Prune to many sizes, and measure each.", SweepCommand),
+    ),
+    "prune": (CommandInfo("prune", "Prune a model and save it.", PruneCommand),),
+    "recover quality": (CommandInfo("recover", "Train a pruned model.", RecoverCommand),),
+    "measure": (
+        CommandInfo("evaluate", "Measure perplexity and scores of tasks.", EvaluateCommand),
+        CommandInfo("benchmark", "Measure speed and size of several models.", BenchmarkCommand),
+        CommandInfo("compare", "Measure quality, speed and size together.", CompareCommand),
+        CommandInfo("report", "Show how checkpoints were pruned.", ReportCommand),
+    ),
+    "serve": (CommandInfo("export", "Write a pruned model for other programs.", ExportCommand),),
+}
+
+
 class FwdPruneCommand(BaseOptimumCLICommand):
     """The command group; each of its subcommands has a [`Parser`]."""
 
     COMMAND = CommandInfo(name="fwdprune", help="Structured pruning of language models with forward passes only.")
-    SUBCOMMANDS = (
-        CommandInfo(name="prune", help="Prune a model and save it as a checkpoint.", subcommand_class=PruneCommand),
-        CommandInfo(name="sweep", help="Prune a model to many sizes and measure them.", subcommand_class=SweepCommand),
-        CommandInfo(
-            name="inspect",
-            help="Show what each layer of a checkpoint kept, or what a dense model has to prune.",
-            subcommand_class=InspectCommand,
-        ),
-        CommandInfo(
-            name="report",
-            help="Show the records of pruned checkpoints, as tables or as a page with pictures.",
-            subcommand_class=ReportCommand,
-        ),
-        CommandInfo(
-            name="export", help="Write a pruned model in another program's format.", subcommand_class=ExportCommand
-        ),
-        CommandInfo(name="recover", help="Train a pruned model.", subcommand_class=RecoverCommand),
-        CommandInfo(
-            name="evaluate", help="Measure perplexity and the scores of tasks.", subcommand_class=EvaluateCommand
-        ),
-        CommandInfo(name="benchmark", help="Measure the speed and size of models.", subcommand_class=BenchmarkCommand),
-        CommandInfo(
-            name="compare",
-            help="Show quality, speed and size of models in one table.",
-            subcommand_class=CompareCommand,
-        ),
-    )
+    SUBCOMMANDS = tuple(itertools.chain.from_iterable(GROUPS.values()))
 
     def parse_args(self, parser: ArgumentParser) -> None:
         parser.usage = "%(prog)s COMMAND [options]"
@@ -67,16 +60,27 @@ class FwdPruneCommand(BaseOptimumCLICommand):
             show(message + (did_you_mean(wrong[1], names) if wrong else ""))
 
         parser.error = error  # type: ignore[method-assign]
+        headings = {heading: parser.add_argument_group(heading) for heading in GROUPS}
+        self._heading_of = {
+            command.name: headings[heading] for heading, commands in GROUPS.items() for command in commands
+        }
 
     @property
     def subparsers(self) -> Any:
         """The subparsers, which are made at the first access."""
         if getattr(self, "_subparsers", None) is None:
+            # Each command is listed under its own heading instead.
             self._subparsers = self.parser.add_subparsers(
-                title="commands", metavar="COMMAND", prog=self.parser.prog, parser_class=Parser
+                help=SUPPRESS, metavar="COMMAND", prog=self.parser.prog, parser_class=Parser
             )
         return self._subparsers
 
     @subparsers.setter
     def subparsers(self, subparsers: Any) -> None:
         self._subparsers = subparsers
+
+    def register_subcommand(self, command_info: CommandInfo) -> None:
+        """Register a command, and list it under its heading in the help."""
+        super().register_subcommand(command_info)
+        listed = self.subparsers._choices_actions[-1]
+        self._heading_of[command_info.name]._group_actions.append(listed)

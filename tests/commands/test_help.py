@@ -11,7 +11,7 @@ import tiny
 from optimum.commands.optimum_cli import RootOptimumCLICommand, register_optimum_cli_subcommand
 
 from optimum_fwdprune import PruningConfig
-from optimum_fwdprune.commands.fwdprune import FwdPruneCommand
+from optimum_fwdprune.commands.fwdprune import GROUPS, FwdPruneCommand
 from optimum_fwdprune.request.registry import get_method, registered_methods
 from optimum_fwdprune.words import did_you_mean
 
@@ -62,6 +62,18 @@ def test_every_command_shows_its_usage_in_a_line_and_examples_that_parse(root, r
     for example in examples:
         assert example.startswith(f"optimum-cli fwdprune {name} ")
         assert root.parse_args(shlex.split(example)[1:]).func
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120, 200])
+def test_commands_stand_under_what_they_are_for_in_a_line_each(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = run("--help")
+
+    assert code == 0 and all(len(line) < columns for line in out.splitlines())
+    assert out.count("\ncommands:") == 0
+    for heading, commands in GROUPS.items():
+        listed = out.partition(f"\n{heading}:\n")[2].partition("\n\n")[0].splitlines()
+        assert [line.split(maxsplit=1) for line in listed] == [[each.name, each.help] for each in commands]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
