@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
 import sys
 from argparse import ArgumentParser
+from collections.abc import Mapping
 from contextlib import redirect_stdout
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
@@ -27,12 +31,16 @@ class Command(BaseOptimumCLICommand):
     - `USAGE` (`str`): the required arguments;
     - `DESCRIPTION` (`str`): what the command does;
     - `EXAMPLES` (`tuple[str, ...]`): command lines, without `optimum-cli fwdprune`;
+    - `SHOWS_FIGURES` (`bool`): whether it has `--json`, and calls `show`;
     - `add_options` and `execute`.
     """
 
     USAGE: str = ""
     DESCRIPTION: str = ""
     EXAMPLES: tuple[str, ...] = ()
+    SHOWS_FIGURES: bool = False
+
+    _figures: Mapping[str, Any] | None = None
 
     def parse_args(self, parser: ArgumentParser) -> None:
         """Describe the command to `parser`."""
@@ -40,6 +48,12 @@ class Command(BaseOptimumCLICommand):
         parser.description = self.DESCRIPTION
         parser.epilog = "\n".join(["examples:", *(f"  optimum-cli fwdprune {example}" for example in self.EXAMPLES)])
         self.add_options(parser)
+        if self.SHOWS_FIGURES:
+            parser.add_argument(
+                "--json",
+                action="store_true",
+                help="Print one JSON document instead of tables; everything else goes to stderr.",
+            )
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
 
     @staticmethod
@@ -53,12 +67,15 @@ class Command(BaseOptimumCLICommand):
         if isinstance(output, io.TextIOWrapper):
             # Tables contain characters that not every terminal can show.
             output.reconfigure(errors="replace")
+        is_json = self.SHOWS_FIGURES and self.args.json
         try:
-            with redirect_stdout(output):
+            with redirect_stdout(sys.stderr if is_json and ranks.speaks() else output):
                 self._check_names()
                 self.execute()
-                if output is not None:
-                    output.flush()
+            if is_json:
+                print(json.dumps(_json_values(self._figures), indent=1, allow_nan=False), file=output)
+            if output is not None:
+                output.flush()
         except KeyboardInterrupt:
             print(f"Interrupted.{self._how_to_resume()}", file=sys.stderr)
             sys.exit(130)
@@ -79,6 +96,18 @@ class Command(BaseOptimumCLICommand):
             print(f"{label}: {in_options(message, self.parser)} (--debug shows the traceback)", file=sys.stderr)
             sys.exit(1)
 
+    def show(self, table: Any, figures: Mapping[str, Any]) -> None:
+        """Print a table, or with `--json`, once the command is done, its figures.
+
+        Args:
+            table: what is printed.
+            figures (mapping): the same as JSON values, with the keys that docs/json.md lists.
+        """
+        if self.args.json:
+            self._figures = figures
+        else:
+            print(table)
+
     def _check_names(self) -> None:
         """Raise `ValueError` where an argument is empty, which an unset variable of the shell causes."""
         for action in self.parser._actions:
@@ -94,3 +123,12 @@ class Command(BaseOptimumCLICommand):
     def execute(self) -> None:
         """Carry out the command; raise an exception on failure."""
         raise NotImplementedError
+
+
+def _json_values(values: Any) -> Any:
+    """Return JSON values with NaN and infinity, which JSON lacks, as text."""
+    if isinstance(values, Mapping):
+        return {str(name): _json_values(value) for name, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_json_values(value) for value in values]
+    return str(values) if isinstance(values, float) and not math.isfinite(values) else values

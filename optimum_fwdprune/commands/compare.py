@@ -26,6 +26,7 @@ def add_output_option(parser: ArgumentParser) -> None:
 
 
 class BenchmarkCommand(Command):
+    SHOWS_FIGURES = True
     USAGE = "MODEL..."
     DESCRIPTION = (
         "Measure prefill and decoding times, memory, multiplications and size of several models. The models are timed "
@@ -54,12 +55,13 @@ class BenchmarkCommand(Command):
         models = [load_model(name, self.args) for name in self.args.models]
         speeds = benchmark(models, **speed_options(self.args))
         comparison = Comparison([Evaluation(name, {}, [], speed) for name, speed in zip(self.args.models, speeds)])
-        print(comparison)
+        self.show(comparison, comparison.to_dict())
         if self.args.output:
             comparison.save(self.args.output)
 
 
 class CompareCommand(Command):
+    SHOWS_FIGURES = True
     USAGE = "DENSE PRUNED..."
     DESCRIPTION = "Compare pruned models with their dense one: size, speed, perplexity and tasks in one table."
     EXAMPLES = (
@@ -85,7 +87,7 @@ class CompareCommand(Command):
         if self.args.output:
             checked_format(self.args.output)
         comparison = compare_models([self.args.dense, *self.args.pruned], self.args)
-        print(comparison)
+        self.show(comparison, comparison.to_dict())
         if self.args.output:
             comparison.save(self.args.output)
 

@@ -11,6 +11,7 @@ from .options import add_loading_options, add_tokenizer_option, load_model, load
 
 
 class EvaluateCommand(Command):
+    SHOWS_FIGURES = True
     USAGE = "MODEL"
     DESCRIPTION = "Measure a dense or pruned model's perplexity on texts and its scores on tasks."
     EXAMPLES = ("evaluate pruned --text wikitext2", "evaluate pruned --tasks piqa arc_easy --limit 200")
@@ -36,6 +37,6 @@ class EvaluateCommand(Command):
         tokenizer = load_tokenizer(self.args.model, self.args)
         evaluation = evaluate(load_model(self.args.model, self.args), tokenizer, name=self.args.model, **options)
         comparison = Comparison([evaluation])
-        print(comparison)
+        self.show(comparison, comparison.to_dict())
         if self.args.output:
             comparison.save(self.args.output)

@@ -20,6 +20,7 @@ WHERE = ("revision", "token", "trust_remote_code")
 
 
 class ReportCommand(Command):
+    SHOWS_FIGURES = True
     USAGE = "CHECKPOINT..."
     DESCRIPTION = (
         "Show the records of pruned checkpoints: kept units and parameters of every layer, scores, how masks were "
@@ -39,7 +40,7 @@ class ReportCommand(Command):
         output.add_argument(
             "--html", help="Write a self-contained page with pictures, and a .json file of its figures beside it."
         )
-        output.add_argument("--json", help="Write the figures to this .json file.")
+        output.add_argument("-o", "--output", help="Also write the figures to this .json file.")
         output.add_argument("--overwrite", action="store_true", help="Replace files that exist.")
         measured = parser.add_argument_group("quality and speed")
         measured.add_argument(
@@ -71,12 +72,13 @@ class ReportCommand(Command):
             )
         # The files are checked before anything is measured.
         figures = check_page_file(options.html, options.overwrite)[1] if options.html else None
-        if options.json:
-            if figures is not None and figures.resolve() == Path(options.json).resolve():
+        if options.output:
+            if figures is not None and figures.resolve() == Path(options.output).resolve():
                 raise ValueError(
-                    f"--html {options.html} writes {options.json} too, with the same figures; leave out --json."
+                    f"--html {options.html} writes {options.output} too, with the same figures; leave out --output."
                 )
-            check_output_file(options.json, options.overwrite)
+            if check_output_file(options.output, options.overwrite).suffix != ".json":
+                raise ValueError(f"--output {options.output} must end in .json.")
 
         from optimum_fwdprune.report import report_table
         from optimum_fwdprune.report.document import describe_checkpoint, document_of, measured_of
@@ -92,13 +94,13 @@ class ReportCommand(Command):
                 own = comparison.of(model_id)
                 description["measured"] = measured_of(own.last() if own and alone else own)
         document = document_of(described)
-        print(report_table(document))
+        self.show(report_table(document), document)
         if options.html:
             figures = write_page(document, options.html, options.overwrite)
             print(f"Written to {options.html}, with its figures in {figures}.")
-        if options.json:
-            write_text_atomically(check_output_file(options.json, options.overwrite), to_json(document))
-            print(f"Figures written to {options.json}.")
+        if options.output:
+            write_text_atomically(check_output_file(options.output, options.overwrite), to_json(document))
+            print(f"Figures written to {options.output}.")
 
     def _named(self) -> list[tuple[str, str]]:
         """Every checkpoint with its label: the last part of its name, or the whole name where labels would repeat."""

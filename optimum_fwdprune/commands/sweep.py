@@ -11,6 +11,7 @@ from .requests import add_request_options, check_owned, request_options
 
 
 class SweepCommand(Command):
+    SHOWS_FIGURES = True
     USAGE = "-m MODEL FOLDER --sparsity N..."
     DESCRIPTION = (
         "Prune a model to many sizes, and measure perplexity, divergence from the dense model, size and speed of "
@@ -62,5 +63,5 @@ class SweepCommand(Command):
             loading = loading_options(self.args) | {"tokenizer": self.args.tokenizer}
             pruner = FwdPruner.from_pretrained(self.args.model, **loading)
         result = pruner.sweep(self.args.folder, self.args.preset, measures=measures, keep=self.args.keep, **fields)
-        print(result)
+        self.show(result, result.to_dict())
         print(f"The figures are in {self.args.folder}/sweep.json.")

@@ -33,6 +33,12 @@ class Evaluation:
     tasks: list[TaskScore]
     benchmark: Benchmark | None = None
 
+    def __str__(self) -> str:
+        return str(Comparison([self]))
+
+    def _repr_html_(self) -> str:
+        return Comparison([self])._repr_html_()
+
     def figures(self, first: Evaluation | None = None) -> dict[str, float | None]:
         """Return every figure by its name and unit, with speed-ups over `first` if it is set."""
         figures: dict[str, float | None] = {}
@@ -96,6 +102,11 @@ class Comparison:
     def to_json(self) -> str:
         """Return all measurements, spreads included, as JSON."""
         return json.dumps(self.to_list(), indent=2) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures of all models as JSON values, with `name` and `figures` per model in `models`."""
+        models = zip(self.evaluations, self.figures())
+        return {"models": [{"name": evaluation.name, "figures": figures} for evaluation, figures in models]}
 
     def to_list(self) -> list[dict[str, Any]]:
         """Return all measurements as JSON values, one entry per model."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import importlib.util
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +92,21 @@ def save_figure(figure: Figure, file: str | Path) -> None:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def as_html(draw: Callable[[Path], None]) -> str:
+    """Return a picture as HTML that notebooks show; empty where matplotlib is not installed.
+
+    Args:
+        draw (`Callable`): writes the picture to the file that it is called with.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "picture.svg"
+        draw(file)
+        content = base64.b64encode(file.read_bytes()).decode()
+    return f'<img src="data:image/svg+xml;base64,{content}">'
 
 
 def add_legend(axis: Axes) -> None:

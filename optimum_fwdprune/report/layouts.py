@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..allocation.depth import DepthUnit, depth_units
+from ..allocation.losses import outside_units
 from ..architectures import Site, find_sites, get_architecture
 from ..architectures.site import unit_name
 from ..architectures.sizes import ModelSizes
@@ -26,24 +27,63 @@ def units_table(model: PreTrainedModel) -> str:
     Args:
         model (`PreTrainedModel`): dense or pruned; it may be on the meta device.
     """
+    found = units_of(model)
+    units = [
+        (
+            unit["unit"],
+            str(unit["sites"]),
+            _span(unit["per_site"]),
+            _span(unit["parameters_of_one"]),
+            f"{unit['parameters']:,}",
+            f"{unit['share']:.1%}",
+        )
+        for unit in found["units"]
+    ]
+    linears = [
+        (linear["name"], _ranges(linear["layers"]), linear["features"], linear["of_a_unit"])
+        for linear in found["linears"]
+    ]
+    return "\n".join(
+        [
+            render_table(("unit", "sites", "per site", "parameters of one", "of all", "of the model"), units),
+            *found["notes"],
+            render_table(("linear of a layer", "layers", "features", "of a unit"), linears),
+        ]
+    )
+
+
+def units_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the units of a supported model as JSON values.
+
+    Returns:
+        `dict`: `parameters` of the model, and `active_parameters`, those that a token uses; `units`, one entry per
+        kind of unit: its name (`unit`), the number of `sites`, the different numbers of units `per_site` and of
+        `parameters_of_one` unit, the `parameters` of all of them, and their `share` of the model; `linears`, one entry
+        per linear and shape: `name`, `layers`, `features`, and how many of them are `of_a_unit`; `notes`, sentences.
+    """
     total = ModelSizes.of(model).parameters
-    rows: list[tuple[str, ...]] = []
+    units: list[dict[str, Any]] = []
     for unit in AttentionUnit:
         sites = [site for site in find_sites(model, unit, (UnitKind.ATTENTION,)) if not site.fixed]
-        rows += _unit_rows(sites, unit_name(UnitKind.ATTENTION, unit), total)
+        units += _units(sites, unit_name(UnitKind.ATTENTION, unit))
     sites = find_sites(model, AttentionUnit.KV_GROUP)
     for kind in (UnitKind.MLP, UnitKind.EXPERT):
         of_kind = [site for site in sites if site.kind == kind and not site.fixed]
-        rows += _unit_rows(of_kind, unit_name(kind, AttentionUnit.KV_GROUP), total)
+        units += _units(of_kind, unit_name(kind, AttentionUnit.KV_GROUP))
     sublayers = depth_units(sites, DepthKind.SUBLAYER)
     for kind, name in ((UnitKind.ATTENTION, "whole attentions"), (UnitKind.MLP, "whole MLPs")):
-        rows += _depth_row([unit for unit in sublayers if unit.sites[0].key.sublayer == kind], name, total)
-    rows += _depth_row(_removable_layers(model, sites), "whole layers", total)
-    units = render_table(("unit", "sites", "per site", "parameters of one", "of all", "of the model"), rows)
-    linears = render_table(("linear of a layer", "layers", "features", "of a unit"), _linear_rows(sites))
+        units += _whole([unit for unit in sublayers if unit.sites[0].key.sublayer == kind], name)
+    units += _whole(_removable_layers(model, sites), "whole layers")
     active = total - sum(site.idle_parameters for site in sites)
     routed = [f"A token uses {active:,} of the {total:,} parameters ({active / total:.1%})."] if active < total else []
-    return "\n".join([units, *routed, *_reasons(model, sites), linears])
+    outside = outside_units(total, sum(site.num_parameters for site in sites))
+    return {
+        "parameters": total,
+        "active_parameters": active,
+        "units": [{**unit, "share": unit["parameters"] / total} for unit in units],
+        "linears": _linears(sites),
+        "notes": [*filter(None, [outside]), *routed, *_reasons(model, sites)],
+    }
 
 
 def _removable_layers(model: PreTrainedModel, sites: Sequence[Site]) -> list[DepthUnit]:
@@ -69,33 +109,32 @@ def _reasons(model: PreTrainedModel, sites: Sequence[Site]) -> list[str]:
     return sentences
 
 
-def _depth_row(units: Sequence[DepthUnit], name: str, total: int) -> list[tuple[str, ...]]:
-    """Return the row of the layers or sublayers; none where none can be removed."""
+def _whole(units: Sequence[DepthUnit], name: str) -> list[dict[str, Any]]:
+    """Return the entry of the layers or sublayers; none where none can be removed."""
     if not units:
         return []
     sizes = [sum(site.all_parameters for site in unit.sites) for unit in units]
-    return [(name, str(len(units)), "1", _span(sizes), f"{sum(sizes):,}", f"{sum(sizes) / total:.1%}")]
+    numbers = {"sites": len(units), "per_site": [1], "parameters_of_one": sorted(set(sizes))}
+    return [{"unit": name, **numbers, "parameters": sum(sizes)}]
 
 
-def _unit_rows(sites: Sequence[Site], name: str, total: int) -> list[tuple[str, ...]]:
-    """Return the row of one kind of unit; none where no site has it."""
+def _units(sites: Sequence[Site], name: str) -> list[dict[str, Any]]:
+    """Return the entry of one kind of unit; none where no site has it."""
     if not sites:
         return []
-    owned = sum(site.num_parameters for site in sites)
     return [
-        (
-            name,
-            str(len(sites)),
-            _span(site.num_units for site in sites),
-            _span(site.unit_parameters for site in sites),
-            f"{owned:,}",
-            f"{owned / total:.1%}",
-        )
+        {
+            "unit": name,
+            "sites": len(sites),
+            "per_site": sorted({site.num_units for site in sites}),
+            "parameters_of_one": sorted({site.unit_parameters for site in sites}),
+            "parameters": sum(site.num_parameters for site in sites),
+        }
     ]
 
 
-def _linear_rows(sites: Sequence[Site]) -> list[tuple[str, ...]]:
-    """Return one row per linear or other tensor that units are parts of, and per shape that it has in some layers."""
+def _linears(sites: Sequence[Site]) -> list[dict[str, Any]]:
+    """Return one entry per linear, or other tensor that units are parts of, and shape that it has in some layers."""
     layers: dict[tuple[str, str, str], list[int]] = {}
     for site in sites:
         for coupling in site.couplings:
@@ -110,7 +149,10 @@ def _linear_rows(sites: Sequence[Site]) -> list[tuple[str, ...]]:
             cut = f"{outputs} outputs" if coupling.axis == 0 else f"{inputs} inputs"
             features, share = f"{inputs} -> {outputs}", f"{coupling.owned_width()} of {cut}"
             layers.setdefault((name, features, share), []).append(site.layer)
-    return [(name, _ranges(numbers), features, share) for (name, features, share), numbers in layers.items()]
+    return [
+        {"name": name, "layers": numbers, "features": features, "of_a_unit": share}
+        for (name, features, share), numbers in layers.items()
+    ]
 
 
 def linears_table(layout: RecognisedLayout) -> str:
@@ -119,9 +161,8 @@ def linears_table(layout: RecognisedLayout) -> str:
     return render_table((f"linear of {layout.layers}.0", "features", "recognised as"), rows)
 
 
-def _span(values: Iterable[int]) -> str:
-    """Return one number, or the lowest and the highest of several."""
-    values = sorted(set(values))
+def _span(values: Sequence[int]) -> str:
+    """Return one number, or the lowest and the highest of several, which ascend."""
     return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
 
 

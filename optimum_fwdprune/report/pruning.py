@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..allocation.composing import EARLIER
 from ..allocation.losses import losses_by_kind, outside_units, rerouted
@@ -13,8 +14,10 @@ from ..evaluation import Comparison
 from ..record.outcome import Outcome
 from ..record.record import Record
 from ..words import html_table, render_table
+from .canvas import as_html
 from .document import describe, document_of
 from .page import write_page
+from .pictures import plot_plan
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,22 @@ class PruningReport(Outcome):
             OSError: where a file exists, or cannot be written.
             ImportError: where matplotlib is not installed.
         """
+        return write_page(document_of([self.document(name, comparison)]), file, overwrite=overwrite)
+
+    def document(self, name: str | None = None, comparison: Comparison | None = None) -> dict[str, Any]:
+        """Return all figures as JSON values, as the page shows them; the arguments are those of `save`."""
         record = replace(self.record or Record(), outcome=self)
         source = record.plan.metadata.get("source") if record.plan else None
-        described = describe(name or source or "pruned model", record, comparison)
-        return write_page(document_of([described]), file, overwrite=overwrite)
+        return describe(name or source or "pruned model", record, comparison)
 
     def __str__(self) -> str:
         return "\n".join([render_table(*self._table()), "", *self._sentences()]).rstrip()
 
     def _repr_html_(self) -> str:
-        return html_table(*self._table()) + "".join(f"<p>{html.escape(line)}</p>" for line in self._sentences())
+        plan = self.record.plan if self.record else None
+        sentences = "".join(f"<p>{html.escape(line)}</p>" for line in self._sentences())
+        picture = "" if plan is None else as_html(lambda file: plot_plan(plan, file))
+        return html_table(*self._table()) + sentences + picture
 
     def _sentences(self) -> list[str]:
         outside = outside_units(self.parameters_before, self.prunable_parameters)

@@ -37,6 +37,17 @@ def plan_table(plan: PruningPlan) -> str:
     return "\n".join([render_table(header, rows), *filter(None, sentences)])
 
 
+def plan_figures(plan: PruningPlan) -> dict[str, Any]:
+    """Return what each layer kept as JSON values: `model_type`, `method` and `source` of the plan, and a row per layer
+    in `layers`, with its number as `layer`, and `kept` and `units` by kind."""
+    rows: dict[int, dict[str, Any]] = {}
+    for key in sorted(plan.kept):
+        row = rows.setdefault(key.layer, {"layer": key.layer})
+        row[str(key.kind)] = {"kept": len(plan.kept[key]), "units": plan.num_units[key]}
+    names = {name: plan.metadata.get(name) for name in ("method", "source")}
+    return {"model_type": plan.model_type, **names, "layers": list(rows.values())}
+
+
 def report_table(document: Mapping[str, Any]) -> str:
     """Return the tables of a report: one that compares all checkpoints, then those of each checkpoint.
 

@@ -45,7 +45,7 @@ def test_without_files_it_is_a_table(report):
 
 def test_a_page_and_its_figures_are_written_side_by_side(report, tmp_path):
     page, other = tmp_path / "deep" / "report.html", tmp_path / "other.json"
-    code, out, err = report("pruned-20", "pruned-40", "--compare", "table.json", "--html", page, "--json", other)
+    code, out, err = report("pruned-20", "pruned-40", "--compare", "table.json", "--html", page, "--output", other)
     figures = json.loads(page.with_suffix(".json").read_text())
 
     assert code == 0, err
@@ -65,7 +65,7 @@ def test_a_page_and_its_figures_are_written_side_by_side(report, tmp_path):
 def test_it_measures_where_it_is_told_to(report, tmp_path):
     short = ["--prompt_tokens", 16, "--new_tokens", 2, "--repeats", 1, "--max_length", 32]
     code, out, err = report(
-        "pruned-40", "--dense", "dense", "--text", "text.txt", *short, "--json", tmp_path / "r.json"
+        "pruned-40", "--dense", "dense", "--text", "text.txt", *short, "--output", tmp_path / "r.json"
     )
     (found,) = json.loads((tmp_path / "r.json").read_text())["checkpoints"]
     figures = found["measured"]["pruned"]["figures"]
@@ -79,7 +79,7 @@ def test_it_measures_where_it_is_told_to(report, tmp_path):
 
 def test_without_a_dense_model_nothing_is_compared(report, tmp_path):
     """The first checkpoint is not what the second was before."""
-    options = ["--text", "text.txt", "--max_length", "32", "--json", tmp_path / "r.json"]
+    options = ["--text", "text.txt", "--max_length", "32", "--output", tmp_path / "r.json"]
     options += ["--prompt_tokens", 16, "--new_tokens", 2, "--repeats", 1]
     code, _, err = report("pruned-20", "pruned-40", *options)
     assert code == 0, err
@@ -106,11 +106,11 @@ def test_a_checkpoint_that_the_table_leaves_out_is_not_measured(report, folder, 
         (["nowhere"], "nowhere"),
         (["."], "has no config.json"),
         (["pruned-20", "--html", "report.pdf"], "report.pdf must end in .html."),
-        (["pruned-20", "--json", "table.json"], "table.json exists. Name another file, or pass --overwrite"),
+        (["pruned-20", "--output", "table.json"], "table.json exists. Name another file, or pass --overwrite"),
         (["pruned-20", "--html", "text.txt/report.html"], "Cannot write beside"),
-        (["pruned-20", "--json", "dense"], "is a folder; name a file."),
+        (["pruned-20", "--output", "dense"], "is a folder; name a file."),
         (
-            ["pruned-20", "--html", "x.html", "--json", "x.json"],
+            ["pruned-20", "--html", "x.html", "--output", "x.json"],
             "--html x.html writes x.json too, with the same figures",
         ),
         (["pruned-20", "--compare", "text.txt"], "text.txt holds no comparison; `optimum-cli fwdprune compare"),

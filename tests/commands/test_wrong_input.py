@@ -105,7 +105,7 @@ def test_what_is_empty_is_named(words, cli, folder):
             ("recover", "pruned", "out", "--dataset", "self"),
             "self is text that the teacher writes, and --mode lora has no teacher",
         ),
-        (("report", "pruned", "--json", "text.txt"), "pass --overwrite to replace it"),
+        (("report", "pruned", "--output", "text.txt"), "pass --overwrite to replace it"),
     ],
 )
 def test_errors_speak_of_options(words, message, cli, folder):
