@@ -21,6 +21,7 @@ from .loading.source import Source
 from .loading.state import check_not_consumed
 from .loading.tokenizers import AnyTokenizer, tokenizer_and_processor
 from .planning.checks import check_arguments
+from .planning.dry_run import DryRun
 from .planning.latency import LatencyTable
 from .pruning import Pruning
 from .record.attributes import Recorded
@@ -97,6 +98,7 @@ class FwdPruner(WritesCheckpoints, Sweeps, Recovers):
         *,
         low_memory: bool = False,
         tokenizer: AnyTokenizer | None = None,
+        with_weights: bool = True,
         **kwargs,
     ) -> FwdPruner:
         """Load a model and its tokenizer, and of a pruned checkpoint also its plan and request.
@@ -111,6 +113,8 @@ class FwdPruner(WritesCheckpoints, Sweeps, Recovers):
                 default the system's folder.
             tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*): a tokenizer, or its folder or
                 repository; by default the model's own.
+            with_weights (`bool`, defaults to `True`): whether the weights are read. Without them, the model can be
+                inspected and pruned in a `dry_run`. Nothing but the config and the tokenizer is downloaded then.
             kwargs: arguments of the Auto class's `from_pretrained`: `dtype` (the checkpoint's by default),
                 `device_map` (the CPU by default; under `accelerate launch` the accelerator of each process),
                 `attn_implementation`, `gguf_file`, `revision`, `token`, `trust_remote_code`, ...
@@ -121,7 +125,7 @@ class FwdPruner(WritesCheckpoints, Sweeps, Recovers):
                 pruned checkpoint does not fit its weights, or the tokenizer cannot be read (the message names missing
                 packages).
         """
-        model, opened_tokenizer, source = open_model(model_id, tokenizer, low_memory, kwargs)
+        model, opened_tokenizer, source = open_model(model_id, tokenizer, low_memory, kwargs, with_weights)
         pruner = cls(model, opened_tokenizer)
         pruner._record, pruner._source = read_record(model, model_id, source)
         return pruner
@@ -232,6 +236,28 @@ class FwdPruner(WritesCheckpoints, Sweeps, Recovers):
         with self._pruning(dataset) as pruning:
             pruning.prune(request, plan, scores, inplace, fields.keys())
         return self.model
+
+    @host_by_default()
+    def dry_run(
+        self,
+        config: PruningConfig | str | None = None,
+        dataset: Any = None,
+        *,
+        plan: PruningPlan | None = None,
+        **fields,
+    ) -> DryRun:
+        """Return what `prune` would lead to: sizes, by layer where scores do not decide them, memory and time.
+
+        Nothing is scored, and the model is not changed. The arguments, the checks and the errors are those of `prune`.
+
+        ```python
+        print(FwdPruner.from_pretrained("HuggingFaceTB/SmolLM2-135M", with_weights=False).dry_run(sparsity=0.3))
+        ```
+        """
+        check_arguments(plan, None)
+        request = PruningConfig.of(config, replays=plan is not None, **fields)
+        with self._pruning(dataset) as pruning:
+            return pruning.dry_run(request, plan)
 
     @contextmanager
     def _pruning(self, dataset: Any) -> Iterator[Pruning]:

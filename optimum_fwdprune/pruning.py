@@ -14,7 +14,6 @@ from .allocation.composing import EarlierPruning
 from .allocation.job import resume_held, resume_of
 from .allocation.plan import PruningPlan
 from .architectures import find_sites, is_pruned
-from .architectures.sizes import ModelSizes
 from .cutting.cut import Cut
 from .data.calibration import Calibration
 from .data.load_calibration import load_calibration
@@ -26,13 +25,13 @@ from .loading.state import check_not_consumed, evaluating, is_consumed
 from .loading.subject import Sizes, Subject
 from .planning.checks import check_kinds, check_model, check_request
 from .planning.defaults import with_default_kinds
+from .planning.dry_run import DryRun
 from .planning.latency import LatencyTable
 from .planning.make_plan import request_of_replay
 from .planning.run import Run
-from .record.outcome import Outcome, Speedup
+from .record.outcome import outcome_of
 from .record.record import Record
 from .record.reproduction import IN_MEMORY, INPUTS, TRAINED, inputs_of
-from .request.choices import UnitKind
 from .request.config import PruningConfig
 from .runs.loggers import get_logger
 from .runs.resume import Resume
@@ -143,12 +142,7 @@ class Pruning:
             chosen (collection of `str`): options of the request that the user set by name.
             recovery (`RoundRecovery`, *optional*): trains the model after every round.
         """
-        if plan is not None:
-            config = dataclasses.replace(config, attention_unit=plan.attention_unit)
-        subject = self._subject(config)
-        if plan is None:
-            config = with_default_kinds(config, subject.sites)
-        check_request(subject, config, plan, scores)
+        config, subject = self._checked(config, plan, scores)
         if recovery is not None:
             recovery.check(self.model, self.record, self.source, config.rounds)
         if scores is not None:
@@ -192,9 +186,28 @@ class Pruning:
             keep(done)
             if earlier is not None and earlier.followed_by(done.plan) is None:
                 logger.warning("%s", earlier.why_apart(done.plan))
-            outcome = _outcome(before, done, run, config)
+            outcome = outcome_of(before, done, run, config)
             self.record = dataclasses.replace(self.record, scores=run.scores, outcome=outcome)
             self.record.leave_with(self.model)
+
+    def dry_run(self, config: PruningConfig, plan: PruningPlan | None) -> DryRun:
+        """Return what a request would lead to, after the checks of [`prune`]; nothing is scored, and the model, which
+        needs no weights, is not changed. The arguments are those of [`prune`]."""
+        config, subject = self._checked(config, plan, None, needs_weights=False)
+        with self._running(subject) as run:
+            return run.dry_run(config, plan)
+
+    def _checked(
+        self, config: PruningConfig, plan: PruningPlan | None, scores: Scores | None, needs_weights: bool = True
+    ) -> tuple[PruningConfig, Subject]:
+        """Return a request with the defaults for the model, and the model, after the checks of both."""
+        if plan is not None:
+            config = dataclasses.replace(config, attention_unit=plan.attention_unit)
+        subject = self._subject(config, needs_weights)
+        if plan is None:
+            config = with_default_kinds(config, subject.sites)
+        check_request(subject, config, plan, scores)
+        return config, subject
 
     @contextmanager
     def _running(self, subject: Subject) -> Iterator[Run]:
@@ -205,10 +218,11 @@ class Pruning:
         finally:
             self.latencies = run.latencies
 
-    def _subject(self, config: PruningConfig) -> Subject:
+    def _subject(self, config: PruningConfig, needs_weights: bool = True) -> Subject:
         """Return the model in its current state, with all its sites in the units of the request."""
         check_not_consumed(self.model)
-        check_readable(self.model)
+        if needs_weights:
+            check_readable(self.model)
         sites = find_sites(self.model, config.attention_unit)
         return Subject(self.model, sites, self.source.low_memory, self.source.work_folder)
 
@@ -258,39 +272,6 @@ def _of_dense_model(plan: PruningPlan, earlier: EarlierPruning | None) -> Prunin
     origin = {name: earlier.plan.metadata.get(name) for name in (NAME, FINGERPRINT, REVISION)}
     metadata = composed.metadata | {name: value for name, value in origin.items() if value is not None}
     return dataclasses.replace(composed, metadata=metadata)
-
-
-def _outcome(before: Sizes, done: Cut, run: Run, config: PruningConfig) -> Outcome:
-    """Return the figures of a pruning; `before` are the sizes of the model before it."""
-    after, speedup = ModelSizes.of(done.model), None
-    if config.target_speedup is not None and run.speedup is not None:
-        speedup = Speedup(config.target_speedup, *run.speedup, config.speed_of)
-    return Outcome(
-        parameters_before=before.parameters,
-        parameters_after=after.parameters,
-        bytes_before=before.bytes,
-        bytes_after=after.bytes,
-        prunable_parameters=_prunable(before, done.plan),
-        removed_parameters=sum(len(done.plan.removed(key)) * size for key, size in before.per_unit.items()),
-        requested_sparsity=done.plan.metadata.get("requested_sparsity"),
-        masked_difference=done.difference,
-        seconds=run.clock.seconds,
-        calibration=run.calibrated_on,
-        speedup=speedup,
-        unit_parameters=before.per_unit,
-    )
-
-
-def _prunable(before: Sizes, plan: PruningPlan) -> int:
-    """Return the parameters that the share of removed parameters refers to: those of experts where a plan removes
-    experts, and those of heads and channels where it removes these or nothing."""
-    removed = {key.kind for key in plan.kept if plan.removed(key)}
-    by_experts: dict[bool, int] = {True: 0, False: 0}
-    for key, size in before.per_unit.items():
-        by_experts[key.kind == UnitKind.EXPERT] += plan.num_units[key] * size
-    if UnitKind.EXPERT not in removed:
-        return by_experts[False]
-    return by_experts[True] if removed == {UnitKind.EXPERT} else before.prunable
 
 
 def _ignore(_cut: Cut) -> None:

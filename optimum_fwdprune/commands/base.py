@@ -101,7 +101,7 @@ class Command(BaseOptimumCLICommand):
 
         Args:
             table: what is printed.
-            figures (mapping): the same as JSON values, with the keys that docs/json.md lists.
+            figures (mapping): the same as JSON values, with the keys that docs/reference/json.md lists.
         """
         if self.args.json:
             self._figures = figures

@@ -29,6 +29,7 @@ SEVERAL = ("lora_targets",)
 
 
 class PruneCommand(Command):
+    SHOWS_FIGURES = True
     USAGE = "-m MODEL OUTPUT"
     DESCRIPTION = (
         "Prune a model and save it as a checkpoint that from_pretrained loads. By default 20 % of the prunable "
@@ -36,6 +37,7 @@ class PruneCommand(Command):
     )
     EXAMPLES = (
         "prune -m HuggingFaceTB/SmolLM2-135M pruned --sparsity 0.3",
+        "prune -m MODEL pruned --sparsity 0.3 --dry-run",
         "prune -m MODEL pruned --preset best --target_parameters 100000000",
         "prune -m MODEL pruned --method flap --scope global --calibration my_text.txt",
         "prune -m MODEL pruned --sparsity 0.4 --rounds 3 --recover wikitext2 --recovery mode=distill tokens=1M",
@@ -50,6 +52,13 @@ class PruneCommand(Command):
             "--low_memory",
             action="store_true",
             help="Leave the decoder layers on disk, and read, prune and write them one after the other.",
+        )
+        parser.add_argument(
+            "--dry-run",
+            "--dry_run",
+            action="store_true",
+            help="Show sizes, memory and time of the run, after the same checks, and end before any unit is scored. "
+            "Weights are read only where the request measures speed.",
         )
         parser.add_argument(
             "--plan", help="Keep the units of this plan (a JSON file or a pruned checkpoint) instead of scoring them."
@@ -103,14 +112,21 @@ class PruneCommand(Command):
             if self.args.low_memory:
                 # On the disk of the output folder, so that files are renamed and not copied.
                 loading |= {"low_memory": True, "offload_folder": output.parent}
+            # Latencies are measured with the layers of the model.
+            loading |= {"with_weights": not self.args.dry_run or config.target_speedup is not None}
             pruner = FwdPruner.from_pretrained(self.args.model, **loading)
         pruner.check_saving(self.args.output, overwrite=self.args.overwrite)
+        if self.args.dry_run:
+            outlook = pruner.dry_run(config, plan=plan)
+            self.show(outlook, outlook.to_dict())
+            return
         if recovery is None:
             pruner.prune(config, plan=plan)
         else:
             pruner.prune_and_recover(recovery, config)
         pruner.save_pretrained(self.args.output, overwrite=self.args.overwrite)
-        print(pruner.report)
+        assert pruner.report is not None
+        self.show(pruner.report, {"output": str(output), **pruner.report.document()})
         push_to_hub(pruner, self.args)
         print(f"Saved to {self.args.output}. `optimum-cli fwdprune inspect {self.args.output}` shows every layer.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+# Generates windows of text with a model, as [`sample_from_model`] does.
+Sample = Callable[..., torch.Tensor]
+
 # Largest number of tokens, in addition to those of `n_samples` windows, that windows are drawn from.
 MAX_SURPLUS = 2**24
 
@@ -52,6 +55,7 @@ def load_calibration(
     tokenizer: PreTrainedTokenizerBase | None,
     dataset: Any = None,
     resume: Resume | None = None,
+    sample: Sample = sample_from_model,
 ) -> Calibration:
     """Return the calibration tokens of a request.
 
@@ -73,6 +77,7 @@ def load_calibration(
             several sources by their weights. For a multimodal model also rows with images (see
             [`~optimum_fwdprune.data.images.ImageRows`]).
         resume (`Resume`, *optional*): folder for the state of text that the model generates.
+        sample (`Callable`, defaults to [`sample_from_model`]): generates the text for `"self"`.
 
     Raises:
         ValueError: where the source is empty, too short or of an unknown kind, or its tokens are beyond the vocabulary
@@ -83,11 +88,11 @@ def load_calibration(
     elif isinstance(dataset, ImageRows):
         calibration = dataset.calibration(config, model)
     elif (mixture := _mixture(config, dataset)) is not None:
-        calibration = _from_mixture(mixture, config, model, tokenizer, resume)
+        calibration = _from_mixture(mixture, config, model, tokenizer, resume, sample)
     elif (table := table_of(dataset)) is not None:
         calibration = windows_of_table(table, config)
     else:
-        calibration = _from_rows(config, model, tokenizer, dataset, resume)
+        calibration = _from_rows(config, model, tokenizer, dataset, resume, sample)
     _check_tokens(calibration, model)
     return calibration
 
@@ -105,6 +110,7 @@ def _from_mixture(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     resume: Resume | None,
+    sample: Sample,
 ) -> Calibration:
     """Return the windows of all sources in an order that the seed determines; every source has its share of them."""
     counts, parts = mixture.divided(config.n_samples), {}
@@ -114,7 +120,7 @@ def _from_mixture(
         name = str(source) if isinstance(source, (str, Path)) else f"source {number + 1}"
         own = dataclasses.replace(config, n_samples=count)
         try:
-            part = load_calibration(own, model, tokenizer, source, resume)
+            part = load_calibration(own, model, tokenizer, source, resume, sample)
         except ValueError as error:
             raise ValueError(f"Of the mixture ({mixture}), {name} cannot be used: {error}") from error
         if part.inputs:
@@ -134,6 +140,7 @@ def _from_rows(
     tokenizer: PreTrainedTokenizerBase | None,
     dataset: Any,
     resume: Resume | None,
+    sample: Sample,
 ) -> Calibration:
     source = config.calibration if dataset is None else dataset
     if source is None:
@@ -141,7 +148,7 @@ def _from_rows(
     if is_self(source):
         _check_length(config.seq_len, model)
         sampling = Sampling(config.n_samples, config.seq_len, config.batch_size, config.seed)
-        return Calibration(sample_from_model(model, tokenizer, sampling, resume or Resume()), source=SELF)
+        return Calibration(sample(model, tokenizer, sampling, resume or Resume()), source=SELF)
 
     def needed_tokenizer() -> PreTrainedTokenizerBase:
         if tokenizer is None:

@@ -159,6 +159,33 @@ def build_without_weights(model_id: str | Path, **kwargs: Any) -> PreTrainedMode
             raise no_model(model_id, error) from error
 
 
+def load_without_weights(model_id: str | Path, config: PreTrainedConfig, auto_class: Any, **kwargs: Any) -> Any:
+    """Return a model of a supported family on the meta device, built from its config, in the dtype that it would be
+    loaded in. Of weights in a folder the headers are read and checked, and nothing is downloaded.
+
+    Args:
+        model_id (`str` or `Path`): folder, or repository of the Hub.
+        config (`PreTrainedConfig`): its config.
+        auto_class (`type`): Auto class of the task.
+        kwargs: arguments of `from_pretrained`, of which `dtype`, `attn_implementation` and `trust_remote_code` count.
+
+    Raises:
+        OSError: where a file is damaged; the message names the file.
+        ValueError: where config and weights contradict each other, or the config describes no model.
+    """
+    check_dtype(dtype := kwargs.get("dtype"))
+    if Path(model_id).is_dir() and not kwargs.get("trust_remote_code"):
+        check_checkpoint(model_id, config, {name: kwargs[name] for name in WHERE if name in kwargs}, auto_class)
+    if dtype in (None, "auto"):
+        dtype = config.dtype or config.get_text_config().dtype or torch.float32
+    options = {name: kwargs[name] for name in ("attn_implementation", "trust_remote_code") if kwargs.get(name)}
+    try:
+        with torch.device("meta"):
+            return auto_class.from_config(config, dtype=dtype, **options).eval()
+    except (NotImplementedError, RuntimeError) as error:
+        raise no_model(model_id, error) from error
+
+
 def load_causal_lm(model_id: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a causal language model, dense or pruned, or a multimodal model that predicts text (see
     [`load_for_task`])."""

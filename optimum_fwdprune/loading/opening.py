@@ -19,6 +19,7 @@ from .models import (
     auto_class_of,
     check_is_model,
     load_for_task,
+    load_without_weights,
 )
 from .offloading import device_map_on_disk
 from .placement import placed
@@ -32,7 +33,7 @@ logger = get_logger(__name__)
 
 
 def open_model(
-    model_id: str | Path, tokenizer: Any, low_memory: bool, arguments: Mapping[str, Any]
+    model_id: str | Path, tokenizer: Any, low_memory: bool, arguments: Mapping[str, Any], with_weights: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin | None, Source]:
     """Return a model for the task that it was saved for, its processor or tokenizer if it has one, and its source.
 
@@ -41,6 +42,8 @@ def open_model(
         tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*): tokenizer that replaces the model's own.
         low_memory (`bool`): leave the decoder layers on disk.
         arguments (mapping): arguments of the Auto class's `from_pretrained`.
+        with_weights (`bool`, defaults to `True`): whether the weights are read. Without them the model is on the meta
+            device, except for GGUF files, whose config and weights are one file.
 
     Raises:
         OSError: where a file is missing or damaged; the message names the file.
@@ -65,11 +68,15 @@ def open_model(
                 "low_memory=True reads the decoder layers from safetensors files, one by one; leave out gguf_file and "
                 "device_map."
             )
-        options["device_map"] = device_map_on_disk(config, auto_class)
+        if with_weights:
+            options["device_map"] = device_map_on_disk(config, auto_class)
     opened_tokenizer: Any = _tokenizer(model_id, tokenizer, options, shared)
     if tokenizer is None and "gguf_file" not in options and config.get_text_config() is not config:
         opened_tokenizer = load_processor(model_id, **shared) or opened_tokenizer
-    model = _loaded(model_id, auto_class, options, low_memory)
+    if with_weights or "gguf_file" in options:
+        model = _loaded(model_id, auto_class, options, low_memory)
+    else:
+        model = load_without_weights(model_id, config, auto_class, **options)
     # A tokenizer that was passed in memory has no name.
     tokenizer_name = {"tokenizer": public_name(str(tokenizer))} if isinstance(tokenizer, (str, Path)) else {}
     return model, opened_tokenizer, Source.opened(model_id, {**options, **tokenizer_name}, low_memory)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..allocation.budgets import Budget, counted_sites
 from ..allocation.constraints import prunable_sites
 from ..allocation.depth import depth_units, number_removed
 from ..allocation.losses import losses_by_kind, outside_units
+from ..allocation.plan import PruningPlan
 from ..allocation.widths import channel_multiple, named_multiples
 from ..architectures import Site, SiteKey
 from ..request.choices import Scope, UnitKind
@@ -47,10 +49,34 @@ class Forecast:
     removed_by_kind: dict[str, int]
     prunable: int
 
+    @property
+    def parameters_after(self) -> int:
+        """Parameters of the pruned model."""
+        return self.parameters - self.removed_parameters + self.added_parameters
+
+    @property
+    def bytes_after(self) -> int:
+        """Size of its weights."""
+        item_size = self.removed_bytes // self.removed_parameters if self.removed_parameters else 0
+        return self.bytes - self.removed_bytes + item_size * self.added_parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the sizes as JSON values: `parameters`, `prunable` and `bytes` (`before`, `after` and `change`)."""
+        left = self.prunable - self.removed_parameters
+        sizes = {
+            "parameters": (self.parameters, self.parameters_after),
+            "prunable": (self.prunable, left),
+            "bytes": (self.bytes, self.bytes_after),
+        }
+        changes = {
+            name: {"before": before, "after": after, "change": after / before - 1 if before else 0.0}
+            for name, (before, after) in sizes.items()
+        }
+        outside = outside_units(self.parameters, self.prunable)
+        return {**changes, "outside": outside, "removed": [*self.losses.values()]}
+
     def __str__(self) -> str:
-        parameters = self.parameters - self.removed_parameters + self.added_parameters
-        item_size = self.removed_bytes / self.removed_parameters if self.removed_parameters else 0
-        size = self.bytes - self.removed_bytes + item_size * self.added_parameters
+        parameters, size = self.parameters_after, self.bytes_after
         share = 1 - parameters / self.parameters
         return "\n".join(
             [
@@ -76,20 +102,43 @@ def forecast(
         added_parameters (`int`): biases that the reconstruction will add.
     """
     kept = kept_by_equal_scores(sites, config, budget)
-    by_site = {
+    losses = _losses(sites, config, kept, _removed_by_site(sites, kept))
+    return _sized(sites, kept, losses, (parameters, size, added_parameters))
+
+
+def forecast_of_plan(
+    sites: Sequence[Site], plan: PruningPlan, parameters: int, size: int, added_parameters: int
+) -> Forecast:
+    """Return a forecast of the sizes after a plan is replayed; the arguments are those of [`forecast`]."""
+    losses = losses_by_kind(plan.kept, plan.num_units, plan.attention_unit)
+    return _sized(sites, plan.kept, losses, (parameters, size, added_parameters))
+
+
+def _sized(
+    sites: Sequence[Site],
+    kept: Mapping[SiteKey, Sequence[int]],
+    losses: dict[str, str],
+    sizes: tuple[int, int, int],
+) -> Forecast:
+    """Return a forecast; `sizes` are parameters and bytes of the dense model, and the parameters that are added."""
+    (parameters, size, added), by_site = sizes, _removed_by_site(sites, kept)
+    removed = sum(by_site.values())
+    item_size = sites[0].weight.element_size()
+    by_kind: dict[str, int] = {
+        kind: sum(by_site[site.key] for site in sites if site.kind == kind) for kind in UnitKind
+    }
+    prunable = sum(site.num_parameters for site in sites)
+    return Forecast(parameters, size, removed, removed * item_size, added, losses, by_kind, prunable)
+
+
+def _removed_by_site(sites: Sequence[Site], kept: Mapping[SiteKey, Sequence[int]]) -> dict[SiteKey, int]:
+    """Return the parameters that every site loses."""
+    return {
         site.key: (site.num_units - len(kept[site.key])) * site.unit_parameters
         if kept[site.key]
         else site.all_parameters
         for site in sites
     }
-    removed = sum(by_site.values())
-    item_size = sites[0].weight.element_size()
-    losses = _losses(sites, config, kept, by_site)
-    by_kind: dict[str, int] = {
-        kind: sum(by_site[site.key] for site in sites if site.kind == kind) for kind in UnitKind
-    }
-    prunable = sum(site.num_parameters for site in sites)
-    return Forecast(parameters, size, removed, removed * item_size, added_parameters, losses, by_kind, prunable)
 
 
 def warn_of_rounding(sites: Sequence[Site], config: PruningConfig, budget: Budget, outcome: Forecast) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..allocation.fitting import check_fits
@@ -20,6 +21,7 @@ from ..cutting.on_disk import OnDisk
 from ..data.calibration import Calibration
 from ..data.held_out import windows_and_held_out
 from ..data.load_calibration import load_calibration
+from ..data.sampling import Sampling
 from ..forward.evidence import Evidence
 from ..loading.state import evaluating
 from ..loading.subject import Subject
@@ -32,6 +34,7 @@ from ..runs.progress import announce, progress
 from ..runs.resume import Resume
 from ..scoring.score_units import check_scoring, gather_evidence, needs_calibration, score_units
 from ..scoring.scores import Scores
+from .dry_run import DryRun, foreseen
 from .forecast import warn_of_overshoot
 from .gguf_layout import check_gguf_plan
 from .latency import LatencyCost, LatencyTable
@@ -183,6 +186,17 @@ class Run:
         with evaluating(model):
             return load_calibration(config, model, self._tokenizer, self._dataset, resume)
 
+    def dry_run(self, config: PruningConfig, plan: PruningPlan | None = None) -> DryRun:
+        """Return what a request, or the replay of a plan, would lead to. The model needs no weights; calibration data
+        is read as for a run, except for text that the model would generate."""
+        calibration = None
+        is_needed = config.reconstruction != ReconstructionKind.NONE if plan is not None else needs_calibration(config)
+        if is_needed:
+            calibration = load_calibration(
+                config, self._subject.model, self._tokenizer, self._dataset, sample=_stand_in_for_text
+            )
+        return foreseen(self._subject, self._settler, config, plan, calibration)
+
     def _within_limit(self, config: PruningConfig) -> tuple[PruningConfig, Scores]:
         """Return the request with the largest sparsity within its limit of quality instead, and the scores."""
         subject, (limit,) = self._subject, config.limits_of_quality
@@ -276,3 +290,8 @@ class Run:
             return {}
         phases = shares_of_phases(config.speed_of)
         return ranks.from_main(lambda: {phase: phase_seconds(model, config, phase) for phase in phases})
+
+
+def _stand_in_for_text(_model: Any, _tokenizer: Any, sampling: Sampling, _resume: Resume) -> torch.Tensor:
+    """Return windows of the size of those that a model would generate."""
+    return torch.zeros(sampling.n_samples, sampling.seq_len, dtype=torch.int64)

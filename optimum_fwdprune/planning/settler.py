@@ -9,14 +9,15 @@ from typing import Any
 
 from ..allocation.budgets import Budget, OutOfReach, removal_budget
 from ..allocation.fitting import check_without_layers
+from ..allocation.plan import PruningPlan
 from ..architectures import SiteKey
 from ..forward.memory import Memory
 from ..loading.subject import Sizes, Subject
-from ..reconstruction.bias import added_parameters
+from ..reconstruction.bias import added_parameters, kinds_gaining_bias
 from ..request.config import PruningConfig
 from ..request.speed import shares_of_phases
 from ..runs.progress import announce
-from .forecast import forecast, warn_of_rounding
+from .forecast import Forecast, forecast, forecast_of_plan, warn_of_rounding
 from .gguf_layout import check_gguf_request, costs_of_gguf, with_gguf_layout
 from .latency import LatencyTable, at_measured_widths, speed_budget
 from .parallel import check_tensor_parallel
@@ -71,19 +72,34 @@ class Settler:
             may_remove_layers (`bool`, defaults to `True`): whether layers can be scored where the request does not
                 name them.
         """
+        config, budget, outcome, notes = self.foreseen(config, may_remove_layers)
+        for text in (str(outcome), *notes):
+            announce(text)
+        return config, budget
+
+    def foreseen(
+        self, config: PruningConfig, may_remove_layers: bool = True
+    ) -> tuple[PruningConfig, Budget, Forecast, list[str]]:
+        """Return the settled request, its budget, a forecast of the result, and what `for_gguf` requires; log warnings
+        of what is not as requested. The arguments are those of [`announced`]."""
         sites, dense, asked = self._subject.sites, self._sizes, config
         config = with_gguf_layout(self._subject, config)
         config, budget = settle(sites, config, self._budget_of, self._check_allowed, may_remove_layers)
         outcome = forecast(sites, config, budget, dense.parameters, dense.bytes, self._added(config))
-        announce(str(outcome))
-        if config.for_gguf is not None:
-            self._announce_gguf(asked, config, budget)
+        notes = [] if config.for_gguf is None else self._costs_of_gguf(asked, config, budget)
         if config.rounds == 1:
             warn_of_rounding(sites, config, budget, outcome)
-        return config, budget
+        return config, budget, outcome, notes
 
-    def _announce_gguf(self, asked: PruningConfig, config: PruningConfig, budget: Budget) -> None:
-        """Log what `for_gguf` requires, and how far it moves the share that is removed.
+    def foreseen_of_plan(self, plan: PruningPlan, config: PruningConfig) -> Forecast:
+        """Return a forecast of the replay of a plan with the reconstruction of a request."""
+        sites, dense = self._subject.sites, self._sizes
+        gaining = kinds_gaining_bias(sites, plan.kept, config.reconstruction)
+        added = added_parameters((site for site in sites if site.kind in gaining), config.reconstruction)
+        return forecast_of_plan(sites, plan, dense.parameters, dense.bytes, added)
+
+    def _costs_of_gguf(self, asked: PruningConfig, config: PruningConfig, budget: Budget) -> list[str]:
+        """Return what `for_gguf` requires, and how far it moves the share that is removed.
 
         Args:
             asked (`PruningConfig`): the request before it was settled.
@@ -96,8 +112,7 @@ class Settler:
             # Other widths would have to be timed.
             with suppress(ValueError):
                 before = kept_by_equal_scores(self._subject.sites, *self.settled(replace(asked, for_gguf=None)))
-        for line in costs_of_gguf(self._subject, config, kept, before):
-            announce(line)
+        return list(costs_of_gguf(self._subject, config, kept, before))
 
     def _budget_of(self, config: PruningConfig) -> tuple[PruningConfig, Budget]:
         """Return a request with its constraints adapted, and its budget."""

@@ -5,9 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from ..allocation.plan import PruningPlan
 from ..architectures.site import SiteKey, keyed_by_site
+from ..architectures.sizes import ModelSizes
+from ..loading.subject import Sizes
+from ..request.choices import UnitKind
+from ..request.config import PruningConfig
+
+
+if TYPE_CHECKING:
+    from ..cutting.cut import Cut
+    from ..planning.run import Run
 
 
 @dataclass(frozen=True)
@@ -124,3 +134,36 @@ FIGURES = (
     "seconds",
     "calibration",
 )
+
+
+def outcome_of(before: Sizes, done: Cut, run: Run, config: PruningConfig) -> Outcome:
+    """Return the figures of a pruning; `before` are the sizes of the model before it."""
+    after, speedup = ModelSizes.of(done.model), None
+    if config.target_speedup is not None and run.speedup is not None:
+        speedup = Speedup(config.target_speedup, *run.speedup, config.speed_of)
+    return Outcome(
+        parameters_before=before.parameters,
+        parameters_after=after.parameters,
+        bytes_before=before.bytes,
+        bytes_after=after.bytes,
+        prunable_parameters=_prunable_by(before, done.plan),
+        removed_parameters=sum(len(done.plan.removed(key)) * size for key, size in before.per_unit.items()),
+        requested_sparsity=done.plan.metadata.get("requested_sparsity"),
+        masked_difference=done.difference,
+        seconds=run.clock.seconds,
+        calibration=run.calibrated_on,
+        speedup=speedup,
+        unit_parameters=before.per_unit,
+    )
+
+
+def _prunable_by(before: Sizes, plan: PruningPlan) -> int:
+    """Return the parameters that the share of removed parameters refers to: those of experts where a plan removes
+    experts, and those of heads and channels where it removes these or nothing."""
+    removed = {key.kind for key in plan.kept if plan.removed(key)}
+    by_experts: dict[bool, int] = {True: 0, False: 0}
+    for key, size in before.per_unit.items():
+        by_experts[key.kind == UnitKind.EXPERT] += plan.num_units[key] * size
+    if UnitKind.EXPERT not in removed:
+        return by_experts[False]
+    return by_experts[True] if removed == {UnitKind.EXPERT} else before.prunable

@@ -35,6 +35,9 @@ class Method:
             `"global"`.
         differentiates (`Callable[[PruningConfig], bool]`): whether it back-propagates under the options of a config,
             which is impossible with offloaded weights.
+        windows (`Callable[[PruningConfig], float | None]`): number of calibration windows that it passes through the
+            whole model, besides the pass that collects statistics, for estimates of time. Back-propagation counts
+            as two more passes. `None` where the number depends on more than the options.
     """
 
     config_class: type[Any]
@@ -45,6 +48,7 @@ class Method:
     kinds: tuple[str, ...] = WIDTH_KINDS
     learns_split: bool = False
     differentiates: Callable[[Any], bool] = lambda _config: False
+    windows: Callable[[Any], float | None] = lambda _config: 0
 
     def __post_init__(self):
         object.__setattr__(self, "statistics", tuple(self.statistics))

@@ -193,6 +193,16 @@ def test_without_options_the_command_does_what_prune_without_arguments_does(cli,
     assert PruningConfig.from_pretrained(tmp_path / "out") == pruner.config
 
 
+def test_a_dry_run_shows_the_outcome_and_writes_nothing(cli, source, tmp_path):
+    code, out, err = cli("prune", "-m", source, tmp_path / "out", "--dry-run", "--sparsity", "0.3", *SMALL)
+
+    assert code == 0, err
+    assert "The pruned model will have" in out and "The run takes at least" in out and "MLP channels" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    code, _, err = cli("prune", "-m", source, source, "--dry-run", *SMALL)
+    assert code == 1 and "is not empty. Name another folder, or pass --overwrite" in err
+
+
 def test_a_plan_is_replayed(cli, source, tmp_path):
     cli("prune", "-m", source, tmp_path / "one", "--method", "random", "--reconstruction", "none")
     code, _, err = cli("prune", "-m", source, tmp_path / "two", "--plan", tmp_path / "one")

@@ -151,12 +151,19 @@ def _differentiates(config) -> bool:
     return config.gradient == Gradient.EXACT
 
 
+def _windows(config) -> float:
+    if config.gradient == Gradient.ZEROTH_ORDER:
+        return 2 * config.draws * (config.windows_per_draw or WINDOWS_PER_DRAW[config.perturb])
+    return 3 * config.n_samples if config.gradient == Gradient.EXACT else 0
+
+
 register_method(
     MiniLlmConfig,
     score,
     statistics=("moments", "source_norms"),
     additive=_is_additive,
     differentiates=_differentiates,
+    windows=_windows,
 )
 register_preset(
     "mini-llm-paper",

@@ -266,6 +266,7 @@ register_method(
     learns_split=True,
     # Masks draw every expert by itself, and often fewer of a layer than a token uses.
     kinds=(*WIDTH_KINDS, *DEPTH_KINDS),
+    windows=lambda config: config.steps * config.masks_per_step * config.windows_per_step,
 )
 register_preset(
     "policy-gradient-paper",

@@ -34,4 +34,11 @@ def score(inputs: ScoringInputs) -> UnitScores:
     return expert_removal_order(inputs) if inputs.config.prunes_experts else removal_order(inputs)
 
 
-register_method(RemovalLossConfig, score, calibrated=True, kinds=(*DEPTH_KINDS, *EXPERT_KINDS))
+register_method(
+    RemovalLossConfig,
+    score,
+    calibrated=True,
+    kinds=(*DEPTH_KINDS, *EXPERT_KINDS),
+    # Their number depends on how many layers or experts there are.
+    windows=lambda _config: None,
+)

@@ -43,7 +43,13 @@ def score(inputs: ScoringInputs) -> dict:
     return {key: value.abs() for key, value in scores.items()}
 
 
-register_method(TaylorConfig, score, calibrated=True, differentiates=lambda _config: True)
+register_method(
+    TaylorConfig,
+    score,
+    calibrated=True,
+    differentiates=lambda _config: True,
+    windows=lambda config: 3 * config.n_samples,
+)
 register_preset(
     "llm-pruner-paper",
     "LLM-Pruner as published for LLaMA-7B: element-wise Taylor scores; the first four and last two layers are not "
