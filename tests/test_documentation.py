@@ -42,6 +42,7 @@ PRUNED = {
     "how_to/recovery.md": ("smollm2-pruned",),
     "how_to/report.md": ("pruned", "pruned-20", "pruned-40"),
     "how_to/trainers.md": ("smollm2-pruned",),
+    "reference/json.md": ("pruned",),
 }
 # Options of commands whose defaults would time tiny models for long.
 QUICKER = dict.fromkeys(("benchmark", "compare", "sweep"), ("--repeats", "1", "--new_tokens", "2"))
@@ -150,8 +151,8 @@ def test_what_is_shown_for_use_without_the_package_runs_without_it(checkpoints, 
     shutil.copytree(checkpoints / "pruned", tmp_path / "smollm2-pruned")
     tour = (ROOT / "docs" / "get_started" / "quick_tour.md").read_text()
     tour = tour.partition('=== "without it"')[2].partition("##")[0]
-    card = (checkpoints / "pruned" / "README.md").read_text().partition("```python\n# 1.")[2].partition("```")[0]
-    shown = {"the quick tour": textwrap.dedent(tour.split("```python")[1].split("```")[0]), "the card": f"#{card}"}
+    card = (checkpoints / "pruned" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    shown = {"the quick tour": textwrap.dedent(tour.split("```python")[1].split("```")[0]), "the card": card}
     for name, code in shown.items():
         code = code.replace('"pruned"', '"smollm2-pruned"') + "\nprint(type(model).__name__, len(tokenizer))"
         # Nobody is there to answer whether code may run.

@@ -37,6 +37,7 @@ class Base:
         name (`str`): repository, or last part of the folder's path.
         is_repository (`bool`): whether the name is that of a repository on the Hub.
         license (`dict[str, str]`): `license`, `license_name` and `license_link` of its card.
+        languages (`tuple[str]`): the languages of its card.
         legal_files (`dict[str, bytes]`): content of its licence, notice and the like, by file name. It is read when
             the model is loaded, since the folder may no longer exist when the pruned model is saved.
     """
@@ -44,6 +45,7 @@ class Base:
     name: str
     is_repository: bool = False
     license: dict[str, str] = field(default_factory=dict)
+    languages: tuple[str, ...] = ()
     legal_files: dict[str, bytes] = field(default_factory=dict)
 
     @property
@@ -70,9 +72,11 @@ class Base:
             logger.warning("The card of %s cannot be read, so no licence is carried over: %s", model_id, error)
             values = {}
         names = ("license", "license_name", "license_link")
+        languages = values.get("language") or ()
         return cls(
             name=path.name if path.exists() else str(model_id),
             is_repository=not path.exists(),
             license={name: str(values[name]) for name in names if values.get(name)},
+            languages=(languages,) if isinstance(languages, str) else tuple(map(str, languages)),
             legal_files={name: Path(file).read_bytes() for name in LEGAL_NAMES if (file := find(name))},
         )

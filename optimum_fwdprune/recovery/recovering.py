@@ -52,6 +52,7 @@ class Recovery:
         self.source = source
         self.trainer: RecoveryTrainer | None = None
         self.has_changed = False
+        self._command: dict[str, list[str]] | None = None
 
     def run(
         self,
@@ -79,6 +80,7 @@ class Recovery:
         stages, callbacks = args.stages(), checked_callbacks(callbacks)
         check_placement(self.model, stages, self.source.low_memory)
         self._check_adapters(stages)
+        self._command = _command(texts, args, teacher, callbacks)
         if teacher is None and self.record.plan is not None:
             teacher = Origin.of_plan(self.record.plan.metadata, self.source.folders)
         if stages[0].mode != BLOCK_DISTILL:
@@ -152,11 +154,23 @@ class Recovery:
     def _note(self, summary: Mapping[str, Any], args: RecoveryArguments, has_new_weights: bool = True) -> None:
         """Record how the model was trained, and drop the measurements and the saved place of the former weights."""
         self.has_changed = True
-        recovery = followed_by(self.record.recovery, dict(summary), is_resumed=asks_to_resume(args))
+        now = {**summary, "command": self._command}
+        recovery = followed_by(self.record.recovery, now, is_resumed=asks_to_resume(args))
         self.record = replace(self.record, recovery=recovery, comparison=None)
         if has_new_weights:
             self.source = self.source.not_saved()
             self.record.leave_with(self.model)
+
+
+def _command(
+    texts: TrainingTexts, args: RecoveryArguments, teacher: Any, callbacks: list[Any]
+) -> dict[str, list[str]] | None:
+    """Return the sources of the data and the arguments as words of the command line; `None` where it cannot name the
+    data, or the teacher or callbacks were passed in Python."""
+    data = texts.on_command_line()
+    if data is None or teacher is not None or args.teacher is not None or callbacks:
+        return None
+    return {"data": data, "arguments": args.on_command_line()}
 
 
 def followed_by(before: Mapping[str, Any] | None, now: dict[str, Any], is_resumed: bool) -> dict[str, Any]:

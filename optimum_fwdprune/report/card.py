@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .sentences import (
     what_was_removed,
 )
 from .tables import plan_table
+from .training import dataset_of, datasets_of, training_section
 
 
 PICTURE_NAME = "kept_units.png"
@@ -56,44 +57,70 @@ def write_card(
         (folder / file).write_bytes(content)
     sections = [
         _introduction(name, record, base),
-        _loading(name, model),
+        _loading(name, model, folder),
         _sizes(record.outcome),
         _measured(record.comparison),
         _kept(record, folder / PICTURE_NAME),
         _reproduction(name, record, base),
         _limits(record, base),
     ]
-    data = _metadata(name, model, base, record.comparison)
+    data = _metadata(name, model, record, base)
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
     (folder / CARD_NAME).write_text(text, encoding="utf-8")
 
 
-def _metadata(name: str, model: PreTrainedModel, base: Base | None, comparison: Comparison | None) -> ModelCardData:
-    measured: Sequence[Any] = comparison.evaluations[-1:] if comparison else ()
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=dataset.lower().replace(" ", "-"),
-            dataset_name=dataset,
-            metric_type=metric,
-            metric_value=value,
-        )
+# The pipeline of a model on the Hub, by the Auto class that loads it.
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModel": "feature-extraction",
+}
+
+
+def _metadata(name: str, model: PreTrainedModel, record: Record, base: Base | None) -> ModelCardData:
+    """Return the entries that the Hub reads: base, licence, tags, training data and measurements."""
+    pipeline = PIPELINES.get(_auto_class_of(model))
+    measured: Sequence[Any] = record.comparison.evaluations[-1:] if record.comparison else ()
+    figures = [
+        (dataset, metric, value)
         for evaluation in measured
         for dataset, metric, value in (
             *((text, "perplexity", loss.perplexity) for text, loss in evaluation.texts.items()),
             *((score.task, score.metric, score.value) for score in evaluation.tasks),
         )
     ]
+    results = [
+        EvalResult(
+            task_type=pipeline or "text-generation",
+            dataset_type=dataset_of(dataset)[0],
+            dataset_name=dataset,
+            dataset_config=dataset_of(dataset)[1],
+            metric_type=metric,
+            metric_value=value,
+        )
+        for dataset, metric, value in figures
+    ]
     carried_over: dict[str, Any] = dict(base.license) if base else {}
+    if base and base.is_repository:
+        # Of the relations that the Hub has, a pruned model with weights of its own is a finetuned one.
+        carried_over |= {"base_model": base.name, "base_model_relation": "finetune"}
     return ModelCardData(
-        base_model=base.name if base and base.is_repository else None,
+        language=list(base.languages) if base and base.languages else None,
         library_name="transformers",
-        pipeline_tag="text-generation" if model.can_generate() else None,
+        pipeline_tag=pipeline,
         tags=["pruned", "optimum-fwdprune"],
+        datasets=datasets_of(record.recovery) or None,
         model_name=name.rpartition("/")[2] if results else None,
         eval_results=results or None,
         **carried_over,
     )
+
+
+def _auto_class_of(model: PreTrainedModel) -> str:
+    return str(get_architecture(model.config).pruned_class(model)._auto_class)
 
 
 def _introduction(name: str, record: Record, base: Base | None) -> str:
@@ -113,8 +140,17 @@ def _introduction(name: str, record: Record, base: Base | None) -> str:
     return text + (f"\n\n**Built with {wanted}.**" if wanted else "")
 
 
-def _loading(name: str, model: PreTrainedModel) -> str:
-    auto_class = get_architecture(model.config).pruned_class(model)._auto_class
+def _loading(name: str, model: PreTrainedModel, folder: Path) -> str:
+    """Return how to load the model, and its processor or tokenizer where the folder holds one."""
+    auto_class, reader = _auto_class_of(model), _reader_in(folder)
+    imported = f"{auto_class}, {reader}" if reader else auto_class
+
+    def loaded(options: str = "") -> str:
+        lines = [f'model = {auto_class}.from_pretrained("{name}"{options})']
+        if reader:
+            lines.append(f'{reader[4:].lower()} = {reader}.from_pretrained("{name}"{options})')
+        return "\n".join(lines)
+
     further = f"""```python
 from optimum_fwdprune import FwdPruner
 
@@ -126,10 +162,9 @@ pruner = FwdPruner.from_pretrained("{name}")
 This is a checkpoint of the stock model class, which every program for this family loads:
 
 ```python
-from transformers import {auto_class}, AutoTokenizer
+from transformers import {imported}
 
-model = {auto_class}.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+{loaded()}
 ```
 
 With optimum-fwdprune, it can be pruned further, recovered or evaluated:
@@ -137,30 +172,35 @@ With optimum-fwdprune, it can be pruned further, recovered or evaluated:
 {further}"""
     return f"""## Load it
 
-```python
-# 1. Without optimum-fwdprune: transformers runs the modelling code in the checkpoint.
-from transformers import {auto_class}, AutoTokenizer
+Without optimum-fwdprune, transformers runs the modelling code in the checkpoint:
 
-model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+```python
+from transformers import {imported}
+
+{loaded(", trust_remote_code=True")}
 ```
 
+With optimum-fwdprune, no remote code is run:
+
 ```python
-# 2. With optimum-fwdprune, without remote code.
 import optimum_fwdprune
-from transformers import {auto_class}
+from transformers import {imported}
 
-model = {auto_class}.from_pretrained("{name}")
+{loaded()}
 ```
 
-```python
-# 3. To prune further, recover or evaluate.
-from optimum_fwdprune import FwdPruner
+To prune it further, recover or evaluate it:
 
-pruner = FwdPruner.from_pretrained("{name}")
-```
+{further}
 
 Layers of different sizes need transformers 5.14 or later."""
+
+
+def _reader_in(folder: Path) -> str | None:
+    """Return the Auto class of the processor or tokenizer in a folder; `None` where it holds neither."""
+    if any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json")):
+        return "AutoProcessor"
+    return "AutoTokenizer" if (folder / "tokenizer_config.json").exists() else None
 
 
 def _sizes(outcome: Outcome | None) -> str:
@@ -226,25 +266,9 @@ def _reproduction(name: str, record: Record, base: Base | None) -> str:
         f"\n\n`{CONFIG_NAME}` is the request, and `{PLAN_NAME}` lists the units that were kept: `--plan` keeps the "
         f"same units, and refits weights if `--reconstruction` is set too."
     )
-    if recovery := record.recovery:
-        stages = (*recovery.get("earlier", ()), recovery)
-        when = "After every round of the pruning" if any("round" in stage for stage in stages) else "After pruning"
-        text += f"\n\n{when}, the model was trained as `optimum-cli fwdprune recover` does:"
-        for stage in stages:
-            text += "\n\n" + "\n".join(f"- {name}: {value}" for name, value in _figures_of(stage))
+    if record.recovery:
+        text += f"\n\n{training_section(record.recovery)}"
     return text
-
-
-def _figures_of(recovery: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the figures of one stage of training, with those of all blocks in one."""
-    for name, value in recovery.items():
-        if name == "blocks":
-            before, after = "held-out error before", "held-out error after"
-            last, changed = value[-1], sum(block[after] is not None for block in value)
-            yield "trained blocks", f"{changed} of {len(value)}"
-            yield "held-out error after the last block", f"{last[before]} before, {last[after] or last[before]} after"
-        elif name != "earlier":
-            yield name, value
 
 
 def _python_of(name: str, repository: str | None) -> str:

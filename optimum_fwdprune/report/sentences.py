@@ -151,7 +151,8 @@ def _stage_in_words(recovery: Mapping[str, Any]) -> str:
     if frozen := recovery.get("frozen"):
         what = f"in part, with {frozen} frozen,"
     per_layer = " each" if recovery.get("mode") == BLOCK_DISTILL else ""
-    steps = f" for {recovery['steps']} steps{per_layer}" if "steps" in recovery else ""
+    number = recovery.get("steps")
+    steps = "" if number is None else f" for {number} step{'s' * (number != 1)}{per_layer}"
     data = f" on `{recovery['dataset']}`" if "dataset" in recovery else ""
     towards = TOWARDS.get(recovery.get("mode", ""), "")
     return f"{what}{steps}{data}{towards}"

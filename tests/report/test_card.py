@@ -1,6 +1,7 @@
 """The model card says what was done, and its command makes the same weights again."""
 
 import dataclasses
+import math
 import re
 import shlex
 import sys
@@ -8,11 +9,17 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_multimodal
 import torch
+from huggingface_hub import ModelCard
 from optimum.commands.optimum_cli import main
 from safetensors.torch import load_file
 
 from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, RecoveryArguments, register_method
+from optimum_fwdprune.evaluation import Comparison, Evaluation
+from optimum_fwdprune.evaluation.perplexity import TextLoss
+from optimum_fwdprune.loading.base import Base
+from optimum_fwdprune.report.card import write_card
 
 
 TEXT = {"calibration": "builtin", "n_samples": 4, "seq_len": 32}
@@ -251,7 +258,7 @@ def test_a_plan_made_by_hand_is_called_no_method(folder):
 @pytest.mark.parametrize(
     ("mode", "dataset", "sentence"),
     [
-        ("full", "-a text.txt", "it was trained in all weights for 1 steps on `-a text.txt`."),
+        ("full", "-a text.txt", "it was trained in all weights for 1 step on `-a text.txt`."),
         (
             "lora",
             ["the quick brown fox. " * 500],
@@ -270,3 +277,89 @@ def test_the_introduction_names_how_and_on_what_the_model_was_trained(mode, data
     assert sentence in card.partition("## ")[0], card
     assert "The command reproduces the pruned model before training." in card
     assert sentence in card_of(FwdPruner.from_pretrained("pruned"), "copied").partition("## ")[0]
+
+
+def test_the_command_of_a_recovery_makes_the_same_weights(folder, monkeypatch):
+    pruner = FwdPruner.from_pretrained("dense", dtype=torch.float32)
+    pruner.prune(method="magnitude", reconstruction="none")
+    pruner.save_pretrained("pruned")
+    options = {"output_dir": "training", "use_cpu": True, "max_steps": 2, "report_to": "none", "max_length": 16}
+    pruner.recover("-a text.txt", RecoveryArguments(mode="full", save_strategy="no", disable_tqdm=True, **options))
+    card = card_of(pruner, "recovered")
+    words = shlex.split(re.search(r"^optimum-cli fwdprune recover .*$", card, re.MULTILINE)[0])
+    words = [{"PRUNED": "pruned", "OUTPUT": "again"}.get(word, word) for word in words]
+    # Where the trained weights do not depend on them, arguments are not part of the command.
+    monkeypatch.setattr(sys, "argv", [*words, "use_cpu=True"])
+    main()
+
+    assert same(load_file("again/model.safetensors"), load_file("recovered/model.safetensors")), card
+    assert "data in memory" not in card and "`PRUNED` is the model before this training." in card
+
+
+def test_training_that_no_command_can_repeat_says_so(folder):
+    pruner = FwdPruner.from_pretrained("dense", dtype=torch.float32)
+    pruner.prune(method="magnitude", reconstruction="none")
+    options = {"output_dir": "training", "use_cpu": True, "max_steps": 1, "report_to": "none", "max_length": 16}
+    pruner.recover(["the quick brown fox. " * 99], RecoveryArguments(save_strategy="no", disable_tqdm=True, **options))
+    card = card_of(pruner)
+
+    assert "fwdprune recover" not in card
+    assert "No command can repeat a training whose data, teacher or callbacks were passed in Python." in card
+
+
+def metadata_of(folder):
+    return ModelCard.load(folder / "README.md").data.to_dict()
+
+
+def test_the_metadata_are_those_that_the_hub_reads(folder):
+    model = tiny.make_model("llama_gqa_biases")
+    pruner = FwdPruner(model)
+    pruner.prune(method="magnitude", reconstruction="none")
+    recovery = {"mode": "full", "command": {"data": ["wikitext2", "me/chats:0.5", "my.txt"], "arguments": []}}
+    losses = {"wikitext2": TextLoss(20.0, 10), "my.txt": TextLoss(10.0, 10)}
+    comparison = Comparison([Evaluation("dense", losses, []), Evaluation("pruned", losses, [])])
+    record = dataclasses.replace(pruner._record, recovery=recovery, comparison=comparison)
+    base = Base("me/dense", True, {"license": "other", "license_name": "kind"}, ("en", "de"))
+    write_card(folder, "me/pruned", pruner.model, record, base)
+    found = metadata_of(folder)
+
+    assert (found["base_model"], found["base_model_relation"]) == ("me/dense", "finetune")
+    assert (found["license"], found["license_name"], found["language"]) == ("other", "kind", ["en", "de"])
+    assert found["datasets"] == ["Salesforce/wikitext", "me/chats"]
+    assert found["pipeline_tag"] == "text-generation" and found["tags"] == ["pruned", "optimum-fwdprune"]
+    (index,) = found["model-index"]
+    dataset = index["results"][0]["dataset"]
+    assert index["name"] == "pruned" and len(index["results"]) == 2
+    assert (dataset["type"], dataset["config"]) == ("Salesforce/wikitext", "wikitext-2-raw-v1")
+    assert index["results"][0]["metrics"] == [{"type": "perplexity", "value": pytest.approx(math.exp(2))}]
+
+
+def test_a_folder_is_no_base_model(folder):
+    pruner = FwdPruner.from_pretrained("dense")
+    pruner.prune(method="magnitude", reconstruction="none")
+    card_of(pruner)
+
+    assert not {"base_model", "base_model_relation", "datasets", "model-index"} & metadata_of(folder / "pruned").keys()
+
+
+@pytest.mark.parametrize(("has_tokenizer", "line"), [(True, "tokenizer = AutoTokenizer"), (False, None)])
+def test_the_lines_that_load_the_model_run(has_tokenizer, line, folder):
+    pruner = FwdPruner.from_pretrained("dense")
+    pruner.tokenizer = pruner.tokenizer if has_tokenizer else None
+    pruner.prune(method="magnitude", reconstruction="none")
+    card = card_of(pruner)
+    blocks = re.findall(r"```python\n(.*?)```", card.partition("## Size")[0], re.DOTALL)
+
+    assert len(blocks) == 3 and (line in card if line else "Tokenizer" not in card)
+    for block in blocks[1:]:
+        exec(block, {})
+
+
+def test_a_multimodal_model_is_called_one(folder):
+    model = tiny_multimodal.make_model("gemma3")
+    pruner = FwdPruner(model)
+    pruner.prune(method="magnitude", reconstruction="none")
+    card = card_of(pruner)
+
+    assert metadata_of(folder / "pruned")["pipeline_tag"] == "image-text-to-text"
+    assert "AutoModelForImageTextToText" in card
