@@ -115,6 +115,29 @@ def test_what_is_pushed_loads_from_the_hub(checkpoints, tmp_path):
         assert b"Python's documentation" in hub.files["me/tiny"]["README.md"] and hub.private == {"me/tiny"}
 
 
+def test_the_notebook_of_the_whole_path_ends_in_a_model_that_answers(checkpoints, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(row["text"] for row in wikitext()) * 4)
+    for name, value in {"MODEL": checkpoints / "dense", "TEXT": text, "WINDOWS": 8, "STEPS": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    notebook = nbformat.read(EXAMPLES / "whole_path.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))
+    shown = {cell.source.splitlines()[-1]: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+
+    def html_of(line):
+        return "".join(output["data"].get("text/html", "") for output in shown[line] if "data" in output)
+
+    dry_run = html_of("FwdPruner.from_pretrained(MODEL, with_weights=False).dry_run(**request)")
+    assert "The pruned model will have" in dry_run and "MLP channels" in dry_run
+    assert "Prunable parameters" in html_of("pruner.report") and "data:image/svg+xml" in html_of("pruner.report")
+    assert all(name in html_of("pruner.comparison") for name in ("dense", "pruned", "recovered", "perplexity, text"))
+    assert (tmp_path / "report.html").is_file() and (tmp_path / "report.json").is_file()
+    card = (tmp_path / "recovered" / "README.md").read_text()
+    assert "optimum-cli fwdprune recover PRUNED OUTPUT --dataset text.txt --mode distill" in card
+    (answer,) = [output["text"] for output in notebook.cells[-1].outputs if output.get("name") == "stdout"]
+    assert answer.strip()
+
+
 def test_the_notebook_runs_and_ends_in_pictures(checkpoints, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(row["text"] for row in wikitext()))

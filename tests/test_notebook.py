@@ -1,11 +1,16 @@
 """What a notebook shows, in a real kernel: tables where they are looked at, text where they are printed, bars."""
 
+import base64
 import os
+import re
 import sys
 
 import nbclient
 import nbformat
 import pytest
+
+from optimum_fwdprune.evaluation import Evaluation
+from optimum_fwdprune.evaluation.perplexity import TextLoss
 
 
 CELLS = [
@@ -23,12 +28,14 @@ pruner.prune(PruningConfig(method="wanda_sp", kinds=["attention", "mlp"], sparsi
     "print(pruner.report)",
     "pruner.plan",
     "pruner.scores",
+    "pruner.dry_run(PruningConfig(method='magnitude', reconstruction='none', multiple_of=1))",
     """
 models = {"dense": dense, "pruned": pruner.model}
 comparison = compare(models, pruner.tokenizer, prompt_tokens=[8], new_tokens=1, repeats=1)
 pruner.comparison = comparison
 """,
     "comparison",
+    "comparison.evaluations[-1]",
     "print(comparison)",
     "pruner.save_pretrained('pruned'); print(open('pruned/README.md').read())",
 ]
@@ -60,6 +67,7 @@ def text_of(outputs, stream="stdout"):
         ("comparison", ["parameters", "prefill 1 x 8, ms", "dense"]),
         ("pruner.plan", ["query heads", "MLP channels", "64"]),
         ("pruner.scores", ["lowest score", "attention", "mlp"]),
+        ("comparison.evaluations[-1]", ["parameters", "prefill 1 x 8, ms", "pruned"]),
     ],
 )
 def test_what_is_looked_at_is_a_table(outputs, cell, words):
@@ -83,6 +91,26 @@ def test_the_table_of_the_model_card_is_not_empty(outputs):
     table = card.partition("## What each layer kept")[2].partition("```\n")[2].partition("\n```")[0]
 
     assert "MLP channels" in table and table.count(" / 64") == 3
+
+
+def test_a_dry_run_is_sentences_and_a_table(outputs):
+    (cell,) = [cell for cell in CELLS if "dry_run" in cell]
+    shown = html_of(outputs[cell])
+
+    assert shown.startswith("<p>The pruned model will have") and shown.count("<table>") == 1
+
+
+def test_a_report_has_a_picture_of_what_was_kept(outputs):
+    (content,) = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]*)">', html_of(outputs["pruner.report"]))
+
+    assert b"<svg" in base64.b64decode(content)
+
+
+def test_names_are_escaped():
+    evaluation = Evaluation("<script>alert(1)</script>", {"<b>": TextLoss(1.0, 10)}, [])
+    shown = evaluation._repr_html_()
+
+    assert "<script>" not in shown and "&lt;script&gt;" in shown and "perplexity, &lt;b&gt;" in shown
 
 
 def test_long_stages_have_bars(outputs):

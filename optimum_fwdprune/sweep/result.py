@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import as_path, write_text_atomically
+from ..report.canvas import as_html
 from ..report.fronts import Panel, Point, plot_fronts
 from ..report.numbers import figure_label, figure_way, written
 from ..version import __version__
@@ -175,7 +176,8 @@ class SweepResult:
         return render_table(*self._table())
 
     def _repr_html_(self) -> str:
-        return html_table(*self._table())
+        is_drawn = any(name.startswith(PERPLEXITY) for row in self.rows for name in row.figures)
+        return html_table(*self._table()) + (as_html(self.plot) if is_drawn else "")
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         known = dict.fromkeys(name for row in self.rows for name in row.figures) or self.dense
