@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -142,6 +142,7 @@ def collect_statistics(
     batch_size: int,
     kinds: Iterable[str] = (MOMENTS,),
     resume: Resume | None = None,
+    with_gram: Collection[SiteKey] | None = None,
 ) -> dict[SiteKey, SiteStatistics]:
     """Run the calibration tokens through the model once and return the statistics of every site.
 
@@ -154,13 +155,16 @@ def collect_statistics(
         kinds (iterable of `str`): the statistics to collect, of `KINDS_OF_STATISTICS`. Gram matrices take
             `in_features²` float32 numbers per site.
         resume (`Resume`, *optional*): where the sums so far are stored.
+        with_gram (collection of site keys, *optional*): the sites whose Gram matrices are collected if these are
+            among `kinds`; by default all.
 
     Raises:
         ValueError: where a projection was bypassed, or its inputs contain NaN or infinity.
     """
     model, kinds = subject.model, sorted(kinds)
-    observer, device = Observer(subject.sites, kinds), input_device(model)
-    stage = (resume or Resume()).stage(*_name_of_pass(calibration, subject.sites, kinds), own=True)
+    observer, device = Observer(subject.sites, kinds, with_gram), input_device(model)
+    sums = {site.key: (*kinds, with_gram is None or site.key in with_gram) for site in subject.sites}
+    stage = (resume or Resume()).stage(*_name_of_pass(calibration, sums), own=True)
     share, done = calibration.own_share(), stage.load(observer.take_up) or 0
     with observer.watching():
         batches = list(share.after(done).batches(batch_size)) if share is not None and done < len(share) else []
@@ -181,7 +185,7 @@ def collect_statistics(
     return observer.statistics()
 
 
-def _name_of_pass(calibration: Calibration, sites: list[Site], kinds: list[str]) -> tuple[str, Calibration]:
+def _name_of_pass(calibration: Calibration, sums: Mapping[SiteKey, tuple]) -> tuple[str, Calibration]:
     """Return the name of the stage for a pass over these tokens, since a run may have several."""
-    identity = json.dumps([calibration.fingerprint, [site.key for site in sites], kinds])
+    identity = json.dumps([calibration.fingerprint, *sums.items()])
     return f"statistics-{hashlib.sha256(identity.encode()).hexdigest()[:12]}", calibration

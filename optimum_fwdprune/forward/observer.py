@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,14 +23,19 @@ class Observer:
     Args:
         sites (iterable of `Site`): the sites.
         kinds (iterable of `str`): the statistics to collect, of `KINDS_OF_STATISTICS`.
+        with_gram (collection of site keys, *optional*): the sites whose Gram matrices are collected if these are
+            among `kinds`; by default all.
 
     Attributes:
         attention_mask (`Tensor[windows, tokens]`, *optional*): mask of the next batch; 0 where a token is padding.
     """
 
-    def __init__(self, sites: Iterable[Site], kinds: Iterable[str]):
+    def __init__(self, sites: Iterable[Site], kinds: Iterable[str], with_gram: Collection[SiteKey] | None = None):
         self._sites, kinds = list(sites), set(kinds)
-        self._accumulators = {site.key: _accumulator(site, GRAM in kinds) for site in self._sites}
+        self._accumulators = {
+            site.key: _accumulator(site, GRAM in kinds and (with_gram is None or site.key in with_gram))
+            for site in self._sites
+        }
         # How many tokens are routed to every expert.
         self._routed = {
             site.key: torch.zeros_like(self._accumulators[site.key].sum)

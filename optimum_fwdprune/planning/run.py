@@ -115,7 +115,9 @@ class Run:
         """
         with evaluating(self._subject.model):
             resume = resume_of(requests[0], self._subject.model)
-            return gather_evidence(self._subject, requests, calibration, resume)
+            # Settled requests may remove units of more kinds and layers.
+            settled = [self._settler.settled(request)[0] for request in requests]
+            return gather_evidence(self._subject, settled, calibration, resume)
 
     def replay(self, plan: PruningPlan, config: PruningConfig) -> Cut:
         """Cut the model by a plan, with the reconstruction of the request."""
@@ -154,6 +156,9 @@ class Run:
                 config, scores = self._within_limit(config)
         with self.clock.stage("measure latencies"):
             config, budget = self._settler.announced(config, may_remove_layers=scores is None)
+            if scores is not None:
+                # A large budget may take units of kinds that were not scored.
+                scores.check_matches(self._subject.sites, config, self._subject.architecture.model_type)
             dense_seconds = self._phase_seconds(self._subject.model, config)
         rounds = Rounds(self._subject.sites, config, budget)
         done: Cut | None = None
@@ -211,7 +216,8 @@ class Run:
         self._dataset = calibration
         largest = largest_sparsity(lambda sparsity: self._settler.settled(of(sparsity), may_remove_layers=False))
         with evaluating(subject.model):
-            evidence = gather_evidence(subject, [of(largest)], calibration, resume)
+            settled, _ = self._settler.settled(of(largest), may_remove_layers=False)
+            evidence = gather_evidence(subject, [settled], calibration, resume)
             stream = shared_dense_stream(subject.model, [config], calibration, resume)
             scores = self.score(of(largest), dataclasses.replace(evidence, dense_stream=stream))
 

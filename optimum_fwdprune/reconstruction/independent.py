@@ -11,7 +11,7 @@ from ..architectures import Site, SiteKey
 from ..data.calibration import Calibration
 from ..forward.evidence import Evidence, Grams
 from ..forward.gates import Projection, kept_projection
-from ..forward.gathering import gather_statistics, statistics_by_layer
+from ..forward.gathering import collect_statistics, gather_statistics, statistics_by_layer
 from ..forward.statistics import (
     GRAM,
     SiteStatistics,
@@ -61,6 +61,9 @@ def refit_independently(
         site for site in subject.sites if 0 < len(kept[site.key]) < site.num_units or site.key in gaps
     )
     measured: Iterable
+    if not all(site.key in grams for site in subject.sites):
+        # They were collected for a request that refits fewer sites.
+        grams = {}
     if grams:
         by_layer = [[site for site in subject.sites if site.layer == number] for number in range(total)]
         measured = ((of_layer, grams) for of_layer in by_layer)
@@ -103,6 +106,7 @@ def statistics_with_grams(
     calibration: Calibration,
     batch_size: int,
     kinds: Iterable[str],
+    refitted: Iterable[Site],
     resume: Resume | None = None,
 ) -> tuple[dict[SiteKey, SiteStatistics], Grams]:
     """Collect statistics for scores and, in the same pass, Gram matrices for independent least squares.
@@ -110,18 +114,22 @@ def statistics_with_grams(
     There are no Gram matrices if the model does not fit into memory, for which they are collected layer by layer.
 
     Args:
-        subject (`Subject`): the dense model with all its sites.
+        subject (`Subject`): the dense model with the sites to measure.
         calibration (`Calibration`): the tokens.
         batch_size (`int`): number of windows per forward pass.
         kinds (iterable of `str`): the statistics that the scores need.
+        refitted (iterable of `Site`): the sites that have Gram matrices; the others are not refitted.
         resume (`Resume`, *optional*): where the sums so far are stored.
     """
     texts = fit_and_held_out(calibration)
-    with_grams = not is_offloaded(subject.model)
-    parts = gather_statistics(subject, texts, batch_size, {*kinds, GRAM} if with_grams else kinds, resume)
+    if is_offloaded(subject.model):
+        grams, parts = set(), gather_statistics(subject, texts, batch_size, kinds, resume)
+    else:
+        grams = {site.key for site in refitted}
+        parts = [collect_statistics(subject, text, batch_size, {*kinds, GRAM}, resume, grams) for text in texts]
     by_site = {site.key: [part[site.key] for part in parts] for site in subject.sites}
     statistics = {key: functools.reduce(SiteStatistics.with_more, of_site) for key, of_site in by_site.items()}
-    return statistics, by_site if with_grams else {}
+    return statistics, {key: by_site[key] for key in by_site if key in grams}
 
 
 def grams_fit(sites: Iterable[Site]) -> bool:

@@ -31,6 +31,8 @@ class Method:
             `"sublayer"`. The default is the first two. Layers and sublayers have their own keys and one score each
             (`optimum_fwdprune.allocation.depth`). A request for them, or for experts, that the method receives has no
             other kinds.
+        by_site (`bool`): whether the scores of a site depend on its weights and statistics alone. Then sites of kinds
+            that a request does not remove are neither measured nor scored.
         learns_split (`bool`): whether it learns how the budget is split over the layers; `scope=None` then means
             `"global"`.
         differentiates (`Callable[[PruningConfig], bool]`): whether it back-propagates under the options of a config,
@@ -46,6 +48,7 @@ class Method:
     calibrated: bool = False
     additive: bool | Callable[[Any], bool] = True
     kinds: tuple[str, ...] = WIDTH_KINDS
+    by_site: bool = False
     learns_split: bool = False
     differentiates: Callable[[Any], bool] = lambda _config: False
     windows: Callable[[Any], float | None] = lambda _config: 0

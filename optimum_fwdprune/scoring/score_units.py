@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..allocation.constraints import prunable_sites
 from ..allocation.job import Job
 from ..architectures import Site, SiteKey, keyed_by_site
 from ..data.calibration import Calibration
@@ -29,7 +30,8 @@ from .methods import (
     UnitScores,
     get_method,
 )
-from .scores import Scores, scored_units
+from .scored import scored_sites, scored_units
+from .scores import Scores
 
 
 def needs_calibration(config: PruningConfig) -> bool:
@@ -55,7 +57,7 @@ def gather_evidence(
 
     Args:
         subject (`Subject`): the dense model, in eval mode, with all its sites.
-        requests (sequence of `PruningConfig`): requests with the same calibration.
+        requests (sequence of `PruningConfig`): settled requests with the same calibration.
         calibration (`Calibration`, *optional*): the tokens, required if a request `needs_calibration`.
         resume (`Resume`): the folder for sums so far.
 
@@ -69,19 +71,15 @@ def gather_evidence(
     batch_size = requests[0].batch_size
     wanted = [scored_sites(subject, request) for request in requests]
     keys = {site.key for sites in wanted for site in sites}
+    refitted = _refitted_sites(subject, requests)
+    keys |= {site.key for site in refitted}
     measured = subject.looking_at(site for site in subject.sites if site.key in keys)
-    have_grams = all(site.routing is None for site in measured.sites) and grams_fit(measured.sites)
-    if any(map(_will_refit_independently, requests)) and have_grams:
-        return Evidence(calibration, *statistics_with_grams(measured, calibration, batch_size, needed, resume))
+    if refitted and all(site.routing is None for site in measured.sites) and grams_fit(refitted):
+        return Evidence(
+            calibration, *statistics_with_grams(measured, calibration, batch_size, needed, refitted, resume)
+        )
     (statistics,) = gather_statistics(measured, [calibration], batch_size, needed, resume)
     return Evidence(calibration, statistics)
-
-
-def scored_sites(subject: Subject, config: PruningConfig) -> list[Site]:
-    """Return the sites whose units a request scores; for layers and sublayers alone these are all sites."""
-    if not config.unit_kinds:
-        return subject.sites
-    return [site for site in subject.sites if site.kind in config.unit_kinds]
 
 
 def score_units(
@@ -179,9 +177,16 @@ def _scores_of(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> Uni
     return UnitScores(of_sites("scores"), of_sites("errors"), numbers["details"], history)
 
 
-def _will_refit_independently(config: PruningConfig) -> bool:
-    least_squares = config.reconstruction == ReconstructionKind.LEAST_SQUARES
-    return least_squares and config.reconstruction_order == ReconstructionOrder.INDEPENDENT
+def _refitted_sites(subject: Subject, requests: Sequence[PruningConfig]) -> list[Site]:
+    """Return the sites that independent least squares may refit for any of the requests, which are settled."""
+    keys: set[SiteKey] = set()
+    for config in requests:
+        least_squares = config.reconstruction == ReconstructionKind.LEAST_SQUARES
+        if least_squares and config.reconstruction_order == ReconstructionOrder.INDEPENDENT:
+            # Any site may take over the output of removed layers and sublayers after it.
+            may_refit = subject.sites if config.depth_kind else prunable_sites(subject.sites, config)
+            keys |= {site.key for site in may_refit}
+    return [site for site in subject.sites if site.key in keys]
 
 
 def _needed(config: PruningConfig) -> set[str]:

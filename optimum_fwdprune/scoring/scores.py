@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..allocation.depth import depth_units
 from ..architectures import Site, SiteKey, keyed_by_site
 from ..data.calibration import Calibration
 from ..files import (
@@ -26,9 +25,8 @@ from ..request.fields import Heading
 from ..runs.loggers import get_logger
 from ..runs.shelves import Shelf
 from ..words import html_table
-from .methods import (
-    PruningConfig,
-)
+from .methods import PruningConfig
+from .scored import scored_units
 
 
 logger = get_logger(__name__)
@@ -124,16 +122,19 @@ class Scores:
                 raise ValueError(
                     f"These scores were made with {name}={made_for!r}, and the request has {name}={asked!r}."
                 )
-        if (self.config.depth_kind, self.config.unit_kinds) != (config.depth_kind, config.unit_kinds):
+        sites = list(sites)
+        units, made_for = scored_units(sites, config), scored_units(sites, self.config)
+        has_kinds = units.keys() <= self.values.keys() or units.keys() <= made_for.keys()
+        if (self.config.depth_kind, self.config.unit_kinds) != (config.depth_kind, config.unit_kinds) or not has_kinds:
             raise ValueError(
                 f"These scores were made with kinds={self.config.resolved_kinds}, and the request has "
-                f"kinds={config.resolved_kinds}."
+                f"kinds={config.resolved_kinds}. Score the units again with the kinds of the request."
             )
-        units = scored_units(sites, config)
-        if self.values.keys() != units.keys():
+        known = made_for.keys() | {site.key for site in sites}
+        if not made_for.keys() <= self.values.keys() <= known:
             raise ValueError(
                 f"These scores were made for another model: they have {len(self.values)} sites, and this model has "
-                f"{len(units)}."
+                f"{len(made_for)}."
             )
         for key, (count, what) in units.items():
             if len(self.values[key]) != count:
@@ -284,17 +285,3 @@ class Scores:
             calibrated_on=calibrated_on,
             model_type=metadata.get("model_type"),
         )
-
-
-def scored_units(sites: Iterable[Site], config: PruningConfig) -> dict[SiteKey, tuple[int, str]]:
-    """Return the numbers of scores that a request needs, with a name for messages, by their keys.
-
-    Args:
-        sites (iterable of `Site`): the sites of the model.
-        config (`PruningConfig`): the request.
-    """
-    sites = list(sites)
-    units = {site.key: (site.num_units, str(site)) for site in sites if site.kind in config.unit_kinds}
-    if config.depth_kind is not None:
-        units |= {unit.key: (1, str(unit)) for unit in depth_units(sites, config.depth_kind)}
-    return units

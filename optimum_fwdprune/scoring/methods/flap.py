@@ -33,7 +33,7 @@ def score(inputs: ScoringInputs) -> dict:
 
 
 # Standardized scores are ranked directly, as in FLAP's code; they are not additive.
-register_method(FlapConfig, score, statistics=("moments",), additive=False)
+register_method(FlapConfig, score, statistics=("moments",), additive=False, by_site=True)
 register_preset(
     "flap-paper",
     "FLAP as published (AL-AM): all layers, heads and channels compete, and a bias replaces the mean output of the "

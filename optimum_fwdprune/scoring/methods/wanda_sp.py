@@ -28,7 +28,7 @@ def score(inputs: ScoringInputs) -> dict:
     return scores
 
 
-register_method(WandaSpConfig, score, statistics=("moments",))
+register_method(WandaSpConfig, score, statistics=("moments",), by_site=True)
 register_preset(
     "wanda-sp-paper",
     "Wanda-sp as FLAP's authors published it: every layer loses the same share of heads and channels.",
