@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..loading.offline import offline_variable
-from ..loading.tokenizers import starting_tokens
 from ..runs import ranks
 from ..runs.loggers import get_logger
 from ..runs.resume import Resume
 from .calibration import Calibration, counted_targets, joined
 from .chats import chat_text, check_template
 from .images import ImageRows
+from .mixing import Mixing
 from .mixtures import Mixture
 from .rows import CHAT, TOKENS, Data
 from .sampling import Sampling, sample_from_model
-from .tables import POOL_FACTOR, drawn, longest, table_of, windows_of_rows, windows_of_table
+from .tables import longest, pool_of, table_of, windows_of_rows, windows_of_table
+from .text_windows import CHARACTERS_PER_TOKEN, tokenized, tokenized_at_once, windows_of_text
 from .texts import (
     PRESETS,
     SELF,
     always_text,
-    detokenize,
     is_self,
     load_rows,
     open_rows,
@@ -44,9 +43,6 @@ logger = get_logger(__name__)
 
 # Generates windows of text with a model, as [`sample_from_model`] does.
 Sample = Callable[..., torch.Tensor]
-
-# Largest number of tokens, in addition to those of `n_samples` windows, that windows are drawn from.
-MAX_SURPLUS = 2**24
 
 
 def load_calibration(
@@ -162,7 +158,8 @@ def _from_rows(
 
     if always_text(source):
         needed_tokenizer()
-    name, rows = open_rows(source, config.dataset_config, config.dataset_split, config.seed)
+    mixing = Mixing(config.seed, characters=CHARACTERS_PER_TOKEN * pool_of(config) * config.seq_len)
+    name, rows = open_rows(source, config.dataset_config, config.dataset_split, mixing)
 
     def read() -> torch.Tensor:
         data = Data(name, rows, config.dataset_column)
@@ -173,10 +170,10 @@ def _from_rows(
         writer = needed_tokenizer()
         if data.kind == CHAT:
             check_template(writer)
-            pieces = data.converted(lambda chat: [_tokenized(chat_text(chat, writer), writer)])
+            pieces = data.converted(lambda chat: [tokenized(chat_text(chat, writer), writer)])
         else:
-            pieces = _tokenized_at_once(texts_of(data, source), writer)
-        windows = _windows(pieces, config, data, writer)
+            pieces = tokenized_at_once(texts_of(data, source), writer, pool_of(config) * config.seq_len)
+        windows = windows_of_text(pieces, config, data, writer)
         return torch.stack([windows, torch.ones_like(windows)])
 
     # The main process reads for all: a text that is sampled or downloaded twice may differ.
@@ -207,50 +204,6 @@ def _default_source() -> str:
             way_out,
         )
         return SELF
-
-
-def _windows(
-    pieces: Iterable[list[int]], config: PruningConfig, data: Data, tokenizer: PreTrainedTokenizerBase
-) -> torch.Tensor:
-    """Draw `n_samples` different windows of `seq_len` tokens at random by the seed, from pieces joined end to end."""
-    start = starting_tokens(tokenizer, config.seq_len)
-    length = config.seq_len - len(start)
-    wanted = config.n_samples * length
-    # An array takes four bytes per token, a list nine times as much.
-    pool = array("i")
-    for piece in pieces:
-        pool.extend(piece)
-        if len(pool) >= min(POOL_FACTOR * wanted, wanted + MAX_SURPLUS):
-            break
-    data.report()
-    available = len(pool) // length
-    if available < config.n_samples:
-        raise ValueError(
-            f"{data.name} is too short: it has {available} windows of {config.seq_len} tokens, and n_samples is "
-            f"{config.n_samples}. Lower n_samples or seq_len, or calibrate on more text."
-        )
-    windows = torch.tensor(pool[: available * length]).view(available, length)
-    windows = windows[: max(config.n_samples, min(available, POOL_FACTOR * config.n_samples))]
-    windows = windows[drawn(len(windows), config)].long()
-    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(windows), -1), windows], dim=1)
-
-
-def _tokenized_at_once(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Yield tokens of texts that are joined to large pieces; a call per line would take longer than forward passes."""
-    pending, pending_length = [], 0
-    for text in texts:
-        pending.append(text)
-        pending_length += len(text)
-        if pending_length > 1_000_000:
-            yield _tokenized(detokenize("".join(pending)), tokenizer)
-            pending, pending_length = [], 0
-    if pending:
-        yield _tokenized(detokenize("".join(pending)), tokenizer)
-
-
-def _tokenized(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # verbose=False: the tokenizer would warn of texts longer than the model's context, which are allowed here.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _check_tokens(calibration: Calibration, model: PreTrainedModel) -> None:

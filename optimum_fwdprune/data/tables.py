@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-# Windows are drawn from up to this many times the requested number of tokens, so that a stream is not read to its end.
+# Windows are drawn from up to this many times the requested number, so that a stream is not read to its end.
 POOL_FACTOR = 8
+
+# Largest number of tokens, in addition to those of `n_samples` windows, that windows are drawn from.
+MAX_SURPLUS = 2**24
 
 
 def table_of(dataset: Any) -> Calibration | None:
@@ -92,7 +95,7 @@ def windows_of_rows(data: Data, config: PruningConfig) -> Calibration:
         shortened = True
         return list(torch.from_numpy(ids[: len(ids) // config.seq_len * config.seq_len]).split(config.seq_len))
 
-    windows = list(islice(data.converted(windows_of), POOL_FACTOR * config.n_samples))
+    windows = list(islice(data.converted(windows_of), pool_of(config)))
     data.report()
     if shortened and len(windows) < config.n_samples:
         logger.warning(
@@ -108,6 +111,12 @@ def windows_of_rows(data: Data, config: PruningConfig) -> Calibration:
     lengths = torch.tensor([[len(window)] for window in windows])
     mask = torch.arange(input_ids.shape[1]) < lengths
     return Calibration(input_ids, None if mask.all() else mask.long(), data.name)
+
+
+def pool_of(config: PruningConfig) -> int:
+    """Return how many windows are read at most, of which `n_samples` are drawn."""
+    count = config.n_samples
+    return min(POOL_FACTOR * count, count + max(1, MAX_SURPLUS // config.seq_len))
 
 
 def drawn(count: int, config: PruningConfig) -> torch.Tensor:

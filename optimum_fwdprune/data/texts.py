@@ -14,6 +14,7 @@ import numpy as np
 from ..loading.offline import naming_offline
 from .in_memory import row_of, rows_of_columns, rows_of_pandas, with_mappings
 from .messages import is_message, refusing_all
+from .mixing import Mixing
 from .rows import (
     CHAT,
     TEXT,
@@ -41,22 +42,21 @@ def open_data(
     config: str | None = None,
     split: str = "train",
     column: str | None = None,
-    seed: int | None = None,
 ) -> Data:
     """Open a source of data as rows of text, chats or tokens; rows that cannot be used are left out and counted.
 
     Args:
-        source, config, split, seed: see [`open_rows`].
+        source, config, split: see [`open_rows`].
         column (`str`, *optional*): column of the text, the messages or the tokens; by default see `Data`.
 
     Raises:
         ValueError, FileNotFoundError: see [`open_rows`] and `Data`.
     """
-    return Data(*open_rows(source, config, split, seed), column)
+    return Data(*open_rows(source, config, split), column)
 
 
 def open_rows(
-    source: Any, config: str | None = None, split: str = "train", seed: int | None = None
+    source: Any, config: str | None = None, split: str = "train", mixing: Mixing | None = None
 ) -> tuple[str, Iterable[Mapping]]:
     """Return a name for a source of data, and its rows; files and datasets of the Hub are streamed.
 
@@ -68,7 +68,8 @@ def open_rows(
             token ids.
         config (`str`, *optional*): configuration name of a Hub dataset.
         split (`str`, defaults to `"train"`): split of a Hub dataset or of a `DatasetDict`.
-        seed (`int`, *optional*): seed to shuffle a dataset of the Hub by; files and data in memory are not shuffled.
+        mixing (`Mixing`, *optional*): how a dataset of the Hub is shuffled, by default not at all; files and data in
+            memory are not shuffled.
 
     Raises:
         ValueError: where the source is of an unknown kind, or has no such split; and during reading, where a file's
@@ -84,12 +85,12 @@ def open_rows(
                 f"name a file (.txt, .json, .jsonl, .parquet), {BUILTIN!r} or a dataset of the Hub."
             )
         if source in PRESETS:
-            return str(source), _shuffled(load_rows(**PRESETS[str(source)], split=split), seed)
+            return str(source), _shuffled(load_rows(**PRESETS[str(source)], split=split), mixing)
         _check_name(str(source))
         path = Path(source)
         if path.suffix in FILE_LOADERS or path.exists():
             return path.name, _file_rows(path)
-        return str(source), _shuffled(load_rows(str(source), config, split), seed)
+        return str(source), _shuffled(load_rows(str(source), config, split), mixing)
     if holds_splits(source):
         if split not in source:
             raise ValueError(
@@ -138,13 +139,12 @@ def open_texts(
     config: str | None = None,
     split: str = "train",
     column: str | None = None,
-    seed: int | None = None,
 ) -> tuple[str, Iterator[str]]:
     """Return a name for a source and its texts, which end with a separator, so that they can be joined.
 
     The arguments are those of [`open_data`].
     """
-    data = open_data(source, config, split, column, seed)
+    data = open_data(source, config, split, column)
     if data.kind != TEXT:
         raise ValueError(
             f"{data.name} holds {KINDS[data.kind]}, but text is needed; set dataset_column to a column of text."
@@ -239,13 +239,16 @@ def _read_rows(path: Path) -> Iterator[dict]:
         raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from error
 
 
-def _shuffled(rows: Any, seed: int | None) -> Any:
+def _shuffled(rows: Any, mixing: Mixing | None) -> Any:
+    """Return the rows of a dataset of the Hub in random order: one on disk as a whole, a stream within a buffer."""
     from datasets import Dataset
 
-    if seed is None:
+    if mixing is None:
         return rows
-    # A stream is shuffled within a buffer, a dataset on disk as a whole.
-    return rows.shuffle(seed=seed) if isinstance(rows, Dataset) else rows.shuffle(seed=seed, buffer_size=1000)
+    if isinstance(rows, Dataset):
+        return rows.shuffle(seed=mixing.seed)
+    # With a buffer of one row, this shuffles the files alone. Buffers of the library have no limit of characters.
+    return mixing.mixed(rows.shuffle(seed=mixing.seed, buffer_size=1))
 
 
 def _builtin_rows() -> Iterator[dict]:
