@@ -1,11 +1,13 @@
-"""What a model computes and generates, for processes that compare the same checkpoint. Needs no package but transformers."""
+"""What a model computes and generates, for processes that compare the same checkpoint. Needs transformers alone."""
 
 import torch
 
 
 @torch.no_grad()
 def outputs_of(model, tokens, attention, caches):
-    """Return first outputs, and greedy text with every cache, after a prompt with left padding and with beams, by name.
+    """Return first outputs, and greedy text with every cache, after prompts with left padding, and with beams.
+
+    The result is a dict, whose keys name the way and the implementation of attention.
 
     Args:
         model (`PreTrainedModel`): the model.

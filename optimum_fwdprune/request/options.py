@@ -119,7 +119,8 @@ class Options(BudgetOptions):
     reconstruction_target: str | None = option(
         None,
         "What sequential least squares fits: the residual stream of the dense model (dense, the default where "
-        "projections write to the stream without a norm in between), or the output of the unpruned layer for the same input (layer).",
+        "projections write to the stream without a norm in between), or the output of the unpruned layer for the "
+        "same input (layer).",
         ReconstructionTarget,
         group=Heading.RECONSTRUCTION,
     )
