@@ -55,7 +55,7 @@ def main():
                 rows.append((name, calibration.source, str(seed), f"{found:.2f}", f"x{ratio:.2f}"))
                 print(*rows[-1], f"({time.perf_counter() - start:.0f} s)", flush=True)
     print(render_table(("request", "calibrated on", "seed", "perplexity", "ratio"), rows))
-    print(f"{len(held_out)} windows of 512 tokens; {request.n_samples} x {request.seq_len} calibration tokens.")
+    print(f"{len(held_out)} windows of 512 tokens; {len(calibration)} x {request.seq_len} calibration tokens.")
 
 
 if __name__ == "__main__":

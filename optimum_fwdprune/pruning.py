@@ -15,6 +15,7 @@ from .allocation.job import resume_held, resume_of
 from .allocation.plan import PruningPlan
 from .architectures import find_sites, is_pruned
 from .cutting.cut import Cut
+from .data.amount import with_number
 from .data.calibration import Calibration
 from .data.load_calibration import load_calibration
 from .forward.evidence import Evidence
@@ -118,10 +119,10 @@ class Pruning:
         with self._running(subject) as run, resume_held(requests[0]):
             return run.evidence(requests, calibration)
 
-    def calibration(self, config: PruningConfig) -> Calibration:
-        """Return the calibration tokens of a request."""
+    def calibration(self, config: PruningConfig, more: int = 0) -> Calibration:
+        """Return the calibration tokens of a request, and `more` windows in addition."""
         with self._running(self._subject(config)) as run:
-            return run.calibration(config, resume=resume_of(config, self.model))
+            return run.calibration(config, resume=resume_of(config, self.model), more=more)
 
     def prune(
         self,
@@ -161,7 +162,7 @@ class Pruning:
             plan = _of_dense_model(dataclasses.replace(done.plan, metadata=metadata), earlier)
             trained = None if recovery is None else recovery.recovery
             source = dataclasses.replace(self.source, folders=origin.folders, saved_as=None)
-            return Record(asked, plan, self.record.scores, recovery=trained), source
+            return Record(with_number(asked, run.windows), plan, self.record.scores, recovery=trained), source
 
         def keep(done: Cut) -> None:
             """Keep the pruned model with its plan as soon as it is complete."""

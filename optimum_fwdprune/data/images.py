@@ -63,7 +63,7 @@ class ImageRows:
                 f"calibration layer by layer cannot follow. Calibrate it on text."
             )
         rows = _rows(self.dataset)
-        chosen = drawn(len(rows), config).tolist() if len(rows) > config.n_samples else list(range(len(rows)))
+        chosen = drawn(len(rows), config).tolist() if len(rows) > config.num_windows else list(range(len(rows)))
         windows, longest = [], 0
         for number in progress(chosen, "Reading images", unit="row"):
             window = _window(rows[number], number, self.processor, model)

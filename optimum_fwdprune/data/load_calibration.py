@@ -12,7 +12,7 @@ import torch
 from ..loading.offline import offline_variable
 from ..runs import ranks
 from ..runs.loggers import get_logger
-from ..runs.resume import Resume
+from .amount import Amount
 from .calibration import Calibration, counted_targets, joined
 from .chats import chat_text, check_template
 from .images import ImageRows
@@ -50,8 +50,8 @@ def load_calibration(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     dataset: Any = None,
-    resume: Resume | None = None,
     sample: Sample = sample_from_model,
+    more: int = 0,
 ) -> Calibration:
     """Return the calibration tokens of a request.
 
@@ -59,7 +59,8 @@ def load_calibration(
     `seq_len` tokens, of which `n_samples` are drawn at random by `seed`. Every window starts with the special tokens
     that the tokenizer writes before a text, such as BOS. Rows of token ids are not joined: a row of up
     to `seq_len` tokens, not counting padding, is a window, and a longer one is cut into full windows, without its
-    remainder. If there are more than `n_samples` windows, `n_samples` of them are drawn.
+    remainder. If there are more than `n_samples` windows, `n_samples` of them are drawn. By default, `n_samples`
+    follows the width of the model (see `data/amount.py`), and shorter text is used as it is.
 
     Args:
         config (`PruningConfig`): `calibration` names the source if `dataset` is `None`; `n_samples`, `seq_len`, `seed`
@@ -72,23 +73,40 @@ def load_calibration(
             [`Mixture`], or a list of names such as `["wikitext2", "code.jsonl:0.5"]`, divides `n_samples` among
             several sources by their weights. For a multimodal model also rows with images (see
             [`~optimum_fwdprune.data.images.ImageRows`]).
-        resume (`Resume`, *optional*): folder for the state of text that the model generates.
         sample (`Callable`, defaults to [`sample_from_model`]): generates the text for `"self"`.
+        more (`int`, defaults to 0): number of windows in addition to `n_samples`.
 
     Raises:
         ValueError: where the source is empty, too short or of an unknown kind, or its tokens are beyond the vocabulary
             or include none to predict.
     """
     if isinstance(dataset, Calibration):
+        _check_tokens(dataset, model)
+        return dataset
+    amount = Amount.of(config, model)
+    config = dataclasses.replace(config, n_samples=amount.windows + more)
+    return _loaded(config, model, tokenizer, dataset, sample, amount.is_default)
+
+
+def _loaded(
+    config: PruningConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dataset: Any,
+    sample: Sample,
+    takes_less: bool,
+) -> Calibration:
+    """Return the calibration tokens of a request with a number of windows, or fewer if `takes_less` is set."""
+    if isinstance(dataset, Calibration):
         calibration = dataset
     elif isinstance(dataset, ImageRows):
         calibration = dataset.calibration(config, model)
     elif (mixture := _mixture(config, dataset)) is not None:
-        calibration = _from_mixture(mixture, config, model, tokenizer, resume, sample)
+        calibration = _from_mixture(mixture, config, model, tokenizer, sample, takes_less)
     elif (table := table_of(dataset)) is not None:
         calibration = windows_of_table(table, config)
     else:
-        calibration = _from_rows(config, model, tokenizer, dataset, resume, sample)
+        calibration = _from_rows(config, model, tokenizer, dataset, sample, takes_less)
     _check_tokens(calibration, model)
     return calibration
 
@@ -105,23 +123,23 @@ def _from_mixture(
     config: PruningConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    resume: Resume | None,
     sample: Sample,
+    takes_less: bool,
 ) -> Calibration:
     """Return the windows of all sources in an order that the seed determines; every source has its share of them."""
-    counts, parts = mixture.divided(config.n_samples), {}
+    counts, parts = mixture.divided(config.num_windows), {}
     # Text that the model generates takes minutes, so that errors of other sources come before it.
     for number in sorted(range(len(counts)), key=lambda number: is_self(mixture.sources[number])):
         source, count = mixture.sources[number], counts[number]
         name = str(source) if isinstance(source, (str, Path)) else f"source {number + 1}"
         own = dataclasses.replace(config, n_samples=count)
         try:
-            part = load_calibration(own, model, tokenizer, source, resume, sample)
+            part = _loaded(own, model, tokenizer, source, sample, takes_less)
         except ValueError as error:
             raise ValueError(f"Of the mixture ({mixture}), {name} cannot be used: {error}") from error
         if part.inputs:
             raise ValueError(f"Rows with images cannot be mixed with other data; calibrate on {name} alone.")
-        if len(part) < count:
+        if len(part) < count and not takes_less:
             raise ValueError(
                 f"Of the mixture ({mixture}), {name} has {len(part)} windows, and its share of n_samples is {count}. "
                 f"Lower n_samples or its weight."
@@ -135,16 +153,16 @@ def _from_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     dataset: Any,
-    resume: Resume | None,
     sample: Sample,
+    takes_less: bool,
 ) -> Calibration:
     source = config.calibration if dataset is None else dataset
     if source is None:
         source = ranks.from_main(_default_source)
     if is_self(source):
         _check_length(config.seq_len, model)
-        sampling = Sampling(config.n_samples, config.seq_len, config.batch_size, config.seed)
-        return Calibration(sample(model, tokenizer, sampling, resume or Resume()), source=SELF)
+        sampling = Sampling(config.num_windows, config.seq_len, config.batch_size, config.seed)
+        return Calibration(sample(model, tokenizer, sampling), source=SELF)
 
     def needed_tokenizer() -> PreTrainedTokenizerBase:
         if tokenizer is None:
@@ -173,7 +191,7 @@ def _from_rows(
             pieces = data.converted(lambda chat: [tokenized(chat_text(chat, writer), writer)])
         else:
             pieces = tokenized_at_once(texts_of(data, source), writer, pool_of(config) * config.seq_len)
-        windows = windows_of_text(pieces, config, data, writer)
+        windows = windows_of_text(pieces, config, data, writer, takes_less)
         return torch.stack([windows, torch.ones_like(windows)])
 
     # The main process reads for all: a text that is sampled or downloaded twice may differ.

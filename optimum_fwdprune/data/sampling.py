@@ -48,7 +48,7 @@ def sample_from_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     wanted: Sampling,
-    resume: Resume,
+    resume: Resume | None = None,
 ) -> torch.Tensor:
     """Let the model generate windows of tokens from its BOS token at temperature 1: int64 `[n_samples, seq_len]`.
 
@@ -78,7 +78,7 @@ def sample_from_model(
     # Batches are larger than in scoring, since a decoding step takes about as long for 32 sequences as for 8.
     size = 4 * wanted.batch_size
     batches = ranks.own(list(enumerate(windows.split(size))))
-    stage = resume.stage("calibration", own=True, size=size)
+    stage = (resume or Resume()).stage("calibration", own=True, size=size)
 
     def restored(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> int:
         windows.copy_(tensors["windows"])

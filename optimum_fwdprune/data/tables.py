@@ -71,12 +71,12 @@ def windows_of_table(table: Calibration, config: PruningConfig) -> Calibration:
         masks: Any = [None] * len(input_ids) if mask is None else mask
         rows = ({"input_ids": ids, "attention_mask": present} for ids, present in zip(input_ids, masks))
         return windows_of_rows(Data(table.source, rows), config)
-    if len(input_ids) <= config.n_samples:
+    if len(input_ids) <= config.num_windows:
         return table
     logger.warning(
         "The calibration data has %d windows, of which n_samples=%d are drawn; raise n_samples to use more.",
         len(input_ids),
-        config.n_samples,
+        config.num_windows,
     )
     return table.part(drawn(len(input_ids), config).to(input_ids.device))
 
@@ -97,15 +97,15 @@ def windows_of_rows(data: Data, config: PruningConfig) -> Calibration:
 
     windows = list(islice(data.converted(windows_of), pool_of(config)))
     data.report()
-    if shortened and len(windows) < config.n_samples:
+    if shortened and len(windows) < config.num_windows:
         logger.warning(
             "%s has %d windows of up to %d tokens, and n_samples is %d; all of them are used.",
             data.name,
             len(windows),
             config.seq_len,
-            config.n_samples,
+            config.num_windows,
         )
-    if len(windows) > config.n_samples:
+    if len(windows) > config.num_windows:
         windows = [windows[place] for place in drawn(len(windows), config)]
     input_ids = pad_sequence(windows, batch_first=True)
     lengths = torch.tensor([[len(window)] for window in windows])
@@ -115,13 +115,13 @@ def windows_of_rows(data: Data, config: PruningConfig) -> Calibration:
 
 def pool_of(config: PruningConfig) -> int:
     """Return how many windows are read at most, of which `n_samples` are drawn."""
-    count = config.n_samples
+    count = config.num_windows
     return min(POOL_FACTOR * count, count + max(1, MAX_SURPLUS // config.seq_len))
 
 
 def drawn(count: int, config: PruningConfig) -> torch.Tensor:
     """Return the numbers of `n_samples` of `count` windows, drawn at random by the seed."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))[: config.n_samples]
+    return torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))[: config.num_windows]
 
 
 def longest(calibration: Calibration) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..loading.tokenizers import starting_tokens
+from ..runs.loggers import get_logger
 from .rows import Data
 from .tables import drawn, pool_of
 from .texts import detokenize
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ..request.config import PruningConfig
 
 
+logger = get_logger(__name__)
+
 # Largest number of characters that are tokenized at once.
 PIECE = 1_000_000
 
@@ -28,9 +31,24 @@ CHARACTERS_PER_TOKEN = 8
 
 
 def windows_of_text(
-    pieces: Iterable[list[int]], config: PruningConfig, data: Data, tokenizer: PreTrainedTokenizerBase
+    pieces: Iterable[list[int]],
+    config: PruningConfig,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    takes_less: bool = False,
 ) -> torch.Tensor:
-    """Draw `n_samples` different windows of `seq_len` tokens at random by the seed, from pieces joined end to end."""
+    """Draw `n_samples` different windows of `seq_len` tokens at random by the seed, from pieces joined end to end.
+
+    Args:
+        pieces (iterable of `list[int]`): the tokens.
+        config (`PruningConfig`): the request.
+        data (`Data`): the rows that the pieces are made of.
+        tokenizer (`PreTrainedTokenizerBase`): writes the tokens that every window starts with.
+        takes_less (`bool`, defaults to `False`): whether fewer windows are used where there are no more.
+
+    Raises:
+        ValueError: where there are too few tokens.
+    """
     start = starting_tokens(tokenizer, config.seq_len)
     length = config.seq_len - len(start)
     # An array takes four bytes per token, a list nine times as much.
@@ -41,10 +59,19 @@ def windows_of_text(
             break
     data.report()
     available = len(pool) // length
-    if available < config.n_samples:
+    if 0 < available < config.num_windows and takes_less:
+        logger.warning(
+            "%s has %d windows of %d tokens, and the default number for this model is %d; all of them are used. Name "
+            "more text, or set n_samples.",
+            data.name,
+            available,
+            config.seq_len,
+            config.num_windows,
+        )
+    elif available < config.num_windows:
         raise ValueError(
             f"{data.name} is too short: it has {available} windows of {config.seq_len} tokens, and n_samples is "
-            f"{config.n_samples}. Lower n_samples or seq_len, or calibrate on more text."
+            f"{config.num_windows}. Lower n_samples or seq_len, or calibrate on more text."
         )
     count = min(available, most)
     windows = torch.frombuffer(pool, dtype=torch.int32, count=count * length).view(count, length)

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from ..allocation.plan import PruningPlan
 from ..architectures import Site, SiteKey
 from ..architectures.site import unit_name
@@ -18,10 +16,9 @@ from ..loading.offloading import is_offloaded
 from ..loading.subject import Subject
 from ..request.choices import ReconstructionKind, Scope, UnitKind
 from ..request.config import PruningConfig
-from ..runs.devices import compute_device
 from ..scoring.score_units import check_scoring
 from ..words import html_table, render_table
-from .duration import estimated_seconds
+from .duration import device_of, estimated_seconds, expected_time
 from .forecast import Forecast
 from .make_plan import replayed, request_of_replay
 from .quality import largest_sparsity
@@ -100,14 +97,7 @@ class DryRun:
         parts = {name.replace("_", " "): size / 1e6 for name, size in self.run_memory.items() if size}
         listed = ", ".join(f"{size:,.0f} MB of {name}" for name, size in parts.items())
         sentences.append(f"The run takes at least {sum(parts.values()):,.0f} MB: {listed}.")
-        if self.seconds is None:
-            sentences.append("How long the run takes depends on the scores, and is not estimated.")
-        else:
-            stages = ", ".join(f"{_duration(seconds)} to {stage}" for stage, seconds in self.seconds.items())
-            sentences.append(
-                f"It takes about {_duration(sum(self.seconds.values()))} on this machine ({stages}), without loading, "
-                f"checks and saving."
-            )
+        sentences.append(expected_time(self.seconds))
         return sentences
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -165,7 +155,7 @@ def foreseen(
         layers=_rows(sites, kept) if _is_decided(config, plan) else None,
         serving_memory=_serving_memory(subject, config, kept),
         run_memory=_run_memory(subject, config, kept, 0 if calibration is None else calibration.num_tokens),
-        seconds=estimated_seconds(subject, config, kept, calibration, _device(subject)),
+        seconds=estimated_seconds(subject, config, kept, calibration, device_of(subject)),
         notes=notes,
     )
 
@@ -232,16 +222,3 @@ def _run_memory(
     # Two sums over tokens in float32, and a matrix, its factor and the solution in float64.
     fit = (2 * 4 * (widest + outputs) * widest + 8 * (2 * widest + 2 * outputs) * widest) if refits else 0
     return {"weights": weights, "hidden_states": hidden, "least_squares": fit}
-
-
-def _device(subject: Subject) -> torch.device:
-    """Return the device that layers would run on; the accelerator, if there is one, for a model without weights."""
-    if not is_offloaded(subject.model) or not torch.accelerator.is_available():
-        return compute_device(subject.layers[0])
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:,.0f} seconds" if seconds >= 1.5 else "a second"
-    return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"

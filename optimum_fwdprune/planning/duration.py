@@ -12,9 +12,12 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from transformers import Cache, PreTrainedModel
 
+from ..allocation.job import Job
 from ..architectures import Site, SiteKey
+from ..data.amount import with_number
 from ..data.calibration import Calibration
 from ..forward.layerwise import LayerRunner
+from ..loading.offloading import is_offloaded
 from ..loading.subject import Subject
 from ..reconstruction.least_squares import NormalEquations, refit
 from ..request.choices import ReconstructionKind, ReconstructionOrder, ReconstructionTarget, Scope
@@ -22,6 +25,9 @@ from ..request.config import PruningConfig
 from ..request.parts import requests_for_scores
 from ..request.registry import get_method
 from ..runs.clock import median_seconds
+from ..runs.devices import compute_device
+from ..runs.progress import announce, is_silent
+from .settling import kept_by_equal_scores
 
 
 # Passes of all calibration windows through all layers that sequential least squares takes, by its target (see
@@ -70,6 +76,42 @@ def estimated_seconds(
             fits = _seconds_of_fits(subject, config, kept, (number, tokens), device)
             reconstruct = of_window * number * _passes(config) + fits
     return {"score": score * config.rounds, "reconstruct": reconstruct * config.rounds}
+
+
+def announce_time(subject: Subject, job: Job, calibration: Calibration) -> None:
+    """Say how long a run is expected to take, if progress is shown.
+
+    Args:
+        subject (`Subject`): the dense model with all its sites.
+        job (`Job`): the settled request, with its budget.
+        calibration (`Calibration`): the calibration tokens.
+    """
+    if job.budget is not None and not is_silent():
+        config = with_number(job.config, len(calibration))
+        kept = kept_by_equal_scores(subject.sites, config, job.budget)
+        announce(expected_time(estimated_seconds(subject, config, kept, calibration, device_of(subject))))
+
+
+def expected_time(seconds: Mapping[str, float] | None) -> str:
+    """Return a sentence on the seconds of the stages of a run, as [`estimated_seconds`] returns them."""
+    if seconds is None:
+        return "How long the run takes depends on the scores, and is not estimated."
+    stages = ", ".join(f"{_rounded(of_stage)} to {stage}" for stage, of_stage in seconds.items())
+    whole = _rounded(sum(seconds.values()))
+    return f"The run takes about {whole} on this machine ({stages}), without loading, checks and saving."
+
+
+def device_of(subject: Subject) -> torch.device:
+    """Return the device that layers would run on; the accelerator, if there is one, for a model without weights."""
+    if not is_offloaded(subject.model) or not torch.accelerator.is_available():
+        return compute_device(subject.layers[0])
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def _rounded(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.0f} seconds" if seconds >= 1.5 else "a second"
+    return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
 
 
 def _scored_windows(config: PruningConfig, number: int) -> float | None:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..allocation.fitting import check_fits
@@ -18,23 +17,23 @@ from ..architectures import SiteKey, find_sites
 from ..cutting.cut import Cut, cut
 from ..cutting.in_memory import InMemory
 from ..cutting.on_disk import OnDisk
+from ..data.amount import Amount, with_number
 from ..data.calibration import Calibration
 from ..data.held_out import windows_and_held_out
-from ..data.load_calibration import load_calibration
-from ..data.sampling import Sampling
 from ..forward.evidence import Evidence
 from ..loading.state import evaluating
 from ..loading.subject import Subject
 from ..request.choices import ReconstructionKind
 from ..request.config import PruningConfig
 from ..request.speed import shares_of_phases
-from ..runs import ranks
 from ..runs.clock import StageClock
 from ..runs.progress import announce, progress
 from ..runs.resume import Resume
 from ..scoring.score_units import check_scoring, gather_evidence, needs_calibration, score_units
 from ..scoring.scores import Scores
+from .calibration_text import CalibrationText
 from .dry_run import DryRun, foreseen
+from .duration import announce_time
 from .forecast import warn_of_overshoot
 from .gguf_layout import check_gguf_plan
 from .latency import LatencyCost, LatencyTable
@@ -44,7 +43,7 @@ from .serving import with_memory
 from .settler import Settler
 from .sharing import shared_dense_stream
 from .stock_layout import STOCK, check_stock_layout
-from .timing import measured_speedup, phase_seconds
+from .timing import measured_speedup, seconds_of_phases
 
 
 class Run:
@@ -66,6 +65,7 @@ class Run:
             requested; the measured one is `None` where another program measured the latencies.
         clock (`StageClock`): the seconds of every stage.
         calibrated_on (`str`, *optional*): source of the calibration tokens.
+        windows (`int`, *optional*): number of the calibration windows.
     """
 
     def __init__(
@@ -77,13 +77,14 @@ class Run:
         finished: Callable[[Cut], None] = lambda _cut: None,
         latencies: LatencyTable | None = None,
     ):
-        self._subject, self._tokenizer, self._dataset = subject, tokenizer, dataset
+        self._subject, self._text = subject, CalibrationText(tokenizer, dataset)
         self._inplace, self._finished = inplace, finished
         self._settler = Settler(subject, latencies)
         self.scores: Scores | None = None
         self.speedup: tuple[float, float | None] | None = None
         self.clock = StageClock()
         self.calibrated_on: str | None = None
+        self.windows: int | None = None
 
     @property
     def latencies(self) -> LatencyTable | None:
@@ -131,6 +132,7 @@ class Run:
         if config.reconstruction != ReconstructionKind.NONE:
             calibration = self.calibration(config)
             evidence, self.calibrated_on = Evidence(calibration), calibration.source
+            self.windows = len(calibration)
         job = Job(config, None, resume_of(config, subject.model), self.clock)
         return self._cut(subject, plan, evidence, job)
 
@@ -159,7 +161,7 @@ class Run:
             if scores is not None:
                 # A large budget may take units of kinds that were not scored.
                 scores.check_matches(self._subject.sites, config, self._subject.architecture.model_type)
-            dense_seconds = self._phase_seconds(self._subject.model, config)
+            dense_seconds = seconds_of_phases(self._subject.model, config, self.latencies)
         rounds = Rounds(self._subject.sites, config, budget)
         done: Cut | None = None
         numbers = range(1, config.rounds + 1)
@@ -177,19 +179,22 @@ class Run:
             measured = None
             if dense_seconds:
                 with self.clock.stage("measure latencies"):
-                    seconds = self._phase_seconds(done.model, config)
+                    seconds = seconds_of_phases(done.model, config, self.latencies)
                 measured = measured_speedup(dense_seconds, seconds, shares_of_phases(config.speed_of))
             removed = rounds.removed({key: len(units) for key, units in done.plan.kept.items()})
             self.speedup = budget.cost.speedup(removed), measured
         return done
 
     def calibration(
-        self, config: PruningConfig, model: PreTrainedModel | None = None, resume: Resume | None = None
+        self,
+        config: PruningConfig,
+        model: PreTrainedModel | None = None,
+        resume: Resume | None = None,
+        more: int = 0,
     ) -> Calibration:
-        """Return the calibration tokens of a request, which `model`, by default the run's, generates if requested."""
-        model = self._subject.model if model is None else model
-        with evaluating(model):
-            return load_calibration(config, model, self._tokenizer, self._dataset, resume)
+        """Return the calibration tokens of a request, which `model`, by default the run's, generates if requested, and
+        `more` windows than it asks for; their number is announced."""
+        return self._text.load(config, self._subject.model if model is None else model, resume, more)
 
     def dry_run(self, config: PruningConfig, plan: PruningPlan | None = None) -> DryRun:
         """Return what a request, or the replay of a plan, would lead to. The model needs no weights; calibration data
@@ -197,9 +202,8 @@ class Run:
         calibration = None
         is_needed = config.reconstruction != ReconstructionKind.NONE if plan is not None else needs_calibration(config)
         if is_needed:
-            calibration = load_calibration(
-                config, self._subject.model, self._tokenizer, self._dataset, sample=_stand_in_for_text
-            )
+            calibration = self._text.read(config, self._subject.model)
+            config = with_number(config, len(calibration))
         return foreseen(self._subject, self._settler, config, plan, calibration)
 
     def _within_limit(self, config: PruningConfig) -> tuple[PruningConfig, Scores]:
@@ -211,9 +215,10 @@ class Run:
             changes: dict[str, Any] = {limit: None, "sparsity": sparsity}
             return dataclasses.replace(config, **changes)
 
-        calibration, held_out = windows_and_held_out(config, lambda more: self.calibration(more, resume=resume))
+        wanted = Amount.of(config, subject.model).windows
+        calibration, held_out = windows_and_held_out(wanted, lambda more: self.calibration(config, None, resume, more))
         # The model that is made is calibrated on the same windows.
-        self._dataset = calibration
+        self._text.dataset = calibration
         largest = largest_sparsity(lambda sparsity: self._settler.settled(of(sparsity), may_remove_layers=False))
         with evaluating(subject.model):
             settled, _ = self._settler.settled(of(largest), may_remove_layers=False)
@@ -253,8 +258,10 @@ class Run:
         if number == job.config.rounds:
             whole_plan = plan if done is None else done.plan.followed_by(plan)
             warn_of_overshoot(rounds.config, rounds.overshoot(whole_plan))
+        if scores.calibration is not None:
+            self.windows = len(scores.calibration)
         # Later rounds use the same tokens, which the dense model may have generated.
-        self._dataset = scores.calibration or self._dataset
+        self._text.dataset = scores.calibration or self._text.dataset
         now = self._cut(subject, plan, scores.evidence, job, done)
         # Gram matrices are large, and are not needed once the weights are cut.
         self.scores = dataclasses.replace(scores, grams={})
@@ -275,6 +282,8 @@ class Run:
             calibration = None
             if needs_calibration(job.config):
                 calibration = self.calibration(job.config, subject.model, job.resume)
+                if self.scores is None:
+                    announce_time(subject, job, calibration)
             evidence = gather_evidence(subject, [job.config], calibration, job.resume)
         return score_units(subject, job, evidence, keeper(rounds, subject.sites, job))
 
@@ -288,16 +297,3 @@ class Run:
 
         inplace = self._inplace or done is not None
         return cut(subject, plan, evidence, job, InMemory(subject, plan, job, evidence.calibration, inplace, finished))
-
-    def _phase_seconds(self, model: PreTrainedModel, config: PruningConfig) -> dict[str, float]:
-        """Return the seconds of a model in every phase that the request asks for; empty where it asks for none, or for
-        those of another program."""
-        if config.target_speedup is None or self.latencies is None or not self.latencies.is_of_this_program:
-            return {}
-        phases = shares_of_phases(config.speed_of)
-        return ranks.from_main(lambda: {phase: phase_seconds(model, config, phase) for phase in phases})
-
-
-def _stand_in_for_text(_model: Any, _tokenizer: Any, sampling: Sampling, _resume: Resume) -> torch.Tensor:
-    """Return windows of the size of those that a model would generate."""
-    return torch.zeros(sampling.n_samples, sampling.seq_len, dtype=torch.int64)

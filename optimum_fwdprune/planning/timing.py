@@ -155,6 +155,15 @@ def warn_of_disagreement(latencies: Latencies, sites: Sequence[Site], whole: flo
 
 
 @torch.no_grad()
+def seconds_of_phases(model: PreTrainedModel, config: PruningConfig, table: LatencyTable | None) -> dict[str, float]:
+    """Return the seconds of a model in every phase that a request asks for; empty where it asks for none, or where the
+    latencies in the table are those of another program."""
+    if config.target_speedup is None or table is None or not table.is_of_this_program:
+        return {}
+    phases = shares_of_phases(config.speed_of)
+    return ranks.from_main(lambda: {phase: phase_seconds(model, config, phase) for phase in phases})
+
+
 def phase_seconds(model: PreTrainedModel, config: PruningConfig, phase: str) -> float:
     """Return the median seconds of a phase: of a forward pass over a prompt without logits, or over one new token with
     a KV cache and, if the model has a head, logits."""

@@ -151,7 +151,12 @@ class Options(BudgetOptions):
         "Column of the text, the chat messages or the token ids. Default: detected by its name.",
         group=Heading.CALIBRATION,
     )
-    n_samples: int = option(128, "Number of calibration windows.", group=Heading.CALIBRATION)
+    n_samples: int | str = option(
+        AUTO,
+        "Number of calibration windows. auto is 128 or, where least squares refits wide projections, as many as hold "
+        "16 tokens for each input feature of the widest, up to 262,144 tokens; less text is then used as it is.",
+        group=Heading.CALIBRATION,
+    )
     seq_len: int = option(256, "Tokens per calibration window.", group=Heading.CALIBRATION)
     batch_size: int = option(8, "Calibration windows per forward pass.", group=Heading.CALIBRATION)
     seed: int = option(0, "Seed of all random numbers.", group=Heading.CALIBRATION)
@@ -205,6 +210,12 @@ class Options(BudgetOptions):
     def width_kinds(self) -> list[str]:
         """The kinds of units whose removal makes sites narrower: any of `"attention"` and `"mlp"`."""
         return [kind for kind in self.resolved_kinds if kind in WIDTH_KINDS]
+
+    @property
+    def num_windows(self) -> int:
+        """`n_samples` as a number, in requests whose default number was replaced by that of a model."""
+        assert isinstance(self.n_samples, int)
+        return self.n_samples
 
     @property
     def prunes_experts(self) -> bool:

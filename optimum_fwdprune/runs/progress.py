@@ -37,14 +37,14 @@ def progress(
     Returns:
         an iterable with the method `set_postfix(refresh=False, **values)`, which shows values beside the progress.
     """
-    is_silent, in_notebook = _is_silent(), _in_notebook()
-    if not is_silent and not in_notebook and not sys.stderr.isatty():
+    silent, in_notebook = is_silent(), _in_notebook()
+    if not silent and not in_notebook and not sys.stderr.isatty():
         return _Lines(iterable, description, total, unit, initial)
     from tqdm.auto import tqdm
 
     # An inner bar on a terminal is removed when it is finished.
     options: dict[str, Any] = {} if in_notebook else {"leave": None}
-    if is_silent:
+    if silent:
         options["disable"] = True
     return tqdm(iterable, desc=description, total=total, unit=unit, initial=initial, **options)
 
@@ -55,7 +55,7 @@ def announce(text: str) -> None:
     Args:
         text (`str`): one or more lines.
     """
-    if not _is_silent():
+    if not is_silent():
         _write_line(text)
 
 
@@ -71,7 +71,8 @@ def one_step(description: str) -> Iterator[None]:
         steps.close()
 
 
-def _is_silent() -> bool:
+def is_silent() -> bool:
+    """Return whether progress is not shown in this process."""
     from transformers.utils import logging as transformers_logging
 
     return (
@@ -141,13 +142,14 @@ class _Lines:
             share = f" ({done / self._total:.0%})" if self._total else ""
             text += f": {done} of {self._total} {self._units}{share}"
         if new:
-            text += f", {_duration(elapsed)} elapsed"
+            text += f", {duration(elapsed)} elapsed"
             if self._total is not None and done < self._total:
-                text += f", {_duration(elapsed / new * (self._total - done))} left"
+                text += f", {duration(elapsed / new * (self._total - done))} left"
         _write_line(text + self._postfix)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds as `H:MM:SS`, or as `M:SS` if they are less than an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..allocation.constraints import prunable_sites
 from ..allocation.job import Job
 from ..architectures import Site, SiteKey, keyed_by_site
+from ..data.amount import with_number
 from ..data.calibration import Calibration
 from ..forward.evidence import Evidence
 from ..forward.gathering import gather_statistics
@@ -128,7 +129,7 @@ def score_units(
         _check_scores(scored, subject.sites, config)
         stage.save(lambda: _state_of(scored))
     return Scores(
-        config,
+        with_number(config, None if calibration is None else len(calibration)),
         dict(scored.values),
         dict(evidence.statistics),
         calibration,

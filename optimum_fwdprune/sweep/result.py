@@ -32,14 +32,15 @@ class SweepRow:
         figures (`dict[str, float]`): what was measured, by name and unit: sizes, perplexities, divergences from the
             dense model in nats per token, times, and speed-ups over the dense model.
         seconds (`dict[str, float]`): time by stage, without the scoring and statistics that rows share.
-        calibration (`dict[str, str]`): source and fingerprint of the calibration tokens; empty where there were none.
+        calibration (`dict[str, Any]`): source, fingerprint and number of the calibration windows; empty where there
+            were none.
     """
 
     name: str
     request: dict[str, Any]
     figures: dict[str, float]
     seconds: dict[str, float] = field(default_factory=dict)
-    calibration: dict[str, str] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

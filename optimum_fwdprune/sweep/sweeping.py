@@ -13,12 +13,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..checkpoint.pruned_checkpoint import PrunedCheckpoint
+from ..data.amount import Amount
 from ..data.calibration import Calibration
 from ..data.held_out import windows_and_held_out
 from ..loading.offloading import read_parameter
 from ..planning.sharing import shared_dense_stream
 from ..pruning import Pruning
 from ..record.record import Record
+from ..request.config import PruningConfig
 from ..request.registry import get_method
 from ..runs.locks import held
 from ..runs.progress import announce
@@ -117,12 +119,18 @@ class Sweep:
     def _measures_on_held_out(self, windows: dict[str, list[Calibration]]) -> None:
         """Draw calibration windows, of which some are held out to measure on; the others replace the dataset."""
         state = str(self._folder.state("calibration"))
+        # Reconstructions may have different default numbers of windows.
+        most = self._with_most_text(cell.config for cell in self._grid.cells)
+        config = dataclasses.replace(most, resume=state)
         calibrated, held_out = windows_and_held_out(
-            self._grid.cells[0].config,
-            lambda config: self._main.calibration(dataclasses.replace(config, resume=state)),
+            Amount.of(config, self._main.model).windows, lambda more: self._main.calibration(config, more)
         )
         windows[HELD_OUT] = [held_out]
         self._main = self._workplace.prunings(calibrated)
+
+    def _with_most_text(self, requests: Iterable[PruningConfig]) -> PruningConfig:
+        """Return the first of the requests that have the most calibration windows."""
+        return max(requests, key=lambda request: Amount.of(request, self._main.model).windows)
 
     def _check_checkpoints(self, cells: Iterable[Cell]) -> None:
         """Raise an error where a checkpoint to keep cannot be written."""
@@ -143,7 +151,7 @@ class Sweep:
         state = self._folder.state(f"seed-{seed}")
         requests = [dataclasses.replace(cell.config, resume=str(state)) for cell in every]
         needing = [request for request in requests if needs_calibration(request)]
-        calibration = self._main.calibration(needing[0]) if needing else None
+        calibration = self._main.calibration(self._with_most_text(needing)) if needing else None
         if calibration is not None:
             self._folder.check_calibration(result, seed, calibration)
         evidence = self._main.evidence(requests, calibration)
@@ -174,7 +182,10 @@ class Sweep:
             record = dataclasses.replace(record, comparison=comparison)
             parts = (pruning.model, self._workplace.tokenizer, record, pruning.source, self._workplace.processor)
             PrunedCheckpoint(*parts).save(self._folder.path / cell.name)
-        row = SweepRow(cell.name, cell.config.to_dict(), figures, outcome.seconds, dict(scores.calibrated_on))
+        calibration: dict[str, Any] = dict(scores.calibrated_on)
+        if scores.calibration is not None:
+            calibration["windows"] = len(scores.calibration)
+        row = SweepRow(cell.name, cell.config.to_dict(), figures, outcome.seconds, calibration)
         rows = {other.name: other for other in result.rows} | {row.name: row}
         order = {other.name: place for place, other in enumerate(self._cells)}
         result.rows = sorted(rows.values(), key=lambda other: order.get(other.name, len(order)))

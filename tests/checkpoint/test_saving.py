@@ -98,7 +98,9 @@ def test_folders_that_are_gone_are_no_repositories(name, public):
 def test_saved_scores_serve_another_budget_without_calibrating_again(pruner, tokens, tmp_path, monkeypatch):
     pruner.save_pretrained(tmp_path / "out")
     scores = Scores.load(tmp_path / "out")
-    monkeypatch.setattr("optimum_fwdprune.planning.run.load_calibration", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr(
+        "optimum_fwdprune.planning.calibration_text.load_calibration", lambda *_: pytest.fail("calibrated again")
+    )
     config = tiny.request(method="flap", sparsity=0.5)
     reused = FwdPruner(tiny.make_model("llama_gqa_biases"))
     reused_model = reused.prune(config, scores=scores)

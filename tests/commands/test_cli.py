@@ -184,7 +184,7 @@ def test_a_method_that_does_not_learn_has_no_history(cli, source, tmp_path):
 def test_without_options_the_command_does_what_prune_without_arguments_does(cli, source, tmp_path, monkeypatch):
     # What the defaults would sample is cut short, for both alike.
     tokens = Calibration(torch.arange(96).view(4, 24))
-    monkeypatch.setattr("optimum_fwdprune.planning.run.load_calibration", lambda *_: tokens)
+    monkeypatch.setattr("optimum_fwdprune.planning.calibration_text.load_calibration", lambda *_: tokens)
     assert cli("prune", "-m", source, tmp_path / "out")[0] == 0
     pruner = FwdPruner.from_pretrained(source)
     pruner.prune()
@@ -317,4 +317,4 @@ def test_without_a_word_on_how_it_is_the_balanced_preset(cli, source, tmp_path):
 def test_python_and_the_command_line_mean_the_same_by_nothing(source, tmp_path):
     pruner = FwdPruner.from_pretrained(source)
     pruner.prune(dataset=["some text that is long enough. " * 2000])
-    assert pruner.config == PruningConfig.from_preset("balanced")
+    assert pruner.config == PruningConfig.from_preset("balanced", n_samples=128)

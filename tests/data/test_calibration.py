@@ -409,7 +409,7 @@ def test_windows_beyond_learned_positions_are_refused(source, tokenizer, monkeyp
     def unexpected(*_, **__):
         raise AssertionError("Nothing should be read or written.")
 
-    monkeypatch.setattr(module, "_tokenized", unexpected)
+    monkeypatch.setattr(module, "tokenized_at_once", unexpected)
     monkeypatch.setattr(module, "sample_from_model", unexpected)
     with pytest.raises(ValueError, match=r"windows of 129 tokens are longer than .* 128 learned positions"):
         windows(model, tokenizer, dataset, seq_len=129, **request)

@@ -347,7 +347,7 @@ def test_a_table_is_measured_once_and_kept(tokens, clock, tmp_path, monkeypatch)
     pruner.prune(request_of(latency_table=str(file)), tokens, inplace=False)
     assert pruner.report.speedup.predicted >= 1.2
     # The request that it keeps is the user's, which asks for the same again.
-    assert pruner.config == request_of(latency_table=str(file))
+    assert pruner.config == request_of(latency_table=str(file), n_samples=len(tokens))
     with pytest.raises(
         ValueError, match="of prefill it holds those of latency_tokens=16, and this request is for latency_tokens=8"
     ):

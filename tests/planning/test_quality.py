@@ -21,7 +21,7 @@ def windows():
 def parts_of(windows, config):
     """The windows that are calibrated on, and those that are measured on."""
     drawn = torch.randperm(40, generator=torch.Generator().manual_seed(0))[: config.n_samples + 8]
-    return windows_and_held_out(config, lambda _config: Calibration(windows[drawn]))
+    return windows_and_held_out(config.n_samples, lambda _more: Calibration(windows[drawn]))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from optimum_fwdprune.cutting import cut as cutting
 from optimum_fwdprune.cutting import probe, surgery
 from optimum_fwdprune.evaluation import benchmark, perplexity, text_loss
 from optimum_fwdprune.files import folder_moved_into_place, write_text_atomically
-from optimum_fwdprune.planning import checks, run
+from optimum_fwdprune.planning import calibration_text, checks, run
 from optimum_fwdprune.reconstruction import reconstruct
 
 
@@ -113,7 +113,7 @@ def test_scoring_leaves_what_a_model_has_read_as_it_was(rope, method, tokens):
 # Stages of a run, each by the function that it calls, and how many calls succeed before one fails.
 BEFORE_SURGERY = [
     (checks, "check_counterpart", 0),
-    (run, "load_calibration", 0),
+    (calibration_text, "load_calibration", 0),
     (run, "score_units", 0),
     (run, "make_plan", 0),
     (cutting, "reconstruct_by_layer", 0),

@@ -84,7 +84,7 @@ def test_attention_is_pruned_where_it_has_a_budget_of_its_own():
     [
         ("sparsity", 7, ValueError, r"sparsity must be in \[0, 1\); got 7"),
         ("kinds", ["heads"], ValueError, "kinds must be one of attention, mlp, expert, layer, sublayer; got 'heads'"),
-        ("n_samples", "8", ValueError, "n_samples must be an int; got '8'"),
+        ("n_samples", "8", ValueError, "n_samples must be an int or 'auto'; got '8'"),
         ("reconstruction_target", "layer", ValueError, "reconstruction_order is 'independent' here"),
         ("method", "flap", ValueError, "for 'flap' use PruningConfig"),
         ("sparsty", 0.3, AttributeError, "has no option 'sparsty'. Did you mean sparsity?"),
@@ -228,7 +228,7 @@ def test_unknown_keys_warn_with_the_version_that_wrote_them(tmp_path, caplog):
         ({"reconstruction": "magic"}, "reconstruction must be one of none, bias, least_squares; got 'magic'"),
         ({"method": "psychic"}, "method must be one of block_influence, .*; got 'psychic'"),
         ({"sparsity": "0.2"}, "sparsity must be a float; got '0.2'"),
-        ({"n_samples": 2.5}, "n_samples must be an int; got 2.5"),
+        ({"n_samples": 2.5}, "n_samples must be an int or 'auto'; got 2.5"),
         ({"skip_layers": [0.5]}, r"skip_layers must be a list of int; got \[0.5\]"),
         ({"seed": None}, "seed must be an int; got None"),
         (

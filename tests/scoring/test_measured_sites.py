@@ -12,6 +12,7 @@ from optimum_fwdprune.scoring import score_units, scored
 
 
 PRESETS = ["fast", "balanced", "best"]
+INDEPENDENT = {"reconstruction_order": "independent"}
 
 
 @pytest.fixture
@@ -102,6 +103,3 @@ def test_layers_that_the_scores_did_not_refit_are_measured_again(deep, tokens):
     assert pruner.plan.kept == alone.plan.kept and pruner.plan.removed((0, "mlp"))
     for name, parameter in pruner.model.named_parameters():
         torch.testing.assert_close(parameter, alone.model.get_parameter(name), rtol=1e-4, atol=1e-5)
-
-
-INDEPENDENT = {"reconstruction_order": "independent"}
