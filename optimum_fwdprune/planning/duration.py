@@ -20,6 +20,7 @@ from ..forward.layerwise import LayerRunner
 from ..loading.offloading import is_offloaded
 from ..loading.subject import Subject
 from ..reconstruction.least_squares import NormalEquations, refit
+from ..reconstruction.reconstruct import target_of
 from ..request.choices import ReconstructionKind, ReconstructionOrder, ReconstructionTarget, Scope
 from ..request.config import PruningConfig
 from ..request.parts import requests_for_scores
@@ -74,7 +75,7 @@ def estimated_seconds(
         score = of_window * (windows + number)
         if config.reconstruction == ReconstructionKind.LEAST_SQUARES:
             fits = _seconds_of_fits(subject, config, kept, (number, tokens), device)
-            reconstruct = of_window * number * _passes(config) + fits
+            reconstruct = of_window * number * _passes(subject, config, kept) + fits
     return {"score": score * config.rounds, "reconstruct": reconstruct * config.rounds}
 
 
@@ -125,12 +126,11 @@ def _scored_windows(config: PruningConfig, number: int) -> float | None:
     return sum(number for number in windows if number is not None) + searched
 
 
-def _passes(config: PruningConfig) -> int:
+def _passes(subject: Subject, config: PruningConfig, kept: Mapping[SiteKey, Sequence[int]]) -> int:
     """Return the passes of the reconstruction over all windows."""
     if config.reconstruction_order == ReconstructionOrder.INDEPENDENT:
         return 1
-    target = config.reconstruction_target or ReconstructionTarget.DENSE
-    return PASSES[ReconstructionTarget(target)] + PASSES_FOR_SOURCES * config.refit_sources
+    return PASSES[target_of(subject, kept, config)] + PASSES_FOR_SOURCES * config.refit_sources
 
 
 @torch.no_grad()
@@ -196,7 +196,7 @@ def _seconds_of_fits(
 
     `windows` are the number of calibration windows and their length in tokens.
     """
-    fitted, (number, tokens) = _fitted_sites(subject.sites, config, kept), windows
+    fitted, (number, tokens) = _fitted_sites(subject, config, kept), windows
     if not fitted:
         return 0.0
     outputs = subject.text_config.hidden_size
@@ -218,12 +218,13 @@ def _seconds_of_fits(
     return sum(added / len(sums) * number * size**1.5 + solved * size**2.5 for size in sizes)
 
 
-def _fitted_sites(sites: Sequence[Site], config: PruningConfig, kept: Mapping[SiteKey, Sequence[int]]) -> list[Site]:
+def _fitted_sites(subject: Subject, config: PruningConfig, kept: Mapping[SiteKey, Sequence[int]]) -> list[Site]:
     """Return the sites whose projections are refitted: with the dense model as the target also those after a loss."""
+    sites = subject.sites
     losing = [site for site in sites if len(kept[site.key]) < site.num_units]
     towards_dense = (
         config.reconstruction_order != ReconstructionOrder.INDEPENDENT
-        and config.reconstruction_target != ReconstructionTarget.LAYER
+        and target_of(subject, kept, config) == ReconstructionTarget.DENSE
         and not config.prunes_experts
     )
     if towards_dense and losing:

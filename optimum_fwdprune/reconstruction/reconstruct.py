@@ -127,10 +127,10 @@ def _warn_of_gaps(subject: Subject, kept: Mapping[SiteKey, list[int]]) -> None:
         )
 
 
-def _default_target(
-    subject: Subject, kept: Mapping[SiteKey, list[int]], config: PruningConfig
-) -> ReconstructionTarget:
-    """Return the target of least squares layer by layer where the request names none."""
+def target_of(subject: Subject, kept: Mapping[SiteKey, list[int]], config: PruningConfig) -> ReconstructionTarget:
+    """Return the target of least squares layer by layer: that of the request, or the default for the model."""
+    if config.reconstruction_target is not None:
+        return ReconstructionTarget(config.reconstruction_target)
     if not subject.has_dense_target:
         return ReconstructionTarget.LAYER
     has_gap = any(not kept[site.key] for site in subject.sites)
@@ -144,11 +144,7 @@ def _default_target(
 def _sequential_fit(subject: Subject, kept: Mapping[SiteKey, list[int]], config: PruningConfig) -> SequentialFit:
     """Return how the request fits projections one after the other; warn where the family does not allow all of it."""
     on_dense = config.reconstruction_order == ReconstructionOrder.INDEPENDENT
-    target = (
-        ReconstructionTarget.LAYER
-        if on_dense
-        else config.reconstruction_target or _default_target(subject, kept, config)
-    )
+    target = ReconstructionTarget.LAYER if on_dense else target_of(subject, kept, config)
     with_sources = config.refit_sources and target == ReconstructionTarget.DENSE
     if config.refit_sources and not with_sources:
         logger.warning(
