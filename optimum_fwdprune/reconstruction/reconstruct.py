@@ -127,7 +127,7 @@ def _warn_of_gaps(subject: Subject, kept: Mapping[SiteKey, list[int]]) -> None:
         )
 
 
-def target_of(subject: Subject, kept: Mapping[SiteKey, list[int]], config: PruningConfig) -> ReconstructionTarget:
+def target_of(subject: Subject, kept: Mapping[SiteKey, Sequence[int]], config: PruningConfig) -> ReconstructionTarget:
     """Return the target of least squares layer by layer: that of the request, or the default for the model."""
     if config.reconstruction_target is not None:
         return ReconstructionTarget(config.reconstruction_target)
