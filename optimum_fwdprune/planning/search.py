@@ -108,7 +108,9 @@ def search(
     assert job.budget is not None
     sites, config, cost = subject.sites, job.config, job.budget.cost
     units = [] if config.depth_kind is None else open_units(sites, config)
-    fixed = {key: scores[key] for key in (*(site.key for site in sites), *(unit.key for unit in units))}
+    # Units of kinds that nothing is removed from may have no scores.
+    keys = (*(site.key for site in sites), *(unit.key for unit in units))
+    fixed = {key: scores[key] for key in keys if key in scores}
     candidates = prunable_sites(sites, config)
     coarse = _on_coarse_grid(candidates, fixed, config, keep)
     # A site that cannot be narrowed has no width to search.

@@ -31,9 +31,9 @@ def measured(monkeypatch):
         widths["moments"].append(inputs.shape[-1])
         add(self, inputs)
 
-    def counted_products(gram, values):
+    def counted_products(gram, values, **options):
         widths["grams"].append(values.shape[-1])
-        add_products(gram, values)
+        add_products(gram, values, **options)
 
     monkeypatch.setattr(Accumulator, "add", counted)
     monkeypatch.setattr(accumulators, "add_products", counted_products)
