@@ -52,7 +52,7 @@ def estimated_seconds(
     device: torch.device,
 ) -> dict[str, float] | None:
     """Return estimated seconds of the longest stages of a run, `"score"` and `"reconstruct"`; `None` where they
-    depend on more than the request and the sizes of the model.
+    depend on more than the request and the sizes of the model, or its layers cannot be timed apart from it.
 
     Loading, saving and the checks of the result are not included.
 
@@ -70,7 +70,11 @@ def estimated_seconds(
     score = reconstruct = 0.0
     if calibration is not None:
         number, tokens = calibration.input_ids.shape
-        of_window = _seconds_of_a_window(subject.model, tokens, device)
+        try:
+            of_window = _seconds_of_a_window(subject.model, tokens, device)
+        except (RuntimeError, NotImplementedError):
+            # Some models read values of tensors, which those on the meta device lack.
+            return None
         # The first pass collects statistics.
         score = of_window * (windows + number)
         if config.reconstruction == ReconstructionKind.LEAST_SQUARES:
@@ -96,7 +100,7 @@ def announce_time(subject: Subject, job: Job, calibration: Calibration) -> None:
 def expected_time(seconds: Mapping[str, float] | None) -> str:
     """Return a sentence on the seconds of the stages of a run, as [`estimated_seconds`] returns them."""
     if seconds is None:
-        return "How long the run takes depends on the scores, and is not estimated."
+        return "How long the run takes cannot be estimated for this request and model."
     stages = ", ".join(f"{_rounded(of_stage)} to {stage}" for stage, of_stage in seconds.items())
     whole = _rounded(sum(seconds.values()))
     return f"The run takes about {whole} on this machine ({stages}), without loading, checks and saving."
@@ -229,4 +233,4 @@ def _fitted_sites(subject: Subject, config: PruningConfig, kept: Mapping[SiteKey
     )
     if towards_dense and losing:
         losing = list(sites[sites.index(losing[0]) :])
-    return [site for site in losing if kept[site.key]]
+    return [site for site in losing if kept[site.key] and site.routing is None]

@@ -28,7 +28,7 @@ def test_bad_activations_are_named_by_layer(dense, tokens):
 
     handle = layers[1].register_forward_pre_hook(overflow, with_kwargs=True)
     with pytest.raises(ValueError, match=r"activations before .*\.1\..* \(attention of layer 1\) contain NaN"):
-        FwdPruner(model).prune(None, tokens)
+        FwdPruner(model).prune(tiny.request(kinds=["attention", "mlp"]), tokens)
     handle.remove()
 
 

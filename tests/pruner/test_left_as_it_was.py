@@ -18,7 +18,6 @@ from optimum_fwdprune import (
     FwdPruner,
     PruningConfig,
     RecoveryArguments,
-    pruning,
 )
 from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.cutting import cut as cutting
@@ -27,6 +26,7 @@ from optimum_fwdprune.evaluation import benchmark, perplexity, text_loss
 from optimum_fwdprune.files import folder_moved_into_place, write_text_atomically
 from optimum_fwdprune.planning import calibration_text, checks, run
 from optimum_fwdprune.reconstruction import reconstruct
+from optimum_fwdprune.record import outcome
 
 
 # Frequencies that depend on the length of the text.
@@ -125,7 +125,7 @@ BEFORE_SURGERY = [
     (surgery, "slice_tensor", 0),
 ]
 IN_SURGERY = [(surgery, "slice_tensor", 20), (surgery, "set_parameter", 70), (surgery, "forget_lengths", 0)]
-AFTER_SURGERY = [(cutting, "logits", 0), (cutting, "relative_difference", 0), (pruning, "Outcome", 0)]
+AFTER_SURGERY = [(cutting, "logits", 0), (cutting, "relative_difference", 0), (outcome, "Outcome", 0)]
 ERRORS = [torch.OutOfMemoryError, KeyboardInterrupt]
 
 
