@@ -80,9 +80,6 @@ def load_calibration(
         ValueError: where the source is empty, too short or of an unknown kind, or its tokens are beyond the vocabulary
             or include none to predict.
     """
-    if isinstance(dataset, Calibration):
-        _check_tokens(dataset, model)
-        return dataset
     amount = Amount.of(config, model)
     config = dataclasses.replace(config, n_samples=amount.windows + more)
     return _loaded(config, model, tokenizer, dataset, sample, amount.is_default)
