@@ -6,6 +6,7 @@ python benchmarks/command_reference.py
 import argparse
 from pathlib import Path
 
+import pages
 from optimum.commands.optimum_cli import RootOptimumCLICommand, register_optimum_cli_subcommand
 
 from optimum_fwdprune.commands.fwdprune import FwdPruneCommand
@@ -20,11 +21,6 @@ INTRODUCTION = """# Commands
 follow one after the other, such as `--kinds attention mlp`.
 
 """
-
-
-def main():
-    for path, text in files().items():
-        path.write_text(text, encoding="utf-8")
 
 
 def files():
@@ -90,4 +86,4 @@ def escaped(text):
 
 
 if __name__ == "__main__":
-    main()
+    pages.write(files())

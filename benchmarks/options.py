@@ -6,6 +6,8 @@ python benchmarks/options.py
 import dataclasses
 from pathlib import Path
 
+import pages
+
 from optimum_fwdprune.scoring.methods import (
     PruningConfig,
     get_method,
@@ -21,11 +23,6 @@ INTRODUCTION = """# Options of a request
 Written by `benchmarks/options.py` from the fields of `PruningConfig`. Each is a keyword in Python, `sparsity=0.3`,
 and an option on the command line, `--sparsity 0.3`; lists are values one after the other, `--kinds attention mlp`.
 """
-
-
-def main():
-    for path, text in files().items():
-        path.write_text(text, encoding="utf-8")
 
 
 def files():
@@ -73,4 +70,4 @@ def preset_row(name):
 
 
 if __name__ == "__main__":
-    main()
+    pages.write(files())

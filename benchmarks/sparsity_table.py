@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import pages
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config
 from transformers.utils import logging
@@ -94,11 +95,6 @@ pruner.prune(sparsity=0.3)
 print(pruner.report)
 ```
 """
-
-
-def main():
-    for path, text in files().items():
-        path.write_text(text, encoding="utf-8")
 
 
 def files():
@@ -228,4 +224,4 @@ def percent(share, digits=0):
 
 
 if __name__ == "__main__":
-    main()
+    pages.write(files())

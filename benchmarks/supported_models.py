@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+import pages
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
@@ -79,11 +80,6 @@ SHORT_HEAD = """| families | can lose | as a stock checkpoint | as a GGUF file |
 |---|---|---|---|
 """
 WORDS = {"H": "heads", "C": "channels", "L": "layers", "E": "experts"}
-
-
-def main():
-    for path, text in files().items():
-        path.write_text(text, encoding="utf-8")
 
 
 def files():
@@ -237,4 +233,4 @@ def vllm(architecture):
 
 
 if __name__ == "__main__":
-    main()
+    pages.write(files())
