@@ -25,6 +25,7 @@ from ..request.choices import ReconstructionKind, ReconstructionOrder, Reconstru
 from ..request.config import PruningConfig
 from ..request.parts import requests_for_scores
 from ..request.registry import get_method
+from ..runs import ranks
 from ..runs.clock import median_seconds
 from ..runs.devices import compute_device
 from ..runs.progress import announce, is_silent
@@ -54,6 +55,7 @@ def estimated_seconds(
     """Return estimated seconds of the longest stages of a run, `"score"` and `"reconstruct"`; `None` where they
     depend on more than the request and the sizes of the model, or its layers cannot be timed apart from it.
 
+    Several processes share the windows, and each solves all fits. One of them may estimate while the others wait.
     Loading, saving and the checks of the result are not included.
 
     Args:
@@ -68,6 +70,7 @@ def estimated_seconds(
     if windows is None or (config.prunes_experts and config.reconstruction == ReconstructionKind.LEAST_SQUARES):
         return None
     score = reconstruct = 0.0
+    processes = ranks.world_size()
     if calibration is not None:
         number, tokens = calibration.input_ids.shape
         try:
@@ -76,10 +79,11 @@ def estimated_seconds(
             # Some models read values of tensors, which those on the meta device lack.
             return None
         # The first pass collects statistics.
-        score = of_window * (windows + number)
+        score = of_window * (windows + number) / processes
         if config.reconstruction == ReconstructionKind.LEAST_SQUARES:
-            fits = _seconds_of_fits(subject, config, kept, (number, tokens), device)
-            reconstruct = of_window * number * _passes(subject, config, kept) + fits
+            with ranks.alone():
+                fits = _seconds_of_fits(subject, config, kept, (number / processes, tokens), device)
+            reconstruct = of_window * number / processes * _passes(subject, config, kept) + fits
     return {"score": score * config.rounds, "reconstruct": reconstruct * config.rounds}
 
 
@@ -193,12 +197,12 @@ def _seconds_of_fits(
     subject: Subject,
     config: PruningConfig,
     kept: Mapping[SiteKey, Sequence[int]],
-    windows: tuple[int, int],
+    windows: tuple[float, int],
     device: torch.device,
 ) -> float:
     """Return the seconds of the least squares of all sites that are refitted, from the times of one small fit.
 
-    `windows` are the number of calibration windows and their length in tokens.
+    `windows` are the number of calibration windows of a process and their length in tokens.
     """
     fitted, (number, tokens) = _fitted_sites(subject, config, kept), windows
     if not fitted:

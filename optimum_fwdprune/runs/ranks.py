@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,15 +25,28 @@ T = TypeVar("T")
 # the launcher ends them.
 LONGEST_WAIT = timedelta(days=1)
 
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let every function here do as in a single process, for work that only one of the processes does: an exchange
+    in which the others take no part would wait for them for ever."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
 
 def rank() -> int:
     """Return the number of this process; the main process is 0."""
-    return _state().process_index
+    return 0 if _ALONE.get() else _state().process_index
 
 
 def world_size() -> int:
     """Return the number of processes."""
-    return _state().num_processes
+    return 1 if _ALONE.get() else _state().num_processes
 
 
 def own_device() -> torch.device:
@@ -63,10 +78,9 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum over processes, which is bit-equal in all of them; `tensor` may be overwritten."""
     import torch
 
-    state = _state()
-    if state.num_processes == 1:
+    if world_size() == 1:
         return tensor
-    shared = tensor.detach().to(state.device).contiguous()
+    shared = tensor.detach().to(own_device()).contiguous()
     torch.distributed.all_reduce(shared)
     return shared.to(tensor.device)
 
@@ -75,7 +89,9 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensors of all processes in the order of their numbers: `[processes, *shape]`."""
     from accelerate.utils import gather
 
-    return gather(tensor.detach().to(_state().device)[None].contiguous()).to(tensor.device)
+    if world_size() == 1:
+        return tensor.detach()[None]
+    return gather(tensor.detach().to(own_device())[None].contiguous()).to(tensor.device)
 
 
 def from_main(make: Callable[[], T]) -> T:
@@ -91,7 +107,8 @@ def from_main(make: Callable[[], T]) -> T:
     failure: Exception | None = None
     if is_main():
         try:
-            result["value"] = make()
+            with alone():
+                result["value"] = make()
         except Exception as error:
             failure, result["error"] = error, f"{type(error).__name__}: {error}"
     result = json.loads(bytes_from_main(json.dumps(result).encode()))
@@ -125,11 +142,10 @@ def bytes_from_main(content: bytes) -> bytes:
     import torch
     from accelerate.utils import broadcast
 
-    state = _state()
-    if state.num_processes == 1:
+    if world_size() == 1:
         return content
-    length = broadcast(torch.tensor([len(content)], device=state.device))
-    shared = torch.zeros(int(length), dtype=torch.uint8, device=state.device)
+    length = broadcast(torch.tensor([len(content)], device=own_device()))
+    shared = torch.zeros(int(length), dtype=torch.uint8, device=own_device())
     if is_main() and content:
         shared.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
     return broadcast(shared).cpu().numpy().tobytes() if len(shared) else b""

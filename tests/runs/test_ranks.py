@@ -1,8 +1,10 @@
 """Several processes end where one does: `accelerate launch` with gloo on the CPU, all cases in one launch."""
 
+import contextlib
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -27,6 +29,9 @@ from optimum_fwdprune.scoring.scores import Scores
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
 OF_LAYERS = "statistics-by-layer"
 WEIGHTS = {"rtol": 5e-3, "atol": 5e-4}
+
+# Seconds. All cases take one minute or two; processes that wait for each other never end.
+LONGEST_LAUNCH = 480
 
 
 def cases(*without):
@@ -59,9 +64,16 @@ def launch(processes, *arguments):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--num_processes", str(processes), "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen([*command, *map(str, arguments)], env=environment, start_new_session=True, **pipes)
+    try:
+        output, errors = launcher.communicate(timeout=LONGEST_LAUNCH)
+    finally:
+        # Processes that wait for each other would outlive their launcher.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode == 0, errors[-3000:]
+    return subprocess.CompletedProcess(command, launcher.returncode, output, errors)
 
 
 @pytest.fixture(scope="module")

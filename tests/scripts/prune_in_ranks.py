@@ -103,6 +103,9 @@ def main(output):
     """Run every case and write plans, scores and weights of this process."""
     folder = output / str(ranks.rank())
     folder.mkdir(parents=True)
+    # What only the main process does waits for no other.
+    assert ranks.from_main(lambda: [float(ranks.summed(torch.ones(1))), len(ranks.own(range(9)))]) == [1.0, 9]
+    assert ranks.from_main(lambda: list(ranks.gathered(torch.ones(2)).shape)) == [1, 2]
     passed = {}
     for name in cases_in(ranks.world_size()):
         torch.manual_seed(ranks.rank())
