@@ -58,9 +58,9 @@ def test_an_interrupted_run_resumes_with_the_same_result(tokens, tmp_path, monke
     whole = FwdPruner(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
     whole.prune(None, tokens, kinds=["expert"], sparsity=0.5)
 
-    from optimum_fwdprune.reconstruction import sequential
+    from optimum_fwdprune.reconstruction import layer_fit
 
-    fits, fit = [], sequential.refit_experts
+    fits, fit = [], layer_fit.refit_experts
 
     def interrupted(*arguments):
         fits.append(arguments[0].key)
@@ -68,7 +68,7 @@ def test_an_interrupted_run_resumes_with_the_same_result(tokens, tmp_path, monke
             raise KeyboardInterrupt
         return fit(*arguments)
 
-    monkeypatch.setattr(sequential, "refit_experts", interrupted)
+    monkeypatch.setattr(layer_fit, "refit_experts", interrupted)
     for attempt in range(2):
         pruner = FwdPruner.from_pretrained(tmp_path / "dense", low_memory=True)
         if attempt == 0:
