@@ -44,6 +44,10 @@ TIMED_FEATURES = 512
 # How often each is timed.
 REPEATS = 2
 
+# Multiply-adds of one pass over the calibration tokens. With fewer of them a run takes seconds, and its time is not
+# estimated.
+FEWEST_PRODUCTS = 10**10
+
 
 def estimated_seconds(
     subject: Subject,
@@ -88,14 +92,15 @@ def estimated_seconds(
 
 
 def announce_time(subject: Subject, job: Job, calibration: Calibration) -> None:
-    """Say how long a run is expected to take, if progress is shown.
+    """Say how long a run is expected to take, if progress is shown and the run does not end within seconds.
 
     Args:
         subject (`Subject`): the dense model with all its sites.
         job (`Job`): the settled request, with its budget.
         calibration (`Calibration`): the calibration tokens.
     """
-    if job.budget is not None and not is_silent():
+    is_long = calibration.input_ids.numel() * subject.model.num_parameters() >= FEWEST_PRODUCTS
+    if job.budget is not None and is_long and not is_silent():
         config = with_number(job.config, len(calibration))
         kept = kept_by_equal_scores(subject.sites, config, job.budget)
         announce(expected_time(estimated_seconds(subject, config, kept, calibration, device_of(subject))))

@@ -13,7 +13,7 @@ from optimum_fwdprune.forward.losses import model_nll
 
 
 HEADS, CHANNELS, LAYERS = 3, 5, 2
-SEEDS = range(6)
+SEEDS = range(3)
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +108,10 @@ def place_of(model, tokens, losses, **fields):
 
 
 def test_learning_ends_among_the_best_masks(model, tokens, losses):
-    """From equal chances: in the best 5 % of all masks, in at least 5 of 6 seeds; it does not start there."""
+    """From equal chances: in the best 5 % of all masks, with every seed; it does not start there."""
     options = {"steps": 500, "learning_rate": 0.05, "masks_per_step": 16, "windows_per_step": 2, "batch_size": 32}
     places = [place_of(model, tokens, losses, seed=seed, **options) for seed in SEEDS]
 
     assert len(losses) == 18 * 250
-    assert sum(place < 0.05 for place in places) >= 5, places
+    assert all(place < 0.05 for place in places), places
     assert place_of(model, tokens, losses, steps=0) > 0.05
