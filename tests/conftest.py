@@ -1,6 +1,8 @@
 """Shared fixtures: tiny random models, a tiny tokenizer, and no network."""
 
 import base64
+import functools
+import gc
 import os
 import sys
 import sysconfig
@@ -13,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny models gain nothing from threads, and lose much to threads that wait for a busy core.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import optimum.subpackages
 import pytest
 import tiny
 import torch
@@ -69,6 +72,22 @@ def remembered(tmp_path_factory):
     from optimum_fwdprune.loading import origin as origins
 
     origins.REMEMBERED = str(tmp_path_factory.mktemp("remembered"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def packages_are_looked_for_once():
+    """optimum's command reads the metadata of all installed packages whenever it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        once = functools.cache(optimum.subpackages.load_namespace_modules)
+        patch.setattr(optimum.subpackages, "load_namespace_modules", once)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """The garbage collector, which the package calls, does not go through the modules of all libraries each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 import typing
+from typing import Any
 
 from ..words import did_you_mean, name_and_weight
 from .budget_options import LIMITS, SIZES, TARGETS
@@ -40,7 +42,7 @@ _ACCEPTED = {str: str, bool: bool, int: numbers.Integral, float: numbers.Real}
 
 def check_types(config: Options) -> None:
     """Convert every option to the type that it is annotated with; raise `ValueError` where its type is another."""
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():
         kind, is_list, is_optional = field_type(hint)
         value = getattr(config, name)
         if name in SIZES and isinstance(value, str):
@@ -64,6 +66,12 @@ def check_types(config: Options) -> None:
         if kind is float and not all(map(math.isfinite, items)):
             raise ValueError(f"{name} must be a finite number; got {value!r}.")
         setattr(config, name, items if is_list else items[0])
+
+
+@functools.cache
+def _hints(config_class: type) -> dict[str, Any]:
+    # Annotations are evaluated, which takes longer than all checks of their values.
+    return typing.get_type_hints(config_class)
 
 
 def check_values(config: Options) -> None:
