@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fwdprune import FwdPruner
 
 
+MODES = ["full", "distill"]
 SCRIPT = Path(__file__).parents[1] / "scripts" / "recover_ddp.py"
 
 
@@ -28,11 +29,13 @@ def folder(tmp_path_factory, tokenizer):
     pruner.model.save_pretrained(folder / "dense")
     pruner.prune(tiny.request(sparsity=0.4, scope="global", attention_unit="kv_group"), tokens)
     pruner.save_pretrained(folder / "pruned")
+    for processes in (1, 2):
+        run(folder, processes)
     return folder
 
 
-def run(folder, processes, mode, output):
-    script = [str(SCRIPT), str(folder / "pruned"), str(folder / output), mode]
+def run(folder, processes):
+    script = [str(SCRIPT), str(folder / "pruned"), str(folder / str(processes)), *MODES]
     if processes == 1:
         with pytest.MonkeyPatch.context() as here:
             here.setattr(sys, "argv", script)
@@ -44,13 +47,12 @@ def run(folder, processes, mode, output):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / f"{output}.json").read_text())
 
 
-@pytest.mark.parametrize("mode", ["full", "distill"])
+@pytest.mark.parametrize("mode", MODES)
 def test_two_processes_end_where_one_does(folder, mode):
-    one, two = (run(folder, processes, mode, f"{mode}-{processes}") for processes in (1, 2))
-    models = [AutoModelForCausalLM.from_pretrained(folder / f"{mode}-{processes}") for processes in (1, 2)]
+    one, two = (json.loads((folder / f"{processes}-{mode}.json").read_text()) for processes in (1, 2))
+    models = [AutoModelForCausalLM.from_pretrained(folder / f"{processes}-{mode}") for processes in (1, 2)]
     before = AutoModelForCausalLM.from_pretrained(folder / "pruned")
 
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -62,4 +64,4 @@ def test_two_processes_end_where_one_does(folder, mode):
         moved = max(moved, float((value - before.state_dict()[name]).abs().max()))
     assert moved > 1e-2
     # What the Trainer left on the way is of one process, and whole.
-    assert (folder / f"{mode}-2-training" / "checkpoint-4").is_dir()
+    assert (folder / f"2-{mode}-training" / "checkpoint-4").is_dir()
