@@ -42,7 +42,8 @@ _ACCEPTED = {str: str, bool: bool, int: numbers.Integral, float: numbers.Real}
 
 def check_types(config: Options) -> None:
     """Convert every option to the type that it is annotated with; raise `ValueError` where its type is another."""
-    for name, hint in _hints(type(config)).items():
+    config_class: Any = type(config)
+    for name, hint in _hints(config_class).items():
         kind, is_list, is_optional = field_type(hint)
         value = getattr(config, name)
         if name in SIZES and isinstance(value, str):
@@ -69,7 +70,7 @@ def check_types(config: Options) -> None:
 
 
 @functools.cache
-def _hints(config_class: type) -> dict[str, Any]:
+def _hints(config_class: Any) -> dict[str, Any]:
     # Annotations are evaluated, which takes longer than all checks of their values.
     return typing.get_type_hints(config_class)
 
