@@ -54,10 +54,6 @@ def another_clock(runs, repeats, device):
     return [seconds * (1 + ranks.rank() * number) for number, seconds in enumerate(counted)]
 
 
-timing.median_seconds = another_clock
-# Only the process that shows progress estimates the time of a run.
-duration.FEWEST_PRODUCTS = 0
-
 RESUMED = ["mini_llm_units", "policy_gradient_ratio", "search", "sequential_dense", "sources", "self", "offloaded"]
 
 
@@ -105,6 +101,9 @@ def main(output):
     """Run every case and write plans, scores and weights of this process."""
     folder = output / str(ranks.rank())
     folder.mkdir(parents=True)
+    timing.median_seconds = another_clock
+    # Only the process that shows progress estimates the time of a run.
+    duration.FEWEST_PRODUCTS = 0
     # What only the main process does waits for no other.
     assert ranks.from_main(lambda: [float(ranks.summed(torch.ones(1))), len(ranks.own(range(9)))]) == [1.0, 9]
     assert ranks.from_main(lambda: list(ranks.gathered(torch.ones(2)).shape)) == [1, 2]
