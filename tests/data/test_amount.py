@@ -204,7 +204,7 @@ def test_the_amount_and_the_expected_time_are_announced_once(narrow, model, toke
     monkeypatch.setattr(calibration_text, "announce", events.append)
     monkeypatch.setattr(duration, "announce", events.append)
     monkeypatch.setattr(duration, "is_silent", lambda: False)
-    monkeypatch.setattr(duration, "FEWEST_PRODUCTS", 256 * model.num_parameters())
+    monkeypatch.setattr(duration, "FEWEST_PRODUCTS", 48 * model.num_parameters())
 
     def seconds(_subject, config, _kept, calibration, _device):
         estimated.append((config.n_samples, len(calibration)))
@@ -221,10 +221,10 @@ def test_the_amount_and_the_expected_time_are_announced_once(narrow, model, toke
         time,
     ]
     events.clear()
-    request = {"n_samples": 16, "seq_len": 16, "calibration": "builtin", "reconstruction_order": "independent"}
+    request = {"n_samples": 3, "seq_len": 16, "calibration": "builtin", "reconstruction_order": "independent"}
     FwdPruner(model, tokenizer).prune(sparsity=0.3, **request)
-    assert events == ["Calibration uses 16 windows of 16 tokens, 256 tokens in all.", time]
-    assert estimated == [(16, 16), (16, 16)]
+    assert events == ["Calibration uses 3 windows of 16 tokens, 48 tokens in all.", time]
+    assert estimated == [(16, 16), (3, 3)]
 
 
 @pytest.mark.parametrize(("silent", "windows"), [(True, 16), (False, 15)])
