@@ -16,6 +16,7 @@ from ..loading.offloading import is_offloaded
 from ..loading.subject import Subject
 from ..request.choices import ReconstructionKind, Scope, UnitKind
 from ..request.config import PruningConfig
+from ..runs import ranks
 from ..scoring.score_units import check_scoring
 from ..words import html_table, render_table
 from .duration import device_of, estimated_seconds, expected_time
@@ -155,7 +156,7 @@ def foreseen(
         layers=_rows(sites, kept) if _is_decided(config, plan) else None,
         serving_memory=_serving_memory(subject, config, kept),
         run_memory=_run_memory(subject, config, kept, 0 if calibration is None else calibration.num_tokens),
-        seconds=estimated_seconds(subject, config, kept, calibration, device_of(subject)),
+        seconds=estimated_seconds(subject, config, kept, calibration, device_of(subject), ranks.world_size()),
         notes=notes,
     )
 

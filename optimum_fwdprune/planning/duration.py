@@ -55,12 +55,13 @@ def estimated_seconds(
     kept: Mapping[SiteKey, Sequence[int]],
     calibration: Calibration | None,
     device: torch.device,
+    processes: int,
 ) -> dict[str, float] | None:
     """Return estimated seconds of the longest stages of a run, `"score"` and `"reconstruct"`; `None` where they
     depend on more than the request and the sizes of the model, or its layers cannot be timed apart from it.
 
-    Several processes share the windows, and each solves all fits. One of them may estimate while the others wait.
-    Loading, saving and the checks of the result are not included.
+    Several processes share the windows, and each solves all fits. Loading, saving and the checks of the result are not
+    included.
 
     Args:
         subject (`Subject`): the dense model, which may be on the meta device, with all its sites.
@@ -68,13 +69,13 @@ def estimated_seconds(
         kept (mapping of site key to sequence of `int`): the units that it keeps, or as many of them.
         calibration (`Calibration`, *optional*): the calibration tokens; `None` where none are needed.
         device (`torch.device`): the device that the run would use.
+        processes (`int`): number of processes of the run.
     """
     windows = _scored_windows(config, 0 if calibration is None else len(calibration.input_ids))
     # Fits of experts depend on how many tokens their router sends to each.
     if windows is None or (config.prunes_experts and config.reconstruction == ReconstructionKind.LEAST_SQUARES):
         return None
     score = reconstruct = 0.0
-    processes = ranks.world_size()
     if calibration is not None:
         number, tokens = calibration.input_ids.shape
         try:
@@ -85,8 +86,7 @@ def estimated_seconds(
         # The first pass collects statistics.
         score = of_window * (windows + number) / processes
         if config.reconstruction == ReconstructionKind.LEAST_SQUARES:
-            with ranks.alone():
-                fits = _seconds_of_fits(subject, config, kept, (number / processes, tokens), device)
+            fits = _seconds_of_fits(subject, config, kept, (number / processes, tokens), device)
             reconstruct = of_window * number / processes * _passes(subject, config, kept) + fits
     return {"score": score * config.rounds, "reconstruct": reconstruct * config.rounds}
 
@@ -101,9 +101,12 @@ def announce_time(subject: Subject, job: Job, calibration: Calibration) -> None:
     """
     is_long = calibration.input_ids.numel() * subject.model.num_parameters() >= FEWEST_PRODUCTS
     if job.budget is not None and is_long and not is_silent():
-        config = with_number(job.config, len(calibration))
-        kept = kept_by_equal_scores(subject.sites, config, job.budget)
-        announce(expected_time(estimated_seconds(subject, config, kept, calibration, device_of(subject))))
+        config, processes = with_number(job.config, len(calibration)), ranks.world_size()
+        # Only the process that shows progress gets here.
+        with ranks.alone():
+            kept = kept_by_equal_scores(subject.sites, config, job.budget)
+            seconds = estimated_seconds(subject, config, kept, calibration, device_of(subject), processes)
+        announce(expected_time(seconds))
 
 
 def expected_time(seconds: Mapping[str, float] | None) -> str:

@@ -206,7 +206,7 @@ def test_the_amount_and_the_expected_time_are_announced_once(narrow, model, toke
     monkeypatch.setattr(duration, "is_silent", lambda: False)
     monkeypatch.setattr(duration, "FEWEST_PRODUCTS", 48 * model.num_parameters())
 
-    def seconds(_subject, config, _kept, calibration, _device):
+    def seconds(_subject, config, _kept, calibration, _device, _processes):
         estimated.append((config.n_samples, len(calibration)))
         return {"score": 50.0, "reconstruct": 180.0}
 
