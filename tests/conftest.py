@@ -83,6 +83,14 @@ def packages_are_looked_for_once():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def same_cpu_everywhere():
+    """Training does not depend on the instructions of the machine that the tests run on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def frozen():
     """The garbage collector, which the package calls, does not go through the modules of all libraries each time."""

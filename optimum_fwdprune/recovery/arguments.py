@@ -10,8 +10,10 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
+from transformers.utils import is_torch_xla_available
 
 from .options import BLOCK_DISTILL, EPOCHS, LEARNING_RATES, TAUGHT, RecoveryOptions
+from .precision import is_fast_in_bfloat16
 
 
 # Steps between two evaluations where there is held-out data and `eval_strategy` is not set.
@@ -58,8 +60,9 @@ class RecoveryArguments(RecoveryOptions, TrainingArguments):
 
     These defaults differ from those of `TrainingArguments`: `learning_rate` and `num_train_epochs` depend on what is
     trained (see `LEARNING_RATES` and `EPOCHS`); training warms up over 3 % of the steps, logs every tenth step, and
-    uses bfloat16 where the accelerator supports it. With `held_out` or `early_stopping`, the model is evaluated every
-    50 steps; and where it is evaluated and saved, the best state is loaded at the end.
+    multiplies matrices in bfloat16 where CUDA supports it or the CPU has instructions for it (AMX). With `held_out` or
+    `early_stopping`, the model is evaluated every 50 steps; and where it is evaluated and saved, the best state is
+    loaded at the end.
 
     Raises:
         ValueError: on a value out of range; the message names the value and the way out.
@@ -86,8 +89,12 @@ class RecoveryArguments(RecoveryOptions, TrainingArguments):
         self._choose_the_best()
         if self.fp16:
             raise ValueError("fp16 overflows where bfloat16 does not; use bf16=True, or neither.")
+        on_cpu = self.use_cpu or not (torch.accelerator.is_available() or is_torch_xla_available())
         if self.bf16 is None:
-            self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = is_fast_in_bfloat16(on_cpu)
+        if self.bf16:
+            # The Trainer takes the CPU where there is nothing else, but in bfloat16 only if it is asked for.
+            self.use_cpu = on_cpu
         super().__post_init__()
 
     def _check_one_length(self) -> None:

@@ -1,12 +1,23 @@
-"""Weights in float32 while they are trained, since 16 bits round most updates to zero."""
+"""Dtypes of a training: weights in float32, since 16 bits round most updates to zero, and products in bfloat16 where
+that is faster."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+
+
+def is_fast_in_bfloat16(on_cpu: bool) -> bool:
+    """Return whether the CPU, or else CUDA, multiplies matrices of bfloat16 faster than those of float32."""
+    if not on_cpu:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    # Older versions of PyTorch do not tell.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16", False))
 
 
 def float32_while_trained(module: nn.Module):

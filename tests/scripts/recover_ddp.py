@@ -23,6 +23,7 @@ def recover(checkpoint, output, mode):
         lora_dropout=0.0,
         logging_steps=1,
         use_cpu=True,
+        bf16=False,
         disable_tqdm=True,
         save_steps=2,
         teacher=checkpoint.replace("pruned", "dense") if mode == "distill" else None,
