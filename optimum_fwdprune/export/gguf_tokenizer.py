@@ -47,6 +47,18 @@ def _has_phi3_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
     return set(PHI3_TOKENS) <= set(tokenizer.get_vocab())
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, pre: str | None = None) -> None:
+    """Raise `ValueError` where a file cannot hold a tokenizer; the arguments are those of [`add_tokenizer`]."""
+    description = _description_of(tokenizer)
+    _check_model(description["model"], tokenizer)
+    sentencepiece = _is_sentencepiece(description)
+    unicode_forms(description, sentencepiece)
+    if sentencepiece:
+        check_spaces_are_marked(description)
+    elif pre is None:
+        name_of_split(description)
+
+
 def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, pre: str | None = None) -> None:
     """Add tokens, merges, special tokens and chat template.
 
@@ -60,10 +72,9 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: 
         ValueError: where the tokenizer is of another kind, or splits or changes text in a way that llama.cpp does not,
             or that its name is not known for. Where single texts may become other tokens, a warning says which.
     """
+    check_tokenizer(tokenizer, pre)
     description = _description_of(tokenizer)
-    model = description["model"]
-    _check_model(model, tokenizer)
-    sentencepiece = bool(model.get("byte_fallback"))
+    model, sentencepiece = description["model"], _is_sentencepiece(description)
     _warn_of_differences(description, tokenizer, sentencepiece)
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}
     if max(tokens) >= rows:
@@ -77,7 +88,6 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: 
     writer.add_token_types(_with_bytes(kinds, tokens, tokenizer) if sentencepiece else kinds)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     if sentencepiece:
-        check_spaces_are_marked(description)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores_of(listed, merges))
@@ -180,6 +190,10 @@ def _scores_of(tokens: list[str], merges: list[list[str]]) -> list[float]:
     for merge in merges:
         ranks.setdefault("".join(merge), len(ranks))
     return [-float(ranks.get(token, 0)) for token in tokens]
+
+
+def _is_sentencepiece(description: dict[str, Any]) -> bool:
+    return bool(description["model"].get("byte_fallback"))
 
 
 def _description_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

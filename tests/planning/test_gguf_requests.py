@@ -4,9 +4,12 @@ import gguf
 import pytest
 import tiny
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.export import export_gguf
+from optimum_fwdprune.planning.run import Run
 from optimum_fwdprune.request.gguf import GGUF_TYPES
 
 
@@ -110,6 +113,20 @@ def test_a_plan_after_which_llama_cpp_would_compute_something_else_is_refused():
     with pytest.raises(ValueError, match="layer 2 of this model differs"):
         pruner.prune(tiny.request("magnitude", sparsity=0.25, kinds=["layer"], for_gguf="f16"))
     assert pruner.model.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("for_gguf", ["q4_0", None])
+def test_a_tokenizer_that_the_file_cannot_hold_is_warned_of_before_the_work(for_gguf, dry_run, monkeypatch):
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases", **SHAPE), PreTrainedTokenizerFast(tokenizer_object=unigram))
+    work, events = getattr(Run, "dry_run" if dry_run else "prune"), []
+    monkeypatch.setattr(Run, work.__name__, lambda *args: events.append("the work") or work(*args))
+    monkeypatch.setattr("optimum_fwdprune.pruning.logger.warning", lambda text, *args: events.append(text % args))
+    getattr(pruner, work.__name__)(tiny.request("magnitude", sparsity=0.3, kinds=["mlp"], for_gguf=for_gguf))
+
+    assert events.pop() == "the work"
+    assert ["is no BPE (Unigram)" in event for event in events] == [True] * (for_gguf is not None)
 
 
 def test_types_have_the_blocks_of_the_package_gguf():
