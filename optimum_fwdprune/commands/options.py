@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from optimum_fwdprune.request.budget_options import SIZES
+from optimum_fwdprune.request.budget_options import COUNTS, SIZES
 from optimum_fwdprune.request.fields import AUTO, field_type, may_be_auto
 
 from .parser import choice, number_or_auto
@@ -151,9 +151,12 @@ def add_output_folder(parser: ArgumentParser, kind: str) -> None:
 
 
 def _type_of(name: str, hint: Any, kind: type) -> dict[str, Any]:
-    """Return the arguments of `add_argument` for the type of an option. The request reads sizes, with their units."""
+    """Return the arguments of `add_argument` for the type of an option. The request reads sizes and large numbers, with
+    their units."""
     if name in SIZES:
         return {"type": str, "metavar": "SIZE"}
+    if name in COUNTS:
+        return {"type": str, "metavar": "N"}
     if may_be_auto(hint):
         return {"type": number_or_auto, "metavar": f"{{{AUTO},N}}"}
     return {"type": kind, "metavar": kind.__name__.upper()}

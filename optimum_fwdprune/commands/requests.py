@@ -19,7 +19,7 @@ def add_request_options(parser: ArgumentParser, several: Collection[str] = ()) -
         parser (`ArgumentParser`): the parser that gets the options.
         several (collection of `str`, *optional*): options that take several values.
     """
-    from optimum_fwdprune.request.budget_options import DEFAULT_EXPERT_METHOD, DEFAULT_METHOD
+    from optimum_fwdprune.request.budget_options import DEFAULT_DEPTH_METHOD, DEFAULT_EXPERT_METHOD, DEFAULT_METHOD
     from optimum_fwdprune.request.config import DEFAULT_PRESET
     from optimum_fwdprune.request.fields import Heading
     from optimum_fwdprune.scoring.methods import (
@@ -43,7 +43,8 @@ def add_request_options(parser: ArgumentParser, several: Collection[str] = ()) -
         **choice(methods),
         nargs="+" if "method" in several else None,
         default=SUPPRESS,
-        help=f"How units are scored (default: {DEFAULT_METHOD}, and {DEFAULT_EXPERT_METHOD} for experts).",
+        help=f"How units are scored (default: {DEFAULT_METHOD}, {DEFAULT_EXPERT_METHOD} for experts, and "
+        f"{DEFAULT_DEPTH_METHOD} for layers and sublayers alone).",
     )
     groups: dict[str, Any] = {Heading.METHOD: request}
     known = {"method"} | add_config_options(

@@ -8,8 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..runs.loggers import get_logger
 from .messages import ASSISTANT, Chat, UnusableRow
 
+
+logger = get_logger(__name__)
 
 # Labels that do not count in the loss.
 IGNORED = -100
@@ -66,8 +69,14 @@ def encoded_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[l
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` where a tokenizer has several chat templates and none of them is the default."""
-    _template_of(tokenizer)
+    """Raise `ValueError` where a tokenizer has several chat templates and none of them is the default, and warn where
+    it has none."""
+    if _template_of(tokenizer) is None:
+        logger.warning(
+            "The tokenizer has no chat template, so that the messages of a chat are joined as paragraphs, without "
+            "their roles. If the model will be asked through a template, set tokenizer.chat_template, or name a "
+            "tokenizer that has it."
+        )
 
 
 def _marked_by_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:

@@ -10,6 +10,7 @@ from ..request.budget_options import DEFAULT_EXPERT_METHOD, DEFAULT_METHOD
 from ..request.choices import UnitKind
 from ..request.config import PruningConfig
 from ..request.options import Options
+from ..request.registry import get_method
 from ..runs.loggers import get_logger
 
 
@@ -36,7 +37,7 @@ def with_default_kinds(config: PruningConfig, sites: Iterable[Site]) -> PruningC
         changed = dataclasses.replace(config, kinds=kinds)
     else:
         shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(Options)}
-        changed = PruningConfig(**{**shared, "kinds": kinds, "method": DEFAULT_EXPERT_METHOD})
+        changed = get_method(DEFAULT_EXPERT_METHOD).config_class(**{**shared, "kinds": kinds, "method": DEFAULT_EXPERT_METHOD})
     logger.warning(
         "This model is a mixture of experts, so that experts are pruned: kinds=%s, method=%r. Set kinds to choose "
         "yourself what is pruned.",

@@ -6,14 +6,14 @@ import math
 import re
 from dataclasses import dataclass
 
+from ..request.sizes import count_of
+
 
 # Passes over the data up to which a budget repeats it: up to four, repeated text is nearly worth as much as new text
 # (Muennighoff et al., arXiv 2305.16264).
 MOST_PASSES = 4
 
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMB]?)", re.IGNORECASE)
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", re.IGNORECASE)
-_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def tokens_of(text: str | int) -> int:
@@ -22,8 +22,7 @@ def tokens_of(text: str | int) -> int:
     Raises:
         ValueError: where the text is no such number, or it is 0.
     """
-    matched = _COUNT.fullmatch(str(text).strip().replace("_", "").replace(",", ""))
-    count = 0 if matched is None else round(float(matched[1]) * _FACTORS[matched[2].upper()])
+    count = count_of(str(text))
     if not count:
         raise ValueError(f"tokens={text!r} is no number of tokens; write 500K, 1M or 250000.")
     return count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .choices import WIDTH_KINDS, Phase, UnitKind
+from .choices import WIDTH_KINDS, DepthKind, Phase, UnitKind
 from .fields import Heading, option
 
 
@@ -18,15 +18,21 @@ TARGETS = ("target_parameters", "target_active_parameters", "target_bytes", "tar
 # Options that are sizes in bytes, which may be written with a unit.
 SIZES = ("target_bytes", "target_memory")
 
+# Options that are large numbers, which may be written as 32K, 500M or 5B.
+COUNTS = ("target_parameters", "target_active_parameters", "context_tokens", "latency_tokens", "latency_context")
+
 # Options that are limits of quality, within which the smallest model is searched for.
 LIMITS = ("max_perplexity_ratio", "max_divergence")
 
 
 def default_method(kinds: object) -> str:
     """Return the method of a request that names none, by its `kinds`."""
-    named = kinds if isinstance(kinds, (list, tuple)) else ()
-    of_experts = UnitKind.EXPERT in named and not any(kind in named for kind in WIDTH_KINDS)
-    return DEFAULT_EXPERT_METHOD if of_experts else DEFAULT_METHOD
+    named = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, (list, tuple)) else ()
+    if any(kind in named for kind in WIDTH_KINDS):
+        return DEFAULT_METHOD
+    if UnitKind.EXPERT in named:
+        return DEFAULT_EXPERT_METHOD
+    return DEFAULT_DEPTH_METHOD if any(kind in named for kind in DepthKind) else DEFAULT_METHOD
 
 
 @dataclass
@@ -53,7 +59,9 @@ class BudgetOptions:
         group=Heading.BUDGET,
     )
     target_parameters: int | None = option(
-        None, "Largest number of parameters of the whole pruned model. Replaces sparsity.", group=Heading.BUDGET
+        None,
+        "Largest number of parameters of the whole pruned model, such as 5B. Replaces sparsity.",
+        group=Heading.BUDGET,
     )
     target_active_parameters: int | None = option(
         None,
@@ -71,7 +79,10 @@ class BudgetOptions:
         group=Heading.BUDGET,
     )
     context_tokens: int = option(
-        2048, "Tokens of every prompt that target_memory refers to, new tokens included.", group=Heading.BUDGET
+        2048,
+        "Tokens of every prompt that target_memory refers to, new tokens included, such as 32768 or 32K, which is "
+        "32,000.",
+        group=Heading.BUDGET,
     )
     serving_batch: int = option(1, "Number of prompts at a time that target_memory refers to.", group=Heading.BUDGET)
     target_speedup: float | None = option(

@@ -7,17 +7,18 @@ import functools
 import math
 import numbers
 import typing
+from collections.abc import Collection
 from typing import Any
 
 from ..words import did_you_mean, name_and_weight
-from .budget_options import LIMITS, SIZES, TARGETS
+from .budget_options import COUNTS, LIMITS, SIZES, TARGETS
 from .choices import WIDTH_KINDS, ReconstructionKind, ReconstructionOrder, ReconstructionTarget, Scope
 from .depth import check_depth
 from .experts import check_experts
 from .fields import AUTO, field_type, may_be_auto
 from .options import Options
 from .registry import METHODS
-from .sizes import bytes_of
+from .sizes import bytes_of, count_of
 from .speed import shares_of_phases
 
 
@@ -48,6 +49,9 @@ def check_types(config: Options) -> None:
         value = getattr(config, name)
         if name in SIZES and isinstance(value, str):
             value = bytes_of(value)
+        elif name in COUNTS and isinstance(value, str):
+            # Where it is no number, the error below says what is wanted.
+            value = value if count_of(value) is None else count_of(value)
         is_word = may_be_auto(hint) and value == AUTO
         if kind not in _ACCEPTED or (is_optional and value is None) or is_word:
             continue
@@ -61,7 +65,8 @@ def check_types(config: Options) -> None:
             isinstance(item, _ACCEPTED[kind]) and (kind is bool or not isinstance(item, bool)) for item in items
         ):
             wanted = f"a list of {kind.__name__}" if is_list else f"a{'n' * (kind is int)} {kind.__name__}"
-            wanted += f" or {AUTO!r}" * may_be_auto(hint)
+            wanted += f" or {AUTO!r}" * may_be_auto(hint) + ", such as 500K, 1M or 250000" * (name in COUNTS)
+            wanted += f", such as {[str(kind) for kind in WIDTH_KINDS]}" * (name == "kinds")
             raise ValueError(f"{name} must be {wanted}; got {value!r}.")
         items = [kind(item) for item in items]
         if kind is float and not all(map(math.isfinite, items)):
@@ -73,6 +78,13 @@ def check_types(config: Options) -> None:
 def _hints(config_class: Any) -> dict[str, Any]:
     # Annotations are evaluated, which takes longer than all checks of their values.
     return typing.get_type_hints(config_class)
+
+
+def check_one_budget(named: Collection[str]) -> None:
+    """Raise `ValueError` where options that were named are a sparsity and a target, which would replace it."""
+    targets = [name for name in (*TARGETS, *LIMITS) if name in named]
+    if targets and "sparsity" in named:
+        raise ValueError(f"sparsity and {targets[0]} are two budgets; set one of them.")
 
 
 def check_values(config: Options) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ..files import as_path, write_text_atomically
 from ..words import did_you_mean
 from .budget_options import DEFAULT_METHOD, default_method
-from .checks import check_types, check_values
+from .checks import check_one_budget, check_types, check_values
 from .choices import ReconstructionKind
 from .fields import Heading
 from .files import (
@@ -47,6 +47,7 @@ class PruningConfig(Options):
         if cls is PruningConfig:
             if isinstance(method, numbers.Real):
                 raise TypeError(f"method must be a name; got {method!r}. Options are named: sparsity={method!r}.")
+            check_one_budget([name for name, value in kwargs.items() if value is not None])
             cls = get_method(default_method(kwargs.get("kinds")) if method is None else method).config_class
         known = inspect.signature(cls.__init__).parameters
         for name in kwargs:
@@ -110,7 +111,10 @@ class PruningConfig(Options):
                     f"The request is a config of method {request.method!r}, which method={fields['method']!r} cannot "
                     f"change. Leave out method, or pass the options by name and no config."
                 )
-            return dataclasses.replace(request, **fields)
+            changed = dataclasses.replace(request, **fields)
+            if "sparsity" in fields:
+                check_one_budget([name for name, value in vars(changed).items() if value is not None])
+            return changed
         if request is None or isinstance(request, str):
             return cls.from_preset(DEFAULT_PRESET if request is None else request, **fields)
         way_out = (

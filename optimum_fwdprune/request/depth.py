@@ -52,10 +52,10 @@ def _check_methods(config: Options) -> None:
         asked.append(("depth_method", config.resolved_depth_method, config.depth_kind))
     for field, name, kind in asked:
         if name in METHODS and kind not in METHODS[name].kinds:
-            able = [repr(other) for other, method in sorted(METHODS.items()) if kind in method.kinds]
+            able = [other for other, method in sorted(METHODS.items()) if kind in method.kinds]
             raise ValueError(
                 f"{field}={name!r} scores {', '.join(METHODS[name].kinds)} and not {kind}, which "
-                f"kinds={config.resolved_kinds} includes. Use {field}={' or '.join(able)}."
+                f"kinds={config.resolved_kinds} includes. These do: {', '.join(able)}."
             )
 
 

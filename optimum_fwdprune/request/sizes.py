@@ -1,4 +1,4 @@
-"""Sizes in bytes that users write with a unit."""
+"""Sizes in bytes and large numbers that users write with a unit."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMB]?)", re.IGNORECASE)
+_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def count_of(text: str) -> int | None:
+    """Return the number that a text such as `"500K"`, `"1.5M"`, `"7B"` or `"250,000"` stands for, with 1,000 for K;
+    `None` where it is no such number."""
+    matched = _COUNT.fullmatch(text.strip().replace("_", "").replace(",", ""))
+    return None if matched is None else round(float(matched[1]) * _FACTORS[matched[2].upper()])
 
 
 def bytes_of(size: str) -> int:

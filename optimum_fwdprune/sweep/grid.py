@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..request.axes import BUDGETS, OTHERS
-from ..request.budget_options import DEFAULT_METHOD, LIMITS
+from ..request.budget_options import LIMITS, default_method
 from ..scoring.methods import PruningConfig, get_method, get_preset
 
 
@@ -71,7 +71,7 @@ class Grid:
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values))
             shown = [name for name in axes if len(axes[name]) > 1 or name == budget]
-            options = _owned(single, chosen.get("method") or _method_of(request)) | chosen
+            options = _owned(single, chosen.get("method") or _method_of(request, fields)) | chosen
             if isinstance(request, PruningConfig) and chosen.get("method") == request.method:
                 options.pop("method")
             config = PruningConfig.of(request, **options)
@@ -109,13 +109,14 @@ def _values(name: str, values: Any) -> list[Any]:
 
 def methods_of(request: PruningConfig | str | None, fields: Mapping[str, Any]) -> list[str]:
     """Return the methods of a sweep; the arguments are those of [`Grid.of`]."""
-    return _values("method", fields["method"]) if fields.get("method") is not None else [_method_of(request)]
+    return _values("method", fields["method"]) if fields.get("method") is not None else [_method_of(request, fields)]
 
 
-def _method_of(request: PruningConfig | str | None) -> str:
+def _method_of(request: PruningConfig | str | None, fields: Mapping[str, Any]) -> str:
     if isinstance(request, PruningConfig):
         return request.method
-    return str((get_preset(request).fields if request is not None else {}).get("method", DEFAULT_METHOD))
+    preset = get_preset(request).fields if request is not None else {}
+    return str(preset.get("method") or default_method(fields.get("kinds", preset.get("kinds"))))
 
 
 def _check_owned(options: Mapping[str, Any], methods: Iterable[str]) -> None:

@@ -89,7 +89,8 @@ def test_every_kind_of_budget_can_be_spent_in_rounds(tokens, fields):
     size = sum(parameter.numel() for parameter in dense.parameters())
     sites = find_sites(dense, fields.get("attention_unit", "query_head"))
     pruner = FwdPruner(dense)
-    pruner.prune(tiny.request(sparsity=0.25, rounds=2, **fields), tokens, inplace=False)
+    share = {} if "target_parameters" in fields else {"sparsity": 0.25}
+    pruner.prune(tiny.request(rounds=2, **share, **fields), tokens, inplace=False)
     plan = pruner.plan
     if "attention_sparsity" in fields:
         for site in sites:

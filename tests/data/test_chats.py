@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pandas
 import pytest
+import tiny
 
 from optimum_fwdprune.data.chats import (
     IGNORED,
@@ -13,7 +14,9 @@ from optimum_fwdprune.data.chats import (
     check_template,
     encoded_chat,
 )
+from optimum_fwdprune.data.load_calibration import load_calibration
 from optimum_fwdprune.data.messages import Chat, UnusableRow, chat_of
+from optimum_fwdprune.recovery import RecoveryOptions, training_data
 
 
 # Qwen3's template keeps the thought only in the answers after the last question.
@@ -282,3 +285,23 @@ def test_of_several_templates_the_default_is_taken(tokenizer, encode):
 
 def test_without_a_template_a_chat_is_paragraphs(tokenizer):
     assert chat_text(Chat(QUICK[:3]), tokenizer) == "quick\n\n<think>brown</think>fox</s>lazy\n\n"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda rows, tokenizer: training_data(rows, tokenizer, RecoveryOptions(max_length=32)),
+        lambda rows, tokenizer: load_calibration(
+            tiny.request("wanda_sp", n_samples=2, seq_len=8), tiny.make_model("llama_mqa"), tokenizer, rows
+        ),
+    ],
+    ids=["training", "calibration"],
+)
+@pytest.mark.parametrize("has_template", [True, False])
+def test_a_tokenizer_without_a_template_is_warned_of(tokenizer, monkeypatch, read, has_template):
+    speaking = copy.deepcopy(tokenizer)
+    speaking.chat_template = PLAIN if has_template else None
+    said = []
+    monkeypatch.setattr("optimum_fwdprune.data.chats.logger.warning", said.append)
+    read([{"question": "the quick", "answer": "brown fox jumps over the lazy dog"}] * 40, speaking)
+    assert [text.startswith("The tokenizer has no chat template") for text in said] == [True] * (not has_template)

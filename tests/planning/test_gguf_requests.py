@@ -34,7 +34,8 @@ def announced(monkeypatch):
 
 def pruned(name, fields, **changes):
     pruner = FwdPruner(tiny.make_model(name, **{**SHAPE, **changes}))
-    pruner.prune(tiny.request("magnitude", **{"sparsity": 0.3, "kinds": ["mlp"], **fields}))
+    share = {} if "target_parameters" in fields else {"sparsity": 0.3}
+    pruner.prune(tiny.request("magnitude", **{**share, "kinds": ["mlp"], **fields}))
     return pruner
 
 

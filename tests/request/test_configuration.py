@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from optimum_fwdprune import PruningConfig, register_method
+from optimum_fwdprune.request.budget_options import COUNTS
 from optimum_fwdprune.request.choices import ReconstructionKind, Scope, UnitKind
 from optimum_fwdprune.request.files import CONFIG_NAME
 from optimum_fwdprune.request.registry import (
@@ -221,6 +222,12 @@ def test_unknown_keys_warn_with_the_version_that_wrote_them(tmp_path, caplog):
         ({"target_parameters": -5}, "target_parameters must be at least 1; got -5"),
         ({"target_parameters": 5, "target_bytes": 5}, "set one of them"),
         ({"target_parameters": 5, "mlp_sparsity": 0.1}, "two budgets; set one of them"),
+        ({"target_parameters": 5, "sparsity": 0.3}, "sparsity and target_parameters are two budgets"),
+        ({"target_parameters": 5, "sparsity": 0.2}, "sparsity and target_parameters are two budgets"),
+        ({"max_divergence": 0.1, "sparsity": 0.3}, "sparsity and max_divergence are two budgets"),
+        ({"context_tokens": "32X"}, "context_tokens must be an int, such as 500K, 1M or 250000; got '32X'"),
+        ({"target_parameters": "many"}, "target_parameters must be an int, such as 500K, .*; got 'many'"),
+        ({"kinds": "mlp"}, r"kinds must be a list of str, such as \['attention', 'mlp'\]; got 'mlp'"),
         ({"kinds": []}, "must name at least one of attention, mlp, expert, layer"),
         ({"kinds": ["heads"]}, "kinds must be one of attention, mlp, expert, layer, sublayer; got 'heads'"),
         ({"kinds": ["mlp"], "attention_sparsity": 0.1}, r"attention_sparsity .* kinds=\['mlp'\] excludes"),
@@ -306,3 +313,40 @@ def test_values_of_options_may_be_enums_and_are_kept_as_plain_strings():
     assert {type(config.scope), type(config.kinds[0]), type(config.reconstruction)} == {str}
     assert json.loads(json.dumps(enums)) == {name: getattr(config, name) for name in enums}
     assert f"{Scope.GLOBAL} {Scope.GLOBAL!r}" == "global 'global'"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("5B", 5 * 10**9), ("1.5m", 1_500_000), ("32K", 32_000), ("250,000", 250_000), (77, 77)]
+)
+@pytest.mark.parametrize("name", COUNTS)
+def test_large_numbers_may_have_a_unit(name, text, number):
+    assert getattr(PruningConfig(**{name: text}), name) == number
+
+
+@pytest.mark.parametrize("request_", [PruningConfig(target_parameters=5), PruningConfig(sparsity=0.3)], ids=str)
+def test_a_target_replaces_an_earlier_sparsity_but_not_the_other_way_round(request_):
+    assert PruningConfig.of("flap-paper", target_parameters=7).target_parameters == 7
+    assert PruningConfig.of(request_, target_parameters=7).target_parameters == 7
+    if request_.target_parameters is None:
+        assert PruningConfig.of(request_, sparsity=0.4).sparsity == 0.4
+    else:
+        with pytest.raises(ValueError, match="sparsity and target_parameters are two budgets"):
+            PruningConfig.of(request_, sparsity=0.4)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "method"),
+    [
+        (["layer"], "block_influence"),
+        (["sublayer"], "block_influence"),
+        (["expert"], "reap"),
+        (["expert", "layer"], "reap"),
+        (["mlp", "layer"], "wanda_sp"),
+        (["mlp"], "wanda_sp"),
+        (None, "wanda_sp"),
+    ],
+)
+def test_the_default_method_follows_the_kinds(kinds, method):
+    target = {"target_parameters": 5}
+    assert PruningConfig(kinds=kinds, **target).method == method
+    assert PruningConfig.of("fast", kinds=kinds, **target).method == method

@@ -17,8 +17,9 @@ def deep_model():
 
 
 def request_of(**fields):
+    share = {} if "target_parameters" in fields else {"sparsity": 0.4}
     return PruningConfig(
-        "policy_gradient", **{"kinds": ["layer"], "sparsity": 0.4, "steps": 40, "reconstruction": "none", **fields}
+        "policy_gradient", **{"kinds": ["layer"], "steps": 40, "reconstruction": "none", **share, **fields}
     )
 
 

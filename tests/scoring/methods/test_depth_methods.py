@@ -227,8 +227,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"kinds": ["layer"]}, r"method='wanda_sp' scores attention, mlp and not layer.*'block_influence' or"),
-            ({"kinds": ["mlp"], "method": "removal_loss"}, r"scores layer, sublayer, expert and not mlp.*'flap' or"),
+            (
+                {"kinds": ["layer"], "method": "wanda_sp"},
+                r"method='wanda_sp' scores attention, mlp and not layer.*These do: block_influence, magnitude, ",
+            ),
+            ({"kinds": ["mlp"], "method": "removal_loss"}, r"scores layer, sublayer, expert and not mlp.*These do: flap, "),
             ({"kinds": ["layer", "sublayer"], "method": "random"}, "a layer is two sublayers. Use sublayer alone"),
             ({"kinds": ["layer", "mlp"]}, "Set depth_sparsity to the fraction"),
             ({"kinds": ["mlp"], "depth_sparsity": 0.2}, "Use sparsity, or add the others to kinds"),
