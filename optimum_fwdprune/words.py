@@ -36,8 +36,14 @@ def is_no_repository(name_or_path: str) -> bool:
 def first_difference(stored: Any, expected: Any, name: str = "content") -> str | None:
     """Return a clause on the first difference of two JSON values; `None` where they are equal."""
     if isinstance(stored, dict) and isinstance(expected, dict):
-        differences = (first_difference(stored.get(key), expected.get(key), key) for key in {**expected, **stored})
-        return next((difference for difference in differences if difference), None)
+        for key in {**expected, **stored}:
+            if key not in stored:
+                return f"it has no {key}, and this one has"
+            if key not in expected:
+                return f"it has {key}, and this one has not"
+            if difference := first_difference(stored[key], expected[key], key):
+                return difference
+        return None
     return None if stored == expected else f"its {name} is {stored!r}, this one's is {expected!r}"
 
 

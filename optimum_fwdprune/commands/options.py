@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 LOADING = {
     "gguf_file": "GGUF file inside MODEL to load.",
     "dtype": "Dtype of the weights, such as bfloat16. Default: the checkpoint's own.",
-    "device_map": "Device of the layers, such as auto, cuda or cpu. Default: the CPU; under accelerate launch each "
-    "process takes its own accelerator.",
+    "device_map": "Device of the layers, such as auto, cuda or cpu. Default: the CPU; under accelerate launch and "
+    "with --low_memory the accelerator, if there is one.",
     "attn_implementation": "Implementation of attention: eager, sdpa, flash_attention_2, ...",
     "revision": "Branch, tag or commit of a Hub repository.",
     "token": "Access token of the Hub. Default: the token of the user who is logged in.",
@@ -151,8 +151,10 @@ def add_output_folder(parser: ArgumentParser, kind: str) -> None:
 
 
 def _type_of(name: str, hint: Any, kind: type) -> dict[str, Any]:
-    """Return the arguments of `add_argument` for the type of an option. The request reads sizes and large numbers, with
-    their units."""
+    """Return the arguments of `add_argument` for the type of an option.
+
+    The request reads sizes and large numbers, which may have units.
+    """
     if name in SIZES:
         return {"type": str, "metavar": "SIZE"}
     if name in COUNTS:

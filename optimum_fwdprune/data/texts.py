@@ -147,8 +147,8 @@ def open_texts(
     data = open_data(source, config, split, column)
     if data.kind != TEXT:
         raise ValueError(
-            f"{data.name} holds {KINDS[data.kind]}, but text is needed. Write it to a .txt file, or set dataset_column "
-            f"to a column of text."
+            f"{data.name} holds {KINDS[data.kind]}, but text is needed. Write it to a .txt file, or set "
+            f"dataset_column to a column of text."
         )
     return data.name, _reported(texts_of(data, source), data)
 

@@ -108,7 +108,7 @@ def compare(
     # A misspelt option fails before anything is measured.
     QualityOptions(**options)
     evaluations = []
-    for (name, model), timed in zip(models.items(), benchmark(list(models.values()), **speed)):
+    for (name, model), timed in zip(models.items(), benchmark(models, **speed)):
         measured = evaluate(model, tokenizer, texts, tasks, name, **options)
         evaluations.append(replace(measured, benchmark=timed))
     return Comparison(evaluations)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ class Benchmark:
 
 @torch.no_grad()
 def benchmark(
-    models: Sequence[PreTrainedModel],
+    models: Sequence[PreTrainedModel] | Mapping[str, PreTrainedModel],
     batch_sizes: Sequence[int] = (1,),
     prompt_tokens: Sequence[int] = (512,),
     new_tokens: int = 16,
@@ -120,8 +120,9 @@ def benchmark(
     call only. A first round of all runs warms up and is not counted.
 
     Args:
-        models (sequence of `PreTrainedModel`): causal language models. The others are compared with the first one, and
-            a warning names those that are not faster, with the likely reason.
+        models (sequence of `PreTrainedModel`, or mapping of `str` to it): causal language models, by name if they have
+            names. The others are compared with the first one, and a warning names those that are not faster, with the
+            likely reason.
         batch_sizes (sequence of `int`, defaults to `(1,)`): numbers of prompts; every one is timed with all
             `prompt_tokens`.
         prompt_tokens (sequence of `int`, defaults to `(512,)`): lengths of the prompts.
@@ -135,6 +136,9 @@ def benchmark(
     """
     if not models:
         raise ValueError("There is no model to measure.")
+    if not isinstance(models, Mapping):
+        models = {f"model {place}": model for place, model in enumerate(models, 1)}
+    (first_name, *others), models = models, list(models.values())
     if min(*batch_sizes, *prompt_tokens, new_tokens, repeats) < 1:
         raise ValueError("batch_sizes, prompt_tokens, new_tokens and repeats must be at least 1.")
     for model in models:
@@ -157,9 +161,9 @@ def benchmark(
     largest = torch.zeros(max(batch_sizes), max(prompt_tokens), dtype=torch.int64)
     first = torch.zeros(1, prompt_tokens[0], dtype=torch.int64)
     measured = [_sized(model, own_timings, first, largest) for model, own_timings in zip(models, timings)]
-    for number in range(1, len(models)):
+    for number, name in enumerate(others, 1):
         for reason in slower_because(models[0], models[number], measured[0], measured[number]):
-            logger.warning("Model %d is not faster than the first: %s", number + 1, reason)
+            logger.warning("%s is not faster than %s: %s", name, first_name, reason)
     return measured
 
 

@@ -37,7 +37,8 @@ def with_default_kinds(config: PruningConfig, sites: Iterable[Site]) -> PruningC
         changed = dataclasses.replace(config, kinds=kinds)
     else:
         shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(Options)}
-        changed = get_method(DEFAULT_EXPERT_METHOD).config_class(**{**shared, "kinds": kinds, "method": DEFAULT_EXPERT_METHOD})
+        shared |= {"kinds": kinds, "method": DEFAULT_EXPERT_METHOD}
+        changed = get_method(DEFAULT_EXPERT_METHOD).config_class(**shared)
     logger.warning(
         "This model is a mixture of experts, so that experts are pruned: kinds=%s, method=%r. Set kinds to choose "
         "yourself what is pruned.",

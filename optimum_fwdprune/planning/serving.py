@@ -20,13 +20,26 @@ from ..loading.subject import Subject
 from ..reconstruction.bias import kinds_gaining_bias
 from ..request.choices import DepthKind, Scope, UnitKind
 from ..request.config import PruningConfig
+from ..runs.loggers import get_logger
 from ..runs.progress import announce
 from .settling import kept_by_equal_scores
 
 
+logger = get_logger(__name__)
+
 # The amount to remove is found to this share of the target, in at most so many steps. A step interpolates, and removes
 # this share of the interval in addition, so that the model mostly fits into the target.
 RESOLUTION, MOST_STEPS, SAFETY = 2e-3, 6, 1e-3
+
+# A cache that takes a larger share of the memory is worth a hint at the units that shrink it.
+LARGE_CACHE = 0.25
+WHAT_SHRINKS = (
+    "It shrinks with layers or sublayers (kinds with 'layer' or 'sublayer') and with attention (kinds with "
+    "'attention'), where heads share keys and values with attention_unit='kv_group'."
+)
+
+# The key of the predictions under which they hold that the warnings were given.
+_WARNED = "warned"
 
 
 @dataclass(frozen=True)
@@ -58,10 +71,10 @@ class MemoryCost:
         return caches + sum(site.all_parameters for site in gone) * self.item_size
 
     def asked(self, amount: int, total: int) -> str:
-        return f"target_memory={self.target}, which removes {amount / 1e6:,.1f} MB of weights and KV cache,"
+        return f"target_memory={self.target:,}, which removes {amount / 1e6:,.1f} MB of weights and KV cache,"
 
     def most(self, amount: float, total: int) -> str:
-        return f"saving is {amount / 1e6:,.1f} MB, for target_memory={self.dense - int(amount)}"
+        return f"saving is {amount / 1e6:,.1f} MB, for target_memory={self.dense - int(amount):,}"
 
 
 class Serving:
@@ -112,14 +125,15 @@ class Serving:
                 f"nothing would be pruned. Choose a smaller target, or more context_tokens."
             )
         cost = self._cost(dense, target)
+        self._warn_of_context(dense, cost)
         most = _removing(dense.weights + dense.cache, cost, as_far_as_possible=True)
         kept = kept_by_equal_scores(sites, config, most)
         least = self._predicted(dense, kept)
         if least.total > target:
             raise OutOfReach(
-                f"target_memory={target} is less than the model takes with "
+                f"target_memory={target:,} is less than the model takes with "
                 f"{', '.join(named_constraints(config, sites))}: the smallest possible target_memory is "
-                f"{least.total} ({least}). {_what_shrinks(config, dense)}"
+                f"{least.total:,} ({least}). {_what_shrinks(config, dense, cost)}"
             )
         # Amounts that are too small and large enough, with what they lead to. Between them, it is nearly linear.
         saved = dense.weights + dense.cache - least.weights - least.cache
@@ -146,6 +160,26 @@ class Serving:
                 break
             activations = max(activations, memory.activations)
         return budget
+
+    def _warn_of_context(self, dense: Memory, cost: MemoryCost) -> None:
+        """Warn, once for a model, of a context that it has no positions for, and of a large cache that will stay."""
+        if _WARNED in self._known:
+            return
+        self._known[_WARNED] = dense
+        config, model_config = self._config, self._subject.text_config
+        positions = getattr(model_config, "max_position_embeddings", None)
+        if positions is not None and config.context_tokens > positions:
+            logger.warning(
+                "context_tokens is %s, and the model has %s positions.", f"{config.context_tokens:,}", f"{positions:,}"
+            )
+        if dense.cache > LARGE_CACHE * dense.total and not _shrinks_cache(config, cost):
+            logger.warning(
+                "The KV cache takes %s of the %s MB of the dense model, and the units of this request do not shrink "
+                "it. %s",
+                f"{dense.cache / 1e6:,.0f}",
+                f"{dense.total / 1e6:,.0f}",
+                WHAT_SHRINKS,
+            )
 
     def _predicted(self, dense: Memory, kept: Mapping[SiteKey, Sequence[int]]) -> Memory:
         memory = self.memory(kept)
@@ -190,14 +224,14 @@ def _removing(amount: int, cost: MemoryCost, as_far_as_possible: bool = False) -
     return Budget(amount, at_least=True, cost=cost, as_far_as_possible=as_far_as_possible)
 
 
-def _what_shrinks(config: PruningConfig, dense: Memory) -> str:
+def _what_shrinks(config: PruningConfig, dense: Memory, cost: MemoryCost) -> str:
     """Return which kinds of units would shrink the KV cache, if the request has none of them."""
-    shrinks = config.depth_kind is not None or (
-        UnitKind.ATTENTION in config.resolved_kinds and config.attention_unit == "kv_group"
-    )
-    if shrinks:
+    if _shrinks_cache(config, cost):
         return "Choose a larger target, or fewer context_tokens."
-    return (
-        f"The KV cache, {dense.cache / 1e6:,.1f} MB of the dense model, shrinks with layers or sublayers (kinds with "
-        f"'layer' or 'sublayer') and with KV groups (kinds with 'attention', attention_unit='kv_group')."
-    )
+    return f"The KV cache takes {dense.cache / 1e6:,.1f} MB of the dense model. {WHAT_SHRINKS}"
+
+
+def _shrinks_cache(config: PruningConfig, cost: MemoryCost) -> bool:
+    """Whether a request has units whose removal shrinks the KV cache."""
+    in_attention = UnitKind.ATTENTION in config.resolved_kinds and any(cost.cache_per_unit.values())
+    return config.depth_kind is not None or in_attention

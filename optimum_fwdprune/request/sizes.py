@@ -30,12 +30,14 @@ def count_of(text: str) -> int | None:
 
 
 def bytes_of(size: str) -> int:
-    """Return the number of bytes that a size stands for, such as `"6GB"` (10⁹ bytes each), `"512 MiB"` or `"1e9"`.
+    """Return the number of bytes that a size stands for, such as `"6GB"` (10⁹ bytes each), `"512 MiB"`, `"1e9"` or
+    `"6,000,000,000"`.
 
     Raises:
         ValueError: where it is no size.
     """
-    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([a-z]*)\s*", size, flags=re.IGNORECASE)
+    plain = size.replace("_", "").replace(",", "")
+    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([a-z]*)\s*", plain, flags=re.IGNORECASE)
     try:
         if match is None:
             raise ValueError

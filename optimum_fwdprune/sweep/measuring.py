@@ -135,16 +135,16 @@ class Meter:
         own = Evaluation(name, {text: _loss(likeness) for text, likeness in likenesses.items()}, [])
         dense = self._dense
         if self._measures.speed:
-            before, after = self._timed(model)
+            before, after = self._timed(name, model)
             dense, own = replace(dense, benchmark=before), replace(own, benchmark=after)
         divergences = {f"{DIVERGENCE}{text}": likeness.divergence for text, likeness in likenesses.items()}
         figures = _sizes(model) | _known(own.figures(dense)) | divergences
         return figures, Comparison([dense, own])
 
-    def _timed(self, model: PreTrainedModel) -> list[Benchmark]:
+    def _timed(self, name: str, model: PreTrainedModel) -> list[Benchmark]:
         measures = self._measures
         return benchmark(
-            [self._model, model],
+            {self._dense.name: self._model, name: model},
             batch_sizes=measures.batch_sizes,
             prompt_tokens=measures.prompt_tokens,
             new_tokens=measures.new_tokens,

@@ -165,7 +165,17 @@ class TestReasons:
         )
         reasons(pruned_twin(sparsity=0.01))
 
-        assert len(said) == 2 and said[0].startswith("Model 2 is not faster than the first: prefill")
+        assert len(said) == 2 and said[0].startswith("model 2 is not faster than model 1: prefill")
+
+    def test_names_of_models_are_in_the_warning(self, monkeypatch):
+        said = []
+        monkeypatch.setattr(
+            "optimum_fwdprune.evaluation.speed.logger.warning", lambda text, *args: said.append(text % args)
+        )
+        monkeypatch.setattr("optimum_fwdprune.evaluation.speed.NOT_FASTER", 1e6)
+        models = {"whole": tiny.make_model("llama_mqa"), "same": tiny.make_model("llama_mqa")}
+        assert len(benchmark(models, prompt_tokens=[4], new_tokens=1, repeats=1)) == 2
+        assert said and all(text.startswith("same is not faster than whole: ") for text in said)
 
 
 @pytest.mark.parametrize(

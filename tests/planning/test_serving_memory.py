@@ -61,9 +61,9 @@ def test_the_model_takes_what_was_asked_for(units):
 def test_what_cannot_be_met_names_what_can_and_which_kinds_would_help():
     model = tiny.make_model("llama_gqa_biases")
     dense = memory_of(model, 2, 100)
-    with pytest.raises(ValueError, match=r"smallest possible target_memory is \d+ .*kinds with 'layer'") as raised:
+    with pytest.raises(ValueError, match=r"smallest possible target_memory is [\d,]+ .*kinds with 'layer'") as raised:
         FwdPruner(model).prune(target_memory=dense.total // 10, kinds=["mlp"], **REQUEST)
-    smallest = int(str(raised.value).partition("smallest possible target_memory is ")[2].split()[0])
+    smallest = bytes_of(str(raised.value).partition("smallest possible target_memory is ")[2].split()[0])
     pruner = FwdPruner(model)
     assert memory_of(pruner.prune(target_memory=smallest, kinds=["mlp"], **REQUEST), 2, 100).total <= smallest
     with pytest.raises(ValueError, match="nothing would be pruned"):
@@ -73,9 +73,33 @@ def test_what_cannot_be_met_names_what_can_and_which_kinds_would_help():
 def test_sizes_have_units():
     assert PruningConfig(target_memory="1.5GB").target_memory == 1_500_000_000
     assert PruningConfig(target_bytes="2 MiB").target_bytes == 2 * 2**20
-    assert [bytes_of(size) for size in ("7", "1e9", "3kb")] == [7, 10**9, 3000]
+    assert [bytes_of(size) for size in ("7", "1e9", "3kb", "6,000_000")] == [7, 10**9, 3000, 6 * 10**6]
     for size in ("6 apples", "GB", "1.2.3MB", "-1GB"):
         with pytest.raises(ValueError, match="is no size in bytes; write 6GB"):
             PruningConfig(target_memory=size)
     with pytest.raises(ValueError, match="two budgets"):
         PruningConfig(target_memory="1GB", target_bytes="1GB")
+
+
+@pytest.mark.parametrize(
+    ("context", "large", "fields", "begins"),
+    [
+        (100, 0.01, {"kinds": ["mlp"]}, ["The KV cache takes "]),
+        (100, 0.9, {"kinds": ["mlp"]}, []),
+        (100, 0.01, {"kinds": ["layer"]}, []),
+        (100, 0.01, {"kinds": ["attention"], "attention_unit": "kv_group"}, []),
+        (1000, 0.01, {"kinds": ["layer"]}, ["context_tokens is 1,000, and the model has 256 positions."]),
+    ],
+    ids=str,
+)
+def test_a_large_cache_and_a_long_context_are_warned_of_once(monkeypatch, context, large, fields, begins):
+    said = []
+    monkeypatch.setattr("optimum_fwdprune.planning.serving.LARGE_CACHE", large)
+    monkeypatch.setattr(
+        "optimum_fwdprune.planning.serving.logger.warning", lambda text, *args: said.append(text % args)
+    )
+    model = tiny.make_model("llama_gqa_biases", max_position_embeddings=256)
+    request = {**REQUEST, "context_tokens": context, **fields}
+    target = int(0.9 * memory_of(model, request["serving_batch"], context).total)
+    FwdPruner(model).dry_run(target_memory=target, rounds=2, **request)
+    assert [text[: len(start)] for text, start in zip(said, begins)] == begins and len(said) == len(begins)

@@ -231,7 +231,10 @@ class TestRefusals:
                 {"kinds": ["layer"], "method": "wanda_sp"},
                 r"method='wanda_sp' scores attention, mlp and not layer.*These do: block_influence, magnitude, ",
             ),
-            ({"kinds": ["mlp"], "method": "removal_loss"}, r"scores layer, sublayer, expert and not mlp.*These do: flap, "),
+            (
+                {"kinds": ["mlp"], "method": "removal_loss"},
+                r"scores layer, sublayer, expert and not mlp.*These do: flap, ",
+            ),
             ({"kinds": ["layer", "sublayer"], "method": "random"}, "a layer is two sublayers. Use sublayer alone"),
             ({"kinds": ["layer", "mlp"]}, "Set depth_sparsity to the fraction"),
             ({"kinds": ["mlp"], "depth_sparsity": 0.2}, "Use sparsity, or add the others to kinds"),
