@@ -39,6 +39,7 @@ PRUNED = {
     "how_to/evaluation.md": ("pruned", "pruned-30", "pruned-50"),
     "how_to/gguf.md": ("pruned",),
     "how_to/gpu_24gb.md": ("smollm2-pruned",),
+    "how_to/publishing.md": ("smollm2-pruned",),
     "how_to/recovery.md": ("smollm2-pruned",),
     "how_to/report.md": ("pruned", "pruned-20", "pruned-40"),
     "how_to/trainers.md": ("smollm2-pruned",),

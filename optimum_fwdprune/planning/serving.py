@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 RESOLUTION, MOST_STEPS, SAFETY = 2e-3, 6, 1e-3
 
 # A cache that takes a larger share of the memory is worth a hint at the units that shrink it.
-LARGE_CACHE = 0.25
+LARGE_CACHE = 0.15
 WHAT_SHRINKS = (
     "It shrinks with layers or sublayers (kinds with 'layer' or 'sublayer') and with attention (kinds with "
     "'attention'), where heads share keys and values with attention_unit='kv_group'."
