@@ -73,18 +73,19 @@ def dense_routing(plan: PruningPlan) -> dict[SiteKey, list[int]]:
     }
 
 
-def outside_units(parameters: int, prunable: int) -> str | None:
+def outside_units(parameters: int, prunable: int, kinds: str = "of the kinds that are pruned") -> str | None:
     """Return a sentence on the parameters that no unit owns, such as embeddings; `None` where they are at most a third
     of all, so that the share of the prunable parameters tells how much smaller the model becomes.
 
     Args:
         parameters (`int`): parameters of the dense model.
         prunable (`int`): parameters that units own.
+        kinds (`str`, *optional*): which units these are, in words.
     """
     outside = 1 - prunable / parameters
     if outside <= LARGE_SHARE:
         return None
-    return f"{outside:.1%} of the model's parameters belong to no unit that can be removed, such as its embeddings."
+    return f"{outside:.1%} of the model's parameters belong to no unit {kinds}, such as its embeddings."
 
 
 def rerouted(plan: PruningPlan) -> str | None:

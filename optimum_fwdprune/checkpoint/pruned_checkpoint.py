@@ -131,7 +131,7 @@ class PrunedCheckpoint:
     ) -> None:
         check_not_consumed(self.model)
         if self.record.plan is None and not is_pruned(self.model.config):
-            raise ValueError("There is nothing to save yet; call prune() first.")
+            raise ValueError("There is nothing to save yet; prune the model first.")
         self._check_adapters()
         whole = not is_peft_model(self.model)
         record = self.record.leave_with(self.model) if whole else None

@@ -134,14 +134,15 @@ class Data:
         if not strings and any(value is None for value in row.values()):
             return None
         raise ValueError(
-            f"{self.name} has the columns {', '.join(map(str, row))}; set dataset_column to one of text or messages."
+            f"{self.name} has the columns {', '.join(map(str, row))}. Set dataset_column to the one that holds "
+            f"text or messages, or name a question and its answer question and answer."
         )
 
     def _kind_of_column(self, row: Mapping, column: str) -> str | None:
         if column not in row:
             raise ValueError(
                 f"{self.name} has no column {column!r}; it has the columns {', '.join(map(str, row))}. Set "
-                f"dataset_column to one of text or messages."
+                f"dataset_column to the one that holds text or messages."
             )
         value = row[column]
         if isinstance(value, str):

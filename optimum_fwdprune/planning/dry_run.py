@@ -95,7 +95,9 @@ class DryRun:
         if self.serving_memory is not None:
             prompts = f"{request.serving_batch} x {request.context_tokens} tokens"
             sentences.append(f"While it serves {prompts}, the pruned model will take {self.serving_memory}.")
-        parts = {name.replace("_", " "): size / 1e6 for name, size in self.run_memory.items() if size}
+        # On an accelerator, hidden states wait in the memory of the host.
+        names = {"hidden_states": "hidden states in the memory of the host"}
+        parts = {names.get(name, name.replace("_", " ")): size / 1e6 for name, size in self.run_memory.items() if size}
         listed = ", ".join(f"{size:,.0f} MB of {name}" for name, size in parts.items())
         sentences.append(f"The run takes at least {sum(parts.values()):,.0f} MB: {listed}.")
         sentences.append(expected_time(self.seconds))

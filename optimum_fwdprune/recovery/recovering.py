@@ -194,7 +194,7 @@ def check_trainable(model: Any, record: Record) -> None:
     check_can_be_trained(model)
     if record.plan is None and not is_pruned(model.config):
         raise ValueError(
-            f"recover trains a pruned model, and this {type(model).__name__} is dense: call prune() first. "
+            f"recover trains a pruned model, and this {type(model).__name__} is dense: prune it first. "
             f"transformers.Trainer trains dense models."
         )
 

@@ -76,7 +76,7 @@ def units_of(model: PreTrainedModel) -> dict[str, Any]:
     units += _whole(_removable_layers(model, sites), "whole layers")
     active = total - sum(site.idle_parameters for site in sites)
     routed = [f"A token uses {active:,} of the {total:,} parameters ({active / total:.1%})."] if active < total else []
-    outside = outside_units(total, sum(site.num_parameters for site in sites))
+    outside = outside_units(total, sum(site.num_parameters for site in sites), "that can be removed")
     return {
         "parameters": total,
         "active_parameters": active,

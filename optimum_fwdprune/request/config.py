@@ -199,6 +199,8 @@ def _no_option(config_class: type[PruningConfig], name: str, known: Iterable[str
         if name in (declared.name for declared in dataclasses.fields(METHODS[owner].config_class))
     ]
     hint = did_you_mean(name, known)
+    if name == "preset":
+        hint = " A preset is the first argument, such as prune('best')."
     if owners:
         hint = f" That is an option of method={' or method='.join(map(repr, owners))}."
     return f"{config_class.__name__} has no option {name!r}.{hint}"

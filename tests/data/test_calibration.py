@@ -468,7 +468,7 @@ def test_a_named_column_is_taken(model, tokenizer, tmp_path):
 
     both = tmp_path / "both.jsonl"
     both.write_text("\n".join(json.dumps({"title": text, "story": "none"}) for text in TEXTS))
-    with pytest.raises(ValueError, match=r"has the columns title, story; set dataset_column to one of text"):
+    with pytest.raises(ValueError, match=r"has the columns title, story\. Set dataset_column to the one that holds text"):
         windows(model, tokenizer, calibration=str(both))
     found = windows(model, tokenizer, calibration=str(both), dataset_column="title")
     assert "quick brown" in tokenizer.decode(found.input_ids.flatten())
@@ -477,7 +477,7 @@ def test_a_named_column_is_taken(model, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ("nothing", r"has no column 'nothing'; it has the columns text, id\. Set dataset_column to one of"),
+        ("nothing", r"has no column 'nothing'; it has the columns text, id\. Set dataset_column to the one"),
         ("id", "has a int in the column id, which is neither text nor messages nor a list of token ids; set"),
     ],
 )
@@ -656,7 +656,7 @@ def test_wikitexts_marks_are_undone():
         ({"input_ids": [[1, 2, 3], [3, 4]], "attention_mask": [[1], [1]]}, r"attention_mask has the shape \[1\]"),
         ({"input_ids": ["a", "b"]}, "None of 2 rows of rows can be used.*input_ids is not a list of integers"),
         ({"text": ["the fox"], "id": [1, 2]}, "The columns have different lengths: text has 1, id has 2"),
-        (pandas.DataFrame({"id": [1], "length": [2]}), "has the columns id, length; set dataset_column"),
+        (pandas.DataFrame({"id": [1], "length": [2]}), "has the columns id, length. Set dataset_column"),
         (pandas.Series([1, 2]), "has a int in the column text, which is neither text"),
         (torch.full((2, 4), -100), "contains token -100, but tokens start at 0"),
         (torch.full((2, 4), 300), r"token 300.*vocabulary of 300"),

@@ -155,7 +155,7 @@ def test_the_share_of_the_whole_model_comes_first(weightless):
     lines = str(weightless.dry_run(dataset=TOKENS)).splitlines()
 
     assert "of 77,952 parameters (-10.5%)" in lines[0]
-    assert "belong to no unit that can be removed, such as its embeddings" in lines[1]
+    assert "belong to no unit of the kinds that are pruned, such as its embeddings" in lines[1]
 
 
 def test_a_notebook_shows_sentences_and_a_table(weightless):

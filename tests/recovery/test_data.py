@@ -355,7 +355,7 @@ def test_batches_are_padded_behind_their_end_and_only_where_they_must():
             {"max_length": 100},
             r"strings is too short: it has \d+ tokens.* sequence has 100",
         ),
-        ([{"a": "x", "b": "y"}], {}, "rows has the columns a, b; set dataset_column"),
+        ([{"a": "x", "b": "y"}], {}, "rows has the columns a, b. Set dataset_column"),
         ([{"a": "x", "b": "y"}], {"dataset_column": "text"}, "rows has no column 'text'; it has the columns a, b"),
         ([{"messages": CHAT[:1]}], {}, "None of 1 rows of rows can be used.* no message of the role assistant, only"),
         ([{"messages": [{"who": "me", "says": "x"}]}], {}, "one in 'messages' has who, says"),
