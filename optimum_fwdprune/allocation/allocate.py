@@ -65,9 +65,14 @@ def allocate(
     for number in range(len(open_units(sites, config)) + 1):
         try:
             gone = removed_units(sites, scores, config, budget, number)
-            return _without_units(gone, sites, scores, config, budget, additive)
         except OutOfReach as error:
             out_of_reach = out_of_reach or error
+            break
+        try:
+            return _without_units(gone, sites, scores, config, budget, additive)
+        except OutOfReach as error:
+            # The more of them go, the larger is the budget that can be met.
+            out_of_reach = error
     assert out_of_reach is not None
     raise out_of_reach
 

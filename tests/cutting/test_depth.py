@@ -344,6 +344,7 @@ class TestConfigs:
         config.decoder_sparse_step = 2
         with pytest.raises(ValueError, match=r"decoder_sparse_step is 2, .*Remove sublayers"):
             values_of_layers(config, [0, 2])
+        assert values_of_layers(config, [0, 1, 2]) == {"num_hidden_layers": 3}
 
     def test_mixed_layer_types_survive_the_removal_of_the_layers_before_them(self, tokens):
         types = ["full_attention", "sliding_attention", "full_attention"]

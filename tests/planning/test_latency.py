@@ -12,13 +12,20 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
+from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan, find_sites
 from optimum_fwdprune.allocation.allocate import allocate
 from optimum_fwdprune.allocation.budgets import Budget
 from optimum_fwdprune.architectures import get_architecture
 from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.planning import timing
-from optimum_fwdprune.planning.latency import Latencies, LatencyCost, LatencyTable, shape_of, speed_budget
+from optimum_fwdprune.planning.latency import (
+    SMALLEST_REST,
+    Latencies,
+    LatencyCost,
+    LatencyTable,
+    shape_of,
+    speed_budget,
+)
 from optimum_fwdprune.planning.timed_layers import Calls, LayerCopies, timed_runs
 from optimum_fwdprune.planning.timing import load_or_measure
 
@@ -482,3 +489,20 @@ def test_a_speed_up_out_of_reach_names_no_multiple_that_nobody_set(tokens, monke
     with pytest.raises(ValueError, match=r"MLP widths in multiples of .* which are those that were timed") as refusal:
         pruner.prune(dataset=tokens, target_speedup=9, latency_tokens=16)
     assert "multiple_of" not in str(refusal.value)
+
+
+def test_layers_that_take_longer_than_the_model_leave_a_finite_speed_up():
+    assert LatencyCost(made_up({})).speedup(1.5e12) == pytest.approx(1 / SMALLEST_REST)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_layer_that_lost_its_attention_is_timed_as_it_is(phase, clock):
+    dense = tiny.make_model("llama_gqa_biases")
+    counts = {site.key: site.num_units for site in find_sites(dense)}
+    kept = {key: [] if key == (0, "attention") else list(range(count)) for key, count in counts.items()}
+    plan = PruningPlan(kept, counts, "llama", "query_head")
+    subject = Subject.of(FwdPruner(dense).prune(plan=plan, reconstruction="none"))
+    latencies = load_or_measure(subject, request_of(speed_of=phase)).phases[phase]
+
+    for site in subject.sites:
+        assert latencies.seconds(site) == pytest.approx(1e-9 * site.all_parameters, rel=0.1)

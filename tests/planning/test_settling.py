@@ -9,7 +9,9 @@ import torch
 from optimum_fwdprune import FwdPruner, PruningConfig, find_sites
 from optimum_fwdprune.allocation.allocate import OutOfReach, allocate
 from optimum_fwdprune.allocation.budgets import removal_budget
+from optimum_fwdprune.loading.subject import Subject
 from optimum_fwdprune.planning.forecast import forecast, warn_of_rounding
+from optimum_fwdprune.planning.settler import Settler
 from optimum_fwdprune.planning.settling import settle
 
 
@@ -38,6 +40,17 @@ def test_the_defaults_give_way_in_order_and_say_so(caplog):
     assert len(caplog.messages) == 2 and "attention heads" in caplog.messages[1]
 
 
+@pytest.mark.parametrize(("share", "skip_layers"), [(0.89, None), (0.92, [])])
+def test_the_ends_give_way_by_what_layers_that_stay_lose(share, skip_layers):
+    """Three layers go, of which one is among the eight whose MLPs are pruned by default."""
+    sites = find_sites(deep_model())
+    total = sum(site.num_parameters for site in sites)
+    lost = total / 4 + 7 * share * sites[1].num_parameters
+    config, _ = settled(sites, kinds=["layer", "mlp"], depth_sparsity=0.25, sparsity=lost / total)
+
+    assert config.skip_layers == skip_layers
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -60,7 +73,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(monkeypatc
             pruner.prune(dataset=torch.zeros(4, 8, dtype=torch.long), **request)
 
 
-@pytest.mark.parametrize("budget", [{"sparsity": 0.93}, {"target_parameters": 40_000}])
+@pytest.mark.parametrize("budget", [{"sparsity": 0.83}, {"sparsity": 0.93}, {"target_parameters": 40_000}])
 def test_a_budget_that_heads_and_channels_cannot_meet_takes_layers(budget, tokens, caplog):
     model = tiny.make_model("llama_gqa_biases", num_hidden_layers=6, vocab_size=tiny.VOCAB)
     sites = find_sites(model)
@@ -92,11 +105,25 @@ def test_layers_are_named_where_they_could_meet_a_budget_of_other_kinds(tokens):
         FwdPruner(model).prune(dataset=tokens, target_parameters=1_000, kinds=["layer"], method="magnitude")
 
 
+def test_layers_are_not_named_where_a_family_keeps_them(tokens):
+    with pytest.raises(
+        ValueError, match=r"possible sparsity is [\d.]+\. Reduce the budget, or relax the constraint\.$"
+    ):
+        FwdPruner(tiny.make_model("opt_post_norm_projected")).prune(dataset=tokens, sparsity=0.7, kinds=["mlp"])
+
+
+def test_models_that_share_scores_lose_no_layers_unasked():
+    settler = Settler(Subject.of(tiny.make_model("llama_gqa_biases", num_hidden_layers=6)), None)
+    settler.check(PruningConfig(sparsity=0.8))
+    with pytest.raises(OutOfReach, match=r"cannot meet the budget alone.* Set kinds=\['attention', 'mlp', 'layer'\]"):
+        settler.check(PruningConfig(sparsity=0.93))
+
+
 def test_given_scores_have_none_of_layers(tokens):
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases", num_hidden_layers=6))
     scores = pruner.score(dataset=tokens, sparsity=0.5)
     with pytest.raises(ValueError, match="the largest possible"):
-        pruner.prune(scores=scores, sparsity=0.99)
+        pruner.prune(scores=scores, sparsity=0.93)
 
 
 @pytest.mark.parametrize("name", ["llama_gqa_biases", "opt_pre_norm", "bloom"])

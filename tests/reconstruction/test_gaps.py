@@ -126,6 +126,14 @@ def test_a_model_on_disk_is_repaired_bit_for_bit_as_in_memory(name, order, many_
     assert all(torch.equal(tensor, weights["memory"][name]) for name, tensor in weights["disk"].items())
 
 
+def test_every_site_after_a_gap_at_the_start_is_fitted(many_tokens):
+    model = deep_model("llama_gqa_biases")
+    pruner = pruned_by(model, plan_without(model, [0]), many_tokens)
+    left = {f"{layer}.{kind}" for layer in (1, 2, 3) for kind in ("attention", "mlp")}
+
+    assert pruner.plan.metadata["reconstructed"].keys() == left
+
+
 def test_sources_are_refitted_across_a_gap_too(many_tokens):
     model = tiny.make_model("llama_gqa_biases", num_hidden_layers=4)
     plan = plan_without(model, [1, (2, "mlp")])
