@@ -100,11 +100,14 @@ class TargetCost(ParameterCost):
         return sum(site.all_parameters for site in gone) - idle
 
     def asked(self, amount: int, total: int) -> str:
-        return f"target_{self.unit}={self.target}, which removes {amount / total:.4g} of the prunable parameters,"
+        if amount > total:
+            outside = self.size - total * self.per_parameter
+            return f"target_{self.unit}={self.target:,}, where {outside:,} belong to no unit that can be removed,"
+        return f"target_{self.unit}={self.target:,}, which removes {amount / total:.4g} of the prunable parameters,"
 
     def most(self, amount: float, total: int) -> str:
         smallest = math.ceil(self.size - _floored(amount, total) * total * self.per_parameter)
-        return f"{super().most(amount, total)}, for target_{self.unit}={smallest}"
+        return f"{super().most(amount, total)}, for target_{self.unit}={smallest:,}"
 
 
 def _floored(amount: float, total: int) -> float:

@@ -90,6 +90,7 @@ def named_constraints(config: PruningConfig, sites: Sequence[Site]) -> list[str]
         default = " (the default here; [] skips none)" if config.skip_layers is None else ""
         constraints.append(f"skip_layers={skip_layers}{default}")
     if config.cuts_alike and config.kinds is None and len(config.resolved_kinds) == 1:
+        constraints = [constraint for constraint in constraints if constraint != config.alike_by]
         constraints.append(f"{config.alike_by}, which keeps all attention heads here")
     if config.kinds is not None and len(config.kinds) == 1:
         constraints.append(f"kinds={config.kinds}")

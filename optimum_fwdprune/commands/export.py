@@ -44,7 +44,7 @@ class ExportCommand(Command):
         gguf.add_argument(
             "--outtype",
             **choice(GGUF_TYPES),
-            default="f16",
+            default=None,
             help="Dtype of the matrices; llama-quantize must be on the PATH for those with a k (default: f16).",
         )
         gguf.add_argument(
@@ -59,6 +59,12 @@ class ExportCommand(Command):
         from optimum_fwdprune.files import check_output_file, check_output_folder
 
         is_file = (self.args.format or Path(self.args.output).suffix.lstrip(".")) == "gguf"
+        for name in ("outtype", "pre_tokenizer"):
+            if getattr(self.args, name) is not None and not is_file:
+                raise ValueError(
+                    f"--{name} is for GGUF files, and {self.args.output} will be a folder. Pass --format gguf, or "
+                    f"name an output that ends in .gguf."
+                )
         if is_file:
             check_output_file(self.args.output, self.args.overwrite)
         else:
@@ -70,11 +76,13 @@ class ExportCommand(Command):
         from optimum_fwdprune.record.reading import read_record
 
         if is_file:
-            check_writable(self.args.outtype)
+            outtype = self.args.outtype or "f16"
+            check_writable(outtype)
             tokenizer = load_tokenizer(self.args.model, self.args)
             model = load_model(self.args.model, self.args)
-            options = (self.args.outtype, self.args.overwrite, self.args.pre_tokenizer)
-            print(f"Written to {export_gguf(model, tokenizer, self.args.output, *options)}.")
+            options = (outtype, self.args.overwrite, self.args.pre_tokenizer)
+            file = export_gguf(model, tokenizer, self.args.output, *options)
+            print(f"Written to {file} ({file.stat().st_size / 1e6:,.1f} MB).")
         else:
             processor = load_processor(self.args.model, self.args)
             model = load_model(self.args.model, self.args)

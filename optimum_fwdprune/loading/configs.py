@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from .offline import naming_offline
 
@@ -28,11 +29,24 @@ def read_config(model_id: str | Path, **kwargs: Any) -> PreTrainedConfig:
     with naming_offline(model_id, FOLDER_OTHERWISE):
         try:
             return AutoConfig.from_pretrained(model_id, **kwargs)
-        except (OSError, ValueError):
-            raise
+        except (OSError, ValueError) as error:
+            missing = _without_config(model_id)
+            if missing is None:
+                raise
+            raise missing from error
         except Exception as error:
             # Config classes check their values, and raise errors of many types. The cause has the plain sentence.
             raise no_model(model_id, error.__cause__ or error) from error
+
+
+def _without_config(model_id: str | Path) -> OSError | None:
+    """Return an error for a folder without a config, which names those inside of it that have one."""
+    folder = Path(model_id)
+    if not folder.is_dir() or any((folder / name).exists() for name in (CONFIG_NAME, "adapter_config.json")):
+        return None
+    inside = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_NAME}"))
+    hint = f" Did you mean {' or '.join(inside[:3])}?" if inside else ""
+    return OSError(f"{model_id} has no {CONFIG_NAME}, so that it holds no model.{hint}")
 
 
 def no_model(model_id: str | Path, error: BaseException) -> ValueError:

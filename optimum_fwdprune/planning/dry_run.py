@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..request.config import PruningConfig
 from ..runs import ranks
 from ..scoring.score_units import check_scoring
 from ..words import html_table, render_table
+from .calibration_text import described_calibration
 from .duration import device_of, estimated_seconds, expected_time
 from .forecast import Forecast
 from .make_plan import replayed, request_of_replay
@@ -108,12 +110,18 @@ class DryRun:
         kinds = [kind for kind in UnitKind if kind in self.layers[0]]
         names = (name for kind in kinds for name in (unit_name(kind, self.request.attention_unit), "parameters"))
         rows = []
-        for row in self.layers:
-            cells = (f"{row[kind]['kept']} / {row[kind]['units']}" for kind in kinds)
-            sizes = (f"{row[kind]['parameters']['after']:,}" for kind in kinds)
-            pairs = (text for pair in zip(cells, sizes) for text in pair)
-            rows.append((str(row["layer"]), *pairs))
+        # Neighbouring layers that are alike share a row.
+        for cells, alike in itertools.groupby(self.layers, lambda row: tuple(_cells(row, kinds))):
+            layers = [row["layer"] for row in alike]
+            rows.append((f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0]), *cells))
         return ("layer", *names), rows
+
+
+def _cells(row: Mapping[str, Any], kinds: Sequence[UnitKind]) -> Iterator[str]:
+    """Yield the cells of a layer: for every kind, the kept units of all and their parameters."""
+    for kind in kinds:
+        yield f"{row[kind]['kept']} / {row[kind]['units']}"
+        yield f"{row[kind]['parameters']['after']:,}"
 
 
 def foreseen(
@@ -152,6 +160,8 @@ def foreseen(
         kept = kept_by_equal_scores(sites, config, budget)
         if subject.streamed or not is_offloaded(subject.model):
             check_scoring(subject.model, config)
+    if calibration is not None:
+        notes.append(described_calibration(subject.model, config, calibration))
     return DryRun(
         request=config,
         sizes=sizes,

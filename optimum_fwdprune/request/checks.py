@@ -94,6 +94,7 @@ def check_values(config: Options) -> None:
         if value is not None and not 0 <= value < 1:
             raise ValueError(
                 f"{name} must be in [0, 1); got {value}. It is the fraction of the prunable parameters to remove."
+                f"{f' Did you mean {value / 100:g}?' * (1 < value < 100)}"
             )
     for name in _AT_LEAST_ONE:
         value = getattr(config, name)

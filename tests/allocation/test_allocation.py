@@ -214,11 +214,15 @@ def test_two_budgets_of_their_own():
         ({"sparsity": 0.9}, r"0\.9 of the prunable parameters .* possible sparsity is 0\.75\."),
         (
             {"target_parameters": 1100},
-            r"target_parameters=1100, which removes 0\.9184 .* sparsity is 0\.75, for target_parameters=1265\.",
+            r"target_parameters=1,100, which removes 0\.9184 .* sparsity is 0\.75, for target_parameters=1,265\.",
         ),
         (
             {"target_bytes": 4100},
-            r"target_bytes=4100, which removes 0\.9949 .* sparsity is 0\.75, for target_bytes=5060\.",
+            r"target_bytes=4,100, which removes 0\.9949 .* sparsity is 0\.75, for target_bytes=5,060\.",
+        ),
+        (
+            {"target_bytes": 400},
+            r"target_bytes=400, where 4,080 belong to no unit that can be removed, .* for target_bytes=5,060\.",
         ),
     ],
 )

@@ -68,6 +68,21 @@ def test_what_is_empty_is_named(words, cli, folder):
     [
         (("prune", "-m", "dense", "pruned"), "pass --overwrite to replace it"),
         (("prune", "-m", "dense", "out", "--sparsity", "1.5"), "--sparsity must be in [0, 1); got 1.5"),
+        (
+            ("prune", "-m", "dense", "out", "--sparsity", "30"),
+            "got 30.0. It is the fraction of the prunable parameters to remove. Did you mean 0.3?",
+        ),
+        (
+            ("prune", "-m", "dense", "out", "--sparsity", "0.3", "--target_memory", "1MB"),
+            "sparsity and --target_memory are two budgets",
+        ),
+        (("prune", "-m", "dense", "out", "--context_tokens", "32X"), "--context_tokens must be an int, such as 500K"),
+        (
+            ("prune", "-m", ".", "out"),
+            ". has no config.json, so that it holds no model. Did you mean dense or pruned?",
+        ),
+        (("export", "pruned", "out", "--outtype", "q8_0"), "--outtype is for GGUF files, and out will be a folder."),
+        (("export", "pruned", "out", "--pre_tokenizer", "gpt-2"), "--pre_tokenizer is for GGUF files, and out will"),
         (("prune", "-m", "dense", "out", "--calibration", "short.txt"), "Lower --n_samples or --seq_len"),
         (("prune", "-m", "dense", "out", "--calibration", "note.txt"), "note.txt is empty"),
         (("prune", "-m", "dense", "out", "--refit_sources", "--reconstruction", "none"), "set --no-refit_sources, or"),
@@ -97,10 +112,10 @@ def test_what_is_empty_is_named(words, cli, folder):
         (("evaluate", "dense", "--text", "text.txt", "--max_length", "9999"), "--max_length 9999 is more than the"),
         (
             ("evaluate", "dense", "--text", "rows.jsonl"),
-            "has the columns a, b; set --text_",
+            "has the columns a, b. Set --text_column to the one that holds",
         ),
         (("compare", "dense", "pruned", "--text", "chat.jsonl"), "set --text_column to a column of text."),
-        (("prune", "-m", "dense", "out", "--calibration", "rows.jsonl"), "set --dataset_column to one of text or"),
+        (("prune", "-m", "dense", "out", "--calibration", "rows.jsonl"), "Set --dataset_column to the one that holds"),
         (
             ("recover", "pruned", "out", "--dataset", "self"),
             "self is text that the teacher writes, and --mode lora has no teacher",

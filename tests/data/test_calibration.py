@@ -468,7 +468,7 @@ def test_a_named_column_is_taken(model, tokenizer, tmp_path):
 
     both = tmp_path / "both.jsonl"
     both.write_text("\n".join(json.dumps({"title": text, "story": "none"}) for text in TEXTS))
-    with pytest.raises(ValueError, match=r"has the columns title, story\. Set dataset_column to the one that holds text"):
+    with pytest.raises(ValueError, match=r"columns title, story\. Set dataset_column to the one that holds text"):
         windows(model, tokenizer, calibration=str(both))
     found = windows(model, tokenizer, calibration=str(both), dataset_column="title")
     assert "quick brown" in tokenizer.decode(found.input_ids.flatten())

@@ -162,4 +162,6 @@ def test_a_notebook_shows_sentences_and_a_table(weightless):
     shown = weightless.dry_run(dataset=TOKENS)._repr_html_()
 
     assert shown.startswith("<p>The pruned model will have") and "<table>" in shown
-    assert shown.count("<tr>") == 4 and "MLP channels" in shown
+    # The head, and one row for all layers, which are alike.
+    assert shown.count("<tr>") == 2 and "<td>0-2</td>" in shown and "MLP channels" in shown
+    assert "<p>Calibration uses " in shown

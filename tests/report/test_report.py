@@ -436,6 +436,16 @@ def test_a_plan_that_was_replayed_is_made_again_by_replaying_it(tokens):
         assert words in command and ("--method" in command) == (each is source)
 
 
+@pytest.mark.parametrize(
+    ("budget", "shown"),
+    [({}, "--sparsity 0.2"), ({"sparsity": 0.3}, "--sparsity 0.3"), ({"target_bytes": 500}, "--target_bytes 500")],
+    ids=str,
+)
+def test_the_command_shows_the_budget_also_where_it_is_the_default(budget, shown):
+    command = command_of(PruningConfig(**budget))
+    assert shown in command and command.count("--sparsity") + command.count("--target") == 1
+
+
 def test_a_dense_model_that_is_called_alike_elsewhere_is_not_the_checkpoint():
     compared = Comparison([Evaluation(name, {"text": TextLoss(1.0, 2)}, []) for name in ("base/smol", "pruned/other")])
     assert compared.of("elsewhere/smol") is None
