@@ -149,13 +149,13 @@ def names_of(page):
 
 
 def test_what_is_shown_for_use_without_the_package_runs_without_it(checkpoints, tmp_path, python_without_the_package):
-    shutil.copytree(checkpoints / "pruned", tmp_path / "smollm2-pruned")
+    shutil.copytree(checkpoints / "pruned", tmp_path / "pruned")
     tour = (ROOT / "docs" / "get_started" / "quick_tour.md").read_text()
     tour = tour.partition('=== "without it"')[2].partition("##")[0]
     card = (checkpoints / "pruned" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     shown = {"the quick tour": textwrap.dedent(tour.split("```python")[1].split("```")[0]), "the card": card}
     for name, code in shown.items():
-        code = code.replace('"pruned"', '"smollm2-pruned"') + "\nprint(type(model).__name__, len(tokenizer))"
+        code = code.replace('"smollm2-20"', '"pruned"') + "\nprint(type(model).__name__, len(tokenizer))"
         # Nobody is there to answer whether code may run.
         run = {"cwd": tmp_path, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
         done = subprocess.run([python_without_the_package, "-c", code], **run)

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from optimum_fwdprune import FwdPruner, PruningPlan
+from optimum_fwdprune import FwdPruner, PruningConfig, PruningPlan
 from optimum_fwdprune.evaluation import Benchmark, Comparison, Evaluation, Spread, TextLoss, Timing
 from optimum_fwdprune.record.command import command_of
 from optimum_fwdprune.record.record import OUTCOME_NAME
