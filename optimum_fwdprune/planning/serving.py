@@ -38,9 +38,6 @@ WHAT_SHRINKS = (
     "'attention'), where heads share keys and values with attention_unit='kv_group'."
 )
 
-# The key of the predictions under which they hold that the warnings were given.
-_WARNED = "warned"
-
 
 @dataclass(frozen=True)
 class MemoryCost:
@@ -118,14 +115,13 @@ class Serving:
         config, sites = self._config, self._subject.sites
         target = config.target_memory
         assert target is not None
-        dense = self.memory({site.key: range(site.num_units) for site in sites})
+        dense = self._dense()
         if dense.total <= target:
             raise ValueError(
                 f"target_memory is {target:,} bytes, and the model takes only {dense.total:,} ({dense}), so that "
                 f"nothing would be pruned. Choose a smaller target, or more context_tokens."
             )
         cost = self._cost(dense, target)
-        self._warn_of_context(dense, cost)
         most = _removing(dense.weights + dense.cache, cost, as_far_as_possible=True)
         kept = kept_by_equal_scores(sites, config, most)
         least = self._predicted(dense, kept)
@@ -161,18 +157,15 @@ class Serving:
             activations = max(activations, memory.activations)
         return budget
 
-    def _warn_of_context(self, dense: Memory, cost: MemoryCost) -> None:
-        """Warn, once for a model, of a context that it has no positions for, and of a large cache that will stay."""
-        if _WARNED in self._known:
-            return
-        self._known[_WARNED] = dense
-        config, model_config = self._config, self._subject.text_config
-        positions = getattr(model_config, "max_position_embeddings", None)
+    def warn_of_context(self) -> None:
+        """Warn of a context that the model has no positions for, and of a large KV cache that will stay."""
+        config, dense = self._config, self._dense()
+        positions = getattr(self._subject.text_config, "max_position_embeddings", None)
         if positions is not None and config.context_tokens > positions:
             logger.warning(
                 "context_tokens is %s, and the model has %s positions.", f"{config.context_tokens:,}", f"{positions:,}"
             )
-        if dense.cache > LARGE_CACHE * dense.total and not _shrinks_cache(config, cost):
+        if dense.cache > LARGE_CACHE * dense.total and not _shrinks_cache(config, self._cost(dense, 0)):
             logger.warning(
                 "The KV cache takes %s of the %s MB of the dense model, and the units of this request do not shrink "
                 "it. %s",
@@ -180,6 +173,9 @@ class Serving:
                 f"{dense.total / 1e6:,.0f}",
                 WHAT_SHRINKS,
             )
+
+    def _dense(self) -> Memory:
+        return self.memory({site.key: range(site.num_units) for site in self._subject.sites})
 
     def _predicted(self, dense: Memory, kept: Mapping[SiteKey, Sequence[int]]) -> Memory:
         memory = self.memory(kept)

@@ -44,6 +44,7 @@ class Settler:
         self._sizes = Sizes.of(subject.model, subject.sites)
         self.latencies = latencies
         self._memories: dict[Any, Memory] = {}
+        self._warned_of_context = False
 
     def check(self, config: PruningConfig) -> None:
         """Raise an error where the constraints of a request do not allow its budget, or where only whole layers that
@@ -118,7 +119,12 @@ class Settler:
         """Return a request with its constraints adapted, and its budget."""
         sites, dense = self._subject.sites, self._sizes
         if config.target_memory is not None:
-            return config, Serving(self._subject, config, self._memories).budget()
+            serving = Serving(self._subject, config, self._memories)
+            budget = serving.budget()
+            if not self._warned_of_context:
+                serving.warn_of_context()
+                self._warned_of_context = True
+            return config, budget
         if config.target_speedup is None:
             return config, removal_budget(config, sites, dense.parameters, dense.file_bytes, self._added(config))
         self.latencies = load_or_measure(self._subject, config, self.latencies)

@@ -104,7 +104,8 @@ class Budget:
             # The first pass also allocates memory.
             for _ in range(2):
                 start = time.monotonic()
-                with trainer.compute_loss_context_manager():
+                # A model that is trained is wrapped in it.
+                with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
                     loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
                 loss.backward()
                 model.zero_grad(set_to_none=True)
