@@ -25,6 +25,7 @@ from ..scoring.scores import Scores
 from ..version import __version__
 from .learning import learning_of
 from .routing import routing_of
+from .sentences import how_it_was_trained
 
 
 BINS = 32
@@ -143,6 +144,7 @@ def describe(name: str, record: Record, comparison: Comparison | None = None) ->
         "command": made.command if made else None,
         "command_notes": made.notes if made else [],
         "recovery": record.recovery,
+        "training": " ".join(how_it_was_trained(record)) or None,
         "sizes": _sizes(outcome) if outcome else None,
         "pruning": _pruning(outcome) if outcome else None,
         "depth": list(depth_losses(plan.kept).values()) if plan else [],

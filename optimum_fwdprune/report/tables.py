@@ -132,6 +132,8 @@ def _checkpoint(checkpoint: Mapping[str, Any]) -> str:
     sections.append("\n".join(filter(None, [*checkpoint["depth"], checkpoint["routing"]])))
     if checkpoint["command"]:
         sections.append(f"Made by: {checkpoint['command']}")
+    if checkpoint["training"]:
+        sections.append(checkpoint["training"].replace("`", ""))
     sections += ["\n".join(note.replace("`", "") for note in checkpoint["command_notes"])]
     return "\n\n".join(filter(None, sections))
 

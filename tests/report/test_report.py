@@ -469,3 +469,22 @@ def test_a_page_says_in_words_what_was_calibrated_on_and_checked():
     assert "calibrated on text that the model generated" in text
     assert "largest difference between the logits of the masked dense model and of the pruned model" in text
     assert "calibrated on self" not in text and "masked against sliced" not in text
+
+
+def test_trainings_are_told_in_a_sentence(tmp_path):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
+    pruner.prune(tiny.request(method="random", sparsity=0.5, reconstruction="none"))
+    assert "rained" not in report_table(document_of([describe("plain", pruner._record)]))
+    earlier = [{"mode": "full", "steps": 3, "dataset": "first.txt"}]
+    record = dataclasses.replace(
+        pruner._record, recovery={"mode": "distill", "steps": 7, "dataset": "next.txt", "earlier": earlier}
+    )
+    sentence = (
+        "Afterwards it was trained in all weights for 3 steps on first.txt; then in all weights for 7 steps on "
+        "next.txt, towards the predictions of the dense model."
+    )
+    document = document_of([describe("trained", record)])
+    assert sentence in report_table(document)
+    write_page(document, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"<dt>training after pruning</dt><dd>{sentence}</dd>" in page and "'steps'" not in page
