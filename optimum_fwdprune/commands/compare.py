@@ -58,6 +58,7 @@ class BenchmarkCommand(Command):
         self.show(comparison, comparison.to_dict())
         if self.args.output:
             comparison.save(self.args.output)
+            print(f"Written to {self.args.output}.")
 
 
 class CompareCommand(Command):
@@ -90,6 +91,7 @@ class CompareCommand(Command):
         self.show(comparison, comparison.to_dict())
         if self.args.output:
             comparison.save(self.args.output)
+            print(f"Written to {self.args.output}.")
 
 
 def compare_models(names: list[str], args: Namespace) -> Comparison:

@@ -113,8 +113,12 @@ class RecoverCommand(Command):
             push_to_hub(pruner, self.args)
             print(f"Saved to {self.args.output}.")
             if Path(str(arguments.output_dir)).is_dir():
+                size = sum(
+                    file.stat().st_size for file in Path(str(arguments.output_dir)).rglob("*") if file.is_file()
+                )
                 print(
-                    f"The training left checkpoints or logs in {arguments.output_dir}; delete it if you need neither."
+                    f"The training left checkpoints or logs in {arguments.output_dir} ({size / 1e6:,.1f} MB); delete "
+                    f"it if you need neither."
                 )
 
     def _arguments(self, own: dict):

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..words import did_you_mean
+
 
 # Environment variables that set the offline mode, the most common one first.
 VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -32,8 +34,17 @@ def naming_offline(name: str | Path, otherwise: str) -> Iterator[None]:
             raise
         raise OSError(
             f"{name} is neither a local file nor in the cache of the Hub, and {offline_variable()} is set, which "
-            f"prevents downloads. Unset it to download {name}, or {otherwise}."
+            f"prevents downloads. Unset it to download {name}, or {otherwise}.{_near(Path(name))}"
         ) from error
+
+
+def _near(path: Path) -> str:
+    """Return a question, with a space before it, that names what is beside `path` under a similar name."""
+    try:
+        return did_you_mean(path.name, [beside.name for beside in path.parent.iterdir()])
+    except OSError:
+        # There is no such folder, or it cannot be read.
+        return ""
 
 
 def offline_variable() -> str:

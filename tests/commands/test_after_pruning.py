@@ -197,7 +197,7 @@ class TestMeasure:
         text = ["--text", folder / "text.txt", "--max_length", 32]
         code, out, err = cli("compare", *models, *text, *self.SPEED, "-o", tmp_path / "table.md")
 
-        assert code == 0, err
+        assert code == 0 and f"Written to {tmp_path / 'table.md'}." in out, err
         table = (tmp_path / "table.md").read_text()
         assert "| perplexity, text.txt |" in table and "| decode 1 x 16, times as fast | 1.00 |" in table
 

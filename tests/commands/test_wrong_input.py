@@ -77,6 +77,7 @@ def test_what_is_empty_is_named(words, cli, folder):
             "sparsity and --target_memory are two budgets",
         ),
         (("prune", "-m", "dense", "out", "--context_tokens", "32X"), "--context_tokens must be an int, such as 500K"),
+        (("prune", "-m", "densee", "out"), ", or name a folder that holds the model. Did you mean dense?"),
         (
             ("prune", "-m", ".", "out"),
             ". has no config.json, so that it holds no model. Did you mean dense or pruned?",
