@@ -15,6 +15,7 @@ from typing import Any
 from optimum.commands.base import BaseOptimumCLICommand
 
 from optimum_fwdprune.runs import ranks
+from optimum_fwdprune.runs.loggers import WORDING
 
 from .wording import in_options
 
@@ -68,6 +69,7 @@ class Command(BaseOptimumCLICommand):
             # Tables contain characters that not every terminal can show.
             output.reconfigure(errors="replace")
         is_json = self.SHOWS_FIGURES and self.args.json
+        wording = WORDING.set(lambda message: in_options(message, self.parser))
         try:
             with redirect_stdout(sys.stderr if is_json and ranks.speaks() else output):
                 self._check_names()
@@ -95,6 +97,8 @@ class Command(BaseOptimumCLICommand):
             )
             print(f"{label}: {in_options(message, self.parser)} (--debug shows the traceback)", file=sys.stderr)
             sys.exit(1)
+        finally:
+            WORDING.reset(wording)
 
     def show(self, table: Any, figures: Mapping[str, Any]) -> None:
         """Print a table, or with `--json`, once the command is done, its figures.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TextIO
 
 from . import ranks
@@ -22,6 +24,10 @@ _LEVELS = {
     "error": logging.ERROR,
     "critical": logging.CRITICAL,
 }
+
+
+# How messages on the console are worded: commands replace the arguments of Python by their options.
+WORDING: ContextVar[Callable[[str], str]] = ContextVar("wording", default=str)
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -66,7 +72,7 @@ class _ConsoleHandler(logging.Handler):
         if sys.stderr is None or _root_writes_to_console():
             return
         try:
-            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.write(WORDING.get()(self.format(record)) + "\n")
             sys.stderr.flush()
         except Exception:
             self.handleError(record)

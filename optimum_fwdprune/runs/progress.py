@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import ranks
-from .loggers import LIBRARY, get_logger
+from .loggers import LIBRARY, WORDING, get_logger
 
 
 # Seconds between two lines of one stage.
@@ -56,7 +56,7 @@ def announce(text: str) -> None:
         text (`str`): one or more lines.
     """
     if not is_silent():
-        _write_line(text)
+        _write_line(WORDING.get()(text))
 
 
 @contextmanager

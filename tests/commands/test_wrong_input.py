@@ -10,6 +10,8 @@ import pytest
 from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.commands.inspect import InspectCommand
 from optimum_fwdprune.commands.wording import in_options
+from optimum_fwdprune.runs.loggers import get_logger
+from optimum_fwdprune.runs.progress import announce
 
 
 @pytest.fixture
@@ -191,3 +193,15 @@ def test_the_folder_of_the_training_is_named(cli, folder):
 
     assert code == 0, error
     assert ("out-training" in out) == (folder / "out-training").exists() and "Saved to out." in out
+
+
+def test_warnings_and_announcements_speak_of_options_while_a_command_runs(cli, folder, capsys):
+    code, _, error = cli("prune", "-m", "dense", "out", "--calibration", "text.txt", "--seq_len", "2048")
+    assert code == 0 and "Name more text, or set --n_samples." in error, error
+    short = ("--calibration", "text.txt", "--seq_len", "32", "--n_samples", "4")
+    code, _, error = cli("prune", "-m", "dense", "other", *short, "--for_gguf", "q8_0")
+    assert code == 0 and "--for_gguf q8_0: " in error and "for_gguf=" not in error, error
+
+    announce("set n_samples")
+    get_logger("optimum_fwdprune.anywhere").warning("set n_samples")
+    assert capsys.readouterr().err == "set n_samples\n[optimum_fwdprune] set n_samples\n"
