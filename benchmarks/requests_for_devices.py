@@ -12,9 +12,8 @@ NONE: dict[str, Any] = {**BOTH, "reconstruction": "none"}
 LEAST_SQUARES: dict[str, Any] = {**BOTH, "reconstruction": "least_squares"}
 SEQUENTIAL: dict[str, Any] = {**LEAST_SQUARES, "reconstruction_order": "sequential"}
 
-# Name -> fields of `PruningConfig`, beside `COMMON`.
-COMMON: dict[str, Any] = {"sparsity": 0.4, "seed": 3}
-REQUESTS: dict[str, dict[str, Any]] = {
+# Name -> fields of `PruningConfig`.
+_FIELDS: dict[str, dict[str, Any]] = {
     # wanda_sp, the default method, with every reconstruction
     "none": NONE,
     "bias": {**BOTH, "reconstruction": "bias"},
@@ -44,9 +43,15 @@ REQUESTS: dict[str, dict[str, Any]] = {
     # budgets, and what a plan must hold to
     "search": {**SEQUENTIAL, "scope": "search", "search_windows": 80, "budget": "joint"},
     "rounds": {**SEQUENTIAL, "rounds": 2},
-    "target speedup": {**NONE, "sparsity": 0.0, "target_speedup": 1.05, "latency_tokens": 16, "scope": "global"},
+    "target speedup": {**NONE, "target_speedup": 1.05, "latency_tokens": 16, "scope": "global"},
     "KV groups": {**NONE, "attention_unit": "kv_group"},
     "multiple_of": {**SEQUENTIAL, "multiple_of": 8},
     # calibration that the model writes itself: give no tokens
     "self": {**NONE, "calibration": "self", "n_samples": 4, "seq_len": 12},
+}
+
+# The same beside `COMMON`, with a sparsity where there is no target.
+COMMON: dict[str, Any] = {"seed": 3}
+REQUESTS: dict[str, dict[str, Any]] = {
+    name: fields if "target_speedup" in fields else {"sparsity": 0.4, **fields} for name, fields in _FIELDS.items()
 }

@@ -139,7 +139,7 @@ REQUESTS = {
 def test_every_long_stage_of_pruning_has_its_lines(name, tokens, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("optimum_fwdprune.planning.timing.median_seconds", tiny.counted_seconds)
     method = name if name not in REQUESTS else "wanda_sp"
-    request = {"kinds": ["attention", "mlp"], "method": method, "sparsity": 0.2, **tiny.SHORT.get(name, {})}
+    request = {"kinds": ["attention", "mlp"], "method": method, **tiny.SHORT.get(name, {})}
     pruner = FwdPruner(tiny.make_model("llama_gqa_biases"))
     config = PruningConfig(**request, **REQUESTS.get(name, {}), reconstruction="least_squares")
     pruner.prune(config, dataset=None if name == "self" else tokens)
