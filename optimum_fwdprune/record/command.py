@@ -44,9 +44,9 @@ def command_of(
         defaults["reconstruction"] = str(ReconstructionKind.NONE)
     else:
         words += _option("method", config.method)
-        # How much was removed is shown also where it is the default.
-        if not config.has_target and not config.limits_of_quality:
-            defaults["sparsity"] = None
+        # How much was removed is shown also where it is the default, unless a target replaces it.
+        replaced = config.has_target or bool(config.limits_of_quality)
+        defaults["sparsity"] = values["sparsity"] if replaced else None
     for name, default in defaults.items():
         if name not in ("method", "fwdprune_version") and values[name] not in (None, default):
             words += _option(name, values[name])

@@ -438,12 +438,20 @@ def test_a_plan_that_was_replayed_is_made_again_by_replaying_it(tokens):
 
 @pytest.mark.parametrize(
     ("budget", "shown"),
-    [({}, "--sparsity 0.2"), ({"sparsity": 0.3}, "--sparsity 0.3"), ({"target_bytes": 500}, "--target_bytes 500")],
+    [
+        ({}, "--sparsity 0.2"),
+        ({"sparsity": 0.3}, "--sparsity 0.3"),
+        ({"target_bytes": 500}, "--target_bytes 500"),
+        ({"max_divergence": 0.5}, "--max_divergence 0.5"),
+    ],
     ids=str,
 )
 def test_the_command_shows_the_budget_also_where_it_is_the_default(budget, shown):
-    command = command_of(PruningConfig(**budget))
-    assert shown in command and command.count("--sparsity") + command.count("--target") == 1
+    for request in (None, PruningConfig(sparsity=0.4)):
+        command = command_of(PruningConfig.of(request, **budget))
+        if budget or request is None:
+            assert shown in command
+            assert sum(command.count(name) for name in ("--sparsity", "--target", "--max_")) == 1
 
 
 def test_a_dense_model_that_is_called_alike_elsewhere_is_not_the_checkpoint():
