@@ -18,7 +18,7 @@ from .cutting.cut import Cut
 from .data.amount import with_number
 from .data.calibration import Calibration
 from .data.load_calibration import load_calibration
-from .export.gguf_tokenizer import check_tokenizer
+from .export.gguf_tokenizer import checked_description
 from .forward.evidence import Evidence
 from .loading.offloading import check_readable
 from .loading.origin import FINGERPRINT, NAME, REVISION
@@ -216,7 +216,7 @@ class Pruning:
         """Warn of a tokenizer that the GGUF file that will be made of the model cannot hold."""
         if config.for_gguf is not None and self._tokenizer is not None:
             try:
-                check_tokenizer(self._tokenizer)
+                checked_description(self._tokenizer)
             except ValueError as error:
                 logger.warning("The export to GGUF will fail on the tokenizer as it is. %s", error)
 

@@ -37,6 +37,9 @@ def first_difference(stored: Any, expected: Any, name: str = "content") -> str |
     """Return a clause on the first difference of two JSON values; `None` where they are equal."""
     if isinstance(stored, dict) and isinstance(expected, dict):
         for key in {**expected, **stored}:
+            # No value is the same as none.
+            if stored.get(key) == expected.get(key):
+                continue
             if key not in stored:
                 return f"it has no {key}, and this one has"
             if key not in expected:

@@ -44,7 +44,6 @@ class ExportCommand(Command):
         gguf.add_argument(
             "--outtype",
             **choice(GGUF_TYPES),
-            default=None,
             help="Dtype of the matrices; llama-quantize must be on the PATH for those with a k (default: f16).",
         )
         gguf.add_argument(

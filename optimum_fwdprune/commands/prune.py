@@ -88,13 +88,12 @@ class PruneCommand(Command):
     def execute(self) -> None:
         from optimum_fwdprune.allocation.plan import PruningPlan
         from optimum_fwdprune.files import check_output_folder
-        from optimum_fwdprune.request.budget_options import default_method
+        from optimum_fwdprune.request.config import method_of
         from optimum_fwdprune.scoring.methods import PruningConfig, get_preset
 
         options = request_options(self.args)
         preset = get_preset(self.args.preset).fields if self.args.preset else {}
-        kinds = options.get("kinds", preset.get("kinds"))
-        method = options.get("method", preset.get("method", default_method(kinds)))
+        method = method_of(self.args.preset, options)
         if method != preset.get("method", method):
             raise ValueError(f"--preset {self.args.preset} is for method {preset['method']}; leave out --method.")
         # The request is checked before a model is loaded.

@@ -47,8 +47,9 @@ def _has_phi3_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
     return set(PHI3_TOKENS) <= set(tokenizer.get_vocab())
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, pre: str | None = None) -> None:
-    """Raise `ValueError` where a file cannot hold a tokenizer; the arguments are those of [`add_tokenizer`]."""
+def checked_description(tokenizer: PreTrainedTokenizerBase, pre: str | None = None) -> dict[str, Any]:
+    """Return the content of `tokenizer.json`; raise `ValueError` where a file cannot hold the tokenizer. The arguments
+    are those of [`add_tokenizer`]."""
     description = _description_of(tokenizer)
     _check_model(description["model"], tokenizer)
     sentencepiece = _is_sentencepiece(description)
@@ -57,6 +58,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, pre: str | None = None) 
         check_spaces_are_marked(description)
     elif pre is None:
         name_of_split(description)
+    return description
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, pre: str | None = None) -> None:
@@ -72,8 +74,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: 
         ValueError: where the tokenizer is of another kind, or splits or changes text in a way that llama.cpp does not,
             or that its name is not known for. Where single texts may become other tokens, a warning says which.
     """
-    check_tokenizer(tokenizer, pre)
-    description = _description_of(tokenizer)
+    description = checked_description(tokenizer, pre)
     model, sentencepiece = description["model"], _is_sentencepiece(description)
     _warn_of_differences(description, tokenizer, sentencepiece)
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}

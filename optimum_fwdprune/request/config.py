@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,9 +134,7 @@ class PruningConfig(Options):
         Raises:
             ValueError: where there is no such preset, or it is one of another method.
         """
-        preset = get_preset(name).fields
-        kinds = fields.get("kinds", preset.get("kinds"))
-        asked = fields.get("method", preset.get("method", default_method(kinds)))
+        preset, asked = get_preset(name).fields, method_of(name, fields)
         method = asked if cls is PruningConfig else cls.method
         if preset.get("method", method) != method:
             raise ValueError(f"Preset {name!r} is for method {preset['method']!r}, not for {method!r}.")
@@ -189,6 +187,16 @@ class PruningConfig(Options):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         content = json_text(self).encode()
         return api.upload_file(path_or_fileobj=content, path_in_repo=CONFIG_NAME, repo_id=repo_id, **commit_kwargs)
+
+
+def method_of(preset: str | None, fields: Mapping[str, Any]) -> str:
+    """Return the name of the method that a preset and options by name, which override it, ask for.
+
+    Raises:
+        ValueError: where there is no such preset.
+    """
+    options = {**(get_preset(preset).fields if preset is not None else {}), **fields}
+    return str(options.get("method") or default_method(options.get("kinds")))
 
 
 def _no_option(config_class: type[PruningConfig], name: str, known: Iterable[str]) -> str:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..request.axes import BUDGETS, OTHERS
-from ..request.budget_options import LIMITS, default_method
-from ..scoring.methods import PruningConfig, get_method, get_preset
+from ..request.budget_options import LIMITS
+from ..request.config import method_of
+from ..scoring.methods import PruningConfig, get_method
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,7 @@ def methods_of(request: PruningConfig | str | None, fields: Mapping[str, Any]) -
 def _method_of(request: PruningConfig | str | None, fields: Mapping[str, Any]) -> str:
     if isinstance(request, PruningConfig):
         return request.method
-    preset = get_preset(request).fields if request is not None else {}
-    return str(preset.get("method") or default_method(fields.get("kinds", preset.get("kinds"))))
+    return method_of(request, {"kinds": fields["kinds"]} if "kinds" in fields else {})
 
 
 def _check_owned(options: Mapping[str, Any], methods: Iterable[str]) -> None:
