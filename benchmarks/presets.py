@@ -2,10 +2,10 @@
 
     python benchmarks/presets.py MODEL CALIBRATION_FILE EVALUATION_FILE [--rows TEXT ...] [--table]
 
-Prunes the model in the folder MODEL, in the dtype of its checkpoint, with requests of `benchmarks/quality.py`, all
-calibrated on the same windows of 256 tokens. Perplexity is measured on windows of 512 tokens of EVALUATION_FILE,
-which must be another text, and compared window by window. Logits are converted to probabilities in slices, so that a
-large vocabulary takes no more memory.
+Prunes the model in the folder MODEL, in the dtype of its checkpoint unless --dtype names another, with requests of
+`benchmarks/quality.py`, all calibrated on the same windows of 256 tokens. Perplexity is measured on windows of 512
+tokens of EVALUATION_FILE, which must be another text, and compared window by window. Logits are converted to
+probabilities in slices, so that a large vocabulary takes no more memory.
 
 Every row is a line of `--results`, and a run that was stopped goes on with the rows that are missing. The table of the
 finished rows is printed at the end.
@@ -125,6 +125,7 @@ def main(argv=None):
     parser.add_argument("--at_most", type=int, help="Measure at most so many rows, and end.")
     parser.add_argument("--windows", type=int, default=48, help="Evaluation windows of 512 tokens.")
     parser.add_argument("--n_samples", type=int, default=128, help="Calibration windows of 256 tokens.")
+    parser.add_argument("--dtype", default="auto", help="Such as float32, where a processor has no fast bfloat16.")
     parser.add_argument("--table", action="store_true", help="Print the table, and measure nothing.")
     options = parser.parse_args(argv)
     config = Path(options.model, "config.json").read_bytes()
@@ -134,12 +135,14 @@ def main(argv=None):
         **CALIBRATION,
         "n_samples": options.n_samples,
     }
+    if options.dtype != "auto":
+        settings["dtype"] = options.dtype
     options.results.parent.mkdir(parents=True, exist_ok=True)
     rows = finished(options.results, settings)
     missing = [] if options.table else [row for row in ROWS if row not in rows]
     wanted = [row for row in missing if is_wanted(f"{row[0]} {row[1]:g}", options.rows)]
     for recipe, sparsity in wanted[: options.at_most]:
-        figures = measure(load(options.model), recipe, sparsity, options)
+        figures = measure(load(options.model, options.dtype), recipe, sparsity, options)
         rows[recipe, sparsity] = {"recipe": recipe, "sparsity": sparsity, "settings": settings, **figures}
         with options.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rows[recipe, sparsity]) + "\n")
@@ -147,9 +150,9 @@ def main(argv=None):
     print(printed(rows))
 
 
-def load(folder):
-    """Return the pruner of the dense model, in the dtype of its checkpoint."""
-    pruner = FwdPruner.from_pretrained(folder, dtype="auto")
+def load(folder, dtype="auto"):
+    """Return the pruner of the dense model, by default in the dtype of its checkpoint."""
+    pruner = FwdPruner.from_pretrained(folder, dtype=dtype)
     pruner.model.eval()
     return pruner
 
