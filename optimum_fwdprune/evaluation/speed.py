@@ -21,6 +21,7 @@ from ..loading.state import check_not_consumed, evaluating
 from ..models.resizing import LINEARS
 from ..runs.clock import synchronize
 from ..runs.loggers import get_logger
+from ..runs.products import products_as_served, warn_of_slow_products
 from ..runs.progress import progress
 from .memory import PeakMemory
 
@@ -149,6 +150,7 @@ def benchmark(
                 f"{max(prompt_tokens)} prompt tokens and {new_tokens} new ones are more than the {longest} positions "
                 f"of the {type(model).__name__}; lower prompt_tokens or new_tokens."
             )
+    warn_of_slow_products(models[0])
     vocab_size = min(model.config.get_text_config().vocab_size for model in models)
     sizes = [(batch, prompt) for batch in batch_sizes for prompt in prompt_tokens]
     timings: list[list[Timing]] = [[] for _ in models]
@@ -213,7 +215,7 @@ def _generate(
     """Prefill and decode greedily; return the seconds of the prefill, and of one decoding step."""
     device = input_device(model)
     prompts = prompts.to(device)
-    with evaluating(model):
+    with evaluating(model), products_as_served():
         synchronize(device)
         start = clock()
         outputs = model(input_ids=prompts, use_cache=True, logits_to_keep=1)

@@ -85,12 +85,17 @@ def forward_state_kept(model: nn.Module) -> Iterator[None]:
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Put `model` into eval mode while the context is open, and restore its modes and its state afterwards.
 
+    Matrices are multiplied in a dtype that the processor has instructions for.
+
     Raises:
         ValueError: where `model` was consumed by pruning.
     """
     check_not_consumed(model)
     modes = [(module, module.training) for module in model.modules()]
-    with forward_state_kept(model):
+    # Torch is imported late, since the package is also imported by commands that need no model.
+    from ..runs.products import products_in_float32
+
+    with forward_state_kept(model), products_in_float32():
         model.eval()
         try:
             yield

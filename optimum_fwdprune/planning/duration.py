@@ -28,6 +28,7 @@ from ..request.registry import get_method
 from ..runs import ranks
 from ..runs.clock import median_seconds
 from ..runs.devices import compute_device
+from ..runs.products import products_in_float32
 from ..runs.progress import announce, is_silent
 from .settling import kept_by_equal_scores
 
@@ -164,7 +165,8 @@ def _seconds_of_a_window(model: PreTrainedModel, tokens: int, device: torch.devi
     layer = _with_random_weights(runner.layers[middle], device)
     width = model.config.get_text_config().hidden_size
     hidden = _random((1, tokens, width), device).to(model.dtype)
-    (seconds,) = median_seconds([lambda: layer(hidden, *args, **kwargs)], REPEATS, device)
+    with products_in_float32():
+        (seconds,) = median_seconds([lambda: layer(hidden, *args, **kwargs)], REPEATS, device)
     return seconds * len(runner.layers)
 
 

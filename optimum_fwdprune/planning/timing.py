@@ -26,6 +26,7 @@ from ..request.speed import shares_of_phases
 from ..runs import ranks
 from ..runs.clock import median_seconds
 from ..runs.loggers import get_logger
+from ..runs.products import products_as_served, warn_of_slow_products
 from ..runs.progress import progress
 from .latency import HERE, Latencies, LatencyTable, at_measured_widths, shape_of
 from .timed_layers import Calls, TimedRun, filled_cache, timed_runs
@@ -82,6 +83,8 @@ def _load_or_measure(subject: Subject, config: PruningConfig, known: LatencyTabl
     else:
         table = LatencyTable({}, measured_on)
     missing = [phase for phase in shares_of_phases(config.speed_of) if not _holds(table, phase, config, path)]
+    if missing:
+        warn_of_slow_products(subject.model)
     for phase in missing:
         table = replace(table, phases={**table.phases, phase: _measure(subject, config, phase)})
     if path is not None and (missing or not path.exists()):
@@ -121,7 +124,7 @@ def widest_sites(sites: Sequence[Site], tokens: int | None = None) -> dict[str, 
 @torch.no_grad()
 def _measure(subject: Subject, config: PruningConfig, phase: str) -> Latencies:
     model, tokens = subject.model, config.phase_tokens[phase]
-    with evaluating(model):
+    with evaluating(model), products_as_served():
         calls = Calls.of(model, phase, _prompt_ids(model, tokens))
         timed, of_layers = {}, []
         widest = widest_sites(subject.sites, tokens)
@@ -168,7 +171,7 @@ def phase_seconds(model: PreTrainedModel, config: PruningConfig, phase: str) -> 
     """Return the median seconds of a phase: of a forward pass over a prompt without logits, or over one new token with
     a KV cache and, if the model has a head, logits."""
     prompt = _prompt_ids(model, config.phase_tokens[phase]).to(model.device)
-    with evaluating(model):
+    with evaluating(model), products_as_served():
         if phase == Phase.PREFILL:
             call = lambda: model.base_model(input_ids=prompt, use_cache=False)  # noqa: E731
         else:

@@ -12,6 +12,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from ..loading.saving import check_savable
 from ..runs.locks import held, taking_turns
 from ..runs.loggers import get_logger
+from ..runs.products import products_in_float32
 from ..runs.randomness import random_states_kept
 from .adapters import merged, with_adapters
 from .amounts import held_out_evenly
@@ -113,7 +114,7 @@ def train(
                 check_resumable(resumed, trained, args)
             trainer = _trainer(model, trained, texts, args, source, callbacks)
             assert trainer.model is not None
-            with trained_in_float32(trainer.model):
+            with trained_in_float32(trainer.model), products_in_float32():
                 # The Trainer may remove the checkpoint that it resumed from.
                 steps = None if resumed is None else steps_of(resumed)
                 trainer.train(resume_from_checkpoint=resumed)

@@ -23,6 +23,7 @@ from ...loading.source import Source
 from ...runs import ranks
 from ...runs.locks import held
 from ...runs.loggers import get_logger
+from ...runs.products import products_in_float32
 from ...runs.progress import progress
 from ...runs.randomness import random_states_kept
 from ...runs.resume import digest_of
@@ -103,6 +104,7 @@ class BlockDistillation:
             removed_where_unused(folder),
             held(folder, "another one as output_dir"),
             naming_what_is_full(folder),
+            products_in_float32(),
         ):
             try:
                 trained = self._train(texts, args, source)

@@ -1,0 +1,140 @@
+"""Products of 16-bit matrices on processors that have no instructions for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from .loggers import get_logger
+
+
+logger = get_logger(__name__)
+
+# PyTorch's own kernels are faster for fewer rows, since converting the weights takes longer than the product.
+FEWEST_ROWS = 16
+
+# The largest part of a weight that is converted at a time, in values.
+LARGEST_PART = 16 * 2**20
+
+_16_BIT = (torch.bfloat16, torch.float16)
+
+# In-place products are not among them, since their result has to stay in 16 bit.
+_PRODUCTS = {
+    torch.Tensor.__matmul__,
+    torch.Tensor.__rmatmul__,
+    torch.addmm,
+    torch.baddbmm,
+    torch.bmm,
+    torch.matmul,
+    torch.mm,
+    torch.Tensor.addmm,
+    torch.Tensor.baddbmm,
+    torch.Tensor.bmm,
+    torch.Tensor.matmul,
+    torch.Tensor.mm,
+    functional.scaled_dot_product_attention,
+}
+
+
+def has_instructions_for(dtype: torch.dtype) -> bool:
+    """Return whether the CPU has instructions for matrices of this dtype. PyTorch takes five to fifty times as long as
+    in float32 where it has none, such as with AVX2 alone."""
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype not in names:
+        return True
+    try:
+        return getattr(torch.ops.mkldnn, names[dtype])()
+    except (AttributeError, RuntimeError):
+        # This version of PyTorch does not tell.
+        return True
+
+
+@contextmanager
+def products_in_float32() -> Iterator[None]:
+    """Multiply 16-bit matrices on the CPU in float32 while the context is open, where it has no instructions for them.
+
+    Results are rounded to 16 bit, as those of PyTorch's own products are, whose sums are in float32 too.
+    """
+    slow = [dtype for dtype in _16_BIT if not has_instructions_for(dtype)]
+    if not slow or _InFloat32.is_open:
+        yield
+        return
+    _InFloat32.is_open = True
+    try:
+        with _InFloat32(slow):
+            yield
+    finally:
+        _InFloat32.is_open = False
+
+
+@contextmanager
+def products_as_served() -> Iterator[None]:
+    """Multiply as PyTorch does by itself while the context is open, for times that are those of the model in use."""
+    before, _InFloat32.is_suspended = _InFloat32.is_suspended, True
+    try:
+        yield
+    finally:
+        _InFloat32.is_suspended = before
+
+
+def warn_of_slow_products(model: torch.nn.Module) -> None:
+    """Warn where PyTorch by itself multiplies the matrices of a model slowly, which times show."""
+    weights = [weight for weight in model.parameters() if weight.ndim > 1 and weight.device.type == "cpu"]
+    dtype = next((weight.dtype for weight in weights if not has_instructions_for(weight.dtype)), None)
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        logger.warning(
+            "This processor has no instructions for %s, which PyTorch multiplies many times more slowly than float32. "
+            "The times are those of %s; load the model in float32 (dtype='float32') to serve and time it.",
+            name,
+            name,
+        )
+
+
+class _InFloat32(TorchFunctionMode):
+    """Converts the factors of products from some dtypes to float32, and their results back."""
+
+    is_open = is_suspended = False
+
+    def __init__(self, dtypes: list[torch.dtype]):
+        super().__init__()
+        self._dtypes = dtypes
+
+    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.is_suspended:
+            return function(*args, **kwargs)
+        if function is functional.linear and not kwargs:
+            values, weight, *bias = args
+            if self._is_slow(values) and values.numel() >= FEWEST_ROWS * values.shape[-1]:
+                return _linear(values, weight, *bias)
+        elif function in _PRODUCTS and self._is_slow(args[0]):
+            dtype = args[0].dtype
+            args = [_in_float32(value) for value in args]
+            kwargs = {name: _in_float32(value) for name, value in kwargs.items()}
+            return function(*args, **kwargs).to(dtype)
+        return function(*args, **kwargs)
+
+    def _is_slow(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.dtype in self._dtypes and value.device.type == "cpu"
+
+
+def _in_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _16_BIT else value
+
+
+def _linear(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the output of a linear layer, whose weight is converted in parts, so that it takes little memory."""
+    dtype, values = values.dtype, values.float()
+    rows = max(1, LARGEST_PART // weight.shape[-1])
+    biases = [None] * len(weight.split(rows)) if bias is None else bias.split(rows)
+    parts = [
+        functional.linear(values, part.float(), None if own is None else own.float()).to(dtype)
+        for part, own in zip(weight.split(rows), biases)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -1,0 +1,175 @@
+"""Products of 16-bit matrices on a processor without instructions for them."""
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from optimum_fwdprune import FwdPruner
+from optimum_fwdprune.evaluation import benchmark
+from optimum_fwdprune.loading.state import evaluating
+from optimum_fwdprune.recovery import RecoveryArguments
+from optimum_fwdprune.runs import products
+from optimum_fwdprune.runs.products import FEWEST_ROWS, products_as_served, products_in_float32
+
+
+DTYPES = [torch.bfloat16, torch.float16]
+IDS = torch.arange(64).remainder(50).view(2, 32)
+CALIBRATION = torch.arange(4 * 64).remainder(50).view(4, 64)
+
+
+class Products(TorchDispatchMode):
+    """Records the dtypes of the matrices that are multiplied, with at least `rows` rows."""
+
+    def __init__(self, rows=FEWEST_ROWS):
+        super().__init__()
+        self.rows, self.dtypes = rows, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        if any(part in name for part in ("::mm", "::addmm", "::bmm", "::baddbmm", "::linear", "::matmul", "attention")):
+            factors = args[1:3] if "add" in name else args[:2]
+            if factors[0].ndim > 1 and factors[0].shape[-2] >= self.rows:
+                self.dtypes.append(factors[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def without_instructions(monkeypatch):
+    monkeypatch.setattr(products, "has_instructions_for", lambda dtype: dtype not in DTYPES)
+
+
+def numbers(*shape, dtype):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("without_instructions")
+def test_products_are_those_of_float32_rounded(dtype):
+    values, weight, bias = numbers(2, 32, 48, dtype=dtype), numbers(24, 48, dtype=dtype), numbers(24, dtype=dtype)
+    heads = numbers(2, 4, 32, 8, dtype=dtype)
+    mask = numbers(2, 1, 32, 32, dtype=dtype)
+    rows = values.flatten(0, 1)
+    calls = [
+        (functional.linear, (values, weight)),
+        (functional.linear, (values, weight, bias)),
+        (torch.matmul, (values, weight.T)),
+        (torch.Tensor.matmul, (values, weight.T)),
+        (lambda a, b: a @ b, (values, weight.T)),
+        (torch.mm, (rows, weight.T)),
+        (torch.Tensor.mm, (rows, weight.T)),
+        (torch.addmm, (bias, rows, weight.T)),
+        (torch.Tensor.addmm, (bias, rows, weight.T)),
+        (torch.bmm, (values, values.mT)),
+        (torch.Tensor.bmm, (values, values.mT)),
+        (torch.baddbmm, (mask[:, 0], values, values.mT)),
+        (torch.Tensor.baddbmm, (mask[:, 0], values, values.mT)),
+        (lambda q, m: functional.scaled_dot_product_attention(q, q, q, attn_mask=m), (heads, mask)),
+    ]
+    for function, arguments in calls:
+        expected = function(*(argument.float() for argument in arguments)).to(dtype)
+        with products_in_float32(), Products() as seen:
+            got = function(*arguments)
+        assert got.dtype == dtype
+        assert torch.equal(got, expected)
+        assert seen.dtypes
+        assert all(seen_dtype == torch.float32 for seen_dtype in seen.dtypes)
+
+
+@pytest.mark.usefixtures("without_instructions")
+def test_large_weights_are_converted_in_parts(monkeypatch):
+    values, weight, bias = numbers(32, 8, dtype=DTYPES[0]), numbers(20, 8, dtype=DTYPES[0]), numbers(20, dtype=DTYPES[0])
+    with products_in_float32():
+        whole = functional.linear(values, weight, bias), functional.linear(values, weight)
+    monkeypatch.setattr(products, "LARGEST_PART", 7 * 8)
+    with products_in_float32(), Products() as seen:
+        parts = functional.linear(values, weight, bias), functional.linear(values, weight)
+    assert len(seen.dtypes) == 2 * 3
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("without_instructions")
+def test_gradients_are_in_the_dtype_of_the_weights():
+    values, weight = numbers(32, 8, dtype=DTYPES[0]), numbers(20, 8, dtype=DTYPES[0]).requires_grad_()
+    with products_in_float32(), Products() as seen:
+        functional.linear(values, weight).float().square().sum().backward()
+    assert weight.grad.dtype == DTYPES[0]
+    assert set(seen.dtypes) == {torch.float32}
+
+
+@pytest.mark.usefixtures("without_instructions")
+def test_few_rows_and_float64_stay_as_they_are():
+    with products_in_float32(), Products(rows=1) as seen:
+        functional.linear(numbers(FEWEST_ROWS - 1, 8, dtype=DTYPES[0]), numbers(20, 8, dtype=DTYPES[0]))
+        assert (numbers(32, 8, dtype=torch.float64) @ numbers(8, 4, dtype=torch.float64)).dtype == torch.float64
+    assert seen.dtypes == [DTYPES[0], torch.float64]
+
+
+def test_a_processor_with_instructions_multiplies_as_it_is(monkeypatch):
+    monkeypatch.setattr(products, "has_instructions_for", lambda dtype: True)
+    with products_in_float32(), Products() as seen:
+        functional.linear(numbers(32, 8, dtype=DTYPES[0]), numbers(20, 8, dtype=DTYPES[0]))
+    assert seen.dtypes == DTYPES[:1]
+
+
+@pytest.mark.usefixtures("without_instructions")
+def test_contexts_inside_each_other_and_times_of_the_model_itself():
+    values, weight = numbers(32, 8, dtype=DTYPES[0]), numbers(20, 8, dtype=DTYPES[0])
+    with products_in_float32(), products_in_float32():
+        with products_as_served(), Products() as served:
+            functional.linear(values, weight)
+        with Products() as inside:
+            functional.linear(values, weight)
+    with Products() as after:
+        functional.linear(values, weight)
+    assert (served.dtypes, inside.dtypes, after.dtypes) == (DTYPES[:1], [torch.float32], DTYPES[:1])
+
+
+@pytest.mark.usefixtures("without_instructions")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_that_is_evaluated(attention):
+    model = tiny.make_model("llama_gqa_biases", dtype=DTYPES[0])
+    model.set_attn_implementation(attention)
+    with torch.no_grad(), evaluating(model), Products() as seen:
+        logits = model(IDS).logits
+    assert logits.dtype == DTYPES[0]
+    assert DTYPES[0] not in seen.dtypes
+
+
+@pytest.mark.usefixtures("without_instructions")
+@pytest.mark.parametrize("preset", ["fast", "best"])
+def test_no_product_of_pruning_is_in_16_bit(preset):
+    pruner = FwdPruner(tiny.make_model("llama_gqa_biases", dtype=DTYPES[0]))
+    with Products() as seen:
+        pruner.prune(preset, CALIBRATION, sparsity=0.4, skip_layers=[])
+    assert pruner.model.dtype == DTYPES[0]
+    assert seen.dtypes
+    assert DTYPES[0] not in seen.dtypes
+
+
+@pytest.mark.usefixtures("without_instructions")
+@pytest.mark.parametrize("mode", ["lora", "distill", "block_distill"])
+def test_no_product_of_recovery_is_in_16_bit(mode, tmp_path):
+    dense, pruner = tiny.make_model("llama_gqa_biases", dtype=DTYPES[0]), FwdPruner(tiny.make_model("llama_gqa_biases", dtype=DTYPES[0]))
+    pruner.prune("fast", CALIBRATION, sparsity=0.4, skip_layers=[])
+    teacher = {} if mode == "lora" else {"teacher": dense}
+    args = RecoveryArguments(
+        tmp_path / "out", mode=mode, max_steps=1, max_length=32, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    with Products() as seen:
+        pruner.recover({"input_ids": CALIBRATION.tolist()}, args, **teacher)
+    assert seen.dtypes
+    assert DTYPES[0] not in seen.dtypes
+
+
+@pytest.mark.usefixtures("without_instructions")
+def test_times_are_those_of_the_model_itself_and_said_to_be_slow(caplog):
+    model = tiny.make_model("llama_gqa_biases", dtype=DTYPES[0])
+    with Products() as seen:
+        benchmark([model], prompt_tokens=(32,), new_tokens=1, repeats=1)
+    assert DTYPES[0] in seen.dtypes
+    assert "no instructions for bfloat16" in caplog.text
+    caplog.clear()
+    benchmark([tiny.make_model("llama_gqa_biases")], prompt_tokens=(32,), new_tokens=1, repeats=1)
+    assert "no instructions" not in caplog.text
