@@ -14,6 +14,7 @@ from optimum_fwdprune.runs import products
 from optimum_fwdprune.runs.products import FEWEST_ROWS, products_as_served, products_in_float32
 
 
+PRODUCTS = ("::mm", "::addmm", "::bmm", "::baddbmm", "::linear", "::matmul", "attention")
 DTYPES = [torch.bfloat16, torch.float16]
 IDS = torch.arange(64).remainder(50).view(2, 32)
 CALIBRATION = torch.arange(4 * 64).remainder(50).view(4, 64)
@@ -28,7 +29,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name()
-        if any(part in name for part in ("::mm", "::addmm", "::bmm", "::baddbmm", "::linear", "::matmul", "attention")):
+        if any(part in name for part in PRODUCTS):
             factors = args[1:3] if "add" in name else args[:2]
             if factors[0].ndim > 1 and factors[0].shape[-2] >= self.rows:
                 self.dtypes.append(factors[0].dtype)
@@ -79,7 +80,7 @@ def test_products_are_those_of_float32_rounded(dtype):
 
 @pytest.mark.usefixtures("without_instructions")
 def test_large_weights_are_converted_in_parts(monkeypatch):
-    values, weight, bias = numbers(32, 8, dtype=DTYPES[0]), numbers(20, 8, dtype=DTYPES[0]), numbers(20, dtype=DTYPES[0])
+    values, weight, bias = (numbers(*shape, dtype=DTYPES[0]) for shape in ((32, 8), (20, 8), (20,)))
     with products_in_float32():
         whole = functional.linear(values, weight, bias), functional.linear(values, weight)
     monkeypatch.setattr(products, "LARGEST_PART", 7 * 8)
@@ -151,7 +152,8 @@ def test_no_product_of_pruning_is_in_16_bit(preset):
 @pytest.mark.usefixtures("without_instructions")
 @pytest.mark.parametrize("mode", ["lora", "distill", "block_distill"])
 def test_no_product_of_recovery_is_in_16_bit(mode, tmp_path):
-    dense, pruner = tiny.make_model("llama_gqa_biases", dtype=DTYPES[0]), FwdPruner(tiny.make_model("llama_gqa_biases", dtype=DTYPES[0]))
+    dense, model = (tiny.make_model("llama_gqa_biases", dtype=DTYPES[0]) for _ in range(2))
+    pruner = FwdPruner(model)
     pruner.prune("fast", CALIBRATION, sparsity=0.4, skip_layers=[])
     teacher = {} if mode == "lora" else {"teacher": dense}
     args = RecoveryArguments(
