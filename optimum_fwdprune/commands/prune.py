@@ -18,6 +18,7 @@ from .options import (
 )
 from .requests import add_request_options, check_owned, request_options
 from .training import SOURCES, data_of, named_values, training_arguments, training_folder
+from .wording import in_options
 
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class PruneCommand(Command):
         pruner.check_saving(self.args.output, overwrite=self.args.overwrite)
         if self.args.dry_run:
             outlook = pruner.dry_run(config, plan=plan)
-            self.show(outlook, outlook.to_dict())
+            self.show(in_options(str(outlook), self.parser), outlook.to_dict())
             return
         if recovery is None:
             pruner.prune(config, plan=plan)

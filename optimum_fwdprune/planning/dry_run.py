@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +28,11 @@ from .serving import Serving
 from .settler import Settler
 from .settling import kept_by_equal_scores
 from .stock_layout import STOCK, check_stock_layout
+
+
+# Layers are alike where the numbers of units that they keep differ by at most this fraction, as rounding to multiples
+# makes them differ.
+ALIKE = 0.05
 
 
 @dataclass(frozen=True)
@@ -109,19 +113,41 @@ class DryRun:
         assert self.layers is not None
         kinds = [kind for kind in UnitKind if kind in self.layers[0]]
         names = (name for kind in kinds for name in (unit_name(kind, self.request.attention_unit), "parameters"))
-        rows = []
-        # Neighbouring layers that are alike share a row.
-        for cells, alike in itertools.groupby(self.layers, lambda row: tuple(_cells(row, kinds))):
-            layers = [row["layer"] for row in alike]
-            rows.append((f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0]), *cells))
-        return ("layer", *names), rows
+        return ("layer", *names), [tuple(_cells(rows, kinds)) for rows in _alike(self.layers, kinds)]
 
 
-def _cells(row: Mapping[str, Any], kinds: Sequence[UnitKind]) -> Iterator[str]:
-    """Yield the cells of a layer: for every kind, the kept units of all and their parameters."""
+def _alike(rows: Sequence[dict[str, Any]], kinds: Sequence[UnitKind]) -> list[list[dict[str, Any]]]:
+    """Return the rows of the layers, with neighbours that differ by no more than rounding in one list."""
+    groups: list[list[dict[str, Any]]] = []
+    for row in rows:
+        if groups and all(_range_of(kind, [*groups[-1], row]) is not None for kind in kinds):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _range_of(kind: UnitKind, rows: Sequence[dict[str, Any]]) -> tuple[int, int] | None:
+    """Return the least and the largest number of units that layers keep; `None` where they are not alike."""
+    kept, units = [row[kind]["kept"] for row in rows], {row[kind]["units"] for row in rows}
+    least, most = min(kept), max(kept)
+    if len(units) > 1 or most - least > ALIKE * max(units) or (least < most == max(units)):
+        return None
+    return least, most
+
+
+def _cells(rows: Sequence[dict[str, Any]], kinds: Sequence[UnitKind]) -> Iterator[str]:
+    """Yield the cells of layers that are alike: their numbers, and for every kind the units that each keeps of all,
+    and the parameters that are left of each."""
+    yield _written([row["layer"] for row in rows], "{}", "-")
     for kind in kinds:
-        yield f"{row[kind]['kept']} / {row[kind]['units']}"
-        yield f"{row[kind]['parameters']['after']:,}"
+        yield f"{_written([row[kind]['kept'] for row in rows], '{}')} / {rows[0][kind]['units']}"
+        yield _written([row[kind]["parameters"]["after"] for row in rows])
+
+
+def _written(numbers: Sequence[int], form: str = "{:,}", separator: str = " to ") -> str:
+    """Return a number, or the least and the largest of several."""
+    return separator.join(form.format(number) for number in sorted({min(numbers), max(numbers)}))
 
 
 def foreseen(

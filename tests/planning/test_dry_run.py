@@ -1,5 +1,7 @@
 """A dry run foresees what `prune` does, refuses what `prune` refuses, and needs no weights."""
 
+import dataclasses
+import re
 import shutil
 
 import pytest
@@ -165,3 +167,23 @@ def test_a_notebook_shows_sentences_and_a_table(weightless):
     # The head, and one row for all layers, which are alike.
     assert shown.count("<tr>") == 2 and "<td>0-2</td>" in shown and "MLP channels" in shown
     assert "<p>Calibration uses " in shown
+
+
+def test_layers_that_rounding_makes_differ_share_a_row(weightless):
+    def row(layer, channels, units=1000):
+        parameters = {"before": 30 * units, "after": 30 * channels}
+        return {"layer": layer, "mlp": {"kept": channels, "units": units, "parameters": parameters}}
+
+    layers = [row(0, 1000), row(1, 980), row(2, 700), row(3, 732), row(4, 720), row(5, 800), row(6, 20, units=20)]
+    foreseen = dataclasses.replace(weightless.dry_run(dataset=TOKENS), layers=layers)
+    shown = foreseen._repr_html_().partition("<table>")[2]
+    rows = [re.findall("<td>(.*?)</td>", line) for line in shown.split("</tr>") if "<td>" in line]
+
+    assert rows == [
+        ["0", "1000 / 1000", "30,000"],
+        ["1", "980 / 1000", "29,400"],
+        ["2-4", "700 to 732 / 1000", "21,000 to 21,960"],
+        ["5", "800 / 1000", "24,000"],
+        ["6", "20 / 20", "600"],
+    ]
+    assert foreseen.to_dict()["layers"] == layers
