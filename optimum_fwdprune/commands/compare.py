@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .base import Command
@@ -68,6 +69,7 @@ class CompareCommand(Command):
     EXAMPLES = (
         "compare dense pruned --text wikitext2 --output table.md",
         "compare dense pruned-20 pruned-40 --text wikitext2 --tasks piqa --limit 200 --output table.json",
+        "compare dense pruned --text wikitext2 --cards",
     )
 
     @staticmethod
@@ -77,21 +79,37 @@ class CompareCommand(Command):
         )
         parser.add_argument("pruned", nargs="+", help="Folders or Hub repositories of the pruned models.")
         add_output_option(parser)
+        parser.add_argument(
+            "--cards",
+            action="store_true",
+            help="Also write the figures to the model cards of the pruned models, which must be folders; what else "
+            "is on the cards stays.",
+        )
         add_evaluation_options(parser)
         add_speed_options(parser)
         add_tokenizer_option(parser)
         add_loading_options(parser)
 
     def execute(self) -> None:
+        from optimum_fwdprune.checkpoint.measuring import check_cards, save_measurements
+        from optimum_fwdprune.evaluation import Comparison
         from optimum_fwdprune.evaluation.comparison import checked_format
+        from optimum_fwdprune.loading.base import CARD_NAME
 
         if self.args.output:
             checked_format(self.args.output)
+        if self.args.cards:
+            check_cards(self.args.pruned)
         comparison = compare_models([self.args.dense, *self.args.pruned], self.args)
         self.show(comparison, comparison.to_dict())
         if self.args.output:
             comparison.save(self.args.output)
             print(f"Written to {self.args.output}.")
+        if self.args.cards:
+            dense, *others = comparison.evaluations
+            for folder, pruned in zip(self.args.pruned, others):
+                save_measurements(folder, Comparison([dense, pruned]))
+                print(f"Written to {Path(folder) / CARD_NAME}.")
 
 
 def compare_models(names: list[str], args: Namespace) -> Comparison:

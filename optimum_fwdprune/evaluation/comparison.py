@@ -6,12 +6,12 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..files import as_path, check_output_file, write_text_atomically
-from ..words import html_table, render_table
+from ..words import html_table, public_name, render_table
 from .perplexity import TextLoss
 from .speed import Benchmark, Spread, Timing
 from .tasks import TaskScore
@@ -98,6 +98,10 @@ class Comparison:
     def last(self) -> Comparison:
         """Return a comparison that has the last model only."""
         return Comparison(self.evaluations[-1:])
+
+    def without_folders(self) -> Comparison:
+        """Return the comparison with names in the place of local paths, since checkpoints are shared."""
+        return Comparison([replace(evaluation, name=public_name(evaluation.name)) for evaluation in self.evaluations])
 
     def to_json(self) -> str:
         """Return all measurements, spreads included, as JSON."""

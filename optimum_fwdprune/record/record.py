@@ -82,9 +82,13 @@ class Record:
         if self.scores is not None:
             # The calibration text may be private, and checkpoints are shared.
             self.scores.save(folder / SCORES_NAME, tokens=False)
+        self.save_figures(folder)
+
+    def save_figures(self, folder: Path) -> None:
+        """Write sizes, measurements and the training as a file of a checkpoint."""
         values = {
             "report": None if self.outcome is None else self.outcome.to_dict(),
-            "comparison": None if self.comparison is None else _without_folders(self.comparison),
+            "comparison": None if self.comparison is None else self.comparison.without_folders().to_list(),
             "recovery": self.recovery,
         }
         if any(values.values()):
@@ -131,11 +135,6 @@ def save_pretrained(
     # With adapters inside, adapters alone are saved.
     if is_main_process and not getattr(model, "_hf_peft_config_loaded", False):
         vars(model)["pruning_record"].save(save_directory)
-
-
-def _without_folders(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return a comparison as JSON values without paths of this machine, since checkpoints are shared."""
-    return [{**values, "name": Path(values["name"]).name} for values in comparison.to_list()]
 
 
 def _outcome(values: Any) -> Outcome:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from ..allocation.losses import outside_units
 from ..allocation.plan import PLAN_NAME
 from ..architectures import get_architecture, is_pruned
-from ..evaluation import Comparison
 from ..loading.base import CARD_NAME, Base
 from ..record.outcome import Outcome
 from ..record.record import Record
 from ..record.reproduction import reproduction_of
 from ..request.files import CONFIG_NAME
+from .measurements import measurements_section, results_of
 from .pictures import plot_plan
 from .sentences import (
     calibration_of,
@@ -29,7 +28,7 @@ from .sentences import (
     what_was_removed,
 )
 from .tables import plan_table
-from .training import dataset_of, datasets_of, training_section
+from .training import datasets_of, training_section
 
 
 PICTURE_NAME = "kept_units.png"
@@ -59,7 +58,7 @@ def write_card(
         _introduction(name, record, base),
         _loading(name, model, folder),
         _sizes(record.outcome),
-        _measured(record.comparison),
+        measurements_section(record.comparison),
         _kept(record, folder / PICTURE_NAME),
         _reproduction(name, record, base),
         _limits(record, base),
@@ -83,26 +82,7 @@ PIPELINES = {
 def _metadata(name: str, model: PreTrainedModel, record: Record, base: Base | None) -> ModelCardData:
     """Return the entries that the Hub reads: base, licence, tags, training data and measurements."""
     pipeline = PIPELINES.get(_auto_class_of(model))
-    measured: Sequence[Any] = record.comparison.evaluations[-1:] if record.comparison else ()
-    figures = [
-        (dataset, metric, value)
-        for evaluation in measured
-        for dataset, metric, value in (
-            *((text, "perplexity", loss.perplexity) for text, loss in evaluation.texts.items()),
-            *((score.task, score.metric, score.value) for score in evaluation.tasks),
-        )
-    ]
-    results = [
-        EvalResult(
-            task_type=pipeline or "text-generation",
-            dataset_type=dataset_of(dataset)[0],
-            dataset_name=dataset,
-            dataset_config=dataset_of(dataset)[1],
-            metric_type=metric,
-            metric_value=value,
-        )
-        for dataset, metric, value in figures
-    ]
+    results = results_of(record.comparison, pipeline)
     carried_over: dict[str, Any] = dict(base.license) if base else {}
     if base and base.is_repository:
         # Of the relations that the Hub has, a pruned model with weights of its own is a finetuned one.
@@ -233,10 +213,6 @@ def _sizes(outcome: Outcome | None) -> str:
     text = "## Size\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
     outside = outside_units(outcome.parameters_before, outcome.prunable_parameters)
     return f"{text}\n\n{outside}" if outside else text
-
-
-def _measured(comparison: Comparison | None) -> str:
-    return f"## Measurements\n\n{comparison.to_markdown().rstrip()}" if comparison else ""
 
 
 def _kept(record: Record, picture: Path) -> str:

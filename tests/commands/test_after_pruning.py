@@ -8,10 +8,17 @@ import shutil
 import pytest
 import tiny
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from optimum_fwdprune import FwdPruner
+from optimum_fwdprune.evaluation import Comparison
+from optimum_fwdprune.record.record import Record
 from optimum_fwdprune.recovery import RecoveryOptions
+
+
+def headings_of(card):
+    return [line for line in card.text.splitlines() if line.startswith("## ")]
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +205,40 @@ class TestMeasure:
         code, out, err = cli("compare", *models, *text, *self.SPEED, "-o", tmp_path / "table.md")
 
         assert code == 0 and f"Written to {tmp_path / 'table.md'}." in out, err
+        assert "## Measurements" not in (folder / "pruned" / "README.md").read_text()
         table = (tmp_path / "table.md").read_text()
         assert "| perplexity, text.txt |" in table and "| decode 1 x 16, times as fast | 1.00 |" in table
+
+    def test_compare_writes_to_the_cards(self, cli, folder, tmp_path):
+        dense, pruned = folder / "dense", shutil.copytree(folder / "pruned", tmp_path / "pruned")
+        card = pruned / "README.md"
+        card.write_text(card.read_text().replace("## Limits", "## My words\n\nKept.\n\n## Limits"))
+        before, weights = ModelCard.load(card), (pruned / "model.safetensors").read_bytes()
+        for words in (32, 16):
+            options = ["--text", folder / "text.txt", "--max_length", words, "-o", tmp_path / "table.json"]
+            code, out, err = cli("compare", dense, pruned, *options, *self.SPEED, "--cards")
+            assert code == 0 and f"Written to {card}." in out, err
+        after, measured = ModelCard.load(card), Comparison.load(tmp_path / "table.json")
+
+        section = after.text.partition("## Measurements")[2].partition("## ")[0]
+        assert section.strip() == measured.without_folders().to_markdown().strip()
+        assert str(tmp_path) not in card.read_text()
+        assert headings_of(after) == [*headings_of(before)[:2], "## Measurements", *headings_of(before)[2:]]
+        assert "## My words\n\nKept.\n\n## Limits" in after.text
+        (result,) = after.data.eval_results
+        assert result.metric_value == measured.evaluations[1].texts["text.txt"].perplexity
+        assert {**after.data.to_dict(), "model-index": None} == {**before.data.to_dict(), "model-index": None}
+        kept, earlier = Record.of_checkpoint(pruned), Record.of_checkpoint(folder / "pruned")
+        assert (kept.comparison, kept.outcome) == (measured.without_folders(), earlier.outcome)
+        assert (pruned / "model.safetensors").read_bytes() == weights
+
+    @pytest.mark.parametrize("checkpoint", ["dense", "org/model"])
+    def test_no_card_to_write_to_is_told_before_measuring(self, checkpoint, cli, folder, monkeypatch):
+        monkeypatch.setattr("optimum_fwdprune.commands.compare.compare_models", lambda *_: pytest.fail("measured"))
+        monkeypatch.chdir(folder)
+        code, _, err = cli("compare", "pruned", checkpoint, "--text", "text.txt", "--cards")
+
+        assert code == 1 and f"{checkpoint} is no folder with a pruned checkpoint and its model card" in err
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
