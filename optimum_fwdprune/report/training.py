@@ -37,7 +37,7 @@ def training_section(recovery: Mapping[str, Any]) -> str:
         if any(commands):
             text += "\n\n`PRUNED` is the model before this training."
     for stage in stages:
-        text += "\n\n" + "\n".join(f"- {name}: {value}" for name, value in _figures_of(stage))
+        text += "\n\n" + "\n".join(f"- {name}: {_written(value)}" for name, value in _figures_of(stage))
     return text
 
 
@@ -92,3 +92,12 @@ def _figures_of(recovery: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield "held-out error after the last block", f"{last[before]} before, {last[after] or last[before]} after"
         elif name not in NO_FIGURES:
             yield name, value
+
+
+def _written(value: Any) -> str:
+    """Return a figure of a training as people write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return ", ".join(map(_written, value)) if isinstance(value, list) else str(value)

@@ -276,6 +276,11 @@ def test_the_introduction_names_how_and_on_what_the_model_was_trained(mode, data
 
     assert sentence in card.partition("## ")[0], card
     assert "The command reproduces the pruned model before training." in card
+    listed = dict(re.findall(r"^- ([a-z ]+): (.*)$", card, re.MULTILINE))
+    summary = pruner._record.recovery
+    assert listed["adapters"] == ("yes" if summary["adapters"] else "no")
+    assert listed["trained parameters"] == f"{summary['trained parameters']:,}"
+    assert summary["trained parameters"] >= 1000 and listed["learning rate"] == str(summary["learning rate"])
     assert sentence in card_of(FwdPruner.from_pretrained("pruned"), "copied").partition("## ")[0]
 
 
