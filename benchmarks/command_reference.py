@@ -13,6 +13,7 @@ from optimum_fwdprune.commands.fwdprune import FwdPruneCommand
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "commands.md"
+LONGEST_CHOICE = 24
 INTRODUCTION = """# Commands
 
 *This page is written by `benchmarks/command_reference.py` from the parsers of the commands.*
@@ -73,11 +74,16 @@ def listing(description):
 
 
 def row(parser, action):
+    """Long sets of values follow the meaning. As part of the option's name they would make the column too wide."""
+    values = ""
+    if str(action.metavar).startswith("{") and len(action.metavar) > LONGEST_CHOICE:
+        values = f" Values: {action.metavar.strip('{}').replace(',', ', ')}."
+        action.metavar = "VALUE"
     formatter = parser._get_formatter()
     formatter._width = 10_000
     invocation = formatter._format_action_invocation(action)
     name = invocation.replace("|", "\\|")
-    return f"| `{name}` | {escaped(formatter._expand_help(action))} |\n"
+    return f"| `{name}` | {escaped(formatter._expand_help(action))}{values} |\n"
 
 
 def escaped(text):

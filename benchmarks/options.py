@@ -22,6 +22,8 @@ INTRODUCTION = """# Options of a request
 
 Written by `benchmarks/options.py` from the fields of `PruningConfig`. Each is a keyword in Python, `sparsity=0.3`,
 and an option on the command line, `--sparsity 0.3`; lists are values one after the other, `--kinds attention mlp`.
+
+<div class="stacked" markdown>
 """
 
 
@@ -42,6 +44,7 @@ def page():
     parts.append(
         "| preset | what it does | options |\n|---|---|---|\n" + "".join(map(preset_row, registered_presets()))
     )
+    parts.append("</div>\n")
     return "\n".join(parts)
 
 

@@ -1,4 +1,7 @@
-"""Docstrings in Hugging Face's form, made readable for mkdocstrings, which reads Google's; loaded by mkdocs.yml."""
+"""Docstrings in Hugging Face's form, made readable for mkdocstrings, which reads Google's; loaded by mkdocs.yml.
+
+Signatures show the default of an `option`, without its help text.
+"""
 
 import re
 
@@ -16,6 +19,9 @@ class HuggingFaceDocstrings(griffe.Extension):
         if obj.docstring is not None:
             text = ARGUMENT.sub(lambda found: f"{found['name']} ({plain(found['type'])}):", obj.docstring.value)
             obj.docstring.value = REFERENCE.sub(link, text)
+        for parameter in obj.parameters if obj.is_function else ():
+            if isinstance(parameter.default, griffe.ExprCall) and str(parameter.default.function) == "option":
+                parameter.default = parameter.default.arguments[0]
 
 
 def plain(type_: str) -> str:
