@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
 def add_evaluation_options(parser: ArgumentParser) -> None:
     """Add the options of quality measurements."""
     quality = parser.add_argument_group("quality")
-    add_text_options(quality)
+    add_text_options(quality, " Of chats, the answers are measured.")
     quality.add_argument(
         "--stride",
         type=int,
@@ -40,14 +40,14 @@ def add_evaluation_options(parser: ArgumentParser) -> None:
     )
 
 
-def add_text_options(group: _ArgumentGroup) -> None:
-    """Add the options that name texts to measure on."""
+def add_text_options(group: _ArgumentGroup, more: str = "") -> None:
+    """Add the options that name texts to measure on; `more` is added to the help."""
     group.add_argument(
         "--text",
         nargs="+",
         default=[],
-        help="Texts to measure perplexity on: .txt, .json, .jsonl or .parquet files, wikitext2, builtin (Python's "
-        "documentation), or datasets of the Hub.",
+        help=f"Texts to measure perplexity on: .txt, .json, .jsonl or .parquet files, wikitext2, builtin (Python's "
+        f"documentation), or datasets of the Hub.{more}",
     )
     group.add_argument("--text_split", default="test", help="Split of Hub datasets (default: test).")
     group.add_argument("--text_config", help="Configuration name of Hub datasets.")
@@ -64,18 +64,30 @@ def read_texts(args: Namespace) -> dict[str, list[str]]:
     """Return the texts that the options name, by their names."""
     from optimum_fwdprune.data.texts import open_texts
 
-    opened = [open_texts(source, args.text_config, args.text_split, args.text_column) for source in args.text]
+    return {name: list(pieces) for name, pieces in _opened(args, open_texts).items()}
+
+
+def read_texts_or_chats(args: Namespace) -> dict[str, Any]:
+    """Return the texts and chats that the options name, by their names."""
+    from optimum_fwdprune.evaluation.chats import open_texts_or_chats
+
+    return _opened(args, open_texts_or_chats)
+
+
+def _opened(args: Namespace, open_source: Callable[..., tuple[str, Any]]) -> dict[str, Any]:
+    """Return what a function opens of the sources that the options name, by their names."""
+    opened = [open_source(source, args.text_config, args.text_split, args.text_column) for source in args.text]
     short = [name for name, _ in opened]
     # Two files of the same name in different folders are told apart by their paths.
     labels = [source if short.count(name) > 1 else name for source, name in zip(args.text, short)]
     check_different(labels, "--text")
-    return {label: list(pieces) for label, (_, pieces) in zip(labels, opened)}
+    return {label: pieces for label, (_, pieces) in zip(labels, opened)}
 
 
 def evaluation_options(args: Namespace) -> dict[str, Any]:
     """Return the options of quality measurements, with the texts read, for `evaluate` and `compare`."""
     names = ("tasks", "max_length", "stride", "batch_size", "num_fewshot", "limit", "apply_chat_template")
-    return {"texts": read_texts(args)} | {name: getattr(args, name) for name in names}
+    return {"texts": read_texts_or_chats(args)} | {name: getattr(args, name) for name in names}
 
 
 def check_different(names: Sequence[str], where: str) -> None:

@@ -145,12 +145,21 @@ def open_texts(
     The arguments are those of [`open_data`].
     """
     data = open_data(source, config, split, column)
+    return data.name, texts_in(data, source)
+
+
+def texts_in(data: Data, source: Any) -> Iterator[str]:
+    """Return the texts of data, as [`open_texts`] does.
+
+    Raises:
+        ValueError: where the data holds something else.
+    """
     if data.kind != TEXT:
         raise ValueError(
             f"{data.name} holds {KINDS[data.kind]}, but text is needed. Write it to a .txt file, or set "
             f"dataset_column to a column of text."
         )
-    return data.name, _reported(texts_of(data, source), data)
+    return _reported(texts_of(data, source), data)
 
 
 def texts_of(data: Data, source: Any) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from .chats import chats_loss
 from .comparison import Comparison, Evaluation
 from .measuring import QualityOptions, compare, evaluate
 from .memory import PeakMemory
@@ -26,6 +27,7 @@ __all__ = [
     "TextLoss",
     "Timing",
     "benchmark",
+    "chats_loss",
     "compare",
     "evaluate",
     "evaluate_tasks",

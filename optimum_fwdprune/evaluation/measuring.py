@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .chats import ChatRows, chats_loss
 from .comparison import Comparison, Evaluation
-from .perplexity import texts_loss
+from .perplexity import TextLoss, texts_loss
 from .speed import benchmark
 from .tasks import evaluate_tasks
 
@@ -24,8 +25,9 @@ class QualityOptions:
     """How the quality of a model is measured.
 
     Args:
-        max_length (`int`, *optional*): longest window of a text, see [`text_loss`].
-        stride (`int`, *optional*): distance between the starts of windows, likewise.
+        max_length (`int`, *optional*): longest window of a text, see [`text_loss`], or longest chat, see
+            [`chats_loss`].
+        stride (`int`, *optional*): distance between the starts of windows of a text, likewise.
         batch_size (`int`, defaults to 4): windows, or requests of tasks, per forward pass.
         num_fewshot (`int`, *optional*): examples in the prompt of a task; by default the task's own number.
         limit (`int`, *optional*): number of rows of each task that are scored; by default all.
@@ -51,7 +53,7 @@ class QualityOptions:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Mapping[str, Iterable[str]] | None = None,
+    texts: Mapping[str, Iterable[Any]] | None = None,
     tasks: Sequence[str | Path] = (),
     name: str = "model",
     **options: Any,
@@ -61,25 +63,34 @@ def evaluate(
     Args:
         model (`PreTrainedModel`): a causal language model, dense or pruned.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        texts (mapping of `str` to strings, *optional*): texts by name; the strings of a text are joined without a
-            separator.
+        texts (mapping of `str` to strings or chats, *optional*): texts by name. The strings of a text are joined
+            without a separator. Of chats, which may have any form that [`chats_loss`] takes, the answers are measured.
         tasks (sequence of `str` or `Path`, *optional*): see [`evaluate_tasks`].
         name (`str`, defaults to `"model"`): name of the model.
         options: fields of [`QualityOptions`], such as `max_length`, `batch_size` and `limit`.
     """
     quality = QualityOptions(**options)
-    losses = {
-        text: texts_loss(model, tokenizer, pieces, quality.max_length, quality.stride, quality.batch_size)
-        for text, pieces in (texts or {}).items()
-    }
+    losses = {text: _loss_on(model, tokenizer, text, pieces, quality) for text, pieces in (texts or {}).items()}
     scores = evaluate_tasks(model, tokenizer, tasks, **quality.of_tasks()) if tasks else []
     return Evaluation(name, losses, scores)
+
+
+def _loss_on(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, pieces: Any, options: QualityOptions
+) -> TextLoss:
+    """Return the loss of a model on strings that are one text, or on the answers of chats."""
+    if not isinstance(pieces, ChatRows):
+        pieces = list(pieces)
+        if all(isinstance(piece, str) for piece in pieces):
+            return texts_loss(model, tokenizer, pieces, options.max_length, options.stride, options.batch_size)
+        pieces = ChatRows.of(name, pieces)
+    return chats_loss(model, tokenizer, pieces, options.max_length, options.batch_size)
 
 
 def compare(
     models: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
-    texts: Mapping[str, Sequence[str]] | None = None,
+    texts: Mapping[str, Iterable[Any]] | None = None,
     tasks: Sequence[str | Path] = (),
     **options: Any,
 ) -> Comparison:
@@ -89,7 +100,8 @@ def compare(
         models (mapping of `str` to `PreTrainedModel`): models by name, of one vocabulary; speed-ups are relative to
             the first one.
         tokenizer (`PreTrainedTokenizerBase`): their tokenizer.
-        texts (mapping of `str` to sequence of `str`, *optional*): see [`evaluate`].
+        texts (mapping of `str` to strings or chats, *optional*): see [`evaluate`]; not iterators, since every model
+            reads them.
         tasks (sequence of `str` or `Path`, *optional*): likewise.
         options: `batch_sizes`, `prompt_tokens`, `new_tokens` and `repeats` of [`benchmark`], and fields of
             [`QualityOptions`].

@@ -34,6 +34,7 @@ def model_nll(
     attention_mask: torch.Tensor | None = None,
     inputs: Mapping[str, torch.Tensor] | None = None,
     first: int = 1,
+    answers: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a batch through `model` and return [`next_token_nll`] of its logits.
 
@@ -50,7 +51,7 @@ def model_nll(
     input_ids = input_ids.to(device)
     attention_mask = None if attention_mask is None else attention_mask.to(device)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, **plain_outputs(model)).logits
-    return next_token_nll(logits, input_ids, attention_mask, first)
+    return next_token_nll(logits, input_ids, attention_mask, first, answers)
 
 
 def check_predicts(model: PreTrainedModel) -> None:
@@ -63,7 +64,11 @@ def check_predicts(model: PreTrainedModel) -> None:
 
 
 def next_token_nll(
-    logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, first: int = 1
+    logits: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    first: int = 1,
+    answers: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the negative log-likelihood of every sequence, and the number of tokens that it is the sum over.
 
@@ -76,12 +81,15 @@ def next_token_nll(
         attention_mask (`Tensor[batch_size, seq_len]`, *optional*): a token counts if neither it nor the token before
             is padding.
         first (`int`, defaults to 1): index of the first token that counts; tokens before it are context.
+        answers (`Tensor[batch_size, seq_len]`, bool, *optional*): the tokens that count; by default all.
 
     Returns:
         `Tensor[batch_size]` float64 in nats, and `Tensor[batch_size]` int64.
     """
     targets = input_ids[:, first:].to(logits.device)
     counted = counted_targets(input_ids, attention_mask)[:, first - 1 :].to(logits.device)
+    if answers is not None:
+        counted &= answers[:, first:].to(logits.device)
     at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
     rows = []
     for row in range(len(targets)):

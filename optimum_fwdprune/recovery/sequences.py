@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data.chats import IGNORED, check_template, encoded_chat
-from ..data.messages import Chat, UnusableRow
+from ..data.answers import Answers
+from ..data.chats import IGNORED
+from ..data.messages import UnusableRow
 from ..data.rows import CHAT, TEXT, TOKENS, Data
 from ..data.texts import KINDS, always_text, detokenize, open_rows
 from ..data.tokens import Tokens
 from ..loading.tokenizers import starting_tokens
-from ..runs.loggers import get_logger
 from ..runs.progress import progress
 from .amounts import Wanted
 from .documents import positions_and_labels
 from .options import RecoveryOptions
 
-
-logger = get_logger(__name__)
 
 # Tokens per sequence by default.
 MAX_LENGTH = 512
@@ -116,7 +114,14 @@ def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted:
     # An array takes four bytes per token, a list nine times as much.
     tokens = array("i")
     starts: list[int] | None = [] if separated else None
-    for text in progress(data, "Tokenizing", unit="text"):
+
+    def needed() -> Iterator[Any]:
+        for text in data:
+            yield text
+            if most and len(tokens) >= most * of_text:
+                return
+
+    for text in progress(needed(), "Tokenizing", unit="text"):
         ids = tokenizer(detokenize(text), add_special_tokens=False, verbose=False)["input_ids"]
         if starts is not None and ids:
             starts.append(len(tokens))
@@ -124,8 +129,6 @@ def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted:
         tokens.extend(ids)
         if ids and tokenizer.eos_token_id is not None:
             tokens.append(tokenizer.eos_token_id)
-        if most and len(tokens) >= most * of_text:
-            break
     data.report()
     count = min(len(tokens) // of_text, most or len(tokens))
     if not count:
@@ -143,45 +146,11 @@ def _packed(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted:
 
 
 def _answers(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, wanted: Wanted) -> Dataset:
-    check_template(tokenizer)
-    # For every chat that is used: the tokens of its answers, and how many of them are beyond the length.
-    counted: list[tuple[int, int]] = []
-
-    def sequences_of(chat: Chat) -> Iterable[dict[str, list[int]]]:
-        encoded = encoded_chat(chat, tokenizer)
-        # The first token is never predicted.
-        total = sum(_counted(labels[1:]) for _, labels in encoded)
-        kept = sum(_counted(labels[1:length]) for _, labels in encoded)
-        if not total:
-            raise UnusableRow("the chat template marks no token of it as the assistant's")
-        if not kept:
-            raise UnusableRow(f"it has no answer of the assistant within its first max_length={length} tokens")
-        counted.append((total, total - kept))
-        return [
-            {"input_ids": ids[:length], "labels": labels[:length]}
-            for ids, labels in encoded
-            if _counted(labels[1:length])
-        ]
-
-    sequences = progress(data.converted(sequences_of), "Tokenizing", unit="chat")
-    taken = list(wanted.taken(sequences))
-    data.report()
-    if cut := sum(1 for _, beyond in counted if beyond):
-        logger.warning(
-            "%d of %d chats of %s are longer than max_length=%d tokens. They are cut to this length, so that %d of "
-            "the %d tokens of all answers are not trained on. Raise max_length to keep them.",
-            cut,
-            len(counted),
-            data.name,
-            length,
-            sum(beyond for _, beyond in counted),
-            sum(total for total, _ in counted),
-        )
+    answers = Answers(data, tokenizer, length)
+    sequences = ({"input_ids": ids, "labels": labels} for ids, labels in answers)
+    taken = list(progress(wanted.taken(sequences), "Tokenizing", unit="chat"))
+    answers.report("trained on")
     return Dataset.from_list(taken)
-
-
-def _counted(labels: list[int]) -> int:
-    return sum(label != IGNORED for label in labels)
 
 
 def _check_vocabulary(sequences: Dataset, name: str, vocab_size: int | None) -> None:

@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from optimum_fwdprune.data.load_calibration import load_calibration
 from optimum_fwdprune.recovery import RecoveryOptions, training_data
+from optimum_fwdprune.recovery.amounts import Wanted
 from optimum_fwdprune.recovery.data import IGNORED, collate
 
 
@@ -46,7 +47,7 @@ def chatty(tokenizer):
 def warnings(monkeypatch):
     """Warnings of what is left out."""
     said = []
-    for module in ("data.rows", "recovery.sequences"):
+    for module in ("data.rows", "data.answers"):
         monkeypatch.setattr(f"optimum_fwdprune.{module}.logger.warning", lambda text, *args: said.append(text % args))
     return said
 
@@ -67,6 +68,21 @@ def test_text_is_packed_end_to_end(tokenizer):
     assert [token for row in data["input_ids"] for token in row] == expected[: len(expected) // 8 * 8]
     assert list(data["labels"]) == list(data["input_ids"])
     assert all(len(row) == 8 for row in data["input_ids"])
+
+
+@pytest.mark.parametrize("source", [[TEXT] * 9, [GOOD] * 9], ids=["texts", "chats"])
+def test_the_bar_of_a_part_of_the_data_ends_as_a_finished_one(source, chatty, monkeypatch):
+    finished = []
+
+    def watched(items, *_args, **_options):
+        yield from items
+        finished.append(True)
+
+    monkeypatch.setattr("optimum_fwdprune.recovery.sequences.progress", watched)
+    data = training_data(source, chatty, options(max_length=32), Wanted(sequences=2))
+
+    # A notebook shows a bar whose loop was left in red.
+    assert len(data) == 2 and finished == [True]
 
 
 @pytest.mark.parametrize("separate", [False, True])

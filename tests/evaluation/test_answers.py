@@ -1,0 +1,136 @@
+"""Perplexity of the answers in chats."""
+
+import json
+import logging
+
+import pytest
+import tiny
+import torch
+
+from optimum_fwdprune.data.chats import IGNORED, encoded_chat
+from optimum_fwdprune.data.messages import Chat
+from optimum_fwdprune.evaluation import chats_loss, compare, evaluate, texts_loss
+from optimum_fwdprune.evaluation.chats import ChatRows, open_texts_or_chats
+
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}> {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+CHATS = [
+    [
+        {"role": "user", "content": "the quick brown fox"},
+        {"role": "assistant", "content": "jumps over the lazy dog"},
+        {"role": "user", "content": "again"},
+        {"role": "assistant", "content": "over"},
+    ],
+    [{"role": "user", "content": "the lazy dog jumps over the quick fox"}, {"role": "assistant", "content": "quick"}],
+    [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "the dog"}],
+]
+WITHOUT_ANSWER = [{"role": "user", "content": "the quick brown fox"}]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.make_model("llama_gqa_biases")
+
+
+@pytest.fixture
+def chatting(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    yield tokenizer
+    tokenizer.chat_template = None
+
+
+def by_hand(model, tokenizer, chats, length=None):
+    """The sum of negative log-likelihoods of the answers, and how many tokens they have."""
+    nll, tokens = 0.0, 0
+    for messages in chats:
+        for ids, labels in encoded_chat(Chat(messages), tokenizer):
+            logits = model(torch.tensor([ids[:length]])).logits[0].double().log_softmax(-1)
+            for place, label in list(enumerate(labels[:length]))[1:]:
+                if label != IGNORED:
+                    nll -= float(logits[place - 1, label])
+                    tokens += 1
+    return nll, tokens
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_the_loss_is_that_of_the_answers(batch_size, model, chatting):
+    found = chats_loss(model, chatting, CHATS, batch_size=batch_size)
+    with torch.no_grad():
+        nll, tokens = by_hand(model, chatting, CHATS)
+
+    assert (found.nll, found.tokens) == (pytest.approx(nll, rel=1e-5), tokens)
+    answers = [message["content"] for chat in CHATS for message in chat if message["role"] == "assistant"]
+    # The template ends an answer with a line break.
+    assert tokens == sum(len(chatting(f"{answer}\n", add_special_tokens=False)["input_ids"]) for answer in answers)
+
+
+def test_rows_may_have_every_form_that_recovery_reads(model, chatting):
+    rows = [{"question": "fox", "answer": "the dog"}, {"question": "dog", "answer": "the quick fox"}]
+    chats = [
+        [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}] for row in rows
+    ]
+    assert chats_loss(model, chatting, rows) == chats_loss(model, chatting, [{"messages": chat} for chat in chats])
+    assert chats_loss(model, chatting, rows) == chats_loss(model, chatting, chats)
+
+
+def test_answers_in_a_prompt_do_not_count(model, chatting):
+    row = {"prompt": CHATS[0][:3], "completion": CHATS[0][3:]}
+    whole, last = chats_loss(model, chatting, CHATS[:1]), chats_loss(model, chatting, [row])
+
+    assert 0 < last.tokens < whole.tokens
+
+
+def test_long_chats_are_cut_and_chats_without_an_answer_left_out(model, chatting, caplog):
+    caplog.set_level(logging.WARNING)
+    length = len(encoded_chat(Chat(CHATS[0][:2]), chatting)[0][0]) - 2
+    found = chats_loss(model, chatting, [*CHATS, WITHOUT_ANSWER], max_length=length)
+    with torch.no_grad():
+        nll, tokens = by_hand(model, chatting, CHATS, length)
+
+    assert (found.nll, found.tokens) == (pytest.approx(nll, rel=1e-5), tokens)
+    assert "1 of 4 rows of chats are left out" in caplog.text
+    assert "of all answers are not measured. Raise max_length" in caplog.text
+
+
+def test_what_cannot_be_measured_is_refused(model, chatting):
+    longest = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"max_length={longest + 1} is more than the {longest} positions"):
+        chats_loss(model, chatting, CHATS, max_length=longest + 1)
+    with pytest.raises(ValueError, match="None of 1 rows of chats can be used"):
+        chats_loss(model, chatting, [WITHOUT_ANSWER])
+    with pytest.raises(ValueError, match="data is neither strings nor chats: its rows hold tokens"):
+        evaluate(model, chatting, {"data": [{"input_ids": [1, 2, 3]}]})
+
+
+def test_texts_and_chats_in_one_evaluation(model, chatting):
+    text = ["the quick brown fox jumps over the lazy dog. " * 4]
+    found = evaluate(model, chatting, {"text": text, "chats": CHATS}, max_length=48)
+
+    assert found.texts["text"] == texts_loss(model, chatting, text, 48)
+    assert found.texts["chats"] == chats_loss(model, chatting, CHATS, 48)
+
+
+def test_every_model_of_a_comparison_reads_the_chats(model, chatting):
+    other = tiny.make_model("llama_gqa_biases", seed=1)
+    sizes = {"batch_sizes": (1,), "prompt_tokens": (4,), "new_tokens": 1, "repeats": 1}
+    rows = ChatRows("file", [{"words": chat} for chat in CHATS], "words")
+    found = compare({"a": model, "b": other}, chatting, {"chats": rows}, **sizes)
+
+    assert [each.texts["chats"] for each in found.evaluations] == [
+        chats_loss(each, chatting, CHATS) for each in (model, other)
+    ]
+
+
+def test_files_of_chats_and_of_texts_are_told_apart(tmp_path):
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": word}) + "\n" for word in ("fox", "dog")))
+    (tmp_path / "tokens.jsonl").write_text(json.dumps({"input_ids": [1, 2, 3]}) + "\n")
+    name, chats = open_texts_or_chats(tmp_path / "chats.jsonl")
+
+    assert name == "chats.jsonl" and [row["messages"] for row in chats.rows] == CHATS
+    assert open_texts_or_chats(tmp_path / "rows.jsonl") == ("rows.jsonl", ["fox\n\n", "dog\n\n"])
+    with pytest.raises(ValueError, match=r"tokens\.jsonl holds tokens, but text is needed"):
+        open_texts_or_chats(tmp_path / "tokens.jsonl")
