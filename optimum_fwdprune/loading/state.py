@@ -95,7 +95,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     # Torch is imported late, since the package is also imported by commands that need no model.
     from ..runs.products import products_in_float32
 
-    with forward_state_kept(model), products_in_float32():
+    with forward_state_kept(model), products_in_float32(model):
         model.eval()
         try:
             yield

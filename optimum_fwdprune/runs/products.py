@@ -55,12 +55,19 @@ def has_instructions_for(dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def products_in_float32() -> Iterator[None]:
+def products_in_float32(model: torch.nn.Module | None = None) -> Iterator[None]:
     """Multiply 16-bit matrices on the CPU in float32 while the context is open, where it has no instructions for them.
 
     Results are rounded to 16 bit, as those of PyTorch's own products are, whose sums are in float32 too.
+
+    Args:
+        model (`Module`, *optional*): the model that runs within the context; nothing is done where it has no such
+            weights. By default any model may run.
     """
     slow = [dtype for dtype in _16_BIT if not has_instructions_for(dtype)]
+    if model is not None:
+        present = {parameter.dtype for parameter in model.parameters()}
+        slow = [dtype for dtype in slow if dtype in present]
     if not slow or _InFloat32.is_open:
         yield
         return

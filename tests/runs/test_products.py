@@ -107,6 +107,14 @@ def test_few_rows_and_float64_stay_as_they_are():
     assert seen.dtypes == [DTYPES[0], torch.float64]
 
 
+@pytest.mark.usefixtures("without_instructions")
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 0), (DTYPES[0], 1)])
+def test_models_in_float32_run_without_the_context(dtype, count):
+    model = tiny.make_model("llama_gqa_biases", dtype=dtype)
+    with evaluating(model):
+        assert torch._C._len_torch_function_stack() == count
+
+
 def test_a_processor_with_instructions_multiplies_as_it_is(monkeypatch):
     monkeypatch.setattr(products, "has_instructions_for", lambda dtype: True)
     with products_in_float32(), Products() as seen:
