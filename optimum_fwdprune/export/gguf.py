@@ -184,9 +184,10 @@ def _check_heads(rules: GGUFRules, layers: list[LayerSizes], config: Any) -> Non
         return
     heads = config.num_attention_heads
     if layers[0].heads != heads:
+        units, kind = ("experts", "expert") if layers[0].experts else ("MLPs", "mlp")
         raise ValueError(
             f"llama.cpp's {rules.uniform} computes its width from the number of heads, so that it needs all {heads} "
-            f"heads, and this model has {layers[0].heads}. Prune its MLPs alone: kinds=['mlp'] (--kinds mlp)."
+            f"heads, and this model has {layers[0].heads}. Prune its {units} alone: kinds=['{kind}'] (--kinds {kind})."
         )
 
 

@@ -1,5 +1,6 @@
 """Mixins that turn a stock transformers class into one whose layers differ in size."""
 
+import math
 import sys
 from dataclasses import dataclass
 
@@ -199,6 +200,17 @@ class PerLayerMixin:
                 module.config._attn_implementation_internal = implementation
 
     @classmethod
+    def maybe_distribute_model(cls, model, *args, **kwargs):
+        """Split a model over devices, as `from_pretrained` does with a `distributed_config`.
+
+        Raises:
+            ValueError: where tensor parallelism would split the keys of one KV head over devices.
+        """
+        model = super().maybe_distribute_model(model, *args, **kwargs)
+        check_shared_heads(model)
+        return model
+
+    @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         # transformers looks for the attention in the file of the class, and that of a pruned class has none.
         return cls._stock_class()._can_set_attn_implementation()
@@ -228,3 +240,35 @@ class PerLayerMixin:
             "AutoConfig": f"{config_file}.{cls.config_class.__name__}",
             **{name: f"{file}.{value.__name__}" for value in classes for name in value.auto_classes},
         }
+
+
+def check_shared_heads(model: PreTrainedModel) -> None:
+    """Raise `ValueError` where the devices of tensor parallelism cannot share the KV heads of every layer equally.
+
+    Transformers splits the rows of the projections whatever they hold, and the attention would fail in the first
+    forward pass at the shape of its keys.
+
+    Args:
+        model (`PreTrainedModel`): a pruned model that transformers has split.
+    """
+    attention, devices = model.layout.attention, getattr(model, "_tp_size", None) or 1
+    keys = attention.fused or attention.key
+    styles = {style for name, style in (model.tp_plan or {}).items() if name.rpartition(".")[2] == keys}
+    # Outputs that are gathered may be split anywhere.
+    if devices == 1 or "colwise" not in styles:
+        return
+    count_key = attention.kv_heads_key or attention.heads_key
+    counts = {
+        number: getattr(layer, count_key)
+        for number, layer in enumerate(model.config.get_text_config().per_layer_config)
+        if ATTENTION not in getattr(layer, "skip", ())
+    }
+    common = math.gcd(*counts.values())
+    for number, count in counts.items():
+        if count % devices:
+            possible = [str(divisor) for divisor in range(1, common + 1) if common % divisor == 0]
+            raise ValueError(
+                f"Tensor parallelism splits every layer over {devices} devices, and layer {number} has {count} KV "
+                f"heads, which {devices} does not divide. Numbers of devices that divide those of all layers: "
+                f"{', '.join(possible)}. Load it on so many, or prune the dense model with tensor_parallel={devices}."
+            )

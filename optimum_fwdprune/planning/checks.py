@@ -90,7 +90,7 @@ def check_kinds(subject: Subject, config: PruningConfig) -> None:
     for kind in config.resolved_kinds:
         if kind in list(UnitKind) and kind not in present:
             units = unit_name(kind, config.attention_unit)
-            others = [other for other in present if other not in config.resolved_kinds and not _fixed(subject, other)]
+            others = [other for other in present if not _fixed(subject, other)]
             raise ValueError(
                 f"kinds={config.resolved_kinds} asks for {units}, which this {subject.model.config.model_type} does "
                 f"not have{_why_missing(kind)}. Use kinds={sorted(others) or [DepthKind.LAYER.value]}."

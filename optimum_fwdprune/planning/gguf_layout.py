@@ -9,7 +9,7 @@ from typing import Any
 from ..allocation.budgets import counted_sites
 from ..allocation.plan import PruningPlan
 from ..allocation.widths import channel_multiple
-from ..architectures import Site, SiteKey, is_pruned
+from ..architectures import Site, SiteKey, head_counts, is_pruned
 from ..architectures.gguf import GGUFRules, gguf_rules
 from ..cutting.form import pruned_config
 from ..loading.subject import Subject
@@ -18,6 +18,10 @@ from ..reconstruction.bias import kinds_gaining_bias
 from ..request.choices import DepthKind, Layout, ReconstructionKind, Scope, UnitKind
 from ..request.config import PruningConfig
 from ..request.gguf import GGUF_TYPES
+
+
+# What the rows of output projections consist of, by the kind of the site.
+ROWS: dict[str, str] = {UnitKind.ATTENTION: "heads", UnitKind.MLP: "MLP", UnitKind.EXPERT: "each expert"}
 
 
 def with_gguf_layout(subject: Subject, config: PruningConfig) -> PruningConfig:
@@ -46,10 +50,13 @@ def check_gguf_request(subject: Subject, config: PruningConfig) -> None:
         return
     rules, option = _rules_of(subject), f"for_gguf={config.for_gguf!r}"
     if rules.all_heads and UnitKind.ATTENTION in config.width_kinds:
+        other = UnitKind.EXPERT if any(site.routing is not None for site in subject.sites) else UnitKind.MLP
         raise ValueError(
             f"{option} does not allow pruning attention heads of this model: llama.cpp's {rules.uniform} takes all "
-            f"heads together to be as wide as the hidden size. Use kinds=['mlp']."
+            f"heads together to be as wide as the hidden size. Use kinds=['{other.value}']."
         )
+    if rules.all_heads:
+        _check_all_heads(subject, rules, option)
     if rules.per_layer is None and config.depth_kind == DepthKind.SUBLAYER:
         raise ValueError(
             f"{option} does not allow removing sublayers of this model: every layer of llama.cpp's {rules.uniform} "
@@ -67,11 +74,27 @@ def check_gguf_request(subject: Subject, config: PruningConfig) -> None:
             f"Leave out for_gguf."
         )
     sizes = {(site.kind, site.num_units, _row_length(site, site.num_units)) for site in subject.sites}
-    if rules.per_layer is None and len(sizes) > len({kind for kind, _, _ in sizes}):
+    sublayers_gone = len(subject.sites) < 2 * len(subject.layers)
+    if rules.per_layer is None and (sublayers_gone or len(sizes) > len({kind for kind, _, _ in sizes})):
         raise ValueError(
             f"{option} needs layers of the same size, which llama.cpp's {rules.uniform} has, and those of this model "
             f"differ: it was pruned before. Prune the dense model with {option}."
         )
+
+
+def _check_all_heads(subject: Subject, rules: GGUFRules, option: str) -> None:
+    """Raise `ValueError` where a model has lost heads before that llama.cpp needs."""
+    needed, attention = _stock_config(subject).num_attention_heads, subject.architecture.layout.attention
+    for site in subject.sites:
+        if site.kind != UnitKind.ATTENTION:
+            continue
+        heads = head_counts(attention, subject.layers[site.layer]).heads
+        if heads != needed:
+            raise ValueError(
+                f"{option} needs all {needed} heads of this model, because llama.cpp's {rules.uniform} takes them "
+                f"together to be as wide as the hidden size, and layer {site.layer} has {heads}: it was pruned "
+                f"before. Prune the dense model with {option}."
+            )
 
 
 def check_gguf_plan(subject: Subject, plan: PruningPlan, reconstruction: str) -> None:
@@ -128,9 +151,9 @@ def _share_removed(subject: Subject, config: PruningConfig, kept: Mapping[SiteKe
 def _rows_without_blocks(subject: Subject, config: PruningConfig, kept: Mapping[SiteKey, list[int]]) -> Iterator[str]:
     """Yield a sentence on the rows of the pruned model that the blocks of the type do not divide."""
     kind = GGUF_TYPES[str(config.for_gguf)]
-    rows: dict[str, set[int]] = {"hidden size": {subject.text_config.hidden_size}, "heads": set(), "MLP": set()}
+    rows: dict[str, set[int]] = {"hidden size": {subject.text_config.hidden_size}}
     for site in subject.sites:
-        rows["heads" if site.kind == UnitKind.ATTENTION else "MLP"].add(_row_length(site, len(kept[site.key])))
+        rows.setdefault(ROWS[site.kind], set()).add(_row_length(site, len(kept[site.key])))
     odd = {name: sorted(length for length in lengths if length % kind.block) for name, lengths in rows.items()}
     named = [f"{', '.join(map(str, lengths))} ({name})" for name, lengths in odd.items() if lengths]
     if named:
@@ -147,10 +170,14 @@ def _row_length(site: Site, units: int) -> int:
 
 
 def _rules_of(subject: Subject) -> GGUFRules:
-    config: Any = subject.model.config
-    config = stock_config(config) if is_pruned(config) else config
+    config = _stock_config(subject)
     rules = gguf_rules(config)
     if not subject.model.can_generate():
         raise ValueError(f"GGUF files hold causal language models; this is a {type(subject.model).__name__}.")
     rules.check(config)
     return rules
+
+
+def _stock_config(subject: Subject) -> Any:
+    config = subject.model.config
+    return stock_config(config) if is_pruned(config) else config

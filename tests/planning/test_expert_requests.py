@@ -113,6 +113,7 @@ REFUSED = {
     "a target": ("mixtral", {"target_parameters": 10}, "leaves 0 of 8 experts in every layer"),
     "the least that is kept": ("mixtral", {"sparsity": 0.5, "min_units_per_site": 5}, "min_units_per_site=5"),
     "channels": ("mixtral", {"kinds": ["mlp"]}, r"MLP channels, which this mixtral does not have: its layers have"),
+    "channels beside experts": ("olmoe", {"kinds": ["expert", "mlp"]}, r"MLP channels.* Use kinds=\['expert'\]"),
     "channels of dense layers": ("glm4_moe", {"kinds": ["mlp"]}, "MLP channels, which this glm4_moe cannot lose"),
     "heads": ("olmoe", {"kinds": ["attention"]}, r"query and key norms .* Use kinds=\['expert'\]"),
     "latent heads": ("deepseek_v3", {"kinds": ["attention"]}, "multi-head latent attention"),

@@ -3,6 +3,7 @@
 import gguf
 import pytest
 import tiny
+import tiny_mixtures
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -100,6 +101,56 @@ def test_what_llama_cpp_cannot_hold_is_refused_before_the_work(name, changes, fi
     with pytest.raises(ValueError, match=message):
         request = {"sparsity": 0.3, "kinds": ["mlp"], "for_gguf": "q4_0", "method": "magnitude", **fields}
         pruner.prune(tiny.request(**request), torch.ones(8, 16, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "fields", "message"),
+    [
+        ("deepseek_v3", {}, {}, "no GGUF export for deepseek_v3; .* does not write the routers of this family"),
+        ("qwen3_moe", {}, {}, "needs experts in every layer, and layer 0 of this model has one MLP in their place"),
+        ("qwen2_moe", {"mlp_only_layers": []}, {"kinds": ["attention", "expert"]}, r"Use kinds=\['expert'\]"),
+        ("qwen2_moe", {"mlp_only_layers": [], "norm_topk_prob": True}, {}, "qwen2moe computes with norm_topk_prob=F"),
+        ("mixtral", {}, {"kinds": ["expert", "attention"], "scope": "global"}, "scope='global' makes them differ"),
+        ("mixtral", {}, {"kinds": ["sublayer"]}, r"every layer of llama\.cpp's llama has attention and MLP"),
+        ("mixtral", {}, {"kinds": ["attention"], "method": "flap", "reconstruction": "bias"}, "llama has no biases"),
+    ],
+)
+def test_mixtures_that_llama_cpp_cannot_hold_are_refused_before_the_work(name, changes, fields, message, monkeypatch):
+    monkeypatch.setattr("optimum_fwdprune.planning.run.Run._round", lambda *_: pytest.fail("it was pruned"))
+    pruner = FwdPruner(tiny_mixtures.make_mixture(name, **changes))
+    request = {"method": "magnitude", "sparsity": 0.5, "kinds": ["expert"], "for_gguf": "q4_0", **fields}
+    with pytest.raises(ValueError, match=message):
+        pruner.prune(tiny.request(**request), torch.ones(8, 16, dtype=torch.int64))
+
+
+def test_the_rows_of_experts_that_blocks_do_not_divide_are_announced(announced):
+    pruner = FwdPruner(tiny_mixtures.make_mixture("mixtral"))
+    pruner.prune(tiny.request("magnitude", sparsity=0.5, kinds=["expert"], for_gguf="q4_0"))
+
+    assert announced[1:] == [
+        "for_gguf='q4_0': nothing changes; it removes 50.0% of the prunable parameters, as without it.",
+        "Rows of 24 (each expert) values are no multiples of 32, the block of q4_0: the export writes these matrices "
+        "in f16 instead.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "fields", "message"),
+    [
+        (
+            ["attention"],
+            {"layout": "alike", "attention_unit": "kv_group"},
+            "needs all 4 heads of this model, .* has 2",
+        ),
+        (["sublayer"], {"method": "random"}, "those of this model differ: it was pruned before"),
+    ],
+)
+def test_what_a_mixture_lost_before_is_refused_before_the_work(kinds, fields, message, monkeypatch):
+    pruner = FwdPruner(tiny_mixtures.make_mixture("qwen2_moe", mlp_only_layers=[]))
+    pruner.prune(tiny.request(**{"method": "magnitude", "sparsity": 0.5, "kinds": kinds, **fields}))
+    monkeypatch.setattr("optimum_fwdprune.planning.run.Run._round", lambda *_: pytest.fail("it was pruned"))
+    with pytest.raises(ValueError, match=message):
+        pruner.prune(tiny.request("magnitude", sparsity=0.5, kinds=["expert"], for_gguf="q8_0"))
 
 
 def test_layers_that_differ_already_are_refused():
