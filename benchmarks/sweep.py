@@ -10,8 +10,6 @@ import argparse
 import tempfile
 import time
 
-import torch
-
 from optimum_fwdprune import FwdPruner, PruningConfig
 from optimum_fwdprune.data.load_calibration import load_calibration
 from optimum_fwdprune.report import render_table
@@ -73,8 +71,9 @@ def main():
     parser.add_argument("--evaluation", required=True, help="File with the text to measure on.")
     parser.add_argument("--presets", nargs="+", default=["fast", "balanced", "best"])
     parser.add_argument("--windows", type=int, default=128, help="Calibration windows of 256 tokens.")
+    parser.add_argument("--dtype", default="bfloat16", help="Such as float32, where a processor has no fast bfloat16.")
     args = parser.parse_args()
-    pruner = FwdPruner.from_pretrained(args.model, dtype=torch.bfloat16)
+    pruner = FwdPruner.from_pretrained(args.model, dtype=args.dtype)
     request = PruningConfig(calibration=args.text, n_samples=args.windows, seq_len=256)
     calibration = load_calibration(request, pruner.model, pruner.tokenizer)
     with open(args.evaluation, encoding="utf-8") as file:

@@ -101,9 +101,10 @@ def test_a_dry_run_is_sentences_and_a_table(outputs):
 
 
 def test_a_report_has_a_picture_of_what_was_kept(outputs):
-    (content,) = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]*)">', html_of(outputs["pruner.report"]))
+    picture = r'<img alt="([^"]+)" src="data:image/svg\+xml;base64,([^"]*)">'
+    ((description, content),) = re.findall(picture, html_of(outputs["pruner.report"]))
 
-    assert b"<svg" in base64.b64decode(content)
+    assert b"<svg" in base64.b64decode(content) and "each layer kept" in description
 
 
 def test_names_are_escaped():
@@ -115,3 +116,14 @@ def test_names_are_escaped():
 
 def test_long_stages_have_bars(outputs):
     assert "Calibrating: 100%" in text_of(outputs[CELLS[0]], "stderr")
+
+
+def test_a_bar_within_a_bar_shares_its_line_and_is_removed(outputs):
+    (cell,) = [cell for cell in CELLS if "compare(" in cell]
+    shown = text_of(outputs[cell], "stderr")
+    # What stays visible of a line is what was written last.
+    left = [line.rpartition("\r")[2] for line in shown.split("\n")]
+
+    assert "\rTiming: 100%" in shown and "\x1b[A" not in shown
+    assert len({len(bar) for bar in re.findall(r"\r(Timing[^\r\n]+)", shown)}) == 1
+    assert [line.partition(":")[0] for line in left if line.startswith("Timing")] == ["Timing prompts"]

@@ -53,6 +53,8 @@ def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
         with warnings.catch_warnings():
             # PEFT sets ranks of fused experts itself, and then misses their names among the modules.
             warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted module")
+            # PEFT 0.21 reads a property that transformers 5.23 renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"lora_targets={options.lora_targets} cannot get adapters: {error}") from error

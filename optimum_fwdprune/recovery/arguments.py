@@ -95,6 +95,9 @@ class RecoveryArguments(RecoveryOptions, TrainingArguments):
         if self.bf16:
             # The Trainer takes the CPU where there is nothing else, but in bfloat16 only if it is asked for.
             self.use_cpu = on_cpu
+        if on_cpu:
+            # There is no device to copy pinned memory to, of which torch would warn.
+            self.dataloader_pin_memory = False
         super().__post_init__()
 
     def _check_one_length(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
@@ -94,11 +95,12 @@ def save_figure(figure: Figure, file: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def as_html(draw: Callable[[Path], None]) -> str:
+def as_html(draw: Callable[[Path], None], description: str) -> str:
     """Return a picture as HTML that notebooks show; empty where matplotlib is not installed.
 
     Args:
         draw (`Callable`): writes the picture to the file that it is called with.
+        description (`str`): what the picture shows, for readers who do not see it.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return ""
@@ -106,7 +108,7 @@ def as_html(draw: Callable[[Path], None]) -> str:
         file = Path(folder) / "picture.svg"
         draw(file)
         content = base64.b64encode(file.read_bytes()).decode()
-    return f'<img src="data:image/svg+xml;base64,{content}">'
+    return f'<img alt="{html.escape(description)}" src="data:image/svg+xml;base64,{content}">'
 
 
 def add_legend(axis: Axes) -> None:

@@ -20,6 +20,9 @@ from .page import write_page
 from .pictures import plot_plan
 
 
+KEPT_UNITS = "The share of its units that each layer kept"
+
+
 @dataclass(frozen=True)
 class PruningReport(Outcome):
     """The report of a pruning: the figures of [`Outcome`], and the record that they belong to.
@@ -82,7 +85,7 @@ class PruningReport(Outcome):
     def _repr_html_(self) -> str:
         plan = self.record.plan if self.record else None
         sentences = "".join(f"<p>{html.escape(line)}</p>" for line in self._sentences())
-        picture = "" if plan is None else as_html(lambda file: plot_plan(plan, file))
+        picture = "" if plan is None else as_html(lambda file: plot_plan(plan, file), KEPT_UNITS)
         return html_table(*self._table()) + sentences + picture
 
     def _sentences(self) -> list[str]:

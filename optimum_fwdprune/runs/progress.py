@@ -16,6 +16,9 @@ from .loggers import LIBRARY, WORDING, get_logger
 # Seconds between two lines of one stage.
 INTERVAL = 15.0
 
+# Width of a text bar in a notebook, in characters.
+NOTEBOOK_COLUMNS = 90
+
 
 def progress(
     iterable: Iterable[Any], description: str, total: int | None = None, unit: str = "step", initial: int = 0
@@ -42,10 +45,12 @@ def progress(
         return _Lines(iterable, description, total, unit, initial)
     from tqdm.auto import tqdm
 
-    # An inner bar on a terminal is removed when it is finished.
-    options: dict[str, Any] = {} if in_notebook else {"leave": None}
+    # An inner bar is removed when it is finished.
+    options: dict[str, Any] = {"leave": None}
     if silent:
         options["disable"] = True
+    elif in_notebook:
+        options = _options_in_notebook(tqdm)
     return tqdm(iterable, desc=description, total=total, unit=unit, initial=initial, **options)
 
 
@@ -96,6 +101,19 @@ def _in_notebook() -> bool:
     """Return whether this process is the kernel of a notebook, whose stderr is no terminal."""
     interactive = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return "IPKernelApp" in getattr(interactive, "config", {})
+
+
+def _options_in_notebook(tqdm: Any) -> dict[str, Any]:
+    """Return options of a bar in a notebook: a widget, or text where ipywidgets is not installed."""
+    from tqdm.notebook import tqdm_notebook
+
+    # tqdm counts widgets differently from text bars, so that leave=None would remove outer widgets too.
+    options: dict[str, Any] = {"leave": not getattr(tqdm, "_instances", ())}
+    if not issubclass(tqdm, tqdm_notebook):
+        # Notebooks do not move a cursor up: an inner text bar would add a line at every step. All bars share one line,
+        # with one width, so that none leaves a part of another.
+        options |= {"position": 0, "ncols": NOTEBOOK_COLUMNS}
+    return options
 
 
 class _Lines:

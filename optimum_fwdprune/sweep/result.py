@@ -178,7 +178,7 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         is_drawn = any(name.startswith(PERPLEXITY) for row in self.rows for name in row.figures)
-        return html_table(*self._table()) + (as_html(self.plot) if is_drawn else "")
+        return html_table(*self._table()) + (as_html(self.plot, "Quality against size") if is_drawn else "")
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         known = dict.fromkeys(name for row in self.rows for name in row.figures) or self.dense

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import warnings
 
 import datasets
 import pytest
@@ -46,6 +47,18 @@ def pruner_of(tokenizer, tokens, name="llama_gqa_biases"):
 @pytest.fixture
 def dense_model():
     return tiny.make_model("llama_gqa_biases")
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="warnings of computers without an accelerator")
+def test_training_on_a_cpu_warns_of_nothing_that_a_user_could_change(mode, tokenizer, tokens, tmp_path):
+    pruner = pruner_of(tokenizer, tokens)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        pruner.recover(TEXTS, arguments(tmp_path, mode=mode, max_steps=1, use_cpu=False))
+
+    noise = ("pin_memory", "is_gradient_checkpointing")
+    assert [text for warning in shown if any(word in (text := str(warning.message)) for word in noise)] == []
 
 
 def test_a_model_is_recovered_without_a_pruner(tokenizer, tokens, tmp_path, dense_model):

@@ -94,6 +94,17 @@ def test_a_terminal_has_a_bar(monkeypatch):
     assert "Calibrating: 100%" in sys.stderr.getvalue()
 
 
+def test_only_the_outer_bar_stays_in_a_notebook(monkeypatch):
+    monkeypatch.setattr(module, "_in_notebook", lambda: True)
+    outer = progress(range(1), "Outer")
+    bars = [outer, progress(range(1), "Inner")]
+
+    assert [bar.leave for bar in bars] == [True, False]
+    for bar in reversed(bars):
+        bar.close()
+    assert progress((), "Next").leave
+
+
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal], ids=["file", "terminal"])
 @pytest.mark.parametrize("why", ["progress bars are off", "errors only", "the library's own level", "another rank"])
 def test_nothing_is_shown_where_nobody_wants_it(monkeypatch, stream, why):
