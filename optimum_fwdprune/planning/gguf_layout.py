@@ -135,10 +135,10 @@ def costs_of_gguf(
     if multiple > 1 and UnitKind.MLP in config.width_kinds:
         clauses.append(f"MLP widths are multiples of {multiple}")
     share, other = _share_removed(subject, config, kept), _share_removed(subject, config, without or kept)
-    moved = f"; it removes {share:.1%} of the prunable parameters, compared with {other:.1%} without it"
-    unchanged = f"; it removes {share:.1%} of the prunable parameters, as without it"
+    shown, without_it = f"{share:.1%}", f"{other:.1%}"
+    compared = "as without it" if shown == without_it else f"compared with {without_it} without it"
     required = ", ".join(clauses) or "nothing changes"
-    line = f"for_gguf={config.for_gguf!r}: {required}{unchanged if share == other else moved}."
+    line = f"for_gguf={config.for_gguf!r}: {required}; it removes {shown} of the prunable parameters, {compared}."
     return [line, *_rows_without_blocks(subject, config, kept)]
 
 

@@ -113,31 +113,34 @@ class _InFloat32(TorchFunctionMode):
         self._dtypes = dtypes
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.is_suspended:
+        kwargs, is_linear = kwargs or {}, function is functional.linear
+        if self.is_suspended or not (is_linear or function in _PRODUCTS):
             return function(*args, **kwargs)
-        if function is functional.linear and not kwargs:
-            values, weight, *bias = args
-            if self._is_slow(values) and values.numel() >= FEWEST_ROWS * values.shape[-1]:
-                return _linear(values, weight, *bias)
-        elif function in _PRODUCTS and self._is_slow(args[0]):
-            dtype = args[0].dtype
-            args = [_in_float32(value) for value in args]
-            kwargs = {name: _in_float32(value) for name, value in kwargs.items()}
-            return function(*args, **kwargs).to(dtype)
-        return function(*args, **kwargs)
+        factors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        has_few_rows = is_linear and factors[0].numel() < FEWEST_ROWS * factors[0].shape[-1]
+        if has_few_rows or not all(map(self._is_slow, factors)):
+            return function(*args, **kwargs)
+        if is_linear:
+            return _linear(*args, **kwargs)
+        dtype = factors[0].dtype
+        args = [_in_float32(value) for value in args]
+        kwargs = {name: _in_float32(value) for name, value in kwargs.items()}
+        return function(*args, **kwargs).to(dtype)
 
-    def _is_slow(self, value: Any) -> bool:
-        return isinstance(value, torch.Tensor) and value.dtype in self._dtypes and value.device.type == "cpu"
+    def _is_slow(self, value: torch.Tensor) -> bool:
+        # Other classes, such as quantized or distributed weights, have products of their own.
+        is_plain = type(value) in (torch.Tensor, torch.nn.Parameter)
+        # A mask may be boolean.
+        return is_plain and value.device.type == "cpu" and (value.dtype in self._dtypes or value.dtype == torch.bool)
 
 
 def _in_float32(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.dtype in _16_BIT else value
 
 
-def _linear(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return the output of a linear layer, whose weight is converted in parts, so that it takes little memory."""
-    dtype, values = values.dtype, values.float()
+    dtype, values = input.dtype, input.float()
     rows = max(1, LARGEST_PART // weight.shape[-1])
     biases = [None] * len(weight.split(rows)) if bias is None else bias.split(rows)
     parts = [

@@ -99,6 +99,34 @@ def test_gradients_are_in_the_dtype_of_the_weights():
     assert set(seen.dtypes) == {torch.float32}
 
 
+class Quantized(torch.nn.Parameter):
+    """In the place of weights of other packages, which multiply by themselves."""
+
+    multiplied = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.multiplied += function is functional.linear
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.usefixtures("without_instructions")
+def test_weights_of_other_classes_multiply_by_themselves():
+    values, weight = numbers(32, 8, dtype=DTYPES[0]), Quantized(numbers(20, 8, dtype=DTYPES[0]))
+    with products_in_float32(), Products() as seen:
+        functional.linear(values, weight)
+    assert Quantized.multiplied == 1
+    assert DTYPES[0] in seen.dtypes
+
+
+@pytest.mark.usefixtures("without_instructions")
+def test_boolean_masks_of_attention():
+    heads, mask = numbers(2, 4, 32, 8, dtype=DTYPES[0]), torch.ones(32, 32, dtype=torch.bool).tril()
+    expected = functional.scaled_dot_product_attention(*[heads.float()] * 3, attn_mask=mask).to(DTYPES[0])
+    with products_in_float32():
+        assert torch.equal(functional.scaled_dot_product_attention(*[heads] * 3, attn_mask=mask), expected)
+
+
 @pytest.mark.usefixtures("without_instructions")
 def test_few_rows_and_float64_stay_as_they_are():
     with products_in_float32(), Products(rows=1) as seen:
