@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..architectures.positions import positions_of
 from ..loading.offline import offline_variable
 from ..runs import ranks
 from ..runs.loggers import get_logger
@@ -257,7 +258,7 @@ def _check_length(tokens: int, model: PreTrainedModel) -> None:
 
 def _learned_positions(model: PreTrainedModel) -> int | None:
     """Return the number of position embeddings; `None` where the model computes positions without a limit."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = positions_of(model.config)
     words = model.get_input_embeddings()
     tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not words)
     # OPT's table has additional rows before its first position.

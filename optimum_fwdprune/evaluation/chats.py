@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures.positions import check_length, positions_of
 from ..data.answers import Answers
 from ..data.chats import IGNORED
 from ..data.rows import CHAT, Data
@@ -92,10 +93,8 @@ def chats_loss(
     Raises:
         ValueError: where no chat has an answer, or `max_length` is more than the model's number of positions.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if max_length is not None and longest is not None and max_length > longest:
-        raise ValueError(f"max_length={max_length} is more than the {longest} positions of the model.")
-    length = min(MAX_LENGTH, longest or MAX_LENGTH) if max_length is None else max_length
+    length = min(MAX_LENGTH, positions_of(model.config) or MAX_LENGTH) if max_length is None else max_length
+    check_length(length, model.config)
     rows = chats if isinstance(chats, ChatRows) else ChatRows.of("chats", list(chats))
     answers = Answers(rows.opened(), tokenizer, length)
     # Sequences of similar lengths are in one batch, so that little is padded.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures.positions import check_length, positions_of
 from ..forward.losses import model_nll
 from ..loading.state import evaluating
 from ..loading.tokenizers import tokens_around
@@ -145,9 +146,8 @@ def _checked_windows(
         raise ValueError(
             f"A text needs two tokens, in a tensor [tokens], to predict one; got {tuple(input_ids.shape)}."
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_length is None:
-        max_length = min(MAX_LENGTH, longest or MAX_LENGTH)
+        max_length = min(MAX_LENGTH, positions_of(model.config) or MAX_LENGTH)
     of_text = max_length - start
     stride = of_text if stride is None else stride
     shortest = max(2, start + 1)
@@ -157,8 +157,7 @@ def _checked_windows(
             f"{max_length} and {stride}."
             + (f" Every window starts with {start} special tokens of the tokenizer." if start else "")
         )
-    if longest is not None and max_length > longest:
-        raise ValueError(f"max_length={max_length} is more than the {longest} positions of the model.")
+    check_length(max_length, model.config)
     return of_text, stride
 
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from ..architectures import as_linear
+from ..architectures.positions import positions_of
 from ..architectures.sizes import ModelSizes
 from ..loading.offloading import input_device
 from ..loading.state import check_not_consumed, evaluating
@@ -144,7 +145,7 @@ def benchmark(
         raise ValueError("batch_sizes, prompt_tokens, new_tokens and repeats must be at least 1.")
     for model in models:
         check_not_consumed(model)
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = positions_of(model.config)
         if longest is not None and max(prompt_tokens) + new_tokens > longest:
             raise ValueError(
                 f"{max(prompt_tokens)} prompt tokens and {new_tokens} new ones are more than the {longest} positions "

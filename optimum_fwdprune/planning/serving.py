@@ -13,6 +13,7 @@ from ..allocation.budgets import Budget, OutOfReach
 from ..allocation.constraints import named_constraints
 from ..allocation.plan import PruningPlan
 from ..architectures import Site, SiteKey
+from ..architectures.positions import positions_of
 from ..cutting.cut import Cut
 from ..cutting.surgery import empty_pruned_model
 from ..forward.memory import Memory, memory_of, simulated_memory
@@ -160,7 +161,7 @@ class Serving:
     def warn_of_context(self) -> None:
         """Warn of a context that the model has no positions for, and of a large KV cache that will stay."""
         config, dense = self._config, self._dense()
-        positions = getattr(self._subject.text_config, "max_position_embeddings", None)
+        positions = positions_of(self._subject.model.config)
         if positions is not None and config.context_tokens > positions:
             logger.warning(
                 "context_tokens is %s, and the model has %s positions.", f"{config.context_tokens:,}", f"{positions:,}"

@@ -16,6 +16,7 @@ from transformers import __version__ as transformers_version
 
 from ..allocation.constraints import levels_of
 from ..architectures import Site
+from ..architectures.positions import positions_of
 from ..files import check_output_file
 from ..loading.offloading import is_offloaded
 from ..loading.state import evaluating
@@ -227,7 +228,7 @@ def _processor() -> str:
 
 def check_length(model: PreTrainedModel, config: PruningConfig, phase: str) -> None:
     """Raise `ValueError` where the tokens of a phase are more than the positions of the model."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = positions_of(model.config)
     option, needed = "latency_tokens", config.phase_tokens[phase]
     if phase == Phase.DECODE:
         option, needed = "latency_context" if config.latency_context is not None else option, needed + 1

@@ -10,7 +10,7 @@ from .amounts import Wanted, held_out_evenly, wanted_by
 from .arguments import RecoveryArguments
 from .blockwise.distillation import check_blocks, held_out_share
 from .budgets import steps_for_tokens, tokens_of
-from .data import TrainingTexts, training_data
+from .data import TrainingTexts, limits_of, training_data
 from .documents import check_separates_documents
 from .finetuning import check_training, trainable
 from .options import BLOCK_DISTILL
@@ -99,8 +99,7 @@ def _check_data(args: RecoveryArguments, model: PreTrainedModel, texts: Training
     Raises:
         ValueError: where it cannot be read, or a budget in tokens would read it too often.
     """
-    config = model.config.get_text_config()
-    limits = {"longest": getattr(config, "max_position_embeddings", None), "vocab_size": config.vocab_size}
+    limits = limits_of(model)
     digests = []
     if texts.eval_dataset is not None:
         digests.append(digest_of_sequences(training_data(texts.eval_dataset, texts.tokenizer, args, **limits)))

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures.positions import positions_of
 from ..data.chats import IGNORED
 from ..data.mixtures import Mixture
 from ..data.texts import SELF, is_self
@@ -94,6 +95,11 @@ class TrainingTexts:
             list(source) if isinstance(source, Iterator) else source for source in (self.dataset, self.eval_dataset)
         )
         return replace(self, dataset=dataset, eval_dataset=eval_dataset)
+
+
+def limits_of(model: PreTrainedModel) -> dict[str, int | None]:
+    """Return the arguments `longest` and `vocab_size` of [`training_data`] for a model."""
+    return {"longest": positions_of(model.config), "vocab_size": model.config.get_text_config().vocab_size}
 
 
 def training_data(

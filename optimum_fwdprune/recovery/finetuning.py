@@ -19,7 +19,7 @@ from .amounts import held_out_evenly
 from .arguments import RecoveryArguments
 from .budgets import seconds_of
 from .callbacks import check_evaluations, checked_callbacks
-from .data import TrainingTexts, training_data
+from .data import TrainingTexts, limits_of, training_data
 from .distillation import Teacher, identity_of_teacher, keep_predictions, kept_predictions
 from .documents import check_separates_documents
 from .options import DISTILL
@@ -205,8 +205,7 @@ def _trainer(
             live = live or _teacher(model, args, source)
             check_separates_documents(live.model, "the teacher")
     budget = Budget(trained, args, live)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    limits = {"longest": longest, "vocab_size": model.config.get_text_config().vocab_size}
+    limits = limits_of(model)
     data = training_data(texts.dataset, texts.tokenizer, args, budget.wanted(), **limits)
     training, held_out = held_out_evenly(len(data), args.held_out)
     args = budget.spent_on(data.select(training))

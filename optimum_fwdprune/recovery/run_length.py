@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
+from ..architectures.positions import positions_of
 from ..runs import ranks
 from ..runs.clock import synchronize
 from ..runs.progress import announce
@@ -44,7 +45,7 @@ class Budget:
     def __init__(self, trained: Any, args: RecoveryArguments, teacher: Teacher | None = None):
         self._args = args
         self._config = trained.config.get_text_config()
-        self._length = sequence_length(args, getattr(self._config, "max_position_embeddings", None))
+        self._length = sequence_length(args, positions_of(self._config))
         self._sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._seconds = 0.0
         if self.is_set:

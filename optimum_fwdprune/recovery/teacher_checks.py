@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..architectures import is_supported
+from ..architectures.positions import positions_of
 from ..loading.state import check_not_consumed
 from .options import BLOCK_DISTILL, RecoveryOptions
 from .sequences import sequence_length
@@ -44,8 +45,8 @@ def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, options: R
         )
     if options.hidden_weight:
         _check_hidden_states(own, wanted)
-    longest = getattr(wanted, "max_position_embeddings", None)
-    length = sequence_length(options, getattr(own, "max_position_embeddings", None))
+    longest = positions_of(wanted)
+    length = sequence_length(options, positions_of(own))
     if longest is not None and length > longest:
         raise ValueError(
             f"The teacher has {longest} positions, and training sequences have {length} tokens; set "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures.positions import positions_of
 from ..architectures.sizes import ModelSizes
 from ..data.calibration import Calibration
 from ..evaluation import Benchmark, Comparison, Evaluation, TextLoss, benchmark
@@ -54,7 +55,7 @@ class Measures:
         Raises:
             ValueError: where there is no tokenizer, a text is too short, or windows are too long for the model.
         """
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = positions_of(model.config)
         length = min(MAX_LENGTH, longest or MAX_LENGTH) if self.max_length is None else self.max_length
         if length < 2 or (longest is not None and length > longest):
             raise ValueError(f"max_length must be from 2 to the {longest} positions of the model; got {length}.")
@@ -82,7 +83,7 @@ class Measures:
             return
         if min(*self.batch_sizes, *self.prompt_tokens, self.new_tokens, self.repeats) < 1:
             raise ValueError("batch_sizes, prompt_tokens, new_tokens and repeats must be at least 1.")
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = positions_of(model.config)
         if longest is not None and max(self.prompt_tokens) + self.new_tokens > longest:
             raise ValueError(
                 f"{max(self.prompt_tokens)} prompt tokens and {self.new_tokens} new ones are more than the {longest} "

@@ -29,7 +29,7 @@ from ...runs.randomness import random_states_kept
 from ...runs.resume import digest_of
 from ..amounts import wanted_by
 from ..arguments import RecoveryArguments
-from ..data import TrainingTexts, training_data
+from ..data import TrainingTexts, limits_of, training_data
 from ..finetuning import check_weights
 from ..restoring import ModelState, left_as_it_was, removed_where_unused
 from ..self_written import check_self_written
@@ -224,8 +224,7 @@ def _check_arguments(args: RecoveryArguments) -> None:
 
 
 def _sequences(texts: TrainingTexts, student: PreTrainedModel, args: RecoveryArguments) -> Sequences:
-    config = student.config.get_text_config()
-    limits = {"longest": getattr(config, "max_position_embeddings", None), "vocab_size": config.vocab_size}
+    limits = limits_of(student)
     held_out, share = None, held_out_share(args, texts)
     if share is None:
         held_out = training_data(texts.eval_dataset, texts.tokenizer, args, **limits)
