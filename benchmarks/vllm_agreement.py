@@ -42,10 +42,20 @@ CASES = {
     "qwen3": ("qwen3", LLAMA, {"attention_unit": "kv_group"}),
     "opt": ("opt_pre_norm", {**WIDE, "word_embed_proj_dim": 192}, {}),
     "bloom": ("bloom", WIDE, {}),
+    "llama, layers removed": ("llama_gqa_biases", LLAMA, {"kinds": ["layer"], "scope": None}),
+    "llama, sublayers removed": ("llama_gqa_biases", LLAMA, {"kinds": ["sublayer"], "scope": None}),
+    "llama, on two devices": (
+        "llama_gqa_biases",
+        {**LLAMA, "num_attention_heads": 12, "num_key_value_heads": 6},
+        {"attention_unit": "kv_group", "tensor_parallel": 2},
+    ),
 }
 REMOTE = "llama, query heads"
-# transformers' BLOOM takes no positions, which vLLM's backend asks for.
-REFUSED = {"bloom": "Argument position_ids not found"}
+# transformers' BLOOM takes no positions, and vLLM's backend asks for them, and for attention in every layer.
+REFUSED = {
+    "bloom": "Argument position_ids not found",
+    "llama, sublayers removed": "does not dispatch through the Transformers attention interface",
+}
 PROMPT, NEW_TOKENS, LIKELIEST = list(range(10, 20)), 8, 3
 
 SERVE = """
@@ -66,11 +76,12 @@ if __name__ == "__main__":
 """
 
 
-def served(python, folder, remote):
+def served(python, folder, remote, devices):
     """What vLLM answers, or the end of what it said."""
     output, script = folder.with_suffix(".json"), folder.with_suffix(".py")
     script.write_text(SERVE)
     options = {"prompt": PROMPT, "new_tokens": NEW_TOKENS, "likeliest": LIKELIEST, "trust_remote_code": remote}
+    options["tensor_parallel_size"] = devices
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -107,7 +118,7 @@ def compare(name, python, folder):
     prompt = torch.tensor([PROMPT])
     tokens = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)[0, len(PROMPT) :]
     logprobs = model(prompt).logits[0, -1].log_softmax(-1)
-    answer, said = served(python, folder, remote=name == REMOTE)
+    answer, said = served(python, folder, name == REMOTE, fields.get("tensor_parallel", 1))
     if answer is None:
         reason = REFUSED.get(name)
         if reason is not None and reason in said:

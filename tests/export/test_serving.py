@@ -1,5 +1,6 @@
 """The entry point for vLLM; what vLLM then computes is compared by `make vllm`, which needs vLLM."""
 
+import subprocess
 import sys
 import types
 from importlib.metadata import entry_points
@@ -32,3 +33,16 @@ def test_vllm_is_told_of_every_pruned_causal_language_model(monkeypatch):
         for model_class in family.model_classes
         if model_class._auto_class == "AutoModelForCausalLM"
     }
+
+
+def test_the_entry_point_needs_no_package_that_vllm_lacks():
+    """An environment for serving may have this package without its dependencies."""
+    lacking = ("accelerate", "datasets", "evaluate", "gguf", "optimum", "peft", "rich")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({lacking})); "
+        f"from importlib.metadata import entry_points; "
+        f"(entry,) = entry_points(group='vllm.general_plugins', name='fwdprune'); entry.load()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..architectures.registry import causal_class_names
+from .registry import causal_class_names
 
 
 # This class runs the modules of a transformers model with vLLM's attention, with the sizes of every single layer.
