@@ -20,7 +20,6 @@ from optimum_fwdprune.evaluation import benchmark
 from optimum_fwdprune.report import render_table
 
 
-ASKED = [1.1, 1.25, 1.5]
 REQUESTS = {
     "MLP": {"kinds": ["mlp"]},
     "MLP, all layers alike": {"kinds": ["mlp"], "layout": "stock"},
@@ -34,8 +33,8 @@ REQUESTS = {
 def measure(model, args, table):
     """Return a row for each plan that the table allows."""
     rows = []
-    for name, fields in REQUESTS.items():
-        for asked in ASKED:
+    for name, fields in ((name, REQUESTS[name]) for name in args.requests):
+        for asked in args.asked:
             request = PruningConfig(
                 **{"method": "magnitude", "kinds": ["mlp"], **fields},
                 reconstruction="none",
@@ -77,6 +76,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=512, help="Length of the prompt.")
     parser.add_argument("--repeats", type=int, default=15, help="Runs of each model, in turns.")
     parser.add_argument("--phase", choices=["prefill", "decode"], default="prefill")
+    parser.add_argument("--asked", type=float, nargs="+", default=[1.1, 1.25, 1.5], help="Speed-ups to ask for.")
+    parser.add_argument("--requests", nargs="+", choices=REQUESTS, default=list(REQUESTS))
     parser.add_argument("--model", help="Folder of another model.")
     args = parser.parse_args()
     loaded = FwdPruner.from_pretrained(args.model, dtype=torch.float32) if args.model else load_smollm2()

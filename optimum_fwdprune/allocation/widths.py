@@ -1,4 +1,4 @@
-"""The widths that a request allows a site: multiples for fast kernels, for blocks of quantised rows, and for devices
+"""The widths that a request allows a site: multiples for fast kernels, for blocks of quantized rows, and for devices
 that share a layer."""
 
 from __future__ import annotations

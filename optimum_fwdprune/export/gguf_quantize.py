@@ -47,7 +47,7 @@ def find_llama_quantize(dtype: str) -> Callable[[Path], None]:
 def _quantized(program: str, dtype: str, file: Path) -> None:
     quantized = file.with_name(f"{file.name}.{dtype}")
     try:
-        with one_step(f"Quantising to {dtype}"):
+        with one_step(f"Quantizing to {dtype}"):
             command = [program, str(file), str(quantized), dtype.upper()]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode or not quantized.is_file():

@@ -134,7 +134,7 @@ BLOCKS_FIT = {
 
 
 @torch.no_grad()
-def dequantised(model, file):
+def dequantized(model, file):
     """The model with the weights of a file."""
     tensors = gguf.GGUFReader(file).tensors
     values = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in tensors}
@@ -164,7 +164,7 @@ def test_types_of_four_and_five_bits_are_what_llama_cpp_computes_with(dtype, tok
     assert kinds["token_embd.weight"] == kinds["blk.0.ffn_down.weight"] == dtype.upper()
     assert kinds["output.weight"] == "Q8_0" and kinds["blk.0.attn_norm.weight"] == "F32"
     # It computes with activations of 8 bits.
-    check_llama_cpp_agrees(dequantised(model, file), file, tokens, 0.1)
+    check_llama_cpp_agrees(dequantized(model, file), file, tokens, 0.1)
 
 
 # A program in the place of llama-quantize, which no Python package has: it copies the file, and adds a word.
@@ -177,7 +177,7 @@ if {fails}:
     sys.exit(1)
 shutil.copy(source, target)
 with open(target, "ab") as file:
-    file.write(b"quantised")
+    file.write(b"quantized")
 """
 
 
@@ -202,10 +202,10 @@ def test_types_of_llama_quantize_are_made_by_it(llama_quantize, tokens, tokenize
     model = tiny.make_model("llama_mqa", dtype=torch.bfloat16)
     file = export_gguf(model, tokenizer, tmp_path / "out" / "model.gguf", dtype="q4_k_m")
 
-    # It quantises the weights as they are.
+    # It quantizes the weights as they are.
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     assert kinds["blk.0.ffn_up.weight"] == "BF16"
-    assert file.read_bytes().endswith(b"quantised")
+    assert file.read_bytes().endswith(b"quantized")
     assert list(file.parent.iterdir()) == [file]
 
 

@@ -1,4 +1,4 @@
-"""Quantise after pruning: what loads a checkpoint in fewer bits loads a pruned one."""
+"""Quantize after pruning: what loads a checkpoint in fewer bits loads a pruned one."""
 
 import copy
 
