@@ -228,8 +228,12 @@ def vllm(architecture):
     models = {case: tiny.CONFIGS[name][0].model_type for case, (name, _, _) in CASES.items()}
     if architecture.model_type not in models.values():
         return ["not run"]
-    refused = any(models[case] == architecture.model_type for case in REFUSED)
-    return ["refused by vLLM"] if refused else ["H", "C", "U"]
+    own = [case for case, model_type in models.items() if model_type == architecture.model_type]
+    if all(case in REFUSED for case in own):
+        return ["refused by vLLM"]
+    removed = {fields["kinds"][0]: case for case in own if "kinds" in (fields := CASES[case][2])}
+    kinds = {"layer": "L", "sublayer": "S"}
+    return ["H", "C", "U", *(kinds[kind] for kind, case in removed.items() if case not in REFUSED)]
 
 
 if __name__ == "__main__":

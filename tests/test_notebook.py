@@ -124,6 +124,6 @@ def test_a_bar_within_a_bar_shares_its_line_and_is_removed(outputs):
     # What stays visible of a line is what was written last.
     left = [line.rpartition("\r")[2] for line in shown.split("\n")]
 
-    assert "\rTiming: 100%" in shown and "\x1b[A" not in shown
+    assert "\rTiming:" in shown and "\x1b[A" not in shown
     assert len({len(bar) for bar in re.findall(r"\r(Timing[^\r\n]+)", shown)}) == 1
     assert [line.partition(":")[0] for line in left if line.startswith("Timing")] == ["Timing prompts"]
