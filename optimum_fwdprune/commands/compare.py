@@ -106,9 +106,9 @@ class CompareCommand(Command):
             comparison.save(self.args.output)
             print(f"Written to {self.args.output}.")
         if self.args.cards:
-            dense, *others = comparison.evaluations
-            for folder, pruned in zip(self.args.pruned, others):
-                save_measurements(folder, Comparison([dense, pruned]))
+            for number, folder in enumerate(self.args.pruned, 2):
+                # Models that were named before, such as the one that was recovered, are on the card too.
+                save_measurements(folder, Comparison(comparison.evaluations[:number]))
                 print(f"Written to {Path(folder) / CARD_NAME}.")
 
 

@@ -172,9 +172,9 @@ def _name_of(rules: GGUFRules, layers: list[LayerSizes]) -> str:
         return rules.uniform
     if rules.per_layer is None:
         raise ValueError(
-            f"llama.cpp's {rules.uniform} has layers of one size, and layer {differing} differs from layer 0 "
-            f"({layers[differing]} and {layers[0]}). Prune every layer alike with scope='layer', skip_layers=[], "
-            f"and a sparsity instead of a target (--scope layer --skip_layers --sparsity 0.3)."
+            f"llama.cpp's {rules.uniform} has layers of one size, and layer {differing} differs from layer 0: it has "
+            f"{layers[differing]}, and layer 0 has {layers[0]}. Prune the dense model with for_gguf, such as "
+            f"for_gguf='q8_0' (--for_gguf q8_0), which prunes every layer alike; a recovery has to be repeated."
         )
     return rules.per_layer
 

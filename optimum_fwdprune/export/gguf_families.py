@@ -30,6 +30,10 @@ class LayerSizes(NamedTuple):
     channels: int
     experts: int = 0
 
+    def __str__(self) -> str:
+        of_experts = f" in each of {self.experts} experts" if self.experts else ""
+        return f"{self.heads} heads, {self.kv_heads} KV heads and {self.channels} channels{of_experts}"
+
     @classmethod
     def of(cls, layer: nn.Module, layout: DecoderLayout, skipped: Collection[str] = ()) -> LayerSizes:
         """Return the sizes of a decoder layer of a family with this layout, without the sublayers in `skipped`."""

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..request.gguf import GGUF_TYPES
+from ..runs.loggers import get_logger
 from ..runs.progress import progress
 
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
+
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def write_tensors(writer: GGUFWriter, tensors: list[GGUFTensor], dtype: str) -> 
         held = np.dtype(np.float32 if kind is gguf.GGMLQuantizationType.F32 else np.float16) if whole else np.uint8
         size = int(np.prod(stored))
         writer.add_tensor_info(tensor.name, shape if whole else stored, np.dtype(held), size, None if whole else kind)
+    _warn_of_other_types([tensor for tensor in tensors if not _is_in_float32(tensor)], dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -106,7 +111,29 @@ def _type_of(tensor: GGUFTensor, dtype: str, is_output: bool) -> str:
     biases of experts in it. Routers keep float32, since rounding would change the experts of a token. The matrix that
     computes the logits has eight bits in files of four and five, where llama-quantize takes more bits too.
     """
-    if len(tensor.shape) < 2 or tensor.name.endswith(IN_FLOAT32):
+    if _is_in_float32(tensor):
         return "f32"
     kind = "q8_0" if is_output and GGUF_TYPES[dtype].block > 1 else dtype
     return kind if tensor.shape[-1] % GGUF_TYPES[kind].block == 0 else GGUF_TYPES[kind].instead
+
+
+def _is_in_float32(tensor: GGUFTensor) -> bool:
+    return len(tensor.shape) < 2 or tensor.name.endswith(IN_FLOAT32)
+
+
+def _warn_of_other_types(matrices: list[GGUFTensor], dtype: str) -> None:
+    """Warn of matrices whose rows the blocks of a type do not divide."""
+    wanted = GGUF_TYPES[dtype]
+    odd = [matrix.shape[-1] for matrix in matrices if matrix.shape[-1] % wanted.block]
+    if odd:
+        logger.warning(
+            "%d of %d matrices are written in %s instead of %s, because %d does not divide their rows of %s values. "
+            "Pruning with for_gguf='%s' chooses widths that it divides.",
+            len(odd),
+            len(matrices),
+            wanted.instead,
+            dtype,
+            wanted.block,
+            ", ".join(map(str, sorted(set(odd)))),
+            dtype,
+        )

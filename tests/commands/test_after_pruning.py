@@ -232,6 +232,13 @@ class TestMeasure:
         assert (kept.comparison, kept.outcome) == (measured.without_folders(), earlier.outcome)
         assert (pruned / "model.safetensors").read_bytes() == weights
 
+    def test_a_card_has_the_models_that_were_named_before_its_own(self, cli, folder, tmp_path):
+        names = [shutil.copytree(folder / "pruned", tmp_path / name) for name in ("pruned", "recovered")]
+        code, _, err = cli("compare", folder / "dense", *names, "--text", folder / "text.txt", *self.SPEED, "--cards")
+        found = [[each.name for each in Record.of_checkpoint(name).comparison.evaluations] for name in names]
+
+        assert code == 0 and found == [["dense", "pruned"], ["dense", "pruned", "recovered"]], err
+
     @pytest.mark.parametrize("checkpoint", ["dense", "org/model"])
     def test_no_card_to_write_to_is_told_before_measuring(self, checkpoint, cli, folder, monkeypatch):
         monkeypatch.setattr("optimum_fwdprune.commands.compare.compare_models", lambda *_: pytest.fail("measured"))

@@ -321,7 +321,20 @@ def test_rows_change_places_by_the_heads_of_their_own_layer():
     assert not torch.equal(interleaved(rows, 2), interleaved(rows, 1))
 
 
-UNEVEN = r"has layers of one size, and layer \d differs from layer 0.*scope='layer'.*instead of"
+def test_matrices_in_another_type_than_asked_for_are_told(tokenizer, tmp_path, caplog):
+    model = tiny.make_model("llama_gqa_biases", hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
+    export_gguf(model, tokenizer, tmp_path / "even.gguf", dtype="q8_0")
+    assert "instead of" not in caplog.text
+    model = tiny.make_model("llama_gqa_biases", hidden_size=64, num_attention_heads=8, intermediate_size=72)
+    file = export_gguf(model, tokenizer, tmp_path / "odd.gguf", dtype="q8_0")
+    types = [tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors if len(tensor.shape) > 1]
+
+    assert f"3 of {len(types)} matrices are written in f16 instead of q8_0, because 32 does not divide" in caplog.text
+    assert "rows of 72 values. Pruning with for_gguf='q8_0'" in caplog.text
+    assert types.count("F16") == 3
+
+
+UNEVEN = r"layers of one size, and layer \d differs from layer 0: it has \d+ heads, .* channels, .* --for_gguf q8_0"
 
 
 class TestRefusals:
