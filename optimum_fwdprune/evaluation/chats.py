@@ -95,7 +95,9 @@ def chats_loss(
     """
     length = min(MAX_LENGTH, positions_of(model.config) or MAX_LENGTH) if max_length is None else max_length
     check_length(length, model.config)
-    rows = chats if isinstance(chats, ChatRows) else ChatRows.of("chats", list(chats))
+    if length < 2 or batch_size < 1:
+        raise ValueError(f"max_length must be at least 2 and batch_size at least 1; got {length} and {batch_size}.")
+    rows = chats if isinstance(chats, ChatRows) else ChatRows.of("chats", chats)
     answers = Answers(rows.opened(), tokenizer, length)
     # Sequences of similar lengths are in one batch, so that little is padded.
     sequences = sorted(answers, key=lambda sequence: len(sequence[0]))

@@ -9,8 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .chats import ChatRows, chats_loss
+from ..architectures.positions import check_length, positions_of
+from .chats import MAX_LENGTH as LONGEST_CHAT
+from .chats import ChatRows, chats_loss, open_texts_or_chats
 from .comparison import Comparison, Evaluation
+from .perplexity import MAX_LENGTH as LONGEST_WINDOW
 from .perplexity import TextLoss, texts_loss
 from .speed import benchmark
 from .tasks import evaluate_tasks
@@ -34,6 +37,8 @@ class QualityOptions:
         apply_chat_template (`bool`, defaults to `False`): put the prompts of tasks through the tokenizer's chat
             template.
         seed (`int`, defaults to 0): seed of the choice of examples in the prompt.
+        positions (`int`, *optional*): number of positions that windows fit into where `max_length` is not set; by
+            default that of the model.
     """
 
     max_length: int | None = None
@@ -43,6 +48,7 @@ class QualityOptions:
     limit: int | None = None
     apply_chat_template: bool = False
     seed: int = 0
+    positions: int | None = None
 
     def of_tasks(self) -> dict[str, Any]:
         """Return the options of [`evaluate_tasks`]."""
@@ -79,12 +85,23 @@ def _loss_on(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, pieces: Any, options: QualityOptions
 ) -> TextLoss:
     """Return the loss of a model on strings that are one text, or on the answers of chats."""
+    if isinstance(pieces, str):
+        raise ValueError(f"The text {name!r} is a string; pass its strings in a list, such as [text].")
+
+    def within(default: int) -> int | None:
+        if options.max_length is not None or options.positions is None:
+            return options.max_length
+        return min(default, options.positions)
+
     if not isinstance(pieces, ChatRows):
-        pieces = list(pieces)
-        if all(isinstance(piece, str) for piece in pieces):
-            return texts_loss(model, tokenizer, pieces, options.max_length, options.stride, options.batch_size)
-        pieces = ChatRows.of(name, pieces)
-    return chats_loss(model, tokenizer, pieces, options.max_length, options.batch_size)
+        # Columns and tables are iterables of the names of their columns.
+        holds_rows = isinstance(pieces, Mapping) or hasattr(pieces, "columns") or hasattr(pieces, "column_names")
+        pieces = pieces if holds_rows else list(pieces)
+        if holds_rows or not all(isinstance(piece, str) for piece in pieces):
+            _, pieces = open_texts_or_chats(pieces)
+    if isinstance(pieces, ChatRows):
+        return chats_loss(model, tokenizer, pieces, within(LONGEST_CHAT), options.batch_size)
+    return texts_loss(model, tokenizer, pieces, within(LONGEST_WINDOW), options.stride, options.batch_size)
 
 
 def compare(
@@ -118,7 +135,12 @@ def compare(
         )
     speed = {name: options.pop(name) for name in SPEED_OPTIONS if name in options}
     # A misspelt option fails before anything is measured.
-    QualityOptions(**options)
+    quality = QualityOptions(**options)
+    for model in models.values():
+        check_length(quality.max_length or 0, model.config)
+    # Figures of windows of different lengths could not be compared.
+    known = [positions for model in models.values() if (positions := positions_of(model.config)) is not None]
+    options.setdefault("positions", min(known, default=None))
     evaluations = []
     for (name, model), timed in zip(models.items(), benchmark(models, **speed)):
         measured = evaluate(model, tokenizer, texts, tasks, name, **options)

@@ -30,8 +30,8 @@ from .settling import kept_by_equal_scores
 from .stock_layout import STOCK, check_stock_layout
 
 
-# Layers are alike where the numbers of units that they keep differ by at most this fraction, as rounding to multiples
-# makes them differ.
+# Layers are alike where the numbers of units that they keep differ by at most this fraction of the largest, as after
+# rounding to multiples.
 ALIKE = 0.05
 
 
@@ -111,7 +111,7 @@ class DryRun:
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         assert self.layers is not None
-        kinds = [kind for kind in UnitKind if kind in self.layers[0]]
+        kinds = [kind for kind in UnitKind if any(kind in row for row in self.layers)]
         names = (name for kind in kinds for name in (unit_name(kind, self.request.attention_unit), "parameters"))
         return ("layer", *names), [tuple(_cells(rows, kinds)) for rows in _alike(self.layers, kinds)]
 
@@ -129,9 +129,14 @@ def _alike(rows: Sequence[dict[str, Any]], kinds: Sequence[UnitKind]) -> list[li
 
 def _range_of(kind: UnitKind, rows: Sequence[dict[str, Any]]) -> tuple[int, int] | None:
     """Return the least and the largest number of units that layers keep; `None` where they are not alike."""
+    if kind not in rows[0]:
+        # A mixture of experts is in the place of the MLP of some layers, and a pruned layer may lack a sublayer.
+        return None if any(kind in row for row in rows) else (0, 0)
+    if not all(kind in row for row in rows):
+        return None
     kept, units = [row[kind]["kept"] for row in rows], {row[kind]["units"] for row in rows}
     least, most = min(kept), max(kept)
-    if len(units) > 1 or most - least > ALIKE * max(units) or (least < most == max(units)):
+    if len(units) > 1 or most - least > ALIKE * most or (least < most == max(units)):
         return None
     return least, most
 
@@ -141,6 +146,9 @@ def _cells(rows: Sequence[dict[str, Any]], kinds: Sequence[UnitKind]) -> Iterato
     and the parameters that are left of each."""
     yield _written([row["layer"] for row in rows], "{}", "-")
     for kind in kinds:
+        if kind not in rows[0]:
+            yield from ("", "")
+            continue
         yield f"{_written([row[kind]['kept'] for row in rows], '{}')} / {rows[0][kind]['units']}"
         yield _written([row[kind]["parameters"]["after"] for row in rows])
 

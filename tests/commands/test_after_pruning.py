@@ -220,8 +220,8 @@ class TestMeasure:
             assert code == 0 and f"Written to {card}." in out, err
         after, measured = ModelCard.load(card), Comparison.load(tmp_path / "table.json")
 
-        section = after.text.partition("## Measurements")[2].partition("## ")[0]
-        assert section.strip() == measured.without_folders().to_markdown().strip()
+        table = after.text.partition("<!-- measurements -->")[2].partition("<!-- end of measurements -->")[0]
+        assert table.strip() == measured.without_folders().to_markdown().strip()
         assert str(tmp_path) not in card.read_text()
         assert headings_of(after) == [*headings_of(before)[:2], "## Measurements", *headings_of(before)[2:]]
         assert "## My words\n\nKept.\n\n## Limits" in after.text
@@ -231,6 +231,21 @@ class TestMeasure:
         kept, earlier = Record.of_checkpoint(pruned), Record.of_checkpoint(folder / "pruned")
         assert (kept.comparison, kept.outcome) == (measured.without_folders(), earlier.outcome)
         assert (pruned / "model.safetensors").read_bytes() == weights
+
+    @pytest.mark.parametrize("content", [b"---\na: [1\n---\n# x\n", b"\xff\xfe"], ids=["yaml", "encoding"])
+    def test_a_card_that_cannot_be_read_is_told_before_measuring(self, content, cli, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr("optimum_fwdprune.commands.compare.compare_models", lambda *_: pytest.fail("measured"))
+        pruned = shutil.copytree(folder / "pruned", tmp_path / "pruned")
+        (pruned / "README.md").write_bytes(content)
+        code, _, err = cli("compare", folder / "dense", pruned, "--text", folder / "text.txt", "--cards", "--json")
+
+        assert code == 1 and f"The model card {pruned / 'README.md'} cannot be read" in err
+
+    def test_a_folder_named_twice_is_refused(self, cli, folder):
+        pruned = folder / "pruned"
+        code, _, err = cli("compare", folder / "dense", pruned, f"{pruned}/", "--text", folder / "text.txt", "--cards")
+
+        assert code == 1 and "A folder is named twice" in err
 
     def test_a_card_has_the_models_that_were_named_before_its_own(self, cli, folder, tmp_path):
         names = [shutil.copytree(folder / "pruned", tmp_path / name) for name in ("pruned", "recovered")]

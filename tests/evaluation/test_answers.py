@@ -3,6 +3,8 @@
 import json
 import logging
 
+import datasets
+import pandas
 import pytest
 import tiny
 import torch
@@ -101,8 +103,56 @@ def test_what_cannot_be_measured_is_refused(model, chatting):
         chats_loss(model, chatting, CHATS, max_length=longest + 1)
     with pytest.raises(ValueError, match="None of 1 rows of chats can be used"):
         chats_loss(model, chatting, [WITHOUT_ANSWER])
-    with pytest.raises(ValueError, match="data is neither strings nor chats: its rows hold tokens"):
+    with pytest.raises(ValueError, match="holds tokens, but text is needed"):
         evaluate(model, chatting, {"data": [{"input_ids": [1, 2, 3]}]})
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda rows: {"messages": [row["messages"] for row in rows]},
+        datasets.Dataset.from_list,
+        lambda rows: datasets.DatasetDict(train=datasets.Dataset.from_list(rows)),
+        pandas.DataFrame,
+        iter,
+    ],
+    ids=["columns", "Dataset", "DatasetDict", "DataFrame", "iterator"],
+)
+def test_chats_in_every_form(wrapped, model, chatting):
+    rows = [{"messages": chat} for chat in CHATS]
+    expected = chats_loss(model, chatting, CHATS)
+
+    assert evaluate(model, chatting, {"chats": wrapped(rows)}).texts["chats"] == expected
+    assert chats_loss(model, chatting, wrapped(rows)) == expected
+
+
+def test_a_table_of_texts_is_measured_as_texts_and_a_string_refused(model, chatting):
+    rows = [{"text": "the quick brown fox"}, {"text": "the lazy dog"}]
+    expected = texts_loss(model, chatting, [f"{row['text']}\n\n" for row in rows])
+
+    assert evaluate(model, chatting, {"rows": datasets.Dataset.from_list(rows)}).texts["rows"] == expected
+    with pytest.raises(ValueError, match="The text 'words' is a string"):
+        evaluate(model, chatting, {"words": "the quick brown fox"})
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"max_length": 1}, {"max_length": -5}])
+def test_numbers_out_of_range_are_refused(options, model, chatting):
+    with pytest.raises(ValueError, match="max_length must be at least 2 and batch_size at least 1"):
+        chats_loss(model, chatting, CHATS, **options)
+
+
+def test_models_of_other_lengths_are_compared_on_the_same_tokens(chatting):
+    models = {str(size): tiny.make_model("llama_mqa", max_position_embeddings=size) for size in (128, 24)}
+    sizes = {"batch_sizes": (1,), "prompt_tokens": (4,), "new_tokens": 1, "repeats": 1}
+    texts = {"text": ["the quick brown fox jumps over the lazy dog. " * 4], "chats": CHATS}
+    found = compare(models, chatting, texts, **sizes).evaluations
+
+    assert [each.texts["text"].tokens for each in found] == 2 * [
+        texts_loss(models["24"], chatting, texts["text"]).tokens
+    ]
+    assert found[0].texts["chats"] == chats_loss(models["128"], chatting, CHATS, max_length=24)
+    with pytest.raises(ValueError, match="max_length=25 is more than the 24 positions"):
+        compare(models, chatting, texts, max_length=25, repeats=0)
 
 
 def test_texts_and_chats_in_one_evaluation(model, chatting):

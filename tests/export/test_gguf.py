@@ -334,7 +334,7 @@ def test_matrices_in_another_type_than_asked_for_are_told(tokenizer, tmp_path, c
     assert types.count("F16") == 3
 
 
-UNEVEN = r"layers of one size, and layer \d differs from layer 0: it has \d+ heads, .* channels, .* --for_gguf q8_0"
+UNEVEN = r"layers of one size, and layer \d differs from layer 0: it has \d+ heads, .* channels, .*\(--for_gguf q8_0\)"
 
 
 class TestRefusals:

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import tiny
+import tiny_mixtures
 import torch
 
 from optimum_fwdprune import FwdPruner
@@ -187,3 +188,13 @@ def test_layers_that_rounding_makes_differ_share_a_row(weightless):
         ["6", "20 / 20", "600"],
     ]
     assert foreseen.to_dict()["layers"] == layers
+
+
+def test_layers_of_different_kinds_have_rows_of_their_own():
+    pruner = FwdPruner(tiny_mixtures.make_mixture("qwen3_moe"))
+    foreseen = pruner.dry_run(method="random", sparsity=0.25, kinds=["expert"], scope="layer", reconstruction="none")
+    layers = foreseen.to_dict()["layers"]
+    shown = foreseen._repr_html_().partition("<table>")[2]
+
+    assert {kind for row in layers for kind in ("mlp", "expert") if kind in row} == {"mlp", "expert"}
+    assert "<td></td>" in shown and str(foreseen)

@@ -1,10 +1,12 @@
 """Products of 16-bit matrices on a processor without instructions for them."""
 
+import threading
+
 import pytest
 import tiny
 import torch
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from optimum_fwdprune import FwdPruner
 from optimum_fwdprune.evaluation import benchmark
@@ -70,7 +72,7 @@ def test_products_are_those_of_float32_rounded(dtype):
     ]
     for function, arguments in calls:
         expected = function(*(argument.float() for argument in arguments)).to(dtype)
-        with products_in_float32(), Products() as seen:
+        with Products() as seen, products_in_float32():
             got = function(*arguments)
         assert got.dtype == dtype
         assert torch.equal(got, expected)
@@ -84,7 +86,7 @@ def test_large_weights_are_converted_in_parts(monkeypatch):
     with products_in_float32():
         whole = functional.linear(values, weight, bias), functional.linear(values, weight)
     monkeypatch.setattr(products, "LARGEST_PART", 7 * 8)
-    with products_in_float32(), Products() as seen:
+    with Products() as seen, products_in_float32():
         parts = functional.linear(values, weight, bias), functional.linear(values, weight)
     assert len(seen.dtypes) == 2 * 3
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
@@ -93,30 +95,78 @@ def test_large_weights_are_converted_in_parts(monkeypatch):
 @pytest.mark.usefixtures("without_instructions")
 def test_gradients_are_in_the_dtype_of_the_weights():
     values, weight = numbers(32, 8, dtype=DTYPES[0]), numbers(20, 8, dtype=DTYPES[0]).requires_grad_()
-    with products_in_float32(), Products() as seen:
+    with Products() as seen, products_in_float32():
         functional.linear(values, weight).float().square().sum().backward()
     assert weight.grad.dtype == DTYPES[0]
     assert set(seen.dtypes) == {torch.float32}
 
 
-class Quantized(torch.nn.Parameter):
+class Quantized(torch.Tensor):
     """In the place of weights of other packages, which multiply by themselves."""
 
     multiplied = 0
 
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values = values
+
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        cls.multiplied += function is functional.linear
-        return super().__torch_function__(function, types, args, kwargs or {})
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        cls.multiplied += function is torch.ops.aten.mm.default
+        return function(*(value.values if isinstance(value, cls) else value for value in args), **(kwargs or {}))
 
 
 @pytest.mark.usefixtures("without_instructions")
 def test_weights_of_other_classes_multiply_by_themselves():
-    values, weight = numbers(32, 8, dtype=DTYPES[0]), Quantized(numbers(20, 8, dtype=DTYPES[0]))
-    with products_in_float32(), Products() as seen:
-        functional.linear(values, weight)
+    values, weight = numbers(32, 8, dtype=DTYPES[0]), Quantized(numbers(8, 20, dtype=DTYPES[0]))
+    with Products() as seen, products_in_float32():
+        product = torch.mm(values, weight)
     assert Quantized.multiplied == 1
-    assert DTYPES[0] in seen.dtypes
+    assert seen.dtypes == DTYPES[:1]
+    assert torch.equal(product, values @ weight.values)
+
+
+@pytest.mark.usefixtures("without_instructions")
+def test_what_pytorch_refuses_is_refused_and_what_it_returns_is_returned():
+    values, weight = numbers(32, 8, dtype=DTYPES[0]), numbers(8, 4, dtype=DTYPES[0])
+    with products_in_float32():
+        with pytest.raises(RuntimeError):
+            values @ weight.half()
+        assert functional.linear(values[:, :0], weight.T[:, :0]).shape == (32, 4)
+        written = torch.zeros(32, 4, dtype=DTYPES[0])
+        assert torch.matmul(values, weight, out=written) is written
+        assert torch.equal(written, values @ weight)
+        vector = numbers(8, dtype=DTYPES[0])
+        assert (values @ vector).shape == (32,)
+        assert functional.linear(values, vector).shape == (32,)
+
+
+@pytest.mark.usefixtures("without_instructions")
+def test_threads_have_contexts_of_their_own():
+    values, weight, seen = numbers(32, 8, dtype=DTYPES[0]), numbers(8, 4, dtype=DTYPES[0]), []
+
+    def multiply():
+        with Products() as own, products_in_float32():
+            torch.mm(values, weight)
+        seen.extend(own.dtypes)
+
+    with products_in_float32(), products_as_served():
+        thread = threading.Thread(target=multiply)
+        thread.start()
+        thread.join()
+    assert seen == [torch.float32]
+
+
+@pytest.mark.usefixtures("without_instructions")
+def test_what_is_kept_for_gradients_stays_in_16_bit():
+    kept = []
+    values, weight = numbers(32, 8, dtype=DTYPES[0]).requires_grad_(), numbers(20, 8, dtype=DTYPES[0])
+    with products_in_float32(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        functional.linear(values, weight).sum().backward()
+    assert {each.dtype for each in kept} == {DTYPES[0]}
 
 
 @pytest.mark.usefixtures("without_instructions")
@@ -129,7 +179,7 @@ def test_boolean_masks_of_attention():
 
 @pytest.mark.usefixtures("without_instructions")
 def test_few_rows_and_float64_stay_as_they_are():
-    with products_in_float32(), Products(rows=1) as seen:
+    with Products(rows=1) as seen, products_in_float32():
         functional.linear(numbers(FEWEST_ROWS - 1, 8, dtype=DTYPES[0]), numbers(20, 8, dtype=DTYPES[0]))
         assert (numbers(32, 8, dtype=torch.float64) @ numbers(8, 4, dtype=torch.float64)).dtype == torch.float64
     assert seen.dtypes == [DTYPES[0], torch.float64]
@@ -140,12 +190,12 @@ def test_few_rows_and_float64_stay_as_they_are():
 def test_models_in_float32_run_without_the_context(dtype, count):
     model = tiny.make_model("llama_gqa_biases", dtype=dtype)
     with evaluating(model):
-        assert torch._C._len_torch_function_stack() == count
+        assert len(_get_current_dispatch_mode_stack()) == count
 
 
 def test_a_processor_with_instructions_multiplies_as_it_is(monkeypatch):
     monkeypatch.setattr(products, "has_instructions_for", lambda dtype: True)
-    with products_in_float32(), Products() as seen:
+    with Products() as seen, products_in_float32():
         functional.linear(numbers(32, 8, dtype=DTYPES[0]), numbers(20, 8, dtype=DTYPES[0]))
     assert seen.dtypes == DTYPES[:1]
 
@@ -153,14 +203,13 @@ def test_a_processor_with_instructions_multiplies_as_it_is(monkeypatch):
 @pytest.mark.usefixtures("without_instructions")
 def test_contexts_inside_each_other_and_times_of_the_model_itself():
     values, weight = numbers(32, 8, dtype=DTYPES[0]), numbers(20, 8, dtype=DTYPES[0])
-    with products_in_float32(), products_in_float32():
-        with products_as_served(), Products() as served:
+    with Products() as seen:
+        with products_in_float32(), products_in_float32():
+            with products_as_served(), products_as_served():
+                functional.linear(values, weight)
             functional.linear(values, weight)
-        with Products() as inside:
-            functional.linear(values, weight)
-    with Products() as after:
         functional.linear(values, weight)
-    assert (served.dtypes, inside.dtypes, after.dtypes) == (DTYPES[:1], [torch.float32], DTYPES[:1])
+    assert seen.dtypes == [DTYPES[0], torch.float32, DTYPES[0]]
 
 
 @pytest.mark.usefixtures("without_instructions")
@@ -168,7 +217,7 @@ def test_contexts_inside_each_other_and_times_of_the_model_itself():
 def test_a_model_that_is_evaluated(attention):
     model = tiny.make_model("llama_gqa_biases", dtype=DTYPES[0])
     model.set_attn_implementation(attention)
-    with torch.no_grad(), evaluating(model), Products() as seen:
+    with torch.no_grad(), Products() as seen, evaluating(model):
         logits = model(IDS).logits
     assert logits.dtype == DTYPES[0]
     assert DTYPES[0] not in seen.dtypes
@@ -186,14 +235,24 @@ def test_no_product_of_pruning_is_in_16_bit(preset):
 
 
 @pytest.mark.usefixtures("without_instructions")
-@pytest.mark.parametrize("mode", ["lora", "distill", "block_distill"])
-def test_no_product_of_recovery_is_in_16_bit(mode, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("lora", {}), ("lora", {"gradient_checkpointing": True}), ("distill", {}), ("block_distill", {})],
+)
+def test_no_product_of_recovery_is_in_16_bit(mode, options, tmp_path):
     dense, model = (tiny.make_model("llama_gqa_biases", dtype=DTYPES[0]) for _ in range(2))
     pruner = FwdPruner(model)
     pruner.prune("fast", CALIBRATION, sparsity=0.4, skip_layers=[])
     teacher = {} if mode == "lora" else {"teacher": dense}
     args = RecoveryArguments(
-        tmp_path / "out", mode=mode, max_steps=1, max_length=32, use_cpu=True, report_to="none", save_strategy="no"
+        tmp_path / "out",
+        mode=mode,
+        max_steps=1,
+        max_length=32,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        **options,
     )
     with Products() as seen:
         pruner.recover({"input_ids": CALIBRATION.tolist()}, args, **teacher)
