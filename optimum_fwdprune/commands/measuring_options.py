@@ -120,7 +120,11 @@ def add_speed_options(parser: ArgumentParser) -> None:
         "--new_tokens", type=int, metavar="N", default=16, help="Decoding steps after each prefill (default: 16)."
     )
     speed.add_argument(
-        "--repeats", type=int, metavar="N", default=5, help="Timed runs, whose median is reported (default: 5)."
+        "--repeats",
+        type=int,
+        metavar="N",
+        default=5,
+        help="Timed runs, whose median is reported (default: 5). With 0 nothing is timed.",
     )
 
 

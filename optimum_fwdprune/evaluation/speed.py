@@ -129,7 +129,8 @@ def benchmark(
             `prompt_tokens`.
         prompt_tokens (sequence of `int`, defaults to `(512,)`): lengths of the prompts.
         new_tokens (`int`, defaults to 16): decoding steps after each prefill.
-        repeats (`int`, defaults to 5): timed runs, whose median and quartiles are returned.
+        repeats (`int`, defaults to 5): timed runs, whose median and quartiles are returned. With 0 nothing is timed,
+            and memory, multiplications and size alone are measured.
         clock (`Callable`, defaults to `time.perf_counter`): returns seconds. On a shared CPU and with one thread,
             `time.process_time` does not count the time of other processes.
 
@@ -141,8 +142,8 @@ def benchmark(
     if not isinstance(models, Mapping):
         models = {f"model {place}": model for place, model in enumerate(models, 1)}
     (first_name, *others), models = models, list(models.values())
-    if min(*batch_sizes, *prompt_tokens, new_tokens, repeats) < 1:
-        raise ValueError("batch_sizes, prompt_tokens, new_tokens and repeats must be at least 1.")
+    if min(*batch_sizes, *prompt_tokens, new_tokens) < 1 or repeats < 0:
+        raise ValueError("batch_sizes, prompt_tokens and new_tokens must be at least 1, and repeats at least 0.")
     for model in models:
         check_not_consumed(model)
         longest = positions_of(model.config)
@@ -151,9 +152,10 @@ def benchmark(
                 f"{max(prompt_tokens)} prompt tokens and {new_tokens} new ones are more than the {longest} positions "
                 f"of the {type(model).__name__}; lower prompt_tokens or new_tokens."
             )
-    warn_of_slow_products(models[0])
+    if repeats:
+        warn_of_slow_products(models[0])
     vocab_size = min(model.config.get_text_config().vocab_size for model in models)
-    sizes = [(batch, prompt) for batch in batch_sizes for prompt in prompt_tokens]
+    sizes = [(batch, prompt) for batch in batch_sizes for prompt in prompt_tokens] if repeats else []
     timings: list[list[Timing]] = [[] for _ in models]
     for batch_size, tokens in progress(sizes, "Timing prompts", unit="size"):
         generator = torch.Generator().manual_seed(0)

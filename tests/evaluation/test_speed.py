@@ -182,7 +182,7 @@ class TestReasons:
     ("options", "message"),
     [
         ({"prompt_tokens": (120,), "new_tokens": 9}, "120 prompt tokens and 9 new ones are more than the 128"),
-        ({"repeats": 0}, "must be at least 1"),
+        ({"repeats": -1}, "repeats at least 0"),
         ({"batch_sizes": (1, 0)}, "must be at least 1"),
     ],
 )
@@ -240,3 +240,17 @@ class TestComparison:
     def test_unknown_formats_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match=r"table.xlsx must end in one of .md, .json, .csv"):
             Comparison([]).save(tmp_path / "table.xlsx")
+
+
+def test_without_repeats_nothing_is_timed(monkeypatch):
+    models = [tiny.make_model("llama_mqa", seed=seed) for seed in range(2)]
+    timed = benchmark(models, prompt_tokens=(8,), new_tokens=1, repeats=1)
+    monkeypatch.setattr("optimum_fwdprune.evaluation.speed._take_turns", lambda *_: pytest.fail("timed"))
+    found = benchmark(models, prompt_tokens=(8,), new_tokens=1, repeats=0)
+
+    assert [each.timings for each in found] == [[], []]
+    names = ("parameters", "bytes", "macs_per_token")
+    assert [[getattr(each, name) for name in names] for each in found] == [
+        [getattr(each, name) for name in names] for each in timed
+    ]
+    assert not any("times as fast" in name for name in compare({"a": models[0]}, None, repeats=0).figures()[0])
