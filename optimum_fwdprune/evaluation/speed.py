@@ -142,8 +142,10 @@ def benchmark(
     if not isinstance(models, Mapping):
         models = {f"model {place}": model for place, model in enumerate(models, 1)}
     (first_name, *others), models = models, list(models.values())
-    if min(*batch_sizes, *prompt_tokens, new_tokens) < 1 or repeats < 0:
-        raise ValueError("batch_sizes, prompt_tokens and new_tokens must be at least 1, and repeats at least 0.")
+    if min(*batch_sizes, *prompt_tokens, new_tokens) < 1:
+        raise ValueError("batch_sizes, prompt_tokens and new_tokens must be at least 1.")
+    if repeats < 0:
+        raise ValueError(f"repeats must be at least 0; got {repeats}.")
     for model in models:
         check_not_consumed(model)
         longest = positions_of(model.config)

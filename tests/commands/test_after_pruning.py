@@ -272,7 +272,7 @@ class TestMeasure:
             (["compare", "PRUNED", "PRUNED", "--text", "builtin"], "pruned twice. (--debug"),
             (["compare", "PRUNED", "PRUNED", "-o", "x.doc"], "x.doc must end in one of .md, .json, .csv"),
             (["benchmark", "PRUNED", "-o", "PRUNED/config.json/x.md"], "Cannot write beside"),
-            (["benchmark", "PRUNED", "--repeats", "-1"], "--repeats at least 0"),
+            (["benchmark", "PRUNED", "--repeats", "-1"], "--repeats must be at least 0"),
             (["benchmark", "PRUNED", "--prompt_tokens", "999"], "more than the 128 positions"),
         ],
     )
