@@ -29,7 +29,10 @@ def measurements_section(comparison: Comparison | None) -> str:
 
 
 def _table_of(comparison: Comparison) -> str:
-    return f"{START}\n{comparison.to_markdown().rstrip()}\n{STOP}"
+    texts = comparison.evaluations[-1].texts
+    measured = [f"{loss.tokens:,} predicted tokens of {name}" for name, loss in texts.items()]
+    caption = f"\n\nPerplexity is that of {', and of '.join(measured)}." if measured else ""
+    return f"{START}\n{comparison.to_markdown().rstrip()}{caption}\n{STOP}"
 
 
 def results_of(comparison: Comparison | None, pipeline: str | None) -> list[EvalResult]:

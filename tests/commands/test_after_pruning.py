@@ -221,7 +221,9 @@ class TestMeasure:
         after, measured = ModelCard.load(card), Comparison.load(tmp_path / "table.json")
 
         table = after.text.partition("<!-- measurements -->")[2].partition("<!-- end of measurements -->")[0]
-        assert table.strip() == measured.without_folders().to_markdown().strip()
+        tokens = measured.evaluations[1].texts["text.txt"].tokens
+        caption = f"\n\nPerplexity is that of {tokens:,} predicted tokens of text.txt."
+        assert table.strip() == measured.without_folders().to_markdown().strip() + caption
         assert str(tmp_path) not in card.read_text()
         assert headings_of(after) == [*headings_of(before)[:2], "## Measurements", *headings_of(before)[2:]]
         assert "## My words\n\nKept.\n\n## Limits" in after.text
