@@ -117,7 +117,7 @@ def test_what_is_empty_is_named(words, cli, folder):
             ("evaluate", "dense", "--text", "rows.jsonl"),
             "has the columns a, b. Set --text_column to the one that holds",
         ),
-        (("compare", "dense", "pruned", "--text", "chat.jsonl"), "set --text_column to a column of text."),
+        (("compare", "dense", "pruned", "--text", "chat.jsonl"), "Set --text_column to use another column."),
         (("prune", "-m", "dense", "out", "--calibration", "rows.jsonl"), "Set --dataset_column to the one that holds"),
         (
             ("recover", "pruned", "out", "--dataset", "self"),
